@@ -1,0 +1,53 @@
+"""`streamprune eval`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from . import options, show
+
+
+@click.command("eval")
+@click.argument("model", type=options.DIRECTORY)
+@click.option("--text", type=options.FILE, required=True, metavar="FILE", help="UTF-8 text to score.")
+@click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]")
+@options.machine_options
+@options.json_option
+def evaluate(
+    model: Path,
+    text: Path,
+    seq_len: int | None,
+    device: str,
+    memory: str | None,
+    dtype: str,
+    cache: Path | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of the checkpoint directory MODEL, dense or pruned, streamed block by block.
+
+    Example:
+
+      streamprune eval llama-2-5b --text wiki-test.txt --seq-len 2048
+    """
+    import streamprune
+    from streamprune.config import DTYPES
+    from streamprune.errors import ConfigError
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if seq_len is not None and seq_len < 2:
+        raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
+    measured = streamprune.evaluate(
+        model,
+        text,
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+        memory=options.size(memory, "--memory"),
+        cache=cache,
+        progress=show.Shown(),
+    )
+    show.result(asdict(measured), as_json, [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"])

@@ -1,0 +1,54 @@
+"""The click group, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from . import evaluate, inspect, plan, run
+
+
+class Group(click.Group):
+    """Turns the project's errors into one line on stderr: exit 2 for usage, 1 for failure."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from streamprune.errors import StreamPruneError
+
+        try:
+            return super().invoke(ctx)
+        except StreamPruneError as error:
+            click.echo(f"streamprune: {' '.join(str(error).split())}", err=True)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"streamprune: {where}{error.strerror or error}; run the same command again to go on", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("streamprune: interrupted; run the same command again to go on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="streamprune")
+def main() -> None:
+    """Make a large language model structurally smaller, streaming it one block at a time.
+
+    Nothing is retrained; memory follows one block, not the model; an interrupted job goes on where it stopped.
+
+    Example:
+
+      streamprune run llama-70b llama-49b --ratio 0.3 --calibration text.txt
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if hasattr(sys.stderr, "reconfigure"):
+        sys.stderr.reconfigure(line_buffering=True)
+
+
+for command in (run.run, plan.plan, evaluate.evaluate, inspect.inspect):
+    main.add_command(command)

@@ -1,0 +1,46 @@
+"""`streamprune plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options, show
+
+
+@click.command()
+@click.argument("model", type=options.DIRECTORY)
+@options.job_options
+@options.json_option
+def plan(model: Path, as_json: bool, **chosen: Any) -> None:
+    """Say what `run` would take: memory, disk, reading, arithmetic; and whether it fits here.
+
+    Nothing is written and no weights are read. Exit code 0 if it fits, 1 if not.
+
+    Example:
+
+      streamprune plan llama-2-70b --ratio 0.3 --memory 24GiB
+    """
+    import streamprune
+    from streamprune.config import format_bytes
+
+    config = options.config(model, Path(f"{model}-pruned"), **chosen)
+    resources = streamprune.forecast_job(config)
+    rows = [
+        ["device peak", format_bytes(resources.device_bytes), f"limit {format_bytes(resources.device_limit)}"],
+        ["host peak", format_bytes(resources.host_bytes), "the device's share included" if config.device == "cpu" else ""],
+        ["disk for activations", format_bytes(resources.disk_bytes), f"limit {format_bytes(resources.disk_limit)}"],
+        ["disk for the result", f"≤ {format_bytes(resources.output_bytes)}", ""],
+        ["to read", format_bytes(resources.bytes_to_read), ""],
+        ["operations", f"{resources.operations / 1e12:.3f} TFLOP", ""],
+        ["steps", str(resources.steps), ""],
+        ["micro-batch", f"{resources.batch} sequences", f"backward {resources.backward_batch}"],
+        ["boundaries kept", f"every {resources.boundary_every}", ""],
+    ]
+    lines = show.table([["", "", ""], *rows])[1:]
+    lines += [f"does not fit: {problem}" for problem in resources.problems] or ["it fits"]
+    show.result(resources.as_dict(), as_json, lines)
+    if resources.problems:
+        click.get_current_context().exit(1)

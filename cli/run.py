@@ -1,0 +1,52 @@
+"""`streamprune run`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options, show
+
+
+@click.command()
+@click.argument("model", type=options.DIRECTORY)
+@click.argument("out", type=options.DIRECTORY)
+@options.job_options
+@click.option("--plan-only", is_flag=True, help="Stop before pruning and print where the plan file is.")
+@click.option("--restart", is_flag=True, help="Throw away what an earlier job left in OUT, finished or not.")
+@options.json_option
+def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, **chosen: Any) -> None:
+    """Prune the checkpoint directory MODEL into OUT.
+
+    OUT appears complete or not at all. Interrupted, the same command goes on where it stopped; until then the work
+    lies in OUT.streamprune.
+
+    Examples:
+
+      streamprune run llama-2-7b llama-2-5b --ratio 0.3 --calibration wiki.txt
+
+      streamprune run llama-2-7b stock --ratio 0.25 --layout uniform --memory 12GiB
+
+      streamprune run llama-2-7b out --ratio 0.3 --recipe sobp --set head_weight=2
+    """
+    import streamprune
+
+    config = options.config(model, out, **chosen)
+    progress = show.Shown()
+    if plan_only:
+        path = streamprune.plan_only(config, restart=restart, progress=progress)
+        show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
+        return
+    result = streamprune.prune(config, restart=restart, progress=progress)
+    from streamprune.config import format_bytes
+
+    lines = [
+        f"{result.out}: {result.parameters_before:,} → {result.parameters_after:,} parameters, "
+        f"{result.ratio_blocks:.2%} of the blocks and {result.ratio_model:.2%} of the model removed by {result.recipe}",
+        f"{result.seconds:.1f} s, peak {format_bytes(result.peak_host_bytes)} of host memory, "
+        f"{format_bytes(result.bytes_read)} read" + (", resumed" if result.resumed else ""),
+    ]
+    show.result(asdict(result), as_json, lines)

@@ -1,0 +1,71 @@
+"""What people and scripts get to see: human text on stderr, one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+
+class Shown:
+    """Progress: a bar where stderr is a terminal, plain lines otherwise."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._terminal = sys.stderr.isatty()
+        self._name, self._total, self._done = "", 0, 0
+        self._printed = 0.0
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        self.close()
+        self._name, self._total, self._done = name, total, done
+        if self._terminal:
+            self._bar = tqdm(total=total, initial=done, desc=name, file=sys.stderr, leave=True, unit="step")
+        elif done:
+            click.echo(f"{name}: {done} of {total} were done before", err=True)
+
+    def step(self, note: str = "") -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update()
+            if self._done == self._total:
+                self.close()
+        elif self._done == self._total or time.monotonic() - self._printed > 1:
+            # A log gets a line a second at the most.
+            self._printed = time.monotonic()
+            click.echo(f"{self._name}: {self._done} of {self._total}" + (f", {note}" if note else ""), err=True)
+
+    def say(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.write(f"streamprune: {message}", file=sys.stderr)
+        else:
+            click.echo(f"streamprune: {message}", err=True)
+
+    def close(self) -> None:
+        """End the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """The command's result: one JSON object, or lines for people."""
+    if as_json:
+        click.echo(json.dumps(value))
+    else:
+        for line in lines:
+            click.echo(line)
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Aligned columns, the first to the left, the others to the right; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]

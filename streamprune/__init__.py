@@ -1,0 +1,51 @@
+"""streamprune: make a large language model structurally smaller, streaming it block by block.
+
+`prune` is the main job, `evaluate` and `inspect` look at what came out, `load` is transformers'
+`from_pretrained` for pruned checkpoints. Importing this package teaches `AutoModelForCausalLM` to load them too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import Config
+from .errors import StreamPruneError
+from .evaluate import Evaluation, evaluate
+from .inspection import inspect
+from .methods import RECIPES
+from .model.architecture import ARCHITECTURES
+from .model.modeling_streamprune import register
+from .run import Result, forecast_job, plan_only, prune
+from .version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "RECIPES",
+    "Config",
+    "Evaluation",
+    "Result",
+    "StreamPruneError",
+    "__version__",
+    "evaluate",
+    "forecast_job",
+    "inspect",
+    "load",
+    "plan_only",
+    "prune",
+]
+
+for _model_type in ARCHITECTURES:
+    register(_model_type)
+
+
+def load(path: str | Path, **options: Any) -> PreTrainedModel:
+    """A checkpoint directory, pruned or dense, as a transformers model; `options` go to `from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(Path(path), **options)
+    return model

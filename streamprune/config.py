@@ -1,0 +1,115 @@
+"""What the user asked for: frozen, validated, and explicit about what may change on resume."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+Layout = Literal["free", "uniform"]
+LAYOUTS: tuple[Layout, ...] = ("free", "uniform")
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """``"24GiB"`` → 25769803776. Decimal and binary units, or plain bytes.
+
+    Raises:
+        ConfigError: not a size, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{text!r} is not a size; write it like 24GiB, 800MB or 1000000")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size <= 0:
+        raise ConfigError(f"the size {text!r} must be positive")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """1536 → ``"1.5 KiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _fixed(**options: Any) -> Any:
+    """A field that decides the bytes of the result: a job under way keeps it."""
+    return field(metadata={"resume": "fixed"}, **options)
+
+
+def _free(**options: Any) -> Any:
+    """A field that a job under way may be resumed with another value of."""
+    return field(metadata={"resume": "free"}, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One pruning job.
+
+    Raises:
+        ConfigError: a value out of its range, quoting value and range.
+    """
+
+    model: Path = _free()
+    """Directory of the source checkpoint; on resume its content is compared, not its path."""
+    out: Path = _free()
+    """Directory to create."""
+    ratio: float | None = _fixed(default=None)
+    """Share of the blocks' parameters to remove, in (0, 1); None when a plan file decides."""
+    recipe: str = _fixed(default="sobp")
+    settings: Mapping[str, str] = _fixed(default_factory=dict)
+    """The recipe's own settings by name, as text."""
+    calibration: Path | None = _free(default=None)
+    """UTF-8 text; None takes the built-in sample. On resume its content is compared, not its path."""
+    samples: int = _fixed(default=128)
+    seq_len: int | None = _fixed(default=None)
+    """Tokens a sample; None takes 2048, or the model's context if that is shorter."""
+    seed: int = _fixed(default=0)
+    layout: Layout = _fixed(default="free")
+    round_to: int = _fixed(default=8)
+    """FFN widths that are changed become multiples of this."""
+    dtype: str = _fixed(default="auto")
+    """What blocks compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
+    cache: Path | None = _fixed(default=None)
+    """Folder for activations; None keeps them beside OUT."""
+    device: str = _free(default="auto")
+    memory: int | None = _free(default=None)
+    """Bytes the device may use; None takes what is free."""
+    disk: int | None = _free(default=None)
+    """Bytes of disk that activations may use; None takes what is free."""
+    plan: Path | None = _free(default=None)
+    """Plan file that replaces the recipe's allocation; the journal keeps its digest."""
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")
+        if self.ratio is None and self.plan is None:
+            raise ConfigError("neither a ratio nor a plan file was given; one of them decides what goes")
+        for name, least in (("samples", 1), ("round_to", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise ConfigError(f"seq_len is {self.seq_len}; it must be at least 2")
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that a resumed job must agree with, JSON-ready."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["resume"] == "fixed"}
+        return {
+            name: str(value) if isinstance(value, Path) else dict(value) if isinstance(value, Mapping) else value
+            for name, value in values.items()
+        }

@@ -1,0 +1,48 @@
+"""The errors a user can meet.
+
+::
+
+    StreamPruneError            exit 1
+    ├── ConfigError             exit 2   a setting that cannot be: quotes the value and the limit
+    ├── CheckpointError         exit 1   the model directory is not what it should be
+    ├── CalibrationError        exit 1   the text is missing, unreadable or too short
+    ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
+    ├── ResumeError             exit 1   a job under way was started with other settings or inputs
+    └── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
+
+Everything else that escapes is a bug.
+"""
+
+from __future__ import annotations
+
+
+class StreamPruneError(Exception):
+    """Base of every error that is the user's to mend; the message is one line."""
+
+    exit_code = 1
+
+
+class ConfigError(StreamPruneError):
+    """A setting that cannot be."""
+
+    exit_code = 2
+
+
+class CheckpointError(StreamPruneError):
+    """A model directory that cannot be read as a checkpoint."""
+
+
+class CalibrationError(StreamPruneError):
+    """Text that cannot be used."""
+
+
+class ResourceError(StreamPruneError):
+    """Too little memory or disk."""
+
+
+class ResumeError(StreamPruneError):
+    """A job under way that does not fit what is asked now."""
+
+
+class NumericalError(StreamPruneError):
+    """Numbers that cannot be worked with."""

@@ -1,0 +1,89 @@
+"""Perplexity, streamed block by block like everything else."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import calibration, files, machine
+from .memory import Needs, forecast
+from .model.skeleton import open_skeleton
+from .progress import Progress, Silent
+from .stream import sweep
+from .stream.store import ActivationStore
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and how."""
+
+    perplexity: float
+    tokens: int
+    """Predicted tokens: those of all windows but their first."""
+    seq_len: int
+    protocol: str
+
+
+def evaluate(
+    model: Path,
+    text: Path,
+    *,
+    seq_len: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: int | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of a checkpoint directory, dense or pruned, on a text file.
+
+    The text is tokenised whole without special tokens and cut into consecutive windows of `seq_len`
+    (default: 2048 or the model's context if that is shorter), a remainder dropped; the perplexity is exp
+    of the mean negative log-likelihood over all predicted tokens.
+
+    Args:
+        memory: bytes the device may use; None takes what is free.
+        cache: folder for activations while it runs; None takes the system's temporary folder.
+
+    Raises:
+        CheckpointError, CalibrationError, ConfigError: unusable model, text or device.
+        ResourceError: too little memory or disk.
+        NumericalError: NaN or Inf on the way.
+    """
+    progress = progress or Silent()
+    where = machine.resolve_device(device)
+    skeleton = open_skeleton(model, where, dtype)
+    length = calibration.window_length(seq_len, skeleton.context)
+    tokenizer = calibration.load_tokenizer(model)
+    tokens = calibration.tokenize(tokenizer, text, skeleton.vocabulary)
+    windows = calibration.consecutive_windows(tokens, length, text)
+    parent = cache or Path(tempfile.gettempdir())
+    resources = forecast(
+        skeleton,
+        Needs(samples=len(windows), length=length, text=True, prunes=False),
+        device_limit=memory or machine.available_memory(where),
+        disk_limit=files.free_bytes(parent),
+    ).require()
+    if cache is not None:
+        files.make_folder(cache)
+    with tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder:
+        store = ActivationStore(Path(folder), (len(windows), length, skeleton.width), skeleton.dtype, where, durable=False)
+        progress.phase("evaluate", len(skeleton) + 2)
+        sweep.embed(skeleton, windows, store, sweep.boundary("dense", 0), resources.batch)
+        progress.step("embedding")
+        for index in sweep.forward(skeleton, store, "dense", 0, len(skeleton), resources.batch):
+            store.remove(sweep.boundary("dense", index))
+            progress.step(f"block {index}")
+        loss, count = sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), windows, resources.batch)
+        progress.step("head")
+    return Evaluation(
+        perplexity=math.exp(loss / count) if loss / count < 700 else math.inf,
+        tokens=count,
+        seq_len=length,
+        protocol=(
+            f"whole text tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
+            f"mean over all {count} predicted tokens; computed in {str(skeleton.dtype).removeprefix('torch.')}"
+        ),
+    )

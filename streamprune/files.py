@@ -1,0 +1,163 @@
+"""Every durable write, rename and removal of the project.
+
+The rule: temporary name → write → fsync → rename → fsync of the folder. Nothing else in the
+project renames, links or fsyncs, so a fault can be injected here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ResumeError
+
+TEMPORARY = ".tmp"
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse to fsync a folder; their renames are durable by themselves.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path to write to; on success it takes the place of `path` at once.
+
+    On an exception `path` is as it was and the temporary file is gone. With ``durable=False`` the
+    replacement is atomic but not fsynced, for data that no journal line will speak of.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Durably replace `path` by `text` in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Durably copy one file's bytes, links followed; permissions and times are not copied."""
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
+    with replacing(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Durably append one line."""
+    new = not path.exists()
+    with path.open("ab") as file:
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        sync(path.parent)
+
+
+def truncate(path: Path, length: int) -> None:
+    """Durably cut a file to its first `length` bytes."""
+    with path.open("r+b") as file:
+        file.truncate(length)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove(path: Path) -> None:
+    """Remove a file that may be gone already."""
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder that may be gone already."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; the new entry is durable."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        sync(path.parent)
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Rename a finished folder to its final name, where nothing but an empty folder may stand."""
+    for path in sorted(staging.rglob("*")):
+        sync(path)
+    sync(staging)
+    os.rename(staging, target)
+    sync(target.parent)
+
+
+def move_aside(path: Path, target: Path) -> None:
+    """Rename a folder out of the way."""
+    os.rename(path, target)
+    sync(target.parent)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the file system that holds `folder` or, if it is not there yet, its nearest parent."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; a process that died holds none.
+
+    Raises:
+        ResumeError: another live process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResumeError(f"another process is working on this job ({path} is locked)") from None
+        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+            raise ResumeError(f"another process has just finished this job ({path} is gone)")
+        yield
+    finally:
+        os.close(descriptor)

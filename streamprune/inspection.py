@@ -1,0 +1,92 @@
+"""What a checkpoint is made of, and what a job has done so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError
+from .journal import Journal
+from .model.checkpoint import CONFIG, read_json
+from .model.skeleton import open_skeleton
+from .output import REPORT
+from .run import job_folder
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Blocks, sites, units and widths of a checkpoint; progress or report of the job that makes or made it.
+
+    Args:
+        path: a checkpoint directory, or the OUT of a job under way.
+
+    Returns:
+        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready.
+
+    Raises:
+        CheckpointError: neither a checkpoint nor a job.
+    """
+    job = _job(path)
+    if job is not None and not (path / CONFIG).is_file():
+        return {"model": None, "job": job}
+    model = _model(path)
+    if job is None and (path / REPORT).is_file():
+        report = read_json(path / REPORT)
+        job = {"state": "finished", "report": report} if "job" in report else None
+    return {"model": model, "job": job}
+
+
+def _model(path: Path) -> dict[str, Any]:
+    skeleton = open_skeleton(path, torch.device("cpu"), "auto")
+    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in skeleton.checkpoint.values()})
+    blocks = []
+    for index in range(len(skeleton)):
+        sites = skeleton.sites(index)
+        names = skeleton.block_names(index).values()
+        blocks.append(
+            {
+                "block": index,
+                "parameters": sum(skeleton.checkpoint[name].numel for name in names),
+                "sites": [
+                    {
+                        "site": site.name,
+                        "units": site.units,
+                        "columns": site.columns,
+                        "unit_parameters": site.unit_parameters,
+                        **({"heads": site.heads, "head_dim": site.head_width} if site.heads else {}),
+                    }
+                    for site in sites
+                ],
+            }
+        )
+    return {
+        "path": str(path),
+        "model_type": skeleton.config.model_type,
+        "dtypes": dtypes,
+        "parameters": skeleton.parameters(),
+        "block_parameters": skeleton.block_parameters(),
+        "width": skeleton.width,
+        "vocabulary": skeleton.vocabulary,
+        "context": skeleton.context,
+        "tied": not any(name.startswith(skeleton.architecture.head) for name in skeleton.head_names()),
+        "blocks": blocks,
+    }
+
+
+def _job(out: Path) -> dict[str, Any] | None:
+    path = job_folder(out) / "journal.jsonl"
+    if not path.is_file():
+        if not out.exists():
+            raise CheckpointError(f"{out} does not exist, and no job is making it")
+        return None
+    journal = Journal(path, repair=False)
+    if journal.header is None:
+        return {"state": "starting"}
+    reports = [report for step in journal.steps("prune/") for report in step["sites"]]
+    return {
+        "state": "complete, to be renamed" if journal.find("complete") else "under way",
+        "settings": journal.header["job"]["settings"],
+        "finished": [step["step"] for step in journal.steps()],
+        "sites": reports,
+    }

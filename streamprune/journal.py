@@ -1,0 +1,81 @@
+"""The finished steps of a job, append-only: the only record that resuming trusts.
+
+One line a step: the CRC-32 of the JSON text in hex, a space, the JSON text. The first line is the
+header: what the job was started with. A torn last line (a kill in the middle of an append) is cut off;
+a damaged line with others after it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .errors import ResumeError
+
+Entry = dict[str, Any]
+
+
+class Journal:
+    """The journal at `path`, which need not exist yet.
+
+    Args:
+        repair: cut off a torn last line; False only passes over it, for looking at a job that may be running.
+    """
+
+    def __init__(self, path: Path, *, repair: bool = True) -> None:
+        self.path, self.repair = path, repair
+        self._entries: list[Entry] = []
+        if path.exists():
+            self._read()
+
+    @property
+    def header(self) -> Entry | None:
+        """What the job was started with; None before the first line."""
+        return self._entries[0] if self._entries else None
+
+    def append(self, step: str, **data: Any) -> Entry:
+        """Record `step` as finished, durably. Whatever it speaks of must be durable before."""
+        entry = {"step": step, **data}
+        files.append_line(self.path, _encode(entry))
+        # Through JSON and back, so that a job that never stopped sees what a resumed one reads.
+        self._entries.append(json.loads(json.dumps(entry)))
+        return self._entries[-1]
+
+    def find(self, step: str) -> Entry | None:
+        """The last entry of that step, or None if it is not finished."""
+        return next((entry for entry in reversed(self._entries) if entry["step"] == step), None)
+
+    def steps(self, prefix: str = "") -> Iterator[Entry]:
+        """All finished steps whose name begins with `prefix`, in order, the header left out."""
+        return (entry for entry in self._entries[1:] if entry["step"].startswith(prefix))
+
+    def _read(self) -> None:
+        good = 0
+        data = self.path.read_bytes()
+        for number, line in enumerate(data.splitlines(keepends=True), start=1):
+            entry = _decode(line)
+            if entry is None:
+                if good + len(line) < len(data):
+                    raise ResumeError(f"{self.path}: line {number} is damaged; start over with --restart")
+                if self.repair:
+                    files.truncate(self.path, good)
+                break
+            self._entries.append(entry)
+            good += len(line)
+
+
+def _encode(entry: Entry) -> str:
+    text = json.dumps(entry, sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+def _decode(line: bytes) -> Entry | None:
+    check, _, text = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or check != f"{zlib.crc32(text):08x}".encode():
+        return None
+    entry: Entry = json.loads(text)
+    return entry

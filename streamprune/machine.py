@@ -1,0 +1,86 @@
+"""What this machine is and has: device, dtype, free memory, peaks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from .errors import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` takes CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: not a device, or one that this machine or this torch has not.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; only cpu and cuda are supported")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device is {name!r}; torch sees {count} CUDA devices")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What blocks compute in: ``auto`` is the stored dtype on a GPU and float32 on the CPU."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    return stored if device.type == "cuda" else torch.float32
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that work on the device may use now; on the CPU a tenth is left to others."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(_host_available() * 0.9)
+
+
+def resident_bytes() -> int:
+    """Host memory that this process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_host_bytes()
+
+
+def peak_host_bytes() -> int:
+    """The most host memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """The most device memory that tensors have held; on the CPU the device is the host."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_host_bytes()
+
+
+def _host_available() -> int:
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(available, 1)

@@ -1,0 +1,253 @@
+"""What each step needs, and the micro-batch that fits.
+
+The figures are sums of what the code holds at each step; activations are counted a token from the
+widths of the sublayer at hand. They err to the high side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .config import format_bytes
+from .errors import ResourceError
+from .machine import resident_bytes
+from .model.skeleton import Skeleton
+from .site import Site
+from .stream.sweep import LOGIT_BYTES
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""More tokens a micro-batch than this make nothing faster."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job will do, as far as resources go."""
+
+    samples: int
+    length: int
+    text: bool
+    """Activations move at all."""
+    gradients: bool = False
+    gram: bool = False
+    dense_stream: bool = False
+    prunes: bool = True
+    """False for evaluation."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A job's forecast."""
+
+    batch: int
+    """Sequences a micro-batch, forward."""
+    backward_batch: int
+    boundary_every: int
+    """The survey keeps every k-th boundary and recomputes the others."""
+    device_bytes: int
+    """Peak of weights, sums, solver workspace and activations."""
+    host_bytes: int
+    """Peak of the process; where the device is the CPU, the device's share included."""
+    disk_bytes: int
+    """Activations."""
+    output_bytes: int
+    """The result, at the most."""
+    bytes_to_read: int
+    operations: int
+    """Floating-point operations."""
+    steps: int
+    device_limit: int
+    disk_limit: int
+    problems: tuple[str, ...]
+    """Why it does not fit, and what would; empty when it does."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "problems": list(self.problems), "fits": not self.problems}
+
+    def require(self) -> Resources:
+        """Itself, if it fits.
+
+        Raises:
+            ResourceError: it does not.
+        """
+        if self.problems:
+            raise ResourceError("; ".join(self.problems))
+        return self
+
+
+def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int) -> Resources:
+    """What the job takes, with the largest micro-batches that fit the device's limit."""
+    model = _Shapes(skeleton, needs)
+    problems = []
+    least = model.device_peak(1, 1)
+    batch = backward_batch = 1
+    if least > device_limit:
+        problems.append(
+            f"the memory limit is {format_bytes(device_limit)}; {model.tightest(1, 1)} needs {format_bytes(least)} "
+            f"even with one sequence of {needs.length} tokens at a time"
+        )
+    else:
+        most = max(1, min(needs.samples, BATCH_TOKENS[skeleton.device.type] // needs.length))
+        batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1) <= device_limit)
+        backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size) <= device_limit)
+    every, disk = model.boundaries(disk_limit)
+    if disk > disk_limit:
+        problems.append(
+            f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
+            f"fewer samples than {needs.samples}, windows shorter than {needs.length} or another --cache would do"
+        )
+    device = model.device_peak(batch, backward_batch)
+    host = resident_bytes() + 2 * model.stored_block + 4 * model.row_bytes * batch
+    if skeleton.device.type == "cpu":
+        host += device
+    return Resources(
+        batch=batch,
+        backward_batch=backward_batch,
+        boundary_every=every,
+        device_bytes=device,
+        host_bytes=host,
+        disk_bytes=disk,
+        output_bytes=sum(skeleton.checkpoint[name].nbytes for name in skeleton.checkpoint) if needs.prunes else 0,
+        bytes_to_read=model.bytes_to_read(every),
+        operations=model.operations(),
+        steps=model.steps(),
+        device_limit=device_limit,
+        disk_limit=disk_limit,
+        problems=tuple(problems),
+    )
+
+
+class _Shapes:
+    """Bytes and operations of one model under one job."""
+
+    def __init__(self, skeleton: Skeleton, needs: Needs) -> None:
+        self.skeleton, self.needs = skeleton, needs
+        checkpoint = skeleton.checkpoint
+        self.item = skeleton.dtype.itemsize
+        self.sum_item = 8 if skeleton.dtype == torch.float64 else 4
+        self.d = skeleton.width
+        self.row_bytes = needs.length * self.d * self.item
+        self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
+        counts = [[checkpoint[n] for n in skeleton.block_names(i).values()] for i in range(len(skeleton))]
+        self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
+        self.block = max(sum(entry.numel for entry in block) for block in counts) * self.item
+        self.stored_all = sum(entry.nbytes for block in counts for entry in block)
+        self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.item
+        self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.item
+
+    # Device memory: what is held at once in each step, by the step's name.
+
+    def device_peak(self, batch: int, backward_batch: int) -> int:
+        return max(self._steps(batch, backward_batch).values())
+
+    def tightest(self, batch: int, backward_batch: int) -> str:
+        steps = self._steps(batch, backward_batch)
+        return max(steps, key=lambda name: steps[name])
+
+    def _steps(self, batch: int, backward_batch: int) -> dict[str, int]:
+        needs, length = self.needs, self.needs.length
+        steps = {"one block": self.block}
+        if needs.text:
+            steps["the embedding"] = self.embed + 3 * batch * self.row_bytes
+            steps["one block's forward pass"] = self.block + batch * length * max(
+                self._forward_token(site) for sites in self.blocks for site in sites
+            )
+        if needs.gradients or not needs.prunes:
+            vocabulary = self.skeleton.vocabulary
+            logits = min(LOGIT_BYTES, 4 * vocabulary * batch * length)
+            steps["the head"] = self.head + 3 * batch * self.row_bytes + 4 * max(logits, 4 * vocabulary)
+        if needs.gradients:
+            steps["one block's backward pass"] = self.block + backward_batch * length * max(
+                sum(self._backward_token(site) for site in sites) for sites in self.blocks
+            )
+        if needs.prunes:
+            for sites in self.blocks:
+                for site in sites:
+                    for name, size in self._prune_steps(site, batch).items():
+                        steps[name] = max(steps.get(name, 0), size)
+        return steps
+
+    def _prune_steps(self, site: Site, batch: int) -> dict[str, int]:
+        needs, tokens = self.needs, batch * self.needs.length
+        held = self.block + site.units * site.unit_parameters * (self.item + self.sum_item)
+        n, d, item = site.columns, self.d, self.sum_item
+        steps = {f"re-fitting one {site.kind} site": held + 3 * item * n * d}
+        if needs.gram:
+            steps[f"the Gram of one {site.kind} site"] = held + item * n * n + tokens * (self._forward_token(site) + item * n)
+            steps[f"re-fitting one {site.kind} site"] += 4 * item * n * n
+        if needs.dense_stream:
+            inputs = 2 * item * d * d
+            steps["two streams side by side"] = held + inputs + tokens * (self._forward_token(site) + (4 * self.item + 2 * item) * d)
+            steps["input compensation"] = held + inputs + 3 * item * d * d + 3 * item * d * max(n, d)
+        return steps
+
+    def _forward_token(self, site: Site) -> int:
+        """Bytes a token while one sublayer runs forward: stream, norm in float32, producers, consumer input."""
+        if site.kind == "attention":
+            # q, k, v, their rotated copies, k and v repeated for the query heads, the output
+            return self.item * (4 * self.d + 8 * site.columns) + 8 * self.d
+        return self.item * (4 * self.d + 4 * site.columns) + 8 * self.d
+
+    def _backward_token(self, site: Site) -> int:
+        """Bytes a token that one sublayer keeps for its backward pass, and its gradients."""
+        return 2 * self._forward_token(site)
+
+    # Disk, reading, operations.
+
+    def boundaries(self, limit: int) -> tuple[int, int]:
+        """(k, bytes): boundaries of the survey kept at every k-th block, k the least that fits."""
+        needs, depth = self.needs, len(self.skeleton)
+        if not needs.text:
+            return 1, 0
+        one = needs.samples * self.row_bytes
+        # Both streams hold a block's input, the one between its sublayers and its output until the journal has it.
+        prune = (6 if needs.dense_stream else 3) * one if needs.prunes else 2 * one
+        if not needs.gradients:
+            return 1, prune
+        every, disk = 1, 0
+        for every in range(1, depth + 1):
+            kept = (depth - 1) // every + 1
+            disk = max(prune, (kept + (every if every > 1 else 1) + 2) * one)
+            if disk <= limit:
+                break
+        else:
+            every = min(range(1, depth + 1), key=lambda k: (depth - 1) // k + k)
+            disk = max(prune, ((depth - 1) // every + 1 + every + 2) * one)
+        return every, disk
+
+    def bytes_to_read(self, every: int) -> int:
+        checkpoint, needs = self.skeleton.checkpoint, self.needs
+        outside = sum(checkpoint[name].nbytes for name in {*self.skeleton.embed_names(), *self.skeleton.head_names()})
+        if not needs.prunes:
+            return self.stored_all + outside
+        sweeps = 2 + (2 if needs.gradients else 0) + (1 if needs.gradients and every > 1 else 0)
+        return sweeps * self.stored_all + (2 + (1 if needs.text else 0)) * outside
+
+    def operations(self) -> int:
+        needs, total = self.needs, 0
+        tokens = needs.samples * needs.length if needs.text else 0
+        for sites in self.blocks:
+            passes = 0
+            for site in sites:
+                linear = 2 * site.units * site.unit_parameters
+                mixing = 2 * needs.length * site.columns if site.kind == "attention" else 0
+                passes += (linear + mixing) * tokens
+                if not needs.prunes:
+                    continue
+                n, d = site.columns, self.d
+                if needs.gram:
+                    total += 2 * n * n * tokens + 2 * n**3 + 6 * n**3 // 3
+                if needs.dense_stream:
+                    total += 4 * d * d * tokens + d**3
+            times = 1 if not needs.prunes else (3 if needs.gradients else 0) + 2 * needs.gram + needs.dense_stream
+            total += times * passes
+        if needs.gradients or not needs.prunes:
+            total += 2 * self.d * self.skeleton.vocabulary * tokens * (2 if needs.gradients else 1)
+        return total
+
+    def steps(self) -> int:
+        depth = len(self.skeleton)
+        return depth + (2 * depth + 2 if self.needs.gradients else 0) + 2

@@ -1,0 +1,125 @@
+"""How many units each site loses: a 0/1 knapsack over all units of the model."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..site import Site
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to be removed, and in what steps."""
+
+    ratio: float
+    """Share of all block parameters, in (0, 1)."""
+    parameters: int
+    """Parameters of all blocks."""
+    round_to: int
+    """FFN widths that are changed become multiples of this."""
+    uniform: bool
+    """All blocks keep the same widths."""
+
+    @property
+    def target(self) -> int:
+        """Parameters to remove."""
+        return round(self.ratio * self.parameters)
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """Sites that lose units together: one site, or with a uniform budget all of one kind."""
+
+    sites: tuple[Site, ...]
+    density: Tensor  # (units,) float64: cost a parameter of each further unit, ascending
+    steps: tuple[int, ...]  # units that may be gone, ascending, from 0
+
+    def parameters(self, step: int) -> int:
+        """Parameters that go with the step after `step`."""
+        return (self.steps[step + 1] - self.steps[step]) * sum(site.unit_parameters for site in self.sites)
+
+    def cost(self, step: int) -> float:
+        """Mean density of the units that go with the step after `step`."""
+        return float(self.density[self.steps[step] : self.steps[step + 1]].mean())
+
+
+def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
+    """Units to keep per site, so that what goes costs least.
+
+    With units of equal size inside a site the density order is optimal to within one unit: the steps of
+    all sites are taken cheapest first, those that no longer fit are passed over, and smaller ones fill
+    the gap. Every site keeps one unit (or one multiple of ``round_to``).
+
+    Args:
+        densities: per site (units,), what each further removed unit costs a parameter, ascending.
+
+    Raises:
+        ConfigError: the model cannot lose that much, or so little that not one unit fits.
+    """
+    bundles = _bundles(sites, densities, budget)
+    largest = sum(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
+    if largest < budget.target:
+        raise ConfigError(
+            f"ratio is {budget.ratio:g}; this model can lose at most {largest / budget.parameters:.3f} "
+            "of its blocks' parameters while every site keeps a unit"
+        )
+    left = budget.target
+    taken = [0] * len(bundles)
+    heap = [(bundle.cost(0), number) for number, bundle in enumerate(bundles) if len(bundle.steps) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, number = heapq.heappop(heap)
+        bundle = bundles[number]
+        # A step that does not fit ends its bundle: the later ones cost more and are no smaller.
+        if bundle.parameters(taken[number]) > left:
+            continue
+        left -= bundle.parameters(taken[number])
+        taken[number] += 1
+        if taken[number] + 1 < len(bundle.steps):
+            heapq.heappush(heap, (bundle.cost(taken[number]), number))
+    if not any(taken):
+        smallest = min((bundle.parameters(0) for bundle in bundles if len(bundle.steps) > 1), default=0)
+        raise ConfigError(
+            f"ratio is {budget.ratio:g}; the smallest step is {smallest / budget.parameters:.4f} of the blocks' parameters"
+        )
+    return {
+        site.name: site.units - bundle.steps[step]
+        for bundle, step in zip(bundles, taken, strict=True)
+        for site in bundle.sites
+    }
+
+
+def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Budget) -> list[_Bundle]:
+    if not budget.uniform:
+        return [_Bundle((site,), densities[site.name].double(), _steps(site, budget.round_to)) for site in sites]
+    kinds: dict[str, list[Site]] = {}
+    for site in sites:
+        kinds.setdefault(site.kind, []).append(site)
+    bundles = []
+    for kind, alike in kinds.items():
+        if len({(site.units, site.width) for site in alike}) > 1:
+            raise ConfigError(f"the uniform layout needs blocks of equal widths; {kind} widths of this model differ")
+        mean = sum(densities[site.name].double() for site in alike) / len(alike)
+        assert isinstance(mean, Tensor)
+        bundles.append(_Bundle(tuple(alike), mean, _steps(alike[0], budget.round_to)))
+    return bundles
+
+
+def _steps(site: Site, round_to: int) -> tuple[int, ...]:
+    if not site.prunable:
+        return (0,)
+    if site.kind == "attention":
+        return tuple(range(site.units))
+    widths = range((site.units - 1) // round_to * round_to, 0, -round_to)
+    return (0, *(site.units - width for width in widths))
+
+
+def even_densities(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Densities under which every site loses the same share: the k-th unit of n costs (k + ½)/n."""
+    return {site.name: (torch.arange(site.units, dtype=torch.float64) + 0.5) / site.units for site in sites}

@@ -1,0 +1,69 @@
+"""What every method is measured against: uniform allocation, a local score, no re-fitting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..maths.linalg import unit_columns
+from ..maths.stats import MaskGradient
+from ..site import Site
+from .allocation import Budget, allocate, even_densities
+from .plan import Plan, SitePlan
+from .recipe import NoSettings, Problem, Recipe, Refit
+
+Score = Callable[[Problem], Tensor]
+
+
+def random_score(problem: Problem) -> Tensor:
+    """Uniform noise, seeded per site: (units,)."""
+    return torch.rand(problem.site.units, generator=problem.generator, dtype=torch.float64)
+
+
+def magnitude_score(problem: Problem) -> Tensor:
+    """Sum of squared weights of the unit, consumer columns and producer rows: (units,)."""
+    units = problem.site.units
+    score = problem.w.square().sum(dim=0).view(units, -1).sum(dim=1)
+    for producer in problem.producers:
+        score = score + producer.square().sum(dim=1).view(units, -1).sum(dim=1)
+    return score
+
+
+def wanda_score(problem: Problem) -> Tensor:
+    """Structured Wanda: ``Σ_j∈u ‖x_j‖ · Σ_i |W_ij|``, ‖x_j‖ from the Gram's diagonal: (units,)."""
+    columns = problem.w.abs().sum(dim=0) * problem.gram.diagonal().clamp_min(0).sqrt()
+    return columns.view(problem.site.units, -1).sum(dim=1)
+
+
+def _uniform(settings: NoSettings, sites: Sequence[Site], survey: Mapping[str, MaskGradient], budget: Budget) -> Plan:
+    keep = allocate(sites, even_densities(sites), budget)
+    return Plan({site.name: SitePlan(keep[site.name]) for site in sites}, budget.ratio)
+
+
+def _keep_columns(settings: NoSettings, problem: Problem, kept: Tensor) -> Refit:
+    return Refit(problem.w[:, unit_columns(kept.to(problem.w.device), problem.site.width)])
+
+
+def _baseline(name: str, summary: str, score: Score, *, gram: bool = False) -> Recipe[NoSettings]:
+    def select(settings: NoSettings, problem: Problem, keep: int) -> Tensor:
+        best = score(problem).cpu().argsort(descending=True, stable=True)[:keep]
+        return best.sort().values
+
+    return Recipe(
+        name=name,
+        summary=summary,
+        settings=NoSettings,
+        allocate=_uniform,
+        select=select,
+        reconstruct=_keep_columns,
+        wants_gram=lambda settings: gram,
+    )
+
+
+RANDOM = _baseline("random", "random units, the same share everywhere", random_score)
+MAGNITUDE = _baseline("magnitude", "units of least squared weight, the same share everywhere", magnitude_score)
+WANDA_SP = _baseline(
+    "wanda-sp", "units of least |weight| × input norm, the same share everywhere", wanda_score, gram=True
+)

@@ -1,0 +1,131 @@
+"""Units to keep per site: plain data, JSON, for people to read and edit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..site import Site
+
+FORMAT = "streamprune-plan-1"
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one site keeps."""
+
+    keep: int
+    units: tuple[int, ...] | None = None
+    """Which ones, ascending; None leaves the choice to the recipe's selection."""
+
+
+class Plan(Mapping[str, SitePlan]):
+    """Site names to what they keep.
+
+    Args:
+        kept: one entry a site.
+        ratio: the share of block parameters it was made to remove.
+    """
+
+    def __init__(self, kept: Mapping[str, SitePlan], ratio: float) -> None:
+        self._kept = dict(kept)
+        self.ratio = ratio
+
+    def __getitem__(self, name: str) -> SitePlan:
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def removed_parameters(self, sites: Sequence[Site]) -> int:
+        """Parameters that go."""
+        return sum((site.units - self[site.name].keep) * site.unit_parameters for site in sites)
+
+    def to_json(self) -> str:
+        """The plan file's text, one line a site."""
+        lines = []
+        for name, entry in self._kept.items():
+            value: dict[str, Any] = {"keep": entry.keep}
+            if entry.units is not None:
+                value["units"] = list(entry.units)
+            lines.append(f"    {json.dumps(name)}: {json.dumps(value)}")
+        body = ",\n".join(lines)
+        return f'{{\n  "format": "{FORMAT}",\n  "ratio": {json.dumps(self.ratio)},\n  "sites": {{\n{body}\n  }}\n}}\n'
+
+    def digest(self) -> str:
+        """What tells it from another plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """A plan file; `check` it against the model before use.
+
+        Raises:
+            ConfigError: unreadable, or not a plan.
+        """
+        try:
+            return cls.parse(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the plan {path}: {error}") from error
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Plan:
+        """A plan from its JSON text.
+
+        Raises:
+            ConfigError: not a plan.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where} is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("sites"), dict):
+            raise ConfigError(f'{where} is not a plan: it needs "format": "{FORMAT}" and "sites"')
+        ratio = data.get("ratio")
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+            raise ConfigError(f"{where}: ratio is {ratio!r}; it must be in (0, 1)")
+        kept = {}
+        for name, value in data["sites"].items():
+            keep, units = (value.get("keep"), value.get("units")) if isinstance(value, dict) else (None, None)
+            if isinstance(keep, bool) or not isinstance(keep, int):
+                raise ConfigError(f'{where}: {name} needs "keep", a whole number')
+            if units is not None:
+                if not isinstance(units, list) or any(isinstance(u, bool) or not isinstance(u, int) for u in units):
+                    raise ConfigError(f'{where}: "units" of {name} must be a list of whole numbers')
+                if len(units) != keep or sorted(set(units)) != units:
+                    raise ConfigError(f'{where}: {name} keeps {keep}, so "units" must be {keep} different numbers, ascending')
+            kept[name] = SitePlan(keep, None if units is None else tuple(units))
+        return cls(kept, float(ratio))
+
+    def check(self, sites: Sequence[Site], where: str) -> None:
+        """Hold the plan against a model.
+
+        Raises:
+            ConfigError: a site missing or unknown, a count or unit out of range.
+        """
+        names = {site.name for site in sites}
+        for name in self._kept.keys() - names:
+            raise ConfigError(f"{where}: the model has no site {name!r}")
+        for site in sites:
+            if site.name not in self._kept:
+                raise ConfigError(f"{where}: {site.name} is missing")
+            entry = self[site.name]
+            if not 1 <= entry.keep <= site.units:
+                raise ConfigError(f"{where}: {site.name} keeps {entry.keep}; it must be 1 to {site.units}")
+            if entry.units and not (0 <= entry.units[0] and entry.units[-1] < site.units):
+                raise ConfigError(f'{where}: "units" of {site.name} must lie between 0 and {site.units - 1}')
+            if entry.keep < site.units and not site.prunable:
+                raise ConfigError(f"{where}: {site.name} keeps {entry.keep} of {site.units}; a stock config cannot say so")
+
+    def is_uniform(self, sites: Sequence[Site]) -> bool:
+        """Whether all blocks end with the same widths."""
+        widths = {(site.kind, self[site.name].keep * site.width) for site in sites}
+        return len(widths) == len({site.kind for site in sites})

@@ -1,0 +1,120 @@
+"""A method as data: which statistics it needs, and its allocate, select and reconstruct functions.
+
+Nothing else is configured: a recipe that wants mask gradients gets a backward sweep, one that wants Grams
+gets the pruned stream, one that wants neither needs no text at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..maths.stats import MaskGradient
+from ..site import Site
+from .allocation import Budget
+from .plan import Plan
+
+S = TypeVar("S")
+
+SWITCH = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One site as a method sees it, on the model pruned so far."""
+
+    site: Site
+    w: Tensor
+    """The consumer's weight (d_out, n), float32 or float64."""
+    producers: tuple[Tensor, ...]
+    """The producers' weights (rows, d), same dtype."""
+    h: Tensor | None
+    """Mean Gram of the consumer's input (n, n), same dtype; None unless the recipe observes."""
+    generator: torch.Generator
+    """Seeded for this site."""
+
+    @property
+    def gram(self) -> Tensor:
+        """`h`, which must be there."""
+        assert self.h is not None
+        return self.h
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What stays of the consumer."""
+
+    w: Tensor
+    """(d_out, k)."""
+    damping: float | None = None
+    """Relative damping that it took; None where nothing was solved."""
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[S]):
+    """One method with settings of type `S`, a frozen dataclass."""
+
+    name: str
+    summary: str
+    settings: type[S]
+    allocate: Callable[[S, Sequence[Site], Mapping[str, MaskGradient], Budget], Plan]
+    select: Callable[[S, Problem, int], Tensor]
+    """That many units to keep, (k,) ascending."""
+    reconstruct: Callable[[S, Problem, Tensor], Refit]
+    wants_mask_gradients: Callable[[S], bool] = lambda settings: False
+    wants_gram: Callable[[S], bool] = lambda settings: False
+    compensation: Callable[[S], float | None] = lambda settings: None
+    """Relative damping of the producers' input compensation; None for none."""
+    uses_plan_units: Callable[[S], bool] = lambda settings: False
+    """Whether the plan says which units stay, not only how many."""
+
+    def parse(self, given: Mapping[str, str]) -> S:
+        """Settings from ``name=value`` texts.
+
+        Raises:
+            ConfigError: an unknown name or a value of another type, with what there is.
+        """
+        known = {f.name: f for f in fields(self.settings)}  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for name, text in given.items():
+            if name not in known:
+                raise ConfigError(
+                    f"recipe {self.name} has no setting {name!r}; it has {', '.join(known) if known else 'none'}"
+                )
+            values[name] = _parse(self.name, name, text, known[name].default, known[name].metadata)
+        return self.settings(**values)
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+    """A field of a settings class; the default's type is the setting's."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """For recipes with nothing to set."""
+
+
+def _parse(recipe: str, name: str, text: str, default: Any, metadata: Mapping[str, Any]) -> Any:
+    where = f"recipe {recipe}, setting {name} = {text!r}"
+    if isinstance(default, bool):
+        if text.lower() not in SWITCH:
+            raise ConfigError(f"{where}: it must be on or off")
+        return SWITCH[text.lower()]
+    if isinstance(default, str):
+        if text not in metadata["choices"]:
+            raise ConfigError(f"{where}: it must be one of {', '.join(metadata['choices'])}")
+        return text
+    try:
+        number = type(default)(text)
+    except ValueError:
+        raise ConfigError(f"{where}: it must be a number") from None
+    least = metadata["least"]
+    if not abs(number) < float("inf") or (least is not None and number < least):
+        raise ConfigError(f"{where}: it must be a finite number of at least {least:g}")
+    return number

@@ -1,0 +1,1 @@
+"""Checkpoints and architectures: the only floor that knows safetensors and transformers' modules."""

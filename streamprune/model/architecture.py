@@ -1,0 +1,122 @@
+"""The table of architectures: names, not classes.
+
+A block is a sequence of sublayers, and every sublayer is one site::
+
+    z = mixer(norm(x))            the consumer's input; the mixer holds the producers
+    y = x + consumer(z)
+
+All of transformers' attention and FFN modules of the table fit once their last linear, the consumer, is
+taken out of them. A new architecture of this shape is one entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CheckpointError
+from ..site import Kind
+
+
+@dataclass(frozen=True)
+class SublayerEntry:
+    """Names inside a block."""
+
+    kind: Kind
+    norm: str
+    mixer: tuple[str, ...]
+    """Modules run in turn between the norm and the consumer; the consumer's place in them is bypassed."""
+    producers: tuple[str, ...]
+    consumer: str
+    counts: tuple[str, ...] = ()
+    """Module attributes that count heads and shrink with the units."""
+    widths: tuple[tuple[str, str], ...] = ()
+    """Fields of a stock config, each with the attribute of `Site` that it holds; empty where a stock config
+    cannot say fewer units."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `model_type`."""
+
+    model_type: str
+    sublayers: tuple[SublayerEntry, ...]
+    blocks: str = "model.layers"
+    embed: tuple[str, ...] = ("model.embed_tokens",)
+    final: tuple[str, ...] = ("model.norm",)
+    """Modules between the last block and the head, in order; those a config leaves out are skipped."""
+    head: str = "lm_head"
+    norm_after: Callable[[Any], bool] = lambda config: False
+    """Whether the norm follows the residual sum instead of opening the sublayer."""
+
+    @property
+    def base(self) -> str:
+        """The module that holds the blocks."""
+        return self.blocks.rpartition(".")[0]
+
+
+_ATTENTION = SublayerEntry(
+    kind="attention",
+    norm="input_layernorm",
+    mixer=("self_attn",),
+    producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    consumer="self_attn.o_proj",
+    widths=(("num_attention_heads", "heads"), ("num_key_value_heads", "units"), ("head_dim", "head_width")),
+)
+_GATED = SublayerEntry(
+    kind="ffn",
+    norm="post_attention_layernorm",
+    mixer=("mlp",),
+    producers=("mlp.gate_proj", "mlp.up_proj"),
+    consumer="mlp.down_proj",
+    widths=(("intermediate_size", "columns"),),
+)
+_OPT_ATTENTION = SublayerEntry(
+    kind="attention",
+    norm="self_attn_layer_norm",
+    mixer=("self_attn",),
+    producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    consumer="self_attn.out_proj",
+    counts=("self_attn.num_heads",),
+)
+_OPT_FFN = SublayerEntry(
+    kind="ffn",
+    norm="final_layer_norm",
+    mixer=("fc1", "activation_fn"),
+    producers=("fc1",),
+    consumer="fc2",
+    widths=(("ffn_dim", "columns"),),
+)
+
+ARCHITECTURES = {
+    entry.model_type: entry
+    for entry in (
+        Architecture("llama", (_ATTENTION, _GATED)),
+        Architecture("mistral", (_ATTENTION, _GATED)),
+        Architecture("qwen2", (_ATTENTION, _GATED)),
+        Architecture("qwen3", (_ATTENTION, _GATED)),
+        Architecture(
+            "opt",
+            (_OPT_ATTENTION, _OPT_FFN),
+            blocks="model.decoder.layers",
+            embed=("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.project_in"),
+            final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
+            norm_after=lambda config: not config.do_layer_norm_before,
+        ),
+    )
+}
+
+
+def architecture_of(model_type: str | None, where: str) -> Architecture:
+    """The table's entry.
+
+    Raises:
+        CheckpointError: not in the table.
+    """
+    entry = ARCHITECTURES.get(model_type or "")
+    if entry is None:
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return entry

@@ -1,0 +1,161 @@
+"""One transformer block with real weights, cut into its sublayers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NumericalError
+from ..maths.linalg import unit_columns
+from ..maths.stats import accumulator
+from ..site import Site
+from .architecture import Architecture, SublayerEntry
+
+Arguments = Mapping[str, Any]
+"""What the model's own forward passes to a block besides the hidden states."""
+
+
+class Block:
+    """Modules on the device in the computing dtype, and masters on the host in the stored dtype.
+
+    Args:
+        layer: transformers' block on the meta device; taken over.
+        weights: stored tensors by name inside the block.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        weights: dict[str, Tensor],
+        architecture: Architecture,
+        sites: list[Site],
+        *,
+        norm_after: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.weights = weights
+        for name, tensor in weights.items():
+            place(layer, name, tensor.to(device, dtype, non_blocking=True))
+        # The mixers run with their consumer taken out, so that what they return is the consumer's input.
+        consumers: dict[str, nn.Module] = {}
+        for entry in architecture.sublayers:
+            consumers[entry.consumer] = layer.get_submodule(entry.consumer)
+            layer.set_submodule(entry.consumer, nn.Identity())
+        self._modules = layer, consumers
+        self.sublayers = [
+            Sublayer(self, entry, site, norm_after) for entry, site in zip(architecture.sublayers, sites, strict=True)
+        ]
+
+    def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
+        """The block's output: (sequences, tokens, d) → same."""
+        for sublayer in self.sublayers:
+            x = sublayer(x, arguments)
+        return x
+
+    def twin(self) -> Block:
+        """A block of its own that shares every tensor until one of the two replaces it."""
+        other = copy.copy(self)
+        layer, consumers = self._modules
+        tensors = [tensor for module in (layer, *consumers.values()) for tensor in (*module.parameters(), *module.buffers())]
+        other._modules = copy.deepcopy(self._modules, {id(tensor): tensor for tensor in tensors})
+        other.weights = dict(self.weights)
+        other.sublayers = [Sublayer(other, s.entry, s.site, s.norm_after) for s in self.sublayers]
+        return other
+
+    def module(self, name: str) -> nn.Module:
+        """A module of the block by its own name; consumers are found where they were."""
+        layer, consumers = self._modules
+        return consumers[name] if name in consumers else layer.get_submodule(name)
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Replace one tensor: the master is rounded to the stored dtype, the device gets what it holds."""
+        master = tensor.to("cpu", self.weights[name].dtype)
+        self.weights[name] = master
+        module, _, leaf = name.rpartition(".")
+        place(self.module(module), leaf, master.to(self.device, self.dtype))
+
+
+class Sublayer:
+    """One site with its norm, mixer and consumer (see `architecture`)."""
+
+    def __init__(self, block: Block, entry: SublayerEntry, site: Site, norm_after: bool) -> None:
+        self.block, self.entry, self.site, self.norm_after = block, entry, site, norm_after
+        self._norm = block.module(entry.norm)
+        self._consumer = block.module(entry.consumer)
+        self._mixer = [block.module(name) for name in entry.mixer]
+
+    def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
+        return self.output(x, self.mix(self.normed(x), arguments))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the producers read: (sequences, tokens, d) → same."""
+        return x if self.norm_after else self._norm(x)
+
+    def mix(self, u: Tensor, arguments: Arguments) -> Tensor:
+        """The consumer's input: (sequences, tokens, d) → (sequences, tokens, n)."""
+        if self.entry.kind == "attention":
+            z: Tensor = self._mixer[0](hidden_states=u, **arguments)[0]
+            return z
+        for module in self._mixer:
+            u = module(u)
+        return u
+
+    def output(self, x: Tensor, z: Tensor) -> Tensor:
+        """What the sublayer adds to the residual stream `x`, added."""
+        y: Tensor = x + self._consumer(z)
+        return self._norm(y) if self.norm_after else y
+
+    def weight(self, name: str) -> Tensor:
+        """The stored weight of one linear, in float32 or better, on the device: (out, in)."""
+        stored = self.block.weights[f"{name}.weight"]
+        return stored.to(self.block.device, accumulator(stored.dtype))
+
+    def set_weight(self, name: str, weight: Tensor) -> None:
+        """Replace the weight of one linear.
+
+        Raises:
+            NumericalError: not finite, or no longer so in the stored dtype.
+        """
+        self.block.set(f"{name}.weight", weight)
+        if not bool(torch.isfinite(self.block.weights[f"{name}.weight"]).all()):
+            raise NumericalError(f"{self.site.name}: the new weights of {name} are not finite in their stored dtype")
+
+    def shrink(self, kept: Tensor, consumer_weight: Tensor) -> None:
+        """Keep only the units `kept` (k,), ascending; the consumer gets `consumer_weight` (d_out, k·width)."""
+        site = self.site
+        for name in self.entry.producers:
+            for leaf in ("weight", "bias"):
+                tensor = self.block.weights.get(f"{name}.{leaf}")
+                if tensor is not None:
+                    rows = unit_columns(kept.cpu(), tensor.shape[0] // site.units)
+                    self.block.set(f"{name}.{leaf}", tensor[rows])
+        self.set_weight(self.entry.consumer, consumer_weight)
+        for name in self.entry.counts:
+            path, _, attribute = name.rpartition(".")
+            module = self.block.module(path)
+            setattr(module, attribute, getattr(module, attribute) // site.units * len(kept))
+        self.site = replace(site, units=len(kept), heads=site.heads // site.units * len(kept))
+
+    def release(self) -> None:
+        """Free the producers and the consumer, once nothing will run through them again."""
+        for name in (*self.entry.producers, self.entry.consumer):
+            place(self.block.module(name), "weight", torch.empty(0, device="meta"))
+
+
+def place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where a parameter or buffer of that name stands, without gradient; linears learn their widths."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+        return
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    if isinstance(owner, nn.Linear) and leaf == "weight" and tensor.dim() == 2:
+        owner.out_features, owner.in_features = tensor.shape

@@ -1,0 +1,204 @@
+"""Weights directories of safetensors shards: read lazily by tensor name, written shard by shard.
+
+Reading goes by byte ranges into fresh tensors (no memory map), so that resident memory is what was
+asked for and bytes can be counted. `safetensors` itself validates every header first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import files
+from ..errors import CheckpointError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    shard: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """Offset in the file."""
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.nbytes // self.dtype.itemsize
+
+
+class Checkpoint(Mapping[str, TensorEntry]):
+    """A checkpoint directory: tensor names to their places; `read` fetches one.
+
+    Raises:
+        CheckpointError: not a checkpoint, pickles only, a shard that is missing, cut short or corrupt, an
+            index that names a file outside the directory or a tensor its shard lacks, a packed dtype.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is not a directory with a model in it")
+        self.directory = directory
+        self.config = read_json(directory / CONFIG)
+        self.bytes_read = 0
+        self.headers: dict[str, str] = {}
+        """Digest of every shard's header, by file name."""
+        self._entries: dict[str, TensorEntry] = {}
+        for shard, wanted in self._shards().items():
+            self._open(directory / shard, wanted)
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.directory}: no tensor {name!r}") from None
+
+    def __iter__(self) -> Any:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def read(self, name: str, *, pinned: bool = False) -> Tensor:
+        """One tensor on the CPU in its stored dtype, in memory of its own."""
+        entry = self[name]
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        view = memoryview(buffer.numpy())
+        with entry.shard.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            done = 0
+            while done < entry.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{entry.shard}: ended inside tensor {name!r}")
+                done += count
+        self.bytes_read += entry.nbytes
+        return buffer.view(entry.dtype).view(entry.shape)
+
+    def read_all(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
+        """Several tensors by name."""
+        return {name: self.read(name, pinned=pinned) for name in names}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another: its config and every shard's size and header digest."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        shards = {name: [(self.directory / name).stat().st_size, header] for name, header in self.headers.items()}
+        return {"config": digest, "shards": shards}
+
+    def _shards(self) -> dict[str, set[str] | None]:
+        """Shard file names, each with the tensors that the index says it holds (None: whatever it holds)."""
+        index = self.directory / INDEX
+        if not index.exists():
+            if (self.directory / SINGLE).exists():
+                return {SINGLE: None}
+            if any(next(self.directory.glob(pattern), None) for pattern in _PICKLES):
+                raise CheckpointError(
+                    f"{self.directory} has only pickled weights, which are never opened; convert them to safetensors first"
+                )
+            raise CheckpointError(f"{self.directory} has neither {SINGLE} nor {INDEX}")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map")
+        shards: dict[str, set[str] | None] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or shard in ("", ".", "..") or os.path.basename(shard) != shard:
+                raise CheckpointError(f"{index} places {name!r} in {shard!r}, which is not a file of this directory")
+            held = shards.setdefault(shard, set())
+            assert held is not None
+            held.add(name)
+        return shards
+
+    def _open(self, path: Path, wanted: set[str] | None) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"shard {path} is missing")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"shard {path} is corrupt or cut short: {error}") from error
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length)
+        self.headers[path.name] = hashlib.sha256(raw).hexdigest()
+        header = {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
+        if missing := sorted((wanted or set()) - header.keys()):
+            raise CheckpointError(f"shard {path} lacks {missing[0]!r}, which the index places there")
+        for name in header if wanted is None else sorted(wanted):
+            begin, end = header[name]["data_offsets"]
+            dtype = header[name]["dtype"]
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} has dtype {dtype}; quantised or packed weights cannot be pruned, only {', '.join(DTYPES)}"
+                )
+            self._entries[name] = TensorEntry(
+                path, DTYPES[dtype], tuple(header[name]["shape"]), 8 + length + begin, end - begin
+            )
+
+
+def shard_name(number: int, total: int) -> str:
+    """`model-00003-of-00010.safetensors`."""
+    return f"model-{number:05}-of-{total:05}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one shard durably; equal tensors give equal bytes."""
+    with files.replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+
+
+def data_bytes(path: Path) -> int:
+    """Bytes of the tensors in a shard, its header left out."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> None:
+    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes."""
+    index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": dict(sorted(placed.items()))}
+    write_json(directory / INDEX, index)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file durably, indented."""
+    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,293 @@
+"""A model without its weights: transformers' own modules on the meta device, filled a part at a time.
+
+What surrounds the blocks (embeddings, positions, masks) is computed by the model's own forward with the
+blocks taken out of it, so no masking or position code is written again here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..machine import resolve_dtype
+from ..site import Site
+from .architecture import architecture_of
+from .block import Arguments, Block, place
+from .checkpoint import Checkpoint
+from .modeling_streamprune import PREFIX
+
+_IGNORED = ("rotary_emb.inv_freq", ".masked_bias")
+"""Buffers that old checkpoints carry and no model reads any more."""
+
+
+class Skeleton:
+    """The model of a checkpoint directory, dense or pruned.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where blocks go.
+        dtype: what they compute in.
+        uniform: every block must stay alike in widths, as a stock config has it.
+
+    Raises:
+        CheckpointError: unknown architecture, a config that transformers refuses, a tensor that is
+            missing, unexpected, or of another shape than the config says.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, uniform: bool = False) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint, self.device, self.dtype, self.uniform = checkpoint, device, dtype, uniform
+        where = str(checkpoint.directory)
+        declared = checkpoint.config.get("model_type")
+        self.architecture = architecture_of(declared.removeprefix(PREFIX) if isinstance(declared, str) else None, where)
+        try:
+            self.config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa").eval()
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{where}/config.json: transformers cannot build this model ({reason})") from error
+        architecture_of(self.config.model_type.removeprefix(PREFIX), where)
+        self.norm_after = self.architecture.norm_after(self.config)
+
+        self._base = model.get_submodule(self.architecture.base)
+        blocks = model.get_submodule(self.architecture.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self._templates = list(blocks)
+        self._slots = [_Slot() for _ in self._templates]
+        model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
+        self._embed = _present(model, self.architecture.embed)
+        self._after = _present(model, (*self.architecture.final, self.architecture.head))
+        for name in list(self._after)[:-1]:
+            model.set_submodule(name, nn.Identity())
+        self._model = model
+        self._rebuild_buffers()
+        self._arguments: OrderedDict[tuple[int, int], list[Arguments]] = OrderedDict()
+        self._check_layout()
+
+    def __len__(self) -> int:
+        """How many blocks there are."""
+        return len(self._templates)
+
+    @property
+    def width(self) -> int:
+        """Residual width, d."""
+        return int(self.config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens the model knows."""
+        return int(self.config.vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens a window may have, where the config says."""
+        value = getattr(self.config, "max_position_embeddings", None)
+        return int(value) if value else None
+
+    def sites(self, index: int) -> list[Site]:
+        """The block's sites, in the order of its sublayers."""
+        layer = self._templates[index]
+        sites = []
+        for entry in self.architecture.sublayers:
+            outputs, columns = layer.get_submodule(entry.consumer).weight.shape
+            producers = [layer.get_submodule(name) for name in entry.producers]
+            heads, units = 0, columns
+            if entry.kind == "attention":
+                head = int(layer.get_submodule(entry.mixer[0]).head_dim)
+                heads, units = columns // head, min(module.weight.shape[0] for module in producers) // head
+            produced = sum(p.numel() for module in producers for p in module.parameters())
+            sites.append(
+                Site(
+                    block=index,
+                    kind=entry.kind,
+                    units=units,
+                    width=columns // units,
+                    outputs=outputs,
+                    unit_parameters=(outputs * columns + produced) // units,
+                    heads=heads,
+                    prunable=bool(entry.widths) or not self.uniform,
+                )
+            )
+        return sites
+
+    def all_sites(self) -> list[Site]:
+        """The sites of all blocks."""
+        return [site for index in range(len(self)) for site in self.sites(index)]
+
+    def block_names(self, index: int) -> dict[str, str]:
+        """Tensor names inside the block → names in the checkpoint."""
+        prefix = f"{self.architecture.blocks}.{index}."
+        return {name: prefix + name for name in self._templates[index].state_dict()}
+
+    def block_parameters(self) -> int:
+        """Parameters of all blocks together."""
+        return sum(p.numel() for layer in self._templates for p in layer.parameters())
+
+    def embed_names(self) -> list[str]:
+        """Tensors before the blocks, as the checkpoint names them."""
+        return _names(self._embed)
+
+    def head_names(self) -> list[str]:
+        """Tensors after the blocks, as the checkpoint names them; a tied head is among the embeddings."""
+        return [name for name in _names(self._after) if name != self._head_weight or not self._tied()]
+
+    def parameters(self) -> int:
+        """Parameters of the whole model, a tied head counted once."""
+        outside = {*self.embed_names(), *self.head_names()}
+        return self.block_parameters() + sum(self.checkpoint[name].numel for name in outside)
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """The block's stored tensors by their names inside it."""
+        pinned = self.device.type == "cuda"
+        return {name: self.checkpoint.read(full, pinned=pinned) for name, full in self.block_names(index).items()}
+
+    def build_block(self, index: int, weights: dict[str, Tensor]) -> Block:
+        """A block with weights that `read_block` gave."""
+        return Block(
+            copy.deepcopy(self._templates[index]),
+            weights,
+            self.architecture,
+            self.sites(index),
+            norm_after=self.norm_after,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def arguments(self, sequences: int, tokens: int) -> list[Arguments]:
+        """What the model's own forward passes to each block for a batch of that size."""
+        key = sequences, tokens
+        if key not in self._arguments:
+            with self._filled(self._embed, self._blank):
+                self._embedded(torch.zeros(key, dtype=torch.int64, device=self.device))
+            self._arguments[key] = [slot.arguments for slot in self._slots]
+            while len(self._arguments) > 2:
+                self._arguments.popitem(last=False)
+        return self._arguments[key]
+
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Token ids (sequences, tokens) → the first block's input (sequences, tokens, d), while open."""
+        with self._filled(self._embed, self._read):
+            yield self._embedded
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The last block's output (..., d) → logits (..., vocabulary), while open."""
+
+        def logits(hidden: Tensor) -> Tensor:
+            for module in self._after.values():
+                hidden = module(hidden)
+            return hidden
+
+        with self._filled(self._after, self._read):
+            yield logits
+
+    @property
+    def _head_weight(self) -> str:
+        return f"{self.architecture.head}.weight"
+
+    def _tied(self) -> bool:
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            self._base(input_ids=ids, use_cache=False)
+        hidden = self._slots[0].hidden
+        for slot in self._slots:
+            slot.hidden = None
+        assert hidden is not None
+        return hidden
+
+    def _read(self, name: str) -> Tensor:
+        if name == self._head_weight and self._tied():
+            name = f"{self.architecture.embed[0]}.weight"
+        return self.checkpoint.read(name).to(self.device, self.dtype)
+
+    def _blank(self, name: str) -> Tensor:
+        """Zeros of a tensor's shape that take no memory."""
+        return torch.zeros((), device=self.device, dtype=self.dtype).expand(self.checkpoint[name].shape)
+
+    @contextmanager
+    def _filled(self, modules: dict[str, nn.Module], source: Callable[[str], Tensor]) -> Iterator[None]:
+        names = [(module, leaf, f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
+        before = [module.get_parameter(leaf).detach() for module, leaf, _ in names]
+        try:
+            for module, leaf, name in names:
+                place(module, leaf, source(name))
+            yield
+        finally:
+            for (module, leaf, _), tensor in zip(names, before, strict=True):
+                place(module, leaf, tensor)
+
+    def _rebuild_buffers(self) -> None:
+        """Rotary tables and their like are computed, not stored: build those for real (DESIGN, fact 3)."""
+        for name, module in list(self._model.named_modules()):
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                with torch.device(self.device):
+                    self._model.set_submodule(name, type(module)(config=self.config))  # type: ignore[call-arg]
+
+    def _check_layout(self) -> None:
+        model, where = self.architecture.model_type, self.checkpoint.directory
+        expected: dict[str, tuple[int, ...]] = {}
+        for index, layer in enumerate(self._templates):
+            state = layer.state_dict()
+            expected |= {full: tuple(state[name].shape) for name, full in self.block_names(index).items()}
+        for path, module in {**self._embed, **self._after}.items():
+            expected |= {f"{path}.{leaf}": tuple(tensor.shape) for leaf, tensor in module.state_dict().items()}
+        if self._tied():
+            expected.pop(self._head_weight)
+        for name, shape in expected.items():
+            if name not in self.checkpoint:
+                raise CheckpointError(f"{where}: tensor {name!r} is missing; the config says a {model} model that has it")
+            if self.checkpoint[name].shape != shape:
+                raise CheckpointError(
+                    f"{where}: tensor {name!r} has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
+                )
+        for name in self.checkpoint:
+            if name not in expected and name != self._head_weight and not name.endswith(_IGNORED):
+                raise CheckpointError(f"{where}: tensor {name!r} has no place in the {model} model that the config says")
+
+
+def open_skeleton(model: Path, device: torch.device, dtype: str, *, uniform: bool = False) -> Skeleton:
+    """The skeleton of a checkpoint directory, computing in `dtype` (``auto``: see `resolve_dtype`)."""
+    checkpoint = Checkpoint(model)
+    stored = next((entry.dtype for entry in checkpoint.values() if entry.numel), torch.float32)
+    return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, stored), uniform=uniform)
+
+
+class _Slot(nn.Module):
+    """Stands where a block stood: keeps what it was called with and hands the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden_states, arguments
+        return hidden_states
+
+
+def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Those modules that the config did not leave out."""
+    found = {}
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        module = getattr(model.get_submodule(parent), leaf)
+        if module is not None:
+            found[path] = module
+    return found
+
+
+def _names(modules: dict[str, nn.Module]) -> list[str]:
+    return [f"{path}.{leaf}" for path, module in modules.items() for leaf in module.state_dict()]

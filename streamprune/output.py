@@ -1,0 +1,182 @@
+"""What makes a folder of shards a checkpoint: index, config, tokenizer, model card, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import files
+from .model import modeling_streamprune as modeling
+from .model.checkpoint import CONFIG, Checkpoint, data_bytes, shard_name, write_index, write_json, write_shard
+from .model.skeleton import Skeleton
+from .site import Site
+
+REPORT = "report.json"
+CARD = "README.md"
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+)
+"""Files that are copied as they are."""
+
+
+def block_shard(skeleton: Skeleton, index: int) -> str:
+    """The shard that holds a block; the embeddings come before it, norm and head after all."""
+    return shard_name(index + 2, _shards(skeleton))
+
+
+def write_outside(skeleton: Skeleton, folder: Path) -> None:
+    """Write the shards of what surrounds the blocks, unchanged."""
+    checkpoint = skeleton.checkpoint
+    write_shard(folder / shard_name(1, _shards(skeleton)), checkpoint.read_all(skeleton.embed_names()))
+    if skeleton.head_names():
+        total = _shards(skeleton)
+        write_shard(folder / shard_name(total, total), checkpoint.read_all(skeleton.head_names()))
+
+
+def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict[str, Any], title: str) -> None:
+    """Write everything but the shards, and hold the result against its own config.
+
+    Args:
+        sites: of the pruned model, in order.
+        report: what `report.json` holds.
+        title: the source's name, for the model card.
+    """
+    placed = {name: shard_name(1, _shards(skeleton)) for name in skeleton.embed_names()}
+    placed |= {name: shard_name(_shards(skeleton), _shards(skeleton)) for name in skeleton.head_names()}
+    for index in range(len(skeleton)):
+        placed |= {name: block_shard(skeleton, index) for name in skeleton.block_names(index).values()}
+    source = skeleton.checkpoint
+    size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
+    write_index(folder, placed, report["parameters_after"], size)
+    stock = is_stock(skeleton, sites)
+    write_json(folder / CONFIG, stock_config(skeleton, sites) if stock else free_config(skeleton, sites))
+    if not stock:
+        files.copy(Path(modeling.__file__), folder / Path(modeling.__file__).name)
+    for name in COMPANIONS:
+        if (source.directory / name).is_file():
+            files.copy(source.directory / name, folder / name)
+    files.write_text(folder / CARD, _card(report, title, stock, len(skeleton)))
+    write_json(folder / REPORT, report)
+    # Reading it back: every tensor present, shapes as the config says, in transformers' own model.
+    Skeleton(Checkpoint(folder), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def is_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
+    """Whether the source architecture's own config can say these widths: alike in all blocks, and expressible."""
+    for entry in skeleton.architecture.sublayers:
+        alike = [site for site in sites if site.kind == entry.kind]
+        if len({(site.units, site.width) for site in alike}) > 1:
+            return False
+        if not entry.widths and alike[0].heads != skeleton.config.num_attention_heads:
+            return False
+    return True
+
+
+def stock_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
+    """The source's config with the new widths, as the stock architecture reads it."""
+    config = _plain_config(skeleton)
+    base = skeleton.architecture.model_type
+    stock = modeling.AutoModelForCausalLM._model_mapping[modeling.CONFIG_MAPPING[base]]
+    config |= {"model_type": base, "architectures": [stock.__name__]}
+    for entry in skeleton.architecture.sublayers:
+        site = next(site for site in sites if site.kind == entry.kind)
+        config |= {field: getattr(site, attribute) for field, attribute in entry.widths}
+    return config
+
+
+def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
+    """The source's config with per-block widths, as `modeling_streamprune` reads it."""
+    base = skeleton.architecture.model_type
+    stem, module = modeling.class_stem(base), modeling.__name__.rpartition(".")[2]
+    rows: dict[str, list[int]] = {}
+    columns: dict[str, list[int]] = {}
+    attributes: dict[str, list[int]] = {}
+    for entry in skeleton.architecture.sublayers:
+        for site in (site for site in sites if site.kind == entry.kind):
+            before = next(old for old in skeleton.sites(site.block) if old.kind == site.kind)
+            dense = skeleton.block_names(site.block)
+            for name in entry.producers:
+                width = skeleton.checkpoint[dense[f"{name}.weight"]].shape[0] // before.units * site.units
+                rows.setdefault(name, []).append(width)
+            columns.setdefault(entry.consumer, []).append(site.columns)
+            for name in entry.counts:
+                attributes.setdefault(name, []).append(site.heads)
+    return {
+        **_plain_config(skeleton),
+        "model_type": modeling.PREFIX + base,
+        "architectures": [f"{stem}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{stem}Config",
+            "AutoModelForCausalLM": f"{module}.{stem}ForCausalLM",
+        },
+        "streamprune": {
+            "blocks": skeleton.architecture.blocks,
+            "rows": rows,
+            "columns": columns,
+            "attributes": attributes,
+        },
+    }
+
+
+def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
+    ours = ("streamprune", "auto_map")
+    return {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
+
+
+def _shards(skeleton: Skeleton) -> int:
+    return len(skeleton) + (2 if skeleton.head_names() else 1)
+
+
+def _card(report: dict[str, Any], title: str, stock: bool, depth: int) -> str:
+    widths: dict[str, list[str]] = {}
+    for site in report["sites"]:
+        _, block, kind = site["site"].split(".")
+        widths.setdefault(block, []).append(f"{site['kept']} / {site['units']}")
+    rows = "\n".join(f"| {block} | {' | '.join(kept)} |" for block, kept in widths.items())
+    load = (
+        "It is a stock checkpoint: everything that loads the source architecture loads it."
+        if stock
+        else "Its blocks differ in width. `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` loads it, and so do\n"
+        "`streamprune.load(path)` and, after `import streamprune`, plain `from_pretrained`."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- streamprune
+- pruned
+---
+
+# {title}, pruned by {report["ratio_blocks"]:.1%}
+
+Structurally pruned with streamprune, recipe `{report["recipe"]}`: {report["parameters_before"]:,} parameters
+before, {report["parameters_after"]:,} after ({report["ratio_blocks"]:.2%} of the {depth} blocks' parameters removed, {report["ratio_model"]:.2%} of
+the model's). The licence and limits of the source model hold for this one too.
+
+{load}
+
+Units kept (attention: key/value groups with their query heads; FFN: channels). Errors and settings are in `{REPORT}`.
+
+| block | attention | FFN |
+|---|---|---|
+{rows}
+"""

@@ -1,0 +1,561 @@
+"""The job: forecast → check → survey → allocate → prune sweep → write. The only reader of the journal.
+
+A step counts once it is journalled, and what a step needs is removed only after the line that makes it
+unneeded. So a job killed at any instant goes on from the last line and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import calibration, files, machine, output
+from .config import Config, format_bytes
+from .errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
+from .journal import Entry, Journal
+from .maths.stats import MaskGradient
+from .memory import Needs, Resources, forecast
+from .methods import RECIPES
+from .methods.allocation import Budget, allocate, even_densities
+from .methods.plan import Plan
+from .methods.recipe import Recipe
+from .model.checkpoint import read_json, write_shard
+from .model.skeleton import Skeleton, open_skeleton
+from .progress import Progress, Silent
+from .site import Site
+from .stream import sweep
+from .stream.prefetch import prefetch
+from .stream.store import ActivationStore
+from .surgery import DENSE, PRUNED, Surgeon
+
+GRADIENT = "gradient"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job did."""
+
+    out: str
+    recipe: str
+    ratio_requested: float
+    ratio_blocks: float
+    """Share of the blocks' parameters that went."""
+    ratio_model: float
+    """Share of the whole model's parameters that went."""
+    parameters_before: int
+    parameters_after: int
+    seconds: float
+    """Of this process."""
+    peak_device_bytes: int
+    peak_host_bytes: int
+    bytes_read: int
+    """From the checkpoint, by this process."""
+    resumed: bool
+    """Whether an earlier process had done some of the work."""
+
+
+def prune(config: Config, *, restart: bool = False, progress: Progress | None = None) -> Result:
+    """Prune a checkpoint directory into another one; a job that was interrupted goes on.
+
+    Args:
+        restart: throw away what an earlier job of the same `out` left, its result too.
+
+    Raises:
+        StreamPruneError: see `errors`; `out` is then as it was.
+    """
+    started = time.monotonic()
+    job = Job(config, progress)
+    finished = job.result_there(restart)
+    if finished is None:
+        with job.opened(restart):
+            finished = job.work()
+    return job.result(finished, time.monotonic() - started)
+
+
+def plan_only(config: Config, *, restart: bool = False, progress: Progress | None = None) -> Path:
+    """Do what comes before the prune sweep and stop: returns the plan file, inside the job's folder.
+
+    `prune` with the same config goes on from there; with `plan` set to an edited copy, by that.
+    """
+    job = Job(config, progress)
+    if job.result_there(restart) is not None:
+        raise ConfigError(f"{config.out} is finished; --restart starts over")
+    with job.opened(restart):
+        job.prepare()
+    return job.plan_path
+
+
+def forecast_job(config: Config) -> Resources:
+    """What the job would take, and whether it fits; nothing is written."""
+    return Job(config, None).forecast()
+
+
+def job_folder(out: Path) -> Path:
+    """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
+    return out.parent / f"{out.name}.streamprune"
+
+
+class Job:
+    """One job: everything that both a first and a resumed process need to know.
+
+    Raises:
+        StreamPruneError: whatever can be known to be wrong before any work.
+    """
+
+    def __init__(self, config: Config, progress: Progress | None) -> None:
+        self.config, self.progress = config, progress or Silent()
+        if config.recipe not in RECIPES:
+            raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
+        self.recipe: Recipe[Any] = RECIPES[config.recipe]
+        self.settings = self.recipe.parse(config.settings)
+        self.device = machine.resolve_device(config.device)
+        if config.out.resolve() == config.model.resolve():
+            raise ConfigError(f"OUT is {config.out}, the model itself")
+        self.skeleton: Skeleton = open_skeleton(
+            config.model, self.device, config.dtype, uniform=config.layout == "uniform"
+        )
+        self.sites = self.skeleton.all_sites()
+        self.given_plan = self._given_plan()
+        self.ratio = self._agreed_ratio()
+        self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
+        if self.given_plan is None:
+            allocate(self.sites, even_densities(self.sites), self.budget)  # refuses a ratio that cannot be
+        self.folder = job_folder(config.out)
+        self.staging = self.folder / "out"
+        self.plan_path = self.folder / "plan.json"
+        self.journal_path = self.folder / "journal.jsonl"
+        self.resumed = False
+        self.journal: Journal
+        """Set once the job is opened."""
+
+    # What the job is.
+
+    @property
+    def budget(self) -> Budget:
+        """What is to go."""
+        return Budget(
+            self.ratio, self.skeleton.block_parameters(), self.config.round_to, uniform=self.config.layout == "uniform"
+        )
+
+    @property
+    def surveys(self) -> bool:
+        """Whether gradients are wanted."""
+        return self.given_plan is None and self.recipe.wants_mask_gradients(self.settings)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the prune sweep needs activations."""
+        return self.recipe.wants_gram(self.settings) or self.recipe.compensation(self.settings) is not None
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any text is read."""
+        return self.surveys or self.streams
+
+    @property
+    def text(self) -> Path:
+        """The calibration text."""
+        return self.config.calibration or calibration.builtin_text()
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the forecast has to count."""
+        return Needs(
+            samples=self.config.samples,
+            length=self.length,
+            text=self.needs_text,
+            gradients=self.surveys,
+            gram=self.recipe.wants_gram(self.settings),
+            dense_stream=self.recipe.compensation(self.settings) is not None,
+        )
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """What must be the same for a job to go on: settings, inputs, and versions that change numbers."""
+        import transformers
+
+        inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
+        if self.needs_text:
+            if not self.text.is_file():
+                calibration.read_text(self.text)
+            inputs["calibration"] = files.sha256(self.text)
+            names = (name for name in output.COMPANIONS if "token" in name or name in ("vocab.json", "merges.txt"))
+            found = {name: self.config.model / name for name in names}
+            inputs["tokenizer"] = {name: files.sha256(path) for name, path in found.items() if path.is_file()}
+        return {
+            "settings": {**self.config.fixed(), "ratio": self.ratio, "dtype": str(self.skeleton.dtype).removeprefix("torch.")},
+            "inputs": inputs,
+            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        }
+
+    def forecast(self) -> Resources:
+        """What it takes, given what this machine has free."""
+        limit = self.config.memory or machine.available_memory(self.device)
+        disk = files.free_bytes(self.cache)
+        return forecast(
+            self.skeleton,
+            self.needs,
+            device_limit=limit,
+            disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
+        )
+
+    @property
+    def cache(self) -> Path:
+        """Where activations go: a folder of this job's own."""
+        return self.config.cache / self.folder.name if self.config.cache else self.folder / "cache"
+
+    # Opening, resuming, ending.
+
+    def result_there(self, restart: bool) -> Entry | None:
+        """The report of a finished OUT that this very job made, or None when there is work to do.
+
+        Raises:
+            ConfigError: OUT holds something else.
+        """
+        out = self.config.out
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise ConfigError(f"OUT is {out}, which is not a directory")
+        if not out.is_dir() or not any(out.iterdir()):
+            return None
+        report = read_json(out / output.REPORT) if (out / output.REPORT).is_file() else {}
+        if "job" not in report:
+            raise ConfigError(f"OUT is {out}, which exists and holds something else")
+        if restart:
+            return None
+        if difference := _difference(report["job"], self.header):
+            raise ConfigError(f"OUT is {out}, a finished result of another job: {difference}; --restart replaces it")
+        if self.given_plan is not None and self.given_plan.digest() != report["plan"]:
+            raise ConfigError(f"OUT is {out}, a finished result of another plan; --restart replaces it")
+        files.remove_tree(self.cache)
+        files.remove_tree(self.folder)
+        self.resumed = True
+        return report
+
+    @contextmanager
+    def opened(self, restart: bool) -> Iterator[None]:
+        """A context in which this process, and no other, works on the job."""
+        files.make_folder(self.folder)
+        with files.locked(self.folder / "lock"):
+            try:
+                self._start(restart)
+                yield
+            finally:
+                if self.folder.is_dir() and not self.journal_path.exists():
+                    files.remove_tree(self.folder)  # refused before it began: leave nothing behind
+
+    def _start(self, restart: bool) -> None:
+        """Begin, or find out where an earlier process stopped.
+
+        Raises:
+            ResumeError: started with other settings, inputs or versions.
+        """
+        if restart:
+            files.remove(self.journal_path)
+            files.remove_tree(self.staging)
+            files.remove_tree(self.cache)
+        self.journal = Journal(self.journal_path)
+        start = self.journal.header
+        if start is not None:
+            if difference := _difference(start["job"], self.header):
+                raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
+            if start["cache"] != str(self.cache):
+                raise ResumeError(f"cache is {self.cache}; this job was started with {start['cache']}; --restart starts over")
+            self.resumed = len(list(self.journal.steps())) > 0
+        else:
+            resources = self.forecast().require()
+            if (free := files.free_bytes(self.folder)) < resources.output_bytes:
+                raise ResourceError(
+                    f"the result may need {format_bytes(resources.output_bytes)}; {self.folder.parent} has {format_bytes(free)} free"
+                )
+            if self.needs_text:
+                _ = self.tokens  # unusable text is found before anything is written
+            files.make_folder(self.staging)
+            batches = {name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")}
+            start = self.journal.append("start", job=self.header, cache=str(self.cache), resources=batches)
+        self.batch: int = start["resources"]["batch"]
+        self.backward_batch: int = start["resources"]["backward_batch"]
+        self.boundary_every: int = start["resources"]["boundary_every"]
+
+    def work(self) -> Entry:
+        """Everything from wherever the journal says to the finished OUT; returns the report."""
+        complete = self.journal.find("complete")
+        if complete is None:
+            plan = self.prepare()
+            self._prune(plan)
+            report = self._finish(plan)
+            self.journal.append("complete")
+        else:
+            folder = self.staging if self.staging.is_dir() else self.config.out
+            report = read_json(folder / output.REPORT)
+        if self.staging.is_dir():
+            if self.config.out.is_dir() and any(self.config.out.iterdir()):
+                files.move_aside(self.config.out, self.folder / "replaced")
+            files.publish(self.staging, self.config.out)
+        files.remove_tree(self.cache)
+        files.remove_tree(self.folder)
+        return report
+
+    def result(self, report: Mapping[str, Any], seconds: float) -> Result:
+        """The report's figures with this process's own."""
+        return Result(
+            out=str(self.config.out),
+            **{
+                name: report[name]
+                for name in ("recipe", "ratio_requested", "ratio_blocks", "ratio_model", "parameters_before", "parameters_after")
+            },
+            seconds=round(seconds, 3),
+            peak_device_bytes=machine.peak_device_bytes(self.device),
+            peak_host_bytes=machine.peak_host_bytes(),
+            bytes_read=self.skeleton.checkpoint.bytes_read,
+            resumed=self.resumed,
+        )
+
+    # The steps.
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Calibration windows (samples, length)."""
+        tokenizer = calibration.load_tokenizer(self.config.model)
+        tokens = calibration.tokenize(tokenizer, self.text, self.skeleton.vocabulary)
+        return calibration.sample_windows(tokens, self.config.samples, self.length, self.config.seed, self.text)
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        """Block inputs, for whichever sweep is under way."""
+        shape = self.config.samples, self.length, self.skeleton.width
+        return ActivationStore(self.cache, shape, self.skeleton.dtype, self.device, durable=True)
+
+    def prepare(self) -> Plan:
+        """Check the weights, survey and allocate, as far as that is not done."""
+        if self.needs_text and self.config.calibration is None:
+            self.progress.say("no --calibration given: using the built-in English sample; text of your own domain does better")
+        self._check_weights()
+        if self.needs_text and not self.journal.find("embed"):
+            size = self.batch
+            sweep.embed(self.skeleton, self.tokens, self.store, sweep.boundary(DENSE, 0), size)
+            self.journal.append("embed")
+        return self._allocate()
+
+    def _check_weights(self) -> None:
+        """Read everything once and refuse NaN and Inf, before hours are spent on them."""
+        if self.journal.find("check"):
+            return
+        skeleton = self.skeleton
+        groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
+        groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
+        self.progress.phase("check weights", len(groups))
+        names = [name for group in groups for name in group]
+        left = {group[-1] for group in groups}
+        for name, tensor in prefetch(names, skeleton.checkpoint.read):
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{self.config.model}: tensor {name!r} holds NaN or Inf")
+            if name in left:
+                self.progress.step(name)
+        self.journal.append("check")
+
+    def _survey(self) -> dict[str, MaskGradient]:
+        """Mask gradients of every site of the dense model, by a forward and a backward sweep."""
+        skeleton, store, journal, depth = self.skeleton, self.store, self.journal, len(self.skeleton)
+        forward = len(list(journal.steps("forward/")))
+        backward = len(list(journal.steps("backward/")))
+        self.progress.phase("survey", 2 * depth, forward + backward)
+        if not journal.find("head"):
+            store.keep_only(
+                {sweep.boundary(DENSE, i) for i in range(forward + 1) if i % self.boundary_every == 0 or i == forward}
+            )
+            for index in sweep.forward(skeleton, store, DENSE, forward, depth, self.batch):
+                journal.append(f"forward/{index}")
+                if index % self.boundary_every:
+                    store.remove(sweep.boundary(DENSE, index))
+                self.progress.step(f"forward, block {index}")
+            sweep.head_gradient(skeleton, store, self.tokens, self.batch)
+            journal.append("head")
+        first = depth - 1 - backward
+        inputs = {sweep.boundary(DENSE, index) for index in range(max(first, 0) + 1)}
+        store.keep_only({sweep.boundary(GRADIENT, first + 1)} | inputs)
+        while first >= 0:
+            lowest = self._recompute(first)
+            for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
+                stats = [MaskGradient(site.units, site.width) for site in skeleton.sites(index)]
+                sweep.backward_block(skeleton, block, index, store, stats, self.backward_batch)
+                del block
+                self._save_survey(index, stats)
+                journal.append(f"backward/{index}")
+                store.remove(sweep.boundary(GRADIENT, index + 1))
+                if index:
+                    store.remove(sweep.boundary(DENSE, index))
+                self.progress.step(f"backward, block {index}")
+            first = lowest - 1
+        return self._load_survey()
+
+    def _recompute(self, index: int) -> int:
+        """See that a block's input is there; returns the lowest block down to which all inputs are."""
+        skeleton, store = self.skeleton, self.store
+        there = index
+        while sweep.boundary(DENSE, there) not in store:
+            there -= 1
+            if there < 0:
+                raise ResumeError(f"{self.cache} has lost its activations; start over with --restart")
+        for _ in sweep.forward(skeleton, store, DENSE, there, index, self.batch):
+            pass
+        while there and sweep.boundary(DENSE, there - 1) in store:
+            there -= 1
+        return there
+
+    def _survey_path(self, index: int) -> Path:
+        return self.folder / f"survey-{index:04}.safetensors"
+
+    def _save_survey(self, index: int, stats: list[MaskGradient]) -> None:
+        tensors = {f"{position}.{name}": t for position, stat in enumerate(stats) for name, t in stat.tensors().items()}
+        for tensor in tensors.values():
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericalError(f"block {index}: a mask gradient is NaN or Inf")
+        with files.replacing(self._survey_path(index)) as temporary:
+            save_file(tensors, temporary)
+
+    def _load_survey(self) -> dict[str, MaskGradient]:
+        survey = {}
+        for index in range(len(self.skeleton)):
+            tensors = load_file(self._survey_path(index))
+            for position, site in enumerate(self.skeleton.sites(index)):
+                prefix = f"{position}."
+                own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                survey[site.name] = MaskGradient.from_tensors(own)
+        return survey
+
+    def _allocate(self) -> Plan:
+        """The plan that holds: the one journalled, the one given, or a new one."""
+        chosen = self.journal.find("allocate")
+        begun = any(True for _ in self.journal.steps("prune/"))
+        if self.given_plan is not None:
+            if chosen is None or chosen["plan"] != self.given_plan.digest():
+                if chosen is not None and begun:
+                    raise ResumeError(
+                        f"plan is {self.given_plan.digest()}; this job is pruning by {chosen['plan']}; --restart starts over"
+                    )
+                return self._choose(self.given_plan, given=True)
+        elif chosen is None or chosen["given"]:
+            if begun:
+                raise ResumeError("plan is not given; this job is pruning by a given plan; --restart starts over")
+            survey = self._survey() if self.surveys else {}
+            return self._choose(self.recipe.allocate(self.settings, self.sites, survey, self.budget), given=False)
+        plan = Plan.read(self.plan_path)
+        if plan.digest() != chosen["plan"]:
+            raise ResumeError(f"{self.plan_path} was changed; pass a copy of it with --plan")
+        return plan
+
+    def _choose(self, plan: Plan, *, given: bool) -> Plan:
+        plan.check(self.sites, "the plan")
+        files.write_text(self.plan_path, plan.to_json())
+        self.journal.append("allocate", plan=plan.digest(), given=given)
+        return plan
+
+    def _prune(self, plan: Plan) -> None:
+        skeleton, journal, depth = self.skeleton, self.journal, len(self.skeleton)
+        done = len(list(journal.steps("prune/")))
+        surgeon = Surgeon(
+            skeleton=skeleton,
+            recipe=self.recipe,
+            settings=self.settings,
+            plan=plan,
+            store=self.store if self.streams else None,
+            batch=self.batch,
+            seed=self.config.seed,
+        )
+        self.progress.phase("prune", depth, done)
+        if surgeon.store is not None:
+            first = {sweep.boundary(DENSE, 0)} if done == 0 else set()
+            surgeon.store.keep_only(first | {sweep.boundary(stream, done) for stream in surgeon.streams})
+            if done == 0:
+                surgeon.store.link(sweep.boundary(DENSE, 0), sweep.boundary(PRUNED, 0))
+        for index, block in sweep.blocks(skeleton, range(done, depth)):
+            pruned, reports = surgeon.operate(block, index)
+            names = skeleton.block_names(index)
+            shard = self.staging / output.block_shard(skeleton, index)
+            write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
+            journal.append(f"prune/{index}", sites=reports)
+            del block, pruned
+            for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
+                self.store.remove(sweep.boundary(stream, index))
+            self.progress.step(f"block {index}: " + ", ".join(f"{r['kept']} of {r['units']}" for r in reports))
+
+    def _finish(self, plan: Plan) -> Entry:
+        skeleton = self.skeleton
+        reports = [report for step in self.journal.steps("prune/") for report in step["sites"]]
+        after = [
+            dataclasses.replace(site, units=plan[site.name].keep, heads=site.heads // site.units * plan[site.name].keep)
+            for site in self.sites
+        ]
+        removed = plan.removed_parameters(self.sites)
+        before = skeleton.parameters()
+        report: dict[str, Any] = {
+            "recipe": self.recipe.name,
+            "ratio_requested": self.ratio,
+            "ratio_blocks": removed / skeleton.block_parameters(),
+            "ratio_model": removed / before,
+            "parameters_before": before,
+            "parameters_after": before - removed,
+            "recipe_settings": dataclasses.asdict(self.settings),
+            "batch": self.batch,
+            "plan": plan.digest(),
+            "job": self.header,
+            "sites": reports,
+            "seconds": round(sum(report["seconds"] for report in reports), 3),
+        }
+        output.write_outside(skeleton, self.staging)
+        output.finish(skeleton, self.staging, after, report, self.config.model.resolve().name)
+        return report
+
+    # Plans that people give.
+
+    def _given_plan(self) -> Plan | None:
+        path = self.config.plan
+        if path is None:
+            return None
+        plan = Plan.read(path)
+        plan.check(self.sites, str(path))
+        if self.config.layout == "uniform" and not plan.is_uniform(self.sites):
+            raise ConfigError(f"{path}: blocks keep different widths, which the uniform layout cannot hold")
+        if self.recipe.uses_plan_units(self.settings):
+            for site in self.sites:
+                if plan[site.name].units is None and plan[site.name].keep < site.units:
+                    raise ConfigError(f'{path}: with these settings {site.name} needs "units", not only how many to keep')
+        return plan
+
+    def _agreed_ratio(self) -> float:
+        asked, planned = self.config.ratio, self.given_plan.ratio if self.given_plan else None
+        if asked is not None and planned is not None and asked != planned:
+            raise ConfigError(f"ratio is {asked:g}; the plan {self.config.plan} was made for {planned:g}")
+        ratio = asked if asked is not None else planned
+        assert ratio is not None
+        return ratio
+
+
+def _difference(then: Any, now: Any, place: str = "") -> str | None:
+    """The first field in which two JSON values differ, with both values; None if they are equal."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            inner = f"{place}.{key}" if place else key
+            if found := _difference(then.get(key), now.get(key), inner):
+                return found
+        return None
+    # Through JSON, so that what was read back compares equal to what was written.
+    if json.dumps(then) == json.dumps(now):
+        return None
+    return f"{place} is {_short(now)} and was {_short(then)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

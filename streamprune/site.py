@@ -1,0 +1,49 @@
+"""A prunable place: one consumer linear with its producers, as plain data.
+
+Heads and channels are one problem: which column groups of the consumer's `W` to drop. A *unit* is what
+goes as one: an FFN channel, or an attention key/value group with its query heads. Unit `u` owns the
+consumer's columns ``[u·width, (u+1)·width)`` and, of a producer with `r` rows a unit, rows
+``[u·r, (u+1)·r)``. Removing it from both sides leaves the residual width untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["attention", "ffn"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable place of one block."""
+
+    block: int
+    kind: Kind
+    units: int
+    """How many units there are."""
+    width: int
+    """Consumer columns a unit."""
+    outputs: int
+    """Rows of the consumer: the residual width."""
+    unit_parameters: int
+    """Weights and biases that go with one unit, on both sides."""
+    heads: int = 0
+    """Query heads, for attention."""
+    prunable: bool = True
+    """False where the layout asked for cannot express fewer units here."""
+
+    @property
+    def name(self) -> str:
+        """`blocks.3.attention`: how plans, reports and messages call it."""
+        return f"blocks.{self.block}.{self.kind}"
+
+    @property
+    def columns(self) -> int:
+        """Consumer columns, n."""
+        return self.units * self.width
+
+    @property
+    def head_width(self) -> int:
+        """Columns of one query head."""
+        return self.columns // self.heads if self.heads else 0

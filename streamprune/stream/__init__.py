@@ -1,0 +1,1 @@
+"""How blocks and activations move; knows nothing of methods or of resuming."""

@@ -1,0 +1,141 @@
+"""Forward and backward over the blocks, one block of weights at a time.
+
+Boundaries are named by stream, block and sublayer: `dense-0003-0` is what enters block 3 on the dense
+model, `dense-0003-1` what enters its second sublayer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import NumericalError
+from ..model.block import Block
+from ..model.skeleton import Skeleton
+from .prefetch import prefetch
+from .store import ActivationStore
+
+LOGIT_BYTES = 1 << 28
+"""Bytes of float32 logits that the head works on at a time."""
+
+
+def boundary(stream: str, block: int, sublayer: int = 0) -> str:
+    """The name of what enters that sublayer of that block."""
+    return f"{stream}-{block:04}-{sublayer}"
+
+
+class UnitStats(Protocol):
+    """What a backward sweep feeds: one site's sums (see `MaskGradient`)."""
+
+    def add(self, x: Tensor, gradient: Tensor, scale: float) -> None:
+        """The consumer's input, ∂(loss·scale)/∂input, and the scale."""
+
+
+def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Block]]:
+    """Blocks with weights in the order asked for, the next one's read while this one is used."""
+    for index, weights in prefetch(order, skeleton.read_block):
+        built = [skeleton.build_block(index, weights)]
+        del weights
+        # Popped here and deleted by whoever loops, so that the old block is gone when the new one is built.
+        yield index, built.pop()
+
+
+def embed(skeleton: Skeleton, tokens: Tensor, store: ActivationStore, name: str, size: int) -> None:
+    """Write the first block's input for `tokens` (samples, length)."""
+    with skeleton.embedding() as embedding, store.writing(name, "the embedding") as write:
+        for batch in store.batches(size):
+            write(embedding(tokens[batch].to(skeleton.device)))
+
+
+@torch.no_grad()
+def advance(skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stream: str, size: int) -> None:
+    """Read what enters a block and write what enters the next one."""
+    source, target = boundary(stream, index), boundary(stream, index + 1)
+    with store.writing(target, f"block {index}") as write:
+        for _, (x,) in store.each(size, source):
+            write(block(x, skeleton.arguments(x.shape[0], x.shape[1])[index]))
+
+
+def forward(skeleton: Skeleton, store: ActivationStore, stream: str, start: int, stop: int, size: int) -> Iterator[int]:
+    """Blocks `start` to `stop`; yields each one's index once its output is in the store."""
+    for index, block in blocks(skeleton, range(start, stop)):
+        advance(skeleton, block, index, store, stream, size)
+        del block
+        yield index
+
+
+def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor, size: int) -> tuple[float, int]:
+    """Sum of negative log-likelihoods in nats, and how many predictions: all tokens of a window but its first."""
+    total, count = 0.0, 0
+    with skeleton.head() as head, torch.no_grad():
+        for batch, (hidden,) in store.each(size, name):
+            for h, y in _predictions(hidden, tokens[batch].to(skeleton.device), skeleton.vocabulary):
+                total += float(F.cross_entropy(_precise(head(h)), y, reduction="sum").double())
+                count += y.numel()
+    if total != total or total == float("inf"):
+        raise NumericalError("the head gives NaN or Inf")
+    return total, count
+
+
+def head_gradient(skeleton: Skeleton, store: ActivationStore, tokens: Tensor, size: int) -> None:
+    """Write ∂loss/∂(last block's output), loss the *sum* of negative log-likelihoods of each sequence.
+
+    The sum, not the mean, keeps gradients within float16's range; statistics divide by it later.
+    """
+    last = len(skeleton)
+    with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
+        for batch, (hidden,) in store.each(size, boundary("dense", last)):
+            gradient = torch.zeros_like(hidden)
+            length = hidden.shape[1] - 1
+            flat = gradient[:, :length].reshape(-1, hidden.shape[2])
+            begin = 0
+            for h, y in _predictions(hidden, tokens[batch].to(skeleton.device), skeleton.vocabulary):
+                h.requires_grad_()
+                loss = F.cross_entropy(_precise(head(h)), y, reduction="sum")
+                flat[begin : begin + len(y)] = torch.autograd.grad(loss, h)[0]
+                begin += len(y)
+            gradient[:, :length] = flat.view(hidden.shape[0], length, -1)
+            write(gradient)
+
+
+def backward_block(
+    skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[UnitStats], size: int
+) -> None:
+    """Hand the gradient from a block's output to its input, recomputing it from its stored input.
+
+    Args:
+        stats: one a sublayer; fed with the consumer's input and its gradient.
+    """
+    scale = store.shape[1] - 1.0
+    with store.writing(boundary("gradient", index), f"the gradient of block {index}") as write:
+        for _, (x, dy) in store.each(size, boundary("dense", index), boundary("gradient", index + 1)):
+            arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
+            with torch.enable_grad():
+                x.requires_grad_()
+                y, inputs = x, []
+                for sublayer in block.sublayers:
+                    z = sublayer.mix(sublayer.normed(y), arguments)
+                    inputs.append(z)
+                    y = sublayer.output(y, z)
+                dx, *dz = torch.autograd.grad(y, (x, *inputs), dy)
+            del y
+            for stat, z, g in zip(stats, inputs, dz, strict=True):
+                stat.add(z.detach(), g, scale)
+            write(dx)
+
+
+def _predictions(hidden: Tensor, tokens: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (chunk, d) with the tokens (chunk,) they should predict, few enough for their logits."""
+    flat = hidden[:, :-1].reshape(-1, hidden.shape[2])
+    targets = tokens[:, 1:].reshape(-1)
+    chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
+    for begin in range(0, len(targets), chunk):
+        yield flat[begin : begin + chunk].detach(), targets[begin : begin + chunk]
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
