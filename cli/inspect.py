@@ -36,7 +36,9 @@ def _model(model: dict[str, Any]) -> list[str]:
     for block in model["blocks"]:
         attention, ffn = block["sites"]
         heads = f"{attention['heads']} × {attention['head_dim']}"
-        rows.append([str(block["block"]), f"{block['parameters']:,}", str(attention["units"]), heads, str(ffn["units"])])
+        rows.append(
+            [str(block["block"]), f"{block['parameters']:,}", str(attention["units"]), heads, str(ffn["units"])]
+        )
     return [
         f"{model['path']}: {model['model_type']}, {model['parameters']:,} parameters in {', '.join(model['dtypes'])}, "
         f"{model['block_parameters']:,} of them in {len(model['blocks'])} blocks",

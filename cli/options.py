@@ -29,24 +29,52 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 machine_options = bundle(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--memory", metavar="SIZE", help="Device memory to stay within, such as 24GiB.  [default: what is free]"),
-    click.option("--dtype", default="auto", show_default=True, metavar="NAME", help="Computing dtype: auto (the checkpoint's own on a GPU, float32 on the CPU), float32, bfloat16, float16, float64."),
+    click.option(
+        "--memory", metavar="SIZE", help="Device memory to stay within, such as 24GiB.  [default: what is free]"
+    ),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        help="Computing dtype: auto (the checkpoint's own on a GPU, float32 on the CPU), float32, bfloat16, float16, float64.",
+    ),
     click.option("--cache", type=DIRECTORY, help="Folder for activations, on a fast disk."),
 )
 
 job_options = bundle(
     click.option("--ratio", type=float, help="Share of the blocks' parameters to remove, in (0, 1)."),
-    click.option("--recipe", default="sobp", show_default=True, help="Method: sobp, or the baselines random, magnitude, wanda-sp."),
-    click.option("--calibration", type=FILE, metavar="FILE", help="UTF-8 text to calibrate on.  [default: a built-in English sample]"),
+    click.option(
+        "--recipe",
+        default="sobp",
+        show_default=True,
+        help="Method: sobp, or the baselines random, magnitude, wanda-sp.",
+    ),
+    click.option(
+        "--calibration",
+        type=FILE,
+        metavar="FILE",
+        help="UTF-8 text to calibrate on.  [default: a built-in English sample]",
+    ),
     click.option("--samples", default=128, show_default=True, help="Calibration windows."),
     click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]"),
     click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn."),
     machine_options,
     click.option("--disk", metavar="SIZE", help="Disk that activations may take.  [default: what is free]"),
     click.option("--round-to", default=8, show_default=True, help="Make changed FFN widths multiples of this."),
-    click.option("--layout", type=click.Choice(["free", "uniform"]), default="free", show_default=True, help="uniform: all blocks alike, so that the result is a stock checkpoint."),
-    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the recipe; may be repeated."),
-    click.option("--plan", "plan_file", type=FILE, metavar="FILE", help="Keep what this plan file says instead of allocating."),
+    click.option(
+        "--layout",
+        type=click.Choice(["free", "uniform"]),
+        default="free",
+        show_default=True,
+        help="uniform: all blocks alike, so that the result is a stock checkpoint.",
+    ),
+    click.option(
+        "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the recipe; may be repeated."
+    ),
+    click.option(
+        "--plan", "plan_file", type=FILE, metavar="FILE", help="Keep what this plan file says instead of allocating."
+    ),
 )
 
 

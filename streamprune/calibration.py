@@ -30,7 +30,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{directory}: no tokenizer that transformers can read ({reason})") from error
 
 

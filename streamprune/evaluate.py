@@ -69,7 +69,9 @@ def evaluate(
     if cache is not None:
         files.make_folder(cache)
     with tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder:
-        store = ActivationStore(Path(folder), (len(windows), length, skeleton.width), skeleton.dtype, where, durable=False)
+        store = ActivationStore(
+            Path(folder), (len(windows), length, skeleton.width), skeleton.dtype, where, durable=False
+        )
         progress.phase("evaluate", len(skeleton) + 2)
         sweep.embed(skeleton, windows, store, sweep.boundary("dense", 0), resources.batch)
         progress.step("embedding")

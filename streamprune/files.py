@@ -127,6 +127,16 @@ def move_aside(path: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def read_into(path: Path, offset: int, buffer: memoryview) -> int:
+    """Fill `buffer` from a file's bytes at `offset`; returns how many there were."""
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while done < len(buffer) and (count := file.readinto(buffer[done:])):
+            done += count
+    return done
+
+
 def free_bytes(folder: Path) -> int:
     """Free bytes on the file system that holds `folder` or, if it is not there yet, its nearest parent."""
     while not folder.exists():

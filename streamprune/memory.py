@@ -89,7 +89,7 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
             f"the memory limit is {format_bytes(device_limit)}; {model.tightest(1, 1)} needs {format_bytes(least)} "
             f"even with one sequence of {needs.length} tokens at a time"
         )
-    else:
+    elif needs.text:
         most = max(1, min(needs.samples, BATCH_TOKENS[skeleton.device.type] // needs.length))
         batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1) <= device_limit)
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size) <= device_limit)
@@ -176,11 +176,15 @@ class _Shapes:
         n, d, item = site.columns, self.d, self.sum_item
         steps = {f"re-fitting one {site.kind} site": held + 3 * item * n * d}
         if needs.gram:
-            steps[f"the Gram of one {site.kind} site"] = held + item * n * n + tokens * (self._forward_token(site) + item * n)
+            steps[f"the Gram of one {site.kind} site"] = (
+                held + item * n * n + tokens * (self._forward_token(site) + item * n)
+            )
             steps[f"re-fitting one {site.kind} site"] += 4 * item * n * n
         if needs.dense_stream:
             inputs = 2 * item * d * d
-            steps["two streams side by side"] = held + inputs + tokens * (self._forward_token(site) + (4 * self.item + 2 * item) * d)
+            steps["two streams side by side"] = (
+                held + inputs + tokens * (self._forward_token(site) + (4 * self.item + 2 * item) * d)
+            )
             steps["input compensation"] = held + inputs + 3 * item * d * d + 3 * item * d * max(n, d)
         return steps
 
@@ -239,7 +243,7 @@ class _Shapes:
                     continue
                 n, d = site.columns, self.d
                 if needs.gram:
-                    total += 2 * n * n * tokens + 2 * n**3 + 6 * n**3 // 3
+                    total += 2 * n * n * tokens + 4 * n**3  # with inverse, greedy loop and solve
                 if needs.dense_stream:
                     total += 4 * d * d * tokens + d**3
             times = 1 if not needs.prunes else (3 if needs.gradients else 0) + 2 * needs.gram + needs.dense_stream

@@ -10,6 +10,7 @@ import torch
 
 from . import files
 from .model import modeling_streamprune as modeling
+from .model.architecture import is_stock, stock_config
 from .model.checkpoint import CONFIG, Checkpoint, data_bytes, shard_name, write_index, write_json, write_shard
 from .model.skeleton import Skeleton
 from .site import Site
@@ -67,8 +68,8 @@ def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict
     source = skeleton.checkpoint
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
     write_index(folder, placed, report["parameters_after"], size)
-    stock = is_stock(skeleton, sites)
-    write_json(folder / CONFIG, stock_config(skeleton, sites) if stock else free_config(skeleton, sites))
+    stock = is_stock(skeleton.architecture, _plain_config(skeleton), sites)
+    write_json(folder / CONFIG, uniform_config(skeleton, sites) if stock else free_config(skeleton, sites))
     if not stock:
         files.copy(Path(modeling.__file__), folder / Path(modeling.__file__).name)
     for name in COMPANIONS:
@@ -80,27 +81,11 @@ def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict
     Skeleton(Checkpoint(folder), device=torch.device("cpu"), dtype=torch.float32)
 
 
-def is_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
-    """Whether the source architecture's own config can say these widths: alike in all blocks, and expressible."""
-    for entry in skeleton.architecture.sublayers:
-        alike = [site for site in sites if site.kind == entry.kind]
-        if len({(site.units, site.width) for site in alike}) > 1:
-            return False
-        if not entry.widths and alike[0].heads != skeleton.config.num_attention_heads:
-            return False
-    return True
-
-
-def stock_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
+def uniform_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """The source's config with the new widths, as the stock architecture reads it."""
-    config = _plain_config(skeleton)
     base = skeleton.architecture.model_type
-    stock = modeling.AutoModelForCausalLM._model_mapping[modeling.CONFIG_MAPPING[base]]
-    config |= {"model_type": base, "architectures": [stock.__name__]}
-    for entry in skeleton.architecture.sublayers:
-        site = next(site for site in sites if site.kind == entry.kind)
-        config |= {field: getattr(site, attribute) for field, attribute in entry.widths}
-    return config
+    stock = modeling.stock_class(base)
+    return {**stock_config(skeleton.architecture, _plain_config(skeleton), sites), "architectures": [stock.__name__]}
 
 
 def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
@@ -149,7 +134,7 @@ def _shards(skeleton: Skeleton) -> int:
 def _card(report: dict[str, Any], title: str, stock: bool, depth: int) -> str:
     widths: dict[str, list[str]] = {}
     for site in report["sites"]:
-        _, block, kind = site["site"].split(".")
+        _, block, _ = site["site"].split(".")
         widths.setdefault(block, []).append(f"{site['kept']} / {site['units']}")
     rows = "\n".join(f"| {block} | {' | '.join(kept)} |" for block, kept in widths.items())
     load = (

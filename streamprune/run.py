@@ -33,7 +33,6 @@ from .methods.recipe import Recipe
 from .model.checkpoint import read_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress, Silent
-from .site import Site
 from .stream import sweep
 from .stream.prefetch import prefetch
 from .stream.store import ActivationStore
@@ -194,7 +193,11 @@ class Job:
             found = {name: self.config.model / name for name in names}
             inputs["tokenizer"] = {name: files.sha256(path) for name, path in found.items() if path.is_file()}
         return {
-            "settings": {**self.config.fixed(), "ratio": self.ratio, "dtype": str(self.skeleton.dtype).removeprefix("torch.")},
+            "settings": {
+                **self.config.fixed(),
+                "ratio": self.ratio,
+                "dtype": str(self.skeleton.dtype).removeprefix("torch."),
+            },
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         }
@@ -270,7 +273,9 @@ class Job:
             if difference := _difference(start["job"], self.header):
                 raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
             if start["cache"] != str(self.cache):
-                raise ResumeError(f"cache is {self.cache}; this job was started with {start['cache']}; --restart starts over")
+                raise ResumeError(
+                    f"cache is {self.cache}; this job was started with {start['cache']}; --restart starts over"
+                )
             self.resumed = len(list(self.journal.steps())) > 0
         else:
             resources = self.forecast().require()
@@ -312,7 +317,14 @@ class Job:
             out=str(self.config.out),
             **{
                 name: report[name]
-                for name in ("recipe", "ratio_requested", "ratio_blocks", "ratio_model", "parameters_before", "parameters_after")
+                for name in (
+                    "recipe",
+                    "ratio_requested",
+                    "ratio_blocks",
+                    "ratio_model",
+                    "parameters_before",
+                    "parameters_after",
+                )
             },
             seconds=round(seconds, 3),
             peak_device_bytes=machine.peak_device_bytes(self.device),
@@ -339,7 +351,9 @@ class Job:
     def prepare(self) -> Plan:
         """Check the weights, survey and allocate, as far as that is not done."""
         if self.needs_text and self.config.calibration is None:
-            self.progress.say("no --calibration given: using the built-in English sample; text of your own domain does better")
+            self.progress.say(
+                "no --calibration given: using the built-in English sample; text of your own domain does better"
+            )
         self._check_weights()
         if self.needs_text and not self.journal.find("embed"):
             size = self.batch
@@ -493,10 +507,7 @@ class Job:
     def _finish(self, plan: Plan) -> Entry:
         skeleton = self.skeleton
         reports = [report for step in self.journal.steps("prune/") for report in step["sites"]]
-        after = [
-            dataclasses.replace(site, units=plan[site.name].keep, heads=site.heads // site.units * plan[site.name].keep)
-            for site in self.sites
-        ]
+        after = [site.keeping(plan[site.name].keep) for site in self.sites]
         removed = plan.removed_parameters(self.sites)
         before = skeleton.parameters()
         report: dict[str, Any] = {
@@ -530,7 +541,9 @@ class Job:
         if self.recipe.uses_plan_units(self.settings):
             for site in self.sites:
                 if plan[site.name].units is None and plan[site.name].keep < site.units:
-                    raise ConfigError(f'{path}: with these settings {site.name} needs "units", not only how many to keep')
+                    raise ConfigError(
+                        f'{path}: with these settings {site.name} needs "units", not only how many to keep'
+                    )
         return plan
 
     def _agreed_ratio(self) -> float:

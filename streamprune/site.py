@@ -8,7 +8,7 @@ consumer's columns ``[u·width, (u+1)·width)`` and, of a producer with `r` rows
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["attention", "ffn"]
@@ -30,13 +30,17 @@ class Site:
     """Weights and biases that go with one unit, on both sides."""
     heads: int = 0
     """Query heads, for attention."""
-    prunable: bool = True
-    """False where the layout asked for cannot express fewer units here."""
+    choices: tuple[int, ...] | None = None
+    """Unit counts that the layout asked for can express, ascending; None for all from 1 to `units`."""
 
     @property
     def name(self) -> str:
         """`blocks.3.attention`: how plans, reports and messages call it."""
         return f"blocks.{self.block}.{self.kind}"
+
+    def keeping(self, units: int) -> Site:
+        """The site with so many units."""
+        return replace(self, units=units, heads=self.heads // self.units * units)
 
     @property
     def columns(self) -> int:

@@ -88,7 +88,9 @@ class Surgeon:
         damping = self.compensation or 0.0
         for name in sub.entry.producers:
             w = sub.weight(name)
-            fitted, used = compensate(w, h.to(w.dtype), c.to(w.dtype), self.compensation or 0.0, f"{sub.site.name}.{name}")
+            fitted, used = compensate(
+                w, h.to(w.dtype), c.to(w.dtype), self.compensation or 0.0, f"{sub.site.name}.{name}"
+            )
             damping = max(damping, used)
             sub.set_weight(name, fitted)
         return damping
@@ -111,7 +113,8 @@ class Surgeon:
             kept = torch.tensor(entry.units)
         else:
             kept = self.recipe.select(self.settings, problem, entry.keep)
-        assert kept.numel() == entry.keep and bool((kept.diff() > 0).all())
+        assert kept.numel() == entry.keep
+        assert bool((kept.diff() > 0).all())
         refit = self.recipe.reconstruct(self.settings, problem, kept)
         columns = unit_columns(kept, site.width).to(w.device)
         error = None if h is None else output_error(w, h, refit.w, columns)

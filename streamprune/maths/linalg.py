@@ -69,7 +69,8 @@ def greedy_removal(
         removed units in order (count,) int64, and each one's cost in output energy (count,), on the CPU.
     """
     units = h.shape[0] // width
-    assert 0 <= count < units and w.shape[1] == h.shape[0] == units * width
+    assert 0 <= count < units
+    assert w.shape[1] == h.shape[0] == units * width
     alive = (h.diagonal() > 0).to(w.dtype)
     factor, _ = cholesky(h, damping, place)
     p = torch.cholesky_inverse(factor)

@@ -112,12 +112,9 @@ def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
 
 
 def _steps(site: Site, round_to: int) -> tuple[int, ...]:
-    if not site.prunable:
-        return (0,)
-    if site.kind == "attention":
-        return tuple(range(site.units))
-    widths = range((site.units - 1) // round_to * round_to, 0, -round_to)
-    return (0, *(site.units - width for width in widths))
+    fewer = range(site.units - 1, 0, -1) if site.choices is None else sorted(site.choices, reverse=True)
+    multiple = 1 if site.kind == "attention" else round_to
+    return (0, *(site.units - keep for keep in fewer if keep < site.units and keep % multiple == 0))
 
 
 def even_densities(sites: Sequence[Site]) -> dict[str, Tensor]:

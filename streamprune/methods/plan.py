@@ -101,7 +101,9 @@ class Plan(Mapping[str, SitePlan]):
                 if not isinstance(units, list) or any(isinstance(u, bool) or not isinstance(u, int) for u in units):
                     raise ConfigError(f'{where}: "units" of {name} must be a list of whole numbers')
                 if len(units) != keep or sorted(set(units)) != units:
-                    raise ConfigError(f'{where}: {name} keeps {keep}, so "units" must be {keep} different numbers, ascending')
+                    raise ConfigError(
+                        f'{where}: {name} keeps {keep}, so "units" must be {keep} different numbers, ascending'
+                    )
             kept[name] = SitePlan(keep, None if units is None else tuple(units))
         return cls(kept, float(ratio))
 
@@ -120,10 +122,12 @@ class Plan(Mapping[str, SitePlan]):
             entry = self[site.name]
             if not 1 <= entry.keep <= site.units:
                 raise ConfigError(f"{where}: {site.name} keeps {entry.keep}; it must be 1 to {site.units}")
-            if entry.units and not (0 <= entry.units[0] and entry.units[-1] < site.units):
+            if entry.units and not (entry.units[0] >= 0 and entry.units[-1] < site.units):
                 raise ConfigError(f'{where}: "units" of {site.name} must lie between 0 and {site.units - 1}')
-            if entry.keep < site.units and not site.prunable:
-                raise ConfigError(f"{where}: {site.name} keeps {entry.keep} of {site.units}; a stock config cannot say so")
+            if site.choices is not None and entry.keep not in site.choices:
+                raise ConfigError(
+                    f"{where}: {site.name} keeps {entry.keep} of {site.units}; a stock config cannot say so"
+                )
 
     def is_uniform(self, sites: Sequence[Site]) -> bool:
         """Whether all blocks end with the same widths."""

@@ -11,12 +11,12 @@ taken out of them. A new architecture of this shape is one entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from ..site import Kind
+from ..site import Kind, Site
 
 
 @dataclass(frozen=True)
@@ -120,3 +120,36 @@ def architecture_of(model_type: str | None, where: str) -> Architecture:
             f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     return entry
+
+
+def stock_config(architecture: Architecture, config: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Any]:
+    """`config` with the widths of `sites`, one of each kind, in the fields that the stock architecture reads."""
+    fields = {"model_type": architecture.model_type}
+    for entry in architecture.sublayers:
+        site = next(site for site in sites if site.kind == entry.kind)
+        fields |= {field: getattr(site, attribute) for field, attribute in entry.widths}
+    return {**config, **fields}
+
+
+def is_stock(architecture: Architecture, config: Mapping[str, Any], sites: Sequence[Site]) -> bool:
+    """Whether the stock architecture can say these widths: alike in all blocks, and its config class takes them.
+
+    transformers' `LlamaConfig`, for one, refuses a number of heads that does not divide the width, though
+    head_dim is given apart.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for entry in architecture.sublayers:
+        alike = [site for site in sites if site.kind == entry.kind]
+        if len({(site.units, site.width) for site in alike}) > 1:
+            return False
+        if not entry.widths and alike[0].heads != config["num_attention_heads"]:
+            return False
+    fields = stock_config(architecture, config, sites)
+    fields.pop("model_type")
+    try:
+        CONFIG_MAPPING[architecture.model_type](**fields)
+    except Exception:
+        # What the class raises is its own affair (huggingface_hub's validation errors are no ValueErrors).
+        return False
+    return True

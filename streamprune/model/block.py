@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +62,9 @@ class Block:
         """A block of its own that shares every tensor until one of the two replaces it."""
         other = copy.copy(self)
         layer, consumers = self._modules
-        tensors = [tensor for module in (layer, *consumers.values()) for tensor in (*module.parameters(), *module.buffers())]
+        tensors = [
+            tensor for module in (layer, *consumers.values()) for tensor in (*module.parameters(), *module.buffers())
+        ]
         other._modules = copy.deepcopy(self._modules, {id(tensor): tensor for tensor in tensors})
         other.weights = dict(self.weights)
         other.sublayers = [Sublayer(other, s.entry, s.site, s.norm_after) for s in self.sublayers]
@@ -141,7 +142,7 @@ class Sublayer:
             path, _, attribute = name.rpartition(".")
             module = self.block.module(path)
             setattr(module, attribute, getattr(module, attribute) // site.units * len(kept))
-        self.site = replace(site, units=len(kept), heads=site.heads // site.units * len(kept))
+        self.site = site.keeping(len(kept))
 
     def release(self) -> None:
         """Free the producers and the consumer, once nothing will run through them again."""

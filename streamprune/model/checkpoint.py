@@ -87,15 +87,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
         """One tensor on the CPU in its stored dtype, in memory of its own."""
         entry = self[name]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=pinned)
-        view = memoryview(buffer.numpy())
-        with entry.shard.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            done = 0
-            while done < entry.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{entry.shard}: ended inside tensor {name!r}")
-                done += count
+        if files.read_into(entry.shard, entry.begin, buffer.numpy().data) < entry.nbytes:
+            raise CheckpointError(f"{entry.shard}: ended inside tensor {name!r}")
         self.bytes_read += entry.nbytes
         return buffer.view(entry.dtype).view(entry.shape)
 
@@ -178,7 +171,10 @@ def data_bytes(path: Path) -> int:
 
 def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> None:
     """Write the index: `placed` maps tensor names to shard names; `size` is in bytes."""
-    index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": dict(sorted(placed.items()))}
+    index = {
+        "metadata": {"total_parameters": parameters, "total_size": size},
+        "weight_map": dict(sorted(placed.items())),
+    }
     write_json(directory / INDEX, index)
 
 

@@ -52,10 +52,15 @@ def config_class(base):
     return type(class_stem(base) + "Config", (CONFIG_MAPPING[base],), members)
 
 
+def stock_class(base):
+    """transformers' own causal language model of model_type `base`."""
+    return AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[base]]
+
+
 @cache
 def model_class(base):
     """The causal language model for pruned models of model_type `base`."""
-    stock = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[base]]
+    stock = stock_class(base)
 
     def __init__(self, config, *args, **kwargs):
         stock.__init__(self, config, *args, **kwargs)

@@ -10,6 +10,8 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..machine import resolve_dtype
 from ..site import Site
-from .architecture import architecture_of
+from .architecture import architecture_of, is_stock
 from .block import Arguments, Block, place
 from .checkpoint import Checkpoint
 from .modeling_streamprune import PREFIX
@@ -42,7 +44,9 @@ class Skeleton:
             missing, unexpected, or of another shape than the config says.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, uniform: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, uniform: bool = False
+    ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype, self.uniform = checkpoint, device, dtype, uniform
@@ -50,11 +54,13 @@ class Skeleton:
         declared = checkpoint.config.get("model_type")
         self.architecture = architecture_of(declared.removeprefix(PREFIX) if isinstance(declared, str) else None, where)
         try:
-            self.config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+            self.config = AutoConfig.from_pretrained(
+                checkpoint.directory, local_files_only=True, trust_remote_code=False
+            )
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa").eval()
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{where}/config.json: transformers cannot build this model ({reason})") from error
         architecture_of(self.config.model_type.removeprefix(PREFIX), where)
         self.norm_after = self.architecture.norm_after(self.config)
@@ -62,7 +68,7 @@ class Skeleton:
         self._base = model.get_submodule(self.architecture.base)
         blocks = model.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
-        self._templates = list(blocks)
+        self._templates: list[nn.Module] = list(blocks.children())
         self._slots = [_Slot() for _ in self._templates]
         model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
         self._embed = _present(model, self.architecture.embed)
@@ -99,12 +105,13 @@ class Skeleton:
         layer = self._templates[index]
         sites = []
         for entry in self.architecture.sublayers:
-            outputs, columns = layer.get_submodule(entry.consumer).weight.shape
+            outputs, columns = layer.get_submodule(entry.consumer).get_parameter("weight").shape
             producers = [layer.get_submodule(name) for name in entry.producers]
             heads, units = 0, columns
             if entry.kind == "attention":
-                head = int(layer.get_submodule(entry.mixer[0]).head_dim)
-                heads, units = columns // head, min(module.weight.shape[0] for module in producers) // head
+                head: int = getattr(layer.get_submodule(entry.mixer[0]), "head_dim")  # noqa: B009 - mypy sees a module
+                rows = min(module.get_parameter("weight").shape[0] for module in producers)
+                heads, units = columns // head, rows // head
             produced = sum(p.numel() for module in producers for p in module.parameters())
             sites.append(
                 Site(
@@ -115,10 +122,13 @@ class Skeleton:
                     outputs=outputs,
                     unit_parameters=(outputs * columns + produced) // units,
                     heads=heads,
-                    prunable=bool(entry.widths) or not self.uniform,
                 )
             )
-        return sites
+        return (
+            [replace(site, choices=self._stock_choices(tuple(sites), site.kind)) for site in sites]
+            if self.uniform
+            else sites
+        )
 
     def all_sites(self) -> list[Site]:
         """The sites of all blocks."""
@@ -192,6 +202,20 @@ class Skeleton:
         with self._filled(self._after, self._read):
             yield logits
 
+    @cache  # noqa: B019 - a handful of entries, for as long as the skeleton lives
+    def _stock_choices(self, sites: tuple[Site, ...], kind: str) -> tuple[int, ...]:
+        """Unit counts of that kind that a stock config can say, the other sites being as they are."""
+        site = next(site for site in sites if site.kind == kind)
+
+        def sayable(units: int) -> bool:
+            others = [other for other in sites if other.kind != kind]
+            return is_stock(self.architecture, self.checkpoint.config, [site.keeping(units), *others])
+
+        # An FFN is as wide as it likes wherever its width can be said at all.
+        if kind == "ffn":
+            return tuple(range(1, site.units + 1)) if sayable(1) else (site.units,)
+        return tuple(units for units in range(1, site.units + 1) if units == site.units or sayable(units))
+
     @property
     def _head_weight(self) -> str:
         return f"{self.architecture.head}.weight"
@@ -234,7 +258,7 @@ class Skeleton:
         for name, module in list(self._model.named_modules()):
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 with torch.device(self.device):
-                    self._model.set_submodule(name, type(module)(config=self.config))  # type: ignore[call-arg]
+                    self._model.set_submodule(name, type(module)(config=self.config))
 
     def _check_layout(self) -> None:
         model, where = self.architecture.model_type, self.checkpoint.directory
@@ -248,14 +272,18 @@ class Skeleton:
             expected.pop(self._head_weight)
         for name, shape in expected.items():
             if name not in self.checkpoint:
-                raise CheckpointError(f"{where}: tensor {name!r} is missing; the config says a {model} model that has it")
+                raise CheckpointError(
+                    f"{where}: tensor {name!r} is missing; the config says a {model} model that has it"
+                )
             if self.checkpoint[name].shape != shape:
                 raise CheckpointError(
                     f"{where}: tensor {name!r} has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
                 )
         for name in self.checkpoint:
             if name not in expected and name != self._head_weight and not name.endswith(_IGNORED):
-                raise CheckpointError(f"{where}: tensor {name!r} has no place in the {model} model that the config says")
+                raise CheckpointError(
+                    f"{where}: tensor {name!r} has no place in the {model} model that the config says"
+                )
 
 
 def open_skeleton(model: Path, device: torch.device, dtype: str, *, uniform: bool = False) -> Skeleton:

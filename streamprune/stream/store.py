@@ -71,7 +71,7 @@ class ActivationStore:
                 if not bool(torch.isfinite(batch).all()):
                     raise NumericalError(f"{place} gives NaN or Inf")
                 data = batch.detach().to("cpu", self.dtype).contiguous()
-                file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+                file.write(data.view(-1).view(torch.uint8).numpy().data)
 
             yield write
 
@@ -95,13 +95,8 @@ class ActivationStore:
     def _fetch(self, name: str, batch: slice) -> Tensor:
         length = (batch.stop - batch.start) * self.row_bytes
         buffer = torch.empty(length, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        view = memoryview(buffer.numpy())
         try:
-            with self._path(name).open("rb", buffering=0) as file:
-                file.seek(batch.start * self.row_bytes)
-                done = 0
-                while done < length and (count := file.readinto(view[done:])):
-                    done += count
+            done = files.read_into(self._path(name), batch.start * self.row_bytes, buffer.numpy().data)
         except FileNotFoundError:
             done = 0
         if done < length:

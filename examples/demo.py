@@ -1,0 +1,72 @@
+"""Prunes the example model by 30 % with SoBP and by magnitude, and prints what each did.
+
+Run by `scripts/demo`; every step is a `streamprune` command as a user would type it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MODEL = HERE / "docs-llama-7m"
+CALIBRATION, VALIDATION = HERE / "text" / "calibration.txt", HERE / "text" / "validation.txt"
+PROMPT = "The function returns"
+
+
+def streamprune(*arguments: object) -> dict[str, Any]:
+    """Run a command, shown as typed; its JSON result."""
+    words = [str(argument) for argument in arguments]
+    shown = " ".join(str(Path(w).relative_to(HERE.parent)) if w.startswith(str(HERE.parent)) else w for w in words)
+    print(f"$ streamprune {shown}", flush=True)
+    command = [sys.executable, "-m", "streamprune_cli", *words, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def sample(path: Path) -> str:
+    """A greedy continuation by the pruned model, through plain transformers."""
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    import streamprune as library
+
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = library.load(path, dtype=torch.float32)
+    inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2, pad_token_id=1)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def main(out: Path) -> None:
+    started = time.monotonic()
+    prune = ("--ratio", 0.3, "--seq-len", 256)
+    sobp = streamprune("run", MODEL, out / "sobp", *prune, "--calibration", CALIBRATION)
+    streamprune("run", MODEL, out / "magnitude", *prune, "--recipe", "magnitude")
+    paths = {"dense": MODEL, "sobp": out / "sobp", "magnitude": out / "magnitude"}
+    measured = {name: streamprune("eval", path, "--text", VALIDATION, "--seq-len", 256) for name, path in paths.items()}
+    print(f"""
+parameters   {sobp["parameters_before"]:,} → {sobp["parameters_after"]:,} ({sobp["ratio_blocks"]:.1%} of the blocks removed)
+perplexity   dense {measured["dense"]["perplexity"]:.2f}, SoBP {measured["sobp"]["perplexity"]:.2f}, magnitude {measured["magnitude"]["perplexity"]:.2f}
+             {measured["dense"]["protocol"]}
+peak memory  {sobp["peak_host_bytes"] / 2**20:.0f} MiB, the interpreter with torch included
+seconds      {sobp["seconds"]:.1f} to prune with SoBP, {time.monotonic() - started:.1f} for everything
+sample       {sample(out / "sobp")!r}""")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory(prefix="streamprune-demo-") as folder:
+            main(Path(folder))
