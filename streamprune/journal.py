@@ -69,7 +69,7 @@ class Journal:
 
 
 def _encode(entry: Entry) -> str:
-    text = json.dumps(entry, sort_keys=True)
+    text = json.dumps(entry)
     return f"{zlib.crc32(text.encode()):08x} {text}"
 
 

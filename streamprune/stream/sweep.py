@@ -89,16 +89,13 @@ def head_gradient(skeleton: Skeleton, store: ActivationStore, tokens: Tensor, si
     last = len(skeleton)
     with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
         for batch, (hidden,) in store.each(size, boundary("dense", last)):
-            gradient = torch.zeros_like(hidden)
-            length = hidden.shape[1] - 1
-            flat = gradient[:, :length].reshape(-1, hidden.shape[2])
-            begin = 0
+            parts = []
             for h, y in _predictions(hidden, tokens[batch].to(skeleton.device), skeleton.vocabulary):
                 h.requires_grad_()
                 loss = F.cross_entropy(_precise(head(h)), y, reduction="sum")
-                flat[begin : begin + len(y)] = torch.autograd.grad(loss, h)[0]
-                begin += len(y)
-            gradient[:, :length] = flat.view(hidden.shape[0], length, -1)
+                parts.append(torch.autograd.grad(loss, h)[0])
+            predicted = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
+            gradient = F.pad(predicted, (0, 0, 0, 1))  # nothing is predicted from the last token
             write(gradient)
 
 

@@ -1,0 +1,434 @@
+"""The whole job: against a plain in-memory implementation, across kills, and with what a user may change."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reference
+import streamprune
+from conftest import TINY, contents
+from streamprune import Config, calibration, files
+from streamprune.errors import ConfigError, ResumeError
+from streamprune.journal import Journal
+from streamprune.methods.plan import Plan
+from streamprune.model.skeleton import open_skeleton
+from streamprune.run import Job, job_folder
+
+Make = Callable[..., Config]
+Tiny = Callable[..., Path]
+
+
+def windows(config: Config, path: Path) -> torch.Tensor:
+    assert config.calibration is not None
+    tokenizer = calibration.load_tokenizer(path)
+    tokens = calibration.tokenize(tokenizer, config.calibration, 40)
+    return calibration.sample_windows(tokens, config.samples, config.seq_len or 0, config.seed, config.calibration)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_sobp_is_the_plain_implementation(name: str, tiny: Tiny, configured: Make) -> None:
+    path = tiny(name, torch.float64)
+    config = configured(path, dtype="float64", ratio=0.35)
+    result = streamprune.prune(config)
+    sites = open_skeleton(path, torch.device("cpu"), "float64").all_sites()
+    tokens = windows(config, path)
+    expected, kept = reference.sobp(path, tokens, sites, ratio=0.35, round_to=4)
+    report = json.loads((config.out / "report.json").read_text())
+    assert {site["site"]: site["kept"] for site in report["sites"]} == {
+        name: len(units) for name, units in kept.items()
+    }
+    assert any(
+        len(units) < site.units for site, units in zip(sites, kept.values(), strict=True) if site.kind == "attention"
+    )
+    pruned = streamprune.load(config.out, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(tokens).logits, expected(tokens).logits, rtol=1e-4, atol=1e-5)
+    removed = sum((site.units - len(kept[site.name])) * site.unit_parameters for site in sites)
+    assert result.parameters_before - result.parameters_after == removed
+    assert pruned.num_parameters() == result.parameters_after
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("recipe", ["magnitude", "random", "wanda-sp"])
+def test_baselines_are_the_masked_dense_model(name: str, recipe: str, tiny: Tiny, configured: Make) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tiny(name)
+    config = configured(path, recipe=recipe, ratio=0.4)
+    streamprune.prune(config)
+    skeleton = open_skeleton(path, torch.device("cpu"), "float32")
+    masked = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    pruned = streamprune.load(config.out, dtype=torch.float32)
+    gone = 0
+    for index in range(len(skeleton)):
+        for entry, site in zip(skeleton.architecture.sublayers, skeleton.sites(index), strict=True):
+            place = f"{skeleton.architecture.blocks}.{index}.{entry.consumer}"
+            w, left = masked.get_submodule(place).weight, pruned.get_submodule(place).weight
+            # Columns are found again by their values, since these recipes do not change them.
+            column = {tuple(w[:, c].tolist()): c for c in range(w.shape[1])}
+            stays = [column[tuple(left[:, c].tolist())] for c in range(left.shape[1])]
+            assert stays == sorted(stays)
+            assert len({c // site.width for c in stays}) * site.width == len(stays)
+            mask = torch.zeros(w.shape[1])
+            mask[stays] = 1
+            gone += w.shape[1] - len(stays)
+            with torch.no_grad():
+                w.mul_(mask)
+    assert gone > 0
+    ids = torch.arange(40)[None, :30]
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(ids).logits, masked(ids).logits, rtol=1e-4, atol=2e-5)
+
+
+def test_magnitude_needs_no_text_and_random_follows_the_seed(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama")
+    streamprune.prune(configured(path, "m", recipe="magnitude", calibration=Path("nowhere.txt")))
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        streamprune.prune(configured(path, out, recipe="random", seed=seed))
+    a, b, c = (contents(configured(path, out).out) for out in "abc")
+    assert a == b
+    assert {name: data for name, data in a.items() if "safetensors" in name} != {
+        name: data for name, data in c.items() if "safetensors" in name
+    }
+
+
+def test_ablations_reach_the_maths(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama")
+    shards = set()
+    for number, switches in enumerate(
+        [
+            {},
+            {"refine": "off"},
+            {"reconstruct": "off"},
+            {"compensate": "off"},
+            {"gradient": "abs"},
+            {"head_weight": "0"},
+        ]
+    ):
+        config = configured(path, f"out{number}", settings=switches, ratio=0.35)
+        streamprune.prune(config)
+        shards.add(tuple(data for name, data in contents(config.out).items() if name.endswith("safetensors")))
+    assert len(shards) == 6
+
+
+def test_global_selection_alone_keeps_the_plans_units(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama")
+    switches = {"refine": "off", "reconstruct": "off", "compensate": "off"}
+    config = configured(path, settings=switches)
+    plan = Plan.read(streamprune.plan_only(config))
+    streamprune.prune(config)
+    dense, pruned = streamprune.load(path), streamprune.load(config.out)
+    for index in range(3):
+        units = plan[f"blocks.{index}.ffn"].units
+        assert units is not None
+        before = dense.get_submodule(f"model.layers.{index}.mlp.down_proj").weight
+        after = pruned.get_submodule(f"model.layers.{index}.mlp.down_proj").weight
+        assert torch.equal(after, before[:, list(units)])
+
+
+class Stop(BaseException):
+    """Stands for a kill: nothing in the project catches it."""
+
+
+@contextmanager
+def stopping_after(appends: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stop right after that many journal lines were written."""
+    real, count = Journal.append, 0
+
+    def append(self: Journal, step: str, **data: Any) -> Any:
+        nonlocal count
+        entry = real(self, step, **data)
+        count += 1
+        if count == appends:
+            raise Stop
+        return entry
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", append)
+        yield
+
+
+@pytest.mark.parametrize("settings", [{}, {"boundary_every": 2}])
+def test_stopped_after_every_journal_line_the_bytes_are_the_same(
+    settings: dict[str, int], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("qwen3", num_hidden_layers=4)
+    if settings:
+        force_boundaries(monkeypatch, settings["boundary_every"])
+    whole = configured(path, "whole")
+    streamprune.prune(whole)
+    expected = contents(whole.out)
+    # One journal line a life: every line is followed by a new process's work.
+    config = configured(path, "stopped")
+    lives = 0
+    while not config.out.exists():
+        lives += 1
+        with stopping_after(2 if lives == 1 else 1, monkeypatch):
+            try:
+                result = streamprune.prune(config)
+            except Stop:
+                continue
+            assert result.resumed
+    assert lives > 14
+    assert contents(config.out) == expected
+    # After the last line the folder may be left behind; the same command clears it and changes nothing.
+    assert streamprune.prune(config).resumed
+    assert not job_folder(config.out).exists()
+    assert contents(config.out) == expected
+
+
+def force_boundaries(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    from streamprune import run
+
+    real = run.forecast
+    monkeypatch.setattr(run, "forecast", lambda *a, **k: replace(real(*a, **k), boundary_every=every))
+
+
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_sparse_boundaries_change_nothing(
+    every: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama", num_hidden_layers=4)
+    streamprune.prune(configured(path, "all"))
+    force_boundaries(monkeypatch, every)
+    streamprune.prune(configured(path, "sparse"))
+    assert contents(configured(path, "all").out) == contents(configured(path, "sparse").out)
+
+
+def test_stopped_at_any_rename_the_bytes_are_the_same(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama", num_hidden_layers=2)
+    whole = configured(path, "whole", samples=3)
+    streamprune.prune(whole)
+    expected = contents(whole.out)
+    real = os.replace
+    for instant in (1, 2, 5, 9, 14, 20, 27, 35, 40, 44):
+        config = configured(path, f"stopped{instant}", samples=3)
+        for before in (True, False):
+            count = 0
+
+            def replace_or_stop(source: Any, target: Any, *, before: bool = before, instant: int = instant) -> None:
+                nonlocal count
+                count += 1
+                if count == instant and before:
+                    raise Stop
+                real(source, target)
+                if count == instant and not before:
+                    raise Stop
+
+            with monkeypatch.context() as patch:
+                patch.setattr(files.os, "replace", replace_or_stop)
+                try:
+                    streamprune.prune(config)
+                except Stop:
+                    assert not config.out.exists()
+        streamprune.prune(config)
+        assert contents(config.out) == expected
+
+
+def command(config: Config, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "streamprune_cli",
+        "run",
+        str(config.model),
+        str(config.out),
+        *("--ratio", str(config.ratio), "--calibration", str(config.calibration), "--samples", str(config.samples)),
+        *("--seq-len", str(config.seq_len), "--round-to", str(config.round_to), "--json", *more),
+    ]
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_the_bytes_are_the_same(tiny: Tiny, configured: Make) -> None:
+    """STREAMPRUNE_KILLS=30 makes it thirty kills of one job."""
+    kills = int(os.environ.get("STREAMPRUNE_KILLS", "4"))
+    path = tiny("llama", num_hidden_layers=max(6, kills // 2))
+    whole = configured(path, "whole", samples=200, seq_len=48)
+    subprocess.run(command(whole), check=True, capture_output=True)
+    killed = configured(path, "killed", samples=200, seq_len=48)
+    journal = job_folder(killed.out) / "journal.jsonl"
+    generator, done = random.Random(0), 0
+    while not killed.out.exists():
+        before = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if done < kills:
+            # Some step further, then anywhere in the steps that follow.
+            while process.poll() is None and (journal.stat().st_size if journal.exists() else 0) <= before:
+                time.sleep(0.001)
+            time.sleep(generator.uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        done += process.returncode == -signal.SIGKILL
+    print(f"{done} kills")
+    assert done >= min(kills, 4)
+    assert contents(killed.out) == contents(whole.out)
+    subprocess.run(command(killed), check=True, capture_output=True)
+    assert not job_folder(killed.out).exists()
+
+
+def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch, appends: int = 8) -> None:
+    with stopping_after(appends, monkeypatch), pytest.raises(Stop):
+        streamprune.prune(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 0.4}, r"settings\.ratio is 0\.4 and was 0\.3"),
+        ({"seed": 7}, r"settings\.seed is 7 and was 0"),
+        ({"samples": 13}, r"settings\.samples is 13 and was 12"),
+        ({"recipe": "wanda-sp"}, r"settings\.recipe is .wanda-sp. and was .sobp."),
+        ({"settings": {"damping": "0.1"}}, r"settings\.settings\.damping is .0\.1. and was null"),
+        ({"layout": "uniform"}, r"settings\.layout is .uniform. and was .free."),
+        ({"dtype": "float64"}, r"settings\.dtype is .float64. and was .float32."),
+        ({"round_to": 8}, r"settings\.round_to is 8 and was 4"),
+    ],
+)
+def test_a_changed_setting_is_refused_with_both_values(
+    change: dict[str, Any], message: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama")
+    interrupted(configured(path), monkeypatch)
+    with pytest.raises(ResumeError, match=message):
+        streamprune.prune(configured(path, **change))
+    streamprune.prune(configured(path))  # the job is as it was
+
+
+def test_changed_text_and_model_are_refused(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny("llama")
+    interrupted(configured(path), monkeypatch)
+    other = tmp_path / "other.txt"
+    other.write_text("abc " * 500)
+    with pytest.raises(ResumeError, match=r"inputs\.calibration is .* and was"):
+        streamprune.prune(configured(path, calibration=other))
+    with pytest.raises(ResumeError, match=r"inputs\.model\.config is .* and was"):
+        streamprune.prune(configured(tiny("llama", num_hidden_layers=4)))
+
+
+def test_other_machine_settings_may_change(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny("llama")
+    streamprune.prune(configured(path, "whole"))
+    interrupted(configured(path), monkeypatch)
+    streamprune.prune(configured(path, memory=2**30, disk=2**33))
+    assert contents(configured(path).out) == contents(configured(path, "whole").out)
+
+
+def test_restart_throws_away_what_was_there(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny("llama")
+    interrupted(configured(path), monkeypatch)
+    streamprune.prune(configured(path, ratio=0.4), restart=True)
+    finished = configured(path, ratio=0.4)
+    assert streamprune.prune(finished).resumed
+    with pytest.raises(ConfigError, match=r"finished result of another job: settings\.ratio is 0\.3 and was 0\.4"):
+        streamprune.prune(configured(path))
+    streamprune.prune(configured(path), restart=True)
+    streamprune.prune(configured(path, "fresh"))
+    assert contents(configured(path).out) == contents(configured(path, "fresh").out)
+    assert sorted(p.name for p in configured(path).out.parent.iterdir()) == ["fresh", "out"]
+
+
+def test_foreign_out_is_never_touched(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama"))
+    config.out.mkdir()
+    (config.out / "thesis.txt").write_text("all of it")
+    for restart in (False, True):
+        with pytest.raises(ConfigError, match="exists and holds something else"):
+            streamprune.prune(config, restart=restart)
+    assert contents(config.out) == {"thesis.txt": b"all of it"}
+    (config.out / "thesis.txt").unlink()
+    streamprune.prune(config)  # an empty folder is fine
+
+
+def test_two_jobs_at_once_are_refused(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama"))
+    with Job(config, None).opened(restart=False), pytest.raises(ResumeError, match="another process"):
+        streamprune.prune(config)
+    streamprune.prune(config)
+
+
+def test_plan_is_written_edited_and_followed(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    path = tiny("llama")
+    config = configured(path)
+    written = streamprune.plan_only(config)
+    plan = json.loads(written.read_text())
+    plan["sites"]["blocks.1.ffn"] = {"keep": 20}
+    plan["sites"]["blocks.0.attention"] = {"keep": 1}
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(plan))
+    followed = replace(config, ratio=None, plan=edited)
+    streamprune.prune(followed)
+    report = json.loads((config.out / "report.json").read_text())
+    kept = {site["site"]: site["kept"] for site in report["sites"]}
+    assert kept["blocks.1.ffn"] == 20
+    assert kept["blocks.0.attention"] == 1
+    with pytest.raises(ConfigError, match=r"ratio is 0\.4; the plan .* was made for 0\.3"):
+        streamprune.prune(replace(followed, ratio=0.4))
+
+
+def test_plan_then_run_is_run(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama")
+    streamprune.plan_only(configured(path, "a"))
+    streamprune.prune(configured(path, "a"))
+    streamprune.prune(configured(path, "b"))
+    assert contents(configured(path, "a").out) == contents(configured(path, "b").out)
+
+
+def test_a_plan_cannot_change_once_pruning_began(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny("llama")
+    config = configured(path)
+    plan = tmp_path / "plan.json"
+    plan.write_bytes(streamprune.plan_only(config).read_bytes())
+    interrupted(config, monkeypatch, appends=2)
+    data = json.loads(plan.read_text())
+    data["sites"]["blocks.1.ffn"] = {"keep": 16}
+    plan.write_text(json.dumps(data))
+    with pytest.raises(ResumeError, match="this job is pruning by"):
+        streamprune.prune(replace(config, plan=plan))
+    streamprune.prune(config)
+
+
+def test_budget_of_blocks_and_model_is_reported(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama")
+    result = streamprune.prune(configured(path, ratio=0.25))
+    skeleton = open_skeleton(path, torch.device("cpu"), "float32")
+    removed = result.parameters_before - result.parameters_after
+    assert result.ratio_blocks == removed / skeleton.block_parameters()
+    assert result.ratio_model == removed / result.parameters_before
+    assert abs(result.ratio_blocks - 0.25) * skeleton.block_parameters() < 4 * 96
+
+
+def test_without_calibration_the_built_in_sample_is_used_and_said(configured: Make) -> None:
+    from conftest import EXAMPLE
+
+    said: list[str] = []
+
+    class Listening:
+        def phase(self, name: str, total: int, done: int = 0) -> None: ...
+        def step(self, note: str = "") -> None: ...
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    config = configured(EXAMPLE, calibration=None, samples=2, recipe="wanda-sp")
+    streamprune.prune(config, progress=Listening())
+    assert any("built-in English sample" in message for message in said)

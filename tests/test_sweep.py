@@ -1,0 +1,154 @@
+"""The streamed model against transformers' own, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import TINY, shared
+from streamprune.maths.stats import MaskGradient
+from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.stream import sweep
+from streamprune.stream.store import ActivationStore
+
+CPU = torch.device("cpu")
+
+
+def random_tokens(skeleton: Skeleton, samples: int, length: int) -> torch.Tensor:
+    return torch.randint(skeleton.vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+def opened(path: Path, dtype: str, folder: Path, samples: int, length: int) -> tuple[Skeleton, ActivationStore]:
+    skeleton = open_skeleton(path, CPU, dtype)
+    return skeleton, ActivationStore(folder, (samples, length, skeleton.width), skeleton.dtype, CPU, durable=False)
+
+
+def streamed_loss(
+    path: Path, folder: Path, *, dtype: str, samples: int, length: int, size: int
+) -> tuple[float, torch.Tensor]:
+    skeleton, store = opened(path, dtype, folder, samples, length)
+    tokens = random_tokens(skeleton, samples, length)
+    sweep.embed(skeleton, tokens, store, sweep.boundary("dense", 0), size)
+    for _ in sweep.forward(skeleton, store, "dense", 0, len(skeleton), size):
+        pass
+    total, count = sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), tokens, size)
+    assert count == samples * (length - 1)
+    return total / count, tokens
+
+
+def whole_loss(path: Path, tokens: torch.Tensor, dtype: torch.dtype) -> float:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_streamed_forward_is_the_models_own(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny(name)
+    loss, tokens = streamed_loss(path, tmp_path, dtype="float64", samples=5, length=20, size=2)
+    assert loss == pytest.approx(whole_loss(path, tokens, torch.float64), rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["docs-llama-7m", "stories260K", "babyllama-tok361-0.9M", "makemore-names-opt"])
+def test_streamed_perplexity_of_trained_models(name: str, tmp_path: Path) -> None:
+    path = shared("models", name)
+    length = 16 if "names" in name else 96
+    loss, tokens = streamed_loss(path, tmp_path, dtype="float32", samples=6, length=length, size=4)
+    assert loss == pytest.approx(whole_loss(path, tokens, torch.float32), rel=1e-6)
+
+
+def autograd_mask_gradients(skeleton: Skeleton, path: Path, tokens: torch.Tensor) -> list[list[torch.Tensor]]:
+    """∂(mean loss)/∂mask of the whole model in memory: a sequence's row of gradients per site."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=skeleton.dtype)
+    model.requires_grad_(False)
+    masks = []
+    for index in range(len(skeleton)):
+        for site, entry in zip(skeleton.sites(index), skeleton.architecture.sublayers, strict=True):
+            mask = torch.ones(site.units, dtype=skeleton.dtype, requires_grad=True)
+            masks.append(mask)
+            module = model.get_submodule(f"{skeleton.architecture.blocks}.{index}.{entry.consumer}")
+            width = site.width
+            module.register_forward_pre_hook(
+                lambda m, a, mask=mask, width=width: (a[0] * mask.repeat_interleave(width),)
+            )
+    gradients = []
+    for row in tokens:
+        logits = model(row[None]).logits
+        loss = F.cross_entropy(logits[0, :-1], row[1:])
+        gradients.append(list(torch.autograd.grad(loss, masks)))
+    return gradients
+
+
+@pytest.fixture
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' RMSNorms compute in float32 even in a float64 model: let them compute in float64."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        epsilon = float(self.variance_epsilon)  # type: ignore[arg-type]
+        return self.get_parameter("weight") * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
+
+
+@pytest.mark.usefixtures("float64_norms")
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("size", [1, 3])
+def test_backward_sweep_is_full_autograd(name: str, size: int, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny(name)
+    skeleton, store = opened(path, "float64", tmp_path, 4, 18)
+    tokens = random_tokens(skeleton, 4, 18)
+    sweep.embed(skeleton, tokens, store, sweep.boundary("dense", 0), size)
+    for _ in sweep.forward(skeleton, store, "dense", 0, len(skeleton), size):
+        pass
+    sweep.head_gradient(skeleton, store, tokens, size)
+    found = {}
+    for index, block in sweep.blocks(skeleton, range(len(skeleton) - 1, -1, -1)):
+        stats = [MaskGradient(site.units, site.width) for site in skeleton.sites(index)]
+        sweep.backward_block(skeleton, block, index, store, stats, size)
+        found[index] = stats
+    flat = [stat for index in range(len(skeleton)) for stat in found[index]]
+    expected = autograd_mask_gradients(skeleton, path, tokens)
+    for position, stat in enumerate(flat):
+        rows = torch.stack([gradients[position] for gradients in expected])
+        torch.testing.assert_close(stat.squares, rows.square().sum(0), rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(stat.magnitudes, rows.abs().sum(0), rtol=1e-9, atol=1e-12)
+
+
+def test_half_precision_streams(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        path = tiny("llama", dtype)
+        loss, tokens = streamed_loss(path, tmp_path / str(dtype), dtype=str(dtype)[6:], samples=3, length=16, size=2)
+        assert loss == pytest.approx(whole_loss(path, tokens, dtype), rel=0.02)
+
+
+def test_head_works_in_chunks(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = streamed_loss(tiny("llama"), tmp_path / "a", dtype="float64", samples=3, length=16, size=3)
+    monkeypatch.setattr(sweep, "LOGIT_BYTES", 4 * 40 * 7)
+    chunked, _ = streamed_loss(tiny("llama"), tmp_path / "b", dtype="float64", samples=3, length=16, size=3)
+    assert chunked == pytest.approx(whole, rel=1e-12)
+
+
+def test_store_reads_back_what_was_written(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        store = ActivationStore(tmp_path / str(dtype), (5, 3, 4), dtype, CPU, durable=True)
+        x = torch.randn(5, 3, 4).to(dtype)
+        with store.writing("a", "here") as write:
+            for batch in store.batches(2):
+                write(x[batch])
+        for batch, (read,) in store.each(2, "a"):
+            assert torch.equal(read, x[batch])
+        assert torch.equal(store.read("a", slice(1, 4)), x[1:4])
