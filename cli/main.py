@@ -15,13 +15,8 @@ class Group(click.Group):
     """Turns the project's errors into one line on stderr: exit 2 for usage, 1 for failure."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from streamprune.errors import StreamPruneError
-
         try:
             return super().invoke(ctx)
-        except StreamPruneError as error:
-            click.echo(f"streamprune: {' '.join(str(error).split())}", err=True)
-            ctx.exit(error.exit_code)
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -31,6 +26,16 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("streamprune: interrupted; run the same command again to go on", err=True)
             ctx.exit(130)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            # Only now, so that help does not wait for torch.
+            from streamprune.errors import StreamPruneError
+
+            if not isinstance(error, StreamPruneError):
+                raise
+            click.echo(f"streamprune: {' '.join(str(error).split())}", err=True)
+            ctx.exit(error.exit_code)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

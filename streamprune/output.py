@@ -11,6 +11,7 @@ import torch
 from . import files
 from .model import modeling_streamprune as modeling
 from .model.architecture import is_stock, stock_config
+from .model.block import linear_shape
 from .model.checkpoint import CONFIG, Checkpoint, data_bytes, shard_name, write_index, write_json, write_shard
 from .model.skeleton import Skeleton
 from .site import Site
@@ -98,13 +99,14 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     for entry in skeleton.architecture.sublayers:
         for site in (site for site in sites if site.kind == entry.kind):
             before = next(old for old in skeleton.sites(site.block) if old.kind == site.kind)
-            dense = skeleton.block_names(site.block)
-            for name in entry.producers:
-                width = skeleton.checkpoint[dense[f"{name}.weight"]].shape[0] // before.units * site.units
-                rows.setdefault(name, []).append(width)
+            for name in (producer.name for producer in entry.producers):
+                width = linear_shape(skeleton.module(site.block, name))[0]
+                rows.setdefault(name, []).append(width // before.units * site.units)
             columns.setdefault(entry.consumer, []).append(site.columns)
             for name in entry.counts:
-                attributes.setdefault(name, []).append(site.heads)
+                path, _, attribute = name.rpartition(".")
+                count: int = getattr(skeleton.module(site.block, path), attribute)
+                attributes.setdefault(name, []).append(count // before.units * site.units)
     return {
         **_plain_config(skeleton),
         "model_type": modeling.PREFIX + base,

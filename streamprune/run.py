@@ -285,6 +285,7 @@ class Job:
                 )
             if self.needs_text:
                 _ = self.tokens  # unusable text is found before anything is written
+            self._check_weights()
             files.make_folder(self.staging)
             batches = {name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")}
             start = self.journal.append("start", job=self.header, cache=str(self.cache), resources=batches)
@@ -354,7 +355,6 @@ class Job:
             self.progress.say(
                 "no --calibration given: using the built-in English sample; text of your own domain does better"
             )
-        self._check_weights()
         if self.needs_text and not self.journal.find("embed"):
             size = self.batch
             sweep.embed(self.skeleton, self.tokens, self.store, sweep.boundary(DENSE, 0), size)
@@ -363,8 +363,6 @@ class Job:
 
     def _check_weights(self) -> None:
         """Read everything once and refuse NaN and Inf, before hours are spent on them."""
-        if self.journal.find("check"):
-            return
         skeleton = self.skeleton
         groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
         groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
@@ -376,7 +374,6 @@ class Job:
                 raise CheckpointError(f"{self.config.model}: tensor {name!r} holds NaN or Inf")
             if name in left:
                 self.progress.step(name)
-        self.journal.append("check")
 
     def _survey(self) -> dict[str, MaskGradient]:
         """Mask gradients of every site of the dense model, by a forward and a backward sweep."""

@@ -86,7 +86,7 @@ class Surgeon:
         h, c = inputs.mean()
         assert c is not None
         damping = self.compensation or 0.0
-        for name in sub.entry.producers:
+        for name in (producer.name for producer in sub.entry.producers):
             w = sub.weight(name)
             fitted, used = compensate(
                 w, h.to(w.dtype), c.to(w.dtype), self.compensation or 0.0, f"{sub.site.name}.{name}"
@@ -104,7 +104,7 @@ class Surgeon:
         problem = Problem(
             site=site,
             w=w,
-            producers=tuple(sub.weight(name) for name in sub.entry.producers),
+            producers=tuple(sub.weight(producer.name) for producer in sub.entry.producers),
             h=h,
             generator=_generator(self.seed, site),
         )

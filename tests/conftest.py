@@ -57,6 +57,7 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {"model_type": "qwen3", **GATED, "head_dim": 12},
+    "gpt2": {"model_type": "gpt2", "n_inner": 48},
     "opt": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "opt-350m": {
         "model_type": "opt",
@@ -123,7 +124,7 @@ def make_tiny(folder: Path, name: str, dtype: torch.dtype = torch.float32, **cha
     return folder
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     """Rewrite every shard after `change` had its tensors."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)

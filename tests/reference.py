@@ -35,6 +35,11 @@ def capture(model: Any, modules: list[str], tokens: Tensor) -> list[Tensor]:
     return [seen[name] for name in modules]
 
 
+def weight_of(module: Any) -> Tensor:
+    """The weight as (out, in), a view: GPT-2 holds it the other way round."""
+    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+
 def ridge(h: Tensor, damping: float) -> Tensor:
     return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
 
@@ -100,12 +105,12 @@ def sobp(
     kept: dict[str, list[int]] = {}
     for site, consumer in places:
         entry = next(entry for entry in architecture.sublayers if entry.kind == site.kind)
-        producers = [f"{architecture.blocks}.{site.block}.{name}" for name in entry.producers]
+        producers = [f"{architecture.blocks}.{site.block}.{p.name}" for p in entry.producers]
         (x,), (x_hat,) = capture(dense, producers[:1], tokens), capture(pruned, producers[:1], tokens)
         if not torch.equal(x, x_hat):
             h = x_hat.T @ x_hat / len(x)
             for name in producers:
-                w = pruned.get_submodule(name).weight
+                w = weight_of(pruned.get_submodule(name))
                 change = w @ ((x - x_hat).T @ x_hat / len(x)) @ torch.linalg.inv(ridge(h, 0.01))
                 w.add_(change)
         if keep[site.name] == site.units:
@@ -113,7 +118,7 @@ def sobp(
             continue
         (z,) = capture(pruned, [consumer], tokens)
         h = z.T @ z / len(z)
-        w = pruned.get_submodule(consumer).weight
+        w = weight_of(pruned.get_submodule(consumer))
         stays = greedy(w, h, site.width, site.units - keep[site.name])
         kept[site.name] = stays.tolist()
         columns = (stays[:, None] * site.width + torch.arange(site.width)).flatten()

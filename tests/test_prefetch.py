@@ -25,11 +25,10 @@ def test_an_error_comes_in_its_turn() -> None:
             raise ValueError("two")
         return i
 
-    seen = []
+    loaded = prefetch(range(4), load)
+    assert [next(loaded), next(loaded)] == [(0, 0), (1, 1)]
     with pytest.raises(ValueError, match="two"):
-        for i, _ in prefetch(range(4), load):
-            seen.append(i)
-    assert seen == [0, 1]
+        next(loaded)
 
 
 def test_at_most_two_values_live() -> None:

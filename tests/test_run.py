@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
 import reference
-import streamprune
+import torch
 from conftest import TINY, contents
+
+import streamprune
 from streamprune import Config, calibration, files
 from streamprune.errors import ConfigError, ResumeError
 from streamprune.journal import Journal
@@ -77,7 +77,7 @@ def test_baselines_are_the_masked_dense_model(name: str, recipe: str, tiny: Tiny
     for index in range(len(skeleton)):
         for entry, site in zip(skeleton.architecture.sublayers, skeleton.sites(index), strict=True):
             place = f"{skeleton.architecture.blocks}.{index}.{entry.consumer}"
-            w, left = masked.get_submodule(place).weight, pruned.get_submodule(place).weight
+            w, left = (reference.weight_of(model.get_submodule(place)) for model in (masked, pruned))
             # Columns are found again by their values, since these recipes do not change them.
             column = {tuple(w[:, c].tolist()): c for c in range(w.shape[1])}
             stays = [column[tuple(left[:, c].tolist())] for c in range(left.shape[1])]

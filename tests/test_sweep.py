@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import TINY, shared
+
 from streamprune.maths.stats import MaskGradient
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.stream import sweep
@@ -56,7 +56,9 @@ def test_streamed_forward_is_the_models_own(name: str, tiny: Callable[..., Path]
     assert loss == pytest.approx(whole_loss(path, tokens, torch.float64), rel=1e-7)
 
 
-@pytest.mark.parametrize("name", ["docs-llama-7m", "stories260K", "babyllama-tok361-0.9M", "makemore-names-opt"])
+@pytest.mark.parametrize(
+    "name", ["docs-llama-7m", "stories260K", "babyllama-tok361-0.9M", "makemore-names-opt", "makemore-names-gpt2"]
+)
 def test_streamed_perplexity_of_trained_models(name: str, tmp_path: Path) -> None:
     path = shared("models", name)
     length = 16 if "names" in name else 96

@@ -20,6 +20,15 @@ from ..site import Kind, Site
 
 
 @dataclass(frozen=True)
+class Producer:
+    """A linear whose output rows go with the units."""
+
+    name: str
+    parts: int = 1
+    """Equal stretches of its output, each of them grouped by units: 3 where q, k and v are fused."""
+
+
+@dataclass(frozen=True)
 class SublayerEntry:
     """Names inside a block."""
 
@@ -27,10 +36,10 @@ class SublayerEntry:
     norm: str
     mixer: tuple[str, ...]
     """Modules run in turn between the norm and the consumer; the consumer's place in them is bypassed."""
-    producers: tuple[str, ...]
+    producers: tuple[Producer, ...]
     consumer: str
     counts: tuple[str, ...] = ()
-    """Module attributes that count heads and shrink with the units."""
+    """Module attributes that shrink with the units, such as a number of heads."""
     widths: tuple[tuple[str, str], ...] = ()
     """Fields of a stock config, each with the attribute of `Site` that it holds; empty where a stock config
     cannot say fewer units."""
@@ -60,7 +69,7 @@ _ATTENTION = SublayerEntry(
     kind="attention",
     norm="input_layernorm",
     mixer=("self_attn",),
-    producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    producers=(Producer("self_attn.q_proj"), Producer("self_attn.k_proj"), Producer("self_attn.v_proj")),
     consumer="self_attn.o_proj",
     widths=(("num_attention_heads", "heads"), ("num_key_value_heads", "units"), ("head_dim", "head_width")),
 )
@@ -68,7 +77,7 @@ _GATED = SublayerEntry(
     kind="ffn",
     norm="post_attention_layernorm",
     mixer=("mlp",),
-    producers=("mlp.gate_proj", "mlp.up_proj"),
+    producers=(Producer("mlp.gate_proj"), Producer("mlp.up_proj")),
     consumer="mlp.down_proj",
     widths=(("intermediate_size", "columns"),),
 )
@@ -76,7 +85,7 @@ _OPT_ATTENTION = SublayerEntry(
     kind="attention",
     norm="self_attn_layer_norm",
     mixer=("self_attn",),
-    producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    producers=(Producer("self_attn.q_proj"), Producer("self_attn.k_proj"), Producer("self_attn.v_proj")),
     consumer="self_attn.out_proj",
     counts=("self_attn.num_heads",),
 )
@@ -84,9 +93,25 @@ _OPT_FFN = SublayerEntry(
     kind="ffn",
     norm="final_layer_norm",
     mixer=("fc1", "activation_fn"),
-    producers=("fc1",),
+    producers=(Producer("fc1"),),
     consumer="fc2",
     widths=(("ffn_dim", "columns"),),
+)
+_GPT2_ATTENTION = SublayerEntry(
+    kind="attention",
+    norm="ln_1",
+    mixer=("attn",),
+    producers=(Producer("attn.c_attn", parts=3),),
+    consumer="attn.c_proj",
+    counts=("attn.num_heads", "attn.split_size"),
+)
+_GPT2_FFN = SublayerEntry(
+    kind="ffn",
+    norm="ln_2",
+    mixer=("mlp",),
+    producers=(Producer("mlp.c_fc"),),
+    consumer="mlp.c_proj",
+    widths=(("n_inner", "columns"),),
 )
 
 ARCHITECTURES = {
@@ -103,6 +128,13 @@ ARCHITECTURES = {
             embed=("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.project_in"),
             final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
             norm_after=lambda config: not config.do_layer_norm_before,
+        ),
+        Architecture(
+            "gpt2",
+            (_GPT2_ATTENTION, _GPT2_FFN),
+            blocks="transformer.h",
+            embed=("transformer.wte", "transformer.wpe"),
+            final=("transformer.ln_f",),
         ),
     )
 }
@@ -143,13 +175,12 @@ def is_stock(architecture: Architecture, config: Mapping[str, Any], sites: Seque
         alike = [site for site in sites if site.kind == entry.kind]
         if len({(site.units, site.width) for site in alike}) > 1:
             return False
-        if not entry.widths and alike[0].heads != config["num_attention_heads"]:
-            return False
     fields = stock_config(architecture, config, sites)
     fields.pop("model_type")
     try:
-        CONFIG_MAPPING[architecture.model_type](**fields)
+        stock = CONFIG_MAPPING[architecture.model_type](**fields)
     except Exception:
         # What the class raises is its own affair (huggingface_hub's validation errors are no ValueErrors).
         return False
-    return True
+    heads = next((site.heads for site in sites if site.kind == "attention"), stock.num_attention_heads)
+    return bool(stock.num_attention_heads == heads)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import NumericalError
 from ..maths.linalg import unit_columns
@@ -115,28 +116,32 @@ class Sublayer:
 
     def weight(self, name: str) -> Tensor:
         """The stored weight of one linear, in float32 or better, on the device: (out, in)."""
-        stored = self.block.weights[f"{name}.weight"]
-        return stored.to(self.block.device, accumulator(stored.dtype))
+        stored = self.block.weights[f"{name}.weight"].to(self.block.device)
+        return self._turned(name, stored.to(accumulator(stored.dtype)))
 
     def set_weight(self, name: str, weight: Tensor) -> None:
-        """Replace the weight of one linear.
+        """Replace the weight (out, in) of one linear.
 
         Raises:
             NumericalError: not finite, or no longer so in the stored dtype.
         """
-        self.block.set(f"{name}.weight", weight)
+        self.block.set(f"{name}.weight", self._turned(name, weight).contiguous())
         if not bool(torch.isfinite(self.block.weights[f"{name}.weight"]).all()):
             raise NumericalError(f"{self.site.name}: the new weights of {name} are not finite in their stored dtype")
 
     def shrink(self, kept: Tensor, consumer_weight: Tensor) -> None:
         """Keep only the units `kept` (k,), ascending; the consumer gets `consumer_weight` (d_out, k·width)."""
         site = self.site
-        for name in self.entry.producers:
+        for producer in self.entry.producers:
+            outputs = linear_shape(self.block.module(producer.name))[0]
+            part = outputs // producer.parts
+            inside = unit_columns(kept.cpu(), part // site.units)
+            rows = torch.cat([inside + start for start in range(0, outputs, part)])
             for leaf in ("weight", "bias"):
-                tensor = self.block.weights.get(f"{name}.{leaf}")
+                tensor = self.block.weights.get(f"{producer.name}.{leaf}")
                 if tensor is not None:
-                    rows = unit_columns(kept.cpu(), tensor.shape[0] // site.units)
-                    self.block.set(f"{name}.{leaf}", tensor[rows])
+                    axis = tensor.dim() - 1 if isinstance(self.block.module(producer.name), Conv1D) else 0
+                    self.block.set(f"{producer.name}.{leaf}", tensor.index_select(axis, rows))
         self.set_weight(self.entry.consumer, consumer_weight)
         for name in self.entry.counts:
             path, _, attribute = name.rpartition(".")
@@ -146,8 +151,18 @@ class Sublayer:
 
     def release(self) -> None:
         """Free the producers and the consumer, once nothing will run through them again."""
-        for name in (*self.entry.producers, self.entry.consumer):
+        for name in (*(producer.name for producer in self.entry.producers), self.entry.consumer):
             place(self.block.module(name), "weight", torch.empty(0, device="meta"))
+
+    def _turned(self, name: str, weight: Tensor) -> Tensor:
+        """From how a module holds its weight to (out, in), or back."""
+        return weight.T if isinstance(self.block.module(name), Conv1D) else weight
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear, however it holds its weight."""
+    rows, columns = module.get_parameter("weight").shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -158,5 +173,8 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
         return
     owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    if isinstance(owner, nn.Linear) and leaf == "weight" and tensor.dim() == 2:
-        owner.out_features, owner.in_features = tensor.shape
+    if leaf == "weight" and tensor.dim() == 2:
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = tensor.shape
+        elif isinstance(owner, Conv1D):
+            owner.nx, owner.nf = tensor.shape

@@ -13,11 +13,23 @@ only. The checkpoint's config holds, under "streamprune", one number a block:
 
 from functools import cache
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 PREFIX = "streamprune_"
+
+
+def resized(old, rows, columns):
+    """A linear like `old` with other numbers of outputs and inputs; None leaves a number as it is."""
+    with torch.device(old.weight.device):
+        if isinstance(old, Conv1D):
+            new = Conv1D(rows or old.nf, columns or old.nx)
+        else:
+            new = nn.Linear(columns or old.in_features, rows or old.out_features, bias=old.bias is not None)
+    return new.to(old.weight.dtype)
 
 
 def resize(model, widths):
@@ -26,15 +38,7 @@ def resize(model, widths):
         rows = {name: each[index] for name, each in widths["rows"].items()}
         columns = {name: each[index] for name, each in widths["columns"].items()}
         for name in rows.keys() | columns.keys():
-            old = block.get_submodule(name)
-            new = nn.Linear(
-                columns.get(name, old.in_features),
-                rows.get(name, old.out_features),
-                bias=old.bias is not None,
-                device=old.weight.device,
-                dtype=old.weight.dtype,
-            )
-            block.set_submodule(name, new)
+            block.set_submodule(name, resized(block.get_submodule(name), rows.get(name), columns.get(name)))
         for name, each in widths["attributes"].items():
             path, _, attribute = name.rpartition(".")
             setattr(block.get_submodule(path), attribute, each[index])

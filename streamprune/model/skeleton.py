@@ -7,6 +7,7 @@ blocks taken out of it, so no masking or position code is written again here.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from ..errors import CheckpointError
 from ..machine import resolve_dtype
 from ..site import Site
 from .architecture import architecture_of, is_stock
-from .block import Arguments, Block, place
+from .block import Arguments, Block, linear_shape, place
 from .checkpoint import Checkpoint
 from .modeling_streamprune import PREFIX
 
@@ -69,7 +70,7 @@ class Skeleton:
         blocks = model.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._templates: list[nn.Module] = list(blocks.children())
-        self._slots = [_Slot() for _ in self._templates]
+        self._slots = [_Slot(template) for template in self._templates]
         model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
         self._embed = _present(model, self.architecture.embed)
         self._after = _present(model, (*self.architecture.final, self.architecture.head))
@@ -105,12 +106,13 @@ class Skeleton:
         layer = self._templates[index]
         sites = []
         for entry in self.architecture.sublayers:
-            outputs, columns = layer.get_submodule(entry.consumer).get_parameter("weight").shape
-            producers = [layer.get_submodule(name) for name in entry.producers]
+            outputs, columns = linear_shape(layer.get_submodule(entry.consumer))
+            producers = [layer.get_submodule(producer.name) for producer in entry.producers]
             heads, units = 0, columns
             if entry.kind == "attention":
                 head: int = getattr(layer.get_submodule(entry.mixer[0]), "head_dim")  # noqa: B009 - mypy sees a module
-                rows = min(module.get_parameter("weight").shape[0] for module in producers)
+                parts = [producer.parts for producer in entry.producers]
+                rows = min(linear_shape(module)[0] // n for module, n in zip(producers, parts, strict=True))
                 heads, units = columns // head, rows // head
             produced = sum(p.numel() for module in producers for p in module.parameters())
             sites.append(
@@ -129,6 +131,10 @@ class Skeleton:
             if self.uniform
             else sites
         )
+
+    def module(self, index: int, name: str) -> nn.Module:
+        """A module of a block, on the meta device."""
+        return self._templates[index].get_submodule(name)
 
     def all_sites(self) -> list[Site]:
         """The sites of all blocks."""
@@ -296,13 +302,15 @@ def open_skeleton(model: Path, device: torch.device, dtype: str, *, uniform: boo
 class _Slot(nn.Module):
     """Stands where a block stood: keeps what it was called with and hands the hidden states on."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
+        self.names = list(inspect.signature(block.forward).parameters)[1:]
         self.hidden: Tensor | None = None
         self.arguments: dict[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden_states, arguments
+    def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+        self.hidden = hidden_states
+        self.arguments = {**dict(zip(self.names, positional, strict=False)), **arguments}
         return hidden_states
 
 

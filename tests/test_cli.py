@@ -1,0 +1,172 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+from streamprune_cli import main
+
+import streamprune
+
+COMMANDS = sorted(main.commands)
+
+
+@pytest.fixture
+def arguments(tiny: Callable[..., Path], text: Path, tmp_path: Path) -> list[str]:
+    options = ["--ratio", "0.3", "--calibration", str(text), "--samples", "6", "--seq-len", "24", "--round-to", "4"]
+    return [str(tiny("llama")), str(tmp_path / "out"), *options]
+
+
+def test_run_prints_one_object_and_nothing_else_on_stdout(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "streamprune_cli", "run", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout)
+    assert list(result) == [
+        "out",
+        "recipe",
+        "ratio_requested",
+        "ratio_blocks",
+        "ratio_model",
+        "parameters_before",
+        "parameters_after",
+        "seconds",
+        "peak_device_bytes",
+        "peak_host_bytes",
+        "bytes_read",
+        "resumed",
+    ]
+    assert result["out"] == str(tmp_path / "out")
+    assert result["resumed"] is False
+    # Progress: plain lines where stderr is no terminal.
+    assert "survey: 6 of 6" in done.stderr
+    assert "prune: 3 of 3" in done.stderr
+    assert "\r" not in done.stderr
+    again = CliRunner().invoke(main, ["run", *arguments, "--json"])
+    assert json.loads(again.stdout)["resumed"] is True
+
+
+def test_each_sweep_reads_every_byte_once(arguments: list[str], tmp_path: Path) -> None:
+    result = json.loads(CliRunner().invoke(main, ["run", *arguments, "--json"]).stdout)
+    model = Path(arguments[0])
+    blocks = outside = 0
+    from streamprune.model.checkpoint import Checkpoint
+
+    for name, entry in Checkpoint(model).items():
+        if ".layers." in name:
+            blocks += entry.nbytes
+        else:
+            outside += entry.nbytes
+    # Check, forward, backward and prune sweeps; embeddings (the tied head) for check, embedding, head and output,
+    # the final norm for check, head and output.
+    norm = 32 * 4
+    assert result["bytes_read"] == 4 * blocks + 4 * (outside - norm) + 3 * norm
+
+
+def test_plan_only_then_plan(arguments: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["run", *arguments, "--plan-only", "--json"])
+    path = Path(json.loads(result.stdout)["plan"])
+    assert json.loads(path.read_text())["sites"]["blocks.0.ffn"]["keep"] <= 48
+    looked = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--json"])
+    job = json.loads(looked.stdout)["job"]
+    assert job["state"] == "under way"
+    assert job["finished"][-1] == "allocate"
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_forecasts(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, ["plan", arguments[0], *arguments[2:], "--json"])
+    assert result.exit_code == 0
+    forecast = json.loads(result.stdout)
+    keys = {"device_bytes", "host_bytes", "disk_bytes", "bytes_to_read", "operations", "steps", "fits", "problems"}
+    assert keys <= forecast.keys()
+    assert forecast["fits"] is True
+    tight = CliRunner().invoke(main, ["plan", arguments[0], *arguments[2:], "--memory", "20KB"])
+    assert tight.exit_code == 1
+    assert "does not fit: the memory limit is 19.5 KiB" in tight.stdout
+
+
+def test_plan_forecasts_the_bytes_that_run_reads(arguments: list[str]) -> None:
+    forecast = json.loads(CliRunner().invoke(main, ["plan", arguments[0], *arguments[2:], "--json"]).stdout)
+    result = json.loads(CliRunner().invoke(main, ["run", *arguments, "--json"]).stdout)
+    assert forecast["bytes_to_read"] == pytest.approx(result["bytes_read"], rel=0.05)
+
+
+def test_eval_and_inspect(arguments: list[str], text: Path, tmp_path: Path) -> None:
+    CliRunner().invoke(main, ["run", *arguments])
+    out = str(tmp_path / "out")
+    measured = json.loads(
+        CliRunner().invoke(main, ["eval", out, "--text", str(text), "--seq-len", "24", "--json"]).stdout
+    )
+    assert list(measured) == ["perplexity", "tokens", "seq_len", "protocol"]
+    assert measured["tokens"] == 3000 // 24 * 23
+    looked = CliRunner().invoke(main, ["inspect", out])
+    assert looked.exit_code == 0
+    assert "streamprune_llama" in looked.stdout
+    assert "job: finished" in looked.stdout
+    assert "blocks.2.ffn" in looked.stdout
+    dense = CliRunner().invoke(main, ["inspect", arguments[0], "--json"])
+    found = json.loads(dense.stdout)
+    assert found["job"] is None
+    assert [len(block["sites"]) for block in found["model"]["blocks"]] == [2, 2, 2]
+
+
+def test_human_output(arguments: list[str], text: Path) -> None:
+    done = CliRunner().invoke(main, ["run", *arguments])
+    assert "removed by sobp" in done.stdout
+    measured = CliRunner().invoke(main, ["eval", arguments[0], "--text", str(text)])
+    assert re.match(r"perplexity \d+\.\d+\n\(whole text tokenised", measured.stdout)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_and_is_in_the_readme(name: str) -> None:
+    shown = CliRunner().invoke(main, [name, "--help"])
+    assert shown.exit_code == 0
+    assert re.search(rf"Examples?:\s+streamprune {name} ", shown.stdout)
+    assert f"streamprune {name}" in (ROOT / "README.md").read_text()
+
+
+def test_every_option_has_help() -> None:
+    for command in main.commands.values():
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, f"{command.name} {parameter.name}"
+
+
+def test_unknown_options_are_usage_errors() -> None:
+    assert CliRunner().invoke(main, ["run"]).exit_code == 2
+    assert CliRunner().invoke(main, ["run", "a", "b", "--ratio", "much"]).exit_code == 2
+    assert CliRunner().invoke(main, ["prune"]).exit_code == 2
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from streamprune_cli import main; main(['run', '--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_public_names() -> None:
+    assert sorted(streamprune.__all__) == streamprune.__all__ or set(streamprune.__all__) >= {"prune", "load", "Config"}
+    for name in streamprune.__all__:
+        assert hasattr(streamprune, name)
+
+
+def test_every_setting_is_in_the_docs() -> None:
+    from dataclasses import fields
+
+    documented = (ROOT / "docs" / "methods.md").read_text()
+    for recipe in streamprune.RECIPES.values():
+        assert f"`{recipe.name}`" in documented
+        for field in fields(recipe.settings):
+            assert f"`{field.name}`" in documented
+            assert field.metadata["help"]

@@ -1,0 +1,76 @@
+"""The floors of docs/architecture.md: each imports only from those below it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "streamprune"
+FLOOR = {
+    "errors": 1,
+    "version": 1,
+    "files": 1,
+    "progress": 1,
+    "config": 1,
+    "journal": 1,
+    "site": 1,
+    "machine": 1,
+    "calibration": 1,
+    "maths": 1,
+    "model": 1,
+    "methods": 2,
+    "stream": 2,
+    "memory": 2,
+    "surgery": 3,
+    "output": 3,
+    "evaluate": 3,
+    "run": 3,
+    "inspection": 3,
+    "__init__": 4,
+}
+FORBIDDEN = {
+    "methods": {"stream", "model", "journal", "files"},
+    "stream": {"methods", "journal"},
+    "maths": {"model", "site", "files"},
+    "surgery": {"journal"},
+    "output": {"journal"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of the package that a file imports, as first names below `streamprune`."""
+    here = ("streamprune", *path.relative_to(PACKAGE).with_suffix("").parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: -node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("streamprune.")}
+    return found
+
+
+def test_every_part_has_a_floor() -> None:
+    parts = {p.stem for p in PACKAGE.glob("*.py")} | {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+    assert parts == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for other in imports(path) - {part}:
+        assert FLOOR[other] <= FLOOR[part], f"{path} imports {other}"
+        assert other not in FORBIDDEN.get(part, set()), f"{path} imports {other}"
+
+
+def test_only_files_renames_and_syncs() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "files.py":
+            text = path.read_text()
+            for word in ("os.replace", "os.rename", "os.fsync", ".rename(", "shutil", ".unlink("):
+                assert word not in text, f"{path} has {word}"

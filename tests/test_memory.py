@@ -1,0 +1,107 @@
+"""The forecast: micro-batches within the limit, and refusals that say what would do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import streamprune
+from streamprune.config import format_bytes, parse_bytes
+from streamprune.errors import ConfigError, ResourceError
+from streamprune.memory import Needs, forecast
+from streamprune.model.skeleton import open_skeleton
+
+NEEDS = Needs(samples=64, length=64, text=True, gradients=True, gram=True, dense_stream=True)
+
+
+def test_micro_batches_grow_with_the_memory(tiny: Callable[..., Path]) -> None:
+    skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
+    sizes = []
+    for limit in (2**20, 2**21, 2**22, 2**23, 2**30):
+        resources = forecast(skeleton, NEEDS, device_limit=limit, disk_limit=2**40)
+        assert not resources.problems
+        assert resources.device_bytes <= limit
+        sizes.append((resources.batch, resources.backward_batch))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_too_little_memory_says_how_much_is_needed(tiny: Callable[..., Path]) -> None:
+    skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
+    resources = forecast(skeleton, NEEDS, device_limit=1000, disk_limit=2**40)
+    with pytest.raises(ResourceError, match=r"memory limit is 1000 B; .* needs [\d.]+ KiB") as caught:
+        resources.require()
+    match = re.search(r"needs ([\d.]+ KiB)", str(caught.value))
+    assert match is not None
+    enough = parse_bytes(match[1]) + 100
+    assert not forecast(skeleton, NEEDS, device_limit=enough, disk_limit=2**40).problems
+
+
+def test_boundaries_are_thinned_out_when_disk_is_short(tiny: Callable[..., Path]) -> None:
+    skeleton = open_skeleton(tiny("llama", num_hidden_layers=12), torch.device("cpu"), "float32")
+    one = 64 * 64 * 32 * 4
+    roomy = forecast(skeleton, NEEDS, device_limit=2**40, disk_limit=100 * one)
+    assert roomy.boundary_every == 1
+    assert roomy.disk_bytes == 15 * one
+    tight = forecast(skeleton, NEEDS, device_limit=2**40, disk_limit=11 * one)
+    assert tight.boundary_every > 1
+    assert tight.disk_bytes <= 11 * one
+    assert tight.bytes_to_read > roomy.bytes_to_read
+    too_little = forecast(skeleton, NEEDS, device_limit=2**40, disk_limit=3 * one)
+    assert "activations need" in too_little.problems[0]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_disk_never_exceeds_the_forecast(
+    every: int,
+    tiny: Callable[..., Path],
+    configured: Callable[..., streamprune.Config],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from test_run import force_boundaries
+
+    from streamprune.stream.store import ActivationStore
+
+    config = configured(tiny("llama", num_hidden_layers=5))
+    job_resources = streamprune.forecast_job(config)
+    one = 12 * 24 * 32 * 4
+    kept = (5 - 1) // every + 1
+    limit = max(6, kept + (every if every > 1 else 1) + 2) * one
+    if every == 1:
+        assert job_resources.disk_bytes == limit
+    force_boundaries(monkeypatch, every)
+    most = 0
+    real = ActivationStore.writing
+
+    def watched(self: ActivationStore, name: str, place: str):  # type: ignore[no-untyped-def]
+        nonlocal most
+        inodes = {p.stat().st_ino: p.stat().st_size for p in self.folder.iterdir()}
+        # Plus the one about to be written.
+        most = max(most, sum(inodes.values()) + one)
+        return real(self, name, place)
+
+    monkeypatch.setattr(ActivationStore, "writing", watched)
+    streamprune.prune(config)
+    assert most <= limit
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 * 2**30), ("1.5 KB", 1500), ("800mb", 8 * 10**8), ("12", 12), ("2G", 2**31), ("1TiB", 2**40)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "12 parsecs", "1e9", "0", "0.0001B"])
+def test_not_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="size"):
+        parse_bytes(text)
+
+
+def test_sizes_for_people() -> None:
+    assert [format_bytes(b) for b in (0, 1536, 3 * 2**30, 5 * 2**41)] == ["0 B", "1.5 KiB", "3.0 GiB", "10.0 TiB"]

@@ -1,0 +1,210 @@
+"""What comes out: every way of loading gives the same logits, and it can be pruned and measured again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, contents
+
+import streamprune
+from streamprune import Config
+from streamprune.errors import ConfigError
+from streamprune.model.skeleton import open_skeleton
+
+Make = Callable[..., Config]
+Tiny = Callable[..., Path]
+IDS = torch.arange(40)[None, 2:20]
+
+LOAD = """
+import sys, warnings
+import torch
+from transformers import AutoModelForCausalLM
+kind, path, save = sys.argv[1:]
+if kind == "imported":
+    import streamprune
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **({"trust_remote_code": True} if kind == "remote" else {}))
+assert ("streamprune" in sys.modules) == (kind == "imported")
+torch.save(model(torch.arange(40)[None, 2:20]).logits, save)
+"""
+
+
+def load_elsewhere(kind: str, path: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Load in a process of its own, whose working directory is not the project."""
+    arguments = [sys.executable, "-c", LOAD, kind, str(path), str(tmp_path / f"{kind}.pt")]
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+    return subprocess.run(
+        arguments, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_three_ways_of_loading_agree(name: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    config = configured(tiny(name), ratio=0.35)
+    streamprune.prune(config)
+    assert json.loads((config.out / "config.json").read_text())["model_type"] == f"streamprune_{name}"
+    with torch.no_grad():
+        expected = streamprune.load(config.out, dtype=torch.float32)(IDS).logits
+    for kind in ("remote", "imported"):
+        done = load_elsewhere(kind, config.out, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert torch.equal(torch.load(tmp_path / f"{kind}.pt"), expected)
+    # Without any of the three: a message that says what to do, never random weights.
+    done = load_elsewhere("plain", config.out, tmp_path)
+    assert done.returncode != 0
+    assert "trust_remote_code=True" in done.stderr
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_generation_with_a_cache_is_the_forward_pass(name: str, tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny(name), ratio=0.35)
+    streamprune.prune(config)
+    model = streamprune.load(config.out, dtype=torch.float32)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=True, **options)
+    plain = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=False, **options)
+    assert torch.equal(cached, plain)
+    with torch.no_grad():
+        assert torch.equal(model(cached[:, :-1]).logits[:, -1].argmax(-1), cached[:, -1])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_uniform_layout_is_a_stock_checkpoint(name: str, tiny: Tiny, configured: Make) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tiny(name)
+    config = configured(path, layout="uniform", ratio=0.3)
+    streamprune.prune(config)
+    written = json.loads((config.out / "config.json").read_text())
+    before = json.loads((path / "config.json").read_text())
+    assert written["model_type"] == before["model_type"]
+    assert written["architectures"] == before["architectures"]
+    assert "auto_map" not in written
+    assert not list(config.out.glob("*.py"))
+    stock = AutoModelForCausalLM.from_pretrained(config.out, dtype=torch.float32)
+    assert not type(stock).__name__.startswith("Pruned")
+    evaluation = streamprune.evaluate(config.out, config.calibration or Path(), seq_len=24)
+    assert evaluation.perplexity > 1
+    assert stock.num_parameters() < 0.95 * AutoModelForCausalLM.from_pretrained(path).num_parameters()
+
+
+def test_uniform_layout_takes_heads_where_a_stock_config_can_say_so(tiny: Tiny, configured: Make) -> None:
+    path = tiny("mistral", num_hidden_layers=2)
+    config = configured(path, layout="uniform", ratio=0.5, settings={"head_weight": "0"})
+    streamprune.prune(config)
+    written = json.loads((config.out / "config.json").read_text())
+    assert written["num_key_value_heads"] == 1
+    assert written["num_attention_heads"] == 2
+    assert written["head_dim"] == 8
+    assert streamprune.load(config.out)(IDS).logits.isfinite().all()
+
+
+def test_llamas_own_config_limits_its_uniform_heads(tiny: Tiny) -> None:
+    # 32 is no multiple of 3 heads: transformers' LlamaConfig refuses that, whatever head_dim says.
+    path = tiny("llama", num_attention_heads=4, num_key_value_heads=4)
+    free, uniform = (open_skeleton(path, torch.device("cpu"), "float32", uniform=u) for u in (False, True))
+    assert free.sites(0)[0].choices is None
+    assert uniform.sites(0)[0].choices == (1, 2, 4)
+    opt = open_skeleton(tiny("opt"), torch.device("cpu"), "float32", uniform=True)
+    assert opt.sites(0)[0].choices == (4,)
+
+
+def test_equal_widths_by_chance_are_written_as_stock(tiny: Tiny, configured: Make) -> None:
+    path = tiny("qwen3")
+    config = configured(path, recipe="magnitude", ratio=0.5, round_to=8)
+    streamprune.prune(config)
+    report = json.loads((config.out / "report.json").read_text())
+    assert len({site["kept"] for site in report["sites"] if "ffn" in site["site"]}) == 1
+    assert json.loads((config.out / "config.json").read_text())["model_type"] == "qwen3"
+
+
+@pytest.mark.parametrize("name", ["llama", "opt-350m", "qwen2"])
+def test_a_pruned_checkpoint_can_be_pruned_and_measured_again(name: str, tiny: Tiny, configured: Make) -> None:
+    once = configured(tiny(name), "once", ratio=0.2)
+    streamprune.prune(once)
+    twice = configured(once.out, "twice", ratio=0.2)
+    result = streamprune.prune(twice)
+    model = streamprune.load(twice.out, dtype=torch.float32)
+    assert model.num_parameters() == result.parameters_after < result.parameters_before
+    assert json.loads((twice.out / "config.json").read_text())["model_type"].count("streamprune_") == 1
+    tokens = IDS.repeat(2, 1)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.isfinite()
+    found = streamprune.inspect(twice.out)
+    assert found["model"]["parameters"] == result.parameters_after
+    assert found["job"]["state"] == "finished"
+
+
+def test_save_pretrained_keeps_it_loadable(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    config = configured(tiny("llama"), ratio=0.35)
+    streamprune.prune(config)
+    model = streamprune.load(config.out, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    again = streamprune.load(tmp_path / "saved", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_dtype_is_kept(dtype: torch.dtype, tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama", dtype))
+    streamprune.prune(config)
+    model = streamprune.load(config.out, dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    # Compensation and re-fitting were rounded once; what was measured is what was written.
+    evaluation = streamprune.evaluate(config.out, config.calibration or Path(), seq_len=24)
+    assert evaluation.perplexity > 1
+
+
+def test_what_is_not_pruned_is_copied_bit_by_bit(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama", torch.bfloat16)
+    config = configured(path, recipe="magnitude", dtype="float16")
+    streamprune.prune(config)
+    dense, pruned = (
+        streamprune.load(path, dtype="auto").state_dict(),
+        streamprune.load(config.out, dtype="auto").state_dict(),
+    )
+    for name in dense:
+        if "norm" in name or "embed" in name:
+            assert torch.equal(dense[name], pruned[name])
+
+
+def test_out_holds_what_a_checkpoint_needs(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama"), ratio=0.35)
+    streamprune.prune(config)
+    names = set(contents(config.out))
+    assert {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        *(f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)),
+        "model.safetensors.index.json",
+        "modeling_streamprune.py",
+        "report.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } == names
+    index = json.loads((config.out / "model.safetensors.index.json").read_text())
+    # One shard a block.
+    for block in range(3):
+        shards = {s for n, s in index["weight_map"].items() if n.startswith(f"model.layers.{block}.")}
+        assert shards == {f"model-0000{block + 2}-of-00005.safetensors"}
+    report = json.loads((config.out / "report.json").read_text())
+    for site in report["sites"]:
+        assert {"site", "units", "kept", "error", "damping", "seconds"} <= site.keys()
+        assert 0 <= site["error"] < 1
+
+
+def test_uneven_pruned_model_cannot_be_made_uniform(tiny: Tiny, configured: Make) -> None:
+    once = configured(tiny("llama"), "once", ratio=0.35)
+    streamprune.prune(once)
+    with pytest.raises(ConfigError, match="uniform layout needs blocks of equal widths"):
+        streamprune.prune(configured(once.out, "twice", layout="uniform"))
