@@ -120,6 +120,11 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
     )
 
 
+def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
+    """Bytes that the device holds at most with micro-batches of these sizes."""
+    return _Shapes(skeleton, needs).device_peak(batch, backward_batch)
+
+
 class _Shapes:
     """Bytes and operations of one model under one job."""
 

@@ -25,7 +25,7 @@ from .config import Config, format_bytes
 from .errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .maths.stats import MaskGradient
-from .memory import Needs, Resources, forecast
+from .memory import Needs, Resources, device_peak, forecast
 from .methods import RECIPES
 from .methods.allocation import Budget, allocate, even_densities
 from .methods.plan import Plan
@@ -216,7 +216,8 @@ class Job:
     @property
     def cache(self) -> Path:
         """Where activations go: a folder of this job's own."""
-        return self.config.cache / self.folder.name if self.config.cache else self.folder / "cache"
+        parent = self.config.cache
+        return parent.absolute() / self.folder.name if parent else self.folder.absolute() / "cache"
 
     # Opening, resuming, ending.
 
@@ -240,8 +241,9 @@ class Job:
             raise ConfigError(f"OUT is {out}, a finished result of another job: {difference}; --restart replaces it")
         if self.given_plan is not None and self.given_plan.digest() != report["plan"]:
             raise ConfigError(f"OUT is {out}, a finished result of another plan; --restart replaces it")
-        files.remove_tree(self.cache)
-        files.remove_tree(self.folder)
+        if self.folder.is_dir():
+            with files.locked(self.folder / "lock"):
+                self._clear()
         self.resumed = True
         return report
 
@@ -265,8 +267,6 @@ class Job:
         """
         if restart:
             files.remove(self.journal_path)
-            files.remove_tree(self.staging)
-            files.remove_tree(self.cache)
         self.journal = Journal(self.journal_path)
         start = self.journal.header
         if start is not None:
@@ -276,8 +276,12 @@ class Job:
                 raise ResumeError(
                     f"cache is {self.cache}; this job was started with {start['cache']}; --restart starts over"
                 )
+            self._check_memory(start["resources"])
             self.resumed = len(list(self.journal.steps())) > 0
         else:
+            # What a job without a journal left is nothing to build on.
+            files.remove_tree(self.staging)
+            files.remove_tree(self.cache)
             resources = self.forecast().require()
             if (free := files.free_bytes(self.folder)) < resources.output_bytes:
                 raise ResourceError(
@@ -292,6 +296,15 @@ class Job:
         self.batch: int = start["resources"]["batch"]
         self.backward_batch: int = start["resources"]["backward_batch"]
         self.boundary_every: int = start["resources"]["boundary_every"]
+
+    def _check_memory(self, resources: Mapping[str, int]) -> None:
+        """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
+        needed = device_peak(self.skeleton, self.needs, resources["batch"], resources["backward_batch"])
+        if self.config.memory is not None and self.config.memory < needed:
+            raise ResourceError(
+                f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
+                f"{resources['batch']} and {resources['backward_batch']}, which need {format_bytes(needed)}; --restart starts over"
+            )
 
     def work(self) -> Entry:
         """Everything from wherever the journal says to the finished OUT; returns the report."""
@@ -308,9 +321,12 @@ class Job:
             if self.config.out.is_dir() and any(self.config.out.iterdir()):
                 files.move_aside(self.config.out, self.folder / "replaced")
             files.publish(self.staging, self.config.out)
+        self._clear()
+        return report
+
+    def _clear(self) -> None:
         files.remove_tree(self.cache)
         files.remove_tree(self.folder)
-        return report
 
     def result(self, report: Mapping[str, Any], seconds: float) -> Result:
         """The report's figures with this process's own."""

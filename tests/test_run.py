@@ -22,7 +22,7 @@ from conftest import TINY, contents
 
 import streamprune
 from streamprune import Config, calibration, files
-from streamprune.errors import ConfigError, ResumeError
+from streamprune.errors import ConfigError, ResourceError, ResumeError
 from streamprune.journal import Journal
 from streamprune.methods.plan import Plan
 from streamprune.model.skeleton import open_skeleton
@@ -330,6 +330,25 @@ def test_other_machine_settings_may_change(tiny: Tiny, configured: Make, monkeyp
     interrupted(configured(path), monkeypatch)
     streamprune.prune(configured(path, memory=2**30, disk=2**33))
     assert contents(configured(path).out) == contents(configured(path, "whole").out)
+
+
+def test_less_memory_than_the_job_was_started_for_is_refused(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama")
+    interrupted(configured(path), monkeypatch)
+    with pytest.raises(ResourceError, match=r"memory limit is 48.8 KiB; this job was started with micro-batches of 12"):
+        streamprune.prune(configured(path, memory=50_000))
+    streamprune.prune(configured(path))
+
+
+def test_leftovers_without_a_journal_are_not_built_on(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama"), layout="uniform")
+    stale = job_folder(config.out) / "out"
+    stale.mkdir(parents=True)
+    (stale / "modeling_streamprune.py").write_text("stale")
+    streamprune.prune(config)
+    assert "modeling_streamprune.py" not in contents(config.out)
 
 
 def test_restart_throws_away_what_was_there(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
