@@ -33,13 +33,7 @@ def evaluate(
       streamprune eval llama-2-5b --text wiki-test.txt --seq-len 2048
     """
     import streamprune
-    from streamprune.config import DTYPES
-    from streamprune.errors import ConfigError
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if seq_len is not None and seq_len < 2:
-        raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
     measured = streamprune.evaluate(
         model,
         text,

@@ -29,11 +29,15 @@ def plan(model: Path, as_json: bool, **chosen: Any) -> None:
     config = options.config(model, Path(f"{model}-pruned"), **chosen)
     resources = streamprune.forecast_job(config)
     rows = [
-        ["device peak", format_bytes(resources.device_bytes), f"limit {format_bytes(resources.device_limit)}"],
+        [
+            "device peak",
+            format_bytes(resources.device_bytes),
+            f"on {resources.device}, limit {format_bytes(resources.device_limit)}",
+        ],
         [
             "host peak",
             format_bytes(resources.host_bytes),
-            "the device's share included" if config.device == "cpu" else "",
+            "the device's share included" if resources.device == "cpu" else "",
         ],
         ["disk for activations", format_bytes(resources.disk_bytes), f"limit {format_bytes(resources.disk_limit)}"],
         ["disk for the result", f"≤ {format_bytes(resources.output_bytes)}", ""],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -56,7 +57,9 @@ class Shown:
 def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The command's result: one JSON object, or lines for people."""
     if as_json:
-        click.echo(json.dumps(value))
+        # JSON has no infinity.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+        click.echo(json.dumps(finite))
     else:
         for line in lines:
             click.echo(line)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Config
-from .errors import StreamPruneError
+from .errors import CheckpointError, StreamPruneError
 from .evaluate import Evaluation, evaluate
 from .inspection import inspect
 from .methods import RECIPES
@@ -44,8 +44,14 @@ for _model_type in ARCHITECTURES:
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint directory, pruned or dense, as a transformers model; `options` go to `from_pretrained`."""
+    """A checkpoint directory, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
+
+    Raises:
+        CheckpointError: `path` is not a directory.
+    """
     from transformers import AutoModelForCausalLM
 
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path} is not a directory with a model in it")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(Path(path), **options)
     return model

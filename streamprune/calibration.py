@@ -59,7 +59,9 @@ def tokenize(tokenizer: Any, path: Path, vocabulary: int) -> Tensor:
     """
     ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)
-    if tokens.numel() and int(tokens.max()) >= vocabulary:
+    if not tokens.numel():
+        raise CalibrationError(f"the tokenizer makes no tokens of {path}; are the model's tokenizer files there?")
+    if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
             f"{path}: the tokenizer gives token {int(tokens.max())}, but the model has {vocabulary}; they do not belong together"
         )

@@ -28,10 +28,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{text!r} is not a size; write it like 24GiB, 800MB or 1000000")
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size <= 0:
-        raise ConfigError(f"the size {text!r} must be positive")
-    return size
+    number = float(match[1])
+    if not 0 < number * _UNITS[match[2].upper()] < 2**63:
+        raise ConfigError(f"the size {text[:40]!r} must be positive and below 8 EiB")
+    return int(number * _UNITS[match[2].upper()])
 
 
 def format_bytes(size: float) -> str:
@@ -81,7 +81,7 @@ class Config:
     """FFN widths that are changed become multiples of this."""
     dtype: str = _fixed(default="auto")
     """What blocks compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
-    cache: Path | None = _fixed(default=None)
+    cache: Path | None = _free(default=None)
     """Folder for activations; None keeps them beside OUT."""
     device: str = _free(default="auto")
     memory: int | None = _free(default=None)
@@ -92,6 +92,9 @@ class Config:
     """Plan file that replaces the recipe's allocation; the journal keeps its digest."""
 
     def __post_init__(self) -> None:
+        for name in ("model", "out", "calibration", "cache", "plan"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")
         if self.ratio is None and self.plan is None:
@@ -99,6 +102,8 @@ class Config:
         for name, least in (("samples", 1), ("round_to", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2^63")
         if self.seq_len is not None and self.seq_len < 2:
             raise ConfigError(f"seq_len is {self.seq_len}; it must be at least 2")
         if self.layout not in LAYOUTS:

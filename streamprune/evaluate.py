@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import calibration, files, machine
+from .errors import ConfigError
 from .memory import Needs, forecast
 from .model.skeleton import open_skeleton
 from .progress import Progress, Silent
@@ -27,8 +28,8 @@ class Evaluation:
 
 
 def evaluate(
-    model: Path,
-    text: Path,
+    model: str | Path,
+    text: str | Path,
     *,
     seq_len: int | None = None,
     device: str = "auto",
@@ -52,6 +53,9 @@ def evaluate(
         ResourceError: too little memory or disk.
         NumericalError: NaN or Inf on the way.
     """
+    model, text = Path(model), Path(text)
+    if seq_len is not None and seq_len < 2:
+        raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
     progress = progress or Silent()
     where = machine.resolve_device(device)
     skeleton = open_skeleton(model, where, dtype)

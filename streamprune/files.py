@@ -67,12 +67,12 @@ def copy(source: Path, target: Path) -> None:
 
 def link(source: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the file system has no hard links."""
-    with replacing(target) as temporary:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+        sync(target.parent)
+    except OSError:
+        copy(source, target)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -139,9 +139,18 @@ def read_into(path: Path, offset: int, buffer: memoryview) -> int:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the file system that holds `folder` or, if it is not there yet, its nearest parent."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def same_file_system(one: Path, other: Path) -> bool:
+    """Whether two folders, which need not be there yet, lie on one file system."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from .errors import CheckpointError
 from .journal import Journal
 from .model.checkpoint import CONFIG, read_json
 from .model.skeleton import open_skeleton
-from .output import REPORT
+from .output import REPORT, is_report
 from .run import job_folder
 
 
@@ -33,7 +33,7 @@ def inspect(path: Path) -> dict[str, Any]:
     model = _model(path)
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
-        job = {"state": "finished", "report": report} if "job" in report else None
+        job = {"state": "finished", "report": report} if is_report(report) else None
     return {"model": model, "job": job}
 
 
@@ -69,7 +69,7 @@ def _model(path: Path) -> dict[str, Any]:
         "width": skeleton.width,
         "vocabulary": skeleton.vocabulary,
         "context": skeleton.context,
-        "tied": not any(name.startswith(skeleton.architecture.head) for name in skeleton.head_names()),
+        "tied": skeleton.tied,
         "blocks": blocks,
     }
 

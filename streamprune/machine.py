@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .config import DTYPES
 from .errors import ConfigError
 
 
@@ -36,7 +37,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """What blocks compute in: ``auto`` is the stored dtype on a GPU and float32 on the CPU."""
+    """What blocks compute in: ``auto`` is the stored dtype on a GPU and float32 on the CPU.
+
+    Raises:
+        ConfigError: not one of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype

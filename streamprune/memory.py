@@ -41,6 +41,7 @@ class Needs:
 class Resources:
     """A job's forecast."""
 
+    device: str
     batch: int
     """Sequences a micro-batch, forward."""
     backward_batch: int
@@ -104,6 +105,7 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
     if skeleton.device.type == "cpu":
         host += device
     return Resources(
+        device=str(skeleton.device),
         batch=batch,
         backward_batch=backward_batch,
         boundary_every=every,
@@ -232,8 +234,13 @@ class _Shapes:
         outside = sum(checkpoint[name].nbytes for name in {*self.skeleton.embed_names(), *self.skeleton.head_names()})
         if not needs.prunes:
             return self.stored_all + outside
+        embed = sum(checkpoint[name].nbytes for name in self.skeleton.embed_names())
+        head = sum(checkpoint[name].nbytes for name in self.skeleton.head_names()) + (
+            embed if self.skeleton.tied else 0
+        )
+        # All of it to check and to prune; with gradients forward and backward too, and to recompute boundaries.
         sweeps = 2 + (2 if needs.gradients else 0) + (1 if needs.gradients and every > 1 else 0)
-        return sweeps * self.stored_all + (2 + (1 if needs.text else 0)) * outside
+        return sweeps * self.stored_all + 2 * outside + needs.text * embed + needs.gradients * head
 
     def operations(self) -> int:
         needs, total = self.needs, 0

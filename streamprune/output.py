@@ -9,10 +9,20 @@ from typing import Any
 import torch
 
 from . import files
+from .calibration import load_tokenizer
 from .model import modeling_streamprune as modeling
 from .model.architecture import is_stock, stock_config
 from .model.block import linear_shape
-from .model.checkpoint import CONFIG, Checkpoint, data_bytes, shard_name, write_index, write_json, write_shard
+from .model.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    data_bytes,
+    read_json,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+)
 from .model.skeleton import Skeleton
 from .site import Site
 
@@ -38,6 +48,12 @@ COMPANIONS = (
     "USE_POLICY.md",
 )
 """Files that are copied as they are."""
+
+
+def is_report(report: Any) -> bool:
+    """Whether a JSON value is a report of ours."""
+    keys = ("recipe", "ratio_requested", "ratio_blocks", "ratio_model", "parameters_before", "parameters_after")
+    return isinstance(report, dict) and all(key in report for key in (*keys, "job", "plan", "plan_given", "sites"))
 
 
 def block_shard(skeleton: Skeleton, index: int) -> str:
@@ -76,6 +92,8 @@ def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict
     for name in COMPANIONS:
         if (source.directory / name).is_file():
             files.copy(source.directory / name, folder / name)
+    if not stock:
+        _name_tokenizer(source.directory, folder)
     files.write_text(folder / CARD, _card(report, title, stock, len(skeleton)))
     write_json(folder / REPORT, report)
     # Reading it back: every tensor present, shapes as the config says, in transformers' own model.
@@ -124,9 +142,24 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     }
 
 
+def _name_tokenizer(source: Path, folder: Path) -> None:
+    """Write down the tokenizer's class, which transformers otherwise takes from a model_type it knows."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        return
+    name = type(load_tokenizer(source)).__name__
+    config = read_json(path) if path.is_file() else {}
+    if config.get("tokenizer_class") != name:
+        write_json(path, {**config, "tokenizer_class": name})
+
+
 def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
     ours = ("streamprune", "auto_map")
-    return {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
+    config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
+    # A head that was stored apart from the embedding is not tied to it, whatever the config said.
+    return (
+        {**config, "tie_word_embeddings": False} if config.get("tie_word_embeddings") and not skeleton.tied else config
+    )
 
 
 def _shards(skeleton: Skeleton) -> int:

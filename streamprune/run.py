@@ -6,18 +6,18 @@ unneeded. So a job killed at any instant goes on from the last line and ends wit
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration, files, machine, output
@@ -30,7 +30,7 @@ from .methods import RECIPES
 from .methods.allocation import Budget, allocate, even_densities
 from .methods.plan import Plan
 from .methods.recipe import Recipe
-from .model.checkpoint import read_json, write_shard
+from .model.checkpoint import Checkpoint, read_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress, Silent
 from .stream import sweep
@@ -102,7 +102,7 @@ def forecast_job(config: Config) -> Resources:
 
 def job_folder(out: Path) -> Path:
     """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
-    return out.parent / f"{out.name}.streamprune"
+    return out.absolute().parent / f"{out.absolute().name}.streamprune"
 
 
 class Job:
@@ -113,12 +113,15 @@ class Job:
     """
 
     def __init__(self, config: Config, progress: Progress | None) -> None:
-        self.config, self.progress = config, progress or Silent()
+        self.progress = progress or Silent()
         if config.recipe not in RECIPES:
             raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
         self.settings = self.recipe.parse(config.settings)
         self.device = machine.resolve_device(config.device)
+        self.out_given = str(config.out)
+        config = replace(config, out=config.out.absolute())
+        self.config = config
         if config.out.resolve() == config.model.resolve():
             raise ConfigError(f"OUT is {config.out}, the model itself")
         self.skeleton: Skeleton = open_skeleton(
@@ -185,7 +188,8 @@ class Job:
         import transformers
 
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
-        if self.needs_text:
+        # Whether or not a plan spares the survey: a job may go on with a plan that began without one.
+        if self.recipe.wants_mask_gradients(self.settings) or self.streams:
             if not self.text.is_file():
                 calibration.read_text(self.text)
             inputs["calibration"] = files.sha256(self.text)
@@ -195,6 +199,7 @@ class Job:
         return {
             "settings": {
                 **self.config.fixed(),
+                "settings": asdict(self.settings),
                 "ratio": self.ratio,
                 "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             },
@@ -217,7 +222,10 @@ class Job:
     def cache(self) -> Path:
         """Where activations go: a folder of this job's own."""
         parent = self.config.cache
-        return parent.absolute() / self.folder.name if parent else self.folder.absolute() / "cache"
+        if parent is None:
+            return self.folder / "cache"
+        own = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+        return parent.absolute() / f"{self.folder.name}-{own}"
 
     # Opening, resuming, ending.
 
@@ -228,35 +236,65 @@ class Job:
             ConfigError: OUT holds something else.
         """
         out = self.config.out
-        if out.is_symlink() or (out.exists() and not out.is_dir()):
-            raise ConfigError(f"OUT is {out}, which is not a directory")
-        if not out.is_dir() or not any(out.iterdir()):
-            return None
-        report = read_json(out / output.REPORT) if (out / output.REPORT).is_file() else {}
-        if "job" not in report:
-            raise ConfigError(f"OUT is {out}, which exists and holds something else")
-        if restart:
+        report = self._report_in_out()
+        if report is None or restart or self._replacing():
             return None
         if difference := _difference(report["job"], self.header):
             raise ConfigError(f"OUT is {out}, a finished result of another job: {difference}; --restart replaces it")
-        if self.given_plan is not None and self.given_plan.digest() != report["plan"]:
-            raise ConfigError(f"OUT is {out}, a finished result of another plan; --restart replaces it")
+        given = self.given_plan.digest() if self.given_plan else None
+        if given != report["plan_given"]:
+            was = report["plan_given"]
+            raise ConfigError(f"OUT is {out}, a finished result by plan {was}, not {given}; --restart replaces it")
+        try:
+            Skeleton(Checkpoint(out), device=torch.device("cpu"), dtype=torch.float32)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"OUT is {out}, a finished result that was damaged: {error}; --restart replaces it"
+            ) from None
         if self.folder.is_dir():
             with files.locked(self.folder / "lock"):
                 self._clear()
         self.resumed = True
         return report
 
+    def _report_in_out(self) -> Entry | None:
+        """The report of a result of ours in OUT; None when OUT is empty or not there.
+
+        Raises:
+            ConfigError: OUT holds something else.
+        """
+        out = self.config.out
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise ConfigError(f"OUT is {out}, which is not a directory")
+        if not out.is_dir() or not any(out.iterdir()):
+            return None
+        report = read_json(out / output.REPORT) if (out / output.REPORT).is_file() else {}
+        if not output.is_report(report):
+            raise ConfigError(f"OUT is {out}, which exists and holds something else")
+        return report
+
+    def _replacing(self) -> bool:
+        """Whether a job with these very settings is under way that was told to replace what OUT holds."""
+        if not self.journal_path.is_file():
+            return False
+        start = Journal(self.journal_path, repair=False).header
+        return start is not None and start["replaces"] and _difference(start["job"], self.header) is None
+
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
         """A context in which this process, and no other, works on the job."""
+        for name, path in (("OUT", self.folder.absolute()), ("cache", self.cache)):
+            parent = next(parent for parent in path.parents if parent.exists())
+            if not parent.is_dir():
+                raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
+        new = not self.folder.exists()
         files.make_folder(self.folder)
         with files.locked(self.folder / "lock"):
             try:
                 self._start(restart)
                 yield
             finally:
-                if self.folder.is_dir() and not self.journal_path.exists():
+                if new and not self.journal_path.exists() and self.folder.is_dir():
                     files.remove_tree(self.folder)  # refused before it began: leave nothing behind
 
     def _start(self, restart: bool) -> None:
@@ -265,37 +303,68 @@ class Job:
         Raises:
             ResumeError: started with other settings, inputs or versions.
         """
-        if restart:
-            files.remove(self.journal_path)
         self.journal = Journal(self.journal_path)
         start = self.journal.header
-        if start is not None:
+        if start is None or restart:
+            start = self._begin()
+        else:
             if difference := _difference(start["job"], self.header):
                 raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
-            if start["cache"] != str(self.cache):
-                raise ResumeError(
-                    f"cache is {self.cache}; this job was started with {start['cache']}; --restart starts over"
-                )
+            for field, now in (("cache", self._cache_given), ("plan", "given" if self.given_plan else None)):
+                # A plan may come later, by --plan-only and --plan; it cannot go again.
+                if start[field] != now and not (field == "plan" and now):
+                    raise ResumeError(
+                        f"{field} is {now or 'not given'}; this job was started with {start[field] or 'none'}; --restart starts over"
+                    )
             self._check_memory(start["resources"])
             self.resumed = len(list(self.journal.steps())) > 0
-        else:
-            # What a job without a journal left is nothing to build on.
-            files.remove_tree(self.staging)
-            files.remove_tree(self.cache)
-            resources = self.forecast().require()
-            if (free := files.free_bytes(self.folder)) < resources.output_bytes:
-                raise ResourceError(
-                    f"the result may need {format_bytes(resources.output_bytes)}; {self.folder.parent} has {format_bytes(free)} free"
-                )
-            if self.needs_text:
-                _ = self.tokens  # unusable text is found before anything is written
-            self._check_weights()
-            files.make_folder(self.staging)
-            batches = {name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")}
-            start = self.journal.append("start", job=self.header, cache=str(self.cache), resources=batches)
         self.batch: int = start["resources"]["batch"]
         self.backward_batch: int = start["resources"]["backward_batch"]
         self.boundary_every: int = start["resources"]["boundary_every"]
+
+    def _begin(self) -> Entry:
+        """Check whatever can be known beforehand; then, and only then, let go of what was there."""
+        known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced"}
+        for path in self.folder.iterdir():
+            if path.name not in known and not path.name.startswith("survey-"):
+                raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+        resources = self.forecast().require()
+        self._check_disk(resources)
+        if self.needs_text:
+            _ = self.tokens
+        header = self.header
+        self._check_weights()
+        files.remove(self.journal_path)
+        files.sync(self.folder)
+        for leftover in (self.staging, self.cache, self.folder / "replaced"):
+            files.remove_tree(leftover)
+        files.make_folder(self.staging)
+        if self.needs_text:
+            files.make_folder(self.cache)
+        self.journal = Journal(self.journal_path)
+        return self.journal.append(
+            "start",
+            job=header,
+            cache=self._cache_given,
+            plan="given" if self.given_plan else None,
+            replaces=self._report_in_out() is not None,
+            resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
+        )
+
+    @property
+    def _cache_given(self) -> str | None:
+        return str(self.config.cache.absolute()) if self.config.cache else None
+
+    def _check_disk(self, resources: Resources) -> None:
+        """The result's room, with the activations' where both lie on one file system."""
+        free = files.free_bytes(self.folder)
+        shared = files.same_file_system(self.folder, self.cache)
+        needed = resources.output_bytes + (resources.disk_bytes if shared else 0)
+        if needed > free:
+            what = "the result and the activations" if shared and resources.disk_bytes else "the result"
+            raise ResourceError(
+                f"{what} may need {format_bytes(needed)}; {self.folder.parent} has {format_bytes(free)} free"
+            )
 
     def _check_memory(self, resources: Mapping[str, int]) -> None:
         """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
@@ -318,11 +387,25 @@ class Job:
             folder = self.staging if self.staging.is_dir() else self.config.out
             report = read_json(folder / output.REPORT)
         if self.staging.is_dir():
-            if self.config.out.is_dir() and any(self.config.out.iterdir()):
-                files.move_aside(self.config.out, self.folder / "replaced")
+            self._make_way()
             files.publish(self.staging, self.config.out)
         self._clear()
         return report
+
+    def _make_way(self) -> None:
+        """Move an older result of ours aside, if this job was told to replace it.
+
+        Raises:
+            ConfigError: OUT holds something that was not there, or not ours, when the job began.
+        """
+        if self._report_in_out() is None:
+            return
+        start = self.journal.header
+        assert start is not None
+        if not start["replaces"]:
+            raise ConfigError(f"OUT is {self.config.out}, where another result has appeared meanwhile")
+        files.remove_tree(self.folder / "replaced")
+        files.move_aside(self.config.out, self.folder / "replaced")
 
     def _clear(self) -> None:
         files.remove_tree(self.cache)
@@ -331,7 +414,7 @@ class Job:
     def result(self, report: Mapping[str, Any], seconds: float) -> Result:
         """The report's figures with this process's own."""
         return Result(
-            out=str(self.config.out),
+            out=self.out_given,
             **{
                 name: report[name]
                 for name in (
@@ -448,8 +531,7 @@ class Job:
         for tensor in tensors.values():
             if not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"block {index}: a mask gradient is NaN or Inf")
-        with files.replacing(self._survey_path(index)) as temporary:
-            save_file(tensors, temporary)
+        write_shard(self._survey_path(index), tensors)
 
     def _load_survey(self) -> dict[str, MaskGradient]:
         survey = {}
@@ -472,9 +554,9 @@ class Job:
                         f"plan is {self.given_plan.digest()}; this job is pruning by {chosen['plan']}; --restart starts over"
                     )
                 return self._choose(self.given_plan, given=True)
-        elif chosen is None or chosen["given"]:
-            if begun:
-                raise ResumeError("plan is not given; this job is pruning by a given plan; --restart starts over")
+        elif chosen is not None and chosen["given"]:
+            raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
+        elif chosen is None:
             survey = self._survey() if self.surveys else {}
             return self._choose(self.recipe.allocate(self.settings, self.sites, survey, self.budget), given=False)
         plan = Plan.read(self.plan_path)
@@ -530,9 +612,9 @@ class Job:
             "ratio_model": removed / before,
             "parameters_before": before,
             "parameters_after": before - removed,
-            "recipe_settings": dataclasses.asdict(self.settings),
             "batch": self.batch,
             "plan": plan.digest(),
+            "plan_given": plan.digest() if self.given_plan else None,
             "job": self.header,
             "sites": reports,
             "seconds": round(sum(report["seconds"] for report in reports), 3),

@@ -162,4 +162,4 @@ class Surgeon:
 
 def _generator(seed: int, site: Site) -> torch.Generator:
     """A generator of the site's own, so that the order in which sites come does not matter."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + site.block) * 2 + (site.kind == "ffn"))
+    return torch.Generator().manual_seed(((seed * 1_000_003 + site.block) * 2 + (site.kind == "ffn")) % 2**63)

@@ -68,8 +68,12 @@ def refused(result: Result, message: str, code: int, folder: Path) -> None:
         (["--set", "damping"], "--set 'damping': write it as name=value"),
         (["--set", "dampnig=1"], "recipe sobp has no setting 'dampnig'; it has gradient, head_weight"),
         (["--set", "damping=low"], "setting damping = 'low': it must be a number"),
-        (["--set", "damping=-1"], "setting damping = '-1': it must be a finite number of at least 0"),
-        (["--set", "damping=inf"], "it must be a finite number"),
+        (["--set", "damping=-1"], "setting damping = '-1': it must be from 0 to 1"),
+        (["--set", "damping=100"], "it must be from 0 to 1"),
+        (["--set", "damping=nan"], "it must be from 0 to 1"),
+        (["--set", "head_weight=inf"], "it must be from 0 to 1e+09"),
+        (["--seed", "9223372036854775808"], "it must be below 2^63"),
+        (["--memory", "9" * 400], "must be positive and below 8 EiB"),
         (["--set", "refine=perhaps"], "setting refine = 'perhaps': it must be on or off"),
         (["--set", "gradient=third"], "setting gradient = 'third': it must be one of fisher, abs"),
         (["--set", "damping=1", "--set", "damping=2"], "--set damping is given twice: '1' and '2'"),
@@ -160,6 +164,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "float8 weights": (lambda m: set_tensor(m, UP, lambda t: t.to(torch.float8_e4m3fn)), "has dtype F8_E4M3"),
     "NaN": (lambda m: set_tensor(m, UP, poison(float("nan"))), f"tensor '{UP}' holds NaN or Inf"),
     "Inf": (lambda m: set_tensor(m, "model.norm.weight", poison(float("inf"))), "'model.norm.weight' holds NaN or Inf"),
+    "quantised config": (
+        lambda m: break_config(m, quantization_config={"quant_method": "gptq"}),
+        "the config has a quantization_config",
+    ),
     "unknown architecture": (
         lambda m: break_config(m, model_type="mamba"),
         "model_type 'mamba' is not supported; supported are gpt2, llama, mistral, opt, qwen2, qwen3",
@@ -177,6 +185,11 @@ def test_checkpoints(case: str, model: Path, run: Callable[..., Result], tmp_pat
     break_it, message = CASES[case]
     break_it(model)
     refused(run(), message, 1, tmp_path)
+
+
+def test_heads_that_do_not_divide(run: Callable[..., Result], tmp_path: Path) -> None:
+    make_tiny(tmp_path / "text.txt", "llama", num_key_value_heads=3)
+    refused(run(source=tmp_path / "text.txt"), "of block 0 do not fall into 3 units", 1, tmp_path)
 
 
 def test_pickles_only(model: Path, run: Callable[..., Result], tmp_path: Path) -> None:
@@ -262,6 +275,41 @@ def test_out_is_taken(run: Callable[..., Result], model: Path, tmp_path: Path) -
     shutil.copytree(model, out)
     assert "exists and holds something else" in run().stderr
     assert "exists and holds something else" in run("--restart").stderr
+
+
+def test_what_appears_in_out_meanwhile_is_left_alone(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from streamprune import output
+
+    real = output.finish
+
+    def finish(*arguments: Any) -> None:
+        real(*arguments)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("all of it")
+
+    monkeypatch.setattr(output, "finish", finish)
+    result = run()
+    assert result.exit_code == 2
+    assert "exists and holds something else" in result.stderr
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "all of it"
+    (tmp_path / "out" / "thesis.txt").unlink()
+    monkeypatch.undo()
+    assert run().exit_code == 0
+
+
+def test_a_folder_of_the_users_in_the_jobs_place(run: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "out.streamprune").mkdir()
+    (tmp_path / "out.streamprune" / "mine.txt").write_text("mine")
+    result = run()
+    assert result.exit_code == 2
+    assert "holds something else: mine.txt" in result.stderr
+    assert (tmp_path / "out.streamprune" / "mine.txt").exists()
+
+
+def test_cache_below_a_file(run: Callable[..., Result], tmp_path: Path, text: Path) -> None:
+    refused(run("--cache", str(text / "cache")), "cache cannot be below", 2, tmp_path)
 
 
 def test_out_is_the_model(model: Path) -> None:

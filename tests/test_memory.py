@@ -41,6 +41,18 @@ def test_too_little_memory_says_how_much_is_needed(tiny: Callable[..., Path]) ->
     assert not forecast(skeleton, NEEDS, device_limit=enough, disk_limit=2**40).problems
 
 
+def test_result_and_activations_share_a_disk(
+    tiny: Callable[..., Path], configured: Callable[..., streamprune.Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamprune import files
+
+    config = configured(tiny("llama"))
+    resources = streamprune.forecast_job(config)
+    monkeypatch.setattr(files, "free_bytes", lambda folder: resources.disk_bytes + resources.output_bytes - 1)
+    with pytest.raises(ResourceError, match="the result and the activations may need"):
+        streamprune.prune(config)
+
+
 def test_boundaries_are_thinned_out_when_disk_is_short(tiny: Callable[..., Path]) -> None:
     skeleton = open_skeleton(tiny("llama", num_hidden_layers=12), torch.device("cpu"), "float32")
     one = 64 * 64 * 32 * 4

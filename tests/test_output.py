@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, contents
+from conftest import TINY, contents, make_tiny
 
 import streamprune
 from streamprune import Config
@@ -151,6 +152,77 @@ def test_save_pretrained_keeps_it_loadable(tiny: Tiny, configured: Make, tmp_pat
     again = streamprune.load(tmp_path / "saved", dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_save_pretrained_takes_the_modelling_file_along(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    config = configured(tiny("llama"), ratio=0.35)
+    streamprune.prune(config)
+    model = streamprune.load(config.out, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    done = load_elsewhere("remote", tmp_path / "saved", tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "remote.pt"), model(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "opt"])
+@pytest.mark.parametrize("declared", [None, "PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer"])
+def test_the_tokenizer_stays_what_it_is(name: str, declared: str | None, configured: Make, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = make_tiny(tmp_path / "model", name)
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": declared} if declared else {}))
+    config = configured(path, ratio=0.3, recipe="magnitude", round_to=1)
+    plan = tmp_path / "plan.json"
+    kept = {f"blocks.{b}.{k}": {"keep": 1 + b if k == "ffn" else 2} for b in range(3) for k in ("attention", "ffn")}
+    plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.3, "sites": kept}))
+    streamprune.prune(replace(config, plan=plan))
+    before, after = AutoTokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(config.out)
+    assert type(after) is type(before)
+    words = "hello, world. a  b"
+    assert after(words)["input_ids"] == before(words)["input_ids"]
+
+
+def test_a_tied_head_that_is_stored_and_differs_is_not_tied(configured: Make, tmp_path: Path) -> None:
+    path = make_tiny(tmp_path / "model", "llama", tie_word_embeddings=False)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    job = configured(path)
+    dense = streamprune.load(path, dtype=torch.float32)
+    tokens = IDS
+    with torch.no_grad():
+        logits = dense(tokens).logits
+    skeleton = open_skeleton(path, torch.device("cpu"), "float32")
+    assert not skeleton.tied
+    with skeleton.embedding() as embedding, skeleton.head() as head, torch.no_grad():
+        x = embedding(tokens)
+        for index in range(len(skeleton)):
+            block = skeleton.build_block(index, skeleton.read_block(index))
+            x = block(x, skeleton.arguments(*tokens.shape)[index])
+        torch.testing.assert_close(head(x), logits, rtol=1e-4, atol=1e-4)
+    streamprune.prune(job)
+    assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_names_without_the_models_prefix(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make_tiny(tmp_path / "model", "gpt2")
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in path.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (path / "model.safetensors.index.json").unlink(missing_ok=True)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(
+        {**bare, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, path / "model.safetensors", metadata={"format": "pt"}
+    )
+    for source, out in ((tiny("gpt2"), "full"), (path, "bare")):
+        streamprune.prune(configured(source, out))
+    full, found = (contents(configured(path, out).out) for out in ("full", "bare"))
+    for name in full:
+        if name.endswith("safetensors"):
+            assert full[name] == found[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

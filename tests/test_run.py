@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import TINY, contents
+from conftest import TINY, contents, edit_tensors, make_tiny
 
 import streamprune
 from streamprune import Config, calibration, files
-from streamprune.errors import ConfigError, ResourceError, ResumeError
+from streamprune.errors import CalibrationError, ConfigError, ResourceError, ResumeError
 from streamprune.journal import Journal
 from streamprune.methods.plan import Plan
 from streamprune.model.skeleton import open_skeleton
@@ -295,7 +295,7 @@ def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch, appends: int = 
         ({"seed": 7}, r"settings\.seed is 7 and was 0"),
         ({"samples": 13}, r"settings\.samples is 13 and was 12"),
         ({"recipe": "wanda-sp"}, r"settings\.recipe is .wanda-sp. and was .sobp."),
-        ({"settings": {"damping": "0.1"}}, r"settings\.settings\.damping is .0\.1. and was null"),
+        ({"settings": {"damping": "0.1"}}, r"settings\.settings\.damping is 0\.1 and was 0\.01"),
         ({"layout": "uniform"}, r"settings\.layout is .uniform. and was .free."),
         ({"dtype": "float64"}, r"settings\.dtype is .float64. and was .float32."),
         ({"round_to": 8}, r"settings\.round_to is 8 and was 4"),
@@ -322,6 +322,93 @@ def test_changed_text_and_model_are_refused(
         streamprune.prune(configured(path, calibration=other))
     with pytest.raises(ResumeError, match=r"inputs\.model\.config is .* and was"):
         streamprune.prune(configured(tiny("llama", num_hidden_layers=4)))
+
+
+def test_changed_weights_of_the_same_shape_are_refused(
+    configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = make_tiny(tmp_path / "model", "llama")
+    config = configured(path)
+    interrupted(config, monkeypatch)
+    edit_tensors(path, lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
+    with pytest.raises(ResumeError, match=r"inputs\.model\.shards"):
+        streamprune.prune(config)
+    streamprune.prune(config, restart=True)
+    edit_tensors(path, lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
+    with pytest.raises(ConfigError, match=r"another job: inputs\.model\.shards"):
+        streamprune.prune(config)
+
+
+def test_one_cache_folder_serves_two_jobs_of_one_name(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny("llama")
+    jobs = [
+        configured(path, f"{folder}/out", seed=seed, cache=tmp_path / "cache") for folder, seed in (("a", 0), ("b", 5))
+    ]
+    for config in jobs:
+        config.out.parent.mkdir()
+        interrupted(config, monkeypatch, appends=14)
+    for config in jobs:
+        streamprune.prune(config)
+        fresh = configured(path, f"fresh{config.seed}", seed=config.seed)
+        streamprune.prune(fresh)
+        assert contents(config.out) == contents(fresh.out)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_equal_settings_in_other_words_are_equal(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny("llama")
+    interrupted(configured(path, settings={"refine": "off"}), monkeypatch)
+    streamprune.prune(configured(path, settings={"refine": "no", "compensate": "on"}))
+
+
+def test_an_interrupted_restart_goes_on(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny("llama")
+    streamprune.prune(configured(path))
+    before = contents(configured(path).out)
+    changed = configured(path, ratio=0.4)
+    with stopping_after(10, monkeypatch), pytest.raises(Stop):
+        streamprune.prune(changed, restart=True)
+    # Until the new result is whole the old one stays.
+    assert contents(changed.out) == before
+    result = streamprune.prune(changed)
+    assert result.resumed
+    streamprune.prune(configured(path, "fresh", ratio=0.4))
+    assert contents(changed.out) == contents(configured(path, "fresh").out)
+
+
+def test_a_restart_that_is_refused_loses_nothing(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny("llama")
+    interrupted(configured(path), monkeypatch)
+    with pytest.raises(CalibrationError):
+        streamprune.prune(configured(path, calibration=tmp_path / "typo.txt"), restart=True)
+    assert streamprune.prune(configured(path)).resumed
+
+
+def test_a_given_plan_cannot_go_again(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny("llama")
+    plan = tmp_path / "plan.json"
+    plan.write_bytes(streamprune.plan_only(configured(path, "planned")).read_bytes())
+    config = configured(path, plan=plan)
+    interrupted(config, monkeypatch, appends=3)
+    with pytest.raises(ResumeError, match="plan is not given; this job was started with given"):
+        streamprune.prune(configured(path))
+    streamprune.prune(config)
+    with pytest.raises(ConfigError, match="a finished result by plan"):
+        streamprune.prune(configured(path))
+
+
+def test_out_may_be_the_working_directory(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(tiny("llama"))
+    config.out.mkdir()
+    monkeypatch.chdir(config.out)
+    streamprune.prune(replace(config, out=Path()))
+    assert (config.out / "config.json").exists()
 
 
 def test_other_machine_settings_may_change(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +130,26 @@ def test_backward_sweep_is_full_autograd(name: str, size: int, tiny: Callable[..
         rows = torch.stack([gradients[position] for gradients in expected])
         torch.testing.assert_close(stat.squares, rows.square().sum(0), rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(stat.magnitudes, rows.abs().sum(0), rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_are_gone_when_they_are_let_go(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Without the garbage collector: a cycle would keep blocks alive and memory would follow the depth."""
+    skeleton = open_skeleton(tiny("llama"), CPU, "float32")
+    gc.disable()
+    try:
+        living: list[weakref.ref[object]] = []
+        for _, block in sweep.blocks(skeleton, range(len(skeleton))):
+            assert all(reference() is None for reference in living)
+            twin = block.twin()
+            living += [
+                weakref.ref(block),
+                weakref.ref(twin),
+                weakref.ref(block.sublayers[0].layer.module("mlp.up_proj")),
+            ]
+            del block, twin
+        assert all(reference() is None for reference in living)
+    finally:
+        gc.enable()
 
 
 def test_half_precision_streams(tiny: Callable[..., Path], tmp_path: Path) -> None:

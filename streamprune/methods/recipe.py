@@ -90,9 +90,9 @@ class Recipe(Generic[S]):
         return self.settings(**values)
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), limits: tuple[float, float] = (0.0, 1e9)) -> Any:
     """A field of a settings class; the default's type is the setting's."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    return field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _parse(recipe: str, name: str, text: str, default: Any, metadata: Mapping[st
         number = type(default)(text)
     except ValueError:
         raise ConfigError(f"{where}: it must be a number") from None
-    least = metadata["least"]
-    if not abs(number) < float("inf") or (least is not None and number < least):
-        raise ConfigError(f"{where}: it must be a finite number of at least {least:g}")
+    least, most = metadata["limits"]
+    if not least <= number <= most:
+        raise ConfigError(f"{where}: it must be from {least:g} to {most:g}")
     return number

@@ -35,12 +35,14 @@ class SobpSettings:
         "how mask gradients of sequences add up: squares (empirical Fisher, ours) or absolute values (as published)",
         choices=("fisher", "abs"),
     )
-    head_weight: float = setting(1.0, "the paper's λ: factor on the importance of attention units", least=0.0)
+    head_weight: float = setting(1.0, "the paper's λ: factor on the importance of attention units")
     refine: bool = setting(True, "local greedy refinement; off keeps the units of the global selection")
     reconstruct: bool = setting(True, "module-wise reconstruction; off leaves the kept weights as they are")
     compensate: bool = setting(True, "input compensation of q, k, v and gate, up")
-    damping: float = setting(0.01, "ridge of the site's Gram, relative to its mean diagonal", least=0.0)
-    compensation_damping: float = setting(0.01, "ridge of the compensation's Gram, relative likewise", least=0.0)
+    damping: float = setting(0.01, "ridge of the site's Gram, relative to its mean diagonal", limits=(0.0, 1.0))
+    compensation_damping: float = setting(
+        0.01, "ridge of the compensation's Gram, relative likewise", limits=(0.0, 1.0)
+    )
 
 
 def importance(settings: SobpSettings, site: Site, gradient: MaskGradient) -> Tensor:
@@ -59,7 +61,8 @@ def global_selection(
     kept = {}
     for site in sites:
         best = scores[site.name].argsort(descending=True, stable=True)[: keep[site.name]]
-        kept[site.name] = SitePlan(keep[site.name], tuple(sorted(best.tolist())))
+        # With refinement the plan says how many, and the site's own Gram which.
+        kept[site.name] = SitePlan(keep[site.name], None if settings.refine else tuple(sorted(best.tolist())))
     return Plan(kept, budget.ratio)
 
 

@@ -20,61 +20,46 @@ Arguments = Mapping[str, Any]
 """What the model's own forward passes to a block besides the hidden states."""
 
 
-class Block:
+class Layer:
     """Modules on the device in the computing dtype, and masters on the host in the stored dtype.
 
     Args:
-        layer: transformers' block on the meta device; taken over.
+        modules: transformers' block on the meta device; taken over.
         weights: stored tensors by name inside the block.
     """
 
     def __init__(
         self,
-        layer: nn.Module,
+        modules: nn.Module,
         weights: dict[str, Tensor],
         architecture: Architecture,
-        sites: list[Site],
-        *,
-        norm_after: bool,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.device, self.dtype = device, dtype
         self.weights = weights
         for name, tensor in weights.items():
-            place(layer, name, tensor.to(device, dtype, non_blocking=True))
+            place(modules, name, tensor.to(device, dtype, non_blocking=True))
         # The mixers run with their consumer taken out, so that what they return is the consumer's input.
         consumers: dict[str, nn.Module] = {}
         for entry in architecture.sublayers:
-            consumers[entry.consumer] = layer.get_submodule(entry.consumer)
-            layer.set_submodule(entry.consumer, nn.Identity())
-        self._modules = layer, consumers
-        self.sublayers = [
-            Sublayer(self, entry, site, norm_after) for entry, site in zip(architecture.sublayers, sites, strict=True)
-        ]
+            consumers[entry.consumer] = modules.get_submodule(entry.consumer)
+            modules.set_submodule(entry.consumer, nn.Identity())
+        self._modules = modules, consumers
 
-    def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
-        """The block's output: (sequences, tokens, d) → same."""
-        for sublayer in self.sublayers:
-            x = sublayer(x, arguments)
-        return x
-
-    def twin(self) -> Block:
-        """A block of its own that shares every tensor until one of the two replaces it."""
+    def twin(self) -> Layer:
+        """A layer of its own that shares every tensor until one of the two replaces it."""
         other = copy.copy(self)
-        layer, consumers = self._modules
-        tensors = [
-            tensor for module in (layer, *consumers.values()) for tensor in (*module.parameters(), *module.buffers())
-        ]
+        modules, consumers = self._modules
+        tensors = [t for module in (modules, *consumers.values()) for t in (*module.parameters(), *module.buffers())]
         other._modules = copy.deepcopy(self._modules, {id(tensor): tensor for tensor in tensors})
         other.weights = dict(self.weights)
-        other.sublayers = [Sublayer(other, s.entry, s.site, s.norm_after) for s in self.sublayers]
         return other
 
     def module(self, name: str) -> nn.Module:
-        """A module of the block by its own name; consumers are found where they were."""
-        layer, consumers = self._modules
-        return consumers[name] if name in consumers else layer.get_submodule(name)
+        """A module by its own name; consumers are found where they were."""
+        modules, consumers = self._modules
+        return consumers[name] if name in consumers else modules.get_submodule(name)
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace one tensor: the master is rounded to the stored dtype, the device gets what it holds."""
@@ -84,14 +69,42 @@ class Block:
         place(self.module(module), leaf, master.to(self.device, self.dtype))
 
 
+class Block:
+    """One block with real weights. Nothing in it refers back to it, so it goes when the last user lets go.
+
+    Args:
+        layer: its modules and weights.
+        sublayers: in the order in which they run.
+    """
+
+    def __init__(self, layer: Layer, sublayers: list[Sublayer]) -> None:
+        self._layer, self.sublayers = layer, sublayers
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Masters by their names inside the block."""
+        return self._layer.weights
+
+    def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
+        """The block's output: (sequences, tokens, d) → same."""
+        for sublayer in self.sublayers:
+            x = sublayer(x, arguments)
+        return x
+
+    def twin(self) -> Block:
+        """A block of its own that shares every tensor until one of the two replaces it."""
+        layer = self._layer.twin()
+        return Block(layer, [Sublayer(layer, s.entry, s.site, norm_after=s.norm_after) for s in self.sublayers])
+
+
 class Sublayer:
     """One site with its norm, mixer and consumer (see `architecture`)."""
 
-    def __init__(self, block: Block, entry: SublayerEntry, site: Site, norm_after: bool) -> None:
-        self.block, self.entry, self.site, self.norm_after = block, entry, site, norm_after
-        self._norm = block.module(entry.norm)
-        self._consumer = block.module(entry.consumer)
-        self._mixer = [block.module(name) for name in entry.mixer]
+    def __init__(self, layer: Layer, entry: SublayerEntry, site: Site, *, norm_after: bool) -> None:
+        self.layer, self.entry, self.site, self.norm_after = layer, entry, site, norm_after
+        self._norm = layer.module(entry.norm)
+        self._consumer = layer.module(entry.consumer)
+        self._mixer = [layer.module(name) for name in entry.mixer]
 
     def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
         return self.output(x, self.mix(self.normed(x), arguments))
@@ -116,7 +129,7 @@ class Sublayer:
 
     def weight(self, name: str) -> Tensor:
         """The stored weight of one linear, in float32 or better, on the device: (out, in)."""
-        stored = self.block.weights[f"{name}.weight"].to(self.block.device)
+        stored = self.layer.weights[f"{name}.weight"].to(self.layer.device)
         return self._turned(name, stored.to(accumulator(stored.dtype)))
 
     def set_weight(self, name: str, weight: Tensor) -> None:
@@ -125,38 +138,38 @@ class Sublayer:
         Raises:
             NumericalError: not finite, or no longer so in the stored dtype.
         """
-        self.block.set(f"{name}.weight", self._turned(name, weight).contiguous())
-        if not bool(torch.isfinite(self.block.weights[f"{name}.weight"]).all()):
+        self.layer.set(f"{name}.weight", self._turned(name, weight).contiguous())
+        if not bool(torch.isfinite(self.layer.weights[f"{name}.weight"]).all()):
             raise NumericalError(f"{self.site.name}: the new weights of {name} are not finite in their stored dtype")
 
     def shrink(self, kept: Tensor, consumer_weight: Tensor) -> None:
         """Keep only the units `kept` (k,), ascending; the consumer gets `consumer_weight` (d_out, k·width)."""
         site = self.site
         for producer in self.entry.producers:
-            outputs = linear_shape(self.block.module(producer.name))[0]
+            outputs = linear_shape(self.layer.module(producer.name))[0]
             part = outputs // producer.parts
             inside = unit_columns(kept.cpu(), part // site.units)
             rows = torch.cat([inside + start for start in range(0, outputs, part)])
             for leaf in ("weight", "bias"):
-                tensor = self.block.weights.get(f"{producer.name}.{leaf}")
+                tensor = self.layer.weights.get(f"{producer.name}.{leaf}")
                 if tensor is not None:
-                    axis = tensor.dim() - 1 if isinstance(self.block.module(producer.name), Conv1D) else 0
-                    self.block.set(f"{producer.name}.{leaf}", tensor.index_select(axis, rows))
+                    axis = tensor.dim() - 1 if isinstance(self.layer.module(producer.name), Conv1D) else 0
+                    self.layer.set(f"{producer.name}.{leaf}", tensor.index_select(axis, rows))
         self.set_weight(self.entry.consumer, consumer_weight)
         for name in self.entry.counts:
             path, _, attribute = name.rpartition(".")
-            module = self.block.module(path)
+            module = self.layer.module(path)
             setattr(module, attribute, getattr(module, attribute) // site.units * len(kept))
         self.site = site.keeping(len(kept))
 
     def release(self) -> None:
         """Free the producers and the consumer, once nothing will run through them again."""
         for name in (*(producer.name for producer in self.entry.producers), self.entry.consumer):
-            place(self.block.module(name), "weight", torch.empty(0, device="meta"))
+            place(self.layer.module(name), "weight", torch.empty(0, device="meta"))
 
     def _turned(self, name: str, weight: Tensor) -> Tensor:
         """From how a module holds its weight to (out, in), or back."""
-        return weight.T if isinstance(self.block.module(name), Conv1D) else weight
+        return weight.T if isinstance(self.layer.module(name), Conv1D) else weight
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

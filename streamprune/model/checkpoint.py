@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ResourceError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -96,10 +96,27 @@ class Checkpoint(Mapping[str, TensorEntry]):
         """Several tensors by name."""
         return {name: self.read(name, pinned=pinned) for name in names}
 
+    def complete_names(self, prefix: str, head: str) -> None:
+        """Put `prefix` before all names but the head's, if none has it: so checkpoints of bare base models read."""
+        if not any(name.startswith(f"{prefix}.") for name in self._entries):
+            full = {name if name.startswith(f"{head}.") else f"{prefix}.{name}": e for name, e in self._entries.items()}
+            self._entries = full
+
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: its config and every shard's size and header digest."""
+        """What tells this checkpoint from another: its config, every shard's size, and digests of headers and samples.
+
+        A sample is up to 512 bytes in the middle of each tensor, so that two fine-tunes of one model differ.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
-        shards = {name: [(self.directory / name).stat().st_size, header] for name, header in self.headers.items()}
+        samples = {name: hashlib.sha256() for name in self.headers}
+        for entry in self._entries.values():
+            sample = bytearray(min(512, entry.nbytes))
+            files.read_into(entry.shard, entry.begin + (entry.nbytes - len(sample)) // 2, memoryview(sample))
+            samples[entry.shard.name].update(sample)
+        shards = {
+            name: [(self.directory / name).stat().st_size, header, samples[name].hexdigest()]
+            for name, header in self.headers.items()
+        }
         return {"config": digest, "shards": shards}
 
     def _shards(self) -> dict[str, set[str] | None]:
@@ -158,9 +175,17 @@ def shard_name(number: int, total: int) -> str:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one shard durably; equal tensors give equal bytes."""
+    """Write one shard durably; equal tensors give equal bytes.
+
+    Raises:
+        ResourceError: it could not be written, on a full disk for one.
+    """
     with files.replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        try:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ResourceError(f"cannot write {path}: {error}; run the same command again to go on") from error
 
 
 def data_bytes(path: Path) -> int:

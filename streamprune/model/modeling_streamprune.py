@@ -11,7 +11,9 @@ only. The checkpoint's config holds, under "streamprune", one number a block:
 `PrunedLlamaConfig`, `PrunedLlamaForCausalLM` and their like for every model_type are made on first use.
 """
 
+import shutil
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -70,7 +72,17 @@ def model_class(base):
         stock.__init__(self, config, *args, **kwargs)
         resize(self, config.streamprune)
 
-    members = {"__init__": __init__, "config_class": config_class(base), "__module__": __name__}
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        stock.save_pretrained(self, save_directory, *args, **kwargs)
+        # The config names this file: it goes along.
+        shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
+
+    members = {
+        "__init__": __init__,
+        "save_pretrained": save_pretrained,
+        "config_class": config_class(base),
+        "__module__": __name__,
+    }
     return type(class_stem(base) + "ForCausalLM", (stock,), members)
 
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from ..errors import CheckpointError
 from ..machine import resolve_dtype
 from ..site import Site
 from .architecture import architecture_of, is_stock
-from .block import Arguments, Block, linear_shape, place
+from .block import Arguments, Block, Layer, Sublayer, linear_shape, place
 from .checkpoint import Checkpoint
 from .modeling_streamprune import PREFIX
 
-_IGNORED = ("rotary_emb.inv_freq", ".masked_bias")
+_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Buffers that old checkpoints carry and no model reads any more."""
 
 
@@ -52,6 +52,8 @@ class Skeleton:
 
         self.checkpoint, self.device, self.dtype, self.uniform = checkpoint, device, dtype, uniform
         where = str(checkpoint.directory)
+        if checkpoint.config.get("quantization_config") is not None:
+            raise CheckpointError(f"{where}: the config has a quantization_config; quantised models cannot be pruned")
         declared = checkpoint.config.get("model_type")
         self.architecture = architecture_of(declared.removeprefix(PREFIX) if isinstance(declared, str) else None, where)
         try:
@@ -64,6 +66,7 @@ class Skeleton:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{where}/config.json: transformers cannot build this model ({reason})") from error
         architecture_of(self.config.model_type.removeprefix(PREFIX), where)
+        checkpoint.complete_names(self.architecture.blocks.partition(".")[0], self.architecture.head)
         self.norm_after = self.architecture.norm_after(self.config)
 
         self._base = model.get_submodule(self.architecture.base)
@@ -114,6 +117,11 @@ class Skeleton:
                 parts = [producer.parts for producer in entry.producers]
                 rows = min(linear_shape(module)[0] // n for module, n in zip(producers, parts, strict=True))
                 heads, units = columns // head, rows // head
+            widths = [columns, *(linear_shape(module)[0] for module in producers)]
+            if units < 1 or any(width % units for width in widths):
+                raise CheckpointError(
+                    f"{self.checkpoint.directory}: {entry.kind} widths {widths} of block {index} do not fall into {units} units"
+                )
             produced = sum(p.numel() for module in producers for p in module.parameters())
             sites.append(
                 Site(
@@ -155,7 +163,7 @@ class Skeleton:
 
     def head_names(self) -> list[str]:
         """Tensors after the blocks, as the checkpoint names them; a tied head is among the embeddings."""
-        return [name for name in _names(self._after) if name != self._head_weight or not self._tied()]
+        return [name for name in _names(self._after) if name != self._head_weight or not self.tied]
 
     def parameters(self) -> int:
         """Parameters of the whole model, a tied head counted once."""
@@ -169,15 +177,9 @@ class Skeleton:
 
     def build_block(self, index: int, weights: dict[str, Tensor]) -> Block:
         """A block with weights that `read_block` gave."""
-        return Block(
-            copy.deepcopy(self._templates[index]),
-            weights,
-            self.architecture,
-            self.sites(index),
-            norm_after=self.norm_after,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        layer = Layer(copy.deepcopy(self._templates[index]), weights, self.architecture, self.device, self.dtype)
+        entries = zip(self.architecture.sublayers, self.sites(index), strict=True)
+        return Block(layer, [Sublayer(layer, entry, site, norm_after=self.norm_after) for entry, site in entries])
 
     def arguments(self, sequences: int, tokens: int) -> list[Arguments]:
         """What the model's own forward passes to each block for a batch of that size."""
@@ -226,8 +228,21 @@ class Skeleton:
     def _head_weight(self) -> str:
         return f"{self.architecture.head}.weight"
 
-    def _tied(self) -> bool:
-        return bool(getattr(self.config, "tie_word_embeddings", False))
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding. A head that is stored besides and differs is not, as in transformers."""
+        if not getattr(self.config, "tie_word_embeddings", False):
+            return False
+        if self._head_weight not in self.checkpoint:
+            return True
+        head, embedding = self.checkpoint[self._head_weight], self.checkpoint[self._embedding_weight]
+        return head.shape == embedding.shape and torch.equal(
+            self.checkpoint.read(self._head_weight), self.checkpoint.read(self._embedding_weight)
+        )
+
+    @property
+    def _embedding_weight(self) -> str:
+        return f"{self.architecture.embed[0]}.weight"
 
     def _embedded(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -239,8 +254,8 @@ class Skeleton:
         return hidden
 
     def _read(self, name: str) -> Tensor:
-        if name == self._head_weight and self._tied():
-            name = f"{self.architecture.embed[0]}.weight"
+        if name == self._head_weight and self.tied:
+            name = self._embedding_weight
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
     def _blank(self, name: str) -> Tensor:
@@ -274,7 +289,7 @@ class Skeleton:
             expected |= {full: tuple(state[name].shape) for name, full in self.block_names(index).items()}
         for path, module in {**self._embed, **self._after}.items():
             expected |= {f"{path}.{leaf}": tuple(tensor.shape) for leaf, tensor in module.state_dict().items()}
-        if self._tied():
+        if self._embedding_weight in self.checkpoint and self.tied:
             expected.pop(self._head_weight)
         for name, shape in expected.items():
             if name not in self.checkpoint:

@@ -1,0 +1,183 @@
+"""Speed of the streamed forward pass against the whole model in memory and against accelerate's disk offload.
+
+One random llama checkpoint in float32, the same tokens, the same micro-batches, the same loss, in three ways:
+
+- streamed: embedding, blocks and head by streamprune's own sweep, as `streamprune eval` runs it: weights read
+  from the shards, activations written to disk and read back;
+- in memory: transformers' forward of the whole model, its weights in memory beforehand;
+- offload: the same, its weights on disk by `accelerate.disk_offload`, read again for every micro-batch.
+
+All on the CPU in one process, interleaved: each repetition runs all three, each time in another order, the
+first does not count. Opening the model is left out of all three. The files are in the page cache, so what is
+measured is the work of streaming, not the disk. Targets: streamed / in memory at least 0.85, streamed / offload
+above 1; the three losses must agree to a relative 1e-5, or the exit code is 1.
+
+    python benchmarks/stream.py            about 5 minutes on 2 idle cores, 1 GB of temporary disk
+    python benchmarks/stream.py --json
+
+Needs accelerate: pip install -e '.[bench]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from make_checkpoint import Shape, make_checkpoint
+from torch import Tensor
+
+from streamprune.machine import available_memory
+from streamprune.memory import Needs, forecast
+from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.stream import sweep
+from streamprune.stream.store import ActivationStore
+
+TARGETS = {"in memory": 0.85, "offload": 1.0}
+AGREEMENT = 1e-5
+CPU = torch.device("cpu")
+
+
+def streamed(skeleton: Skeleton, windows: Tensor, size: int, folder: Path) -> float:
+    """Mean loss by the project's own sweep, activations in `folder`."""
+    shape = windows.shape[0], windows.shape[1], skeleton.width
+    depth = len(skeleton)
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        store = ActivationStore(Path(cache), shape, skeleton.dtype, CPU, durable=False)
+        sweep.embed(skeleton, windows, store, sweep.boundary("dense", 0), size)
+        for index in sweep.forward(skeleton, store, "dense", 0, depth, size):
+            store.remove(sweep.boundary("dense", index))
+        total, count = sweep.losses(skeleton, store, sweep.boundary("dense", depth), windows, size)
+    return total / count
+
+
+@torch.no_grad()
+def whole(model: Any, windows: Tensor, size: int) -> float:
+    """Mean loss by the model's own forward."""
+    total, count = 0.0, 0
+    for batch in torch.split(windows, size):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        targets = batch[:, 1:].reshape(-1)
+        total += float(F.cross_entropy(logits.reshape(len(targets), -1), targets, reduction="sum").double())
+        count += len(targets)
+    return total / count
+
+
+def ways(model: Path, windows: Tensor, size: int, folder: Path) -> dict[str, Callable[[], float]]:
+    """Each way's forward pass, everything before it done."""
+    from accelerate import disk_offload
+    from transformers import AutoModelForCausalLM
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    skeleton = open_skeleton(model, CPU, "float32")
+    in_memory = load()
+    offloaded = disk_offload(load(), str(folder / "offload"), execution_device=CPU)
+    return {
+        "streamed": lambda: streamed(skeleton, windows, size, folder),
+        "in memory": lambda: whole(in_memory, windows, size),
+        "offload": lambda: whole(offloaded, windows, size),
+    }
+
+
+def micro_batch(model: Path, windows: Tensor) -> int:
+    """The sequences a micro-batch that `streamprune eval` would take."""
+    needs = Needs(samples=len(windows), length=windows.shape[1], text=True, prunes=False)
+    skeleton = open_skeleton(model, CPU, "float32")
+    return forecast(skeleton, needs, device_limit=available_memory(CPU), disk_limit=1 << 50).require().batch
+
+
+def measure(runs: dict[str, Callable[[], float]], repetitions: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each repetition, and the loss, by way."""
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, float] = {}
+    for repetition in range(repetitions + 1):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.perf_counter()
+            losses[name] = runs[name]()
+            if repetition:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds, losses
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = [
+        f"{result['blocks']} blocks of {result['block_bytes'] / 1e6:.1f} MB, {result['tokens']} tokens in micro-batches "
+        f"of {result['micro_batch_tokens']}, {result['threads']} threads, median of {result['repetitions']} repetitions",
+        f"{'':10}{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}{'loss':>12}",
+    ]
+    for name, times in result["seconds"].items():
+        median = statistics.median(times)
+        speed = f"{min(times):8.2f}{max(times):8.2f}{result['tokens'] / median:10.0f}"
+        lines.append(f"{name:10}{median:9.2f}{speed}{result['losses'][name]:12.7f}")
+    for name, target in TARGETS.items():
+        ratio = result["speed_ratios"][name]
+        met = ratio >= target if target < 1 else ratio > target
+        wanted = f"{'at least' if target < 1 else 'above'} {target:g}"
+        lines.append(f"speed, streamed / {name}: {ratio:.3f} (target: {wanted}, {'met' if met else 'MISSED'})")
+    lines.append(f"losses agree to {result['losses_differ']:.1e} (at most {AGREEMENT:g})")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=Shape.hidden, help="residual width; default: %(default)s")
+    parser.add_argument("--ffn", type=int, default=Shape.ffn, help="FFN width; default: %(default)s")
+    parser.add_argument("--samples", type=int, default=16, help="windows; default: %(default)s")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens a window; default: %(default)s")
+    parser.add_argument("--batch", type=int, help="windows a micro-batch; default: what streamprune eval would take")
+    parser.add_argument("--repetitions", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    try:
+        import accelerate  # noqa: F401 - only whether it is there
+    except ImportError:
+        sys.exit("benchmarks/stream.py needs accelerate: pip install -e '.[bench]'")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    shape = Shape(blocks=options.blocks, hidden=options.hidden, ffn=options.ffn)
+    windows = torch.randint(
+        shape.vocabulary, (options.samples, options.seq_len), generator=torch.Generator().manual_seed(0)
+    )
+    with tempfile.TemporaryDirectory(prefix="streamprune-stream-") as name:
+        folder = Path(name)
+        make_checkpoint(folder / "model", shape)
+        size = options.batch or micro_batch(folder / "model", windows)
+        seconds, losses = measure(ways(folder / "model", windows, size, folder), options.repetitions)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    reference = losses["in memory"]
+    result = {
+        "blocks": shape.blocks,
+        "block_bytes": shape.block_bytes,
+        "tokens": windows.numel(),
+        "micro_batch_tokens": size * options.seq_len,
+        "threads": torch.get_num_threads(),
+        "repetitions": options.repetitions,
+        "seconds": seconds,
+        "losses": losses,
+        "losses_differ": max(abs(loss - reference) / reference for loss in losses.values()),
+        "speed_ratios": {name: medians[name] / medians["streamed"] for name in TARGETS},
+        "targets": TARGETS,
+    }
+    print(json.dumps(result) if options.json else report(result))
+    if not (math.isfinite(reference) and result["losses_differ"] <= AGREEMENT):
+        sys.exit("the losses disagree")
+
+
+if __name__ == "__main__":
+    main()
