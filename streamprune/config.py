@@ -29,7 +29,7 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{text!r} is not a size; write it like 24GiB, 800MB or 1000000")
     number = float(match[1])
-    if not 0 < number * _UNITS[match[2].upper()] < 2**63:
+    if not 1 <= number * _UNITS[match[2].upper()] < 2**63:
         raise ConfigError(f"the size {text[:40]!r} must be positive and below 8 EiB")
     return int(number * _UNITS[match[2].upper()])
 

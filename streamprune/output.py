@@ -28,6 +28,8 @@ from .site import Site
 
 REPORT = "report.json"
 CARD = "README.md"
+FIGURES = ("recipe", "ratio_requested", "ratio_blocks", "ratio_model", "parameters_before", "parameters_after")
+"""What a report says of the whole."""
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -52,8 +54,7 @@ COMPANIONS = (
 
 def is_report(report: Any) -> bool:
     """Whether a JSON value is a report of ours."""
-    keys = ("recipe", "ratio_requested", "ratio_blocks", "ratio_model", "parameters_before", "parameters_after")
-    return isinstance(report, dict) and all(key in report for key in (*keys, "job", "plan", "plan_given", "sites"))
+    return isinstance(report, dict) and all(key in report for key in (*FIGURES, "job", "plan", "plan_given", "sites"))
 
 
 def block_shard(skeleton: Skeleton, index: int) -> str:

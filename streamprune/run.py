@@ -1,4 +1,4 @@
-"""The job: forecast → check → survey → allocate → prune sweep → write. The only reader of the journal.
+"""The steps of a job: survey → allocate → prune sweep → write, from wherever its journal says.
 
 A step counts once it is journalled, and what a step needs is removed only after the line that makes it
 unneeded. So a job killed at any instant goes on from the last line and ends with the same bytes.
@@ -6,36 +6,26 @@ unneeded. So a job killed at any instant goes on from the last line and ends wit
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from . import calibration, files, machine, output
-from .config import Config, format_bytes
-from .errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
-from .journal import Entry, Journal
+from . import files, machine, output
+from .config import Config
+from .errors import ConfigError, NumericalError, ResumeError
+from .job import Job
+from .journal import Entry
 from .maths.stats import MaskGradient
-from .memory import Needs, Resources, device_peak, forecast
-from .methods import RECIPES
-from .methods.allocation import Budget, allocate, even_densities
+from .memory import Resources
 from .methods.plan import Plan
-from .methods.recipe import Recipe
-from .model.checkpoint import Checkpoint, read_json, write_shard
-from .model.skeleton import Skeleton, open_skeleton
-from .progress import Progress, Silent
+from .model.checkpoint import read_json, write_shard
+from .progress import Progress
 from .stream import sweep
-from .stream.prefetch import prefetch
-from .stream.store import ActivationStore
 from .surgery import DENSE, PRUNED, Surgeon
 
 GRADIENT = "gradient"
@@ -78,8 +68,8 @@ def prune(config: Config, *, restart: bool = False, progress: Progress | None = 
     finished = job.result_there(restart)
     if finished is None:
         with job.opened(restart):
-            finished = job.work()
-    return job.result(finished, time.monotonic() - started)
+            finished = Run(job).work()
+    return _result(job, finished, time.monotonic() - started)
 
 
 def plan_only(config: Config, *, restart: bool = False, progress: Progress | None = None) -> Path:
@@ -91,7 +81,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
     if job.result_there(restart) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
     with job.opened(restart):
-        job.prepare()
+        Run(job).prepare()
     return job.plan_path
 
 
@@ -100,280 +90,25 @@ def forecast_job(config: Config) -> Resources:
     return Job(config, None).forecast()
 
 
-def job_folder(out: Path) -> Path:
-    """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
-    return out.absolute().parent / f"{out.absolute().name}.streamprune"
+def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
+    """The report's figures with this process's own."""
+    return Result(
+        out=job.out_given,
+        **{name: report[name] for name in output.FIGURES},
+        seconds=round(seconds, 3),
+        peak_device_bytes=machine.peak_device_bytes(job.device),
+        peak_host_bytes=machine.peak_host_bytes(),
+        bytes_read=job.skeleton.checkpoint.bytes_read,
+        resumed=job.resumed,
+    )
 
 
-class Job:
-    """One job: everything that both a first and a resumed process need to know.
+class Run:
+    """The steps of an opened job, from wherever its journal says."""
 
-    Raises:
-        StreamPruneError: whatever can be known to be wrong before any work.
-    """
-
-    def __init__(self, config: Config, progress: Progress | None) -> None:
-        self.progress = progress or Silent()
-        if config.recipe not in RECIPES:
-            raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
-        self.recipe: Recipe[Any] = RECIPES[config.recipe]
-        self.settings = self.recipe.parse(config.settings)
-        self.device = machine.resolve_device(config.device)
-        self.out_given = str(config.out)
-        config = replace(config, out=config.out.absolute())
-        self.config = config
-        if config.out.resolve() == config.model.resolve():
-            raise ConfigError(f"OUT is {config.out}, the model itself")
-        self.skeleton: Skeleton = open_skeleton(
-            config.model, self.device, config.dtype, uniform=config.layout == "uniform"
-        )
-        self.sites = self.skeleton.all_sites()
-        self.given_plan = self._given_plan()
-        self.ratio = self._agreed_ratio()
-        self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
-        if self.given_plan is None:
-            allocate(self.sites, even_densities(self.sites), self.budget)  # refuses a ratio that cannot be
-        self.folder = job_folder(config.out)
-        self.staging = self.folder / "out"
-        self.plan_path = self.folder / "plan.json"
-        self.journal_path = self.folder / "journal.jsonl"
-        self.resumed = False
-        self.journal: Journal
-        """Set once the job is opened."""
-
-    # What the job is.
-
-    @property
-    def budget(self) -> Budget:
-        """What is to go."""
-        return Budget(
-            self.ratio, self.skeleton.block_parameters(), self.config.round_to, uniform=self.config.layout == "uniform"
-        )
-
-    @property
-    def surveys(self) -> bool:
-        """Whether gradients are wanted."""
-        return self.given_plan is None and self.recipe.wants_mask_gradients(self.settings)
-
-    @property
-    def streams(self) -> bool:
-        """Whether the prune sweep needs activations."""
-        return self.recipe.wants_gram(self.settings) or self.recipe.compensation(self.settings) is not None
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether any text is read."""
-        return self.surveys or self.streams
-
-    @property
-    def text(self) -> Path:
-        """The calibration text."""
-        return self.config.calibration or calibration.builtin_text()
-
-    @cached_property
-    def needs(self) -> Needs:
-        """What the forecast has to count."""
-        return Needs(
-            samples=self.config.samples,
-            length=self.length,
-            text=self.needs_text,
-            gradients=self.surveys,
-            gram=self.recipe.wants_gram(self.settings),
-            dense_stream=self.recipe.compensation(self.settings) is not None,
-        )
-
-    @cached_property
-    def header(self) -> dict[str, Any]:
-        """What must be the same for a job to go on: settings, inputs, and versions that change numbers."""
-        import transformers
-
-        inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
-        # Whether or not a plan spares the survey: a job may go on with a plan that began without one.
-        if self.recipe.wants_mask_gradients(self.settings) or self.streams:
-            if not self.text.is_file():
-                calibration.read_text(self.text)
-            inputs["calibration"] = files.sha256(self.text)
-            names = (name for name in output.COMPANIONS if "token" in name or name in ("vocab.json", "merges.txt"))
-            found = {name: self.config.model / name for name in names}
-            inputs["tokenizer"] = {name: files.sha256(path) for name, path in found.items() if path.is_file()}
-        return {
-            "settings": {
-                **self.config.fixed(),
-                "settings": asdict(self.settings),
-                "ratio": self.ratio,
-                "dtype": str(self.skeleton.dtype).removeprefix("torch."),
-            },
-            "inputs": inputs,
-            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
-        }
-
-    def forecast(self) -> Resources:
-        """What it takes, given what this machine has free."""
-        limit = self.config.memory or machine.available_memory(self.device)
-        disk = files.free_bytes(self.cache)
-        return forecast(
-            self.skeleton,
-            self.needs,
-            device_limit=limit,
-            disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
-        )
-
-    @property
-    def cache(self) -> Path:
-        """Where activations go: a folder of this job's own."""
-        parent = self.config.cache
-        if parent is None:
-            return self.folder / "cache"
-        own = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
-        return parent.absolute() / f"{self.folder.name}-{own}"
-
-    # Opening, resuming, ending.
-
-    def result_there(self, restart: bool) -> Entry | None:
-        """The report of a finished OUT that this very job made, or None when there is work to do.
-
-        Raises:
-            ConfigError: OUT holds something else.
-        """
-        out = self.config.out
-        report = self._report_in_out()
-        if report is None or restart or self._replacing():
-            return None
-        if difference := _difference(report["job"], self.header):
-            raise ConfigError(f"OUT is {out}, a finished result of another job: {difference}; --restart replaces it")
-        given = self.given_plan.digest() if self.given_plan else None
-        if given != report["plan_given"]:
-            was = report["plan_given"]
-            raise ConfigError(f"OUT is {out}, a finished result by plan {was}, not {given}; --restart replaces it")
-        try:
-            Skeleton(Checkpoint(out), device=torch.device("cpu"), dtype=torch.float32)
-        except CheckpointError as error:
-            raise ConfigError(
-                f"OUT is {out}, a finished result that was damaged: {error}; --restart replaces it"
-            ) from None
-        if self.folder.is_dir():
-            with files.locked(self.folder / "lock"):
-                self._clear()
-        self.resumed = True
-        return report
-
-    def _report_in_out(self) -> Entry | None:
-        """The report of a result of ours in OUT; None when OUT is empty or not there.
-
-        Raises:
-            ConfigError: OUT holds something else.
-        """
-        out = self.config.out
-        if out.is_symlink() or (out.exists() and not out.is_dir()):
-            raise ConfigError(f"OUT is {out}, which is not a directory")
-        if not out.is_dir() or not any(out.iterdir()):
-            return None
-        report = read_json(out / output.REPORT) if (out / output.REPORT).is_file() else {}
-        if not output.is_report(report):
-            raise ConfigError(f"OUT is {out}, which exists and holds something else")
-        return report
-
-    def _replacing(self) -> bool:
-        """Whether a job with these very settings is under way that was told to replace what OUT holds."""
-        if not self.journal_path.is_file():
-            return False
-        start = Journal(self.journal_path, repair=False).header
-        return start is not None and start["replaces"] and _difference(start["job"], self.header) is None
-
-    @contextmanager
-    def opened(self, restart: bool) -> Iterator[None]:
-        """A context in which this process, and no other, works on the job."""
-        for name, path in (("OUT", self.folder.absolute()), ("cache", self.cache)):
-            parent = next(parent for parent in path.parents if parent.exists())
-            if not parent.is_dir():
-                raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
-        new = not self.folder.exists()
-        files.make_folder(self.folder)
-        with files.locked(self.folder / "lock"):
-            try:
-                self._start(restart)
-                yield
-            finally:
-                if new and not self.journal_path.exists() and self.folder.is_dir():
-                    files.remove_tree(self.folder)  # refused before it began: leave nothing behind
-
-    def _start(self, restart: bool) -> None:
-        """Begin, or find out where an earlier process stopped.
-
-        Raises:
-            ResumeError: started with other settings, inputs or versions.
-        """
-        self.journal = Journal(self.journal_path)
-        start = self.journal.header
-        if start is None or restart:
-            start = self._begin()
-        else:
-            if difference := _difference(start["job"], self.header):
-                raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
-            for field, now in (("cache", self._cache_given), ("plan", "given" if self.given_plan else None)):
-                # A plan may come later, by --plan-only and --plan; it cannot go again.
-                if start[field] != now and not (field == "plan" and now):
-                    raise ResumeError(
-                        f"{field} is {now or 'not given'}; this job was started with {start[field] or 'none'}; --restart starts over"
-                    )
-            self._check_memory(start["resources"])
-            self.resumed = len(list(self.journal.steps())) > 0
-        self.batch: int = start["resources"]["batch"]
-        self.backward_batch: int = start["resources"]["backward_batch"]
-        self.boundary_every: int = start["resources"]["boundary_every"]
-
-    def _begin(self) -> Entry:
-        """Check whatever can be known beforehand; then, and only then, let go of what was there."""
-        known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced"}
-        for path in self.folder.iterdir():
-            if path.name not in known and not path.name.startswith("survey-"):
-                raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
-        resources = self.forecast().require()
-        self._check_disk(resources)
-        if self.needs_text:
-            _ = self.tokens
-        header = self.header
-        self._check_weights()
-        files.remove(self.journal_path)
-        files.sync(self.folder)
-        for leftover in (self.staging, self.cache, self.folder / "replaced"):
-            files.remove_tree(leftover)
-        files.make_folder(self.staging)
-        if self.needs_text:
-            files.make_folder(self.cache)
-        self.journal = Journal(self.journal_path)
-        return self.journal.append(
-            "start",
-            job=header,
-            cache=self._cache_given,
-            plan="given" if self.given_plan else None,
-            replaces=self._report_in_out() is not None,
-            resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
-        )
-
-    @property
-    def _cache_given(self) -> str | None:
-        return str(self.config.cache.absolute()) if self.config.cache else None
-
-    def _check_disk(self, resources: Resources) -> None:
-        """The result's room, with the activations' where both lie on one file system."""
-        free = files.free_bytes(self.folder)
-        shared = files.same_file_system(self.folder, self.cache)
-        needed = resources.output_bytes + (resources.disk_bytes if shared else 0)
-        if needed > free:
-            what = "the result and the activations" if shared and resources.disk_bytes else "the result"
-            raise ResourceError(
-                f"{what} may need {format_bytes(needed)}; {self.folder.parent} has {format_bytes(free)} free"
-            )
-
-    def _check_memory(self, resources: Mapping[str, int]) -> None:
-        """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
-        needed = device_peak(self.skeleton, self.needs, resources["batch"], resources["backward_batch"])
-        if self.config.memory is not None and self.config.memory < needed:
-            raise ResourceError(
-                f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
-                f"{resources['batch']} and {resources['backward_batch']}, which need {format_bytes(needed)}; --restart starts over"
-            )
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.journal, self.skeleton, self.progress = job.journal, job.skeleton, job.progress
 
     def work(self) -> Entry:
         """Everything from wherever the journal says to the finished OUT; returns the report."""
@@ -384,112 +119,46 @@ class Job:
             report = self._finish(plan)
             self.journal.append("complete")
         else:
-            folder = self.staging if self.staging.is_dir() else self.config.out
+            folder = self.job.staging if self.job.staging.is_dir() else self.job.config.out
             report = read_json(folder / output.REPORT)
-        if self.staging.is_dir():
-            self._make_way()
-            files.publish(self.staging, self.config.out)
-        self._clear()
+        if self.job.staging.is_dir():
+            self.job.make_way()
+            files.publish(self.job.staging, self.job.config.out)
+        self.job.clear()
         return report
 
-    def _make_way(self) -> None:
-        """Move an older result of ours aside, if this job was told to replace it.
-
-        Raises:
-            ConfigError: OUT holds something that was not there, or not ours, when the job began.
-        """
-        if self._report_in_out() is None:
-            return
-        start = self.journal.header
-        assert start is not None
-        if not start["replaces"]:
-            raise ConfigError(f"OUT is {self.config.out}, where another result has appeared meanwhile")
-        files.remove_tree(self.folder / "replaced")
-        files.move_aside(self.config.out, self.folder / "replaced")
-
-    def _clear(self) -> None:
-        files.remove_tree(self.cache)
-        files.remove_tree(self.folder)
-
-    def result(self, report: Mapping[str, Any], seconds: float) -> Result:
-        """The report's figures with this process's own."""
-        return Result(
-            out=self.out_given,
-            **{
-                name: report[name]
-                for name in (
-                    "recipe",
-                    "ratio_requested",
-                    "ratio_blocks",
-                    "ratio_model",
-                    "parameters_before",
-                    "parameters_after",
-                )
-            },
-            seconds=round(seconds, 3),
-            peak_device_bytes=machine.peak_device_bytes(self.device),
-            peak_host_bytes=machine.peak_host_bytes(),
-            bytes_read=self.skeleton.checkpoint.bytes_read,
-            resumed=self.resumed,
-        )
-
-    # The steps.
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Calibration windows (samples, length)."""
-        tokenizer = calibration.load_tokenizer(self.config.model)
-        tokens = calibration.tokenize(tokenizer, self.text, self.skeleton.vocabulary)
-        return calibration.sample_windows(tokens, self.config.samples, self.length, self.config.seed, self.text)
-
-    @cached_property
-    def store(self) -> ActivationStore:
-        """Block inputs, for whichever sweep is under way."""
-        shape = self.config.samples, self.length, self.skeleton.width
-        return ActivationStore(self.cache, shape, self.skeleton.dtype, self.device, durable=True)
-
     def prepare(self) -> Plan:
-        """Check the weights, survey and allocate, as far as that is not done."""
-        if self.needs_text and self.config.calibration is None:
+        """Survey and allocate, as far as that is not done."""
+        if self.job.needs_text and self.job.config.calibration is None:
             self.progress.say(
                 "no --calibration given: using the built-in English sample; text of your own domain does better"
             )
-        if self.needs_text and not self.journal.find("embed"):
-            size = self.batch
-            sweep.embed(self.skeleton, self.tokens, self.store, sweep.boundary(DENSE, 0), size)
+        if self.job.needs_text and not self.journal.find("embed"):
+            store, size = self.job.store, self.job.batch
+            sweep.embed(self.skeleton, self.job.tokens, store, sweep.boundary(DENSE, 0), size)
             self.journal.append("embed")
         return self._allocate()
 
-    def _check_weights(self) -> None:
-        """Read everything once and refuse NaN and Inf, before hours are spent on them."""
-        skeleton = self.skeleton
-        groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
-        groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
-        self.progress.phase("check weights", len(groups))
-        names = [name for group in groups for name in group]
-        left = {group[-1] for group in groups}
-        for name, tensor in prefetch(names, skeleton.checkpoint.read):
-            if not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{self.config.model}: tensor {name!r} holds NaN or Inf")
-            if name in left:
-                self.progress.step(name)
-
     def _survey(self) -> dict[str, MaskGradient]:
         """Mask gradients of every site of the dense model, by a forward and a backward sweep."""
-        skeleton, store, journal, depth = self.skeleton, self.store, self.journal, len(self.skeleton)
+        skeleton, store, journal, depth = self.skeleton, self.job.store, self.journal, len(self.skeleton)
         forward = len(list(journal.steps("forward/")))
         backward = len(list(journal.steps("backward/")))
         self.progress.phase("survey", 2 * depth, forward + backward)
         if not journal.find("head"):
             store.keep_only(
-                {sweep.boundary(DENSE, i) for i in range(forward + 1) if i % self.boundary_every == 0 or i == forward}
+                {
+                    sweep.boundary(DENSE, i)
+                    for i in range(forward + 1)
+                    if i % self.job.boundary_every == 0 or i == forward
+                }
             )
-            for index in sweep.forward(skeleton, store, DENSE, forward, depth, self.batch):
+            for index in sweep.forward(skeleton, store, DENSE, forward, depth, self.job.batch):
                 journal.append(f"forward/{index}")
-                if index % self.boundary_every:
+                if index % self.job.boundary_every:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"forward, block {index}")
-            sweep.head_gradient(skeleton, store, self.tokens, self.batch)
+            sweep.head_gradient(skeleton, store, self.job.tokens, self.job.batch)
             journal.append("head")
         first = depth - 1 - backward
         inputs = {sweep.boundary(DENSE, index) for index in range(max(first, 0) + 1)}
@@ -498,7 +167,7 @@ class Job:
             lowest = self._recompute(first)
             for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
                 stats = [MaskGradient(site.units, site.width) for site in skeleton.sites(index)]
-                sweep.backward_block(skeleton, block, index, store, stats, self.backward_batch)
+                sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
                 del block
                 self._save_survey(index, stats)
                 journal.append(f"backward/{index}")
@@ -511,20 +180,20 @@ class Job:
 
     def _recompute(self, index: int) -> int:
         """See that a block's input is there; returns the lowest block down to which all inputs are."""
-        skeleton, store = self.skeleton, self.store
+        skeleton, store = self.skeleton, self.job.store
         there = index
         while sweep.boundary(DENSE, there) not in store:
             there -= 1
             if there < 0:
-                raise ResumeError(f"{self.cache} has lost its activations; start over with --restart")
-        for _ in sweep.forward(skeleton, store, DENSE, there, index, self.batch):
+                raise ResumeError(f"{self.job.cache} has lost its activations; start over with --restart")
+        for _ in sweep.forward(skeleton, store, DENSE, there, index, self.job.batch):
             pass
         while there and sweep.boundary(DENSE, there - 1) in store:
             there -= 1
         return there
 
     def _survey_path(self, index: int) -> Path:
-        return self.folder / f"survey-{index:04}.safetensors"
+        return self.job.folder / f"survey-{index:04}.safetensors"
 
     def _save_survey(self, index: int, stats: list[MaskGradient]) -> None:
         tensors = {f"{position}.{name}": t for position, stat in enumerate(stats) for name, t in stat.tensors().items()}
@@ -547,26 +216,28 @@ class Job:
         """The plan that holds: the one journalled, the one given, or a new one."""
         chosen = self.journal.find("allocate")
         begun = any(True for _ in self.journal.steps("prune/"))
-        if self.given_plan is not None:
-            if chosen is None or chosen["plan"] != self.given_plan.digest():
+        if self.job.given_plan is not None:
+            if chosen is None or chosen["plan"] != self.job.given_plan.digest():
                 if chosen is not None and begun:
                     raise ResumeError(
-                        f"plan is {self.given_plan.digest()}; this job is pruning by {chosen['plan']}; --restart starts over"
+                        f"plan is {self.job.given_plan.digest()}; this job is pruning by {chosen['plan']}; --restart starts over"
                     )
-                return self._choose(self.given_plan, given=True)
+                return self._choose(self.job.given_plan, given=True)
         elif chosen is not None and chosen["given"]:
             raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
         elif chosen is None:
-            survey = self._survey() if self.surveys else {}
-            return self._choose(self.recipe.allocate(self.settings, self.sites, survey, self.budget), given=False)
-        plan = Plan.read(self.plan_path)
+            survey = self._survey() if self.job.surveys else {}
+            return self._choose(
+                self.job.recipe.allocate(self.job.settings, self.job.sites, survey, self.job.budget), given=False
+            )
+        plan = Plan.read(self.job.plan_path)
         if plan.digest() != chosen["plan"]:
-            raise ResumeError(f"{self.plan_path} was changed; pass a copy of it with --plan")
+            raise ResumeError(f"{self.job.plan_path} was changed; pass a copy of it with --plan")
         return plan
 
     def _choose(self, plan: Plan, *, given: bool) -> Plan:
-        plan.check(self.sites, "the plan")
-        files.write_text(self.plan_path, plan.to_json())
+        plan.check(self.job.sites, "the plan")
+        files.write_text(self.job.plan_path, plan.to_json())
         self.journal.append("allocate", plan=plan.digest(), given=given)
         return plan
 
@@ -575,12 +246,12 @@ class Job:
         done = len(list(journal.steps("prune/")))
         surgeon = Surgeon(
             skeleton=skeleton,
-            recipe=self.recipe,
-            settings=self.settings,
+            recipe=self.job.recipe,
+            settings=self.job.settings,
             plan=plan,
-            store=self.store if self.streams else None,
-            batch=self.batch,
-            seed=self.config.seed,
+            store=self.job.store if self.job.streams else None,
+            batch=self.job.batch,
+            seed=self.job.config.seed,
         )
         self.progress.phase("prune", depth, done)
         if surgeon.store is not None:
@@ -591,79 +262,34 @@ class Job:
         for index, block in sweep.blocks(skeleton, range(done, depth)):
             pruned, reports = surgeon.operate(block, index)
             names = skeleton.block_names(index)
-            shard = self.staging / output.block_shard(skeleton, index)
+            shard = self.job.staging / output.block_shard(skeleton, index)
             write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             journal.append(f"prune/{index}", sites=reports)
             del block, pruned
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
-                self.store.remove(sweep.boundary(stream, index))
+                self.job.store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: " + ", ".join(f"{r['kept']} of {r['units']}" for r in reports))
 
     def _finish(self, plan: Plan) -> Entry:
         skeleton = self.skeleton
         reports = [report for step in self.journal.steps("prune/") for report in step["sites"]]
-        after = [site.keeping(plan[site.name].keep) for site in self.sites]
-        removed = plan.removed_parameters(self.sites)
+        after = [site.keeping(plan[site.name].keep) for site in self.job.sites]
+        removed = plan.removed_parameters(self.job.sites)
         before = skeleton.parameters()
         report: dict[str, Any] = {
-            "recipe": self.recipe.name,
-            "ratio_requested": self.ratio,
+            "recipe": self.job.recipe.name,
+            "ratio_requested": self.job.ratio,
             "ratio_blocks": removed / skeleton.block_parameters(),
             "ratio_model": removed / before,
             "parameters_before": before,
             "parameters_after": before - removed,
-            "batch": self.batch,
+            "batch": self.job.batch,
             "plan": plan.digest(),
-            "plan_given": plan.digest() if self.given_plan else None,
-            "job": self.header,
+            "plan_given": plan.digest() if self.job.given_plan else None,
+            "job": self.job.header,
             "sites": reports,
             "seconds": round(sum(report["seconds"] for report in reports), 3),
         }
-        output.write_outside(skeleton, self.staging)
-        output.finish(skeleton, self.staging, after, report, self.config.model.resolve().name)
+        output.write_outside(skeleton, self.job.staging)
+        output.finish(skeleton, self.job.staging, after, report, self.job.config.model.resolve().name)
         return report
-
-    # Plans that people give.
-
-    def _given_plan(self) -> Plan | None:
-        path = self.config.plan
-        if path is None:
-            return None
-        plan = Plan.read(path)
-        plan.check(self.sites, str(path))
-        if self.config.layout == "uniform" and not plan.is_uniform(self.sites):
-            raise ConfigError(f"{path}: blocks keep different widths, which the uniform layout cannot hold")
-        if self.recipe.uses_plan_units(self.settings):
-            for site in self.sites:
-                if plan[site.name].units is None and plan[site.name].keep < site.units:
-                    raise ConfigError(
-                        f'{path}: with these settings {site.name} needs "units", not only how many to keep'
-                    )
-        return plan
-
-    def _agreed_ratio(self) -> float:
-        asked, planned = self.config.ratio, self.given_plan.ratio if self.given_plan else None
-        if asked is not None and planned is not None and asked != planned:
-            raise ConfigError(f"ratio is {asked:g}; the plan {self.config.plan} was made for {planned:g}")
-        ratio = asked if asked is not None else planned
-        assert ratio is not None
-        return ratio
-
-
-def _difference(then: Any, now: Any, place: str = "") -> str | None:
-    """The first field in which two JSON values differ, with both values; None if they are equal."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in sorted(then.keys() | now.keys()):
-            inner = f"{place}.{key}" if place else key
-            if found := _difference(then.get(key), now.get(key), inner):
-                return found
-        return None
-    # Through JSON, so that what was read back compares equal to what was written.
-    if json.dumps(then) == json.dumps(now):
-        return None
-    return f"{place} is {_short(now)} and was {_short(then)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -26,6 +26,7 @@ FLOOR = {
     "surgery": 3,
     "output": 3,
     "evaluate": 3,
+    "job": 3,
     "run": 3,
     "inspection": 3,
     "__init__": 4,
@@ -70,7 +71,8 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_only_files_renames_and_syncs() -> None:
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "files.py":
+        # The modelling file travels without the rest of the package.
+        if path.name not in ("files.py", "modeling_streamprune.py"):
             text = path.read_text()
             for word in ("os.replace", "os.rename", "os.fsync", ".rename(", "shutil", ".unlink("):
                 assert word not in text, f"{path} has {word}"

@@ -23,10 +23,10 @@ from conftest import TINY, contents, edit_tensors, make_tiny
 import streamprune
 from streamprune import Config, calibration, files
 from streamprune.errors import CalibrationError, ConfigError, ResourceError, ResumeError
+from streamprune.job import Job, job_folder
 from streamprune.journal import Journal
 from streamprune.methods.plan import Plan
 from streamprune.model.skeleton import open_skeleton
-from streamprune.run import Job, job_folder
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
@@ -192,10 +192,10 @@ def test_stopped_after_every_journal_line_the_bytes_are_the_same(
 
 
 def force_boundaries(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
-    from streamprune import run
+    from streamprune import job
 
-    real = run.forecast
-    monkeypatch.setattr(run, "forecast", lambda *a, **k: replace(real(*a, **k), boundary_every=every))
+    real = job.forecast
+    monkeypatch.setattr(job, "forecast", lambda *a, **k: replace(real(*a, **k), boundary_every=every))
 
 
 @pytest.mark.parametrize("every", [2, 3, 4])
