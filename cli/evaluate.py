@@ -34,6 +34,8 @@ def evaluate(
     """
     import streamprune
 
+    options.begin()
+
     measured = streamprune.evaluate(
         model,
         text,

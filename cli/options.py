@@ -78,6 +78,13 @@ job_options = bundle(
 )
 
 
+def begin() -> None:
+    """What every command does first that works with weights."""
+    from streamprune.machine import return_freed_memory
+
+    return_freed_memory()
+
+
 def size(text: str | None, option: str) -> int | None:
     """Bytes, or None."""
     from streamprune.config import parse_bytes

@@ -34,6 +34,8 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, *
     """
     import streamprune
 
+    options.begin()
+
     config = options.config(model, out, **chosen)
     progress = show.Shown()
     if plan_only:
