@@ -7,15 +7,15 @@ One random llama checkpoint in float32, the same tokens, the same micro-batches,
 - in memory: transformers' forward of the whole model, its weights in memory beforehand;
 - offload: the same, its weights on disk by `accelerate.disk_offload`, read again for every micro-batch.
 
-All on the CPU in one process, interleaved: each repetition runs all three, each time in another order, the
-first does not count. Opening the model is left out of all three. The files are in the page cache, so what is
-measured is the work of streaming, not the disk. This is done for micro-batches of one window, as on a machine
+All on the CPU, each in a process of its own, interleaved: each repetition runs all three in turn, each time in
+another order, the first does not count. Opening the model is left out of all three. The files are in the page
+cache, so what is measured is the work of streaming, not the disk. This is done for micro-batches of one window, as on a machine
 with little memory, and for those that `streamprune eval` would take here.
 
-Targets, by the medians: streamed / in memory at least 0.85, streamed / offload above 1; the ratio of the least
-seconds stands beside it, which suffers less where other processes run. The three losses must agree to a
-relative 1e-5, or the exit code is 1. Where a core is busy with something else, torch's threads wait for each
-other at every operation and the figures say little: leave that core out with --threads.
+Targets, by the median of the repetitions' ratios: speed streamed / in memory at least 0.85, streamed / offload
+above 1; beside it stands the ratio of the least seconds, which suffers less where other processes run. The three
+losses must agree to a relative 1e-5, or the exit code is 1. Where a core is busy with something else, torch's
+threads wait for each other at every operation and the figures say little: leave that core out with --threads.
 
     python benchmarks/stream.py            about 8 minutes on 2 idle cores, 1 GB of temporary disk
     python benchmarks/stream.py --json
@@ -27,11 +27,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +43,13 @@ import torch.nn.functional as F
 from make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 
-from streamprune.machine import available_memory
+from streamprune.machine import available_memory, return_freed_memory
 from streamprune.memory import Needs, forecast
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore
 
+WAYS = ["streamed", "in memory", "offload"]
 TARGETS = {"in memory": 0.85, "offload": 1.0}
 AGREEMENT = 1e-5
 CPU = torch.device("cpu")
@@ -79,51 +83,81 @@ def whole(model: Any, windows: Tensor, size: int) -> float:
     return total / count
 
 
-def opened(skeleton: Skeleton, folder: Path) -> dict[str, Way]:
-    """The three ways, everything before the forward pass done."""
-    from accelerate import disk_offload
+def opened(name: str, folder: Path) -> Way:
+    """One way with everything before its forward pass done, as a process of its own would do it."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    def load() -> Any:
-        path = skeleton.checkpoint.directory
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    if name == "streamed":
+        return_freed_memory()
+        skeleton = open_skeleton(folder / "model", CPU, "float32")
+        return lambda windows, size: streamed(skeleton, folder, windows, size)
+    disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    if name == "offload":
+        from accelerate import disk_offload
 
-    in_memory = load()
-    offloaded = disk_offload(load(), str(folder / "offload"), execution_device=CPU)
-    return {
-        "streamed": lambda windows, size: streamed(skeleton, folder, windows, size),
-        "in memory": lambda windows, size: whole(in_memory, windows, size),
-        "offload": lambda windows, size: whole(offloaded, windows, size),
-    }
+        model = disk_offload(model, str(folder / "offload"), execution_device=CPU)
+    return lambda windows, size: whole(model, windows, size)
 
 
-def own_size(skeleton: Skeleton, windows: Tensor) -> int:
+def work(name: str, folder: Path, windows: Tensor, threads: int, connection: Connection) -> None:
+    """The process of one way: gets micro-batch sizes, answers with seconds and loss, until it gets 0."""
+    torch.set_num_threads(threads)
+    way = opened(name, folder)
+    while size := connection.recv():
+        started = time.perf_counter()
+        loss = way(windows, size)
+        connection.send((time.perf_counter() - started, loss))
+
+
+@contextmanager
+def workers(folder: Path, windows: Tensor, threads: int) -> Iterator[dict[str, Connection]]:
+    """A process for each way, waiting for its turn."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        ends = {}
+        for name in WAYS:
+            ends[name], other = context.Pipe()
+            process = context.Process(target=work, args=(name, folder, windows, threads, other), daemon=True)
+            process.start()
+            other.close()
+            stack.callback(process.join)
+            stack.callback(ends[name].send, 0)
+        yield ends
+
+
+def own_size(model: Path, windows: Tensor) -> int:
     """The windows a micro-batch that `streamprune eval` would take."""
     needs = Needs(samples=len(windows), length=windows.shape[1], text=True, prunes=False)
+    skeleton = open_skeleton(model, CPU, "float32")
     return forecast(skeleton, needs, device_limit=available_memory(CPU), disk_limit=1 << 50).require().batch
 
 
-def measure(ways: dict[str, Way], windows: Tensor, size: int, repetitions: int) -> dict[str, Any]:
+def measure(ends: dict[str, Connection], size: int, repetitions: int) -> dict[str, Any]:
     """One micro-batch size: seconds of each repetition and the loss by way, and what follows from them."""
-    names = list(ways)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     losses: dict[str, float] = {}
     for repetition in range(repetitions + 1):
-        first = repetition % len(names)
-        for name in names[first:] + names[:first]:
-            started = time.perf_counter()
-            losses[name] = ways[name](windows, size)
+        first = repetition % len(WAYS)
+        for name in WAYS[first:] + WAYS[:first]:
+            ends[name].send(size)
+            taken, losses[name] = ends[name].recv()
             if repetition:
-                seconds[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+                seconds[name].append(taken)
     least = {name: min(times) for name, times in seconds.items()}
     right = losses["in memory"]
     return {
-        "micro_batch_tokens": size * windows.shape[1],
+        "micro_batch": size,
         "seconds": seconds,
         "losses": losses,
         "losses_differ": max(abs(loss - right) / right for loss in losses.values()),
-        "speed_ratios": {name: median[name] / median["streamed"] for name in TARGETS},
+        "speed_ratios": {
+            name: statistics.median(a / b for a, b in zip(seconds[name], seconds["streamed"], strict=True))
+            for name in TARGETS
+        },
         "speed_ratios_of_least": {name: least[name] / least["streamed"] for name in TARGETS},
     }
 
@@ -135,7 +169,7 @@ def report(result: dict[str, Any]) -> str:
         f"{result['threads']} threads, median of {result['repetitions']} repetitions"
     ]
     for row in result["rows"]:
-        lines += ["", f"micro-batches of {row['micro_batch_tokens']} tokens"]
+        lines += ["", f"micro-batches of {row['micro_batch'] * result['seq_len']} tokens"]
         lines.append(f"{'':10}{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}{'loss':>12}")
         for name, times in row["seconds"].items():
             median = statistics.median(times)
@@ -155,12 +189,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=Shape.hidden, help="residual width; default: %(default)s")
     parser.add_argument("--ffn", type=int, default=Shape.ffn, help="FFN width; default: %(default)s")
-    parser.add_argument("--samples", type=int, default=16, help="windows; default: %(default)s")
+    parser.add_argument("--samples", type=int, default=8, help="windows; default: %(default)s")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a window; default: %(default)s")
     parser.add_argument(
         "--batch", type=int, nargs="+", metavar="N", help="windows a micro-batch; default: 1 and eval's"
     )
-    parser.add_argument("--repetitions", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="torch's threads; default: what torch takes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
@@ -168,26 +202,22 @@ def main() -> None:
         import accelerate  # noqa: F401 - only whether it is there
     except ImportError:
         sys.exit("benchmarks/stream.py needs accelerate: pip install -e '.[bench]'")
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    threads = options.threads or torch.get_num_threads()
     shape = Shape(blocks=options.blocks, hidden=options.hidden, ffn=options.ffn)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(shape.vocabulary, (options.samples, options.seq_len), generator=generator)
     with tempfile.TemporaryDirectory(prefix="streamprune-stream-") as name:
         folder = Path(name)
         make_checkpoint(folder / "model", shape)
-        skeleton = open_skeleton(folder / "model", CPU, "float32")
-        ways = opened(skeleton, folder)
-        sizes = options.batch or [1, own_size(skeleton, windows)]
-        rows = [measure(ways, windows, size, options.repetitions) for size in sizes]
+        sizes = options.batch or [1, own_size(folder / "model", windows)]
+        with workers(folder, windows, threads) as ends:
+            rows = [measure(ends, size, options.repetitions) for size in sizes]
     result = {
         "blocks": shape.blocks,
         "block_bytes": shape.block_bytes,
         "tokens": windows.numel(),
-        "threads": torch.get_num_threads(),
+        "seq_len": options.seq_len,
+        "threads": threads,
         "repetitions": options.repetitions,
         "rows": rows,
         "targets": TARGETS,

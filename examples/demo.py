@@ -6,6 +6,7 @@ Run by `scripts/demo`; every step is a `streamprune` command as a user would typ
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,13 +17,14 @@ from typing import Any
 HERE = Path(__file__).parent
 MODEL = HERE / "docs-llama-7m"
 CALIBRATION, VALIDATION = HERE / "text" / "calibration.txt", HERE / "text" / "validation.txt"
+OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="streamprune-demo-"))
 PROMPT = "The function returns"
 
 
 def streamprune(*arguments: object) -> dict[str, Any]:
     """Run a command, shown as typed; its JSON result."""
     words = [str(argument) for argument in arguments]
-    shown = " ".join(str(Path(w).relative_to(HERE.parent)) if w.startswith(str(HERE.parent)) else w for w in words)
+    shown = " ".join(words).replace(f"{HERE.parent}/", "").replace(f"{OUT}/", "OUT/")
     print(f"$ streamprune {shown}", flush=True)
     command = [sys.executable, "-m", "streamprune_cli", *words, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
@@ -65,8 +67,8 @@ sample       {sample(out / "sobp")!r}""")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory(prefix="streamprune-demo-") as folder:
-            main(Path(folder))
+    try:
+        main(OUT)
+    finally:
+        if len(sys.argv) == 1:
+            shutil.rmtree(OUT)

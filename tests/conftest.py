@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import streamprune
 
+# Models this small run fastest on one thread.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 EXAMPLE = ROOT / "examples" / "docs-llama-7m"
