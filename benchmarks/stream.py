@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,15 @@ def opened(name: str, folder: Path) -> Way:
 
 
 def work(name: str, folder: Path, windows: Tensor, threads: int, connection: Connection) -> None:
-    """The process of one way: gets micro-batch sizes, answers with seconds and loss, until it gets 0."""
+    """The process of one way: gets micro-batch sizes, answers with seconds and loss, until the other end closes."""
     torch.set_num_threads(threads)
     way = opened(name, folder)
-    while size := connection.recv():
-        started = time.perf_counter()
-        loss = way(windows, size)
-        connection.send((time.perf_counter() - started, loss))
+    with suppress(EOFError):
+        while True:
+            size = connection.recv()
+            started = time.perf_counter()
+            loss = way(windows, size)
+            connection.send((time.perf_counter() - started, loss))
 
 
 @contextmanager
@@ -125,7 +127,7 @@ def workers(folder: Path, windows: Tensor, threads: int) -> Iterator[dict[str, C
             process.start()
             other.close()
             stack.callback(process.join)
-            stack.callback(ends[name].send, 0)
+            stack.callback(ends[name].close)
         yield ends
 
 
@@ -143,8 +145,11 @@ def measure(ends: dict[str, Connection], size: int, repetitions: int) -> dict[st
     for repetition in range(repetitions + 1):
         first = repetition % len(WAYS)
         for name in WAYS[first:] + WAYS[:first]:
-            ends[name].send(size)
-            taken, losses[name] = ends[name].recv()
+            try:
+                ends[name].send(size)
+                taken, losses[name] = ends[name].recv()
+            except (EOFError, OSError):
+                sys.exit(f"the process of {name!r} has died")
             if repetition:
                 seconds[name].append(taken)
     least = {name: min(times) for name, times in seconds.items()}
