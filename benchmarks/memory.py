@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,12 @@ def measured(*words: object) -> tuple[dict[str, Any], int]:
     command = [sys.executable, "-m", "streamprune_cli", *map(str, words), "--json"]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=output, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         errors.seek(0)
@@ -105,6 +111,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a window; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes
     with tempfile.TemporaryDirectory(prefix="streamprune-memory-") as folder:
         rows = [measure(Path(folder), blocks, options) for blocks in sorted(options.blocks)]
     ratios = compare(*rows)

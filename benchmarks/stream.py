@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import signal
 import statistics
 import sys
 import tempfile
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch's threads; default: what torch takes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes
     try:
         import accelerate  # noqa: F401 - only whether it is there
     except ImportError:
