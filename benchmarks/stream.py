@@ -108,7 +108,7 @@ def work(name: str, folder: Path, windows: Tensor, threads: int, connection: Con
     """The process of one way: gets micro-batch sizes, answers with seconds and loss, until the other end closes."""
     torch.set_num_threads(threads)
     way = opened(name, folder)
-    with suppress(EOFError):
+    with suppress(EOFError, ConnectionError):
         while True:
             size = connection.recv()
             started = time.perf_counter()
