@@ -74,5 +74,5 @@ def test_only_files_renames_and_syncs() -> None:
         # The modelling file travels without the rest of the package.
         if path.name not in ("files.py", "modeling_streamprune.py"):
             text = path.read_text()
-            for word in ("os.replace", "os.rename", "os.fsync", ".rename(", "shutil", ".unlink("):
+            for word in ("os.replace", "os.rename", "os.fsync", ".rename(", "shutil", ".unlink(", "save_file"):
                 assert word not in text, f"{path} has {word}"

@@ -17,6 +17,8 @@ from conftest import TINY, contents, make_tiny
 import streamprune
 from streamprune import Config
 from streamprune.errors import ConfigError
+from streamprune.model import checkpoint
+from streamprune.model.checkpoint import tensor_bytes
 from streamprune.model.skeleton import open_skeleton
 
 Make = Callable[..., Config]
@@ -273,6 +275,37 @@ def test_out_holds_what_a_checkpoint_needs(tiny: Tiny, configured: Make) -> None
     for site in report["sites"]:
         assert {"site", "units", "kept", "error", "damping", "seconds"} <= site.keys()
         assert 0 <= site["error"] < 1
+
+
+def test_a_shard_is_written_under_one_other_name_and_readable_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in the midst of it leaves nothing that the next attempt does not replace."""
+    from safetensors.torch import load_file
+
+    tensors = {
+        "a": torch.arange(3, dtype=torch.bfloat16),
+        "b": torch.randn(4, 5).T,
+        "ünïcode": torch.randn(2, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.float16),
+    }
+    seen = set()
+
+    def looked(tensor: torch.Tensor) -> memoryview:
+        seen.update(path.name for path in tmp_path.iterdir())
+        return tensor_bytes(tensor)
+
+    monkeypatch.setattr(checkpoint, "tensor_bytes", looked)
+    checkpoint.write_shard(tmp_path / "x.safetensors", tensors)
+    assert seen == {"x.safetensors.tmp"}
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+    (tmp_path / "ordinary").write_text("")
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 def test_uneven_pruned_model_cannot_be_made_uniform(tiny: Tiny, configured: Make) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import files
 from ..errors import NumericalError, ResumeError
+from ..model.checkpoint import tensor_bytes
 from .prefetch import prefetch
 
 SUFFIX = ".activations"
@@ -70,8 +71,7 @@ class ActivationStore:
             def write(batch: Tensor) -> None:
                 if not bool(torch.isfinite(batch).all()):
                     raise NumericalError(f"{place} gives NaN or Inf")
-                data = batch.detach().to("cpu", self.dtype).contiguous()
-                file.write(data.view(-1).view(torch.uint8).numpy().data)
+                file.write(tensor_bytes(batch.detach().to("cpu", self.dtype)))
 
             yield write
 
