@@ -10,14 +10,15 @@ One random llama checkpoint in float32, the same tokens, the same micro-batches,
 All on the CPU, each in a process of its own, interleaved: each repetition runs all three in turn, each time in
 another order, the first does not count. Opening the model is left out of all three. The files are in the page
 cache, so what is measured is the work of streaming, not the disk. This is done for micro-batches of one window, as on a machine
-with little memory, and for those that `streamprune eval` would take here.
+with little memory, and for those that `streamprune eval` would take here. A pass takes 16384 tokens; with fewer, the
+reading of a block, which takes a core from the others, weighs more (--samples 8: a fourth).
 
 Targets, by the median of the repetitions' ratios: speed streamed / in memory at least 0.85, streamed / offload
 above 1; beside it stands the ratio of the least seconds, which suffers less where other processes run. The three
 losses must agree to a relative 1e-5, or the exit code is 1. Where a core is busy with something else, torch's
 threads wait for each other at every operation and the figures say little: leave that core out with --threads.
 
-    python benchmarks/stream.py            about 8 minutes on 2 idle cores, 1 GB of temporary disk
+    python benchmarks/stream.py            about 7 minutes on 2 idle cores, 1 GB of temporary disk
     python benchmarks/stream.py --json
 
 Needs accelerate: pip install -e '.[bench]'
@@ -44,7 +45,7 @@ import torch.nn.functional as F
 from make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 
-from streamprune.machine import available_memory, return_freed_memory
+from streamprune.machine import available_memory, settle_malloc
 from streamprune.memory import Needs, forecast
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.stream import sweep
@@ -90,7 +91,7 @@ def opened(name: str, folder: Path) -> Way:
     from transformers.utils.logging import disable_progress_bar
 
     if name == "streamed":
-        return_freed_memory()
+        settle_malloc()
         skeleton = open_skeleton(folder / "model", CPU, "float32")
         return lambda windows, size: streamed(skeleton, folder, windows, size)
     disable_progress_bar()
@@ -192,15 +193,15 @@ def report(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--blocks", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=Shape.hidden, help="residual width; default: %(default)s")
     parser.add_argument("--ffn", type=int, default=Shape.ffn, help="FFN width; default: %(default)s")
-    parser.add_argument("--samples", type=int, default=8, help="windows; default: %(default)s")
+    parser.add_argument("--samples", type=int, default=32, help="windows; default: %(default)s")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a window; default: %(default)s")
     parser.add_argument(
         "--batch", type=int, nargs="+", metavar="N", help="windows a micro-batch; default: 1 and eval's"
     )
-    parser.add_argument("--repetitions", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="torch's threads; default: what torch takes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

@@ -80,9 +80,9 @@ job_options = bundle(
 
 def begin() -> None:
     """What every command does first that works with weights."""
-    from streamprune.machine import return_freed_memory
+    from streamprune.machine import settle_malloc
 
-    return_freed_memory()
+    settle_malloc()
 
 
 def size(text: str | None, option: str) -> int | None:

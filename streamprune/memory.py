@@ -18,7 +18,7 @@ from .model.skeleton import Skeleton
 from .site import Site
 from .stream.sweep import LOGIT_BYTES
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """More tokens a micro-batch than this make nothing faster."""
 
 

@@ -64,11 +64,10 @@ def block_shard(skeleton: Skeleton, index: int) -> str:
 
 def write_outside(skeleton: Skeleton, folder: Path) -> None:
     """Write the shards of what surrounds the blocks, unchanged."""
-    checkpoint = skeleton.checkpoint
-    write_shard(folder / shard_name(1, _shards(skeleton)), checkpoint.read_all(skeleton.embed_names()))
-    if skeleton.head_names():
-        total = _shards(skeleton)
-        write_shard(folder / shard_name(total, total), checkpoint.read_all(skeleton.head_names()))
+    checkpoint, total = skeleton.checkpoint, _shards(skeleton)
+    for number, names in ((1, skeleton.embed_names()), (total, skeleton.head_names())):
+        if names:
+            write_shard(folder / shard_name(number, total), {name: checkpoint.read(name) for name in names})
 
 
 def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict[str, Any], title: str) -> None:

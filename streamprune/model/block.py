@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import NumericalError
+from ..machine import host_copy
 from ..maths.linalg import unit_columns
 from ..maths.stats import accumulator
 from ..site import Site
@@ -39,7 +40,7 @@ class Layer:
         self.device, self.dtype = device, dtype
         self.weights = weights
         for name, tensor in weights.items():
-            place(modules, name, tensor.to(device, dtype, non_blocking=True))
+            place(modules, name, self._computing(tensor))
         # The mixers run with their consumer taken out, so that what they return is the consumer's input.
         consumers: dict[str, nn.Module] = {}
         for entry in architecture.sublayers:
@@ -63,10 +64,14 @@ class Layer:
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace one tensor: the master is rounded to the stored dtype, the device gets what it holds."""
-        master = tensor.to("cpu", self.weights[name].dtype)
-        self.weights[name] = master
+        master = self.weights[name] = host_copy(tensor, self.weights[name].dtype)
         module, _, leaf = name.rpartition(".")
-        place(self.module(module), leaf, master.to(self.device, self.dtype))
+        place(self.module(module), leaf, self._computing(master))
+
+    def _computing(self, master: Tensor) -> Tensor:
+        if self.device.type == "cpu" and master.dtype != self.dtype:
+            return host_copy(master, self.dtype)
+        return master.to(self.device, self.dtype, non_blocking=True)
 
 
 class Block:

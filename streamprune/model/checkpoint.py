@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from .. import files
 from ..errors import CheckpointError, ResourceError
+from ..machine import host_buffer
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CPU = torch.device("cpu")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -84,18 +86,14 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def read(self, name: str, *, pinned: bool = False) -> Tensor:
-        """One tensor on the CPU in its stored dtype, in memory of its own."""
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """One tensor on the host in its stored dtype, in memory of its own, ready to go to `device`."""
         entry = self[name]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        buffer = host_buffer(entry.nbytes, device)
         if files.read_into(entry.shard, entry.begin, buffer.numpy().data) < entry.nbytes:
             raise CheckpointError(f"{entry.shard}: ended inside tensor {name!r}")
         self.bytes_read += entry.nbytes
         return buffer.view(entry.dtype).view(entry.shape)
-
-    def read_all(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
-        """Several tensors by name."""
-        return {name: self.read(name, pinned=pinned) for name in names}
 
     def complete_names(self, prefix: str, head: str) -> None:
         """Put `prefix` before all names but the head's, if none has it: so checkpoints of bare base models read."""

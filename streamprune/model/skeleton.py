@@ -172,8 +172,7 @@ class Skeleton:
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """The block's stored tensors by their names inside it."""
-        pinned = self.device.type == "cuda"
-        return {name: self.checkpoint.read(full, pinned=pinned) for name, full in self.block_names(index).items()}
+        return {name: self.checkpoint.read(full, self.device) for name, full in self.block_names(index).items()}
 
     def build_block(self, index: int, weights: dict[str, Tensor]) -> Block:
         """A block with weights that `read_block` gave."""
