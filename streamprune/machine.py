@@ -118,7 +118,7 @@ def settle_malloc() -> None:
 
     One heap for all threads: with a heap a thread, as it is by default, a tensor read in one thread and freed in
     another leaves holes, and the process creeps up with the number of blocks. Tensors below 16 MB come from that
-    heap, of whose free end 64 MB are kept: memory that is given back has to be faulted in again, page by page, at
+    heap, of whose free end 256 MB are kept: memory that is given back has to be faulted in again, page by page, at
     the next operation. Larger ones are mapped and go back at once.
 
     To be called before threads and tensors, in a process of our own, such as the command; other systems' malloc is
@@ -126,7 +126,7 @@ def settle_malloc() -> None:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 16 << 20), (_M_TRIM_THRESHOLD, 64 << 20)):
+        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 16 << 20), (_M_TRIM_THRESHOLD, 256 << 20)):
             libc.mallopt(parameter, value)
 
 

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from streamprune.stream.prefetch import prefetch
+from streamprune.stream.prefetch import announced, prefetch
 
 
 class Thing:
@@ -44,3 +44,20 @@ def test_at_most_two_values_live() -> None:
         gc.collect()
         # What was handed out is gone; only the one that is being loaded may live.
         assert sum(reference() is not None for reference in living[:-1]) == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_the_next_is_announced_before_each_load(count: int) -> None:
+    told: list[tuple[str, int]] = []
+
+    def load(i: int) -> int:
+        told.append(("load", i))
+        return i * i
+
+    assert list(announced(range(count), lambda i: told.append(("announce", i)), load)) == [
+        (i, i * i) for i in range(count)
+    ]
+    for i in range(count):
+        assert told.index(("announce", i)) < told.index(("load", i))
+        if i + 1 < count:
+            assert told.index(("announce", i + 1)) < told.index(("load", i))
