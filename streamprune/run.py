@@ -169,6 +169,7 @@ class Run:
                 stats = [MaskGradient(site.units, site.width) for site in skeleton.sites(index)]
                 sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
                 del block
+                machine.return_freed_memory()
                 self._save_survey(index, stats)
                 journal.append(f"backward/{index}")
                 store.remove(sweep.boundary(GRADIENT, index + 1))
@@ -266,6 +267,7 @@ class Run:
             write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             journal.append(f"prune/{index}", sites=reports)
             del block, pruned
+            machine.return_freed_memory()
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 self.job.store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: " + ", ".join(f"{r['kept']} of {r['units']}" for r in reports))
