@@ -19,6 +19,8 @@ from .errors import ConfigError
 
 _OWN_PAGES = 1 << 20
 """Host buffers of this size get pages of their own."""
+HEAP_KEPT = 256 << 20
+"""Free memory at the end of malloc's heap that is kept for the next operation (see `settle_malloc`)."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -127,7 +129,7 @@ def settle_malloc() -> None:
     """
     libc = _glibc()
     if libc is not None:
-        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 16 << 20), (_M_TRIM_THRESHOLD, 256 << 20)):
+        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 16 << 20), (_M_TRIM_THRESHOLD, HEAP_KEPT)):
             libc.mallopt(parameter, value)
 
 

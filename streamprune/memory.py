@@ -13,7 +13,7 @@ import torch
 
 from .config import format_bytes
 from .errors import ResourceError
-from .machine import resident_bytes
+from .machine import HEAP_KEPT, resident_bytes
 from .model.skeleton import Skeleton
 from .site import Site
 from .stream.sweep import LOGIT_BYTES
@@ -103,7 +103,8 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
     device = model.device_peak(batch, backward_batch)
     host = resident_bytes() + 2 * model.stored_block + 4 * model.row_bytes * batch
     if skeleton.device.type == "cpu":
-        host += device
+        # What passed through the heap in a forward pass stays with it while the solver works.
+        host += device + (min(HEAP_KEPT, model.passing(batch)) if needs.text else 0)
     return Resources(
         device=str(skeleton.device),
         batch=batch,
@@ -159,9 +160,7 @@ class _Shapes:
         steps = {"one block": self.block}
         if needs.text:
             steps["the embedding"] = self.embed + 3 * batch * self.row_bytes
-            steps["one block's forward pass"] = self.block + batch * length * max(
-                self._forward_token(site) for sites in self.blocks for site in sites
-            )
+            steps["one block's forward pass"] = self.block + self.passing(batch)
         if needs.gradients or not needs.prunes:
             vocabulary = self.skeleton.vocabulary
             logits = min(LOGIT_BYTES, 4 * vocabulary * batch * length)
@@ -194,6 +193,10 @@ class _Shapes:
             )
             steps["input compensation"] = held + inputs + 3 * item * d * d + 3 * item * d * max(n, d)
         return steps
+
+    def passing(self, batch: int) -> int:
+        """Bytes of activations while one sublayer runs forward."""
+        return batch * self.needs.length * max(self._forward_token(site) for sites in self.blocks for site in sites)
 
     def _forward_token(self, site: Site) -> int:
         """Bytes a token while one sublayer runs forward: stream, norm in float32, producers, consumer input."""
