@@ -197,7 +197,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
             for _, tensor in ordered:
                 file.write(tensor_bytes(tensor))
     except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror}; run the same command again to go on") from error
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror or error}; run the same command again to go on"
+        ) from error
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
