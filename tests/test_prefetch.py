@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
+import torch
 
-from streamprune.stream.prefetch import announced, prefetch
+from streamprune.stream.prefetch import prefetch, read_ahead
 
 
 class Thing:
@@ -46,18 +48,36 @@ def test_at_most_two_values_live() -> None:
         assert sum(reference() is not None for reference in living[:-1]) == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
-def test_the_next_is_announced_before_each_load(count: int) -> None:
-    told: list[tuple[str, int]] = []
+def test_reading_ahead_announces_on_the_cpu_and_loads_for_a_gpu(count: int, device: str) -> None:
+    told: list[tuple[str, int, bool]] = []
 
-    def load(i: int) -> int:
-        told.append(("load", i))
+    def tell(what: str, i: int) -> int:
+        told.append((what, i, threading.current_thread() is threading.main_thread()))
         return i * i
 
-    assert list(announced(range(count), lambda i: told.append(("announce", i)), load)) == [
-        (i, i * i) for i in range(count)
-    ]
+    def announce(i: int) -> None:
+        tell("announce", i)
+
+    loaded = read_ahead(torch.device(device), range(count), announce, lambda i: tell("load", i))
+    assert list(loaded) == [(i, i * i) for i in range(count)]
+    if device == "cuda":
+        assert told == [("load", i, False) for i in range(count)]
+        return
     for i in range(count):
-        assert told.index(("announce", i)) < told.index(("load", i))
-        if i + 1 < count:
-            assert told.index(("announce", i + 1)) < told.index(("load", i))
+        assert told.index(("announce", i, False)) < told.index(("load", i, True))
+
+
+def test_reading_ahead_keeps_nothing_alive() -> None:
+    living: list[weakref.ref[Thing]] = []
+
+    def load(_: int) -> Thing:
+        thing = Thing()
+        living.append(weakref.ref(thing))
+        return thing
+
+    for _, value in read_ahead(torch.device("cpu"), range(4), lambda _: None, load):
+        del value
+        gc.collect()
+        assert not any(reference() for reference in living)

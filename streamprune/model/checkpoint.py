@@ -95,6 +95,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.bytes_read += entry.nbytes
         return buffer.view(entry.dtype).view(entry.shape)
 
+    def announce(self, name: str) -> None:
+        """Have the kernel fetch a tensor that will be read soon."""
+        entry = self[name]
+        files.announce(entry.shard, entry.begin, entry.nbytes)
+
     def complete_names(self, prefix: str, head: str) -> None:
         """Put `prefix` before all names but the head's, if none has it: so checkpoints of bare base models read."""
         if not any(name.startswith(f"{prefix}.") for name in self._entries):

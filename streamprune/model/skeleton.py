@@ -170,6 +170,11 @@ class Skeleton:
         outside = {*self.embed_names(), *self.head_names()}
         return self.block_parameters() + sum(self.checkpoint[name].numel for name in outside)
 
+    def announce_block(self, index: int) -> None:
+        """Have the kernel fetch what `read_block` will read."""
+        for full in self.block_names(index).values():
+            self.checkpoint.announce(full)
+
     def read_block(self, index: int) -> dict[str, Tensor]:
         """The block's stored tensors by their names inside it."""
         return {name: self.checkpoint.read(full, self.device) for name, full in self.block_names(index).items()}

@@ -1,4 +1,4 @@
-"""Reading ahead: the only threads of the project, and what the kernel does better without one."""
+"""Reading ahead: the only threads of the project."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
+
+import torch
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -29,21 +31,16 @@ def prefetch(keys: Iterable[Key], load: Callable[[Key], Value]) -> Iterator[tupl
             yield handed.pop()
 
 
-def announced(
-    keys: Iterable[Key], announce: Callable[[Key], None], load: Callable[[Key], Value]
+def read_ahead(
+    device: torch.device, keys: Iterable[Key], announce: Callable[[Key], None], load: Callable[[Key], Value]
 ) -> Iterator[tuple[Key, Value]]:
-    """Yield ``(key, load(key))`` in order, with the next key announced before each load.
+    """Yield ``(key, load(key))`` in order, what the next one needs coming from the disk meanwhile.
 
-    For small reads on a machine whose cores compute: a thread that wakes for each takes a core from the others,
-    which wait for it; the kernel, told what will be read, fetches it from the disk with none.
+    For a GPU the worker thread loads it. Where the cores compute, copying would take one of them from the others,
+    which wait for it: there the thread announces it to the kernel, and the load finds it in memory.
     """
-    iterator = iter(keys)
-    ahead = list(islice(iterator, 1))
-    for key in ahead:
-        announce(key)
-    while ahead:
-        key = ahead.pop()
-        ahead = list(islice(iterator, 1))
-        for following in ahead:
-            announce(following)
-        yield key, load(key)
+    if device.type == "cpu":
+        for key, _ in prefetch(keys, announce):
+            yield key, load(key)
+    else:
+        yield from prefetch(keys, load)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import files
 from ..errors import NumericalError, ResumeError
 from ..model.checkpoint import tensor_bytes
-from .prefetch import announced, prefetch
+from .prefetch import read_ahead
 
 SUFFIX = ".activations"
 
@@ -62,9 +62,7 @@ class ActivationStore:
                     self._path(name), batch.start * self.row_bytes, (batch.stop - batch.start) * self.row_bytes
                 )
 
-        batches = self.batches(size)
-        loaded = announced(batches, announce, load) if self.device.type == "cpu" else prefetch(batches, load)
-        for batch, tensors in loaded:
+        for batch, tensors in read_ahead(self.device, self.batches(size), announce, load):
             yield batch, [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
     @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import NumericalError
 from ..model.block import Block
 from ..model.skeleton import Skeleton
-from .prefetch import prefetch
+from .prefetch import read_ahead
 from .store import ActivationStore
 
 LOGIT_BYTES = 1 << 28
@@ -37,7 +37,7 @@ class UnitStats(Protocol):
 
 def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Block]]:
     """Blocks with weights in the order asked for, the next one's read while this one is used."""
-    for index, weights in prefetch(order, skeleton.read_block):
+    for index, weights in read_ahead(skeleton.device, order, skeleton.announce_block, skeleton.read_block):
         built = [skeleton.build_block(index, weights)]
         del weights
         # Popped here and deleted by whoever loops, so that the old block is gone when the new one is built.
