@@ -80,7 +80,7 @@ job_options = bundle(
 
 def begin() -> None:
     """What every command does first that works with weights."""
-    from streamprune.machine import settle_malloc
+    from streamprune.host import settle_malloc
 
     settle_malloc()
 

@@ -13,7 +13,8 @@ import torch
 
 from .config import format_bytes
 from .errors import ResourceError
-from .machine import HEAP_KEPT, resident_bytes
+from .host import HEAP_KEPT
+from .machine import resident_bytes
 from .model.skeleton import Skeleton
 from .site import Site
 from .stream.sweep import LOGIT_BYTES

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from . import files, machine, output
 from .config import Config
 from .errors import ConfigError, NumericalError, ResumeError
+from .host import return_freed_memory
 from .job import Job
 from .journal import Entry
 from .maths.stats import MaskGradient
@@ -169,7 +170,7 @@ class Run:
                 stats = [MaskGradient(site.units, site.width) for site in skeleton.sites(index)]
                 sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
                 del block
-                machine.return_freed_memory()
+                return_freed_memory()
                 self._save_survey(index, stats)
                 journal.append(f"backward/{index}")
                 store.remove(sweep.boundary(GRADIENT, index + 1))
@@ -267,7 +268,7 @@ class Run:
             write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             journal.append(f"prune/{index}", sites=reports)
             del block, pruned
-            machine.return_freed_memory()
+            return_freed_memory()
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 self.job.store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: " + ", ".join(f"{r['kept']} of {r['units']}" for r in reports))

@@ -17,6 +17,7 @@ FLOOR = {
     "journal": 1,
     "site": 1,
     "machine": 1,
+    "host": 1,
     "calibration": 1,
     "maths": 1,
     "model": 1,

@@ -17,8 +17,8 @@ from conftest import TINY, contents, make_tiny
 import streamprune
 from streamprune import Config
 from streamprune.errors import ConfigError
+from streamprune.host import tensor_bytes
 from streamprune.model import checkpoint
-from streamprune.model.checkpoint import tensor_bytes
 from streamprune.model.skeleton import open_skeleton
 
 Make = Callable[..., Config]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,18 @@ from streamprune.stream.prefetch import prefetch, read_ahead
 
 class Thing:
     pass
+
+
+def watched() -> tuple[list[weakref.ref[Thing]], Callable[[int], Thing]]:
+    """A loader, and references to all that it has loaded."""
+    living: list[weakref.ref[Thing]] = []
+
+    def load(_: int) -> Thing:
+        thing = Thing()
+        living.append(weakref.ref(thing))
+        return thing
+
+    return living, load
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
@@ -34,13 +47,7 @@ def test_an_error_comes_in_its_turn() -> None:
 
 
 def test_at_most_two_values_live() -> None:
-    living: list[weakref.ref[Thing]] = []
-
-    def load(_: int) -> Thing:
-        thing = Thing()
-        living.append(weakref.ref(thing))
-        return thing
-
+    living, load = watched()
     for _, value in prefetch(range(6), load):
         del value
         gc.collect()
@@ -70,13 +77,7 @@ def test_reading_ahead_announces_on_the_cpu_and_loads_for_a_gpu(count: int, devi
 
 
 def test_reading_ahead_keeps_nothing_alive() -> None:
-    living: list[weakref.ref[Thing]] = []
-
-    def load(_: int) -> Thing:
-        thing = Thing()
-        living.append(weakref.ref(thing))
-        return thing
-
+    living, load = watched()
     for _, value in read_ahead(torch.device("cpu"), range(4), lambda _: None, load):
         del value
         gc.collect()

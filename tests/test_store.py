@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamprune.errors import NumericalError, ResumeError
-from streamprune.machine import host_copy
+from streamprune.host import host_copy
 from streamprune.stream.store import ActivationStore
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import NumericalError
-from ..machine import host_copy
+from ..host import host_copy
 from ..maths.linalg import unit_columns
 from ..maths.stats import accumulator
 from ..site import Site

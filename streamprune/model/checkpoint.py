@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import files
 from ..errors import CheckpointError, ResourceError
-from ..machine import host_buffer
+from ..host import host_buffer, tensor_bytes
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -205,11 +205,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ResourceError(
             f"cannot write {path}: {error.strerror or error}; run the same command again to go on"
         ) from error
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU; no copy if it is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def data_bytes(path: Path) -> int:

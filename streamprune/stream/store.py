@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import files
 from ..errors import NumericalError, ResumeError
-from ..model.checkpoint import tensor_bytes
+from ..host import tensor_bytes
 from .prefetch import read_ahead
 
 SUFFIX = ".activations"
