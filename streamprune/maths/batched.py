@@ -1,0 +1,144 @@
+"""Batched greedy pruning (SlimGPT): units by an estimated cost, removed with the exact update.
+
+Notation of `linalg`; the paper's ``H⁻¹`` is our `P`. What goes is chosen by a cheap estimate of its cost;
+the update that follows is the joint one, so that what is left is always the optimum for what was removed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linalg import cholesky, unit_columns
+
+
+def cholesky_blocks(blocks: Tensor, place: str) -> Tensor:
+    """Lower factors (batch, m, m) of positive definite `blocks` (batch, m, m), by one batched call.
+
+    A block that its dtype cannot factor takes the least relative ridge that `linalg.cholesky` finds for it.
+
+    Raises:
+        NumericalError: a block holds NaN or Inf, or no ridge up to 10 was enough.
+    """
+    factors: Tensor
+    factors, info = torch.linalg.cholesky_ex(blocks)
+    for b in info.nonzero()[:, 0].tolist():
+        factors[b], _ = cholesky(blocks[b], 0.0, place)
+    return factors
+
+
+def batched_group_removal(
+    w: Tensor, h: Tensor, *, width: int, count: int, damping: float, place: str
+) -> tuple[Tensor, Tensor]:
+    """Remove `count` heads one at a time, by one batched Cholesky a step (SlimGPT, batched greedy pruning).
+
+    ::
+
+        P_uu = L Lᵀ for every head u,   estimate_u = Σ_j ‖W_:j‖² / L_jj²        → remove the cheapest u
+
+    ``L_jj²`` is what ``P_jj`` comes to once the head's columns before `j` are gone; that `W_:j` moves with
+    them too is what the estimate leaves out and `linalg.greedy_removal` does not. A dead column (zero
+    diagonal of H) carries nothing: its weights count as zero.
+
+    Args:
+        w: (d_out, n), float32 or float64.
+        h: (n, n), mean Gram, same dtype.
+        width: columns a head; n = heads·width.
+        count: heads to remove, fewer than there are.
+
+    Returns:
+        removed heads in order (count,) int64, and the output energy that each one took (count,), on the CPU.
+        The energies are those of the updates, not the estimates, and add up to ``err(S)``.
+
+    Raises:
+        NumericalError: H holds NaN or Inf, or cannot be factored.
+    """
+    heads = h.shape[0] // width
+    assert 0 <= count < heads
+    assert w.shape[1] == h.shape[0] == heads * width
+    w, p = _begin(w, h, damping, place)
+    left = torch.arange(heads)
+    order = torch.empty(count, dtype=torch.int64)
+    energies = torch.empty(count, dtype=p.dtype)
+    for step in range(count):
+        index = torch.arange(len(left), device=p.device)
+        blocks = p.view(len(left), width, len(left), width)[index, :, index]  # (left, width, width)
+        denominators = cholesky_blocks(blocks, place).diagonal(dim1=-2, dim2=-1).square()  # (left, width)
+        estimates = (w.square().sum(dim=0).view(-1, width) / denominators).sum(dim=1)
+        best = int(estimates.argmin())
+        order[step] = left[best]
+        w, p, energy = _remove(w, p, unit_columns(index[best : best + 1], width), place)
+        energies[step] = energy.sum()
+        left = torch.cat([left[:best], left[best + 1 :]])
+    return order, energies
+
+
+def dynamic_group_removal(
+    w: Tensor, h: Tensor, *, count: int, damping: float, place: str, first: int = 1024, last: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Remove `count` columns in groups that get smaller as the target nears (SlimGPT, dynamic group size).
+
+    ::
+
+        estimate_j = ‖W_:j‖² / P_jj        → remove the cheapest `take` columns S at once
+        W ← W − W_S (P_SS)⁻¹ P_S:          P ← P − P_:S (P_SS)⁻¹ P_S:
+
+    The group size starts at `first` and ends at `last`: half of what is still to go, between the two, in
+    multiples of `last` (the halving is ours; the paper gives the two ends). A dead column (zero diagonal of
+    H) carries nothing, so its weights count as zero and it goes first.
+
+    Args:
+        w: (d_out, n), float32 or float64.
+        h: (n, n), mean Gram, same dtype.
+        count: columns to remove, fewer than there are.
+        first: most columns removed at once.
+        last: fewest, but for the last group.
+
+    Returns:
+        removed columns in order (count,) int64, and the output energy that each one took (count,), on the CPU.
+        The energies are those of the updates, not the estimates, and add up to ``err(S)``.
+
+    Raises:
+        NumericalError: H holds NaN or Inf, or cannot be factored.
+    """
+    n = h.shape[0]
+    assert 0 <= count < n
+    assert w.shape[1] == n
+    assert 1 <= last <= first
+    w, p = _begin(w, h, damping, place)
+    left = torch.arange(n, device=p.device)
+    order, energies = [left[:0]], [w[:0, 0]]
+    to_go = count
+    while to_go > 0:
+        take = min(to_go, max(last, min(first, to_go // 2 // last * last)))
+        estimates = w.square().sum(dim=0) / p.diagonal()
+        cheapest = estimates.argsort(stable=True)[:take]
+        order.append(left[cheapest])
+        left = left[_others(cheapest, len(left))]
+        w, p, energy = _remove(w, p, cheapest, place)
+        energies.append(energy)
+        to_go -= take
+    return torch.cat(order).cpu(), torch.cat(energies).cpu()
+
+
+def _begin(w: Tensor, h: Tensor, damping: float, place: str) -> tuple[Tensor, Tensor]:
+    """W without its dead columns' weights, and P."""
+    factor, _ = cholesky(h, damping, place)
+    return w * (h.diagonal() > 0), torch.cholesky_inverse(factor)
+
+
+def _others(columns: Tensor, n: int) -> Tensor:
+    return torch.ones(n, dtype=torch.bool, device=columns.device).index_fill_(0, columns, False).nonzero()[:, 0]
+
+
+def _remove(w: Tensor, p: Tensor, columns: Tensor, place: str) -> tuple[Tensor, Tensor, Tensor]:
+    """W and P of the columns that stay, and the output energy of each that goes, given those before it."""
+    # With P_SS = L Lᵀ, Y = L⁻¹ P_SK and Z = L⁻¹ W_Sᵀ:   W_K ← W_K − Zᵀ Y,   P_KK ← P_KK − Yᵀ Y.
+    stay = _others(columns, p.shape[0])
+    p_s = p[columns]  # (take, n)
+    factor, _ = cholesky(p_s[:, columns], 0.0, place)
+    y = torch.linalg.solve_triangular(factor, p_s[:, stay], upper=False)  # (take, k)
+    z = torch.linalg.solve_triangular(factor, w[:, columns].T, upper=False)  # (take, d_out)
+    w = w[:, stay].addmm_(z.T, y, alpha=-1)
+    p = p[stay[:, None], stay].addmm_(y.T, y, alpha=-1)
+    return w, p, z.square().sum(dim=1)
