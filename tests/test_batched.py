@@ -124,7 +124,7 @@ def test_heads_come_close_to_the_exact_greedy_removal() -> None:
         shared.append(len(set(order.tolist()) & set(exact.tolist())) / 6)
         ratios.append(reached / best)
         by_chance.append(first_six / best)
-    # Seen: 0.60 shared (0.38 by chance), error 1.011 times the exact one's (1.14 by chance).
+    # Seen: 0.60 shared (0.38 by chance), error 1.011 times the exact one's (1.13 by chance).
     assert np.mean(shared) > 0.5
     assert np.mean(ratios) < 1.02
     assert np.mean(by_chance) > 1.1
