@@ -161,6 +161,14 @@ def test_singular_blocks_take_a_ridge() -> None:
     torch.testing.assert_close(result, torch.tensor([[0.0, 0.0, 0.5]]), rtol=1e-3, atol=1e-3)
 
 
+def test_the_ridge_is_relative_to_each_element() -> None:
+    # Two equal columns, and two far smaller ones of which one stays.
+    a_inverse = torch.tensor([[1e6, 1e6, 0, 0], [1e6, 1e6, 0, 0], [0, 0, 1e-3, 5e-4], [0, 0, 5e-4, 1e-3]])
+    mask = torch.tensor([[True, True, True, False]])
+    result = kfac.remove_elements(torch.ones(1, 4), torch.ones(1, 1), a_inverse, mask, at_most=3, place="here")
+    torch.testing.assert_close(result, torch.tensor([[0.0, 0.0, 0.0, 0.5]]), rtol=1e-3, atol=1e-3)
+
+
 def test_inverse_is_that_of_the_damped_matrix_and_says_what_it_took() -> None:
     h = gram(6, torch.Generator().manual_seed(5))
     inverse, used = kfac.inverse(h, 0.05, "here")
