@@ -12,6 +12,8 @@ from .errors import ConfigError
 
 Layout = Literal["free", "uniform"]
 LAYOUTS: tuple[Layout, ...] = ("free", "uniform")
+RatioOf = Literal["blocks", "window", "model"]
+RATIOS_OF: tuple[RatioOf, ...] = ("blocks", "window", "model")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -79,6 +81,12 @@ class Config:
     layout: Layout = _fixed(default="free")
     round_to: int = _fixed(default=8)
     """FFN widths that are changed become multiples of this."""
+    blocks: tuple[int, int] | None = _fixed(default=None)
+    """Prune only blocks ``start`` to ``stop - 1``; None prunes all."""
+    ratio_of: RatioOf = _fixed(default="blocks")
+    """What the ratio counts: all transformer blocks, those of `blocks`, or the model with embeddings and head."""
+    refine: int = _fixed(default=0)
+    """Steps of block refinement after each block was pruned; 0 for none."""
     dtype: str = _fixed(default="auto")
     """What blocks compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
     cache: Path | None = _free(default=None)
@@ -89,17 +97,23 @@ class Config:
     disk: int | None = _free(default=None)
     """Bytes of disk that activations may use; None takes what is free."""
     plan: Path | None = _free(default=None)
-    """Plan file that replaces the recipe's allocation; the journal keeps its digest."""
+    """Plan file that replaces the recipe's allocation, in one shot; the journal keeps its digest."""
+    surveys: Path | None = _free(default=None)
+    """Folder in which jobs on one model and text leave their surveys for each other."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "out", "calibration", "cache", "plan"):
+        for name in ("model", "out", "calibration", "cache", "plan", "surveys"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")
         if self.ratio is None and self.plan is None:
             raise ConfigError("neither a ratio nor a plan file was given; one of them decides what goes")
-        for name, least in (("samples", 1), ("round_to", 1), ("seed", 0)):
+        if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
+            raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
+        if self.ratio_of not in RATIOS_OF:
+            raise ConfigError(f"ratio_of is {self.ratio_of!r}; it must be one of {', '.join(RATIOS_OF)}")
+        for name, least in (("samples", 1), ("round_to", 1), ("seed", 0), ("refine", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.seed >= 2**63:
@@ -115,6 +129,6 @@ class Config:
         """The fields that a resumed job must agree with, JSON-ready."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["resume"] == "fixed"}
         return {
-            name: str(value) if isinstance(value, Path) else dict(value) if isinstance(value, Mapping) else value
+            name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             for name, value in values.items()
         }

@@ -83,7 +83,9 @@ def _job(out: Path) -> dict[str, Any] | None:
     journal = Journal(path, repair=False)
     if journal.header is None:
         return {"state": "starting"}
-    reports = [report for step in journal.steps("prune/") for report in step["sites"]]
+    pruned = [step for step in journal.steps() if "/prune/" in step["step"]]
+    shot = pruned[-1]["step"].partition("/")[0] if pruned else ""
+    reports = [report for step in pruned if step["step"].startswith(f"{shot}/") for report in step["sites"]]
     return {
         "state": "complete, to be renamed" if journal.find("complete") else "under way",
         "settings": journal.header["job"]["settings"],

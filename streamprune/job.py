@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -23,12 +23,13 @@ from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .memory import Needs, Resources, device_peak, forecast
 from .methods import RECIPES
-from .methods.allocation import Budget, allocate, even_densities
-from .methods.plan import Plan
-from .methods.recipe import Recipe
+from .methods.allocation import Budget, check_budget
+from .methods.plan import Plan, SitePlan
+from .methods.recipe import Recipe, Survey
 from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress, Silent
+from .site import Site
 from .stream.prefetch import prefetch
 from .stream.store import ActivationStore
 
@@ -60,12 +61,15 @@ class Job:
         self.skeleton: Skeleton = open_skeleton(
             config.model, self.device, config.dtype, uniform=config.layout == "uniform"
         )
+        self.dtype = config.dtype
         self.sites = self.skeleton.all_sites()
+        self.window = self._window()
         self.given_plan = self._given_plan()
         self.ratio = self._agreed_ratio()
+        self.shots = 1 if self.given_plan else self.recipe.shots(self.settings, self.ratio)
         self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
-        if self.given_plan is None:
-            allocate(self.sites, even_densities(self.sites), self.budget)  # refuses a ratio that cannot be
+        if self.given_plan is None and not self.recipe.writes_zeros(self.settings):
+            check_budget(self.changeable(self.sites), self.budget())
         self.folder = job_folder(config.out)
         self.staging = self.folder / "out"
         self.plan_path = self.folder / "plan.json"
@@ -76,22 +80,43 @@ class Job:
 
     # What the job is.
 
-    @property
-    def budget(self) -> Budget:
-        """What is to go."""
-        return Budget(
-            self.ratio, self.skeleton.block_parameters(), self.config.round_to, uniform=self.config.layout == "uniform"
-        )
+    def budget(self, part: float = 1.0, gone: int = 0) -> Budget:
+        """What is to go.
+
+        Args:
+            part: of the whole, after a shot.
+            gone: parameters that earlier shots removed.
+        """
+        blocks = self.skeleton.block_parameters()
+        counted = {
+            "blocks": blocks,
+            "model": self.skeleton.parameters(),
+            "window": sum(self.skeleton.block_parameters(index) for index in self.window),
+        }[self.config.ratio_of]
+        uniform = self.config.layout == "uniform"
+        return Budget(self.ratio * part, counted, self.config.round_to, uniform=uniform, gone=gone)
+
+    def changeable(self, sites: Sequence[Site]) -> list[Site]:
+        """Those inside the window."""
+        return [site for site in sites if site.block in self.window]
+
+    def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """The recipe's plan for the sites inside the window; the others keep everything."""
+        plan = self.recipe.allocate(self.settings, self.changeable(sites), survey, budget)
+        whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
+        return Plan(whole, plan.ratio)
 
     @property
     def surveys(self) -> bool:
-        """Whether gradients are wanted."""
-        return self.given_plan is None and self.recipe.wants_mask_gradients(self.settings)
+        """Whether the model is surveyed before anything is removed."""
+        return self.given_plan is None and bool(self.recipe.statistics(self.settings))
 
     @property
     def streams(self) -> bool:
         """Whether the prune sweep needs activations."""
-        return self.recipe.wants_gram(self.settings) or self.recipe.compensation(self.settings) is not None
+        recipe, settings = self.recipe, self.settings
+        wants = recipe.wants_gram(settings) or recipe.wants_inputs(settings) or recipe.target(settings) is not None
+        return wants or recipe.compensation(settings) is not None or self.config.refine > 0
 
     @property
     def needs_text(self) -> bool:
@@ -110,9 +135,12 @@ class Job:
             samples=self.config.samples,
             length=self.length,
             text=self.needs_text,
-            gradients=self.surveys,
-            gram=self.recipe.wants_gram(self.settings),
-            dense_stream=self.recipe.compensation(self.settings) is not None,
+            survey=self.recipe.statistics(self.settings) if self.surveys else frozenset(),
+            gram=self.recipe.wants_gram(self.settings) or self.recipe.target(self.settings) is not None,
+            compensates=self.recipe.compensation(self.settings) is not None or self.recipe.wants_inputs(self.settings),
+            aims=self.recipe.target(self.settings) is not None,
+            refines=self.config.refine,
+            shots=self.shots,
         )
 
     @cached_property
@@ -122,7 +150,7 @@ class Job:
 
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
         # Whether or not a plan spares the survey: a job may go on with a plan that began without one.
-        if self.recipe.wants_mask_gradients(self.settings) or self.streams:
+        if self.recipe.statistics(self.settings) or self.streams:
             if not self.text.is_file():
                 calibration.read_text(self.text)
             inputs["calibration"] = files.sha256(self.text)
@@ -150,6 +178,28 @@ class Job:
             device_limit=limit,
             disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
         )
+
+    @property
+    def shared_survey(self) -> Path | None:
+        """Where the findings of the first shot lie for other jobs that would find the same."""
+        if self.config.surveys is None or self.given_plan is not None:
+            return None
+        settings = {k: v for k, v in self.header["settings"].items() if k in ("samples", "seq_len", "seed", "dtype")}
+        batches = [self.batch, self.backward_batch]
+        same = [
+            self.recipe.name,
+            asdict(self.settings),
+            settings,
+            self.header["inputs"],
+            self.header["versions"],
+            batches,
+        ]
+        key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+        return self.config.surveys.absolute() / f"{self.recipe.name}-{key}"
+
+    def shot_folder(self, number: int) -> Path:
+        """Where the checkpoint goes that a shot makes."""
+        return self.staging if number == self.shots else self.folder / f"shot-{number:02}"
 
     @property
     def cache(self) -> Path:
@@ -259,7 +309,7 @@ class Job:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
         known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced"}
         for path in self.folder.iterdir():
-            if path.name not in known and not path.name.startswith("survey-"):
+            if path.name not in known and not path.name.startswith(("survey-", "shot-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
         self._check_disk(resources)
@@ -269,9 +319,10 @@ class Job:
         self._check_weights()
         files.remove(self.journal_path)
         files.sync(self.folder)
-        for leftover in (self.staging, self.cache, self.folder / "replaced"):
+        for leftover in (self.staging, self.cache, self.folder / "replaced", *self.folder.glob("shot-*")):
             files.remove_tree(leftover)
-        files.make_folder(self.staging)
+        for number in range(1, self.shots + 1):
+            files.make_folder(self.shot_folder(number))
         if self.needs_text:
             files.make_folder(self.cache)
         self.journal = Journal(self.journal_path)
@@ -307,6 +358,31 @@ class Job:
                 f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
                 f"{resources['batch']} and {resources['backward_batch']}, which need {format_bytes(needed)}; --restart starts over"
             )
+
+    def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
+        """What `report.json` holds.
+
+        Args:
+            sites: what happened at each of them, in the last shot.
+            removed: parameters that are gone, or zero, by now.
+        """
+        before = self.skeleton.parameters()
+        units = {site.name: site.units for site in self.sites}
+        return {
+            "recipe": self.recipe.name,
+            "ratio_requested": self.ratio,
+            "ratio_blocks": removed / self.skeleton.block_parameters(),
+            "ratio_model": removed / before,
+            "parameters_before": before,
+            "parameters_after": before - removed,
+            "batch": self.batch,
+            "shots": self.shots,
+            "plan": plan.digest(),
+            "plan_given": plan.digest() if self.given_plan else None,
+            "job": self.header,
+            "sites": [{**site, "units": units[site["site"]]} for site in sites],
+            "seconds": round(sum(site["seconds"] for site in sites), 3),
+        }
 
     def make_way(self) -> None:
         """Move an older result of ours aside, if this job was told to replace it.
@@ -355,7 +431,21 @@ class Job:
             if name in left:
                 self.progress.step(name)
 
-    # Plans that people give.
+    # What people give.
+
+    def _window(self) -> range:
+        """The blocks that may change."""
+        depth = len(self.skeleton)
+        start, stop = self.config.blocks or (0, depth)
+        if stop > depth:
+            raise ConfigError(
+                f"blocks is {start}:{stop}; {self.config.model} has {depth} blocks, so it must end by {depth}"
+            )
+        if self.config.layout == "uniform" and (start, stop) != (0, depth):
+            raise ConfigError(
+                f"blocks is {start}:{stop}; the uniform layout keeps all blocks alike, so it needs all of them"
+            )
+        return range(start, stop)
 
     def _given_plan(self) -> Plan | None:
         path = self.config.plan
@@ -363,6 +453,12 @@ class Job:
             return None
         plan = Plan.read(path)
         plan.check(self.sites, str(path))
+        for site in self.sites:
+            if site.block not in self.window and plan[site.name].keep < site.units:
+                raise ConfigError(
+                    f"{path}: {site.name} keeps {plan[site.name].keep} of {site.units}; it lies outside blocks "
+                    f"{self.window.start}:{self.window.stop}"
+                )
         if self.config.layout == "uniform" and not plan.is_uniform(self.sites):
             raise ConfigError(f"{path}: blocks keep different widths, which the uniform layout cannot hold")
         if self.recipe.uses_plan_units(self.settings):

@@ -15,12 +15,18 @@ from .config import format_bytes
 from .errors import ResourceError
 from .host import HEAP_KEPT
 from .machine import resident_bytes
+from .maths.stats import GRADIENTS, Statistic
+from .model.block import linear_shape
 from .model.skeleton import Skeleton
 from .site import Site
 from .stream.sweep import LOGIT_BYTES
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """More tokens a micro-batch than this make nothing faster."""
+
+
+REFINE_SEQUENCES = 8
+"""A refinement step's batch."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,27 @@ class Needs:
     length: int
     text: bool
     """Activations move at all."""
-    gradients: bool = False
+    survey: frozenset[Statistic] = frozenset()
     gram: bool = False
-    dense_stream: bool = False
+    compensates: bool = False
+    """Sums the producers' inputs."""
+    aims: bool = False
+    """Fits consumers to a target."""
+    refines: int = 0
+    """Steps of block refinement."""
+    shots: int = 1
     prunes: bool = True
     """False for evaluation."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether a backward sweep is made."""
+        return bool(self.survey & GRADIENTS)
+
+    @property
+    def dense_stream(self) -> bool:
+        """Whether the dense stream moves along in the prune sweep."""
+        return self.compensates or self.aims or self.refines > 0
 
 
 @dataclass(frozen=True)
@@ -167,9 +189,17 @@ class _Shapes:
             logits = min(LOGIT_BYTES, 4 * vocabulary * batch * length)
             steps["the head"] = self.head + 3 * batch * self.row_bytes + 4 * max(logits, 4 * vocabulary)
         if needs.gradients:
-            steps["one block's backward pass"] = self.block + backward_batch * length * max(
-                sum(self._backward_token(site) for site in sites) for sites in self.blocks
+            steps["one block's backward pass"] = (
+                self.block + self._survey_sums() + backward_batch * length * self._backward_tokens()
             )
+        if needs.survey:
+            # What a digest works with: sums, inverses, greedy removal.
+            steps["a survey's findings"] = self.block + self._survey_sums() + 4 * self.sum_item * self._widest() ** 2
+        if needs.refines:
+            # Weights, gradients and Adam's two moments.
+            trained = 4 * self.sum_item * (self.block // self.item)
+            per_token = self._backward_tokens() * self.sum_item // self.item
+            steps["refining one block"] = self.block + trained + backward_batch * length * per_token
         if needs.prunes:
             for sites in self.blocks:
                 for site in sites:
@@ -187,7 +217,9 @@ class _Shapes:
                 held + item * n * n + tokens * (self._forward_token(site) + item * n)
             )
             steps[f"re-fitting one {site.kind} site"] += 4 * item * n * n
-        if needs.dense_stream:
+        if needs.aims:
+            steps[f"the Gram of one {site.kind} site"] += item * n * d + tokens * (self._forward_token(site) + item * d)
+        if needs.compensates:
             inputs = 2 * item * d * d
             steps["two streams side by side"] = (
                 held + inputs + tokens * (self._forward_token(site) + (4 * self.item + 2 * item) * d)
@@ -210,6 +242,31 @@ class _Shapes:
         """Bytes a token that one sublayer keeps for its backward pass, and its gradients."""
         return 2 * self._forward_token(site)
 
+    def _backward_tokens(self) -> int:
+        """Bytes a token that a whole block keeps for its backward pass, and its gradients."""
+        return max(sum(self._backward_token(site) for site in sites) for sites in self.blocks)
+
+    def _survey_sums(self) -> int:
+        """Bytes of one block's statistics."""
+        return max(sum(self._site_sums(site) for site in sites) for sites in self.blocks)
+
+    def _site_sums(self, site: Site) -> int:
+        wanted, n, d = self.needs.survey, site.columns, self.d
+        total = n * n if wanted & {"gram", "factors"} else 0
+        total += d * d if wanted & {"gradient-gram", "factors"} else 0
+        if "factors" in wanted:
+            # The producers' input, and what each of them gives: together as many rows as the unit's parameters say.
+            total += d * d + sum(rows * rows for rows in self._producer_rows(site))
+        return self.sum_item * total
+
+    def _producer_rows(self, site: Site) -> list[int]:
+        entry = next(entry for entry in self.skeleton.architecture.sublayers if entry.kind == site.kind)
+        modules = (self.skeleton.module(site.block, producer.name) for producer in entry.producers)
+        return [linear_shape(module)[0] for module in modules]
+
+    def _widest(self) -> int:
+        return max(site.columns for sites in self.blocks for site in sites)
+
     # Disk, reading, operations.
 
     def boundaries(self, limit: int) -> tuple[int, int]:
@@ -220,17 +277,22 @@ class _Shapes:
         one = needs.samples * self.row_bytes
         # Both streams hold a block's input, the one between its sublayers and its output until the journal has it.
         prune = (6 if needs.dense_stream else 3) * one if needs.prunes else 2 * one
+        # Factors wait on the disk for the plan; other findings are small.
+        findings = (
+            sum(self._site_sums(site) for sites in self.blocks for site in sites) if "factors" in needs.survey else 0
+        )
+        prune += findings
         if not needs.gradients:
             return 1, prune
         every, disk = 1, 0
         for every in range(1, depth + 1):
             kept = (depth - 1) // every + 1
-            disk = max(prune, (kept + (every if every > 1 else 1) + 2) * one)
+            disk = max(prune, (kept + (every if every > 1 else 1) + 2) * one + findings)
             if disk <= limit:
                 break
         else:
             every = min(range(1, depth + 1), key=lambda k: (depth - 1) // k + k)
-            disk = max(prune, ((depth - 1) // every + 1 + every + 2) * one)
+            disk = max(prune, ((depth - 1) // every + 1 + every + 2) * one + findings)
         return every, disk
 
     def bytes_to_read(self, every: int) -> int:
@@ -243,8 +305,9 @@ class _Shapes:
             embed if self.skeleton.tied else 0
         )
         # All of it to check and to prune; with gradients forward and backward too, and to recompute boundaries.
-        sweeps = 2 + (2 if needs.gradients else 0) + (1 if needs.gradients and every > 1 else 0)
-        return sweeps * self.stored_all + 2 * outside + needs.text * embed + needs.gradients * head
+        survey = 2 + (every > 1) if needs.gradients else 1 if needs.survey else 0
+        shot = (1 + survey) * self.stored_all + outside + needs.text * embed + needs.gradients * head
+        return self.stored_all + outside + needs.shots * shot
 
     def operations(self) -> int:
         needs, total = self.needs, 0
@@ -258,16 +321,24 @@ class _Shapes:
                 if not needs.prunes:
                     continue
                 n, d = site.columns, self.d
+                total += 2 * self._site_sums(site) // self.sum_item * tokens
+                if needs.survey & {"gram", "factors"}:
+                    total += 3 * n**3
                 if needs.gram:
                     total += 2 * n * n * tokens + 4 * n**3  # with inverse, greedy loop and solve
-                if needs.dense_stream:
+                if needs.aims:
+                    total += 2 * n * d * tokens + 2 * n * n * d
+                if needs.compensates:
                     total += 4 * d * d * tokens + d**3
-            times = 1 if not needs.prunes else (3 if needs.gradients else 0) + 2 * needs.gram + needs.dense_stream
+            survey = 4 if needs.gradients else 1 if needs.survey else 0
+            times = 1 if not needs.prunes else survey + 2 * needs.gram + needs.dense_stream
             total += times * passes
+            total += 3 * passes * needs.refines * min(REFINE_SEQUENCES, needs.samples) // max(needs.samples, 1)
         if needs.gradients or not needs.prunes:
             total += 2 * self.d * self.skeleton.vocabulary * tokens * (2 if needs.gradients else 1)
-        return total
+        return total * needs.shots
 
     def steps(self) -> int:
         depth = len(self.skeleton)
-        return depth + (2 * depth + 2 if self.needs.gradients else 0) + 2
+        survey = 2 * depth + 1 if self.needs.gradients else depth if self.needs.survey else 0
+        return self.needs.shots * (depth + survey + 3) + 1

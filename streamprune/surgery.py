@@ -1,4 +1,4 @@
-"""One block: compensate → observe → select → reconstruct → shrink → advance, sublayer by sublayer.
+"""One block: compensate → observe → aim → select → reconstruct → shrink → advance, sublayer by sublayer; then refine.
 
 Two streams run side by side: what the dense model would have here, and what the model pruned so far has.
 A token passes each sublayer once dense and twice pruned: once to measure, once to move on.
@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .maths.linalg import compensate, output_error, unit_columns
-from .maths.stats import Gram, accumulator
+from .maths.linalg import accumulator, fit, output_error, unit_columns
+from .maths.stats import Gram
 from .methods.plan import Plan
-from .methods.recipe import Problem, Recipe
+from .methods.recipe import Problem, Recipe, Survey, Target
 from .model.block import Block, Sublayer
 from .model.skeleton import Skeleton
+from .refine import Refinement, refine
 from .site import Site
 from .stream.store import ActivationStore
-from .stream.sweep import boundary
+from .stream.sweep import advance, boundary
 
 DENSE, PRUNED = "dense", "pruned"
 
@@ -34,82 +36,147 @@ class Surgeon:
     recipe: Recipe[Any]
     settings: Any
     plan: Plan
+    survey: Survey
     store: ActivationStore | None
     """The streams; None for a recipe that measures nothing."""
     batch: int
     seed: int
-
-    @property
-    def compensation(self) -> float | None:
-        """Relative damping of the input compensation; None for none."""
-        return self.recipe.compensation(self.settings)
+    window: range
+    """The blocks that may change; those before only pass the stream on, those behind are not even run."""
+    refinement: Refinement | None
 
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams that move."""
         if self.store is None:
             return ()
-        return (PRUNED,) if self.compensation is None else (PRUNED, DENSE)
+        return (PRUNED, DENSE) if self._compensation is not None or self._target or self.refinement else (PRUNED,)
+
+    def streams_into(self, index: int) -> tuple[str, ...]:
+        """The streams that a block needs to have in store: they part at the window's first block."""
+        if index >= self.window.stop:
+            return ()
+        return self.streams if index > self.window.start else self.streams[:1]
 
     @torch.no_grad()
     def operate(self, block: Block, index: int) -> tuple[Block, list[dict[str, Any]]]:
         """The pruned block, and what happened at each of its sites.
 
-        Both streams' next boundary is in the store afterwards, except behind the last block.
+        The streams that the next block needs are in the store afterwards.
         """
+        if index not in self.window:
+            if self.streams_into(index + 1):
+                assert self.store is not None
+                advance(self.skeleton, block, index, self.store, PRUNED, self.batch)
+            return block, [_untouched(sub.site) for sub in block.sublayers]
+        if index == self.window.start and DENSE in self.streams:
+            assert self.store is not None
+            self.store.link(boundary(PRUNED, index), boundary(DENSE, index))
         pruned = block.twin()
         reports = []
         inputs: Gram | None = None
         for position, (dense, sub) in enumerate(zip(block.sublayers, pruned.sublayers, strict=True)):
             started = time.perf_counter()
+            here = _Place(index, position, last=position == len(block.sublayers) - 1)
+            parted = index > self.window.start or position > 0
             report: dict[str, Any] = {"site": sub.site.name, "units": sub.site.units}
-            if self.compensation is not None and (index or position):
-                inputs = inputs or self._measure_inputs(dense, sub, index)
+            if self._measures_inputs(parted):
+                inputs = inputs or self._measure_inputs(
+                    dense, sub, here, cross=parted and self._compensation is not None
+                )
+            if self._compensation is not None and parted:
+                assert inputs is not None
                 report["compensation_damping"] = self._compensate(sub, inputs)
+            producers_input = (
+                inputs.mean()[0] if inputs is not None and self.recipe.wants_inputs(self.settings) else None
+            )
             inputs = None
-            report |= self._shrink(sub, index, position)
-            if self.streams and not (index == len(self.skeleton) - 1 and position == len(block.sublayers) - 1):
-                inputs = self._advance(block, pruned, index, position)
+            report |= self._shrink(dense, sub, here, parted, producers_input)
+            del producers_input
+            if self._goes_on(here):
+                inputs = self._advance(block, pruned, here)
             dense.release()
             reports.append({**report, "seconds": round(time.perf_counter() - started, 3)})
+        if self.refinement is not None:
+            started = time.perf_counter()
+            reports[-1] |= self._refine(pruned, index)
+            reports[-1]["seconds"] = round(reports[-1]["seconds"] + time.perf_counter() - started, 3)
         return pruned, reports
 
-    def _measure_inputs(self, dense: Sublayer, sub: Sublayer, index: int) -> Gram:
+    # What the recipe wants.
+
+    @property
+    def _compensation(self) -> float | None:
+        return self.recipe.compensation(self.settings)
+
+    @property
+    def _target(self) -> Target | None:
+        return self.recipe.target(self.settings)
+
+    def _measures_inputs(self, parted: bool) -> bool:
+        return (self._compensation is not None and parted) or self.recipe.wants_inputs(self.settings)
+
+    def _goes_on(self, here: _Place) -> bool:
+        """Whether anything will still be measured behind this sublayer."""
+        if not self.streams:
+            return False
+        return not here.last or self.refinement is not None or bool(self.streams_into(here.block + 1))
+
+    # The steps.
+
+    def _measure_inputs(self, dense: Sublayer, sub: Sublayer, here: _Place, *, cross: bool) -> Gram:
         assert self.store is not None
-        sums = self._gram(self.skeleton.width, cross=True)
-        names = boundary(PRUNED, index), boundary(DENSE, index)
-        for _, (x_hat, x) in self.store.each(self.batch, *names):
-            sums.add(sub.normed(x_hat), dense.normed(x))
+        sums = self._gram(self.skeleton.width, cross=self.skeleton.width if cross else 0)
+        streams = (PRUNED, DENSE) if cross else (PRUNED,)
+        for _, inputs in self.store.each(self.batch, *(boundary(stream, *here.entry) for stream in streams)):
+            sums.add(*(owner.normed(x) for owner, x in zip((sub, dense), inputs, strict=False)))
         return sums
 
     def _compensate(self, sub: Sublayer, inputs: Gram) -> float:
         h, c = inputs.mean()
         assert c is not None
-        damping = self.compensation or 0.0
+        damping = self._compensation or 0.0
         for name in (producer.name for producer in sub.entry.producers):
             w = sub.weight(name)
-            fitted, used = compensate(
-                w, h.to(w.dtype), c.to(w.dtype), self.compensation or 0.0, f"{sub.site.name}.{name}"
-            )
+            place = f"{sub.site.name}.{name}"
+            fitted, used = fit(w, h.to(w.dtype), w @ c.to(w.dtype), self._compensation or 0.0, place)
             damping = max(damping, used)
             sub.set_weight(name, fitted)
         return damping
 
-    def _shrink(self, sub: Sublayer, index: int, position: int) -> dict[str, Any]:
+    def _shrink(
+        self, dense: Sublayer, sub: Sublayer, here: _Place, parted: bool, inputs: Tensor | None
+    ) -> dict[str, Any]:
         site, entry = sub.site, self.plan[sub.site.name]
-        if entry.keep == site.units:
-            return {"kept": site.units, "error": 0.0, "damping": None}
+        # Where the streams are still one, the target is what the consumer gives anyway.
+        aims = self._target is not None and parted
+        changes = entry.keep < site.units or bool(entry.zeros)
+        if not changes and not aims:
+            return _untouched(site)
         w = sub.weight(sub.entry.consumer)
-        h = self._measure(sub, index, position).to(w.dtype) if self.recipe.wants_gram(self.settings) else None
+        h, report = None, {}
+        if self.recipe.wants_gram(self.settings) or aims:
+            sums = self._measure(dense, sub, here, aims)
+            h, aim = (each if each is None else each.to(w.dtype) for each in sums.mean())
+            del sums
+            assert h is not None
+            if aims and self._target is not None:
+                assert aim is not None
+                w, report["target_damping"] = fit(w, h, aim, self._target.damping, site.name)
+            del aim
+        if not changes:
+            sub.set_weight(sub.entry.consumer, w)
+            return {**_untouched(site), **report}
         problem = Problem(
             site=site,
             w=w,
             producers=tuple(sub.weight(producer.name) for producer in sub.entry.producers),
             h=h,
+            inputs=inputs,
+            findings=self.survey.get(site.name, {}),
             generator=_generator(self.seed, site),
         )
-        if self.recipe.uses_plan_units(self.settings):
-            assert entry.units is not None
+        if self.recipe.uses_plan_units(self.settings) and entry.units is not None:
             kept = torch.tensor(entry.units)
         else:
             kept = self.recipe.select(self.settings, problem, entry.keep)
@@ -118,46 +185,103 @@ class Surgeon:
         refit = self.recipe.reconstruct(self.settings, problem, kept)
         columns = unit_columns(kept, site.width).to(w.device)
         error = None if h is None else output_error(w, h, refit.w, columns)
+        for producer, weight in zip(sub.entry.producers, refit.producers or (), strict=False):
+            sub.set_weight(producer.name, weight)
         sub.shrink(kept, refit.w)
-        return {"kept": entry.keep, "error": error, "damping": refit.damping}
+        return {**report, "kept": entry.keep, "error": error, "damping": refit.damping}
 
-    def _measure(self, sub: Sublayer, index: int, position: int) -> torch.Tensor:
+    def _measure(self, dense: Sublayer, sub: Sublayer, here: _Place, aims: bool) -> Gram:
+        """The Gram of the consumer's input; with a target, its cross sums as well, and the dense stream moves on."""
         assert self.store is not None
-        sums = self._gram(sub.site.columns, cross=False)
-        for _, (x_hat,) in self.store.each(self.batch, boundary(PRUNED, index, position)):
-            arguments = self.skeleton.arguments(x_hat.shape[0], x_hat.shape[1])[index]
-            sums.add(sub.mix(sub.normed(x_hat), arguments))
-        return sums.mean()[0]
-
-    def _advance(self, block: Block, pruned: Block, index: int, position: int) -> Gram | None:
-        """Move the streams past a sublayer; where another follows in this block, sum its inputs in passing."""
-        assert self.store is not None
-        inside = position + 1 < len(block.sublayers)
-        source, target = (index, position), (index, position + 1) if inside else (index + 1, 0)
-        owners = {PRUNED: pruned, DENSE: block}
-        sums = self._gram(self.skeleton.width, cross=True) if inside and DENSE in self.streams else None
+        sums = self._gram(sub.site.columns, cross=self.skeleton.width if aims else 0)
+        streams = (PRUNED, DENSE) if aims else (PRUNED,)
         with ExitStack() as stack:
-            writers = []
-            for stream in self.streams:
-                place = f"{pruned.sublayers[position].site.name} ({stream})"
-                writers.append(stack.enter_context(self.store.writing(boundary(stream, *target), place)))
-            for _, inputs in self.store.each(self.batch, *(boundary(stream, *source) for stream in self.streams)):
-                arguments = self.skeleton.arguments(inputs[0].shape[0], inputs[0].shape[1])[index]
-                following = []
-                for stream, x, write in zip(self.streams, inputs, writers, strict=True):
-                    y = owners[stream].sublayers[position](x, arguments)
-                    write(y)
-                    if sums is not None:
-                        following.append(owners[stream].sublayers[position + 1].normed(y))
-                if sums is not None:
-                    sums.add(*following)
-        if position:
-            for stream in self.streams:
-                self.store.remove(boundary(stream, index, position))
+            if aims:
+                place = f"{sub.site.name} ({DENSE})"
+                write = stack.enter_context(self.store.writing(boundary(DENSE, *here.exit), place))
+            for _, inputs in self.store.each(self.batch, *(boundary(stream, *here.entry) for stream in streams)):
+                arguments = self.skeleton.arguments(inputs[0].shape[0], inputs[0].shape[1])[here.block]
+                z = sub.mix(sub.normed(inputs[0]), arguments)
+                if not aims:
+                    sums.add(z)
+                    continue
+                x_hat, x = inputs
+                o = dense.consume(dense.mix(dense.normed(x), arguments))
+                assert self._target is not None
+                lacking = x - x_hat if self._target.residual else 0.0
+                bias = sub.bias(sub.entry.consumer)
+                sums.add(z, o + lacking - (0.0 if bias is None else bias))
+                write(dense.join(x, o))
         return sums
 
-    def _gram(self, columns: int, *, cross: bool) -> Gram:
+    def _advance(self, block: Block, pruned: Block, here: _Place) -> Gram | None:
+        """Move on the streams that have not; where another sublayer follows in this block, sum its inputs in passing."""
+        assert self.store is not None
+        owners = {PRUNED: pruned, DENSE: block}
+        # A refined block moves its stream on when it is refined.
+        waits = {PRUNED} if here.last and self.refinement is not None else set()
+        moving = [s for s in self.streams if boundary(s, *here.exit) not in self.store and s not in waits]
+        ready = [s for s in self.streams if s not in moving and s not in waits]
+        cross = self._compensation is not None
+        sums = None
+        if not here.last and self._measures_inputs(parted=True):
+            sums = self._gram(self.skeleton.width, cross=self.skeleton.width if cross else 0)
+        following = here.position + 1
+        with ExitStack() as stack:
+            writers = {}
+            for stream in moving:
+                place = f"{pruned.sublayers[here.position].site.name} ({stream})"
+                writers[stream] = stack.enter_context(self.store.writing(boundary(stream, *here.exit), place))
+            sources = [boundary(s, *here.entry) for s in moving] + [boundary(s, *here.exit) for s in ready]
+            for _, read in self.store.each(self.batch, *sources) if moving else ():
+                arguments = self.skeleton.arguments(read[0].shape[0], read[0].shape[1])[here.block]
+                outputs = dict(zip((*moving, *ready), read, strict=True))
+                for stream in moving:
+                    outputs[stream] = owners[stream].sublayers[here.position](outputs[stream], arguments)
+                    writers[stream](outputs[stream])
+                if sums is not None:
+                    streams = (PRUNED, DENSE) if cross else (PRUNED,)
+                    sums.add(*(owners[s].sublayers[following].normed(outputs[s]) for s in streams))
+        if here.position:
+            for stream in self.streams:
+                self.store.remove(boundary(stream, *here.entry))
+        return sums
+
+    def _refine(self, pruned: Block, index: int) -> dict[str, Any]:
+        assert self.store is not None
+        assert self.refinement is not None
+        source, target = boundary(PRUNED, index), boundary(DENSE, index + 1)
+        report = refine(self.skeleton, pruned, index, self.store, source, target, self.refinement)
+        if self.streams_into(index + 1):
+            advance(self.skeleton, pruned, index, self.store, PRUNED, self.batch)
+        return report
+
+    def _gram(self, columns: int, *, cross: int) -> Gram:
         return Gram(columns, cross=cross, device=self.skeleton.device, dtype=accumulator(self.skeleton.dtype))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A sublayer of the model."""
+
+    block: int
+    position: int
+    last: bool
+    """Whether it is the last of its block."""
+
+    @property
+    def entry(self) -> tuple[int, int]:
+        """Block and sublayer whose input it reads."""
+        return self.block, self.position
+
+    @property
+    def exit(self) -> tuple[int, int]:
+        """Block and sublayer whose input it gives."""
+        return (self.block + 1, 0) if self.last else (self.block, self.position + 1)
+
+
+def _untouched(site: Site) -> dict[str, Any]:
+    return {"site": site.name, "units": site.units, "kept": site.units, "error": 0.0, "damping": None, "seconds": 0.0}
 
 
 def _generator(seed: int, site: Site) -> torch.Generator:

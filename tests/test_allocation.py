@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamprune.errors import ConfigError
-from streamprune.methods.allocation import Budget, allocate, even_densities
+from streamprune.methods.allocation import Budget, allocate, check_budget, even_densities
 from streamprune.site import Site
 
 
@@ -69,9 +69,9 @@ def test_a_site_never_loses_everything() -> None:
 def test_too_much_and_too_little_are_refused_with_the_limit() -> None:
     sites = [site(0, "attention", 2, 10), site(0, "ffn", 10, 10)]
     with pytest.raises(ConfigError, match=r"ratio is 0\.95; .* at most 0\.833"):
-        allocate(sites, even_densities(sites), budget(sites, 0.95))
+        check_budget(sites, budget(sites, 0.95))
     with pytest.raises(ConfigError, match=r"ratio is 0\.01; the smallest step is 0\.0833"):
-        allocate(sites, even_densities(sites), budget(sites, 0.01))
+        check_budget(sites, budget(sites, 0.01))
 
 
 def test_uniform_keeps_blocks_alike() -> None:

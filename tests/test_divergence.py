@@ -61,17 +61,14 @@ def test_nearly_equal_heads_are_not_below_zero() -> None:
     assert 0 <= float(measured(maps)[0, 1]) < 1e-6
 
 
-def test_micro_batches_halves_and_files_change_nothing() -> None:
+def test_micro_batches_halves_change_nothing() -> None:
     maps = attention()
     first, second = HeadDivergence(5), HeadDivergence(5)
     first.add(maps[:1])
     first.add(maps[1:3])
     second.add(maps[3:])
-    copy = HeadDivergence.from_tensors({name: tensor.clone() for name, tensor in first.tensors().items()})
-    copy.merge(second)
-    torch.testing.assert_close(copy.mean(), measured(maps))
-    # The file's copy is its own.
-    assert first.rows == 3 * 7
+    first.merge(second)
+    torch.testing.assert_close(first.mean(), measured(maps))
 
 
 def test_shorter_sequences_weigh_by_their_rows() -> None:

@@ -15,7 +15,7 @@ from streamprune.errors import ConfigError, ResourceError
 from streamprune.memory import Needs, forecast
 from streamprune.model.skeleton import open_skeleton
 
-NEEDS = Needs(samples=64, length=64, text=True, gradients=True, gram=True, dense_stream=True)
+NEEDS = Needs(samples=64, length=64, text=True, survey=frozenset({"mask-gradient"}), gram=True, compensates=True)
 
 
 def test_micro_batches_grow_with_the_memory(tiny: Callable[..., Path]) -> None:

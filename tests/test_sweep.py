@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, shared
 
-from streamprune.maths.stats import MaskGradient
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore
@@ -121,12 +120,13 @@ def test_backward_sweep_is_full_autograd(name: str, size: int, tiny: Callable[..
     sweep.head_gradient(skeleton, store, tokens, size)
     found = {}
     for index, block in sweep.blocks(skeleton, range(len(skeleton) - 1, -1, -1)):
-        stats = [MaskGradient(site.units, site.width) for site in skeleton.sites(index)]
+        stats = skeleton.statistics(index, frozenset({"mask-gradient"}))
         sweep.backward_block(skeleton, block, index, store, stats, size)
         found[index] = stats
     flat = [stat for index in range(len(skeleton)) for stat in found[index]]
     expected = autograd_mask_gradients(skeleton, path, tokens)
-    for position, stat in enumerate(flat):
+    for position, stat in enumerate(each.mask for each in flat):
+        assert stat is not None
         rows = torch.stack([gradients[position] for gradients in expected])
         torch.testing.assert_close(stat.squares, rows.square().sum(0), rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(stat.magnitudes, rows.abs().sum(0), rtol=1e-9, atol=1e-12)

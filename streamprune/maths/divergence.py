@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .stats import accumulator
+from .linalg import accumulator
 
 
 class HeadDivergence:
@@ -49,17 +49,6 @@ class HeadDivergence:
     def mean(self) -> Tensor:
         """D (heads, heads), float64, on the CPU: symmetric, zero diagonal, rounding below zero cut off."""
         return (self.sums / self.rows).clamp_min(0)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a file needs to hold."""
-        return {"sums": self.sums, "rows": torch.tensor(self.rows)}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> HeadDivergence:
-        """The inverse of `tensors`."""
-        divergence = cls(tensors["sums"].shape[0])
-        divergence.sums, divergence.rows = tensors["sums"], int(tensors["rows"])
-        return divergence
 
 
 def _entropy(p: Tensor) -> Tensor:

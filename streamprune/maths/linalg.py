@@ -15,6 +15,11 @@ from ..errors import NumericalError
 _MOST_DAMPING = 10.0
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def unit_columns(units: Tensor, width: int) -> Tensor:
     """Columns (units·width,) that `units` (units,) own, in order."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
@@ -154,22 +159,23 @@ def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tup
     return w[:, kept] + torch.cholesky_solve(right, factor).T, used
 
 
-def compensate(w: Tensor, h: Tensor, c: Tensor, damping: float, place: str) -> tuple[Tensor, float]:
-    """Re-fit a layer that reads `x̂` where it was trained to read `x` (SoBP, input compensation).
+def fit(w: Tensor, h: Tensor, aim: Tensor, damping: float, place: str) -> tuple[Tensor, float]:
+    """Fit all of `w` to what it should give on the input it has: ``W' = W + (B − W H) H_λ⁻¹``, a ridge pulling to W.
 
-    ``W' = W + W (X − X̂) X̂ᵀ (X̂ X̂ᵀ + λ̄ I)⁻¹ = W + W (C − H) H_λ⁻¹``
+    It minimises ``E‖t − W' x̂‖² + λ̄ ‖W' − W‖²`` for a target `t`. Input compensation (SoBP) is the fit of a layer
+    that reads `x̂` where it was trained to read `x`, ``B = W C``; with a consumer's dense output as the target it is
+    the recovery of greedy output approximation (algorithm 1).
 
     Args:
-        w: (rows, d), weights that read the stream.
+        w: (rows, d).
         h: (d, d), mean Gram of x̂.
-        c: (d, d), mean cross Gram ``x x̂ᵀ``.
+        aim: B (rows, d), mean of ``t x̂ᵀ``.
 
     Returns:
         W' (rows, d), and the damping that it took.
     """
     factor, used = cholesky(h, damping, place)
-    right = (w @ (c - h)).T  # (d, rows)
-    return w + torch.cholesky_solve(right, factor).T, used
+    return w + torch.cholesky_solve((aim - w @ h).T, factor).T, used
 
 
 def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:

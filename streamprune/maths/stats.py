@@ -1,43 +1,58 @@
 """Running sums of one site: fed micro-batch by micro-batch, mergeable, savable.
 
-Two workers' halves of the same site add up by `merge`; `tensors` and `from_tensors` go through a file.
+Two workers' halves of the same site add up by `merge`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from .divergence import HeadDivergence
+from .linalg import accumulator
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+Statistic = Literal["mask-gradient", "gram", "gradient-gram", "factors", "divergence"]
+"""What a survey can sum at a site.
+
+mask-gradient: `MaskGradient` of the units.
+gram: `H` of the consumer's input.
+gradient-gram: `G` of the consumer's output.
+factors: both K-FAC factors of every linear of the site, `H` and `G` among them.
+divergence: `HeadDivergence` of the attention maps.
+"""
+GRADIENTS = frozenset[Statistic]({"mask-gradient", "gradient-gram", "factors"})
+"""Those that need a backward sweep."""
 
 
 class Gram:
-    """``H = X̂ X̂ᵀ`` and, where a second stream is fed too, ``C = X X̂ᵀ``; sums over tokens, not means.
+    """``H = Σ x xᵀ`` and, where ``cross`` rows are fed too, ``C = Σ y xᵀ``; sums over tokens until `mean`.
 
-    X is a linear's input on the dense model, X̂ the same input on the model pruned so far.
+    Args:
+        columns: n, length of x.
+        cross: length of y; 0 for no cross sum.
     """
 
-    def __init__(self, columns: int, *, cross: bool, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, columns: int, *, cross: int = 0, device: torch.device, dtype: torch.dtype) -> None:
         self.tokens = 0
         self.h = torch.zeros(columns, columns, device=device, dtype=dtype)
-        self.c = torch.zeros_like(self.h) if cross else None
+        self.c = torch.zeros(cross, columns, device=device, dtype=dtype) if cross else None
 
-    def add(self, pruned: Tensor, dense: Tensor | None = None) -> None:
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add one micro-batch.
 
         Args:
-            pruned: X̂, (..., n), any float dtype.
-            dense: X, same shape; given exactly when the sum was made with ``cross``.
+            x: (..., n), any float dtype.
+            y: (..., cross); given exactly when the sum was made with ``cross``.
         """
-        assert (dense is None) == (self.c is None)
-        x_hat = pruned.reshape(-1, pruned.shape[-1]).to(self.h.dtype)
-        self.h.addmm_(x_hat.T, x_hat)
-        if dense is not None and self.c is not None:
-            self.c.addmm_(dense.reshape(x_hat.shape).to(self.h.dtype).T, x_hat)
-        self.tokens += x_hat.shape[0]
+        assert (y is None) == (self.c is None)
+        flat = x.reshape(-1, x.shape[-1]).to(self.h.dtype)
+        self.h.addmm_(flat.T, flat)
+        if y is not None and self.c is not None:
+            self.c.addmm_(y.reshape(-1, y.shape[-1]).to(self.h.dtype).T, flat)
+        self.tokens += flat.shape[0]
 
     def merge(self, other: Gram) -> None:
         """Add another worker's sums."""
@@ -47,8 +62,9 @@ class Gram:
         self.tokens += other.tokens
 
     def mean(self) -> tuple[Tensor, Tensor | None]:
-        """(H, C) per token, in place: the sums are gone after it."""
-        return self.h.div_(self.tokens), None if self.c is None else self.c.div_(self.tokens)
+        """(H, C) per token, in place: they count as one token from then on."""
+        tokens, self.tokens = self.tokens, 1
+        return self.h.div_(tokens), None if self.c is None else self.c.div_(tokens)
 
 
 class MaskGradient:
@@ -85,15 +101,78 @@ class MaskGradient:
         self.magnitudes += other.magnitudes
         self.sequences += other.sequences
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a file needs to hold."""
-        counts = torch.tensor([self.sequences, self.width])
-        return {"squares": self.squares, "magnitudes": self.magnitudes, "counts": counts}
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> MaskGradient:
-        """The inverse of `tensors`."""
-        sequences, width = tensors["counts"].tolist()
-        stats = cls(tensors["squares"].numel(), width)
-        stats.sequences, stats.squares, stats.magnitudes = sequences, tensors["squares"], tensors["magnitudes"]
-        return stats
+class SiteStatistics:
+    """What a survey sums at one site: whatever is wanted of `Statistic`, and nothing else.
+
+    Args:
+        units, width: of the site.
+        heads: query heads; 0 for an FFN, which has no attention maps.
+        inputs: d, what the producers read.
+        outputs: rows of the consumer.
+        rows: output rows of each producer.
+    """
+
+    def __init__(
+        self,
+        wanted: frozenset[Statistic],
+        *,
+        units: int,
+        width: int,
+        heads: int,
+        inputs: int,
+        outputs: int,
+        rows: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        def gram(columns: int, *names: Statistic) -> Gram | None:
+            return Gram(columns, device=device, dtype=dtype) if wanted & {*names} else None
+
+        self.mask = MaskGradient(units, width) if "mask-gradient" in wanted else None
+        self.gram = gram(units * width, "gram", "factors")
+        self.gradient = gram(outputs, "gradient-gram", "factors")
+        self.inputs = gram(inputs, "factors")
+        self.producers = [gram(each, "factors") for each in rows]
+        self.divergence = HeadDivergence(heads) if "divergence" in wanted and heads else None
+
+    @property
+    def wants_producers(self) -> bool:
+        """Whether gradients of the producers' outputs are wanted."""
+        return any(gram is not None for gram in self.producers)
+
+    @property
+    def wants_maps(self) -> bool:
+        """Whether attention maps are wanted."""
+        return self.divergence is not None
+
+    def add(self, inputs: Tensor, z: Tensor, maps: Tensor | None) -> None:
+        """Add a micro-batch of the forward pass.
+
+        Args:
+            inputs: what the producers read, (sequences, tokens, d).
+            z: the consumer's input, (sequences, tokens, n).
+            maps: attention maps (sequences, heads, tokens, tokens), where wanted.
+        """
+        if self.gram is not None:
+            self.gram.add(z)
+        if self.inputs is not None:
+            self.inputs.add(inputs)
+        if self.divergence is not None:
+            assert maps is not None
+            self.divergence.add(maps)
+
+    def add_gradients(self, z: Tensor, dz: Tensor, dy: Tensor, dp: Sequence[Tensor], scale: float) -> None:
+        """Add a micro-batch of the backward pass; gradients are those of loss·scale, `z` of any sequence its own.
+
+        Args:
+            dz, dy: of the consumer's input and output, (sequences, tokens, n) and (sequences, tokens, d_out).
+            dp: of each producer's output, where wanted.
+        """
+        if self.mask is not None:
+            self.mask.add(z, dz, scale)
+        if self.gradient is not None:
+            self.gradient.add(dy)
+        for gram, gradient in zip(self.producers, dp, strict=False):
+            if gram is not None:
+                gram.add(gradient)

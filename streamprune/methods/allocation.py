@@ -18,18 +18,20 @@ class Budget:
     """What is to be removed, and in what steps."""
 
     ratio: float
-    """Share of all block parameters, in (0, 1)."""
+    """Share of `parameters`, in (0, 1)."""
     parameters: int
-    """Parameters of all blocks."""
+    """Parameters that the ratio counts, before anything went."""
     round_to: int
     """FFN widths that are changed become multiples of this."""
     uniform: bool
     """All blocks keep the same widths."""
+    gone: int = 0
+    """Parameters that earlier shots removed."""
 
     @property
     def target(self) -> int:
         """Parameters to remove."""
-        return round(self.ratio * self.parameters)
+        return round(self.ratio * self.parameters) - self.gone
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,10 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
     Args:
         densities: per site (units,), what each further removed unit costs a parameter, ascending.
 
-    Raises:
-        ConfigError: the model cannot lose that much, or so little that not one unit fits.
+    Returns:
+        What is kept; everything where not one unit fits.
     """
     bundles = _bundles(sites, densities, budget)
-    largest = sum(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
-    if largest < budget.target:
-        raise ConfigError(
-            f"ratio is {budget.ratio:g}; this model can lose at most {largest / budget.parameters:.3f} "
-            "of its blocks' parameters while every site keeps a unit"
-        )
     left = budget.target
     taken = [0] * len(bundles)
     heap = [(bundle.cost(0), number) for number, bundle in enumerate(bundles) if len(bundle.steps) > 1]
@@ -83,16 +79,31 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
         taken[number] += 1
         if taken[number] + 1 < len(bundle.steps):
             heapq.heappush(heap, (bundle.cost(taken[number]), number))
-    if not any(taken):
-        smallest = min((bundle.parameters(0) for bundle in bundles if len(bundle.steps) > 1), default=0)
-        raise ConfigError(
-            f"ratio is {budget.ratio:g}; the smallest step is {smallest / budget.parameters:.4f} of the blocks' parameters"
-        )
     return {
         site.name: site.units - bundle.steps[step]
         for bundle, step in zip(bundles, taken, strict=True)
         for site in bundle.sites
     }
+
+
+def check_budget(sites: Sequence[Site], budget: Budget) -> None:
+    """See that a budget can be met, before any work.
+
+    Raises:
+        ConfigError: the sites cannot lose that much, or so little was asked that not one unit fits.
+    """
+    bundles = _bundles(sites, even_densities(sites), budget)
+    largest = sum(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
+    if largest < budget.target:
+        raise ConfigError(
+            f"ratio is {budget.ratio:g}; this model can lose at most {largest / budget.parameters:.3f} "
+            "of its blocks' parameters while every site keeps a unit"
+        )
+    smallest = min((bundle.parameters(0) for bundle in bundles if len(bundle.steps) > 1), default=0)
+    if budget.target < smallest or not smallest:
+        raise ConfigError(
+            f"ratio is {budget.ratio:g}; the smallest step is {smallest / budget.parameters:.4f} of the blocks' parameters"
+        )
 
 
 def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Budget) -> list[_Bundle]:
@@ -117,6 +128,14 @@ def _steps(site: Site, round_to: int) -> tuple[int, ...]:
     return (0, *(site.units - keep for keep in fewer if keep < site.units and keep % multiple == 0))
 
 
-def even_densities(sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Densities under which every site loses the same share: the k-th unit of n costs (k + ½)/n."""
-    return {site.name: (torch.arange(site.units, dtype=torch.float64) + 0.5) / site.units for site in sites}
+def even_densities(sites: Sequence[Site], shares: Mapping[int, float] | None = None) -> dict[str, Tensor]:
+    """Densities under which every site loses the same share: the k-th unit of n costs (k + ½)/n.
+
+    Args:
+        shares: by block, the share it shall lose relative to the others; positive.
+    """
+    return {
+        site.name: (torch.arange(site.units, dtype=torch.float64) + 0.5)
+        / (site.units * (shares[site.block] if shares else 1.0))
+        for site in sites
+    }

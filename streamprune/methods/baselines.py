@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..maths.linalg import unit_columns
-from ..maths.stats import MaskGradient
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
-from .recipe import NoSettings, Problem, Recipe, Refit
+from .recipe import NoSettings, Problem, Recipe, Refit, Survey
 
 Score = Callable[[Problem], Tensor]
 
@@ -37,7 +36,7 @@ def wanda_score(problem: Problem) -> Tensor:
     return columns.view(problem.site.units, -1).sum(dim=1)
 
 
-def _uniform(settings: NoSettings, sites: Sequence[Site], survey: Mapping[str, MaskGradient], budget: Budget) -> Plan:
+def _uniform(settings: NoSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
     keep = allocate(sites, even_densities(sites), budget)
     return Plan({site.name: SitePlan(keep[site.name]) for site in sites}, budget.ratio)
 

@@ -22,6 +22,8 @@ class SitePlan:
     keep: int
     units: tuple[int, ...] | None = None
     """Which ones, ascending; None leaves the choice to the recipe's selection."""
+    zeros: tuple[int, ...] | None = None
+    """Where shapes stay: weights that become zero in each linear, the producers in order and the consumer last."""
 
 
 class Plan(Mapping[str, SitePlan]):
@@ -46,16 +48,18 @@ class Plan(Mapping[str, SitePlan]):
         return len(self._kept)
 
     def removed_parameters(self, sites: Sequence[Site]) -> int:
-        """Parameters that go."""
-        return sum((site.units - self[site.name].keep) * site.unit_parameters for site in sites)
+        """Parameters that go or become zero."""
+        entries = [(site, self[site.name]) for site in sites]
+        return sum((site.units - e.keep) * site.unit_parameters + sum(e.zeros or ()) for site, e in entries)
 
     def to_json(self) -> str:
         """The plan file's text, one line a site."""
         lines = []
         for name, entry in self._kept.items():
             value: dict[str, Any] = {"keep": entry.keep}
-            if entry.units is not None:
-                value["units"] = list(entry.units)
+            for field in ("units", "zeros"):
+                if getattr(entry, field) is not None:
+                    value[field] = list(getattr(entry, field))
             lines.append(f"    {json.dumps(name)}: {json.dumps(value)}")
         body = ",\n".join(lines)
         return f'{{\n  "format": "{FORMAT}",\n  "ratio": {json.dumps(self.ratio)},\n  "sites": {{\n{body}\n  }}\n}}\n'
@@ -94,17 +98,20 @@ class Plan(Mapping[str, SitePlan]):
             raise ConfigError(f"{where}: ratio is {ratio!r}; it must be in (0, 1)")
         kept = {}
         for name, value in data["sites"].items():
-            keep, units = (value.get("keep"), value.get("units")) if isinstance(value, dict) else (None, None)
+            value = value if isinstance(value, dict) else {}
+            keep, units, zeros = value.get("keep"), value.get("units"), value.get("zeros")
             if isinstance(keep, bool) or not isinstance(keep, int):
                 raise ConfigError(f'{where}: {name} needs "keep", a whole number')
-            if units is not None:
-                if not isinstance(units, list) or any(isinstance(u, bool) or not isinstance(u, int) for u in units):
-                    raise ConfigError(f'{where}: "units" of {name} must be a list of whole numbers')
-                if len(units) != keep or sorted(set(units)) != units:
-                    raise ConfigError(
-                        f'{where}: {name} keeps {keep}, so "units" must be {keep} different numbers, ascending'
-                    )
-            kept[name] = SitePlan(keep, None if units is None else tuple(units))
+            for field, listed in (("units", units), ("zeros", zeros)):
+                if listed is None:
+                    continue
+                if not isinstance(listed, list) or any(isinstance(u, bool) or not isinstance(u, int) for u in listed):
+                    raise ConfigError(f'{where}: "{field}" of {name} must be a list of whole numbers')
+            if units is not None and (len(units) != keep or sorted(set(units)) != units):
+                raise ConfigError(
+                    f'{where}: {name} keeps {keep}, so "units" must be {keep} different numbers, ascending'
+                )
+            kept[name] = SitePlan(keep, *(None if listed is None else tuple(listed) for listed in (units, zeros)))
         return cls(kept, float(ratio))
 
     def check(self, sites: Sequence[Site], where: str) -> None:

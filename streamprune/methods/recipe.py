@@ -1,6 +1,6 @@
-"""A method as data: which statistics it needs, and its allocate, select and reconstruct functions.
+"""A method as data: which statistics it needs, and its digest, allocate, select and reconstruct functions.
 
-Nothing else is configured: a recipe that wants mask gradients gets a backward sweep, one that wants Grams
+Nothing else is configured: a recipe that wants a gradient gets a backward sweep, one that wants Grams
 gets the pruned stream, one that wants neither needs no text at all.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..maths.stats import MaskGradient
+from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .allocation import Budget
 from .plan import Plan
@@ -24,17 +24,39 @@ S = TypeVar("S")
 SWITCH = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
+Findings = Mapping[str, Tensor]
+"""What a recipe kept of one site's survey."""
+Survey = Mapping[str, Findings]
+"""Findings by site name; tensors are read from the disk when they are asked for."""
+
+
 @dataclass(frozen=True)
-class Problem:
-    """One site as a method sees it, on the model pruned so far."""
+class Surveyed:
+    """One site of the dense model after its survey."""
 
     site: Site
     w: Tensor
     """The consumer's weight (d_out, n), float32 or float64."""
     producers: tuple[Tensor, ...]
     """The producers' weights (rows, d), same dtype."""
+    statistics: SiteStatistics
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One site as a method sees it, on the model pruned so far."""
+
+    site: Site
+    w: Tensor
+    """The consumer's weight (d_out, n), float32 or float64; fitted to the target already, where the recipe has one."""
+    producers: tuple[Tensor, ...]
+    """The producers' weights (rows, d), same dtype."""
     h: Tensor | None
-    """Mean Gram of the consumer's input (n, n), same dtype; None unless the recipe observes."""
+    """Mean Gram of the consumer's input (n, n), same dtype; None unless the recipe wants it."""
+    inputs: Tensor | None
+    """Mean Gram of the producers' input (d, d), same dtype; None unless the recipe wants it."""
+    findings: Findings
+    """What `digest` kept of the site; empty without a survey."""
     generator: torch.Generator
     """Seeded for this site."""
 
@@ -46,13 +68,25 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a consumer is fitted to before units are chosen: its output on the dense model."""
+
+    damping: float
+    """Ridge of the fit, relative to the Gram's mean diagonal."""
+    residual: bool
+    """Add what the residual stream lacks by now, dense minus pruned."""
+
+
+@dataclass(frozen=True)
 class Refit:
-    """What stays of the consumer."""
+    """What stays of a site's weights."""
 
     w: Tensor
-    """(d_out, k)."""
+    """The consumer's, (d_out, k)."""
     damping: float | None = None
     """Relative damping that it took; None where nothing was solved."""
+    producers: tuple[Tensor, ...] | None = None
+    """The producers', all rows, (rows, d) each; None leaves them as they are."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +96,25 @@ class Recipe(Generic[S]):
     name: str
     summary: str
     settings: type[S]
-    allocate: Callable[[S, Sequence[Site], Mapping[str, MaskGradient], Budget], Plan]
+    allocate: Callable[[S, Sequence[Site], Survey, Budget], Plan]
     select: Callable[[S, Problem, int], Tensor]
     """That many units to keep, (k,) ascending."""
     reconstruct: Callable[[S, Problem, Tensor], Refit]
-    wants_mask_gradients: Callable[[S], bool] = lambda settings: False
+    statistics: Callable[[S], frozenset[Statistic]] = lambda settings: frozenset()
+    """What the survey sums on the dense model; none, no survey."""
+    digest: Callable[[S, Surveyed], dict[str, Tensor]] = lambda settings, surveyed: {}
+    """What of them `allocate` and `reconstruct` will need."""
     wants_gram: Callable[[S], bool] = lambda settings: False
+    wants_inputs: Callable[[S], bool] = lambda settings: False
     compensation: Callable[[S], float | None] = lambda settings: None
     """Relative damping of the producers' input compensation; None for none."""
+    target: Callable[[S], Target | None] = lambda settings: None
+    shots: Callable[[S, float], int] = lambda settings, ratio: 1
+    """In how many shots that ratio is removed."""
     uses_plan_units: Callable[[S], bool] = lambda settings: False
     """Whether the plan says which units stay, not only how many."""
+    writes_zeros: Callable[[S], bool] = lambda settings: False
+    """Whether shapes stay and weights become zero: the plan then counts zeros, and no unit goes."""
 
     def parse(self, given: Mapping[str, str]) -> S:
         """Settings from ``name=value`` texts.

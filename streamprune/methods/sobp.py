@@ -12,18 +12,17 @@ Each can be switched off, which gives the paper's ablation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..maths.linalg import greedy_removal, refit, unit_columns
-from ..maths.stats import MaskGradient
 from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Problem, Recipe, Refit, setting
+from .recipe import Problem, Recipe, Refit, Survey, Surveyed, setting
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,18 @@ class SobpSettings:
     )
 
 
-def importance(settings: SobpSettings, site: Site, gradient: MaskGradient) -> Tensor:
+def importance(settings: SobpSettings, surveyed: Surveyed) -> dict[str, Tensor]:
     """Normalised importance of each unit (units,): mean of `g²` or of `|g|` over sequences, a parameter."""
+    site, gradient = surveyed.site, surveyed.statistics.mask
+    assert gradient is not None
     sums = gradient.squares if settings.gradient == "fisher" else gradient.magnitudes
     weight = settings.head_weight if site.kind == "attention" else 1.0
-    return weight * sums / gradient.sequences / site.unit_parameters
+    return {"importance": weight * sums / gradient.sequences / site.unit_parameters}
 
 
-def global_selection(
-    settings: SobpSettings, sites: Sequence[Site], survey: Mapping[str, MaskGradient], budget: Budget
-) -> Plan:
+def global_selection(settings: SobpSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
     """Stage 1."""
-    scores = {site.name: importance(settings, site, survey[site.name]) for site in sites}
+    scores = {site.name: survey[site.name]["importance"] for site in sites}
     keep = allocate(sites, {name: score.sort().values for name, score in scores.items()}, budget)
     kept = {}
     for site in sites:
@@ -97,7 +96,8 @@ SOBP = Recipe(
     allocate=global_selection,
     select=greedy_refinement,
     reconstruct=reconstruct,
-    wants_mask_gradients=lambda settings: True,
+    statistics=lambda settings: frozenset({"mask-gradient"}),
+    digest=importance,
     wants_gram=lambda settings: settings.refine or settings.reconstruct,
     compensation=lambda settings: settings.compensation_damping if settings.compensate else None,
     uses_plan_units=lambda settings: not settings.refine,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import NumericalError
 from ..host import host_copy
-from ..maths.linalg import unit_columns
-from ..maths.stats import accumulator
+from ..maths.linalg import accumulator, unit_columns
 from ..site import Site
 from .architecture import Architecture, SublayerEntry
 
@@ -65,8 +65,12 @@ class Layer:
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace one tensor: the master is rounded to the stored dtype, the device gets what it holds."""
         master = self.weights[name] = host_copy(tensor, self.weights[name].dtype)
+        self.put(name, self._computing(master))
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Compute with `tensor` under that name; the master stays."""
         module, _, leaf = name.rpartition(".")
-        place(self.module(module), leaf, self._computing(master))
+        place(self.module(module), leaf, tensor)
 
     def _computing(self, master: Tensor) -> Tensor:
         if self.device.type == "cpu" and master.dtype != self.dtype:
@@ -95,6 +99,23 @@ class Block:
         for sublayer in self.sublayers:
             x = sublayer(x, arguments)
         return x
+
+    @contextmanager
+    def training(self, dtype: torch.dtype) -> Iterator[dict[str, nn.Parameter]]:
+        """The block's weights by name as trainable parameters of `dtype`, while open; then they are its weights.
+
+        Raises:
+            NumericalError: what came out is not finite in the stored dtype.
+        """
+        layer = self._layer
+        weights = {name: nn.Parameter(master.to(layer.device, dtype)) for name, master in layer.weights.items()}
+        for name, weight in weights.items():
+            layer.put(name, weight)
+        yield weights
+        for name, weight in weights.items():
+            layer.set(name, weight.detach())
+            if not bool(torch.isfinite(layer.weights[name]).all()):
+                raise NumericalError(f"{self.sublayers[0].site.name}: {name} is not finite after training")
 
     def twin(self) -> Block:
         """A block of its own that shares every tensor until one of the two replaces it."""
@@ -127,15 +148,61 @@ class Sublayer:
             u = module(u)
         return u
 
+    def produce(self, u: Tensor, arguments: Arguments) -> tuple[Tensor, list[Tensor]]:
+        """`mix`, and what each producer gave on the way: (sequences, tokens, rows) each."""
+        given: dict[str, Tensor] = {}
+        hooks = []
+        for producer in self.entry.producers:
+
+            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = producer.name) -> None:
+                given[name] = output
+
+            hooks.append(self.layer.module(producer.name).register_forward_hook(keep))
+        try:
+            z = self.mix(u, arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return z, [given[producer.name] for producer in self.entry.producers]
+
+    def attend(self, u: Tensor, arguments: Arguments) -> Tensor:
+        """Attention maps: (sequences, tokens, d) → (sequences, heads, tokens, tokens), rows summing to 1.
+
+        Args:
+            arguments: as `Skeleton.arguments` gives them for ``maps=True``.
+        """
+        assert self.entry.kind == "attention"
+        attention = self._mixer[0]
+        config: Any = attention.config
+        usual, config._attn_implementation = config._attn_implementation, "eager"
+        try:
+            maps: Tensor = attention(hidden_states=u, **arguments)[1]
+        finally:
+            config._attn_implementation = usual
+        return maps
+
+    def consume(self, z: Tensor) -> Tensor:
+        """The consumer's output: (sequences, tokens, n) → (sequences, tokens, d)."""
+        o: Tensor = self._consumer(z)
+        return o
+
+    def join(self, x: Tensor, o: Tensor) -> Tensor:
+        """The sublayer's output from the residual stream `x` and the consumer's output."""
+        y = x + o
+        return self._norm(y) if self.norm_after else y
+
     def output(self, x: Tensor, z: Tensor) -> Tensor:
         """What the sublayer adds to the residual stream `x`, added."""
-        y: Tensor = x + self._consumer(z)
-        return self._norm(y) if self.norm_after else y
+        return self.join(x, self.consume(z))
 
     def weight(self, name: str) -> Tensor:
         """The stored weight of one linear, in float32 or better, on the device: (out, in)."""
         stored = self.layer.weights[f"{name}.weight"].to(self.layer.device)
         return self._turned(name, stored.to(accumulator(stored.dtype)))
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias that one linear computes with, where it has one."""
+        return self.layer.module(name)._parameters.get("bias")
 
     def set_weight(self, name: str, weight: Tensor) -> None:
         """Replace the weight (out, in) of one linear.
@@ -190,7 +257,7 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor
         return
-    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    owner._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
     if leaf == "weight" and tensor.dim() == 2:
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = tensor.shape

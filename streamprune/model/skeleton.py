@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..machine import resolve_dtype
+from ..maths.linalg import accumulator
+from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .architecture import architecture_of, is_stock
 from .block import Arguments, Block, Layer, Sublayer, linear_shape, place
@@ -81,7 +83,7 @@ class Skeleton:
             model.set_submodule(name, nn.Identity())
         self._model = model
         self._rebuild_buffers()
-        self._arguments: OrderedDict[tuple[int, int], list[Arguments]] = OrderedDict()
+        self._arguments: OrderedDict[tuple[int, int, bool], list[Arguments]] = OrderedDict()
         self._check_layout()
 
     def __len__(self) -> int:
@@ -140,6 +142,26 @@ class Skeleton:
             else sites
         )
 
+    def statistics(self, index: int, wanted: frozenset[Statistic]) -> list[SiteStatistics]:
+        """Empty sums for a survey of the block, in the order of its sublayers."""
+        found = []
+        for site, entry in zip(self.sites(index), self.architecture.sublayers, strict=True):
+            shapes = [linear_shape(self.module(index, producer.name)) for producer in entry.producers]
+            found.append(
+                SiteStatistics(
+                    wanted,
+                    units=site.units,
+                    width=site.width,
+                    heads=site.heads,
+                    inputs=shapes[0][1],
+                    outputs=site.outputs,
+                    rows=[rows for rows, _ in shapes],
+                    device=self.device,
+                    dtype=accumulator(self.dtype),
+                )
+            )
+        return found
+
     def module(self, index: int, name: str) -> nn.Module:
         """A module of a block, on the meta device."""
         return self._templates[index].get_submodule(name)
@@ -153,9 +175,10 @@ class Skeleton:
         prefix = f"{self.architecture.blocks}.{index}."
         return {name: prefix + name for name in self._templates[index].state_dict()}
 
-    def block_parameters(self) -> int:
-        """Parameters of all blocks together."""
-        return sum(p.numel() for layer in self._templates for p in layer.parameters())
+    def block_parameters(self, index: int | None = None) -> int:
+        """Parameters of one block, or of all blocks together."""
+        layers = self._templates if index is None else [self._templates[index]]
+        return sum(p.numel() for layer in layers for p in layer.parameters())
 
     def embed_names(self) -> list[str]:
         """Tensors before the blocks, as the checkpoint names them."""
@@ -185,12 +208,21 @@ class Skeleton:
         entries = zip(self.architecture.sublayers, self.sites(index), strict=True)
         return Block(layer, [Sublayer(layer, entry, site, norm_after=self.norm_after) for entry, site in entries])
 
-    def arguments(self, sequences: int, tokens: int) -> list[Arguments]:
-        """What the model's own forward passes to each block for a batch of that size."""
-        key = sequences, tokens
+    def arguments(self, sequences: int, tokens: int, *, maps: bool = False) -> list[Arguments]:
+        """What the model's own forward passes to each block for a batch of that size.
+
+        Args:
+            maps: for `Sublayer.attend`, which needs every mask written out.
+        """
+        key = sequences, tokens, maps
         if key not in self._arguments:
-            with self._filled(self._embed, self._blank):
-                self._embedded(torch.zeros(key, dtype=torch.int64, device=self.device))
+            config = self._base.config
+            usual, config._attn_implementation = config._attn_implementation, "eager" if maps else "sdpa"
+            try:
+                with self._filled(self._embed, self._blank):
+                    self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device))
+            finally:
+                config._attn_implementation = usual
             self._arguments[key] = [slot.arguments for slot in self._slots]
             while len(self._arguments) > 2:
                 self._arguments.popitem(last=False)

@@ -7,14 +7,14 @@ model, `dense-0003-1` what enters its second sublayer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NumericalError
-from ..model.block import Block
+from ..maths.stats import SiteStatistics
+from ..model.block import Block, Sublayer
 from ..model.skeleton import Skeleton
 from .prefetch import read_ahead
 from .store import ActivationStore
@@ -26,13 +26,6 @@ LOGIT_BYTES = 1 << 28
 def boundary(stream: str, block: int, sublayer: int = 0) -> str:
     """The name of what enters that sublayer of that block."""
     return f"{stream}-{block:04}-{sublayer}"
-
-
-class UnitStats(Protocol):
-    """What a backward sweep feeds: one site's sums (see `MaskGradient`)."""
-
-    def add(self, x: Tensor, gradient: Tensor, scale: float) -> None:
-        """The consumer's input, ∂(loss·scale)/∂input, and the scale."""
 
 
 def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Block]]:
@@ -99,30 +92,66 @@ def head_gradient(skeleton: Skeleton, store: ActivationStore, tokens: Tensor, si
             write(gradient)
 
 
+@torch.no_grad()
+def survey_block(
+    skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[SiteStatistics], size: int
+) -> None:
+    """`advance` on the dense stream, with the statistics of a forward pass summed on the way: one a sublayer."""
+    source, target = boundary("dense", index), boundary("dense", index + 1)
+    with store.writing(target, f"block {index}") as write:
+        for _, (x,) in store.each(size, source):
+            for sublayer, stat in zip(block.sublayers, stats, strict=True):
+                _, z, _ = _observed(skeleton, sublayer, index, x, stat)
+                x = sublayer.output(x, z)
+            write(x)
+
+
 def backward_block(
-    skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[UnitStats], size: int
+    skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[SiteStatistics], size: int
 ) -> None:
     """Hand the gradient from a block's output to its input, recomputing it from its stored input.
 
     Args:
-        stats: one a sublayer; fed with the consumer's input and its gradient.
+        stats: one a sublayer; fed with everything that passes.
     """
     scale = store.shape[1] - 1.0
     with store.writing(boundary("gradient", index), f"the gradient of block {index}") as write:
         for _, (x, dy) in store.each(size, boundary("dense", index), boundary("gradient", index + 1)):
-            arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
             with torch.enable_grad():
                 x.requires_grad_()
-                y, inputs = x, []
-                for sublayer in block.sublayers:
-                    z = sublayer.mix(sublayer.normed(y), arguments)
-                    inputs.append(z)
-                    y = sublayer.output(y, z)
-                dx, *dz = torch.autograd.grad(y, (x, *inputs), dy)
+                y, passed, wanted = x, [], [x]
+                for sublayer, stat in zip(block.sublayers, stats, strict=True):
+                    _, z, given = _observed(skeleton, sublayer, index, y, stat)
+                    o = sublayer.consume(z)
+                    y = sublayer.join(y, o)
+                    passed.append((stat, z, len(wanted)))
+                    wanted += [z, o, *given]
+                gradients = torch.autograd.grad(y, wanted, dy)
             del y
-            for stat, z, g in zip(stats, inputs, dz, strict=True):
-                stat.add(z.detach(), g, scale)
-            write(dx)
+            ends = [first for _, _, first in passed[1:]] + [len(wanted)]
+            for (stat, z, first), end in zip(passed, ends, strict=True):
+                dz, do, *dp = gradients[first:end]
+                stat.add_gradients(z.detach(), dz, do, dp, scale)
+            write(gradients[0])
+
+
+def _observed(
+    skeleton: Skeleton, sublayer: Sublayer, index: int, x: Tensor, stat: SiteStatistics
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The producers' input, the consumer's input and, where wanted, the producers' outputs; summed in passing."""
+    arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
+    given: list[Tensor] = []
+    u = sublayer.normed(x)
+    if stat.wants_producers:
+        z, given = sublayer.produce(u, arguments)
+    else:
+        z = sublayer.mix(u, arguments)
+    with torch.no_grad():
+        maps = None
+        if stat.wants_maps:
+            maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
+        stat.add(u.detach(), z.detach(), maps)
+    return u, z, given
 
 
 def _predictions(hidden: Tensor, tokens: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,86 @@
+"""Training in the small: one block's weights, from its pruned input to its dense output; nothing else is in memory.
+
+No labels and no end-to-end gradient: mean squared error, Adam, a rate falling linearly to zero. What it costs on top
+of the closed form is counted and reported apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .errors import NumericalError
+from .maths.linalg import accumulator
+from .memory import REFINE_SEQUENCES
+from .model.block import Arguments, Block
+from .model.skeleton import Skeleton
+from .stream.store import ActivationStore
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How a block is refined."""
+
+    steps: int
+    seed: int
+    batch: int
+    """Sequences whose activations are held at once; gradients of a step's micro-batches add up."""
+    rate: float = 3e-4
+    """Adam's, at the first step."""
+
+
+def refine(
+    skeleton: Skeleton, block: Block, index: int, store: ActivationStore, source: str, target: str, how: Refinement
+) -> dict[str, Any]:
+    """Train a block's weights, in float32 or better; its masters get what came out, in their stored dtype.
+
+    Args:
+        source, target: boundaries with its inputs and with the outputs it should give.
+
+    Returns:
+        For the report: the mean squared errors of the first and of the last tenth of the steps.
+
+    Raises:
+        NumericalError: the loss is no longer finite.
+    """
+    dtype = accumulator(skeleton.dtype)
+    samples = store.shape[0]
+    size = min(REFINE_SEQUENCES, samples)
+    generator = torch.Generator().manual_seed((how.seed * 1_000_003 + index) % 2**63)
+    losses: list[float] = []
+    with block.training(dtype) as weights, torch.enable_grad():
+        optimiser = torch.optim.Adam(weights.values(), lr=how.rate, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / how.steps)
+        for step in range(how.steps):
+            chosen = torch.randperm(samples, generator=generator)[:size].tolist()
+            total = 0.0
+            for begin in range(0, size, how.batch):
+                rows = chosen[begin : begin + how.batch]
+                x, y = (
+                    torch.cat([store.read(name, slice(r, r + 1)) for r in rows]).to(dtype) for name in (source, target)
+                )
+                arguments = _cast(skeleton.arguments(x.shape[0], x.shape[1])[index], dtype)
+                loss = F.mse_loss(block(x, arguments), y) * (len(rows) / size)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            if not torch.isfinite(torch.tensor(total)):
+                raise NumericalError(f"block {index}: the refinement's loss is {total} at step {step}")
+            optimiser.step()
+            optimiser.zero_grad()
+            schedule.step()
+            losses.append(total)
+    tenth = max(1, how.steps // 10)
+    return {"refinement": [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])]}
+
+
+def _cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    cast_all: Arguments = tree_map(cast, dict(arguments))
+    return cast_all

@@ -1,0 +1,309 @@
+"""One shot: a checkpoint directory in, a smaller checkpoint directory out; survey → allocate → prune sweep → write.
+
+A step counts once it is journalled, and what a step needs is removed only after the line that makes it unneeded. So a
+job killed at any instant goes on from the last line and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from . import files, output
+from .errors import NumericalError, ResumeError
+from .host import return_freed_memory
+from .job import Job
+from .journal import Entry
+from .maths.stats import GRADIENTS, SiteStatistics
+from .methods.allocation import Budget
+from .methods.plan import Plan
+from .methods.recipe import Findings, Surveyed
+from .model.block import Block
+from .model.checkpoint import write_shard
+from .model.skeleton import Skeleton, open_skeleton
+from .refine import Refinement
+from .stream import sweep
+from .surgery import DENSE, PRUNED, Surgeon
+
+GRADIENT = "gradient"
+
+
+class Shot:
+    """The steps of one shot of an opened job, from wherever its journal says.
+
+    Args:
+        number: from 1 to `Job.shots`.
+    """
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.job, self.number = job, number
+        self.progress = job.progress
+        self.last = number == job.shots
+        self.folder = job.shot_folder(number)
+        """Where the result goes."""
+        source = job.shot_folder(number - 1) if number > 1 else None
+        self.skeleton: Skeleton = (
+            open_skeleton(source, job.device, job.dtype, uniform=job.skeleton.uniform) if source else job.skeleton
+        )
+        self.sites = self.skeleton.all_sites()
+        self.statistics = job.recipe.statistics(job.settings) if job.surveys else frozenset()
+
+    @property
+    def finished(self) -> Entry | None:
+        """The journal's entry, once the result is whole; what it removed is in it."""
+        return self.journalled("finished")
+
+    def work(self) -> None:
+        """Everything from wherever the journal says to the finished directory."""
+        plan = self.prepare()
+        self._prune(plan)
+        self._write(plan)
+
+    def prepare(self) -> Plan:
+        """Survey and allocate, as far as that is not done."""
+        if self.job.needs_text and not self.journalled("embed"):
+            store, size = self.job.store, self.job.batch
+            sweep.embed(self.skeleton, self.job.tokens, store, sweep.boundary(DENSE, 0), size)
+            self.record("embed")
+        return self._allocate()
+
+    # The journal, as far as it speaks of this shot.
+
+    def record(self, step: str, **data: Any) -> Entry:
+        """Record a step of this shot as finished."""
+        return self.job.journal.append(f"shot-{self.number}/{step}", **data)
+
+    def journalled(self, step: str) -> Entry | None:
+        """A finished step of this shot."""
+        return self.job.journal.find(f"shot-{self.number}/{step}")
+
+    def steps(self, prefix: str) -> list[Entry]:
+        """All finished steps of this shot whose name begins with `prefix`."""
+        return list(self.job.journal.steps(f"shot-{self.number}/{prefix}"))
+
+    # The survey.
+
+    def _survey(self) -> SurveyFiles:
+        """The recipe's findings at every site of the model, by a forward and, for gradients, a backward sweep."""
+        depth = len(self.skeleton)
+        shared = self.job.shared_survey if self.number == 1 else None
+        if shared is not None and not self.steps("forward/") and shared.is_dir():
+            for index in range(depth):
+                files.link(shared / self._survey_path(index).name, self._survey_path(index))
+            self.record("surveyed")
+        if not self.journalled("surveyed"):
+            if self.statistics & GRADIENTS:
+                self._survey_backward()
+            else:
+                self._survey_forward()
+            self.record("surveyed")
+            if shared is not None and not shared.is_dir():
+                temporary = shared.with_name(shared.name + files.TEMPORARY)
+                files.remove_tree(temporary)
+                files.make_folder(temporary)
+                for index in range(depth):
+                    files.link(self._survey_path(index), temporary / self._survey_path(index).name)
+                files.publish(temporary, shared)
+        return SurveyFiles(self.skeleton, self._survey_path)
+
+    def _survey_forward(self) -> None:
+        skeleton, store, depth = self.skeleton, self.job.store, len(self.skeleton)
+        done = len(self.steps("forward/"))
+        self.progress.phase("survey", depth, done)
+        store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
+        for index, block in sweep.blocks(skeleton, range(done, depth)):
+            stats = skeleton.statistics(index, self.statistics)
+            sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
+            self._save_findings(index, block, stats)
+            del block, stats
+            return_freed_memory()
+            self.record(f"forward/{index}")
+            if index:
+                store.remove(sweep.boundary(DENSE, index))
+            self.progress.step(f"block {index}")
+
+    def _survey_backward(self) -> None:
+        skeleton, store, depth = self.skeleton, self.job.store, len(self.skeleton)
+        forward, backward = len(self.steps("forward/")), len(self.steps("backward/"))
+        self.progress.phase("survey", 2 * depth, forward + backward)
+        if not self.journalled("head"):
+            kept = {i for i in range(forward + 1) if i % self.job.boundary_every == 0 or i == forward}
+            store.keep_only({sweep.boundary(DENSE, i) for i in kept})
+            for index in sweep.forward(skeleton, store, DENSE, forward, depth, self.job.batch):
+                self.record(f"forward/{index}")
+                if index % self.job.boundary_every:
+                    store.remove(sweep.boundary(DENSE, index))
+                self.progress.step(f"forward, block {index}")
+            sweep.head_gradient(skeleton, store, self.job.tokens, self.job.batch)
+            self.record("head")
+        first = depth - 1 - backward
+        inputs = {sweep.boundary(DENSE, index) for index in range(max(first, 0) + 1)}
+        store.keep_only({sweep.boundary(GRADIENT, first + 1)} | inputs)
+        while first >= 0:
+            lowest = self._recompute(first)
+            for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
+                stats = skeleton.statistics(index, self.statistics)
+                sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
+                self._save_findings(index, block, stats)
+                del block, stats
+                return_freed_memory()
+                self.record(f"backward/{index}")
+                store.remove(sweep.boundary(GRADIENT, index + 1))
+                if index:
+                    store.remove(sweep.boundary(DENSE, index))
+                self.progress.step(f"backward, block {index}")
+            first = lowest - 1
+
+    def _recompute(self, index: int) -> int:
+        """See that a block's input is there; returns the lowest block down to which all inputs are."""
+        skeleton, store = self.skeleton, self.job.store
+        there = index
+        while sweep.boundary(DENSE, there) not in store:
+            there -= 1
+            if there < 0:
+                raise ResumeError(f"{self.job.cache} has lost its activations; start over with --restart")
+        for _ in sweep.forward(skeleton, store, DENSE, there, index, self.job.batch):
+            pass
+        return there
+
+    def _survey_path(self, index: int) -> Path:
+        return self.job.folder / f"survey-{index:04}.safetensors"
+
+    @torch.no_grad()
+    def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for sub, stat in zip(block.sublayers, stats, strict=True):
+            surveyed = Surveyed(
+                site=sub.site,
+                w=sub.weight(sub.entry.consumer),
+                producers=tuple(sub.weight(producer.name) for producer in sub.entry.producers),
+                statistics=stat,
+            )
+            findings = self.job.recipe.digest(self.job.settings, surveyed)
+            tensors |= {f"{sub.site.kind}.{name}": tensor.cpu() for name, tensor in findings.items()}
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericalError(f"block {index}: the survey's {name} is NaN or Inf")
+        write_shard(self._survey_path(index), tensors)
+
+    # The plan.
+
+    def _allocate(self) -> Plan:
+        """The plan that holds: the one journalled, the one given, or a new one."""
+        job, chosen = self.job, self.journalled("allocate")
+        if job.given_plan is not None:
+            if chosen is None or chosen["plan"] != job.given_plan.digest():
+                if chosen is not None and self.steps("prune/"):
+                    raise ResumeError(
+                        f"plan is {job.given_plan.digest()}; this job is pruning by {chosen['plan']}; --restart starts over"
+                    )
+                return self._choose(job.given_plan, given=True)
+        elif chosen is not None and chosen["given"]:
+            raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
+        elif chosen is None:
+            survey = self._survey() if self.statistics else {}
+            return self._choose(job.allocate(self.sites, survey, self.budget), given=False)
+        plan = Plan.read(job.plan_path)
+        if plan.digest() != chosen["plan"]:
+            raise ResumeError(f"{job.plan_path} was changed; pass a copy of it with --plan")
+        return plan
+
+    @property
+    def budget(self) -> Budget:
+        """What is to be gone after this shot: an equal part of the whole in every shot."""
+        gone = self.job.skeleton.block_parameters() - self.skeleton.block_parameters()
+        return self.job.budget(self.number / self.job.shots, gone)
+
+    def _choose(self, plan: Plan, *, given: bool) -> Plan:
+        plan.check(self.sites, "the plan")
+        files.write_text(self.job.plan_path, plan.to_json())
+        self.record("allocate", plan=plan.digest(), given=given)
+        return plan
+
+    # The prune sweep and the result.
+
+    def _prune(self, plan: Plan) -> None:
+        job, skeleton, depth = self.job, self.skeleton, len(self.skeleton)
+        done = len(self.steps("prune/"))
+        refinement = None
+        if self.last and job.config.refine:
+            refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch)
+        surgeon = Surgeon(
+            skeleton=skeleton,
+            recipe=job.recipe,
+            settings=job.settings,
+            plan=plan,
+            survey=SurveyFiles(skeleton, self._survey_path) if self.statistics else {},
+            store=job.store if job.streams else None,
+            batch=job.batch,
+            seed=job.config.seed,
+            window=job.window,
+            refinement=refinement,
+        )
+        self.progress.phase("prune", depth, done)
+        if surgeon.store is not None:
+            first = {sweep.boundary(DENSE, 0)} if done == 0 else set()
+            surgeon.store.keep_only(first | {sweep.boundary(stream, done) for stream in surgeon.streams_into(done)})
+            if done == 0:
+                surgeon.store.link(sweep.boundary(DENSE, 0), sweep.boundary(PRUNED, 0))
+        for index, block in sweep.blocks(skeleton, range(done, depth)):
+            pruned, reports = surgeon.operate(block, index)
+            names = skeleton.block_names(index)
+            shard = self.folder / output.block_shard(skeleton, index)
+            write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
+            self.record(f"prune/{index}", sites=reports)
+            del block, pruned
+            return_freed_memory()
+            for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
+                job.store.remove(sweep.boundary(stream, index))
+            self.progress.step(f"block {index}: " + ", ".join(f"{r['kept']} of {r['units']}" for r in reports))
+
+    def _write(self, plan: Plan) -> None:
+        after = [site.keeping(plan[site.name].keep) for site in self.sites]
+        reports = [report for step in self.steps("prune/") for report in step["sites"]]
+        removed = plan.removed_parameters(self.sites) + self.job.skeleton.block_parameters()
+        removed -= self.skeleton.block_parameters()
+        report = self.job.report(plan, reports, removed)
+        output.write_outside(self.skeleton, self.folder)
+        output.finish(self.skeleton, self.folder, after, report, self.job.config.model.resolve().name)
+        self.record("finished", removed=removed)
+
+
+class SurveyFiles(Mapping[str, Findings]):
+    """A survey's findings by site name, one file a block; a tensor is read when it is asked for."""
+
+    def __init__(self, skeleton: Skeleton, path: Any) -> None:
+        self._sites = {site.name: site for site in skeleton.all_sites()}
+        self._path = path
+
+    def __getitem__(self, name: str) -> Findings:
+        site = self._sites[name]
+        return _FindingsFile(self._path(site.block), f"{site.kind}.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+class _FindingsFile(Mapping[str, Tensor]):
+    def __init__(self, path: Path, prefix: str) -> None:
+        self._path, self._prefix = path, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self._prefix + name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        with safe_open(self._path, framework="pt") as file:
+            return iter([n.removeprefix(self._prefix) for n in file.keys() if n.startswith(self._prefix)])  # noqa: SIM118
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
