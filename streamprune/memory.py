@@ -36,6 +36,8 @@ class Needs:
     dense_stream: bool = False
     prunes: bool = True
     """False for evaluation."""
+    generates: bool = False
+    """The model writes its calibration tokens."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1) <= device_limit)
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size) <= device_limit)
     every, disk = model.boundaries(disk_limit)
+    disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # these go before boundaries come
     if disk > disk_limit:
         problems.append(
             f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
@@ -129,6 +132,13 @@ def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: in
     return _Shapes(skeleton, needs).device_peak(batch, backward_batch)
 
 
+def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
+    """Sequences a micro-batch while calibration tokens are written: as many as other steps leave room for."""
+    model = _Shapes(skeleton, needs)
+    room = model.device_peak(batch, backward_batch) - model.decoding(0)
+    return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
+
+
 class _Shapes:
     """Bytes and operations of one model under one job."""
 
@@ -145,6 +155,8 @@ class _Shapes:
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.item
         self.stored_all = sum(entry.nbytes for block in counts for entry in block)
         self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.item
+        pairs = [sum(2 * site.units * site.head_width for site in sites) for sites in self.blocks]
+        self.keys_and_values, self.widest_pair = (needs.length * self.item * n for n in (sum(pairs), max(pairs)))
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.item
 
     # Device memory: what is held at once in each step, by the step's name.
@@ -166,6 +178,11 @@ class _Shapes:
             vocabulary = self.skeleton.vocabulary
             logits = min(LOGIT_BYTES, 4 * vocabulary * batch * length)
             steps["the head"] = self.head + 3 * batch * self.row_bytes + 4 * max(logits, 4 * vocabulary)
+        if needs.generates:
+            logits = min(LOGIT_BYTES, 4 * self.skeleton.vocabulary * needs.samples)
+            # In the computing dtype, as probabilities and their sums in up to float64, with what softmax makes of them.
+            steps["the head's next tokens"] = self.head + needs.samples * self.d * self.item + 8 * logits
+            steps["one block's next tokens"] = self.decoding(1)
         if needs.gradients:
             steps["one block's backward pass"] = self.block + backward_batch * length * max(
                 sum(self._backward_token(site) for site in sites) for sites in self.blocks
@@ -194,6 +211,11 @@ class _Shapes:
             )
             steps["input compensation"] = held + inputs + 3 * item * d * d + 3 * item * d * max(n, d)
         return steps
+
+    def decoding(self, batch: int) -> int:
+        """Bytes while a block gives so many sequences a token: keys and values read, copied for attention, and masked."""
+        residual = 2 * self.needs.samples * self.d * self.item
+        return self.block + residual + batch * (3 * self.widest_pair + self.passing(1) // self.needs.length)
 
     def passing(self, batch: int) -> int:
         """Bytes of activations while one sublayer runs forward."""
@@ -244,7 +266,8 @@ class _Shapes:
         )
         # All of it to check and to prune; with gradients forward and backward too, and to recompute boundaries.
         sweeps = 2 + (2 if needs.gradients else 0) + (1 if needs.gradients and every > 1 else 0)
-        return sweeps * self.stored_all + 2 * outside + needs.text * embed + needs.gradients * head
+        writing = needs.generates * (needs.length - 1) * (self.stored_all + embed + head)
+        return sweeps * self.stored_all + 2 * outside + needs.text * embed + needs.gradients * head + writing
 
     def operations(self) -> int:
         needs, total = self.needs, 0
@@ -263,11 +286,11 @@ class _Shapes:
                 if needs.dense_stream:
                     total += 4 * d * d * tokens + d**3
             times = 1 if not needs.prunes else (3 if needs.gradients else 0) + 2 * needs.gram + needs.dense_stream
-            total += times * passes
-        if needs.gradients or not needs.prunes:
-            total += 2 * self.d * self.skeleton.vocabulary * tokens * (2 if needs.gradients else 1)
+            total += (times + needs.generates) * passes
+        heads = (2 if needs.gradients else 0 if needs.prunes else 1) + needs.generates
+        total += 2 * self.d * self.skeleton.vocabulary * tokens * heads
         return total
 
     def steps(self) -> int:
         depth = len(self.skeleton)
-        return depth + (2 * depth + 2 if self.needs.gradients else 0) + 2
+        return depth + (2 * depth + 2 if self.needs.gradients else 0) + self.needs.generates * self.needs.length + 2

@@ -22,11 +22,12 @@ from .host import return_freed_memory
 from .job import Job
 from .journal import Entry
 from .maths.stats import MaskGradient
-from .memory import Resources
+from .memory import Resources, generation_batch
 from .methods.plan import Plan
 from .model.checkpoint import read_json, write_shard
 from .progress import Progress
 from .stream import sweep
+from .stream.generate import generate
 from .surgery import DENSE, PRUNED, Surgeon
 
 GRADIENT = "gradient"
@@ -134,11 +135,22 @@ class Run:
             self.progress.say(
                 "no --calibration given: using the built-in English sample; text of your own domain does better"
             )
+        if self.job.writes_text and not self.journal.find("calibrate"):
+            self._write_text()
         if self.job.needs_text and not self.journal.find("embed"):
             store, size = self.job.store, self.job.batch
             sweep.embed(self.skeleton, self.job.tokens, store, sweep.boundary(DENSE, 0), size)
             self.journal.append("embed")
         return self._allocate()
+
+    def _write_text(self) -> None:
+        """Calibration tokens of the model's own; a killed process's are begun again, and come out the same."""
+        job = self.job
+        batch = generation_batch(self.skeleton, job.needs, job.batch, job.backward_batch)
+        folder, samples = job.cache / "generate", job.config.samples
+        tokens = generate(self.skeleton, samples, job.length, job.config.seed, folder, batch, self.progress)
+        write_shard(job.written_path, {"tokens": tokens})
+        self.journal.append("calibrate")
 
     def _survey(self) -> dict[str, MaskGradient]:
         """Mask gradients of every site of the dense model, by a forward and a backward sweep."""

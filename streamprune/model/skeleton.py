@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Skeleton:
             model.set_submodule(name, nn.Identity())
         self._model = model
         self._rebuild_buffers()
-        self._arguments: OrderedDict[tuple[int, int], list[Arguments]] = OrderedDict()
+        self._arguments: OrderedDict[tuple[int, int, int], list[Arguments]] = OrderedDict()
         self._check_layout()
 
     def __len__(self) -> int:
@@ -185,22 +185,22 @@ class Skeleton:
         entries = zip(self.architecture.sublayers, self.sites(index), strict=True)
         return Block(layer, [Sublayer(layer, entry, site, norm_after=self.norm_after) for entry, site in entries])
 
-    def arguments(self, sequences: int, tokens: int) -> list[Arguments]:
-        """What the model's own forward passes to each block for a batch of that size."""
-        key = sequences, tokens
+    def arguments(self, sequences: int, tokens: int, past: int = 0) -> list[Arguments]:
+        """What the model's own forward passes to each block for a batch of that size, `past` tokens having gone before."""
+        key = sequences, tokens, past
         if key not in self._arguments:
             with self._filled(self._embed, self._blank):
-                self._embedded(torch.zeros(key, dtype=torch.int64, device=self.device))
+                self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
             self._arguments[key] = [slot.arguments for slot in self._slots]
             while len(self._arguments) > 2:
                 self._arguments.popitem(last=False)
         return self._arguments[key]
 
     @contextmanager
-    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Token ids (sequences, tokens) → the first block's input (sequences, tokens, d), while open."""
+    def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Token ids (sequences, tokens) after `past` others → the first block's input (sequences, tokens, d), while open."""
         with self._filled(self._embed, self._read):
-            yield self._embedded
+            yield partial(self._embedded, past=past)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -248,9 +248,9 @@ class Skeleton:
     def _embedding_weight(self) -> str:
         return f"{self.architecture.embed[0]}.weight"
 
-    def _embedded(self, ids: Tensor) -> Tensor:
+    def _embedded(self, ids: Tensor, past: int = 0) -> Tensor:
         with torch.no_grad():
-            self._base(input_ids=ids, use_cache=False)
+            self._base(input_ids=ids, past_key_values=_Past(past) if past else None, use_cache=False)
         hidden = self._slots[0].hidden
         for slot in self._slots:
             slot.hidden = None
@@ -316,6 +316,23 @@ def open_skeleton(model: Path, device: torch.device, dtype: str, *, uniform: boo
     checkpoint = Checkpoint(model)
     stored = next((entry.dtype for entry in checkpoint.values() if entry.numel), torch.float32)
     return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, stored), uniform=uniform)
+
+
+class _Past:
+    """What transformers' forward asks of a cache outside the blocks: how many tokens have gone before."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tokens
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(keys there will be, where the first one stands)."""
+        return self.tokens + query_length, 0
 
 
 class _Slot(nn.Module):
