@@ -128,6 +128,8 @@ def test_draws_have_the_softmax_as_their_frequencies() -> None:
     counts = sample(logits.expand(10_000, 7), uniform).bincount(minlength=7)
     assert counts[3] == 0
     torch.testing.assert_close(counts / 10_000, logits.softmax(0), rtol=0, atol=1.1e-4)
+    largest = torch.full((100,), 1 - 2**-53, dtype=torch.float64)
+    assert int(sample(torch.randn(100, 90), largest).max()) < 90  # whatever the probabilities' sum is rounded to
     certain = torch.full((2, 4), -torch.inf)
     certain[:, 2] = 0
     assert sample(certain, torch.tensor([0, 1 - 2**-53], dtype=torch.float64)).tolist() == [2, 2]

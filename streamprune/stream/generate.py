@@ -90,9 +90,8 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """
     precise = logits if logits.dtype == torch.float64 else logits.float()
     distribution = precise.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # Sums end near 1, not at it.
-    ranks = uniform[:, None] * distribution[:, -1:]
-    return torch.searchsorted(distribution, ranks, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    # It ends near 1, not at it.
+    return torch.searchsorted(distribution, uniform[:, None] * distribution[:, -1:], right=True)[:, 0]
 
 
 def _next_tokens(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator) -> Tensor:
