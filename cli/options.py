@@ -52,9 +52,9 @@ job_options = bundle(
     ),
     click.option(
         "--calibration",
-        type=FILE,
-        metavar="FILE",
-        help="UTF-8 text to calibrate on.  [default: a built-in English sample]",
+        metavar="FILE|self|random-tokens",
+        help="UTF-8 text to calibrate on; self: tokens that the model writes, slow; random-tokens: any of its vocabulary.  "
+        "[default: a built-in English sample]",
     ),
     click.option("--samples", default=128, show_default=True, help="Calibration windows."),
     click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]"),

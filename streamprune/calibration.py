@@ -92,6 +92,14 @@ def sample_windows(tokens: Tensor, samples: int, length: int, seed: int, source:
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])
 
 
+def random_windows(vocabulary: int, samples: int, length: int, seed: int) -> Tensor:
+    """Token ids drawn evenly from the vocabulary: (samples, length) int64.
+
+    Greedy Output Approximation, appendix: random input for covariances without data.
+    """
+    return torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
 def consecutive_windows(tokens: Tensor, length: int, source: Path) -> Tensor:
     """The text cut into windows in order, a remainder dropped: (windows, length) int64.
 

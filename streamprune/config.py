@@ -14,6 +14,8 @@ Layout = Literal["free", "uniform"]
 LAYOUTS: tuple[Layout, ...] = ("free", "uniform")
 RatioOf = Literal["blocks", "window", "model"]
 RATIOS_OF: tuple[RatioOf, ...] = ("blocks", "window", "model")
+DataFree = Literal["self", "random-tokens"]
+DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -72,8 +74,9 @@ class Config:
     recipe: str = _fixed(default="sobp")
     settings: Mapping[str, str] = _fixed(default_factory=dict)
     """The recipe's own settings by name, as text."""
-    calibration: Path | None = _free(default=None)
-    """UTF-8 text; None takes the built-in sample. On resume its content is compared, not its path."""
+    calibration: Path | DataFree | None = _free(default=None)
+    """UTF-8 text; None takes the built-in sample. On resume its content is compared, not its path.
+    ``"self"``: tokens that the model writes; ``"random-tokens"``: tokens drawn evenly from its vocabulary."""
     samples: int = _fixed(default=128)
     seq_len: int | None = _fixed(default=None)
     """Tokens a sample; None takes 2048, or the model's context if that is shorter."""
@@ -103,7 +106,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("model", "out", "calibration", "cache", "plan", "surveys"):
-            if isinstance(value := getattr(self, name), str):
+            if isinstance(value := getattr(self, name), str) and (name != "calibration" or value not in DATA_FREE):
                 object.__setattr__(self, name, Path(value))
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration, files, machine, output
-from .config import Config, format_bytes
+from .config import Config, DataFree, format_bytes
 from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .memory import Needs, Resources, device_peak, forecast
@@ -73,6 +74,7 @@ class Job:
         self.folder = job_folder(config.out)
         self.staging = self.folder / "out"
         self.plan_path = self.folder / "plan.json"
+        self.written_path = self.folder / "calibration.safetensors"
         self.journal_path = self.folder / "journal.jsonl"
         self.resumed = False
         self.journal: Journal
@@ -109,7 +111,8 @@ class Job:
     @property
     def surveys(self) -> bool:
         """Whether the model is surveyed before anything is removed."""
-        return self.given_plan is None and bool(self.recipe.statistics(self.settings))
+        spared = self.given_plan is not None and not self.recipe.keeps_findings(self.settings)
+        return bool(self.recipe.statistics(self.settings)) and not spared
 
     @property
     def streams(self) -> bool:
@@ -124,9 +127,14 @@ class Job:
         return self.surveys or self.streams
 
     @property
-    def text(self) -> Path:
-        """The calibration text."""
+    def text(self) -> Path | DataFree:
+        """The calibration text, or how to do without."""
         return self.config.calibration or calibration.builtin_text()
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model writes its own calibration tokens."""
+        return self.needs_text and self.text == "self"
 
     @cached_property
     def needs(self) -> Needs:
@@ -141,6 +149,7 @@ class Job:
             aims=self.recipe.target(self.settings) is not None,
             refines=self.config.refine,
             shots=self.shots,
+            generates=self.writes_text,
         )
 
     @cached_property
@@ -151,12 +160,7 @@ class Job:
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
         # Whether or not a plan spares the survey: a job may go on with a plan that began without one.
         if self.recipe.statistics(self.settings) or self.streams:
-            if not self.text.is_file():
-                calibration.read_text(self.text)
-            inputs["calibration"] = files.sha256(self.text)
-            names = (name for name in output.COMPANIONS if "token" in name or name in ("vocab.json", "merges.txt"))
-            found = {name: self.config.model / name for name in names}
-            inputs["tokenizer"] = {name: files.sha256(path) for name, path in found.items() if path.is_file()}
+            inputs |= self._text_identity()
         return {
             "settings": {
                 **self.config.fixed(),
@@ -166,6 +170,18 @@ class Job:
             },
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        }
+
+    def _text_identity(self) -> dict[str, Any]:
+        if not isinstance(self.text, Path):
+            return {"calibration": self.text}
+        if not self.text.is_file():
+            calibration.read_text(self.text)
+        names = (name for name in output.COMPANIONS if "token" in name or name in ("vocab.json", "merges.txt"))
+        found = {name: self.config.model / name for name in names}
+        return {
+            "calibration": files.sha256(self.text),
+            "tokenizer": {name: files.sha256(path) for name, path in found.items() if path.is_file()},
         }
 
     def forecast(self) -> Resources:
@@ -307,13 +323,13 @@ class Job:
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
-        known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced"}
+        known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced", self.written_path.name}
         for path in self.folder.iterdir():
             if path.name not in known and not path.name.startswith(("survey-", "shot-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
         self._check_disk(resources)
-        if self.needs_text:
+        if self.needs_text and not self.writes_text:
             _ = self.tokens
         header = self.header
         self._check_weights()
@@ -406,7 +422,14 @@ class Job:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Calibration windows (samples, length)."""
+        """Calibration windows (samples, length); those that the model writes are there once they are journalled."""
+        if self.text == "self":
+            written: Tensor = load_file(self.written_path)["tokens"]
+            return written
+        if self.text == "random-tokens":
+            return calibration.random_windows(
+                self.skeleton.vocabulary, self.config.samples, self.length, self.config.seed
+            )
         tokenizer = calibration.load_tokenizer(self.config.model)
         tokens = calibration.tokenize(tokenizer, self.text, self.skeleton.vocabulary)
         return calibration.sample_windows(tokens, self.config.samples, self.length, self.config.seed, self.text)
@@ -461,12 +484,10 @@ class Job:
                 )
         if self.config.layout == "uniform" and not plan.is_uniform(self.sites):
             raise ConfigError(f"{path}: blocks keep different widths, which the uniform layout cannot hold")
-        if self.recipe.uses_plan_units(self.settings):
-            for site in self.sites:
-                if plan[site.name].units is None and plan[site.name].keep < site.units:
-                    raise ConfigError(
-                        f'{path}: with these settings {site.name} needs "units", not only how many to keep'
-                    )
+        for site in self.sites:
+            kept = plan[site.name]
+            if self.recipe.plans_units(self.settings, site) and kept.units is None and kept.keep < site.units:
+                raise ConfigError(f'{path}: with these settings {site.name} needs "units", not only how many to keep')
         return plan
 
     def _agreed_ratio(self) -> float:

@@ -48,6 +48,8 @@ class Needs:
     shots: int = 1
     prunes: bool = True
     """False for evaluation."""
+    generates: bool = False
+    """The model writes its calibration tokens."""
 
     @property
     def gradients(self) -> bool:
@@ -118,6 +120,7 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1) <= device_limit)
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size) <= device_limit)
     every, disk = model.boundaries(disk_limit)
+    disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # these go before boundaries come
     if disk > disk_limit:
         problems.append(
             f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
@@ -151,6 +154,13 @@ def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: in
     return _Shapes(skeleton, needs).device_peak(batch, backward_batch)
 
 
+def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
+    """Sequences a micro-batch while calibration tokens are written: as many as other steps leave room for."""
+    model = _Shapes(skeleton, needs)
+    room = model.device_peak(batch, backward_batch) - model.decoding(0)
+    return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
+
+
 class _Shapes:
     """Bytes and operations of one model under one job."""
 
@@ -167,6 +177,8 @@ class _Shapes:
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.item
         self.stored_all = sum(entry.nbytes for block in counts for entry in block)
         self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.item
+        pairs = [sum(2 * site.units * site.head_width for site in sites) for sites in self.blocks]
+        self.keys_and_values, self.widest_pair = (needs.length * self.item * n for n in (sum(pairs), max(pairs)))
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.item
 
     # Device memory: what is held at once in each step, by the step's name.
@@ -188,6 +200,11 @@ class _Shapes:
             vocabulary = self.skeleton.vocabulary
             logits = min(LOGIT_BYTES, 4 * vocabulary * batch * length)
             steps["the head"] = self.head + 3 * batch * self.row_bytes + 4 * max(logits, 4 * vocabulary)
+        if needs.generates:
+            logits = min(LOGIT_BYTES, 4 * self.skeleton.vocabulary * needs.samples)
+            # In the computing dtype, as probabilities and their sums in up to float64, with what softmax makes of them.
+            steps["the head's next tokens"] = self.head + needs.samples * self.d * self.item + 8 * logits
+            steps["one block's next tokens"] = self.decoding(1)
         if needs.gradients:
             steps["one block's backward pass"] = (
                 self.block + self._survey_sums() + backward_batch * length * self._backward_tokens()
@@ -227,6 +244,11 @@ class _Shapes:
             steps["input compensation"] = held + inputs + 3 * item * d * d + 3 * item * d * max(n, d)
         return steps
 
+    def decoding(self, batch: int) -> int:
+        """Bytes while a block gives so many sequences a token: keys and values read, copied for attention, and masked."""
+        residual = 2 * self.needs.samples * self.d * self.item
+        return self.block + residual + batch * (3 * self.widest_pair + self.passing(1) // self.needs.length)
+
     def passing(self, batch: int) -> int:
         """Bytes of activations while one sublayer runs forward."""
         return batch * self.needs.length * max(self._forward_token(site) for sites in self.blocks for site in sites)
@@ -261,8 +283,8 @@ class _Shapes:
 
     def _producer_rows(self, site: Site) -> list[int]:
         entry = next(entry for entry in self.skeleton.architecture.sublayers if entry.kind == site.kind)
-        modules = (self.skeleton.module(site.block, producer.name) for producer in entry.producers)
-        return [linear_shape(module)[0] for module in modules]
+        modules = [(self.skeleton.module(site.block, producer.name), producer.parts) for producer in entry.producers]
+        return [linear_shape(module)[0] // parts for module, parts in modules for _ in range(parts)]
 
     def _widest(self) -> int:
         return max(site.columns for sites in self.blocks for site in sites)
@@ -307,10 +329,11 @@ class _Shapes:
         # All of it to check and to prune; with gradients forward and backward too, and to recompute boundaries.
         survey = 2 + (every > 1) if needs.gradients else 1 if needs.survey else 0
         shot = (1 + survey) * self.stored_all + outside + needs.text * embed + needs.gradients * head
-        return self.stored_all + outside + needs.shots * shot
+        writing = needs.generates * (needs.length - 1) * (self.stored_all + embed + head)
+        return self.stored_all + outside + needs.shots * shot + writing
 
     def operations(self) -> int:
-        needs, total = self.needs, 0
+        needs, total, written = self.needs, 0, 0
         tokens = needs.samples * needs.length if needs.text else 0
         for sites in self.blocks:
             passes = 0
@@ -334,11 +357,12 @@ class _Shapes:
             times = 1 if not needs.prunes else survey + 2 * needs.gram + needs.dense_stream
             total += times * passes
             total += 3 * passes * needs.refines * min(REFINE_SEQUENCES, needs.samples) // max(needs.samples, 1)
-        if needs.gradients or not needs.prunes:
-            total += 2 * self.d * self.skeleton.vocabulary * tokens * (2 if needs.gradients else 1)
-        return total * needs.shots
+            written += needs.generates * passes
+        head = 2 * self.d * self.skeleton.vocabulary * tokens
+        total += head * (2 if needs.gradients else 0 if needs.prunes else 1)
+        return total * needs.shots + written + needs.generates * head
 
     def steps(self) -> int:
         depth = len(self.skeleton)
         survey = 2 * depth + 1 if self.needs.gradients else depth if self.needs.survey else 0
-        return self.needs.shots * (depth + survey + 3) + 1
+        return self.needs.shots * (depth + survey + 3) + 1 + self.needs.generates * self.needs.length

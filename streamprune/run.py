@@ -13,10 +13,11 @@ from .config import Config
 from .errors import ConfigError
 from .job import Job
 from .journal import Entry
-from .memory import Resources
-from .model.checkpoint import read_json
+from .memory import Resources, generation_batch
+from .model.checkpoint import read_json, write_shard
 from .progress import Progress
 from .shot import Shot
+from .stream.generate import generate
 
 
 @dataclass(frozen=True)
@@ -134,3 +135,14 @@ class Run:
             self.job.progress.say(
                 "no --calibration given: using the built-in English sample; text of your own domain does better"
             )
+        if self.job.writes_text and not self.job.journal.find("calibrate"):
+            self._write_text()
+
+    def _write_text(self) -> None:
+        """Calibration tokens of the model's own; a killed process's are begun again, and come out the same."""
+        job = self.job
+        batch = generation_batch(job.skeleton, job.needs, job.batch, job.backward_batch)
+        folder, samples = job.cache / "generate", job.config.samples
+        tokens = generate(job.skeleton, samples, job.length, job.config.seed, folder, batch, job.progress)
+        write_shard(job.written_path, {"tokens": tokens})
+        job.journal.append("calibrate")

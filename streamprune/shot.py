@@ -22,7 +22,7 @@ from .journal import Entry
 from .maths.stats import GRADIENTS, SiteStatistics
 from .methods.allocation import Budget
 from .methods.plan import Plan
-from .methods.recipe import Findings, Surveyed
+from .methods.recipe import Findings, Survey, Surveyed
 from .model.block import Block
 from .model.checkpoint import write_shard
 from .model.skeleton import Skeleton, open_skeleton
@@ -70,6 +70,8 @@ class Shot:
             store, size = self.job.store, self.job.batch
             sweep.embed(self.skeleton, self.job.tokens, store, sweep.boundary(DENSE, 0), size)
             self.record("embed")
+        if self.statistics and not self.journalled("allocate"):
+            self._survey()
         return self._allocate()
 
     # The journal, as far as it speaks of this shot.
@@ -88,7 +90,7 @@ class Shot:
 
     # The survey.
 
-    def _survey(self) -> SurveyFiles:
+    def _survey(self) -> None:
         """The recipe's findings at every site of the model, by a forward and, for gradients, a backward sweep."""
         depth = len(self.skeleton)
         shared = self.job.shared_survey if self.number == 1 else None
@@ -109,7 +111,11 @@ class Shot:
                 for index in range(depth):
                     files.link(self._survey_path(index), temporary / self._survey_path(index).name)
                 files.publish(temporary, shared)
-        return SurveyFiles(self.skeleton, self._survey_path)
+
+    @property
+    def survey(self) -> Survey:
+        """The findings on the disk; empty where there was no survey."""
+        return SurveyFiles(self.skeleton, self._survey_path) if self.statistics else {}
 
     def _survey_forward(self) -> None:
         skeleton, store, depth = self.skeleton, self.job.store, len(self.skeleton)
@@ -169,6 +175,8 @@ class Shot:
                 raise ResumeError(f"{self.job.cache} has lost its activations; start over with --restart")
         for _ in sweep.forward(skeleton, store, DENSE, there, index, self.job.batch):
             pass
+        while there and sweep.boundary(DENSE, there - 1) in store:
+            there -= 1
         return there
 
     def _survey_path(self, index: int) -> Path:
@@ -181,7 +189,7 @@ class Shot:
             surveyed = Surveyed(
                 site=sub.site,
                 w=sub.weight(sub.entry.consumer),
-                producers=tuple(sub.weight(producer.name) for producer in sub.entry.producers),
+                producers=sub.producer_weights(),
                 statistics=stat,
             )
             findings = self.job.recipe.digest(self.job.settings, surveyed)
@@ -206,8 +214,7 @@ class Shot:
         elif chosen is not None and chosen["given"]:
             raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
         elif chosen is None:
-            survey = self._survey() if self.statistics else {}
-            return self._choose(job.allocate(self.sites, survey, self.budget), given=False)
+            return self._choose(job.allocate(self.sites, self.survey, self.budget), given=False)
         plan = Plan.read(job.plan_path)
         if plan.digest() != chosen["plan"]:
             raise ResumeError(f"{job.plan_path} was changed; pass a copy of it with --plan")
@@ -238,7 +245,7 @@ class Shot:
             recipe=job.recipe,
             settings=job.settings,
             plan=plan,
-            survey=SurveyFiles(skeleton, self._survey_path) if self.statistics else {},
+            survey=self.survey,
             store=job.store if job.streams else None,
             batch=job.batch,
             seed=job.config.seed,

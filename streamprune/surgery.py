@@ -170,13 +170,17 @@ class Surgeon:
         problem = Problem(
             site=site,
             w=w,
-            producers=tuple(sub.weight(producer.name) for producer in sub.entry.producers),
+            producers=sub.producer_weights(),
+            zeros=entry.zeros,
             h=h,
             inputs=inputs,
             findings=self.survey.get(site.name, {}),
             generator=_generator(self.seed, site),
         )
-        if self.recipe.uses_plan_units(self.settings) and entry.units is not None:
+        if entry.keep == site.units:
+            kept = torch.arange(site.units)
+        elif self.recipe.plans_units(self.settings, site):
+            assert entry.units is not None
             kept = torch.tensor(entry.units)
         else:
             kept = self.recipe.select(self.settings, problem, entry.keep)
@@ -185,8 +189,8 @@ class Surgeon:
         refit = self.recipe.reconstruct(self.settings, problem, kept)
         columns = unit_columns(kept, site.width).to(w.device)
         error = None if h is None else output_error(w, h, refit.w, columns)
-        for producer, weight in zip(sub.entry.producers, refit.producers or (), strict=False):
-            sub.set_weight(producer.name, weight)
+        if refit.producers is not None:
+            sub.set_producer_weights(refit.producers)
         sub.shrink(kept, refit.w)
         return {**report, "kept": entry.keep, "error": error, "damping": refit.damping}
 

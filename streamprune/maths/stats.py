@@ -110,7 +110,7 @@ class SiteStatistics:
         heads: query heads; 0 for an FFN, which has no attention maps.
         inputs: d, what the producers read.
         outputs: rows of the consumer.
-        rows: output rows of each producer.
+        rows: output rows of each producer; a fused one counts as its parts.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class SiteStatistics:
 
         Args:
             dz, dy: of the consumer's input and output, (sequences, tokens, n) and (sequences, tokens, d_out).
-            dp: of each producer's output, where wanted.
+            dp: of each producer's output, where wanted; fused ones in their parts.
         """
         if self.mask is not None:
             self.mask.add(z, dz, scale)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from .baselines import MAGNITUDE, RANDOM, WANDA_SP
+from .default import DEFAULT
+from .greedy_output import GREEDY_OUTPUT
 from .recipe import Recipe
+from .slimgpt import SLIMGPT
 from .sobp import SOBP
 
-RECIPES: dict[str, Recipe[Any]] = {recipe.name: recipe for recipe in (SOBP, RANDOM, MAGNITUDE, WANDA_SP)}
+RECIPES: dict[str, Recipe[Any]] = {
+    recipe.name: recipe for recipe in (DEFAULT, SOBP, SLIMGPT, GREEDY_OUTPUT, RANDOM, MAGNITUDE, WANDA_SP)
+}

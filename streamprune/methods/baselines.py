@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..maths.linalg import unit_columns
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
-from .recipe import NoSettings, Problem, Recipe, Refit, Survey
+from .recipe import NoSettings, Problem, Recipe, Survey
+from .reconstruction import kept_columns
+from .selection import best
 
 Score = Callable[[Problem], Tensor]
 
@@ -41,14 +42,9 @@ def _uniform(settings: NoSettings, sites: Sequence[Site], survey: Survey, budget
     return Plan({site.name: SitePlan(keep[site.name]) for site in sites}, budget.ratio)
 
 
-def _keep_columns(settings: NoSettings, problem: Problem, kept: Tensor) -> Refit:
-    return Refit(problem.w[:, unit_columns(kept.to(problem.w.device), problem.site.width)])
-
-
 def _baseline(name: str, summary: str, score: Score, *, gram: bool = False) -> Recipe[NoSettings]:
     def select(settings: NoSettings, problem: Problem, keep: int) -> Tensor:
-        best = score(problem).cpu().argsort(descending=True, stable=True)[:keep]
-        return best.sort().values
+        return best(score(problem), keep)
 
     return Recipe(
         name=name,
@@ -56,7 +52,7 @@ def _baseline(name: str, summary: str, score: Score, *, gram: bool = False) -> R
         settings=NoSettings,
         allocate=_uniform,
         select=select,
-        reconstruct=_keep_columns,
+        reconstruct=lambda settings, problem, kept: kept_columns(problem, kept),
         wants_gram=lambda settings: gram,
     )
 

@@ -38,7 +38,7 @@ class Surveyed:
     w: Tensor
     """The consumer's weight (d_out, n), float32 or float64."""
     producers: tuple[Tensor, ...]
-    """The producers' weights (rows, d), same dtype."""
+    """The producers' weights (rows, d), same dtype; a fused one in its parts."""
     statistics: SiteStatistics
 
 
@@ -51,6 +51,8 @@ class Problem:
     """The consumer's weight (d_out, n), float32 or float64; fitted to the target already, where the recipe has one."""
     producers: tuple[Tensor, ...]
     """The producers' weights (rows, d), same dtype."""
+    zeros: tuple[int, ...] | None
+    """Weights to make zero in each producer and, last, in the consumer; None where units go instead."""
     h: Tensor | None
     """Mean Gram of the consumer's input (n, n), same dtype; None unless the recipe wants it."""
     inputs: Tensor | None
@@ -111,8 +113,10 @@ class Recipe(Generic[S]):
     target: Callable[[S], Target | None] = lambda settings: None
     shots: Callable[[S, float], int] = lambda settings, ratio: 1
     """In how many shots that ratio is removed."""
-    uses_plan_units: Callable[[S], bool] = lambda settings: False
-    """Whether the plan says which units stay, not only how many."""
+    plans_units: Callable[[S, Site], bool] = lambda settings, site: False
+    """Whether the plan says which units of the site stay, not only how many."""
+    keeps_findings: Callable[[S], bool] = lambda settings: False
+    """Whether `reconstruct` needs the survey's findings: then a plan that is given does not spare the survey."""
     writes_zeros: Callable[[S], bool] = lambda settings: False
     """Whether shapes stay and weights become zero: the plan then counts zeros, and no unit goes."""
 

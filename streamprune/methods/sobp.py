@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..maths.linalg import greedy_removal, refit, unit_columns
 from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
 from .recipe import Problem, Recipe, Refit, Survey, Surveyed, setting
+from .reconstruction import kept_columns, obs
+from .selection import best, greedy
 
 
 @dataclass(frozen=True)
@@ -59,34 +59,15 @@ def global_selection(settings: SobpSettings, sites: Sequence[Site], survey: Surv
     keep = allocate(sites, {name: score.sort().values for name, score in scores.items()}, budget)
     kept = {}
     for site in sites:
-        best = scores[site.name].argsort(descending=True, stable=True)[: keep[site.name]]
         # With refinement the plan says how many, and the site's own Gram which.
-        kept[site.name] = SitePlan(keep[site.name], None if settings.refine else tuple(sorted(best.tolist())))
+        units = None if settings.refine else tuple(best(scores[site.name], keep[site.name]).tolist())
+        kept[site.name] = SitePlan(keep[site.name], units)
     return Plan(kept, budget.ratio)
-
-
-def greedy_refinement(settings: SobpSettings, problem: Problem, keep: int) -> Tensor:
-    """Stage 2: (keep,) ascending."""
-    site = problem.site
-    removed, _ = greedy_removal(
-        problem.w,
-        problem.gram,
-        width=site.width,
-        count=site.units - keep,
-        damping=settings.damping,
-        place=site.name,
-    )
-    stays = torch.ones(site.units, dtype=torch.bool)
-    stays[removed] = False
-    return stays.nonzero()[:, 0]
 
 
 def reconstruct(settings: SobpSettings, problem: Problem, kept: Tensor) -> Refit:
     """Stage 3, the consumer's part."""
-    columns = unit_columns(kept.to(problem.w.device), problem.site.width)
-    if not settings.reconstruct:
-        return Refit(problem.w[:, columns])
-    return Refit(*refit(problem.w, problem.gram, columns, settings.damping, problem.site.name))
+    return obs(problem, kept, settings.damping) if settings.reconstruct else kept_columns(problem, kept)
 
 
 SOBP = Recipe(
@@ -94,11 +75,11 @@ SOBP = Recipe(
     summary="structured optimal brain pruning: global mask gradients, greedy refinement, Cholesky reconstruction",
     settings=SobpSettings,
     allocate=global_selection,
-    select=greedy_refinement,
+    select=lambda settings, problem, keep: greedy(problem, keep, settings.damping),  # stage 2
     reconstruct=reconstruct,
     statistics=lambda settings: frozenset({"mask-gradient"}),
     digest=importance,
     wants_gram=lambda settings: settings.refine or settings.reconstruct,
     compensation=lambda settings: settings.compensation_damping if settings.compensate else None,
-    uses_plan_units=lambda settings: not settings.refine,
+    plans_units=lambda settings, site: not settings.refine,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,7 +149,7 @@ class Sublayer:
         return u
 
     def produce(self, u: Tensor, arguments: Arguments) -> tuple[Tensor, list[Tensor]]:
-        """`mix`, and what each producer gave on the way: (sequences, tokens, rows) each."""
+        """`mix`, and what each producer module gave on the way: (sequences, tokens, rows) each."""
         given: dict[str, Tensor] = {}
         hooks = []
         for producer in self.entry.producers:
@@ -199,6 +199,16 @@ class Sublayer:
         """The stored weight of one linear, in float32 or better, on the device: (out, in)."""
         stored = self.layer.weights[f"{name}.weight"].to(self.layer.device)
         return self._turned(name, stored.to(accumulator(stored.dtype)))
+
+    def producer_weights(self) -> tuple[Tensor, ...]:
+        """The producers' stored weights (rows, d), in float32 or better, on the device; fused ones in their parts."""
+        return tuple(part for p in self.entry.producers for part in self.weight(p.name).chunk(p.parts))
+
+    def set_producer_weights(self, weights: Sequence[Tensor]) -> None:
+        """Replace what `producer_weights` gave."""
+        parts = iter(weights)
+        for producer in self.entry.producers:
+            self.set_weight(producer.name, torch.cat([next(parts) for _ in range(producer.parts)]))
 
     def bias(self, name: str) -> Tensor | None:
         """The bias that one linear computes with, where it has one."""

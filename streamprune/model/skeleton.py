@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Skeleton:
             model.set_submodule(name, nn.Identity())
         self._model = model
         self._rebuild_buffers()
-        self._arguments: OrderedDict[tuple[int, int, bool], list[Arguments]] = OrderedDict()
+        self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
         self._check_layout()
 
     def __len__(self) -> int:
@@ -155,7 +155,11 @@ class Skeleton:
                     heads=site.heads,
                     inputs=shapes[0][1],
                     outputs=site.outputs,
-                    rows=[rows for rows, _ in shapes],
+                    rows=[
+                        rows // producer.parts
+                        for producer, (rows, _) in zip(entry.producers, shapes, strict=True)
+                        for _ in range(producer.parts)
+                    ],
                     device=self.device,
                     dtype=accumulator(self.dtype),
                 )
@@ -208,19 +212,19 @@ class Skeleton:
         entries = zip(self.architecture.sublayers, self.sites(index), strict=True)
         return Block(layer, [Sublayer(layer, entry, site, norm_after=self.norm_after) for entry, site in entries])
 
-    def arguments(self, sequences: int, tokens: int, *, maps: bool = False) -> list[Arguments]:
-        """What the model's own forward passes to each block for a batch of that size.
+    def arguments(self, sequences: int, tokens: int, past: int = 0, *, maps: bool = False) -> list[Arguments]:
+        """What the model's own forward passes to each block for a batch of that size, `past` tokens having gone before.
 
         Args:
             maps: for `Sublayer.attend`, which needs every mask written out.
         """
-        key = sequences, tokens, maps
+        key = sequences, tokens, past, maps
         if key not in self._arguments:
             config = self._base.config
             usual, config._attn_implementation = config._attn_implementation, "eager" if maps else "sdpa"
             try:
                 with self._filled(self._embed, self._blank):
-                    self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device))
+                    self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
             finally:
                 config._attn_implementation = usual
             self._arguments[key] = [slot.arguments for slot in self._slots]
@@ -229,10 +233,10 @@ class Skeleton:
         return self._arguments[key]
 
     @contextmanager
-    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Token ids (sequences, tokens) → the first block's input (sequences, tokens, d), while open."""
+    def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Token ids (sequences, tokens) after `past` others → the first block's input (sequences, tokens, d), while open."""
         with self._filled(self._embed, self._read):
-            yield self._embedded
+            yield partial(self._embedded, past=past)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -280,9 +284,9 @@ class Skeleton:
     def _embedding_weight(self) -> str:
         return f"{self.architecture.embed[0]}.weight"
 
-    def _embedded(self, ids: Tensor) -> Tensor:
+    def _embedded(self, ids: Tensor, past: int = 0) -> Tensor:
         with torch.no_grad():
-            self._base(input_ids=ids, use_cache=False)
+            self._base(input_ids=ids, past_key_values=_Past(past) if past else None, use_cache=False)
         hidden = self._slots[0].hidden
         for slot in self._slots:
             slot.hidden = None
@@ -348,6 +352,23 @@ def open_skeleton(model: Path, device: torch.device, dtype: str, *, uniform: boo
     checkpoint = Checkpoint(model)
     stored = next((entry.dtype for entry in checkpoint.values() if entry.numel), torch.float32)
     return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, stored), uniform=uniform)
+
+
+class _Past:
+    """What transformers' forward asks of a cache outside the blocks: how many tokens have gone before."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tokens
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(keys there will be, where the first one stands)."""
+        return self.tokens + query_length, 0
 
 
 class _Slot(nn.Module):

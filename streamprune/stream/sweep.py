@@ -128,10 +128,12 @@ def backward_block(
                     wanted += [z, o, *given]
                 gradients = torch.autograd.grad(y, wanted, dy)
             del y
+            parts = [[producer.parts for producer in sublayer.entry.producers] for sublayer in block.sublayers]
             ends = [first for _, _, first in passed[1:]] + [len(wanted)]
-            for (stat, z, first), end in zip(passed, ends, strict=True):
+            for (stat, z, first), end, each in zip(passed, ends, parts, strict=True):
                 dz, do, *dp = gradients[first:end]
-                stat.add_gradients(z.detach(), dz, do, dp, scale)
+                split = [part for g, n in zip(dp, each, strict=False) for part in g.chunk(n, dim=-1)]
+                stat.add_gradients(z.detach(), dz, do, split, scale)
             write(gradients[0])
 
 

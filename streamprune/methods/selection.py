@@ -1,0 +1,30 @@
+"""Which units of a site stay: what several recipes share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..maths.linalg import greedy_removal
+from .recipe import Problem
+
+
+def others(units: int, removed: Tensor) -> Tensor:
+    """The units (k,), ascending, that are not among `removed`."""
+    stays = torch.ones(units, dtype=torch.bool)
+    stays[removed] = False
+    return stays.nonzero()[:, 0]
+
+
+def best(scores: Tensor, keep: int) -> Tensor:
+    """The `keep` units of the highest scores (units,), ascending; of equal ones the first."""
+    return scores.cpu().argsort(descending=True, stable=True)[:keep].sort().values
+
+
+def greedy(problem: Problem, keep: int, damping: float) -> Tensor:
+    """What exact greedy removal on the site's own Gram leaves: (keep,) ascending."""
+    site = problem.site
+    removed, _ = greedy_removal(
+        problem.w, problem.gram, width=site.width, count=site.units - keep, damping=damping, place=site.name
+    )
+    return others(site.units, removed)

@@ -1,0 +1,89 @@
+"""SlimGPT: layer-wise structured pruning (Ling et al., NeurIPS 2024).
+
+*Incremental pruning ratio*: the share a block loses grows with the logarithm of its depth. *Batched greedy pruning*:
+heads by grouped Cholesky factorisation of the inverse Hessian's diagonal blocks, FFN channels in groups whose size falls
+from 1024 to 8. *Reconstruction*: the OBS update, block after block on the pruned stream. LoRA afterwards is `tune`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..maths.batched import batched_group_removal, dynamic_group_removal
+from ..site import Site
+from .allocation import Budget, allocate, even_densities
+from .plan import Plan, SitePlan
+from .recipe import Problem, Recipe, Survey, setting
+from .reconstruction import obs
+from .selection import greedy, others
+
+
+@dataclass(frozen=True)
+class SlimGptSettings:
+    """What `--set` reaches."""
+
+    r0: float = setting(0.4, "the first block's share, as a part of the ratio; 1 is uniform", limits=(0.0, 1.0))
+    exact: bool = setting(False, "remove one unit at a time by its exact cost instead of the batched form")
+    first_group: int = setting(1024, "FFN channels removed at once at first", limits=(1, 1e6))
+    last_group: int = setting(8, "FFN channels removed at once in the end", limits=(1, 1e6))
+    damping: float = setting(0.01, "ridge of the site's Gram, relative to its mean diagonal", limits=(0.0, 1.0))
+
+
+def incremental_ratios(blocks: int, r0: float) -> list[float]:
+    """``r_i = r_0 + (r_{L−1} − r_0)·log(i+1)/log(L)`` with mean 1: each block's share relative to the ratio.
+
+    Args:
+        r0: the first block's.
+    """
+    if blocks == 1:
+        return [1.0]
+    steps = [math.log(i + 1) / math.log(blocks) for i in range(blocks)]
+    last = r0 + (1 - r0) * blocks / sum(steps)
+    return [r0 + (last - r0) * step for step in steps]
+
+
+def schedule(settings: SlimGptSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+    """Incremental pruning ratio; a uniform layout, which has one width, takes its mean."""
+    blocks = sorted({site.block for site in sites})
+    # Never quite nothing: a share is what the others are weighed against.
+    shares = [max(share, 1e-6) for share in incremental_ratios(len(blocks), settings.r0)]
+    keep = allocate(sites, even_densities(sites, dict(zip(blocks, shares, strict=True))), budget)
+    return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
+
+
+def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
+    """Batched greedy pruning: (keep,) ascending."""
+    site, damping = problem.site, settings.damping
+    if settings.exact:
+        return greedy(problem, keep, damping)
+    count = site.units - keep
+    if site.kind == "attention":
+        removed, _ = batched_group_removal(
+            problem.w, problem.gram, width=site.width, count=count, damping=damping, place=site.name
+        )
+    else:
+        removed, _ = dynamic_group_removal(
+            problem.w,
+            problem.gram,
+            count=count,
+            damping=damping,
+            place=site.name,
+            first=max(settings.first_group, settings.last_group),
+            last=settings.last_group,
+        )
+    return others(site.units, removed)
+
+
+SLIMGPT = Recipe(
+    name="slimgpt",
+    summary="SlimGPT: ratio growing with the logarithm of depth, batched greedy pruning, OBS reconstruction",
+    settings=SlimGptSettings,
+    allocate=schedule,
+    select=batched,
+    reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
+    wants_gram=lambda settings: True,
+)
