@@ -115,6 +115,13 @@ class Job:
             dense_stream=self.recipe.compensation(self.settings) is not None,
         )
 
+    @property
+    def forward_operations(self) -> int:
+        """Of one dense forward pass over as much text as is asked for, whether or not the recipe reads it."""
+        most = self.skeleton.context or calibration.DEFAULT_LENGTH
+        length = self.length or min(self.config.seq_len or calibration.DEFAULT_LENGTH, most)
+        return self.skeleton.forward_operations(self.config.samples, length)
+
     @cached_property
     def header(self) -> dict[str, Any]:
         """What must be the same for a job to go on: settings, inputs, and versions that change numbers."""

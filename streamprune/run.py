@@ -23,6 +23,7 @@ from .job import Job
 from .journal import Entry
 from .maths.stats import MaskGradient
 from .memory import Resources
+from .meter import metered, totals
 from .methods.plan import Plan
 from .model.checkpoint import read_json, write_shard
 from .progress import Progress
@@ -45,6 +46,10 @@ class Result:
     """Share of the whole model's parameters that went."""
     parameters_before: int
     parameters_after: int
+    operations: int
+    """Floating-point operations of the whole job, as `maths.operations` counts them."""
+    forward_equivalents: float
+    """The same in dense forward passes over the calibration set."""
     seconds: float
     """Of this process."""
     peak_device_bytes: int
@@ -68,7 +73,7 @@ def prune(config: Config, *, restart: bool = False, progress: Progress | None = 
     job = Job(config, progress)
     finished = job.result_there(restart)
     if finished is None:
-        with job.opened(restart):
+        with job.opened(restart), metered(job.journal, started):
             finished = Run(job).work()
     return _result(job, finished, time.monotonic() - started)
 
@@ -78,10 +83,11 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
 
     `prune` with the same config goes on from there; with `plan` set to an edited copy, by that.
     """
+    started = time.monotonic()
     job = Job(config, progress)
     if job.result_there(restart) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart):
+    with job.opened(restart), metered(job.journal, started):
         Run(job).prepare()
     return job.plan_path
 
@@ -279,6 +285,7 @@ class Run:
         after = [site.keeping(plan[site.name].keep) for site in self.job.sites]
         removed = plan.removed_parameters(self.job.sites)
         before = skeleton.parameters()
+        spent = totals(self.journal)
         report: dict[str, Any] = {
             "recipe": self.job.recipe.name,
             "ratio_requested": self.job.ratio,
@@ -291,7 +298,8 @@ class Run:
             "plan_given": plan.digest() if self.job.given_plan else None,
             "job": self.job.header,
             "sites": reports,
-            "seconds": round(sum(report["seconds"] for report in reports), 3),
+            "forward_equivalents": round(spent["operations"] / self.job.forward_operations, 4),
+            **spent,
         }
         output.write_outside(skeleton, self.job.staging)
         output.finish(skeleton, self.job.staging, after, report, self.job.config.model.resolve().name)

@@ -15,6 +15,7 @@ FLOOR = {
     "progress": 1,
     "config": 1,
     "journal": 1,
+    "meter": 1,
     "site": 1,
     "machine": 1,
     "host": 1,
