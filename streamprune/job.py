@@ -179,7 +179,7 @@ class Job:
         report = self._report_in_out()
         if report is None or restart or self._replacing():
             return None
-        if difference := _difference(report["job"], self.header):
+        if difference := first_difference(report["job"], self.header):
             raise ConfigError(f"OUT is {out}, a finished result of another job: {difference}; --restart replaces it")
         given = self.given_plan.digest() if self.given_plan else None
         if given != report["plan_given"]:
@@ -218,7 +218,7 @@ class Job:
         if not self.journal_path.is_file():
             return False
         start = Journal(self.journal_path, repair=False).header
-        return start is not None and start["replaces"] and _difference(start["job"], self.header) is None
+        return start is not None and start["replaces"] and first_difference(start["job"], self.header) is None
 
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
@@ -248,7 +248,7 @@ class Job:
         if start is None or restart:
             start = self._begin()
         else:
-            if difference := _difference(start["job"], self.header):
+            if difference := first_difference(start["job"], self.header):
                 raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
             for field, now in (("cache", self._cache_given), ("plan", "given" if self.given_plan else None)):
                 # A plan may come later, by --plan-only and --plan; it cannot go again.
@@ -389,12 +389,12 @@ class Job:
         return ratio
 
 
-def _difference(then: Any, now: Any, place: str = "") -> str | None:
+def first_difference(then: Any, now: Any, place: str = "") -> str | None:
     """The first field in which two JSON values differ, with both values; None if they are equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted(then.keys() | now.keys()):
             inner = f"{place}.{key}" if place else key
-            if found := _difference(then.get(key), now.get(key), inner):
+            if found := first_difference(then.get(key), now.get(key), inner):
                 return found
         return None
     # Through JSON, so that what was read back compares equal to what was written.

@@ -16,6 +16,7 @@ FLOOR = {
     "config": 1,
     "journal": 1,
     "meter": 1,
+    "comparison": 1,
     "site": 1,
     "machine": 1,
     "host": 1,
@@ -30,6 +31,7 @@ FLOOR = {
     "evaluate": 3,
     "job": 3,
     "run": 3,
+    "compare": 3,
     "inspection": 3,
     "__init__": 4,
 }
