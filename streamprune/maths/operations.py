@@ -31,16 +31,12 @@ def counting() -> Counter:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up in `total`. Work of other threads is not seen, but for those that autograd runs itself."""
+    """Adds up. Work of other threads is not seen, but for those that autograd runs itself."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._total = 0.0
-
-    @property
-    def total(self) -> int:
+        self.total = 0
         """Operations so far."""
-        return round(self._total)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -48,7 +44,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         formula = _FORMULAS.get(func.overloadpacket)
         if formula is not None:
-            self._total += formula(result, *args)
+            # Whole numbers, so that parts add up to the same sum wherever they are cut.
+            self.total += round(formula(result, *args))
         return result
 
 
