@@ -266,7 +266,7 @@ class _Work:
                 out=None,
             )
         ]
-        notes = []
+        shared_peaks = []
         for number, candidate in enumerate(self.candidates, start=2):
             self.progress.row(number, f"{candidate.variant.label} at {candidate.config.ratio:g}")
             figures, own_peak = self._pruned(candidate)
@@ -288,8 +288,12 @@ class _Work:
                     **figures,
                 )
             )
-            if not own_peak:
-                notes.append(f"{candidate.name}: the peak of host memory is that of all the process did until then.")
+            shared_peaks += [] if own_peak else [candidate.name]
+        notes = self._budget_notes(rows)
+        if shared_peaks:
+            notes.append(
+                f"Host peaks of all that the process had done until then, not of one row: {', '.join(shared_peaks)}."
+            )
         return Comparison(
             model=str(job.config.model),
             out=str(self.folder),
@@ -297,7 +301,7 @@ class _Work:
             settings=self._settings(),
             rows=tuple(rows),
             reached=comparison.reach(rows, perplexities),
-            notes=(*notes, *self._budget_notes(rows)),
+            notes=tuple(notes),
         )
 
     def _pruned(self, candidate: _Candidate) -> tuple[Entry, bool]:

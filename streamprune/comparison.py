@@ -150,6 +150,7 @@ class Comparison:
     def _plot(self, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
@@ -157,6 +158,8 @@ class Comparison:
             ratios, levels = zip(*line, strict=True)
             axes.plot(ratios, [math.exp(level) for level in levels], marker="o", label=label)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.set_xlabel("share of the blocks' parameters removed")
         axes.set_ylabel("perplexity")
         axes.set_title(Path(self.model).name)

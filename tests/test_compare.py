@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from click.testing import Result as Outcome
 from streamprune_cli import main
 from test_run import Stop, Tiny
 
 import streamprune
-from streamprune import Comparison, Variant, comparison
+from streamprune import Comparison, Variant, comparison, machine
 from streamprune import progress as progress_module
 from streamprune.comparison import Row, ratio_at, reach
 from streamprune.config import Config
@@ -246,6 +247,18 @@ def test_budgets_further_apart_are_said(compare: Compare, monkeypatch: pytest.Mo
     assert len(found.notes) == 1
     assert found.notes[0].startswith("At ratio 0.4 the recipes removed from")
     assert "the largest step, 1,536." in found.notes[0]
+
+
+def test_peaks_begin_anew_or_it_is_said(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.ones(1 << 26)  # 256 MiB, gone at once
+    before = machine.peak_host_bytes()
+    if machine.reset_peaks(torch.device("cpu")):
+        assert machine.peak_host_bytes() < before - (100 << 20)
+    monkeypatch.setattr(machine, "reset_peaks", lambda device: False)
+    found = compare(ratios=[0.4], recipes=["magnitude", "random"])
+    assert found.notes == (
+        "Host peaks of all that the process had done until then, not of one row: magnitude-0.4, random-0.4.",
+    )
 
 
 def row(label: str, ratio: float, perplexity: float) -> Row:
