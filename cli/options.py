@@ -42,14 +42,7 @@ machine_options = bundle(
     click.option("--cache", type=DIRECTORY, help="Folder for activations, on a fast disk."),
 )
 
-job_options = bundle(
-    click.option("--ratio", type=float, help="Share of the blocks' parameters to remove, in (0, 1)."),
-    click.option(
-        "--recipe",
-        default="sobp",
-        show_default=True,
-        help="Method: sobp, or the baselines random, magnitude, wanda-sp.",
-    ),
+calibration_options = bundle(
     click.option(
         "--calibration",
         metavar="FILE|self|random-tokens",
@@ -59,7 +52,9 @@ job_options = bundle(
     click.option("--samples", default=128, show_default=True, help="Calibration windows."),
     click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]"),
     click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn."),
-    machine_options,
+)
+
+result_options = bundle(
     click.option("--disk", metavar="SIZE", help="Disk that activations may take.  [default: what is free]"),
     click.option("--round-to", default=8, show_default=True, help="Make changed FFN widths multiples of this."),
     click.option(
@@ -69,6 +64,19 @@ job_options = bundle(
         show_default=True,
         help="uniform: all blocks alike, so that the result is a stock checkpoint.",
     ),
+)
+
+job_options = bundle(
+    click.option("--ratio", type=float, help="Share of the blocks' parameters to remove, in (0, 1)."),
+    click.option(
+        "--recipe",
+        default="sobp",
+        show_default=True,
+        help="Method: sobp, or the baselines random, magnitude, wanda-sp.",
+    ),
+    calibration_options,
+    machine_options,
+    result_options,
     click.option(
         "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the recipe; may be repeated."
     ),
@@ -96,6 +104,21 @@ def size(text: str | None, option: str) -> int | None:
         raise ConfigError(f"{option}: {error}") from None
 
 
+def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
+    """What `--set` was given, by name; `form` is how it should be written."""
+    from streamprune.errors import ConfigError
+
+    chosen: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {text!r}: write it as {form}")
+        if name in chosen:
+            raise ConfigError(f"--set {name} is given twice: {chosen[name]!r} and {value!r}")
+        chosen[name] = value
+    return chosen
+
+
 def config(
     model: Path,
     out: Path,
@@ -108,20 +131,11 @@ def config(
 ) -> Any:
     """The `Config` that the options ask for."""
     from streamprune import Config
-    from streamprune.errors import ConfigError
 
-    chosen: dict[str, str] = {}
-    for text in settings:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--set {text!r}: write it as name=value")
-        if name in chosen:
-            raise ConfigError(f"--set {name} is given twice: {chosen[name]!r} and {value!r}")
-        chosen[name] = value
     return Config(
         model=model,
         out=out,
-        settings=chosen,
+        settings=assignments(settings, "name=value"),
         memory=size(memory, "--memory"),
         disk=size(disk, "--disk"),
         plan=plan_file,

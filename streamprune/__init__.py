@@ -1,6 +1,6 @@
 """streamprune: make a large language model structurally smaller, streaming it block by block.
 
-`prune` is the main job, `evaluate` and `inspect` look at what came out, `load` is transformers'
+`prune` is the main job, `compare` does it by several recipes, `evaluate` and `inspect` look at what came out, `load` is transformers'
 `from_pretrained` for pruned checkpoints. Importing this package teaches `AutoModelForCausalLM` to load them too.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compare import Variant, compare
+from .comparison import Comparison
 from .config import Config
 from .errors import CheckpointError, StreamPruneError
 from .evaluate import Evaluation, evaluate
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
 __all__ = [
     "ARCHITECTURES",
     "RECIPES",
+    "Comparison",
     "Config",
     "Evaluation",
     "Result",
     "StreamPruneError",
+    "Variant",
     "__version__",
+    "compare",
     "evaluate",
     "forecast_job",
     "inspect",

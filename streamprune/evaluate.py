@@ -7,10 +7,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from . import calibration, files, machine
 from .errors import ConfigError
 from .memory import Needs, forecast
-from .model.skeleton import open_skeleton
+from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress, Silent
 from .stream import sweep
 from .stream.store import ActivationStore
@@ -54,15 +56,11 @@ def evaluate(
         NumericalError: NaN or Inf on the way.
     """
     model, text = Path(model), Path(text)
-    if seq_len is not None and seq_len < 2:
-        raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
     progress = progress or Silent()
     where = machine.resolve_device(device)
     skeleton = open_skeleton(model, where, dtype)
-    length = calibration.window_length(seq_len, skeleton.context)
-    tokenizer = calibration.load_tokenizer(model)
-    tokens = calibration.tokenize(tokenizer, text, skeleton.vocabulary)
-    windows = calibration.consecutive_windows(tokens, length, text)
+    windows = read_windows(skeleton, text, seq_len)
+    length = windows.shape[1]
     parent = cache or Path(tempfile.gettempdir())
     resources = forecast(
         skeleton,
@@ -93,3 +91,16 @@ def evaluate(
             f"mean over all {count} predicted tokens; computed in {str(skeleton.dtype).removeprefix('torch.')}"
         ),
     )
+
+
+def read_windows(skeleton: Skeleton, text: Path, seq_len: int | None) -> Tensor:
+    """What is scored: consecutive windows of a text in the model's own tokens, (windows, length) int64.
+
+    Raises:
+        CheckpointError, CalibrationError, ConfigError: unusable tokenizer, text or length.
+    """
+    if seq_len is not None and seq_len < 2:
+        raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
+    length = calibration.window_length(seq_len, skeleton.context)
+    tokenizer = calibration.load_tokenizer(skeleton.checkpoint.directory)
+    return calibration.consecutive_windows(calibration.tokenize(tokenizer, text, skeleton.vocabulary), length, text)

@@ -23,6 +23,7 @@ from .config import Config, DataFree, format_bytes
 from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .memory import Needs, Resources, device_peak, forecast
+from .meter import totals
 from .methods import RECIPES
 from .methods.allocation import Budget, check_budget
 from .methods.plan import Plan, SitePlan
@@ -152,6 +153,13 @@ class Job:
             generates=self.writes_text,
         )
 
+    @property
+    def forward_operations(self) -> int:
+        """Of one dense forward pass over as much text as is asked for, whether or not the recipe reads it."""
+        most = self.skeleton.context or calibration.DEFAULT_LENGTH
+        length = self.length or min(self.config.seq_len or calibration.DEFAULT_LENGTH, most)
+        return self.skeleton.forward_operations(self.config.samples, length)
+
     @cached_property
     def header(self) -> dict[str, Any]:
         """What must be the same for a job to go on: settings, inputs, and versions that change numbers."""
@@ -238,7 +246,7 @@ class Job:
         report = self._report_in_out()
         if report is None or restart or self._replacing():
             return None
-        if difference := _difference(report["job"], self.header):
+        if difference := first_difference(report["job"], self.header):
             raise ConfigError(f"OUT is {out}, a finished result of another job: {difference}; --restart replaces it")
         given = self.given_plan.digest() if self.given_plan else None
         if given != report["plan_given"]:
@@ -277,7 +285,7 @@ class Job:
         if not self.journal_path.is_file():
             return False
         start = Journal(self.journal_path, repair=False).header
-        return start is not None and start["replaces"] and _difference(start["job"], self.header) is None
+        return start is not None and start["replaces"] and first_difference(start["job"], self.header) is None
 
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
@@ -307,7 +315,7 @@ class Job:
         if start is None or restart:
             start = self._begin()
         else:
-            if difference := _difference(start["job"], self.header):
+            if difference := first_difference(start["job"], self.header):
                 raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
             for field, now in (("cache", self._cache_given), ("plan", "given" if self.given_plan else None)):
                 # A plan may come later, by --plan-only and --plan; it cannot go again.
@@ -384,6 +392,7 @@ class Job:
         """
         before = self.skeleton.parameters()
         units = {site.name: site.units for site in self.sites}
+        spent = totals(self.journal)
         return {
             "recipe": self.recipe.name,
             "ratio_requested": self.ratio,
@@ -397,7 +406,8 @@ class Job:
             "plan_given": plan.digest() if self.given_plan else None,
             "job": self.header,
             "sites": [{**site, "units": units[site["site"]]} for site in sites],
-            "seconds": round(sum(site["seconds"] for site in sites), 3),
+            "forward_equivalents": round(spent["operations"] / self.forward_operations, 4),
+            **spent,
         }
 
     def make_way(self) -> None:
@@ -499,12 +509,12 @@ class Job:
         return ratio
 
 
-def _difference(then: Any, now: Any, place: str = "") -> str | None:
+def first_difference(then: Any, now: Any, place: str = "") -> str | None:
     """The first field in which two JSON values differ, with both values; None if they are equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted(then.keys() | now.keys()):
             inner = f"{place}.{key}" if place else key
-            if found := _difference(then.get(key), now.get(key), inner):
+            if found := first_difference(then.get(key), now.get(key), inner):
                 return found
         return None
     # Through JSON, so that what was read back compares equal to what was written.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Journal:
 
     def __init__(self, path: Path, *, repair: bool = True) -> None:
         self.path, self.repair = path, repair
+        self.meter: Callable[[], Entry] = dict
+        """What every further line carries besides its own data."""
         self._entries: list[Entry] = []
         if path.exists():
             self._read()
@@ -39,7 +41,7 @@ class Journal:
 
     def append(self, step: str, **data: Any) -> Entry:
         """Record `step` as finished, durably. Whatever it speaks of must be durable before."""
-        entry = {"step": step, **data}
+        entry = {"step": step, **data, **self.meter()}
         files.append_line(self.path, _encode(entry))
         # Through JSON and back, so that a job that never stopped sees what a resumed one reads.
         self._entries.append(json.loads(json.dumps(entry)))

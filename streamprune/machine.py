@@ -77,6 +77,18 @@ def peak_host_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peaks(device: torch.device) -> bool:
+    """Have both peaks begin anew at what is held now; whether the kernel does so for the host's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    # Some kernels take the request and do nothing.
+    return peak_host_bytes() <= resident_bytes() * 1.02
+
+
 def peak_device_bytes(device: torch.device) -> int:
     """The most device memory that tensors have held; on the CPU the device is the host."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_host_bytes()

@@ -28,7 +28,16 @@ from .site import Site
 
 REPORT = "report.json"
 CARD = "README.md"
-FIGURES = ("recipe", "ratio_requested", "ratio_blocks", "ratio_model", "parameters_before", "parameters_after")
+FIGURES = (
+    "recipe",
+    "ratio_requested",
+    "ratio_blocks",
+    "ratio_model",
+    "parameters_before",
+    "parameters_after",
+    "operations",
+    "forward_equivalents",
+)
 """What a report says of the whole."""
 COMPANIONS = (
     "generation_config.json",

@@ -14,6 +14,7 @@ from .errors import ConfigError
 from .job import Job
 from .journal import Entry
 from .memory import Resources, generation_batch
+from .meter import metered
 from .model.checkpoint import read_json, write_shard
 from .progress import Progress
 from .shot import Shot
@@ -33,6 +34,10 @@ class Result:
     """Share of the whole model's parameters that went."""
     parameters_before: int
     parameters_after: int
+    operations: int
+    """Floating-point operations of the whole job, as `maths.operations` counts them."""
+    forward_equivalents: float
+    """The same in dense forward passes over the calibration set."""
     seconds: float
     """Of this process."""
     peak_device_bytes: int
@@ -56,7 +61,7 @@ def prune(config: Config, *, restart: bool = False, progress: Progress | None = 
     job = Job(config, progress)
     finished = job.result_there(restart)
     if finished is None:
-        with job.opened(restart):
+        with job.opened(restart), metered(job.journal, started):
             finished = Run(job).work()
     return _result(job, finished, time.monotonic() - started)
 
@@ -66,10 +71,11 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
 
     `prune` with the same config goes on from there; with `plan` set to an edited copy, by that.
     """
+    started = time.monotonic()
     job = Job(config, progress)
     if job.result_there(restart) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart):
+    with job.opened(restart), metered(job.journal, started):
         Run(job).prepare()
     return job.plan_path
 

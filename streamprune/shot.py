@@ -20,17 +20,20 @@ from .host import return_freed_memory
 from .job import Job
 from .journal import Entry
 from .maths.stats import GRADIENTS, SiteStatistics
+from .meter import totals
 from .methods.allocation import Budget
 from .methods.plan import Plan
 from .methods.recipe import Findings, Survey, Surveyed
 from .model.block import Block
-from .model.checkpoint import write_shard
+from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .refine import Refinement
 from .stream import sweep
 from .surgery import DENSE, PRUNED, Surgeon
 
 GRADIENT = "gradient"
+COST = "cost.json"
+"""Beside a survey that is shared: what it took."""
 
 
 class Shot:
@@ -97,7 +100,7 @@ class Shot:
         if shared is not None and not self.steps("forward/") and shared.is_dir():
             for index in range(depth):
                 files.link(shared / self._survey_path(index).name, self._survey_path(index))
-            self.record("surveyed")
+            self.record("surveyed", spared=read_json(shared / COST))
         if not self.journalled("surveyed"):
             if self.statistics & GRADIENTS:
                 self._survey_backward()
@@ -110,7 +113,12 @@ class Shot:
                 files.make_folder(temporary)
                 for index in range(depth):
                     files.link(self._survey_path(index), temporary / self._survey_path(index).name)
+                write_json(temporary / COST, self._survey_cost())
                 files.publish(temporary, shared)
+
+    def _survey_cost(self) -> Entry:
+        found = [totals(self.job.journal, f"shot-{self.number}/{part}") for part in ("forward/", "head", "backward/")]
+        return {name: sum(each[name] for each in found) for name in ("operations", "seconds")}
 
     @property
     def survey(self) -> Survey:

@@ -15,6 +15,8 @@ FLOOR = {
     "progress": 1,
     "config": 1,
     "journal": 1,
+    "meter": 1,
+    "comparison": 1,
     "site": 1,
     "machine": 1,
     "host": 1,
@@ -31,6 +33,7 @@ FLOOR = {
     "evaluate": 3,
     "job": 3,
     "run": 3,
+    "compare": 3,
     "inspection": 3,
     "__init__": 4,
 }

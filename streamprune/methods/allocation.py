@@ -106,6 +106,12 @@ def check_budget(sites: Sequence[Site], budget: Budget) -> None:
         )
 
 
+def largest_step(sites: Sequence[Site], budget: Budget) -> int:
+    """Parameters of the largest step that `allocate` can take: how far two plans of one budget may lie apart."""
+    bundles = _bundles(sites, even_densities(sites), budget)
+    return max(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
+
+
 def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Budget) -> list[_Bundle]:
     if not budget.uniform:
         return [_Bundle((site,), densities[site.name].double(), _steps(site, budget.round_to)) for site in sites]

@@ -197,6 +197,17 @@ class Skeleton:
         outside = {*self.embed_names(), *self.head_names()}
         return self.block_parameters() + sum(self.checkpoint[name].numel for name in outside)
 
+    def forward_operations(self, sequences: int, length: int) -> int:
+        """Floating-point operations of a forward pass through blocks and head, as `maths.operations` counts them.
+
+        Two a weight of each linear and token, and attention's two products over all pairs of tokens; the head
+        works on all tokens of a sequence but the last, from which nothing is predicted.
+        """
+        linears = sum(_matrix_elements(layer) for layer in self._templates)
+        mixing = sum(4 * length * site.columns for site in self.all_sites() if site.kind == "attention")
+        head = sum(_matrix_elements(module) for module in self._after.values())
+        return sequences * (length * (2 * linears + mixing) + (length - 1) * 2 * head)
+
     def announce_block(self, index: int) -> None:
         """Have the kernel fetch what `read_block` will read."""
         for full in self.block_names(index).values():
@@ -395,6 +406,10 @@ def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
         if module is not None:
             found[path] = module
     return found
+
+
+def _matrix_elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
 
 
 def _names(modules: dict[str, nn.Module]) -> list[str]:

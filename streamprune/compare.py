@@ -1,0 +1,412 @@
+"""Several recipes at several ratios, on the same text and under the same budget, in one table.
+
+The work lies in one folder: a journal of finished rows, and under `rows` one ordinary pruning job a row, which
+resumes by itself. A row is pruned, measured and, unless it is to be kept, removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import comparison, files, machine
+from .comparison import DENSE, Comparison, Row
+from .config import Config
+from .errors import ConfigError, ResumeError
+from .evaluate import evaluate, read_windows
+from .host import return_freed_memory
+from .job import Job, first_difference
+from .journal import Entry, Journal
+from .methods.allocation import largest_step
+from .model.checkpoint import read_json
+from .output import REPORT
+from .progress import Progress, Silent
+from .run import prune
+
+JOURNAL, LOCK, ROWS, SURVEYS = "journal.jsonl", "lock", "rows", "surveys"
+KNOWN = {JOURNAL, LOCK, ROWS, SURVEYS, comparison.JSON, comparison.CSV, comparison.MARKDOWN, comparison.PLOT}
+"""What the folder of a comparison holds."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe with settings of its own, under a label.
+
+    Raises:
+        ConfigError: the label is not letters, digits, - and _, or is taken by the dense model.
+    """
+
+    label: str
+    recipe: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.label):
+            raise ConfigError(f"label is {self.label!r}; it must be of letters, digits, - and _")
+        if self.label == DENSE:
+            raise ConfigError(f"label is {self.label!r}, which is the unpruned model's")
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """``"recipe"`` or ``"label=recipe"``."""
+        label, equals, recipe = text.partition("=")
+        return cls(label, recipe if equals else label)
+
+
+def compare(
+    model: str | Path,
+    *,
+    ratios: Sequence[float],
+    recipes: Sequence[str | Variant],
+    text: str | Path,
+    out: str | Path | None = None,
+    eval_seq_len: int | None = None,
+    perplexities: Sequence[float] = (),
+    keep: bool = False,
+    plot: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+    **common: Any,
+) -> Comparison:
+    """Prune a checkpoint by every recipe at every ratio and measure each result; an interrupted comparison goes on.
+
+    Rows of the same settings that `out` already has are taken as they are, so that ratios and recipes can be added.
+
+    Args:
+        ratios: shares of the blocks' parameters to remove, each in (0, 1).
+        recipes: names, ``"label=name"``, or `Variant`s.
+        text: UTF-8 text that perplexity is measured on.
+        out: folder for the table and the work; None takes the model's name with ``-compare`` appended.
+        eval_seq_len: tokens a window of `text`; None takes 2048, or the model's context if that is shorter.
+        perplexities: for each of these, say at which ratio every recipe reaches it (see `Comparison.reached`).
+        keep: leave the pruned checkpoints under `out`.
+        plot: draw the table too, which needs matplotlib.
+        restart: throw away what `out` holds of an earlier comparison.
+        common: fields of `Config` that hold for all rows, such as `calibration` and `samples`.
+
+    Raises:
+        StreamPruneError: see `errors`; what can be known to be wrong is said before any work.
+    """
+    variants = _variants(recipes)
+    _check(ratios, perplexities)
+    if plot:
+        comparison.require_plotting()
+    model = Path(model)
+    folder = Path(out) if out is not None else Path(f"{os.path.abspath(model)}-compare")
+    candidates = [
+        _Candidate(variant, _config(model, folder, variant, ratio, common)) for variant in variants for ratio in ratios
+    ]
+    for candidate in candidates:
+        candidate.job.forecast().require()
+    reader = next((candidate.job for candidate in candidates if candidate.job.needs_text), None)
+    if reader is not None:
+        _ = reader.tokens
+    evaluation = _Evaluation(candidates[0].job, Path(text), eval_seq_len)
+    _refuse_others(folder)
+    work = _Work(
+        folder, candidates, evaluation, keep=keep, progress=_Counted(progress or Silent(), len(candidates) + 1)
+    )
+    with work.opened(restart):
+        found = work.table(perplexities)
+        found.write(folder, plot=plot)
+    return found
+
+
+class _Candidate:
+    """One row to be: a variant at a ratio, with the job that makes it."""
+
+    def __init__(self, variant: Variant, config: Config) -> None:
+        self.variant, self.config = variant, config
+        self.job = Job(config, None)
+        self.name = config.out.name
+
+
+class _Evaluation:
+    """How all rows are measured.
+
+    Raises:
+        StreamPruneError: the text cannot be used.
+    """
+
+    def __init__(self, job: Job, text: Path, seq_len: int | None) -> None:
+        import transformers
+
+        self.text, self.config = text, job.config
+        windows = read_windows(job.skeleton, text, seq_len)
+        self.length = windows.shape[1]
+        self.header = {
+            "model": job.skeleton.checkpoint.identity(),
+            "text": files.sha256(text),
+            "eval_seq_len": self.length,
+            "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "dtype": str(job.skeleton.dtype).removeprefix("torch."),
+            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        }
+
+    def measure(self, model: Path, progress: Progress) -> Entry:
+        """Perplexity and protocol."""
+        config = self.config
+        measured = evaluate(
+            model,
+            self.text,
+            seq_len=self.length,
+            device=config.device,
+            dtype=config.dtype,
+            memory=config.memory,
+            cache=config.cache,
+            progress=progress,
+        )
+        return {"perplexity": measured.perplexity, "protocol": measured.protocol}
+
+
+class _Counted:
+    """Progress in which every phase says which row of how many it belongs to."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._place = ""
+        self._said: set[str] = set()
+
+    def row(self, number: int, name: str) -> None:
+        """A row begins."""
+        self._place = f"row {number} of {self._total}, {name}"
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        self._progress.phase(f"{self._place}: {name}", total, done)
+
+    def step(self, note: str = "") -> None:
+        self._progress.step(note)
+
+    def say(self, message: str) -> None:
+        # What holds for all rows is said once.
+        if message not in self._said:
+            self._said.add(message)
+            self._progress.say(message)
+
+
+class _Work:
+    """The folder with its journal, and the rows in turn."""
+
+    def __init__(
+        self, folder: Path, candidates: Sequence[_Candidate], evaluation: _Evaluation, *, keep: bool, progress: _Counted
+    ) -> None:
+        self.folder, self.candidates, self.evaluation = folder, candidates, evaluation
+        self.keep, self.progress = keep, progress
+        self.journal: Journal
+
+    @contextmanager
+    def opened(self, restart: bool) -> Iterator[None]:
+        """A context in which this process, and no other, works on the comparison.
+
+        Raises:
+            ResumeError: rows asked for were begun with other settings, inputs or versions.
+        """
+        files.make_folder(self.folder)
+        with files.locked(self.folder / LOCK):
+            path = self.folder / JOURNAL
+            if restart:
+                # The journal first: rows without one are nothing.
+                files.remove(path)
+                files.sync(self.folder)
+                for name in KNOWN - {JOURNAL, LOCK, ROWS, SURVEYS}:
+                    files.remove(self.folder / name)
+                for name in (ROWS, SURVEYS):
+                    files.remove_tree(self.folder / name)
+            self.journal = Journal(path)
+            if self.journal.header is None:
+                self.journal.append("start", evaluation=self.evaluation.header)
+            self._compare_with_before()
+            files.make_folder(self.folder / ROWS)
+            yield
+            files.remove_tree(self.folder / SURVEYS)
+            if not any((self.folder / ROWS).iterdir()):
+                files.remove_tree(self.folder / ROWS)
+            files.remove(self.folder / LOCK)
+
+    def _compare_with_before(self) -> None:
+        header = self.journal.header
+        assert header is not None
+        then_and_now = [(header["evaluation"], self.evaluation.header, "")]
+        for candidate in self.candidates:
+            begun = self.journal.find(f"begin/{candidate.name}")
+            if begun is not None:
+                then_and_now.append((begun["job"], candidate.job.header, candidate.name))
+        for then, now, place in then_and_now:
+            if found := first_difference(then, now, place):
+                raise ResumeError(f"{self.folder} holds a comparison made otherwise: {found}; --restart starts over")
+
+    def table(self, perplexities: Sequence[float]) -> Comparison:
+        """Whatever rows are missing, and then all of them."""
+        job = self.candidates[0].job
+        self.progress.row(1, DENSE)
+        dense = self._measured(DENSE, job.config.model)
+        level = math.log(dense["perplexity"])
+        rows = [
+            Row(
+                label=DENSE,
+                recipe=None,
+                settings={},
+                ratio=0.0,
+                ratio_blocks=0.0,
+                parameters=job.skeleton.parameters(),
+                perplexity=dense["perplexity"],
+                log_gap=0.0,
+                seconds=0.0,
+                operations=0,
+                forward_equivalents=0.0,
+                peak_host_bytes=None,
+                peak_device_bytes=None,
+                out=None,
+            )
+        ]
+        shared_peaks = []
+        for number, candidate in enumerate(self.candidates, start=2):
+            self.progress.row(number, f"{candidate.variant.label} at {candidate.config.ratio:g}")
+            figures, own_peak = self._pruned(candidate)
+            measured = self._measured(candidate.name, candidate.config.out)
+            if not measured["keep"]:
+                files.remove_tree(candidate.config.out)
+            there = candidate.config.out.is_dir()
+            if self.keep and not there:
+                self.progress.say(f"{candidate.name} was measured and removed before; --restart prunes it again")
+            rows.append(
+                Row(
+                    label=candidate.variant.label,
+                    recipe=candidate.variant.recipe,
+                    settings=dict(candidate.variant.settings),
+                    ratio=candidate.job.ratio,
+                    perplexity=measured["perplexity"],
+                    log_gap=math.log(measured["perplexity"]) - level,
+                    out=str(candidate.config.out) if there else None,
+                    **figures,
+                )
+            )
+            shared_peaks += [] if own_peak else [candidate.name]
+        notes = self._budget_notes(rows)
+        if shared_peaks:
+            notes.append(
+                f"Host peaks of all that the process had done until then, not of one row: {', '.join(shared_peaks)}."
+            )
+        return Comparison(
+            model=str(job.config.model),
+            out=str(self.folder),
+            protocol=dense["protocol"],
+            settings=self._settings(),
+            rows=tuple(rows),
+            reached=comparison.reach(rows, perplexities),
+            notes=tuple(notes),
+        )
+
+    def _pruned(self, candidate: _Candidate) -> tuple[Entry, bool]:
+        """Figures of the row's pruning, and whether its peak of host memory is its own."""
+        line = self.journal.find(f"prune/{candidate.name}")
+        if line is None:
+            if self.journal.find(f"begin/{candidate.name}") is None:
+                self.journal.append(f"begin/{candidate.name}", job=candidate.job.header)
+            return_freed_memory()
+            own_peak = machine.reset_peaks(candidate.job.device)
+            result = prune(candidate.config, progress=self.progress)
+            line = self.journal.append(
+                f"prune/{candidate.name}",
+                figures={
+                    "ratio_blocks": result.ratio_blocks,
+                    "parameters": result.parameters_after,
+                    "seconds": read_json(candidate.config.out / REPORT)["seconds"],
+                    "operations": result.operations,
+                    "forward_equivalents": result.forward_equivalents,
+                    "peak_host_bytes": result.peak_host_bytes,
+                    "peak_device_bytes": result.peak_device_bytes,
+                },
+                own_peak=own_peak,
+            )
+        return line["figures"], line["own_peak"]
+
+    def _measured(self, name: str, model: Path) -> Entry:
+        """Perplexity, protocol, and whether the checkpoint is to stay."""
+        line = self.journal.find(f"eval/{name}")
+        if line is None:
+            measured = self.evaluation.measure(model, self.progress)
+            line = self.journal.append(f"eval/{name}", **measured, keep=self.keep)
+        return line
+
+    def _settings(self) -> dict[str, Any]:
+        job = self.candidates[0].job
+        length = max(candidate.job.length for candidate in self.candidates)
+        return {
+            "calibration": str(job.config.calibration or "built-in sample") if length else None,
+            "samples": job.config.samples,
+            "seq_len": length or None,
+            "seed": job.config.seed,
+            "layout": job.config.layout,
+            "round_to": job.config.round_to,
+            "dtype": str(job.skeleton.dtype).removeprefix("torch."),
+            "device": str(job.device),
+            "text": str(self.evaluation.text),
+        }
+
+    def _budget_notes(self, rows: Sequence[Row]) -> list[str]:
+        """Ratios at which recipes removed different amounts, beyond what the steps of the widths explain."""
+        job, notes = self.candidates[0].job, []
+        step = largest_step(job.sites, job.budget())
+        for ratio in dict.fromkeys(row.ratio for row in rows[1:]):
+            gone = [rows[0].parameters - row.parameters for row in rows[1:] if row.ratio == ratio]
+            if max(gone) - min(gone) > step:
+                notes.append(
+                    f"At ratio {ratio:g} the recipes removed from {min(gone):,} to {max(gone):,} parameters, "
+                    f"further apart than the largest step, {step:,}."
+                )
+        return notes
+
+
+def _config(model: Path, folder: Path, variant: Variant, ratio: float, common: Mapping[str, Any]) -> Config:
+    """The job of one row."""
+    return Config(
+        model=model,
+        out=folder / ROWS / f"{variant.label}-{ratio}",
+        ratio=ratio,
+        recipe=variant.recipe,
+        settings=variant.settings,
+        surveys=folder / SURVEYS,
+        **common,
+    )
+
+
+def _variants(recipes: Sequence[str | Variant]) -> list[Variant]:
+    variants = [Variant.parse(given) if isinstance(given, str) else given for given in recipes]
+    if not variants:
+        raise ConfigError("no recipes were given")
+    labels = [variant.label for variant in variants]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"recipe {label} is given twice; give one of them a label of its own: other={label}")
+    return variants
+
+
+def _check(ratios: Sequence[float], perplexities: Sequence[float]) -> None:
+    if not ratios:
+        raise ConfigError("no ratios were given")
+    for ratio in ratios:
+        if list(ratios).count(ratio) > 1:
+            raise ConfigError(f"ratio {ratio:g} is given twice")
+    for perplexity in perplexities:
+        if not 1 < perplexity < math.inf:
+            raise ConfigError(f"perplexity is {perplexity:g}; it must be above 1 and finite")
+
+
+def _refuse_others(folder: Path) -> None:
+    """See that the folder can be made, or is a comparison's."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"out is {folder}; {existing} is not a directory")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.removesuffix(files.TEMPORARY) not in KNOWN:
+            raise ConfigError(f"out is {folder}, which holds something else: {path.name}")

@@ -1,0 +1,45 @@
+"""What a job spends, told by its journal: every line carries the operations and seconds since the one before.
+
+So the sum over all lines is what the job took, in however many processes it ran; what a process did between
+its last line and its end is lost, like the work itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .journal import Entry, Journal
+from .maths.operations import counting
+
+
+@contextmanager
+def metered(journal: Journal, started: float) -> Iterator[None]:
+    """A context in which `journal.append` adds `operations` and `seconds`, the latter from `started` (monotonic)."""
+    told_operations, told_seconds = 0, started
+    with counting() as counter:
+
+        def spent() -> Entry:
+            nonlocal told_operations, told_seconds
+            operations, now = counter.total, time.monotonic()
+            since = {"operations": operations - told_operations, "seconds": round(now - told_seconds, 3)}
+            told_operations, told_seconds = operations, now
+            return since
+
+        journal.meter = spent
+        yield
+
+
+def totals(journal: Journal, prefix: str = "") -> Entry:
+    """Operations and seconds of all finished steps whose name begins with `prefix`, and of what they were spared.
+
+    A step that took over another job's work says under "spared" what that work had cost: whoever compares methods
+    wants to know what a method takes, not which of them came first.
+    """
+    steps = list(journal.steps(prefix))
+    spent = [*steps, *(step["spared"] for step in steps if "spared" in step)]
+    return {
+        "operations": sum(each["operations"] for each in spent),
+        "seconds": round(sum(each["seconds"] for each in spent), 3),
+    }

@@ -1,0 +1,166 @@
+"""Counted operations: against hand counts, torch's own counter, and the shapes of whole models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from test_run import Make, Tiny, force_boundaries, interrupted
+from torch.utils.flop_counter import FlopCounterMode
+
+import streamprune
+from streamprune.journal import Journal
+from streamprune.maths.operations import counting
+from streamprune.meter import metered, totals
+from streamprune.model.skeleton import open_skeleton
+from streamprune.stream import sweep
+from streamprune.stream.store import ActivationStore
+
+
+def count(work: Callable[[], object]) -> int:
+    with counting() as counter:
+        work()
+    return counter.total
+
+
+SPD = 2 * torch.eye(6) + torch.ones(6, 6)
+L = torch.linalg.cholesky(SPD)
+A, B, V = torch.ones(5, 7), torch.ones(7, 3), torch.ones(7)
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (lambda: A @ B, 2 * 5 * 7 * 3),
+        (lambda: torch.mm(A, B, out=torch.empty(5, 3)), 2 * 5 * 7 * 3),
+        (lambda: torch.ones(5, 3).addmm_(A, B), 2 * 5 * 7 * 3),
+        (lambda: torch.addmm(torch.ones(3), A, B), 2 * 5 * 7 * 3),
+        (lambda: A.expand(4, 5, 7) @ B.expand(4, 7, 3), 4 * 2 * 5 * 7 * 3),
+        (lambda: torch.baddbmm(torch.ones(3), A.expand(4, 5, 7), B.expand(4, 7, 3)), 4 * 2 * 5 * 7 * 3),
+        (lambda: A @ V, 2 * 5 * 7),
+        (lambda: V @ B, 2 * 7 * 3),
+        (lambda: V @ V, 2 * 7),
+        (lambda: torch.addmv(torch.ones(5), A, V), 2 * 5 * 7),
+        (lambda: A * 2 + 1, 0),
+        (lambda: torch.linalg.cholesky_ex(SPD), 72),
+        (lambda: torch.linalg.cholesky(SPD.expand(4, 6, 6)), 4 * 72),
+        (lambda: torch.cholesky_inverse(L), 144),
+        (lambda: torch.cholesky_solve(torch.ones(6, 3), L), 2 * 36 * 3),
+        (lambda: torch.linalg.solve_triangular(L, torch.ones(6, 3), upper=False), 36 * 3),
+        (lambda: torch.linalg.solve_triangular(L, torch.ones(3, 6), upper=False, left=False), 36 * 3),
+        (lambda: torch.linalg.solve(SPD, torch.ones(6)), 144 + 2 * 36),
+        (lambda: torch.linalg.solve(SPD.expand(4, 6, 6), torch.ones(4, 6, 3)), 4 * (144 + 2 * 36 * 3)),
+        (lambda: torch.linalg.solve_ex(SPD, torch.ones(6, 3)), 144 + 2 * 36 * 3),
+        (lambda: torch.linalg.lu_solve(*torch.linalg.lu_factor(SPD), torch.ones(6, 3)), 144 + 2 * 36 * 3),
+        (lambda: torch.linalg.inv(SPD), 2 * 216),
+        (lambda: torch.linalg.eigh(SPD.expand(4, 6, 6)), 4 * 9 * 216),
+    ],
+)
+def test_hand_counts(work: Callable[[], object], expected: int) -> None:
+    assert count(work) == expected
+
+
+def test_backward_of_a_linear() -> None:
+    layer = torch.nn.Linear(7, 3)
+    x = torch.ones(5, 7, requires_grad=True)
+    # Forward, then the gradients of the weight and of the input.
+    assert count(lambda: layer(x).sum().backward()) == 3 * (2 * 5 * 7 * 3)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_its_backward_is_torchs_own_count(causal: bool) -> None:
+    q, k, v = (torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3))
+
+    def run() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward()
+
+    assert count(run) == 7 * (2 * 2 * 3 * 5 * 5 * 4)
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as torchs,
+    ):
+        F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    with counting() as ours:
+        F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert ours.total == torchs.get_total_flops()
+
+
+def test_grouped_queries_count_each_query_head() -> None:
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    with torch.no_grad():
+        assert count(lambda: F.scaled_dot_product_attention(q, k, k, enable_gqa=True)) == 2 * (2 * 4 * 5 * 5 * 8)
+
+
+def test_contexts_nest() -> None:
+    with counting() as outer:
+        A @ B
+        with counting() as inner:
+            A @ B
+        A @ B
+    assert inner.total == 210
+    assert outer.total == 630
+
+
+def test_the_journal_adds_up(tmp_path: Path) -> None:
+    for process in range(2):
+        journal = Journal(tmp_path / "journal.jsonl")
+        if not process:
+            journal.append("start")
+        with metered(journal, 0.0):
+            A @ B
+            journal.append("one")
+            A @ B
+            A @ B
+            journal.append("two")
+            A @ B  # lost
+    assert [step["operations"] for step in journal.steps()] == 2 * [210, 420]
+    assert totals(journal)["operations"] == 4 * 315
+    assert totals(journal)["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_streamed_forward_pass_is_what_the_shapes_say(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    skeleton = open_skeleton(tiny(name), device, "float32")
+    tokens = torch.arange(3 * 24).view(3, 24) % 40
+    store = ActivationStore(tmp_path, (3, 24, skeleton.width), skeleton.dtype, device, durable=False)
+    sweep.embed(skeleton, tokens, store, "dense-0000-0", 2)
+    with counting() as counter:
+        for _ in sweep.forward(skeleton, store, "dense", 0, len(skeleton), 2):
+            pass
+        sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), tokens, 2)
+    # What is left are rotary tables and, for one of them, a projection before the blocks.
+    assert counter.total == pytest.approx(skeleton.forward_operations(3, 24), rel=0.02)
+
+
+def test_a_job_says_what_it_took(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny("llama")
+    whole = configured(path, "whole")
+    result = streamprune.prune(whole)
+    report = json.loads((whole.out / "report.json").read_text())
+    assert result.operations == report["operations"]
+    forward = open_skeleton(path, torch.device("cpu"), "float32").forward_operations(12, 24)
+    assert result.forward_equivalents == pytest.approx(result.operations / forward, abs=1e-4)
+    # A survey of one forward and one backward pass, blocks seen once dense and twice pruned, and the solvers.
+    assert 5 < result.forward_equivalents < 8
+    assert report["seconds"] == pytest.approx(result.seconds, rel=0.3)
+    # A job that was interrupted adds up; the finished result says the same again.
+    config = configured(path, "resumed")
+    interrupted(config, monkeypatch)
+    again = streamprune.prune(config)
+    assert again.resumed
+    assert again.operations == result.operations
+    assert streamprune.prune(config).operations == result.operations
+    # Boundaries that are computed again are work too.
+    force_boundaries(monkeypatch, 3)
+    assert streamprune.prune(configured(path, "sparse")).operations > result.operations
+
+
+def test_a_recipe_without_text_computes_next_to_nothing(tiny: Tiny, configured: Make) -> None:
+    result = streamprune.prune(configured(tiny("llama"), recipe="magnitude", seq_len=500))
+    assert result.operations == result.forward_equivalents == 0
