@@ -58,7 +58,8 @@ def group_costs(w: Tensor, g: Tensor, a_inverse: Tensor, groups: int) -> Tensor:
     columns = w.reshape(len(w), groups, width).transpose(0, 1)  # (groups, R, width)
     energy = columns.transpose(1, 2) @ (g @ columns)
     blocks = a_inverse.view(groups, width, groups, width)[index, :, index]
-    return torch.linalg.solve(blocks, energy).diagonal(dim1=-2, dim2=-1).sum(-1) / 2
+    costs: Tensor = torch.linalg.solve(blocks, energy).diagonal(dim1=-2, dim2=-1).sum(-1) / 2
+    return costs
 
 
 def element_costs(w: Tensor, g_inverse: Tensor, a_inverse: Tensor) -> Tensor:
