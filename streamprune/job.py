@@ -146,6 +146,7 @@ class Job:
     @cached_property
     def needs(self) -> Needs:
         """What the forecast has to count."""
+        correction = self.recipe.correction(self.settings)
         return Needs(
             samples=self.config.samples,
             length=self.length,
@@ -155,6 +156,7 @@ class Job:
             compensates=self.recipe.compensation(self.settings) is not None or self.recipe.wants_inputs(self.settings),
             aims=self.recipe.target(self.settings) is not None,
             refines=self.config.refine,
+            corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
         )
@@ -353,6 +355,8 @@ class Job:
             files.remove_tree(leftover)
         for number in range(1, self.shots + 1):
             files.make_folder(self.shot_folder(number))
+            if self.recipe.correction(self.settings) is not None:
+                files.make_folder(self.folder / f"shot-{number:02}-pruned")
         if self.needs_text:
             files.make_folder(self.cache)
         self.journal = Journal(self.journal_path)

@@ -80,6 +80,16 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """Low-rank steps on the language modelling loss after each shot."""
+
+    steps: int
+    rank: int
+    rate: float
+    """Adam's, at the first step."""
+
+
+@dataclass(frozen=True)
 class Refit:
     """What stays of a site's weights."""
 
@@ -113,6 +123,8 @@ class Recipe(Generic[S]):
     target: Callable[[S], Target | None] = lambda settings: None
     shots: Callable[[S, float], int] = lambda settings, ratio: 1
     """In how many shots that ratio is removed."""
+    correction: Callable[[S], Correction | None] = lambda settings: None
+    """What each shot ends with."""
     check: Callable[[S, Sequence[Site], Budget], None] = lambda settings, sites, budget: check_budget(sites, budget)
     """Refuses a budget that cannot be met, before any work."""
     plans_units: Callable[[S, Site], bool] = lambda settings, site: False
