@@ -184,6 +184,12 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(norm, "forward", forward)
 
 
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the disk: the bytes are the same, and half the time of a tiny job goes."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file's bytes by name; what a job spent, which an interruption may add to, is taken out of the report."""
     found = {}

@@ -144,21 +144,23 @@ def least_squares(x: Tensor, y: Tensor, start: Tensor, strength: float) -> Tenso
 
 
 def greedy_path(w: Tensor, h: Tensor, width: int, count: int, g: Tensor | None = None) -> tuple[list[int], list[float]]:
-    """The plain loop: units in the order in which they go, and ``tr((P_uu)⁻¹ W_uᵀ G W_u)`` of each when it goes."""
+    """The plain loop: units in the order in which they go, and ``tr((P_uu)⁻¹ W_uᵀ G W_u)`` of each when it goes.
+
+    Columns that are always zero cost nothing.
+    """
     g = torch.eye(len(w), dtype=w.dtype) if g is None else g
-    w, p = w.clone(), torch.linalg.inv(ridge(h))
+    w, p = w * (h.diagonal() > 0), torch.linalg.inv(ridge(h))
     left, order, paid = list(range(h.shape[0] // width)), [], []
     for _ in range(count):
-        costs = []
-        for u in left:
-            c = slice(u * width, (u + 1) * width)
-            costs.append(float(torch.trace(torch.linalg.inv(p[c, c]) @ w[:, c].T @ g @ w[:, c])))
-        paid.append(min(costs))
-        u = left.pop(costs.index(min(costs)))
-        order.append(u)
-        c = slice(u * width, (u + 1) * width)
-        inverse = torch.linalg.inv(p[c, c])
-        w, p = w - w[:, c] @ inverse @ p[c], p - p[:, c] @ inverse @ p[c]
+        c = columns_of(torch.tensor(left), width).view(len(left), width)
+        energies = (w.T @ g @ w)[c[:, :, None], c[:, None, :]]  # (left, width, width)
+        costs = (torch.linalg.inv(p[c[:, :, None], c[:, None, :]]) @ energies).diagonal(dim1=1, dim2=2).sum(dim=1)
+        best = int(costs.argmin())
+        paid.append(float(costs[best]))
+        order.append(left.pop(best))
+        s = c[best]
+        inverse = torch.linalg.inv(p[s][:, s])
+        w, p = w - w[:, s] @ inverse @ p[s], p - p[:, s] @ inverse @ p[s]
     return order, paid
 
 
@@ -347,14 +349,58 @@ def default(
 
 
 def slimgpt(
-    path: Path, tokens: Tensor, sites: list[Site], *, shares: list[float], ratio: float, round_to: int
+    path: Path,
+    tokens: Tensor,
+    sites: list[Site],
+    *,
+    shares: list[float],
+    ratio: float,
+    round_to: int,
+    choose: Choose = greedily,
 ) -> Twins:
-    """With exact selection; `shares` of the ratio by block."""
+    """Args:
+    shares: of the ratio, by block.
+    """
     twins = Twins(path, sites)
     budget = Budget(ratio, twins.parameters, round_to, uniform=False)
     keep = allocate(sites, even_densities(sites, dict(enumerate(shares))), budget)
-    twins.prune(keep, tokens, compensate=False)
+    twins.prune(keep, tokens, compensate=False, choose=choose)
     return twins
+
+
+def in_batches(problem: Problem, keep: int, *, first: int, last: int) -> Tensor:
+    """SlimGPT's batched greedy pruning: heads by the Cholesky diagonals of their own blocks of P, channels in groups."""
+    width, w, p = problem.place.site.width, problem.w, torch.linalg.inv(ridge(gram(problem.z)))
+    left = list(range(w.shape[1] // width))
+    while len(left) > keep:
+        diagonal = torch.zeros(len(p), dtype=p.dtype)
+        for u in left:
+            c = slice(u * width, (u + 1) * width)
+            diagonal[c] = torch.linalg.cholesky(p[c, c]).diagonal().square()
+        estimates = {u: float((w.square().sum(dim=0) / diagonal)[u * width : (u + 1) * width].sum()) for u in left}
+        to_go = len(left) - keep
+        size = 1 if problem.place.site.kind == "attention" else max(last, min(first, to_go // 2 // last * last))
+        gone = sorted(left, key=lambda u: estimates[u])[: min(size, to_go)]
+        left = [u for u in left if u not in gone]
+        c = columns_of(torch.tensor(gone), width)
+        middle = torch.linalg.inv(p[c][:, c])
+        w, p = w - w[:, c] @ middle @ p[c], p - p[:, c] @ middle @ p[c]
+    return torch.tensor(left)
+
+
+def by_second_moment(problem: Problem, keep: int) -> Tensor:
+    """Half the mean of each unit's squared linear outputs, (tokens, d_out) of them written out; gated, both products."""
+
+    def moments(hidden: Tensor) -> Tensor:
+        outputs = hidden[:, None, :] * problem.w[None]  # (tokens, d_out, n): what each channel alone gives
+        return outputs.square().sum(dim=1).mean(dim=0) / 2
+
+    site = problem.place.site
+    if site.kind == "attention":
+        scores = moments(problem.z).view(-1, site.width).sum(dim=1)
+    else:
+        scores = torch.stack([moments(problem.inputs @ a.T) for a in problem.producers]).prod(dim=0)
+    return scores.argsort(descending=True)[:keep].sort().values
 
 
 def divergence(maps: Tensor) -> Tensor:
