@@ -25,6 +25,16 @@ def bundle(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+def window(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """``"4:30"`` → (4, 30)."""
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise click.BadParameter(f"{text!r}; write it as A:B, such as 4:30", context, parameter)
+    return int(start), int(stop)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 machine_options = bundle(
@@ -64,15 +74,30 @@ result_options = bundle(
         show_default=True,
         help="uniform: all blocks alike, so that the result is a stock checkpoint.",
     ),
+    click.option("--blocks", metavar="A:B", callback=window, help="Prune only blocks A to B - 1.  [default: all]"),
+    click.option(
+        "--ratio-of",
+        type=click.Choice(["blocks", "window", "model"]),
+        default="blocks",
+        show_default=True,
+        help="What the ratio counts: all blocks, those of --blocks, or the model with embeddings and head.",
+    ),
+    click.option(
+        "--refine",
+        default=0,
+        show_default=True,
+        metavar="STEPS",
+        help="Train each block for so many steps after it was pruned, from its pruned input to its dense output.",
+    ),
 )
 
 job_options = bundle(
     click.option("--ratio", type=float, help="Share of the blocks' parameters to remove, in (0, 1)."),
     click.option(
         "--recipe",
-        default="sobp",
+        default="default",
         show_default=True,
-        help="Method: sobp, or the baselines random, magnitude, wanda-sp.",
+        help="Method: default, the papers' sobp, slimgpt, greedy-output, surgeon, or the baselines random, magnitude, wanda-sp.",
     ),
     calibration_options,
     machine_options,

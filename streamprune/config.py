@@ -71,7 +71,7 @@ class Config:
     """Directory to create."""
     ratio: float | None = _fixed(default=None)
     """Share of the blocks' parameters to remove, in (0, 1); None when a plan file decides."""
-    recipe: str = _fixed(default="sobp")
+    recipe: str = _fixed(default="default")
     settings: Mapping[str, str] = _fixed(default_factory=dict)
     """The recipe's own settings by name, as text."""
     calibration: Path | DataFree | None = _free(default=None)

@@ -40,6 +40,6 @@ def totals(journal: Journal, prefix: str = "") -> Entry:
     steps = list(journal.steps(prefix))
     spent = [*steps, *(step["spared"] for step in steps if "spared" in step)]
     return {
-        "operations": sum(each["operations"] for each in spent),
-        "seconds": round(sum(each["seconds"] for each in spent), 3),
+        "operations": sum(each.get("operations", 0) for each in spent),
+        "seconds": round(sum(each.get("seconds", 0.0) for each in spent), 3),
     }

@@ -162,7 +162,14 @@ def configured(text: Path, tmp_path: Path) -> Callable[..., streamprune.Config]:
     """A small job's `Config`, with whatever is changed."""
 
     def make(model: Path, out: str = "out", **changes: Any) -> streamprune.Config:
-        fields: dict[str, Any] = {"ratio": 0.3, "calibration": text, "samples": 12, "seq_len": 24, "round_to": 4}
+        fields: dict[str, Any] = {
+            "recipe": "sobp",
+            "ratio": 0.3,
+            "calibration": text,
+            "samples": 12,
+            "seq_len": 24,
+            "round_to": 4,
+        }
         return streamprune.Config(model=model, out=tmp_path / out, **{**fields, **changes})
 
     return make

@@ -55,7 +55,7 @@ def refused(result: Result, message: str, code: int, folder: Path) -> None:
         (["--ratio", "nan"], "ratio is nan"),
         (["--ratio", "0.97"], "ratio is 0.97; this model can lose at most 0."),
         (["--ratio", "0.0001"], "ratio is 0.0001; the smallest step is"),
-        (["--recipe", "magic"], "recipe is 'magic'; it must be one of sobp, random"),
+        (["--recipe", "magic"], "recipe is 'magic'; it must be one of default, sobp"),
         (["--samples", "0"], "samples is 0; it must be at least 1"),
         (["--seq-len", "1"], "seq_len is 1; it must be at least 2"),
         (["--round-to", "0"], "round_to is 0"),

@@ -224,7 +224,7 @@ def test_budgets_agree_to_within_a_step(layout: str, compare: Compare, tiny: Tin
 
     found = compare(layout=layout, recipes=["sobp", "magnitude", "wanda-sp"], ratios=[0.3, 0.5])
     job = Job(Config(model=tiny("llama"), out=Path("x"), ratio=0.3, layout=layout, round_to=4), None)  # type: ignore[arg-type]
-    step = largest_step(job.sites, job.budget)
+    step = largest_step(job.sites, job.budget())
     # A key/value group: 16 columns of o_proj and 16 + 8 + 8 rows of 32.
     assert step == (3 if layout == "uniform" else 1) * (16 + 32) * 32
     for ratio in (0.3, 0.5):
@@ -338,7 +338,7 @@ def test_the_command_prints_a_table_or_one_object(command: Callable[..., Outcome
         ([], {"ratios": "0.2,nan"}, "ratio is nan; it must be in (0, 1)"),
         ([], {"ratios": "0.2,0.97"}, "ratio is 0.97; this model can lose at most"),
         ([], {"ratios": "0.2,0.20"}, "ratio 0.2 is given twice"),
-        ([], {"recipes": "sobp,magic"}, "recipe is 'magic'; it must be one of sobp"),
+        ([], {"recipes": "sobp,magic"}, "recipe is 'magic'; it must be one of default, sobp"),
         ([], {"recipes": "sobp,sobp"}, "recipe sobp is given twice"),
         ([], {"recipes": "sobp,"}, "label is ''; it must be of letters, digits, - and _"),
         ([], {"recipes": "a.b=sobp"}, "label is 'a.b'; it must be of letters"),

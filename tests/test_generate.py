@@ -190,7 +190,7 @@ def test_a_model_calibrates_on_what_it_writes(
         expected = generate(job.skeleton, 12, 24, 0, tmp_path / "generate", batch, Silent())
         assert torch.equal(job.tokens, expected)
         assert torch.equal(load_file(job.written_path)["tokens"], expected)
-        assert [step["step"] for step in job.journal.steps()][:2] == ["calibrate", "embed"]
+        assert [step["step"] for step in job.journal.steps()][:2] == ["calibrate", "shot-1/embed"]
         assert not list(job.cache.glob("generate*"))
     streamprune.prune(config)
     report = json.loads((config.out / "report.json").read_text())

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import streamprune
 from streamprune.journal import Journal
-from streamprune.maths.operations import counting
+from streamprune.maths.linalg import _greedy_columns
+from streamprune.maths.operations import counted, counting
 from streamprune.meter import metered, totals
 from streamprune.model.skeleton import open_skeleton
 from streamprune.stream import sweep
@@ -164,3 +165,24 @@ def test_a_job_says_what_it_took(tiny: Tiny, configured: Make, monkeypatch: pyte
 def test_a_recipe_without_text_computes_next_to_nothing(tiny: Tiny, configured: Make) -> None:
     result = streamprune.prune(configured(tiny("llama"), recipe="magnitude", seq_len=500))
     assert result.operations == result.forward_equivalents == 0
+
+
+def test_a_stated_figure_stands_for_what_runs_inside() -> None:
+    a = torch.ones(4, 4)
+    with counting() as outer, counting() as inner:
+        with counted(7):
+            _ = a @ a
+        _ = a @ a
+    assert inner.total == outer.total == 7 + 2 * 4**3
+    with counted(7):
+        _ = a @ a
+
+
+def test_greedy_removal_counts_what_it_does() -> None:
+    n, count, block = 96, 64, 32
+    x = torch.randn(200, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, v = torch.linalg.inv(x.T @ x), torch.eye(n, dtype=torch.float64)
+    with counting() as looked_at:
+        _greedy_columns(p.clone(), v.clone(), count, block)
+    stated = 6 * n * count * (n + block // 2)
+    assert looked_at.total == pytest.approx(stated, rel=0.05)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from .operations import counted
 
 _MOST_DAMPING = 10.0
 
@@ -83,7 +84,10 @@ def greedy_removal(
     live = w * alive
     v = live.T @ live
     if width == 1:
-        return _greedy_columns(p, v, count, block)
+        n = len(p)
+        # A step: three products with up to `block` vectors; a block of steps: three updates of an n × n matrix.
+        with counted(6 * n * count * (n + block // 2)):
+            return _greedy_columns(p, v, count, block)
     return _greedy_groups(p, v, width, count)
 
 
