@@ -7,6 +7,7 @@ job killed at any instant goes on from the last line and ends with the same byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .model.block import Block
 from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .refine import Refinement
+from .site import Site
 from .stream import sweep
 from .surgery import DENSE, PRUNED, Surgeon
 
@@ -49,12 +51,20 @@ class Shot:
         self.last = number == job.shots
         self.folder = job.shot_folder(number)
         """Where the result goes."""
-        source = job.shot_folder(number - 1) if number > 1 else None
-        self.skeleton: Skeleton = (
-            open_skeleton(source, job.device, job.dtype, uniform=job.skeleton.uniform) if source else job.skeleton
-        )
-        self.sites = self.skeleton.all_sites()
         self.statistics = job.recipe.statistics(job.settings) if job.surveys else frozenset()
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The model it begins with: of a shot that is finished, it may be gone."""
+        if self.number == 1:
+            return self.job.skeleton
+        source = self.job.shot_folder(self.number - 1)
+        return open_skeleton(source, self.job.device, self.job.dtype, uniform=self.job.skeleton.uniform)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """That model's sites."""
+        return self.skeleton.all_sites()
 
     @property
     def finished(self) -> Entry | None:

@@ -160,18 +160,31 @@ def stopping_after(appends: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         yield
 
 
-@pytest.mark.parametrize("settings", [{}, {"boundary_every": 2}])
+SHOTS: dict[str, Any] = {"recipe": "default", "settings": {"shots": "3"}, "refine": 3, "blocks": (1, 3)}
+"""A job with everything that a job can do: several shots, a window, refinement."""
+
+
+@pytest.mark.parametrize(
+    ("depth", "every", "changes"),
+    [
+        (4, 1, {}),
+        (4, 2, {}),
+        (3, 1, {**SHOTS, "samples": 3}),
+        (3, 1, {"recipe": "greedy-output", "blocks": (0, 2)}),
+    ],
+)
+@pytest.mark.usefixtures("unsynced")
 def test_stopped_after_every_journal_line_the_bytes_are_the_same(
-    settings: dict[str, int], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+    depth: int, every: int, changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny("qwen3", num_hidden_layers=4)
-    if settings:
-        force_boundaries(monkeypatch, settings["boundary_every"])
-    whole = configured(path, "whole")
+    path = tiny("qwen3", num_hidden_layers=depth)
+    if every > 1:
+        force_boundaries(monkeypatch, every)
+    whole = configured(path, "whole", **changes)
     streamprune.prune(whole)
     expected = contents(whole.out)
     # One journal line a life: every line is followed by a new process's work.
-    config = configured(path, "stopped")
+    config = configured(path, "stopped", **changes)
     lives = 0
     while not config.out.exists():
         lives += 1
@@ -181,7 +194,7 @@ def test_stopped_after_every_journal_line_the_bytes_are_the_same(
             except Stop:
                 continue
             assert result.resumed
-    assert lives > 14
+    assert lives > (14 if depth == 4 else 8)
     assert contents(config.out) == expected
     # After the last line the folder may be left behind; the same command clears it and changes nothing.
     assert streamprune.prune(config).resumed
