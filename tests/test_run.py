@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,36 +220,101 @@ def test_sparse_boundaries_change_nothing(
     assert contents(configured(path, "all").out) == contents(configured(path, "sparse").out)
 
 
+@contextmanager
+def stopping_at(instant: int, monkeypatch: pytest.MonkeyPatch, *, before: bool) -> Iterator[list[str]]:
+    """Stop right before or after so many renames and links were made; yields what was made."""
+    made: list[str] = []
+
+    def counted(name: str) -> Callable[..., None]:
+        real = getattr(os, name)
+
+        def call(source: Any, target: Any) -> None:
+            made.append(name)
+            if len(made) == instant and before:
+                raise Stop
+            real(source, target)
+            if len(made) == instant and not before:
+                raise Stop
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename", "link"):
+            patch.setattr(files.os, name, counted(name))
+        yield made
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"recipe": "default", "settings": {"shots": "2"}, "refine": 2}, {"recipe": "default", "surveys": "shared"}],
+)
+@pytest.mark.usefixtures("unsynced")
 def test_stopped_at_any_rename_the_bytes_are_the_same(
-    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tiny("llama", num_hidden_layers=2)
-    whole = configured(path, "whole", samples=3)
-    streamprune.prune(whole)
-    expected = contents(whole.out)
-    real = os.replace
-    for instant in (1, 2, 5, 9, 14, 20, 27, 35, 40, 44):
-        config = configured(path, f"stopped{instant}", samples=3)
+
+    def job(out: str) -> Config:
+        surveys = {"surveys": tmp_path / f"surveys-{out}"} if "surveys" in changes else {}
+        return configured(path, out, samples=3, **{**changes, **surveys})
+
+    with stopping_at(0, monkeypatch, before=True) as made:
+        streamprune.prune(job("whole"))
+    expected = contents(job("whole").out)
+    if "surveys" in changes:
+        streamprune.prune(replace(job("alone"), surveys=None))
+        assert contents(job("alone").out) == expected
+    # Every seventh, and all around the one that shares a survey.
+    instants = {*range(1, len(made), 7)}
+    if "surveys" in changes:
+        instants |= {made.index("rename") + k for k in range(-2, 3)}
+    for instant in sorted(instants):
+        config = job(f"stopped{instant}")
         for before in (True, False):
-            count = 0
-
-            def replace_or_stop(source: Any, target: Any, *, before: bool = before, instant: int = instant) -> None:
-                nonlocal count
-                count += 1
-                if count == instant and before:
-                    raise Stop
-                real(source, target)
-                if count == instant and not before:
-                    raise Stop
-
-            with monkeypatch.context() as patch:
-                patch.setattr(files.os, "replace", replace_or_stop)
-                try:
-                    streamprune.prune(config)
-                except Stop:
-                    assert not config.out.exists()
+            with stopping_at(instant, monkeypatch, before=before), suppress(Stop):
+                streamprune.prune(config)
         streamprune.prune(config)
         assert contents(config.out) == expected
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_a_shared_survey_changes_nothing_wherever_jobs_stop(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny("llama", num_hidden_layers=2)
+
+    def job(out: str, ratio: float, *, share: bool) -> Config:
+        surveys = tmp_path / "surveys" if share else None
+        return configured(path, out, recipe="default", ratio=ratio, samples=3, surveys=surveys)
+
+    for ratio in (0.3, 0.4):
+        streamprune.prune(job(f"alone{ratio}", ratio, share=False))
+    lives = {}
+    for ratio in (0.3, 0.4):
+        config = job(f"shared{ratio}", ratio, share=True)
+        lives[ratio] = 0
+        while not config.out.exists():
+            lives[ratio] += 1
+            with stopping_after(2 if lives[ratio] == 1 else 1, monkeypatch), suppress(Stop):
+                streamprune.prune(config)
+        assert contents(config.out) == contents(job(f"alone{ratio}", ratio, share=False).out)
+    # The first was stopped before it could share; a job that goes through shares, and then one is spared the sweeps.
+    assert lives[0.3] == lives[0.4]
+    assert not (tmp_path / "surveys").exists() or not list((tmp_path / "surveys").iterdir())
+    streamprune.prune(job("sharing", 0.35, share=True))
+    (shared,) = (tmp_path / "surveys").iterdir()
+    steps: list[str] = []
+    real = Journal.append
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", lambda self, step, **data: (steps.append(step), real(self, step, **data))[1])
+        streamprune.prune(job("spared", 0.4, share=True))
+    assert "shot-1/surveyed" in steps
+    assert not any("forward" in step or "backward" in step for step in steps)
+    assert contents(job("spared", 0.4, share=True).out) == contents(job("alone0.4", 0.4, share=False).out)
+    for changes in ({"seed": 3}, {"samples": 4}, {"dtype": "float64"}, {"settings": {"damping": "0.02"}}):
+        streamprune.prune(replace(job(f"other{changes}", 0.3, share=True), **changes))
+    assert len(list((tmp_path / "surveys").iterdir())) == 5
+    assert shared.is_dir()
 
 
 def command(config: Config, *more: str) -> list[str]:
