@@ -323,6 +323,10 @@ class Job:
                     raise ResumeError(
                         f"{field} is {now or 'not given'}; this job was started with {start[field] or 'none'}; --restart starts over"
                     )
+            if start["shots"] != self.shots:
+                raise ResumeError(
+                    f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
+                )
             self._check_memory(start["resources"])
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
@@ -355,6 +359,7 @@ class Job:
             job=header,
             cache=self._cache_given,
             plan="given" if self.given_plan else None,
+            shots=self.shots,
             replaces=self._report_in_out() is not None,
             resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
         )

@@ -490,6 +490,20 @@ def test_a_given_plan_cannot_go_again(
         streamprune.prune(configured(path))
 
 
+@pytest.mark.parametrize("appends", [4, 12, 18])
+def test_a_plan_is_no_way_on_for_a_job_of_several_shots(
+    appends: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny("llama")
+    plan = tmp_path / "plan.json"
+    plan.write_bytes(streamprune.plan_only(configured(path, "planned", recipe="default")).read_bytes())
+    config = configured(path, recipe="default", settings={"shots": "2"})
+    interrupted(config, monkeypatch, appends)
+    with pytest.raises(ResumeError, match="a plan is given, which takes one shot; this job was started in 2"):
+        streamprune.prune(replace(config, plan=plan))
+    streamprune.prune(config)
+
+
 def test_out_may_be_the_working_directory(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(tiny("llama"))
     config.out.mkdir()
