@@ -337,7 +337,9 @@ class Job:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
         known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced", self.written_path.name}
         for path in self.folder.iterdir():
-            if path.name not in known and not path.name.startswith(("survey-", "shot-")):
+            # A process that was killed may have left a file half-written.
+            name = path.name.removesuffix(files.TEMPORARY)
+            if name not in known and not name.startswith(("survey-", "shot-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
         self._check_disk(resources)

@@ -553,6 +553,17 @@ def test_restart_throws_away_what_was_there(tiny: Tiny, configured: Make, monkey
     assert sorted(p.name for p in configured(path).out.parent.iterdir()) == ["fresh", "out"]
 
 
+def test_what_a_kill_left_half_written_is_no_obstacle(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tiny("llama"))
+    interrupted(config, monkeypatch)
+    for name in ("plan.json.tmp", "survey-0001.safetensors.tmp", "calibration.safetensors.tmp"):
+        (job_folder(config.out) / name).write_text("half")
+    assert not streamprune.prune(config, restart=True).resumed
+    assert not job_folder(config.out).exists()
+
+
 def test_foreign_out_is_never_touched(tiny: Tiny, configured: Make) -> None:
     config = configured(tiny("llama"))
     config.out.mkdir()
