@@ -231,8 +231,12 @@ class Job:
         parent = self.config.cache
         if parent is None:
             return self.folder / "cache"
-        own = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
-        return parent.absolute() / f"{self.folder.name}-{own}"
+        return parent.absolute() / f"{self.folder.name}-{self.own}"
+
+    @property
+    def own(self) -> str:
+        """What tells this job's files from another's where both lie in one folder."""
+        return hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
 
     # Opening, resuming, ending.
 
@@ -290,7 +294,10 @@ class Job:
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
         """A context in which this process, and no other, works on the job."""
-        for name, path in (("OUT", self.folder.absolute()), ("cache", self.cache)):
+        places = {"OUT": self.folder.absolute(), "cache": self.cache}
+        if self.config.surveys is not None:
+            places["surveys"] = self.config.surveys.absolute() / "one"
+        for name, path in places.items():
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")

@@ -118,13 +118,22 @@ class Shot:
                 self._survey_forward()
             self.record("surveyed")
             if shared is not None and not shared.is_dir():
-                temporary = shared.with_name(shared.name + files.TEMPORARY)
-                files.remove_tree(temporary)
-                files.make_folder(temporary)
-                for index in range(depth):
-                    files.link(self._survey_path(index), temporary / self._survey_path(index).name)
-                write_json(temporary / COST, self._survey_cost())
-                files.publish(temporary, shared)
+                self._share(shared)
+
+    def _share(self, shared: Path) -> None:
+        """Leave the survey for other jobs."""
+        temporary = shared.with_name(f"{shared.name}-{self.job.own}{files.TEMPORARY}")
+        files.remove_tree(temporary)
+        files.make_folder(temporary)
+        for index in range(len(self.skeleton)):
+            files.link(self._survey_path(index), temporary / self._survey_path(index).name)
+        write_json(temporary / COST, self._survey_cost())
+        try:
+            files.publish(temporary, shared)
+        except OSError:
+            if not shared.is_dir():
+                raise
+            files.remove_tree(temporary)  # another job was first
 
     def _survey_cost(self) -> Entry:
         found = [totals(self.job.journal, f"shot-{self.number}/{part}") for part in ("forward/", "head", "backward/")]

@@ -317,6 +317,38 @@ def test_a_shared_survey_changes_nothing_wherever_jobs_stop(
     assert shared.is_dir()
 
 
+@pytest.mark.usefixtures("unsynced")
+def test_two_jobs_may_share_the_same_survey_at_once(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tiny("llama")
+    surveys = tmp_path / "surveys"
+    one, other = (configured(path, out, recipe="default", surveys=surveys) for out in ("one", "other"))
+    real = files.publish
+
+    def publish(staging: Path, target: Path) -> None:
+        if target.parent == surveys and not target.exists():
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "publish", real)
+                streamprune.prune(other)
+        real(staging, target)
+
+    monkeypatch.setattr(files, "publish", publish)
+    streamprune.prune(one)
+    assert contents(one.out) == contents(other.out)
+    (shared,) = surveys.iterdir()
+    assert sorted(p.name for p in shared.iterdir()) == ["cost.json", *(f"survey-000{i}.safetensors" for i in range(3))]
+
+
+def test_surveys_that_are_no_folder_are_refused(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for surveys in (tmp_path / "file", tmp_path / "file" / "below"):
+        config = configured(tiny("llama"), recipe="default", surveys=surveys)
+        with pytest.raises(ConfigError, match=r"surveys cannot be below .*file, which is not a directory"):
+            streamprune.prune(config)
+        assert not job_folder(config.out).exists()
+
+
 def command(config: Config, *more: str) -> list[str]:
     return [
         sys.executable,
