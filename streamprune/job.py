@@ -22,10 +22,11 @@ from . import calibration, files, machine, output
 from .config import Config, DataFree, format_bytes
 from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
+from .maths.stats import Statistic
 from .memory import Needs, Resources, device_peak, forecast
 from .meter import totals
 from .methods import RECIPES
-from .methods.allocation import Budget, check_budget
+from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
 from .model.checkpoint import Checkpoint, read_json
@@ -70,8 +71,8 @@ class Job:
         self.ratio = self._agreed_ratio()
         self.shots = 1 if self.given_plan else self.recipe.shots(self.settings, self.ratio)
         self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
-        if self.given_plan is None and not self.recipe.writes_zeros(self.settings):
-            check_budget(self.changeable(self.sites), self.budget())
+        if self.given_plan is None:
+            self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
         self.folder = job_folder(config.out)
         self.staging = self.folder / "out"
         self.plan_path = self.folder / "plan.json"
@@ -113,7 +114,12 @@ class Job:
     def surveys(self) -> bool:
         """Whether the model is surveyed before anything is removed."""
         spared = self.given_plan is not None and not self.recipe.keeps_findings(self.settings)
-        return bool(self.recipe.statistics(self.settings)) and not spared
+        return self.recipe.statistics(self.settings) is not None and not spared
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What a survey sums."""
+        return (self.surveys and self.recipe.statistics(self.settings)) or frozenset()
 
     @property
     def streams(self) -> bool:
@@ -125,7 +131,7 @@ class Job:
     @property
     def needs_text(self) -> bool:
         """Whether any text is read."""
-        return self.surveys or self.streams
+        return bool(self.statistics) or self.streams
 
     @property
     def text(self) -> Path | DataFree:
@@ -144,7 +150,7 @@ class Job:
             samples=self.config.samples,
             length=self.length,
             text=self.needs_text,
-            survey=self.recipe.statistics(self.settings) if self.surveys else frozenset(),
+            survey=self.statistics,
             gram=self.recipe.wants_gram(self.settings) or self.recipe.target(self.settings) is not None,
             compensates=self.recipe.compensation(self.settings) is not None or self.recipe.wants_inputs(self.settings),
             aims=self.recipe.target(self.settings) is not None,

@@ -51,7 +51,6 @@ class Shot:
         self.last = number == job.shots
         self.folder = job.shot_folder(number)
         """Where the result goes."""
-        self.statistics = job.recipe.statistics(job.settings) if job.surveys else frozenset()
 
     @cached_property
     def skeleton(self) -> Skeleton:
@@ -83,7 +82,7 @@ class Shot:
             store, size = self.job.store, self.job.batch
             sweep.embed(self.skeleton, self.job.tokens, store, sweep.boundary(DENSE, 0), size)
             self.record("embed")
-        if self.statistics and not self.journalled("allocate"):
+        if self.job.surveys and not self.journalled("allocate"):
             self._survey()
         return self._allocate()
 
@@ -112,7 +111,7 @@ class Shot:
                 files.link(shared / self._survey_path(index).name, self._survey_path(index))
             self.record("surveyed", spared=read_json(shared / COST))
         if not self.journalled("surveyed"):
-            if self.statistics & GRADIENTS:
+            if self.job.statistics & GRADIENTS:
                 self._survey_backward()
             else:
                 self._survey_forward()
@@ -142,21 +141,25 @@ class Shot:
     @property
     def survey(self) -> Survey:
         """The findings on the disk; empty where there was no survey."""
-        return SurveyFiles(self.skeleton, self._survey_path) if self.statistics else {}
+        return SurveyFiles(self.skeleton, self._survey_path) if self.job.surveys else {}
 
     def _survey_forward(self) -> None:
-        skeleton, store, depth = self.skeleton, self.job.store, len(self.skeleton)
+        skeleton, depth = self.skeleton, len(self.skeleton)
+        store = self.job.store
         done = len(self.steps("forward/"))
+        moves = bool(self.job.statistics)  # else it is the weights alone that are looked at
         self.progress.phase("survey", depth, done)
-        store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
+        if moves:
+            store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
         for index, block in sweep.blocks(skeleton, range(done, depth)):
-            stats = skeleton.statistics(index, self.statistics)
-            sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
+            stats = skeleton.statistics(index, self.job.statistics)
+            if moves:
+                sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
             self._save_findings(index, block, stats)
             del block, stats
             return_freed_memory()
             self.record(f"forward/{index}")
-            if index:
+            if moves and index:
                 store.remove(sweep.boundary(DENSE, index))
             self.progress.step(f"block {index}")
 
@@ -180,7 +183,7 @@ class Shot:
         while first >= 0:
             lowest = self._recompute(first)
             for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
-                stats = skeleton.statistics(index, self.statistics)
+                stats = skeleton.statistics(index, self.job.statistics)
                 sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
                 self._save_findings(index, block, stats)
                 del block, stats
