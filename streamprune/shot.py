@@ -187,7 +187,7 @@ class Shot:
                 if index % self.job.boundary_every:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"forward, block {index}")
-            sweep.head_gradient(skeleton, store, self.job.tokens, self.job.batch)
+            sweep.head_gradient(skeleton, store, self.job.tokens, self.job.batch, uniform=self._uniform())
             self.record("head")
         first = depth - 1 - backward
         inputs = {sweep.boundary(DENSE, index) for index in range(max(first, 0) + 1)}
@@ -206,6 +206,13 @@ class Shot:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"backward, block {index}")
             first = lowest - 1
+
+    def _uniform(self) -> Tensor | None:
+        """What the model's own labels are drawn with, where the recipe wants them."""
+        if not self.job.recipe.draws_labels(self.job.settings):
+            return None
+        generator = torch.Generator().manual_seed(self.job.config.seed)
+        return torch.rand(self.job.tokens.shape, generator=generator, dtype=torch.float64)
 
     def _recompute(self, index: int) -> int:
         """See that a block's input is there; returns the lowest block down to which all inputs are."""

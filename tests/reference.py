@@ -87,7 +87,16 @@ def capture(model: Any, modules: Iterable[str], tokens: Tensor) -> list[Tensor]:
     return [seen[name] for name in modules]
 
 
-def output_gradients(model: Any, modules: Iterable[str], tokens: Tensor) -> list[Tensor]:
+def draw(logits: Tensor) -> Tensor:
+    """The tokens that follow each of (sequences, tokens, vocabulary) when the model draws them, seed 0."""
+    uniform = torch.rand(logits.shape[:2], generator=torch.Generator().manual_seed(0), dtype=torch.float64)[:, 1:]
+    above = logits[:, :-1].detach().softmax(-1).cumsum(-1) > uniform[..., None]
+    return above.int().argmax(-1)
+
+
+def output_gradients(
+    model: Any, modules: Iterable[str], tokens: Tensor, *, labels: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
     """∂loss/∂output of several linears, (all tokens, width) each; loss: the sum of negative log-likelihoods."""
     seen: dict[str, Tensor] = {}
     hooks = []
@@ -99,7 +108,8 @@ def output_gradients(model: Any, modules: Iterable[str], tokens: Tensor) -> list
 
         hooks.append(model.get_submodule(name).register_forward_hook(hook))
     logits = model(tokens).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    targets = tokens[:, 1:] if labels is None else labels(logits)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
     gradients = torch.autograd.grad(loss, [seen[name] for name in modules])
     for handle in hooks:
         handle.remove()
@@ -308,11 +318,11 @@ def sobp(path: Path, tokens: Tensor, sites: list[Site], *, ratio: float, round_t
     return twins
 
 
-def path_costs(twins: Twins, tokens: Tensor, *, weighted: bool = True) -> dict[str, Tensor]:
+def path_costs(twins: Twins, tokens: Tensor, *, weighted: bool = True, drawn: bool = True) -> dict[str, Tensor]:
     """Of each further unit of each site, a parameter, in units of loss; a unit is no cheaper than one before it."""
     consumers = [place.consumer for place in twins.places]
     inputs = capture(twins.dense, consumers, tokens)
-    gradients = output_gradients(twins.dense, consumers, tokens)
+    gradients = output_gradients(twins.dense, consumers, tokens, labels=draw if drawn else None)
     costs = {}
     for place, site, z, dy in zip(twins.places, twins.sites, inputs, gradients, strict=True):
         columns = twins.columns(place)
@@ -334,12 +344,13 @@ def default(
     shots: int = 1,
     target: str = "residual",
     weighted: bool = True,
+    drawn: bool = True,
     window: range | None = None,
 ) -> tuple[Twins, list[dict[str, Tensor]]]:
     """The twins, and every shot's costs."""
     twins, found = Twins(path, sites), []
     for shot in range(1, shots + 1):
-        costs = path_costs(twins, tokens, weighted=weighted)
+        costs = path_costs(twins, tokens, weighted=weighted, drawn=drawn)
         budget = Budget(ratio * shot / shots, twins.parameters, round_to, uniform=False, gone=twins.removed)
         changeable = [site for site in twins.sites if window is None or site.block in window]
         twins.prune(allocate(changeable, costs, budget), tokens, target=target)

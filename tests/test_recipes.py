@@ -97,10 +97,13 @@ def test_default_is_the_plain_implementation(name: str, tiny: Tiny, configured: 
 )
 def test_default_with_other_settings(name: str, target: str, weighted: bool, tiny: Tiny, configured: Make) -> None:
     path = tiny(name, torch.float64)
-    settings = {"target": target, "weighted": "on" if weighted else "off"}
+    drawn = target == "residual"
+    settings = {"target": target, "weighted": "on" if weighted else "off", "labels": "drawn" if drawn else "text"}
     config = configured(path, recipe="default", dtype="float64", ratio=0.35, settings=settings)
     tokens = calibrated(config)
-    twins, _ = reference.default(path, tokens, sites_of(path), ratio=0.35, round_to=4, target=target, weighted=weighted)
+    twins, _ = reference.default(
+        path, tokens, sites_of(path), ratio=0.35, round_to=4, target=target, weighted=weighted, drawn=drawn
+    )
     streamprune.prune(config)
     kept_columns(config, twins)
     same_logits(config, twins.pruned, tokens)

@@ -114,6 +114,8 @@ class Recipe(Generic[S]):
     reconstruct: Callable[[S, Problem, Tensor], Refit]
     statistics: Callable[[S], frozenset[Statistic] | None] = lambda settings: None
     """What the survey sums on the dense model; the empty set for one of the weights alone, None for no survey."""
+    draws_labels: Callable[[S], bool] = lambda settings: False
+    """Whether gradients are those of predicting what the model itself draws, instead of the text."""
     digest: Callable[[S, Surveyed], dict[str, Tensor]] = lambda settings, surveyed: {}
     """What of them `allocate` and `reconstruct` will need."""
     wants_gram: Callable[[S], bool] = lambda settings: False
