@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
-from .job import job_folder
 from .journal import Journal
 from .model.checkpoint import CONFIG, read_json
 from .model.skeleton import open_skeleton
 from .output import REPORT, is_report
+from .workplace import job_folder
 
 
 def inspect(path: Path) -> dict[str, Any]:

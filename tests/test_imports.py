@@ -31,6 +31,7 @@ FLOOR = {
     "shot": 3,
     "output": 3,
     "evaluate": 3,
+    "workplace": 3,
     "job": 3,
     "run": 3,
     "compare": 3,
