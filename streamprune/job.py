@@ -247,7 +247,7 @@ class Job(Workplace):
             if path.name not in known and not path.name.startswith(("survey-", "shot-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
-        self.check_disk(resources)
+        self.check_disk(resources.output_bytes, resources.disk_bytes)
         if self.needs_text and not self.writes_text:
             _ = self.tokens
         header = self.header

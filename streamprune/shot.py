@@ -285,7 +285,8 @@ class Shot:
         removed -= self.skeleton.block_parameters()
         report = self.job.report(plan, reports, removed)
         output.write_outside(self.skeleton, self.folder)
-        output.finish(self.skeleton, self.folder, after, report, self.job.config.model.resolve().name)
+        card = output.pruning_card(report, self.job.config.model.resolve().name, len(self.skeleton))
+        output.finish(self.skeleton, self.folder, after, report, card)
         self.record("finished", removed=removed)
 
 

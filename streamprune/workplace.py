@@ -18,7 +18,6 @@ from . import calibration, files, output
 from .config import format_bytes
 from .errors import CheckpointError, ConfigError, ResourceError
 from .journal import Entry, Journal
-from .memory import Resources
 from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton
 
@@ -136,13 +135,13 @@ class Workplace:
                 if new and not self.journal_path.exists() and self.folder.is_dir():
                     files.remove_tree(self.folder)  # refused before it began: leave nothing behind
 
-    def check_disk(self, resources: Resources) -> None:
-        """The result's room, with the activations' where both lie on one file system."""
+    def check_disk(self, result: int, activations: int) -> None:
+        """The result's room in bytes, with the activations' where both lie on one file system."""
         free = files.free_bytes(self.folder)
         shared = files.same_file_system(self.folder, self.cache)
-        needed = resources.output_bytes + (resources.disk_bytes if shared else 0)
+        needed = result + (activations if shared else 0)
         if needed > free:
-            what = "the result and the activations" if shared and resources.disk_bytes else "the result"
+            what = "the result and the activations" if shared and activations else "the result"
             raise ResourceError(
                 f"{what} may need {format_bytes(needed)}; {self.folder.parent} has {format_bytes(free)} free"
             )
