@@ -290,11 +290,8 @@ class _Shapes:
 
     def _update_parameters(self, index: int) -> int:
         """Of a block's low-rank updates."""
-        sides = 0
-        for entry in self.skeleton.architecture.sublayers:
-            for name in (*(producer.name for producer in entry.producers), entry.consumer):
-                sides += sum(linear_shape(self.skeleton.module(index, name)))
-        return (self.needs.rank or 0) * sides
+        names = self.skeleton.architecture.linears
+        return (self.needs.rank or 0) * sum(sum(linear_shape(self.skeleton.module(index, name))) for name in names)
 
     def _survey_sums(self) -> int:
         """Bytes of one block's statistics."""

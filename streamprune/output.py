@@ -67,6 +67,11 @@ def is_report(report: Any) -> bool:
     return isinstance(report, dict) and all(key in report for key in (*FIGURES, "job", "plan", "plan_given", "sites"))
 
 
+def is_tuning(report: Any) -> bool:
+    """Whether a JSON value is a report of a tuning."""
+    return isinstance(report, dict) and all(key in report for key in ("tuning", "parameters_after", "job", "source"))
+
+
 def block_shard(skeleton: Skeleton, index: int) -> str:
     """The shard that holds a block; the embeddings come before it, norm and head after all."""
     return shard_name(index + 2, _shards(skeleton))
@@ -206,6 +211,18 @@ Units kept (attention: key/value groups with their query heads; FFN: channels). 
 |---|---|---|
 {rows}"""
     return Card(f"{source}, pruned by {report['ratio_blocks']:.1%}", "pruned", text)
+
+
+def tuning_card(report: dict[str, Any], source: str) -> Card:
+    """The card of a tuned model; `source` is the name of the model that was tuned."""
+    tuning = report["tuning"]
+    how = {
+        "lora": "LoRA, end to end on the language modelling loss",
+        "distil": "low-rank distillation, block by block, to the dense model's outputs",
+    }[tuning["method"]]
+    text = f"""Tuned with streamprune: {how}, rank {tuning["rank"]}, {tuning["steps"]} steps, absorbed into the weights.
+Losses and settings are in `{REPORT}`, with the report of the model that was tuned under "source"."""
+    return Card(f"{source}, tuned", "tuned", text)
 
 
 def _card(card: Card, stock: bool) -> str:

@@ -34,6 +34,8 @@ FLOOR = {
     "workplace": 3,
     "job": 3,
     "run": 3,
+    "lora": 3,
+    "tune": 3,
     "compare": 3,
     "inspection": 3,
     "__init__": 4,
