@@ -75,7 +75,7 @@ def train(
         total = 0.0
         for part in torch.split(chosen, how.micro):
             loss = _loss(model, part.to(skeleton.device)) * (len(part) / len(chosen))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not torch.isfinite(torch.tensor(total)):
             raise NumericalError(f"the loss is {total} at step {descent.done}")

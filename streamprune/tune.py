@@ -36,6 +36,8 @@ from .workplace import Workplace, first_difference, text_identity
 
 STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
+RATES = {"lora": 1e-3, "distil": 3e-3}
+"""Where no rate is given."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Tuning(Workplace):
             raise ConfigError(f"rank is {config.rank}; the model's width is {self.student.width}")
         self.length = calibration.window_length(config.seq_len, self.student.context)
         self.method: TuneMethod = self._method(restart)
+        self.rate = config.rate or RATES[self.method]
         self.teacher = self._teacher() if self.method == "distil" else None
 
     @property
@@ -185,6 +188,7 @@ class Tuning(Workplace):
             "settings": {
                 "method": self.method,
                 **self.config.fixed(),
+                "rate": self.rate,
                 "dtype": str(self.student.dtype).removeprefix("torch."),
             },
             "inputs": {
@@ -324,7 +328,7 @@ class Tuning(Workplace):
         done = len(list(self.journal.steps("block/")))
         store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})
         self.progress.phase("distil", depth, done)
-        how = Refinement(self.config.steps, self.config.seed, self.micro, self.config.rate, self.config.rank)
+        how = Refinement(self.config.steps, self.config.seed, self.micro, self.rate, self.config.rank)
         # One block at a time: the teacher's has gone when the student's comes.
         dense = sweep.forward(teacher, store, TEACHER, done, depth, self.batch)
         tuned = sweep.blocks(student, range(done, depth))
@@ -360,7 +364,7 @@ class Tuning(Workplace):
             self._keep_state(reached)
 
         if done < config.steps:
-            how = lora.Lora(config.rank, config.steps, config.rate, config.seed, REFINE_SEQUENCES, self.micro)
+            how = lora.Lora(config.rank, config.steps, self.rate, config.seed, REFINE_SEQUENCES, self.micro)
             state = load_file(self._state_path(done)) if done else None
             self.progress.phase("lora", config.steps, done)
             for loss in lora.train(self.student, self.tokens, how, state, save):
@@ -397,9 +401,15 @@ class Tuning(Workplace):
     def _write(self, figures: Mapping[str, Any]) -> None:
         student, config = self.student, self.config
         source = student.checkpoint.directory / output.REPORT
-        settings = {name: getattr(config, name) for name in ("rank", "steps", "rate")}
         report = {
-            "tuning": {"method": self.method, **settings, "micro_batch": self.micro, **figures},
+            "tuning": {
+                "method": self.method,
+                "rank": config.rank,
+                "steps": config.steps,
+                "rate": self.rate,
+                "micro_batch": self.micro,
+                **figures,
+            },
             "parameters_after": student.parameters(),
             "job": self.header,
             "source": read_json(source) if source.is_file() else None,
