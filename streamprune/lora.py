@@ -7,6 +7,7 @@ written by the same hand as every other.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,9 @@ def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter
     config = LoraConfig(
         r=how.rank, lora_alpha=how.rank, target_modules=list(places.values()), fan_in_fan_out=turned, bias="none"
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # How peft calls transformers is not ours to mend.
+        warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(how.seed)
         # Without dropout, which would want a generator's state put away as well.
         model = get_peft_model(base, config).eval().to(skeleton.device)
