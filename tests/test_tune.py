@@ -415,6 +415,18 @@ def test_stopped_after_every_journal_line_the_bytes_are_the_same(
     assert not job_folder(config.out).exists()
 
 
+def test_what_a_stopped_life_left_goes(
+    tiny: Tiny, student: Path, tuning: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tuning(student, method="distil", teacher=tiny("llama"))
+    for appends, there in ((4, {1, 2}), (1, {2, 3})):  # block 1 is journalled, then block 2
+        with stopping_after(appends, monkeypatch), pytest.raises(Stop):
+            streamprune.tune(config)
+        names = {path.name for path in (job_folder(config.out) / "cache").iterdir()}
+        both = {f"{stream}-{index:04}-0.activations" for stream in ("student", "teacher") for index in there}
+        assert names == both - {"student-0003-0.activations"}  # which nothing would read
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_at_any_rename_the_bytes_are_the_same(
     method: str, tiny: Tiny, student: Path, tuning: Make, monkeypatch: pytest.MonkeyPatch
