@@ -103,6 +103,11 @@ job_options = bundle(
     machine_options,
     result_options,
     click.option(
+        "--structure",
+        type=click.Choice(["units", "unstructured", "2:4", "4:8"]),
+        help="What goes, for recipes that know more than units: surgeon and magnitude. Same as --set structure=...",
+    ),
+    click.option(
         "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the recipe; may be repeated."
     ),
     click.option(
@@ -152,11 +157,14 @@ def config(
     memory: str | None,
     disk: str | None,
     plan_file: Path | None,
+    structure: str | None,
     **others: Any,
 ) -> Any:
     """The `Config` that the options ask for."""
     from streamprune import Config
 
+    if structure is not None:
+        settings = (*settings, f"structure={structure}")
     return Config(
         model=model,
         out=out,

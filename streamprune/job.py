@@ -21,10 +21,11 @@ from . import calibration, files, machine, output
 from .config import Config, DataFree, format_bytes
 from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
+from .maths.stats import Statistic
 from .memory import Needs, Resources, device_peak, forecast
 from .meter import totals
 from .methods import RECIPES
-from .methods.allocation import Budget, check_budget
+from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
 from .model.skeleton import Skeleton, open_skeleton
@@ -64,8 +65,8 @@ class Job(Workplace):
         self.ratio = self._agreed_ratio()
         self.shots = 1 if self.given_plan else self.recipe.shots(self.settings, self.ratio)
         self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
-        if self.given_plan is None and not self.recipe.writes_zeros(self.settings):
-            check_budget(self.changeable(self.sites), self.budget())
+        if self.given_plan is None:
+            self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
         super().__init__(config.out, config.cache, output.is_report)
         self.plan_path = self.folder / "plan.json"
         self.written_path = self.folder / "calibration.safetensors"
@@ -102,7 +103,12 @@ class Job(Workplace):
     def surveys(self) -> bool:
         """Whether the model is surveyed before anything is removed."""
         spared = self.given_plan is not None and not self.recipe.keeps_findings(self.settings)
-        return bool(self.recipe.statistics(self.settings)) and not spared
+        return self.recipe.statistics(self.settings) is not None and not spared
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What a survey sums."""
+        return (self.surveys and self.recipe.statistics(self.settings)) or frozenset()
 
     @property
     def streams(self) -> bool:
@@ -114,7 +120,7 @@ class Job(Workplace):
     @property
     def needs_text(self) -> bool:
         """Whether any text is read."""
-        return self.surveys or self.streams
+        return bool(self.statistics) or self.streams
 
     @property
     def text(self) -> Path | DataFree:
@@ -129,15 +135,17 @@ class Job(Workplace):
     @cached_property
     def needs(self) -> Needs:
         """What the forecast has to count."""
+        correction = self.recipe.correction(self.settings)
         return Needs(
             samples=self.config.samples,
             length=self.length,
             text=self.needs_text,
-            survey=self.recipe.statistics(self.settings) if self.surveys else frozenset(),
+            survey=self.statistics,
             gram=self.recipe.wants_gram(self.settings) or self.recipe.target(self.settings) is not None,
             compensates=self.recipe.compensation(self.settings) is not None or self.recipe.wants_inputs(self.settings),
             aims=self.recipe.target(self.settings) is not None,
             refines=self.config.refine,
+            corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
         )
@@ -258,6 +266,8 @@ class Job(Workplace):
             files.remove_tree(leftover)
         for number in range(1, self.shots + 1):
             files.make_folder(self.shot_folder(number))
+            if self.recipe.correction(self.settings) is not None:
+                files.make_folder(self.folder / f"shot-{number:02}-pruned")
         if self.needs_text:
             files.make_folder(self.cache)
         self.journal = Journal(self.journal_path)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from . import files, output
+from .correction import Corrector
 from .errors import NumericalError, ResumeError
 from .host import return_freed_memory
 from .job import Job
@@ -23,7 +24,7 @@ from .maths.stats import GRADIENTS, SiteStatistics
 from .meter import totals
 from .methods.allocation import Budget
 from .methods.plan import Plan
-from .methods.recipe import Findings, Survey, Surveyed
+from .methods.recipe import Correction, Findings, Survey, Surveyed
 from .model.block import Block
 from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
@@ -49,12 +50,14 @@ class Shot:
         self.last = number == job.shots
         self.folder = job.shot_folder(number)
         """Where the result goes."""
+        self.correction = job.recipe.correction(job.settings)
+        self.pruned = job.folder / f"shot-{number:02}-pruned" if self.correction else self.folder
+        """Where blocks go that are pruned, but not yet corrected."""
         source = job.shot_folder(number - 1) if number > 1 else None
         self.skeleton: Skeleton = (
             open_skeleton(source, job.device, job.dtype, uniform=job.skeleton.uniform) if source else job.skeleton
         )
         self.sites = self.skeleton.all_sites()
-        self.statistics = job.recipe.statistics(job.settings) if job.surveys else frozenset()
 
     @property
     def finished(self) -> Entry | None:
@@ -64,8 +67,16 @@ class Shot:
     def work(self) -> None:
         """Everything from wherever the journal says to the finished directory."""
         plan = self.prepare()
-        self._prune(plan)
-        self._write(plan)
+        if not self.journalled("pruned"):
+            self._prune(plan)
+            self._write(plan, self.pruned)
+            self.record("pruned")
+        if self.correction is not None:
+            self._correct(plan, self.correction)
+        self.record("finished", removed=self._removed(plan))
+        if self.correction is not None:
+            files.remove_tree(self.pruned)
+            files.remove_tree(self._corrections)
 
     def prepare(self) -> Plan:
         """Survey and allocate, as far as that is not done."""
@@ -73,7 +84,7 @@ class Shot:
             store, size = self.job.store, self.job.batch
             sweep.embed(self.skeleton, self.job.tokens, store, sweep.boundary(DENSE, 0), size)
             self.record("embed")
-        if self.statistics and not self.journalled("allocate"):
+        if self.job.surveys and not self.journalled("allocate"):
             self._survey()
         return self._allocate()
 
@@ -102,7 +113,7 @@ class Shot:
                 files.link(shared / self._survey_path(index).name, self._survey_path(index))
             self.record("surveyed", spared=read_json(shared / COST))
         if not self.journalled("surveyed"):
-            if self.statistics & GRADIENTS:
+            if self.job.statistics & GRADIENTS:
                 self._survey_backward()
             else:
                 self._survey_forward()
@@ -123,21 +134,25 @@ class Shot:
     @property
     def survey(self) -> Survey:
         """The findings on the disk; empty where there was no survey."""
-        return SurveyFiles(self.skeleton, self._survey_path) if self.statistics else {}
+        return SurveyFiles(self.skeleton, self._survey_path) if self.job.surveys else {}
 
     def _survey_forward(self) -> None:
-        skeleton, store, depth = self.skeleton, self.job.store, len(self.skeleton)
+        skeleton, depth = self.skeleton, len(self.skeleton)
+        store = self.job.store
         done = len(self.steps("forward/"))
+        moves = bool(self.job.statistics)  # else it is the weights alone that are looked at
         self.progress.phase("survey", depth, done)
-        store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
+        if moves:
+            store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
         for index, block in sweep.blocks(skeleton, range(done, depth)):
-            stats = skeleton.statistics(index, self.statistics)
-            sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
+            stats = skeleton.statistics(index, self.job.statistics)
+            if moves:
+                sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
             self._save_findings(index, block, stats)
             del block, stats
             return_freed_memory()
             self.record(f"forward/{index}")
-            if index:
+            if moves and index:
                 store.remove(sweep.boundary(DENSE, index))
             self.progress.step(f"block {index}")
 
@@ -161,7 +176,7 @@ class Shot:
         while first >= 0:
             lowest = self._recompute(first)
             for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
-                stats = skeleton.statistics(index, self.statistics)
+                stats = skeleton.statistics(index, self.job.statistics)
                 sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
                 self._save_findings(index, block, stats)
                 del block, stats
@@ -269,7 +284,7 @@ class Shot:
         for index, block in sweep.blocks(skeleton, range(done, depth)):
             pruned, reports = surgeon.operate(block, index)
             names = skeleton.block_names(index)
-            shard = self.folder / output.block_shard(skeleton, index)
+            shard = self.pruned / output.block_shard(skeleton, index)
             write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             self.record(f"prune/{index}", sites=reports)
             del block, pruned
@@ -278,16 +293,45 @@ class Shot:
                 job.store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: " + ", ".join(f"{r['kept']} of {r['units']}" for r in reports))
 
-    def _write(self, plan: Plan) -> None:
+    @property
+    def _corrections(self) -> Path:
+        return self.job.folder / f"shot-{self.number:02}-corrections"
+
+    def _correct(self, plan: Plan, how: Correction) -> None:
+        job, depth = self.job, len(self.skeleton)
+        skeleton = open_skeleton(self.pruned, job.device, job.dtype, uniform=job.skeleton.uniform)
+        corrector = Corrector(
+            skeleton,
+            job.tokens,
+            self._corrections,
+            how,
+            seed=job.config.seed,
+            batch=job.backward_batch,
+            keep_zeros=job.recipe.writes_zeros(job.settings),
+        )
+        done = len(self.steps("correct/"))
+        self.progress.phase("correct", how.steps, done)
+        for step in corrector.steps(done):
+            self.record(f"correct/{step}")
+            self.progress.step(f"step {step}")
+        for index, block in sweep.blocks(skeleton, range(depth)):
+            names = skeleton.block_names(index)
+            weights = corrector.corrected(block, index)
+            write_shard(self.folder / output.block_shard(skeleton, index), {names[n]: t for n, t in weights.items()})
+        self._write(plan, self.folder)
+
+    def _removed(self, plan: Plan) -> int:
+        """Parameters that are gone, or zero, by now."""
+        gone = self.job.skeleton.block_parameters() - self.skeleton.block_parameters()
+        return gone + plan.removed_parameters(self.sites)
+
+    def _write(self, plan: Plan, folder: Path) -> None:
         after = [site.keeping(plan[site.name].keep) for site in self.sites]
         reports = [report for step in self.steps("prune/") for report in step["sites"]]
-        removed = plan.removed_parameters(self.sites) + self.job.skeleton.block_parameters()
-        removed -= self.skeleton.block_parameters()
-        report = self.job.report(plan, reports, removed)
-        output.write_outside(self.skeleton, self.folder)
+        report = self.job.report(plan, reports, self._removed(plan))
+        output.write_outside(self.skeleton, folder)
         card = output.pruning_card(report, self.job.config.model.resolve().name, len(self.skeleton))
-        output.finish(self.skeleton, self.folder, after, report, card)
-        self.record("finished", removed=removed)
+        output.finish(self.skeleton, folder, after, report, card)
 
 
 class SurveyFiles(Mapping[str, Findings]):

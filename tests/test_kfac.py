@@ -71,6 +71,14 @@ def test_costs_are_those_of_the_full_curvature() -> None:
     np.testing.assert_allclose(kfac.element_costs(w, g_inverse, a_inverse).numpy(), by_element, rtol=1e-9)
 
 
+def test_columns_of_a_group_cost_what_they_do_together() -> None:
+    w, g, a, _, a_inverse = problem()
+    w, a_inverse = w[:, :6], torch.linalg.inv(a[:6, :6])
+    together = [cost(w, g, a[:6, :6], marked([], [c, c + 1])[:, :6]) for c in (0, 2, 4)]
+    np.testing.assert_allclose(kfac.group_costs(w, g, a_inverse, 3).numpy(), together, rtol=1e-9)
+    torch.testing.assert_close(kfac.group_costs(w, g, a_inverse, 6), kfac.column_costs(w, g, a_inverse))
+
+
 @pytest.mark.parametrize("removed", [[3], [6, 0, 3], list(range(C)), []])
 def test_columns_removed_jointly_are_the_constrained_optimum(removed: list[int]) -> None:
     w, g, a, _, a_inverse = problem()

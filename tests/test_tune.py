@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
 from conftest import TINY, contents, edit_tensors, make_tiny
-from safetensors.torch import load_file
 from streamprune_cli import main
 from test_run import Stop, stopping_after
 from torch import Tensor, nn
@@ -24,8 +23,6 @@ from streamprune import TuneConfig, calibration, files, lora
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.maths.descent import Descent, batch
 from streamprune.model.skeleton import open_skeleton
-from streamprune.stream import adapt as adapting
-from streamprune.stream.adapt import Adaptation, absorbed, adapt
 from streamprune.workplace import job_folder
 
 Tiny = Callable[..., Path]
@@ -626,83 +623,3 @@ def test_a_model_that_transformers_cannot_load(tiny: Tiny, monkeypatch: pytest.M
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(CheckpointError, match="transformers cannot load this model \\(no such luck\\)"):
         next(lora.train(skeleton, torch.zeros(2, 4, dtype=torch.int64), lora.Lora(1, 1, 1.0, 0, 1, 1), None, print))
-
-
-# Streamed steps on the language modelling loss.
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_streamed_steps_are_full_autograd(name: str, tiny: Tiny, tuning: Make, tmp_path: Path) -> None:
-    path = tiny(name, torch.float64)
-    skeleton, tokens, model = open_skeleton(path, CPU, "float64"), windows(tuning(path)), loaded(path)
-    how = Adaptation(rank=2, steps=3, rate=1e-2, seed=5, size=7, batch=3, backward_batch=2)
-    recorded: list[tuple[int, float]] = []
-    adapt(skeleton, tokens, how, tmp_path / "work", 0, lambda *each: recorded.append(each))
-    updates: dict[str, tuple[Tensor, Tensor]] = {}
-    for index in range(3):
-        updates |= fresh(model, index, 2, torch.Generator().manual_seed(5 * 1_000_003 + index))
-    adam = torch.optim.Adam(leaves(updates), lr=1e-2, betas=(0.9, 0.95))
-    losses = []
-    for step in range(3):
-        adam.param_groups[0]["lr"] = 1e-2 * (1 - step / 3)
-        chosen = tokens[batch(10, 7, 5, step)]
-        adam.zero_grad()
-        loss = torch.func.functional_call(model, changed(model, updates), (chosen,), {"labels": chosen}).loss
-        loss.backward()
-        losses.append(float(loss.detach()))
-        adam.step()
-    assert [number for number, _ in recorded] == [1, 2, 3]
-    assert [loss for _, loss in recorded] == pytest.approx(losses)
-    expected = changed(model, updates)
-    for index, block in absorbed(skeleton, how, tmp_path / "work"):
-        for inner, full in skeleton.block_names(index).items():
-            torch.testing.assert_close(
-                block.weights[inner], expected.get(full, model.get_parameter(full)), rtol=1e-6, atol=1e-7
-            )
-
-
-def test_streamed_steps_in_half_precision(tiny: Tiny, tuning: Make, tmp_path: Path) -> None:
-    path = tiny("llama", torch.bfloat16)
-    skeleton, tokens = open_skeleton(path, CPU, "bfloat16"), windows(tuning(path))
-    losses: list[float] = []
-    how = Adaptation(rank=8, steps=12, rate=1e-2, seed=0, size=10, batch=4, backward_batch=4)
-    adapt(skeleton, tokens, how, tmp_path / "work", 0, lambda step, loss: losses.append(loss))
-    assert losses[-1] < 0.9 * losses[0]
-    for _, block in absorbed(skeleton, how, tmp_path / "work"):
-        assert {weight.dtype for weight in block.weights.values()} == {torch.bfloat16}
-
-
-def test_streamed_steps_go_on_to_the_same_bytes(
-    tiny: Tiny, tuning: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tiny("llama")
-    skeleton, tokens = open_skeleton(path, CPU, "float32"), windows(tuning(path))
-    how = Adaptation(rank=2, steps=3, rate=1e-2, seed=0, size=8, batch=4, backward_batch=2)
-    adapt(skeleton, tokens, how, tmp_path / "whole", 0, lambda *each: None)
-    expected = contents(tmp_path / "whole")
-    assert len(expected) == 3  # a block's updates with their moments, nothing else
-    done, writes, real = 0, 0, adapting.write_shard
-
-    def write_or_stop(*each: Any) -> None:
-        nonlocal writes
-        writes += 1
-        if writes % 4 == 0:
-            raise Stop
-        real(*each)
-
-    def record(step: int, loss: float) -> None:
-        nonlocal done
-        done = step
-
-    monkeypatch.setattr(adapting, "write_shard", write_or_stop)
-    lives = 0
-    while done < 3:
-        lives += 1
-        try:
-            adapt(skeleton, tokens, how, tmp_path / "stopped", done, record)
-        except Stop:
-            continue
-    assert lives == 3
-    assert contents(tmp_path / "stopped") == expected
-    state = load_file(tmp_path / "whole" / next(iter(expected)))
-    assert int(state["step"]) == 3

@@ -48,6 +48,20 @@ def column_costs(w: Tensor, g: Tensor, a_inverse: Tensor) -> Tensor:
     return row_costs(w.T, g, a_inverse)
 
 
+def group_costs(w: Tensor, g: Tensor, a_inverse: Tensor, groups: int) -> Tensor:
+    """``½ tr(W_uᵀ G W_u ([A⁻¹]_uu)⁻¹)`` (groups,): loss added by removing a group of columns together (eq. 7).
+
+    With one column a group it is `column_costs`.
+    """
+    width = w.shape[1] // groups
+    index = torch.arange(groups, device=w.device)
+    columns = w.reshape(len(w), groups, width).transpose(0, 1)  # (groups, R, width)
+    energy = columns.transpose(1, 2) @ (g @ columns)
+    blocks = a_inverse.view(groups, width, groups, width)[index, :, index]
+    costs: Tensor = torch.linalg.solve(blocks, energy).diagonal(dim1=-2, dim2=-1).sum(-1) / 2
+    return costs
+
+
 def element_costs(w: Tensor, g_inverse: Tensor, a_inverse: Tensor) -> Tensor:
     """``L_k = ½ θ_k² / [G⁻¹ ⊗ A⁻¹]_kk`` (R, C): loss added by removing element `k` alone (eq. 10)."""
     return w.square() / (2 * g_inverse.diagonal()[:, None] * a_inverse.diagonal())

@@ -10,7 +10,8 @@ from .greedy_output import GREEDY_OUTPUT
 from .recipe import Recipe
 from .slimgpt import SLIMGPT
 from .sobp import SOBP
+from .surgeon import SURGEON
 
 RECIPES: dict[str, Recipe[Any]] = {
-    recipe.name: recipe for recipe in (DEFAULT, SOBP, SLIMGPT, GREEDY_OUTPUT, RANDOM, MAGNITUDE, WANDA_SP)
+    recipe.name: recipe for recipe in (DEFAULT, SOBP, SLIMGPT, GREEDY_OUTPUT, SURGEON, RANDOM, MAGNITUDE, WANDA_SP)
 }

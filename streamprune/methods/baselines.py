@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..site import Site
+from . import masks
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
-from .recipe import NoSettings, Problem, Recipe, Survey
+from .recipe import NoSettings, Problem, Recipe, Refit, Survey, Surveyed, setting
 from .reconstruction import kept_columns
 from .selection import best
 
@@ -37,9 +39,39 @@ def wanda_score(problem: Problem) -> Tensor:
     return columns.view(problem.site.units, -1).sum(dim=1)
 
 
-def _uniform(settings: NoSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+def _uniform(settings: object, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
     keep = allocate(sites, even_densities(sites), budget)
     return Plan({site.name: SitePlan(keep[site.name]) for site in sites}, budget.ratio)
+
+
+@dataclass(frozen=True)
+class MagnitudeSettings:
+    """What `--set` reaches."""
+
+    structure: str = setting(
+        "units", "what goes: units, single weights, or M of N neighbours", choices=masks.STRUCTURES
+    )
+
+
+def _squares(surveyed_or_problem: Surveyed | Problem) -> list[Tensor]:
+    return [w.square() for w in (*surveyed_or_problem.producers, surveyed_or_problem.w)]
+
+
+def _magnitude_plan(settings: MagnitudeSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+    if settings.structure == masks.UNITS:
+        return _uniform(settings, sites, survey, budget)
+    return masks.count_zeros(sites, survey, budget, settings.structure)
+
+
+def _magnitude_weights(settings: MagnitudeSettings, problem: Problem, kept: Tensor) -> Refit:
+    if problem.zeros is None:
+        return kept_columns(problem, kept)
+    gone = [
+        masks.mask(costs, zeros, settings.structure)
+        for costs, zeros in zip(_squares(problem), problem.zeros, strict=True)
+    ]
+    *producers, w = (w.masked_fill(m, 0.0) for w, m in zip((*problem.producers, problem.w), gone, strict=True))
+    return Refit(w, producers=tuple(producers))
 
 
 def _baseline(name: str, summary: str, score: Score, *, gram: bool = False) -> Recipe[NoSettings]:
@@ -58,7 +90,18 @@ def _baseline(name: str, summary: str, score: Score, *, gram: bool = False) -> R
 
 
 RANDOM = _baseline("random", "random units, the same share everywhere", random_score)
-MAGNITUDE = _baseline("magnitude", "units of least squared weight, the same share everywhere", magnitude_score)
+MAGNITUDE = Recipe(
+    name="magnitude",
+    summary="units of least squared weight, the same share everywhere; or weights, by one threshold",
+    settings=MagnitudeSettings,
+    statistics=lambda settings: None if settings.structure == masks.UNITS else frozenset(),
+    digest=lambda settings, surveyed: masks.histograms(_squares(surveyed), settings.structure),
+    allocate=_magnitude_plan,
+    select=lambda settings, problem, keep: best(magnitude_score(problem), keep),
+    reconstruct=_magnitude_weights,
+    check=masks.check_structure,
+    writes_zeros=lambda settings: settings.structure != masks.UNITS,
+)
 WANDA_SP = _baseline(
     "wanda-sp", "units of least |weight| × input norm, the same share everywhere", wanda_score, gram=True
 )

@@ -184,6 +184,11 @@ class Block:
             for name in (*(producer.name for producer in sublayer.entry.producers), sublayer.entry.consumer):
                 yield sublayer, name
 
+    def put(self, name: str, weight: nn.Parameter) -> nn.Parameter:
+        """Compute with `weight` under that name; the stored one stays."""
+        self._layer.put(name, weight)
+        return weight
+
     def twin(self) -> Block:
         """A block of its own that shares every tensor until one of the two replaces it."""
         layer = self._layer.twin()

@@ -93,12 +93,12 @@ def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor
     return total, count
 
 
-def head_gradient(skeleton: Skeleton, store: ActivationStore, tokens: Tensor, size: int) -> float:
-    """Write ∂loss/∂(last block's output), loss the *sum* of negative log-likelihoods of each sequence; returns it.
+def head_gradient(skeleton: Skeleton, store: ActivationStore, tokens: Tensor, size: int) -> None:
+    """Write ∂loss/∂(last block's output), loss the *sum* of negative log-likelihoods of each sequence.
 
     The sum, not the mean, keeps gradients within float16's range; statistics divide by it later.
     """
-    last, total = len(skeleton), 0.0
+    last = len(skeleton)
     with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
         for batch, (hidden,) in store.each(size, boundary("dense", last)):
             parts = []
@@ -106,11 +106,9 @@ def head_gradient(skeleton: Skeleton, store: ActivationStore, tokens: Tensor, si
                 h.requires_grad_()
                 loss = F.cross_entropy(_precise(head(h)), y, reduction="sum")
                 parts.append(torch.autograd.grad(loss, h)[0])
-                total += float(loss.detach())
             predicted = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
             gradient = F.pad(predicted, (0, 0, 0, 1))  # nothing is predicted from the last token
             write(gradient)
-    return total
 
 
 @torch.no_grad()
