@@ -110,6 +110,7 @@ class Tuning(Workplace):
                 raise ConfigError(f"OUT is {config.out}, {name} itself")
         self.device = machine.resolve_device(config.device)
         self.student: Skeleton = open_skeleton(config.model, self.device, config.dtype)
+        self.source = self._source()
         if config.rank > self.student.width:
             raise ConfigError(f"rank is {config.rank}; the model's width is {self.student.width}")
         self.length = calibration.window_length(config.seq_len, self.student.context)
@@ -121,6 +122,22 @@ class Tuning(Workplace):
     def skeletons(self) -> list[Skeleton]:
         """All models that are read."""
         return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    def _source(self) -> Entry | None:
+        """The report of the model that is tuned, where there is one.
+
+        Raises:
+            ConfigError: it says that parameters are gone which are still there, as zeros: a change would fill them.
+        """
+        path = self.config.model / output.REPORT
+        report = read_json(path) if path.is_file() else None
+        there = self.student.parameters()
+        if output.is_report(report) and report is not None and report["parameters_after"] < there:
+            raise ConfigError(
+                f"{self.config.model} has {there - report['parameters_after']:,} weights that pruning made zero; "
+                "a low-rank change would fill them"
+            )
+        return report
 
     def _method(self, restart: bool) -> TuneMethod:
         """The method asked for; ``auto`` stays what it was, or takes what fits."""
@@ -400,7 +417,6 @@ class Tuning(Workplace):
 
     def _write(self, figures: Mapping[str, Any]) -> None:
         student, config = self.student, self.config
-        source = student.checkpoint.directory / output.REPORT
         report = {
             "tuning": {
                 "method": self.method,
@@ -412,7 +428,7 @@ class Tuning(Workplace):
             },
             "parameters_after": student.parameters(),
             "job": self.header,
-            "source": read_json(source) if source.is_file() else None,
+            "source": self.source,
             **totals(self.journal),
         }
         output.write_outside(student, self.staging)

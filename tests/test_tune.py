@@ -374,6 +374,16 @@ def test_a_pruned_model_of_free_layout_stays_one(
     assert "tuned by" in CliRunner().invoke(main, ["inspect", str(tmp_path / "again")]).stdout
 
 
+def test_zeros_that_pruning_wrote_are_not_filled(tiny: Tiny, tuning: Make, tmp_path: Path) -> None:
+    dense, masked = tiny("llama"), tmp_path / "masked"
+    settings = {"structure": "unstructured"}
+    streamprune.prune(streamprune.Config(model=dense, out=masked, ratio=0.5, recipe="magnitude", settings=settings))
+    with pytest.raises(
+        ConfigError, match=r"has [0-9,]+ weights that pruning made zero; a low-rank change would fill them"
+    ):
+        streamprune.tune(tuning(masked, method="distil", teacher=dense))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_keeps_its_dtype(method: str, tiny: Tiny, tuning: Make, tmp_path: Path) -> None:
     path = perturbed(tmp_path / "student", "llama", torch.bfloat16)
