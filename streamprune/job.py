@@ -215,6 +215,11 @@ class Job(Workplace):
         """Where the checkpoint goes that a shot makes."""
         return self.staging if number == self.shots else self.folder / f"shot-{number:02}"
 
+    @property
+    def places(self) -> dict[str, Path]:
+        surveys = {} if self.config.surveys is None else {"surveys": self.config.surveys.absolute() / "one"}
+        return {**super().places, **surveys}
+
     # Opening, resuming, ending.
 
     def differs(self, report: Entry) -> str | None:
@@ -242,6 +247,10 @@ class Job(Workplace):
                     raise ResumeError(
                         f"{field} is {now or 'not given'}; this job was started with {start[field] or 'none'}; --restart starts over"
                     )
+            if start["shots"] != self.shots:
+                raise ResumeError(
+                    f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
+                )
             self._check_memory(start["resources"])
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
@@ -252,7 +261,9 @@ class Job(Workplace):
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
         known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced", self.written_path.name}
         for path in self.folder.iterdir():
-            if path.name not in known and not path.name.startswith(("survey-", "shot-")):
+            # A process that was killed may have left a file half-written.
+            name = path.name.removesuffix(files.TEMPORARY)
+            if name not in known and not name.startswith(("survey-", "shot-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes)
@@ -276,6 +287,7 @@ class Job(Workplace):
             job=header,
             cache=self.cache_given,
             plan="given" if self.given_plan else None,
+            shots=self.shots,
             replaces=self.report_in_out() is not None,
             resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
         )

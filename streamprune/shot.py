@@ -7,6 +7,7 @@ job killed at any instant goes on from the last line and ends with the same byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .model.block import Block
 from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .refine import Refinement
+from .site import Site
 from .stream import sweep
 from .surgery import DENSE, PRUNED, Surgeon
 
@@ -53,11 +55,19 @@ class Shot:
         self.correction = job.recipe.correction(job.settings)
         self.pruned = job.folder / f"shot-{number:02}-pruned" if self.correction else self.folder
         """Where blocks go that are pruned, but not yet corrected."""
-        source = job.shot_folder(number - 1) if number > 1 else None
-        self.skeleton: Skeleton = (
-            open_skeleton(source, job.device, job.dtype, uniform=job.skeleton.uniform) if source else job.skeleton
-        )
-        self.sites = self.skeleton.all_sites()
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The model it begins with: of a shot that is finished, it may be gone."""
+        if self.number == 1:
+            return self.job.skeleton
+        source = self.job.shot_folder(self.number - 1)
+        return open_skeleton(source, self.job.device, self.job.dtype, uniform=self.job.skeleton.uniform)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """That model's sites."""
+        return self.skeleton.all_sites()
 
     @property
     def finished(self) -> Entry | None:
@@ -119,13 +129,22 @@ class Shot:
                 self._survey_forward()
             self.record("surveyed")
             if shared is not None and not shared.is_dir():
-                temporary = shared.with_name(shared.name + files.TEMPORARY)
-                files.remove_tree(temporary)
-                files.make_folder(temporary)
-                for index in range(depth):
-                    files.link(self._survey_path(index), temporary / self._survey_path(index).name)
-                write_json(temporary / COST, self._survey_cost())
-                files.publish(temporary, shared)
+                self._share(shared)
+
+    def _share(self, shared: Path) -> None:
+        """Leave the survey for other jobs."""
+        temporary = shared.with_name(f"{shared.name}-{self.job.own}{files.TEMPORARY}")
+        files.remove_tree(temporary)
+        files.make_folder(temporary)
+        for index in range(len(self.skeleton)):
+            files.link(self._survey_path(index), temporary / self._survey_path(index).name)
+        write_json(temporary / COST, self._survey_cost())
+        try:
+            files.publish(temporary, shared)
+        except OSError:
+            if not shared.is_dir():
+                raise
+            files.remove_tree(temporary)  # another job was first
 
     def _survey_cost(self) -> Entry:
         found = [totals(self.job.journal, f"shot-{self.number}/{part}") for part in ("forward/", "head", "backward/")]

@@ -64,8 +64,17 @@ class Workplace:
         """Where activations go: a folder of this job's own."""
         if self._cache is None:
             return self.folder / "cache"
-        own = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
-        return self._cache.absolute() / f"{self.folder.name}-{own}"
+        return self._cache.absolute() / f"{self.folder.name}-{self.own}"
+
+    @property
+    def own(self) -> str:
+        """What tells this job's files from another's where both lie in one folder."""
+        return hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """What the job will make on the disk, by how the user calls it."""
+        return {"OUT": self.folder.absolute(), "cache": self.cache}
 
     @property
     def cache_given(self) -> str | None:
@@ -121,7 +130,7 @@ class Workplace:
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
         """A context in which this process, and no other, works on the job."""
-        for name, path in (("OUT", self.folder.absolute()), ("cache", self.cache)):
+        for name, path in self.places.items():
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")

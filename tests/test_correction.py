@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, contents
 from test_run import interrupted
-from test_sweep import float64_norms  # noqa: F401
 
 import streamprune
 from streamprune.correction import Corrector
