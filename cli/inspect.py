@@ -51,8 +51,15 @@ def _model(model: dict[str, Any]) -> list[str]:
 
 def _job(job: dict[str, Any]) -> list[str]:
     lines = ["", f"job: {job['state']}"]
-    report = job.get("report", {})
-    if report:
+    report = job.get("report") or {}
+    while "tuning" in report:
+        tuning = report["tuning"]
+        lines.append(
+            f"tuned by {tuning['method']}, rank {tuning['rank']}, {tuning['steps']} steps: "
+            f"loss {tuning['loss_first']:.4g} → {tuning['loss_last']:.4g}"
+        )
+        report = report["source"] or {}
+    if "recipe" in report:
         lines.append(
             f"{report['recipe']}: {report['ratio_blocks']:.2%} of the blocks' and {report['ratio_model']:.2%} of the "
             f"model's parameters removed, {report['ratio_requested']:.2%} asked for"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .compare import Variant, compare
 from .comparison import Comparison
-from .config import Config
+from .config import Config, TuneConfig
 from .errors import CheckpointError, StreamPruneError
 from .evaluate import Evaluation, evaluate
 from .inspection import inspect
@@ -19,6 +19,7 @@ from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
 from .model.modeling_streamprune import register
 from .run import Result, forecast_job, plan_only, prune
+from .tune import Tuned, tune
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ __all__ = [
     "Evaluation",
     "Result",
     "StreamPruneError",
+    "TuneConfig",
+    "Tuned",
     "Variant",
     "__version__",
     "compare",
@@ -42,6 +45,7 @@ __all__ = [
     "load",
     "plan_only",
     "prune",
+    "tune",
 ]
 
 for _model_type in ARCHITECTURES:

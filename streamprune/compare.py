@@ -24,13 +24,14 @@ from .config import Config
 from .errors import ConfigError, ResumeError
 from .evaluate import evaluate, read_windows
 from .host import return_freed_memory
-from .job import Job, first_difference
+from .job import Job
 from .journal import Entry, Journal
 from .methods.allocation import largest_step
 from .model.checkpoint import read_json
 from .output import REPORT
 from .progress import Progress, Silent
 from .run import prune
+from .workplace import first_difference
 
 JOURNAL, LOCK, ROWS, SURVEYS = "journal.jsonl", "lock", "rows", "surveys"
 KNOWN = {JOURNAL, LOCK, ROWS, SURVEYS, comparison.JSON, comparison.CSV, comparison.MARKDOWN, comparison.PLOT}

@@ -16,6 +16,8 @@ RatioOf = Literal["blocks", "window", "model"]
 RATIOS_OF: tuple[RatioOf, ...] = ("blocks", "window", "model")
 DataFree = Literal["self", "random-tokens"]
 DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
+TuneMethod = Literal["auto", "lora", "distil"]
+TUNE_METHODS: tuple[TuneMethod, ...] = ("auto", "lora", "distil")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -55,6 +57,32 @@ def _fixed(**options: Any) -> Any:
 def _free(**options: Any) -> Any:
     """A field that a job under way may be resumed with another value of."""
     return field(metadata={"resume": "free"}, **options)
+
+
+def _agreed(config: Any) -> dict[str, Any]:
+    """The fields that a resumed job must agree with, JSON-ready."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["resume"] == "fixed"}
+    return {
+        name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+
+
+def _check_least(config: Any, *limits: tuple[str, int]) -> None:
+    for name, least in limits:
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least {least}")
+
+
+def _check_common(config: Any) -> None:
+    """What every job has."""
+    _check_least(config, ("samples", 1), ("seed", 0))
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed is {config.seed}; it must be below 2^63")
+    if config.seq_len is not None and config.seq_len < 2:
+        raise ConfigError(f"seq_len is {config.seq_len}; it must be at least 2")
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype is {config.dtype!r}; it must be one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,22 +144,63 @@ class Config:
             raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
         if self.ratio_of not in RATIOS_OF:
             raise ConfigError(f"ratio_of is {self.ratio_of!r}; it must be one of {', '.join(RATIOS_OF)}")
-        for name, least in (("samples", 1), ("round_to", 1), ("seed", 0), ("refine", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed is {self.seed}; it must be below 2^63")
-        if self.seq_len is not None and self.seq_len < 2:
-            raise ConfigError(f"seq_len is {self.seq_len}; it must be at least 2")
+        _check_common(self)
+        _check_least(self, ("round_to", 1), ("refine", 0))
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
 
     def fixed(self) -> dict[str, Any]:
         """The fields that a resumed job must agree with, JSON-ready."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["resume"] == "fixed"}
-        return {
-            name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
-            for name, value in values.items()
-        }
+        return _agreed(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """One tuning job.
+
+    Raises:
+        ConfigError: a value out of its range, quoting value and range.
+    """
+
+    model: Path = _free()
+    """Directory of the checkpoint to tune, pruned or not; on resume its content is compared, not its path."""
+    out: Path = _free()
+    """Directory to create."""
+    text: Path = _free()
+    """UTF-8 text."""
+    teacher: Path | None = _free(default=None)
+    """Directory of the dense model whose block outputs `distil` aims at."""
+    method: TuneMethod = _free(default="auto")
+    """``"lora"`` in memory and end to end, ``"distil"`` streamed and block by block; a job under way keeps the chosen one."""
+    samples: int = _fixed(default=128)
+    seq_len: int | None = _fixed(default=None)
+    """Tokens a sample; None takes 2048, or the model's context if that is shorter."""
+    seed: int = _fixed(default=0)
+    rank: int = _fixed(default=8)
+    """Of each linear's change, at the most."""
+    steps: int = _fixed(default=200)
+    """Of the whole model for `lora`, of each block for `distil`."""
+    rate: float | None = _fixed(default=None)
+    """Adam's, at the first step; it falls linearly to zero. None takes 1e-3 for `lora` and 3e-3 for `distil`."""
+    dtype: str = _fixed(default="auto")
+    """What blocks compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
+    cache: Path | None = _free(default=None)
+    """Folder for activations; None keeps them beside OUT."""
+    device: str = _free(default="auto")
+    memory: int | None = _free(default=None)
+    """Bytes the device may use; None takes what is free."""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "out", "text", "teacher", "cache"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+        _check_common(self)
+        _check_least(self, ("rank", 1), ("steps", 1))
+        if self.rate is not None and not 0 < self.rate < float("inf"):
+            raise ConfigError(f"rate is {self.rate:g}; it must be positive and finite")
+        if self.method not in TUNE_METHODS:
+            raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(TUNE_METHODS)}")
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that a resumed job must agree with, JSON-ready."""
+        return _agreed(self)

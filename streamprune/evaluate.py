@@ -64,7 +64,7 @@ def evaluate(
     parent = cache or Path(tempfile.gettempdir())
     resources = forecast(
         skeleton,
-        Needs(samples=len(windows), length=length, text=True, prunes=False),
+        Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True),
         device_limit=memory or machine.available_memory(where),
         disk_limit=files.free_bytes(parent),
     ).require()

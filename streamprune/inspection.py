@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
-from .job import job_folder
 from .journal import Journal
 from .model.checkpoint import CONFIG, read_json
 from .model.skeleton import open_skeleton
-from .output import REPORT, is_report
+from .output import REPORT, is_report, is_tuning
+from .workplace import job_folder
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def inspect(path: Path) -> dict[str, Any]:
     model = _model(path)
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
-        job = {"state": "finished", "report": report} if is_report(report) else None
+        job = {"state": "finished", "report": report} if is_report(report) or is_tuning(report) else None
     return {"model": model, "job": job}
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from . import calibration, files, machine, output
 from .config import Config, DataFree, format_bytes
-from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
+from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .maths.stats import Statistic
 from .memory import Needs, Resources, device_peak, forecast
@@ -29,20 +28,15 @@ from .methods import RECIPES
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
-from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress, Silent
 from .site import Site
-from .stream.prefetch import prefetch
 from .stream.store import ActivationStore
+from .stream.sweep import check_weights
+from .workplace import Workplace, first_difference, text_identity
 
 
-def job_folder(out: Path) -> Path:
-    """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
-    return out.absolute().parent / f"{out.absolute().name}.streamprune"
-
-
-class Job:
+class Job(Workplace):
     """One job: everything that both a first and a resumed process need to know.
 
     Raises:
@@ -73,14 +67,9 @@ class Job:
         self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.given_plan is None:
             self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
-        self.folder = job_folder(config.out)
-        self.staging = self.folder / "out"
+        super().__init__(config.out, config.cache, output.is_report)
         self.plan_path = self.folder / "plan.json"
         self.written_path = self.folder / "calibration.safetensors"
-        self.journal_path = self.folder / "journal.jsonl"
-        self.resumed = False
-        self.journal: Journal
-        """Set once the job is opened."""
 
     # What the job is.
 
@@ -189,16 +178,9 @@ class Job:
         }
 
     def _text_identity(self) -> dict[str, Any]:
-        if not isinstance(self.text, Path):
-            return {"calibration": self.text}
-        if not self.text.is_file():
-            calibration.read_text(self.text)
-        names = (name for name in output.COMPANIONS if "token" in name or name in ("vocab.json", "merges.txt"))
-        found = {name: self.config.model / name for name in names}
-        return {
-            "calibration": files.sha256(self.text),
-            "tokenizer": {name: files.sha256(path) for name, path in found.items() if path.is_file()},
-        }
+        return (
+            text_identity(self.text, self.config.model) if isinstance(self.text, Path) else {"calibration": self.text}
+        )
 
     def forecast(self) -> Resources:
         """What it takes, given what this machine has free."""
@@ -234,92 +216,19 @@ class Job:
         return self.staging if number == self.shots else self.folder / f"shot-{number:02}"
 
     @property
-    def cache(self) -> Path:
-        """Where activations go: a folder of this job's own."""
-        parent = self.config.cache
-        if parent is None:
-            return self.folder / "cache"
-        return parent.absolute() / f"{self.folder.name}-{self.own}"
-
-    @property
-    def own(self) -> str:
-        """What tells this job's files from another's where both lie in one folder."""
-        return hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+    def places(self) -> dict[str, Path]:
+        surveys = {} if self.config.surveys is None else {"surveys": self.config.surveys.absolute() / "one"}
+        return {**super().places, **surveys}
 
     # Opening, resuming, ending.
 
-    def result_there(self, restart: bool) -> Entry | None:
-        """The report of a finished OUT that this very job made, or None when there is work to do.
-
-        Raises:
-            ConfigError: OUT holds something else.
-        """
-        out = self.config.out
-        report = self._report_in_out()
-        if report is None or restart or self._replacing():
-            return None
-        if difference := first_difference(report["job"], self.header):
-            raise ConfigError(f"OUT is {out}, a finished result of another job: {difference}; --restart replaces it")
+    def differs(self, report: Entry) -> str | None:
         given = self.given_plan.digest() if self.given_plan else None
-        if given != report["plan_given"]:
-            was = report["plan_given"]
-            raise ConfigError(f"OUT is {out}, a finished result by plan {was}, not {given}; --restart replaces it")
-        try:
-            Skeleton(Checkpoint(out), device=torch.device("cpu"), dtype=torch.float32)
-        except CheckpointError as error:
-            raise ConfigError(
-                f"OUT is {out}, a finished result that was damaged: {error}; --restart replaces it"
-            ) from None
-        if self.folder.is_dir():
-            with files.locked(self.folder / "lock"):
-                self.clear()
-        self.resumed = True
-        return report
+        if difference := super().differs(report):
+            return difference
+        return None if given == report["plan_given"] else f"by plan {report['plan_given']}, not {given}"
 
-    def _report_in_out(self) -> Entry | None:
-        """The report of a result of ours in OUT; None when OUT is empty or not there.
-
-        Raises:
-            ConfigError: OUT holds something else.
-        """
-        out = self.config.out
-        if out.is_symlink() or (out.exists() and not out.is_dir()):
-            raise ConfigError(f"OUT is {out}, which is not a directory")
-        if not out.is_dir() or not any(out.iterdir()):
-            return None
-        report = read_json(out / output.REPORT) if (out / output.REPORT).is_file() else {}
-        if not output.is_report(report):
-            raise ConfigError(f"OUT is {out}, which exists and holds something else")
-        return report
-
-    def _replacing(self) -> bool:
-        """Whether a job with these very settings is under way that was told to replace what OUT holds."""
-        if not self.journal_path.is_file():
-            return False
-        start = Journal(self.journal_path, repair=False).header
-        return start is not None and start["replaces"] and first_difference(start["job"], self.header) is None
-
-    @contextmanager
-    def opened(self, restart: bool) -> Iterator[None]:
-        """A context in which this process, and no other, works on the job."""
-        places = {"OUT": self.folder.absolute(), "cache": self.cache}
-        if self.config.surveys is not None:
-            places["surveys"] = self.config.surveys.absolute() / "one"
-        for name, path in places.items():
-            parent = next(parent for parent in path.parents if parent.exists())
-            if not parent.is_dir():
-                raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
-        new = not self.folder.exists()
-        files.make_folder(self.folder)
-        with files.locked(self.folder / "lock"):
-            try:
-                self._start(restart)
-                yield
-            finally:
-                if new and not self.journal_path.exists() and self.folder.is_dir():
-                    files.remove_tree(self.folder)  # refused before it began: leave nothing behind
-
-    def _start(self, restart: bool) -> None:
+    def start(self, restart: bool) -> None:
         """Begin, or find out where an earlier process stopped.
 
         Raises:
@@ -332,7 +241,7 @@ class Job:
         else:
             if difference := first_difference(start["job"], self.header):
                 raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
-            for field, now in (("cache", self._cache_given), ("plan", "given" if self.given_plan else None)):
+            for field, now in (("cache", self.cache_given), ("plan", "given" if self.given_plan else None)):
                 # A plan may come later, by --plan-only and --plan; it cannot go again.
                 if start[field] != now and not (field == "plan" and now):
                     raise ResumeError(
@@ -357,11 +266,11 @@ class Job:
             if name not in known and not name.startswith(("survey-", "shot-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
-        self._check_disk(resources)
+        self.check_disk(resources.output_bytes, resources.disk_bytes)
         if self.needs_text and not self.writes_text:
             _ = self.tokens
         header = self.header
-        self._check_weights()
+        check_weights(self.skeleton, self.progress)
         files.remove(self.journal_path)
         files.sync(self.folder)
         for leftover in (self.staging, self.cache, self.folder / "replaced", *self.folder.glob("shot-*")):
@@ -376,27 +285,12 @@ class Job:
         return self.journal.append(
             "start",
             job=header,
-            cache=self._cache_given,
+            cache=self.cache_given,
             plan="given" if self.given_plan else None,
             shots=self.shots,
-            replaces=self._report_in_out() is not None,
+            replaces=self.report_in_out() is not None,
             resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
         )
-
-    @property
-    def _cache_given(self) -> str | None:
-        return str(self.config.cache.absolute()) if self.config.cache else None
-
-    def _check_disk(self, resources: Resources) -> None:
-        """The result's room, with the activations' where both lie on one file system."""
-        free = files.free_bytes(self.folder)
-        shared = files.same_file_system(self.folder, self.cache)
-        needed = resources.output_bytes + (resources.disk_bytes if shared else 0)
-        if needed > free:
-            what = "the result and the activations" if shared and resources.disk_bytes else "the result"
-            raise ResourceError(
-                f"{what} may need {format_bytes(needed)}; {self.folder.parent} has {format_bytes(free)} free"
-            )
 
     def _check_memory(self, resources: Mapping[str, int]) -> None:
         """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
@@ -434,26 +328,6 @@ class Job:
             **spent,
         }
 
-    def make_way(self) -> None:
-        """Move an older result of ours aside, if this job was told to replace it.
-
-        Raises:
-            ConfigError: OUT holds something that was not there, or not ours, when the job began.
-        """
-        if self._report_in_out() is None:
-            return
-        start = self.journal.header
-        assert start is not None
-        if not start["replaces"]:
-            raise ConfigError(f"OUT is {self.config.out}, where another result has appeared meanwhile")
-        files.remove_tree(self.folder / "replaced")
-        files.move_aside(self.config.out, self.folder / "replaced")
-
-    def clear(self) -> None:
-        """Remove the job's folder and its activations."""
-        files.remove_tree(self.cache)
-        files.remove_tree(self.folder)
-
     @cached_property
     def tokens(self) -> Tensor:
         """Calibration windows (samples, length); those that the model writes are there once they are journalled."""
@@ -473,20 +347,6 @@ class Job:
         """Block inputs, for whichever sweep is under way."""
         shape = self.config.samples, self.length, self.skeleton.width
         return ActivationStore(self.cache, shape, self.skeleton.dtype, self.device, durable=True)
-
-    def _check_weights(self) -> None:
-        """Read everything once and refuse NaN and Inf, before hours are spent on them."""
-        skeleton = self.skeleton
-        groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
-        groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
-        self.progress.phase("check weights", len(groups))
-        names = [name for group in groups for name in group]
-        left = {group[-1] for group in groups}
-        for name, tensor in prefetch(names, skeleton.checkpoint.read):
-            if not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{self.config.model}: tensor {name!r} holds NaN or Inf")
-            if name in left:
-                self.progress.step(name)
 
     # What people give.
 
@@ -531,22 +391,3 @@ class Job:
         ratio = asked if asked is not None else planned
         assert ratio is not None
         return ratio
-
-
-def first_difference(then: Any, now: Any, place: str = "") -> str | None:
-    """The first field in which two JSON values differ, with both values; None if they are equal."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in sorted(then.keys() | now.keys()):
-            inner = f"{place}.{key}" if place else key
-            if found := first_difference(then.get(key), now.get(key), inner):
-                return found
-        return None
-    # Through JSON, so that what was read back compares equal to what was written.
-    if json.dumps(then) == json.dumps(now):
-        return None
-    return f"{place} is {_short(now)} and was {_short(then)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

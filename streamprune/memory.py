@@ -48,8 +48,12 @@ class Needs:
     corrects: int = 0
     """Low-rank steps after each shot."""
     shots: int = 1
+    rank: int | None = None
+    """Of the updates that refinement trains; None for whole weights."""
     prunes: bool = True
-    """False for evaluation."""
+    """False for evaluation and tuning."""
+    scores: bool = False
+    """The head gives losses."""
     generates: bool = False
     """The model writes its calibration tokens."""
 
@@ -141,7 +145,9 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         device_bytes=device,
         host_bytes=host,
         disk_bytes=disk,
-        output_bytes=sum(skeleton.checkpoint[name].nbytes for name in skeleton.checkpoint) if needs.prunes else 0,
+        output_bytes=sum(skeleton.checkpoint[name].nbytes for name in skeleton.checkpoint)
+        if needs.prunes or needs.refines
+        else 0,
         bytes_to_read=model.bytes_to_read(every),
         operations=model.operations(),
         steps=model.steps(),
@@ -154,6 +160,11 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
 def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
     """Bytes that the device holds at most with micro-batches of these sizes."""
     return _Shapes(skeleton, needs).device_peak(batch, backward_batch)
+
+
+def in_memory_peak(skeleton: Skeleton, needs: Needs, batch: int) -> int:
+    """Bytes that the device holds while updates of the whole model are trained end to end, nothing streamed."""
+    return _Shapes(skeleton, needs).in_memory(batch)
 
 
 def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
@@ -198,7 +209,7 @@ class _Shapes:
         if needs.text:
             steps["the embedding"] = self.embed + 3 * batch * self.row_bytes
             steps["one block's forward pass"] = self.block + self.passing(batch)
-        if needs.gradients or not needs.prunes:
+        if needs.gradients or needs.scores:
             vocabulary = self.skeleton.vocabulary
             logits = min(LOGIT_BYTES, 4 * vocabulary * batch * length)
             steps["the head"] = self.head + 3 * batch * self.row_bytes + 4 * max(logits, 4 * vocabulary)
@@ -215,10 +226,12 @@ class _Shapes:
             # What a digest works with: sums, inverses, greedy removal.
             steps["a survey's findings"] = self.block + self._survey_sums() + 4 * self.sum_item * self._widest() ** 2
         if needs.refines:
-            # Weights, gradients and Adam's two moments.
-            trained = 4 * self.sum_item * (self.block // self.item)
+            # Weights; gradients and Adam's two moments of what is trained.
+            parameters = self.block // self.item
+            updates = max(self._update_parameters(index) for index in range(len(self.blocks)))
+            trained = 4 * parameters if needs.rank is None else parameters + 4 * updates
             per_token = self._backward_tokens() * self.sum_item // self.item
-            steps["refining one block"] = self.block + trained + backward_batch * length * per_token
+            steps["refining one block"] = self.block + self.sum_item * trained + backward_batch * length * per_token
         if needs.corrects:
             # The weights twice, as stored and as corrected, and their gradients.
             steps["correcting one block"] = (
@@ -258,6 +271,13 @@ class _Shapes:
         residual = 2 * self.needs.samples * self.d * self.item
         return self.block + residual + batch * (3 * self.widest_pair + self.passing(1) // self.needs.length)
 
+    def in_memory(self, batch: int) -> int:
+        """All weights, what is trained with its gradients and moments, all activations, and logits with their gradient."""
+        weights = self.item * self.skeleton.block_parameters() + self.head
+        trained = 4 * self.sum_item * sum(self._update_parameters(index) for index in range(len(self.blocks)))
+        a_token = sum(self._backward_token(site) for sites in self.blocks for site in sites)
+        return weights + trained + batch * self.needs.length * (a_token + 4 * 4 * self.skeleton.vocabulary)
+
     def passing(self, batch: int) -> int:
         """Bytes of activations while one sublayer runs forward."""
         return batch * self.needs.length * max(self._forward_token(site) for sites in self.blocks for site in sites)
@@ -276,6 +296,11 @@ class _Shapes:
     def _backward_tokens(self) -> int:
         """Bytes a token that a whole block keeps for its backward pass, and its gradients."""
         return max(sum(self._backward_token(site) for site in sites) for sites in self.blocks)
+
+    def _update_parameters(self, index: int) -> int:
+        """Of a block's low-rank updates."""
+        names = self.skeleton.architecture.linears
+        return (self.needs.rank or 0) * sum(sum(linear_shape(self.skeleton.module(index, name))) for name in names)
 
     def _survey_sums(self) -> int:
         """Bytes of one block's statistics."""
@@ -307,7 +332,7 @@ class _Shapes:
             return 1, 0
         one = needs.samples * self.row_bytes
         # Both streams hold a block's input, the one between its sublayers and its output until the journal has it.
-        prune = (6 if needs.dense_stream else 3) * one if needs.prunes else 2 * one
+        prune = (6 if needs.dense_stream else 3) * one if needs.prunes else (4 if needs.dense_stream else 2) * one
         # Factors wait on the disk for the plan; other findings are small.
         findings = (
             sum(self._site_sums(site) for sites in self.blocks for site in sites) if "factors" in needs.survey else 0
@@ -377,7 +402,7 @@ class _Shapes:
             )
             written += needs.generates * passes
         head = 2 * self.d * self.skeleton.vocabulary * tokens
-        total += head * (2 if needs.gradients else 0 if needs.prunes else 1)
+        total += head * (2 if needs.gradients else int(needs.scores))
         return total * needs.shots + written + needs.generates * head
 
     def steps(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ def is_report(report: Any) -> bool:
     return isinstance(report, dict) and all(key in report for key in (*FIGURES, "job", "plan", "plan_given", "sites"))
 
 
+def is_tuning(report: Any) -> bool:
+    """Whether a JSON value is a report of a tuning."""
+    return isinstance(report, dict) and all(key in report for key in ("tuning", "parameters_after", "job", "source"))
+
+
 def block_shard(skeleton: Skeleton, index: int) -> str:
     """The shard that holds a block; the embeddings come before it, norm and head after all."""
     return shard_name(index + 2, _shards(skeleton))
@@ -79,13 +85,21 @@ def write_outside(skeleton: Skeleton, folder: Path) -> None:
             write_shard(folder / shard_name(number, total), {name: checkpoint.read(name) for name in names})
 
 
-def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict[str, Any], title: str) -> None:
+@dataclass(frozen=True)
+class Card:
+    """What the model card says of how this model was made."""
+
+    title: str
+    tag: str
+    text: str
+
+
+def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict[str, Any], card: Card) -> None:
     """Write everything but the shards, and hold the result against its own config.
 
     Args:
         sites: of the pruned model, in order.
-        report: what `report.json` holds.
-        title: the source's name, for the model card.
+        report: what `report.json` holds; "parameters_after" is in it.
     """
     placed = {name: shard_name(1, _shards(skeleton)) for name in skeleton.embed_names()}
     placed |= {name: shard_name(_shards(skeleton), _shards(skeleton)) for name in skeleton.head_names()}
@@ -103,7 +117,7 @@ def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict
             files.copy(source.directory / name, folder / name)
     if not stock:
         _name_tokenizer(source.directory, folder)
-    files.write_text(folder / CARD, _card(report, title, stock, len(skeleton)))
+    files.write_text(folder / CARD, _card(card, stock))
     write_json(folder / REPORT, report)
     # Reading it back: every tensor present, shapes as the config says, in transformers' own model.
     Skeleton(Checkpoint(folder), device=torch.device("cpu"), dtype=torch.float32)
@@ -175,12 +189,43 @@ def _shards(skeleton: Skeleton) -> int:
     return len(skeleton) + (2 if skeleton.head_names() else 1)
 
 
-def _card(report: dict[str, Any], title: str, stock: bool, depth: int) -> str:
+def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
+    """The card of a pruned model.
+
+    Args:
+        source: the name of the model that was pruned.
+        depth: how many blocks it has.
+    """
     widths: dict[str, list[str]] = {}
     for site in report["sites"]:
         _, block, _ = site["site"].split(".")
         widths.setdefault(block, []).append(f"{site['kept']} / {site['units']}")
     rows = "\n".join(f"| {block} | {' | '.join(kept)} |" for block, kept in widths.items())
+    text = f"""Structurally pruned with streamprune, recipe `{report["recipe"]}`: {report["parameters_before"]:,} parameters
+before, {report["parameters_after"]:,} after ({report["ratio_blocks"]:.2%} of the {depth} blocks' parameters removed, {report["ratio_model"]:.2%} of
+the model's).
+
+Units kept (attention: key/value groups with their query heads; FFN: channels). Errors and settings are in `{REPORT}`.
+
+| block | attention | FFN |
+|---|---|---|
+{rows}"""
+    return Card(f"{source}, pruned by {report['ratio_blocks']:.1%}", "pruned", text)
+
+
+def tuning_card(report: dict[str, Any], source: str) -> Card:
+    """The card of a tuned model; `source` is the name of the model that was tuned."""
+    tuning = report["tuning"]
+    how = {
+        "lora": "LoRA, end to end on the language modelling loss",
+        "distil": "low-rank distillation, block by block, to the dense model's outputs",
+    }[tuning["method"]]
+    text = f"""Tuned with streamprune: {how}, rank {tuning["rank"]}, {tuning["steps"]} steps, absorbed into the weights.
+Losses and settings are in `{REPORT}`, with the report of the model that was tuned under "source"."""
+    return Card(f"{source}, tuned", "tuned", text)
+
+
+def _card(card: Card, stock: bool) -> str:
     load = (
         "It is a stock checkpoint: everything that loads the source architecture loads it."
         if stock
@@ -192,20 +237,12 @@ library_name: transformers
 pipeline_tag: text-generation
 tags:
 - streamprune
-- pruned
+- {card.tag}
 ---
 
-# {title}, pruned by {report["ratio_blocks"]:.1%}
+# {card.title}
 
-Structurally pruned with streamprune, recipe `{report["recipe"]}`: {report["parameters_before"]:,} parameters
-before, {report["parameters_after"]:,} after ({report["ratio_blocks"]:.2%} of the {depth} blocks' parameters removed, {report["ratio_model"]:.2%} of
-the model's). The licence and limits of the source model hold for this one too.
+{card.text}
 
-{load}
-
-Units kept (attention: key/value groups with their query heads; FFN: channels). Errors and settings are in `{REPORT}`.
-
-| block | attention | FFN |
-|---|---|---|
-{rows}
+{load} The licence and limits of the source model hold for this one too.
 """

@@ -1,20 +1,23 @@
-"""Training in the small: one block's weights, from its pruned input to its dense output; nothing else is in memory.
+"""Training in the small: one block's weights, or low-rank updates of them, from its pruned input to its dense output.
 
-No labels and no end-to-end gradient: mean squared error, Adam, a rate falling linearly to zero. What it costs on top
+Nothing else is in memory. No labels and no end-to-end gradient: mean squared error, Adam, a rate falling linearly to zero. What it costs on top
 of the closed form is counted and reported apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .errors import NumericalError
+from .maths.descent import Descent
 from .maths.linalg import accumulator
 from .memory import REFINE_SEQUENCES
 from .model.block import Arguments, Block
@@ -32,12 +35,14 @@ class Refinement:
     """Sequences whose activations are held at once; gradients of a step's micro-batches add up."""
     rate: float = 3e-4
     """Adam's, at the first step."""
+    rank: int | None = None
+    """Of the updates that are trained, one a linear; None trains all weights themselves."""
 
 
 def refine(
     skeleton: Skeleton, block: Block, index: int, store: ActivationStore, source: str, target: str, how: Refinement
 ) -> dict[str, Any]:
-    """Train a block's weights, in float32 or better; its masters get what came out, in their stored dtype.
+    """Train a block in float32 or better; its masters get what came out, in their stored dtype.
 
     Args:
         source, target: boundaries with its inputs and with the outputs it should give.
@@ -53,9 +58,8 @@ def refine(
     size = min(REFINE_SEQUENCES, samples)
     generator = torch.Generator().manual_seed((how.seed * 1_000_003 + index) % 2**63)
     losses: list[float] = []
-    with block.training(dtype) as weights, torch.enable_grad():
-        optimiser = torch.optim.Adam(weights.values(), lr=how.rate, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / how.steps)
+    with _trained(block, dtype, how.rank, generator) as weights, torch.enable_grad():
+        descent = Descent(weights, steps=how.steps, rate=how.rate)
         for step in range(how.steps):
             chosen = torch.randperm(samples, generator=generator)[:size].tolist()
             total = 0.0
@@ -70,12 +74,30 @@ def refine(
                 total += float(loss.detach())
             if not torch.isfinite(torch.tensor(total)):
                 raise NumericalError(f"block {index}: the refinement's loss is {total} at step {step}")
-            optimiser.step()
-            optimiser.zero_grad()
-            schedule.step()
+            descent.step()
             losses.append(total)
-    tenth = max(1, how.steps // 10)
-    return {"refinement": [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])]}
+    return {"refinement": ends(losses)}
+
+
+def ends(losses: Sequence[float]) -> list[float]:
+    """The means of the first and of the last tenth of the steps."""
+    tenth = max(1, len(losses) // 10)
+    return [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])]
+
+
+@contextmanager
+def _trained(
+    block: Block, dtype: torch.dtype, rank: int | None, generator: torch.Generator
+) -> Iterator[Mapping[str, nn.Parameter]]:
+    """What is trained, while open; then it is in the block's weights."""
+    if rank is None:
+        with block.training(dtype) as weights:
+            yield weights
+        return
+    updates = block.updates(rank, dtype, generator)
+    with block.frozen(dtype), block.updated(updates):
+        yield updates
+    block.absorb(updates)
 
 
 def _cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:

@@ -15,7 +15,7 @@ from .job import Job
 from .journal import Entry
 from .memory import Resources, generation_batch
 from .meter import metered
-from .model.checkpoint import read_json, write_shard
+from .model.checkpoint import write_shard
 from .progress import Progress
 from .shot import Shot
 from .stream.generate import generate
@@ -118,13 +118,7 @@ class Run:
                 if number > 1:
                     files.remove_tree(job.shot_folder(number - 1))
             job.journal.append("complete")
-        folder = job.staging if job.staging.is_dir() else job.config.out
-        report = read_json(folder / output.REPORT)
-        if job.staging.is_dir():
-            job.make_way()
-            files.publish(job.staging, job.config.out)
-        job.clear()
-        return report
+        return job.publish()
 
     def prepare(self) -> None:
         """What comes before the prune sweep."""

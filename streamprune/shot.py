@@ -356,7 +356,8 @@ class Shot:
         reports = [report for step in self.steps("prune/") for report in step["sites"]]
         report = self.job.report(plan, reports, self._removed(plan))
         output.write_outside(self.skeleton, folder)
-        output.finish(self.skeleton, folder, after, report, self.job.config.model.resolve().name)
+        card = output.pruning_card(report, self.job.config.model.resolve().name, len(self.skeleton))
+        output.finish(self.skeleton, folder, after, report, card)
 
 
 class SurveyFiles(Mapping[str, Findings]):

@@ -206,8 +206,8 @@ def contents(folder: Path) -> dict[str, bytes]:
             if path.name == "report.json":
                 report = json.loads(data)
                 for name in ("seconds", "operations", "forward_equivalents"):
-                    report.pop(name)
-                for site in report["sites"]:
+                    report.pop(name, None)
+                for site in report.get("sites", []):
                     site.pop("seconds")
                 data = json.dumps(report).encode()
             found[str(path.relative_to(folder))] = data

@@ -24,8 +24,8 @@ from streamprune import progress as progress_module
 from streamprune.comparison import Row, ratio_at, reach
 from streamprune.config import Config
 from streamprune.errors import ConfigError, ResumeError
-from streamprune.job import job_folder
 from streamprune.methods.allocation import largest_step
+from streamprune.workplace import job_folder
 
 Compare = Callable[..., Comparison]
 SHARED = {"samples": 6, "seq_len": 24, "round_to": 4}

@@ -20,7 +20,7 @@ from test_run import Stop, interrupted
 import streamprune
 from streamprune import Config, calibration, files, run
 from streamprune.errors import CalibrationError, ConfigError, NumericalError, ResumeError
-from streamprune.job import Job, job_folder
+from streamprune.job import Job
 from streamprune.maths.sampling import sample
 from streamprune.memory import Needs, forecast, generation_batch
 from streamprune.model.skeleton import open_skeleton
@@ -28,6 +28,7 @@ from streamprune.progress import Silent
 from streamprune.stream import generate as generating
 from streamprune.stream import sweep
 from streamprune.stream.generate import generate
+from streamprune.workplace import job_folder
 
 CPU = torch.device("cpu")
 Make = Callable[..., Config]

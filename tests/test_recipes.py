@@ -19,7 +19,7 @@ from torch import Tensor
 
 import streamprune
 from streamprune import Config
-from streamprune.job import Job, job_folder
+from streamprune.job import Job
 from streamprune.journal import Journal
 from streamprune.maths.divergence import redundant
 from streamprune.methods.allocation import Budget, largest_step
@@ -28,6 +28,7 @@ from streamprune.methods.plan import Plan
 from streamprune.methods.slimgpt import incremental_ratios
 from streamprune.model.skeleton import open_skeleton
 from streamprune.site import Site
+from streamprune.workplace import job_folder
 
 pytestmark = pytest.mark.usefixtures("float64_norms", "unsynced")
 Make = Callable[..., Config]

@@ -23,10 +23,11 @@ from conftest import TINY, contents, edit_tensors, make_tiny
 import streamprune
 from streamprune import Config, calibration, files
 from streamprune.errors import CalibrationError, ConfigError, ResourceError, ResumeError
-from streamprune.job import Job, job_folder
+from streamprune.job import Job
 from streamprune.journal import Journal
 from streamprune.methods.plan import Plan
 from streamprune.model.skeleton import open_skeleton
+from streamprune.workplace import job_folder
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

@@ -15,11 +15,12 @@ from conftest import contents
 import streamprune
 from streamprune import Config
 from streamprune.errors import ConfigError
-from streamprune.job import Job, job_folder
+from streamprune.job import Job
 from streamprune.methods.allocation import Budget, allocate, largest_step
 from streamprune.methods.plan import Plan
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.workplace import job_folder
 
 pytestmark = pytest.mark.usefixtures("float64_norms", "unsynced")
 Make = Callable[..., Config]

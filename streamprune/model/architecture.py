@@ -60,6 +60,11 @@ class Architecture:
     """Whether the norm follows the residual sum instead of opening the sublayer."""
 
     @property
+    def linears(self) -> list[str]:
+        """All linears of a block: the producers of every sublayer, then its consumer."""
+        return [name for entry in self.sublayers for name in (*(p.name for p in entry.producers), entry.consumer)]
+
+    @property
     def base(self) -> str:
         """The module that holds the blocks."""
         return self.blocks.rpartition(".")[0]

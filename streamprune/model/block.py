@@ -117,6 +117,73 @@ class Block:
             if not bool(torch.isfinite(layer.weights[name]).all()):
                 raise NumericalError(f"{self.sublayers[0].site.name}: {name} is not finite after training")
 
+    def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
+        """Low-rank updates of all linears, for training: ``W + U V``, `U` (out, r) zero and `V` (r, in) random.
+
+        LoRA (Hu et al. 2021), section 4.1: U is their B, V their A; entries of V have variance 1/in, and there is no
+        further factor.
+
+        Args:
+            rank: r, at the most: a smaller side of `W` takes its place.
+
+        Returns:
+            By ``name.u`` and ``name.v``, on the device.
+        """
+        found = {}
+        for _, name in self._linears():
+            rows, columns = linear_shape(self._layer.module(name))
+            r = min(rank, rows, columns)
+            v = torch.randn(r, columns, generator=generator, dtype=torch.float64) / columns**0.5
+            found[f"{name}.u"] = nn.Parameter(torch.zeros(rows, r, device=self._layer.device, dtype=dtype))
+            found[f"{name}.v"] = nn.Parameter(v.to(self._layer.device, dtype))
+        return found
+
+    @contextmanager
+    def updated(self, updates: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """While open, the block computes with ``W + U V``, differentiably in `updates`; its weights stay."""
+
+        def hook(u: Tensor, v: Tensor) -> Any:
+            def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+                return output + (inputs[0].to(v.dtype) @ v.T @ u.T).to(output.dtype)
+
+            return add
+
+        modules = [
+            (self._layer.module(name), updates[f"{name}.u"], updates[f"{name}.v"]) for _, name in self._linears()
+        ]
+        hooks = [module.register_forward_hook(hook(u, v)) for module, u, v in modules]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    @torch.no_grad()
+    def absorb(self, updates: Mapping[str, Tensor]) -> None:
+        """Make ``W + U V`` the weights; the masters are rounded to their stored dtype.
+
+        Raises:
+            NumericalError: what came out is not finite in the stored dtype.
+        """
+        for sublayer, name in self._linears():
+            change = updates[f"{name}.u"] @ updates[f"{name}.v"]
+            sublayer.set_weight(name, sublayer.weight(name).to(change.dtype) + change)
+
+    @contextmanager
+    def frozen(self, dtype: torch.dtype) -> Iterator[None]:
+        """While open, the block computes with its stored weights in `dtype`."""
+        layer = self._layer
+        for name, master in layer.weights.items():
+            layer.put(name, master.to(layer.device, dtype))
+        yield
+        for name, master in layer.weights.items():
+            layer.put(name, layer._computing(master))
+
+    def _linears(self) -> Iterator[tuple[Sublayer, str]]:
+        for sublayer in self.sublayers:
+            for name in (*(producer.name for producer in sublayer.entry.producers), sublayer.entry.consumer):
+                yield sublayer, name
+
     def put(self, name: str, weight: nn.Parameter) -> nn.Parameter:
         """Compute with `weight` under that name; the stored one stays."""
         self._layer.put(name, weight)

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NumericalError
+from ..errors import CheckpointError, NumericalError
 from ..maths.sampling import sample
 from ..maths.stats import SiteStatistics
 from ..model.block import Block, Sublayer
 from ..model.skeleton import Skeleton
-from .prefetch import read_ahead
+from ..progress import Progress
+from .prefetch import prefetch, read_ahead
 from .store import ActivationStore
 
 LOGIT_BYTES = 1 << 28
@@ -36,6 +37,24 @@ def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Bloc
         del weights
         # Popped here and deleted by whoever loops, so that the old block is gone when the new one is built.
         yield index, built.pop()
+
+
+def check_weights(skeleton: Skeleton, progress: Progress) -> None:
+    """Read everything once and refuse NaN and Inf, before hours are spent on them.
+
+    Raises:
+        CheckpointError: a tensor holds either.
+    """
+    groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
+    groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
+    progress.phase("check weights", len(groups))
+    names = [name for group in groups for name in group]
+    left = {group[-1] for group in groups}
+    for name, tensor in prefetch(names, skeleton.checkpoint.read):
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{skeleton.checkpoint.directory}: tensor {name!r} holds NaN or Inf")
+        if name in left:
+            progress.step(name)
 
 
 def embed(skeleton: Skeleton, tokens: Tensor, store: ActivationStore, name: str, size: int) -> None:

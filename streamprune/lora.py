@@ -1,0 +1,131 @@
+"""LoRA end to end on the language modelling loss, with the whole model in memory (Hu et al. 2021; SlimGPT's last step).
+
+`peft` adapts transformers' own model; what it trained is handed out as low-rank updates by block, so that the result is
+written by the same hand as every other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import CheckpointError, NumericalError
+from .maths.descent import Descent, batch
+from .maths.linalg import accumulator
+from .model.skeleton import Skeleton
+
+SAVE_EVERY = 25
+"""Steps after which the state is put away."""
+
+
+def installed() -> bool:
+    """Whether `peft` is there."""
+    return importlib.util.find_spec("peft") is not None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """How a model is tuned."""
+
+    rank: int
+    steps: int
+    rate: float
+    seed: int
+    size: int
+    """Sequences a step."""
+    micro: int
+    """Sequences whose activations are held at once."""
+
+
+def train(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    how: Lora,
+    state: Mapping[str, Tensor] | None,
+    save: Callable[[dict[str, Tensor], list[float]], None],
+) -> Iterator[float]:
+    """Train updates of all linears of all blocks; yields every step's loss, nats a token.
+
+    Args:
+        skeleton: of the checkpoint, whose model is loaded for this; nothing of it changes.
+        tokens: windows (samples, length), int64.
+        state: what `save` was given last, to go on from there.
+        save: called every `SAVE_EVERY` steps and at the end with updates by ``block.name.u`` and ``.v`` (see
+            `Block.updates`), what `Descent.state` gives, and the losses since the last call.
+
+    Raises:
+        NumericalError: the loss is no longer finite.
+    """
+    model, weights = _adapted(skeleton, how)
+    if state is not None:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(state[name])
+    descent = Descent(weights, steps=how.steps, rate=how.rate, state=state)
+    losses: list[float] = []
+    while descent.done < how.steps:
+        chosen = tokens[batch(len(tokens), how.size, how.seed, descent.done)]
+        total = 0.0
+        for part in torch.split(chosen, how.micro):
+            loss = _loss(model, part.to(skeleton.device)) * (len(part) / len(chosen))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if not torch.isfinite(torch.tensor(total)):
+            raise NumericalError(f"the loss is {total} at step {descent.done}")
+        descent.step()
+        losses.append(total)
+        if descent.done % SAVE_EVERY == 0 or descent.done == how.steps:
+            save({name: weight.detach().cpu() for name, weight in weights.items()} | descent.state(), losses)
+            losses = []
+        yield total
+
+
+def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter]]:
+    """The model with updates, and these by name."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    directory = skeleton.checkpoint.directory
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=skeleton.dtype, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{directory}: transformers cannot load this model ({reason})") from error
+    places = {
+        f"{index}.{name}": f"{skeleton.architecture.blocks}.{index}.{name}"
+        for index in range(len(skeleton))
+        for name in skeleton.architecture.linears
+    }
+    turned = isinstance(base.get_submodule(next(iter(places.values()))), Conv1D)
+    # alpha = rank: no factor before U V.
+    config = LoraConfig(
+        r=how.rank, lora_alpha=how.rank, target_modules=list(places.values()), fan_in_fan_out=turned, bias="none"
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # How peft calls transformers is not ours to mend.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(how.seed)
+        # Without dropout, which would want a generator's state put away as well.
+        model = get_peft_model(base, config).eval().to(skeleton.device)
+    weights = {}
+    for name, place in places.items():
+        linear: Any = model.base_model.model.get_submodule(place)
+        for leaf, module in (("u", linear.lora_B["default"]), ("v", linear.lora_A["default"])):
+            weights[f"{name}.{leaf}"] = module.weight
+    return model, weights
+
+
+def _loss(model: Any, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood of all tokens of the windows but their first."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).to(accumulator(logits.dtype)), tokens[:, 1:].flatten())

@@ -1,0 +1,436 @@
+"""Recovery of a pruned checkpoint by low-rank training: LoRA in memory, or block by block towards a dense model's outputs.
+
+Like pruning, a step counts once it is journalled, and what a step needs is removed only after the line that makes it
+unneeded; the result is written by the same hand and appears at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import calibration, files, lora, machine, output
+from .config import TuneConfig, TuneMethod, format_bytes
+from .errors import ConfigError, ResourceError, ResumeError
+from .host import return_freed_memory
+from .journal import Entry, Journal
+from .memory import REFINE_SEQUENCES, Needs, Resources, device_peak, forecast, in_memory_peak
+from .meter import metered, totals
+from .model.block import Block
+from .model.checkpoint import Checkpoint, read_json, write_shard
+from .model.skeleton import Skeleton, open_skeleton
+from .progress import Progress, Silent
+from .refine import Refinement, ends, refine
+from .stream import sweep
+from .stream.store import ActivationStore
+from .workplace import Workplace, first_difference, text_identity
+
+STUDENT, TEACHER = "student", "teacher"
+STATE = "adapter-"
+RATES = {"lora": 1e-3, "distil": 3e-3}
+"""Where no rate is given."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a tuning job did."""
+
+    out: str
+    method: str
+    rank: int
+    steps: int
+    parameters: int
+    loss_first: float
+    """Mean over the first tenth of the steps: nats a token for `lora`; for `distil` the blocks' mean squared error, averaged."""
+    loss_last: float
+    """The same over the last tenth."""
+    operations: int
+    """Floating-point operations of the whole job, as `maths.operations` counts them."""
+    seconds: float
+    """Of this process."""
+    peak_device_bytes: int
+    peak_host_bytes: int
+    bytes_read: int
+    """From the checkpoints, block by block, by this process."""
+    resumed: bool
+    """Whether an earlier process had done some of the work."""
+
+
+def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None = None) -> Tuned:
+    """Train low-rank updates of a checkpoint directory's linears into another directory; an interrupted job goes on.
+
+    Args:
+        restart: throw away what an earlier job of the same `out` left, its result too.
+
+    Raises:
+        StreamPruneError: see `errors`; `out` is then as it was.
+    """
+    started = time.monotonic()
+    job = Tuning(config, progress or Silent(), restart)
+    report = job.result_there(restart)
+    if report is None:
+        with job.opened(restart), metered(job.journal, started):
+            report = job.work()
+    tuning = report["tuning"]
+    return Tuned(
+        out=str(config.out),
+        **{name: tuning[name] for name in ("method", "rank", "steps", "loss_first", "loss_last")},
+        parameters=report["parameters_after"],
+        operations=report["operations"],
+        seconds=round(time.monotonic() - started, 3),
+        peak_device_bytes=machine.peak_device_bytes(job.device),
+        peak_host_bytes=machine.peak_host_bytes(),
+        bytes_read=sum(skeleton.checkpoint.bytes_read for skeleton in job.skeletons),
+        resumed=job.resumed,
+    )
+
+
+class Tuning(Workplace):
+    """One job, from wherever its journal says.
+
+    Raises:
+        StreamPruneError: whatever can be known to be wrong before any work.
+    """
+
+    def __init__(self, config: TuneConfig, progress: Progress, restart: bool) -> None:
+        self.progress = progress
+        self.config = config = replace(config, out=config.out.absolute())
+        super().__init__(config.out, config.cache, output.is_tuning)
+        for name, path in (("the model", config.model), ("the teacher", config.teacher)):
+            if path is not None and config.out.resolve() == path.resolve():
+                raise ConfigError(f"OUT is {config.out}, {name} itself")
+        self.device = machine.resolve_device(config.device)
+        self.student: Skeleton = open_skeleton(config.model, self.device, config.dtype)
+        self.source = self._source()
+        if config.rank > self.student.width:
+            raise ConfigError(f"rank is {config.rank}; the model's width is {self.student.width}")
+        self.length = calibration.window_length(config.seq_len, self.student.context)
+        self.method: TuneMethod = self._method(restart)
+        self.rate = config.rate or RATES[self.method]
+        self.teacher = self._teacher() if self.method == "distil" else None
+
+    @property
+    def skeletons(self) -> list[Skeleton]:
+        """All models that are read."""
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    def _source(self) -> Entry | None:
+        """The report of the model that is tuned, where there is one.
+
+        Raises:
+            ConfigError: it says that parameters are gone which are still there, as zeros: a change would fill them.
+        """
+        path = self.config.model / output.REPORT
+        report = read_json(path) if path.is_file() else None
+        there = self.student.parameters()
+        if output.is_report(report) and report is not None and report["parameters_after"] < there:
+            raise ConfigError(
+                f"{self.config.model} has {there - report['parameters_after']:,} weights that pruning made zero; "
+                "a low-rank change would fill them"
+            )
+        return report
+
+    def _method(self, restart: bool) -> TuneMethod:
+        """The method asked for; ``auto`` stays what it was, or takes what fits."""
+        config, method = self.config, self.config.method
+        if method == "auto":
+            method = (None if restart else self._begun()) or self._fitting()
+        if method == "lora" and not lora.installed():
+            raise ConfigError("method is 'lora', which needs peft: pip install 'streamprune[tune]'")
+        if method == "distil" and config.teacher is None:
+            raise ConfigError("method is 'distil', which needs the dense model: --teacher DIR")
+        return method
+
+    def _begun(self) -> TuneMethod | None:
+        """The method of the job under way or of the finished result."""
+        if self.journal_path.is_file():
+            start = Journal(self.journal_path, repair=False).header
+            begun = start["job"]["settings"] if start is not None else {}
+        else:
+            report = self.report_in_out()
+            begun = report["job"]["settings"] if report is not None else {}
+        method: TuneMethod | None = begun.get("method")
+        return method
+
+    def _fitting(self) -> TuneMethod:
+        limit, least = self._limit, self._lora_peak(1)
+        if not lora.installed():
+            lacking = "peft is not installed (pip install 'streamprune[tune]')"
+        elif least > limit:
+            lacking = f"training the model in memory needs {format_bytes(least)} and the limit is {format_bytes(limit)}"
+        else:
+            self.progress.say("method lora: the model with its gradients fits into memory")
+            return "lora"
+        if self.config.teacher is None:
+            raise ConfigError(f"method lora is out, since {lacking}; distil needs the dense model: --teacher DIR")
+        self.progress.say(f"method distil: {lacking}")
+        return "distil"
+
+    def _teacher(self) -> Skeleton:
+        assert self.config.teacher is not None
+        student, path = self.student, self.config.teacher
+        # Whatever it is stored in, its outputs are compared with the student's.
+        teacher = Skeleton(Checkpoint(path), device=self.device, dtype=student.dtype)
+        for name, ours, theirs in (
+            ("blocks", len(student), len(teacher)),
+            ("width", student.width, teacher.width),
+            ("vocabulary", student.vocabulary, teacher.vocabulary),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"the teacher {path} does not belong to {self.config.model}: {name} {theirs}, not {ours}"
+                )
+        calibration.window_length(self.length, teacher.context)
+        return teacher
+
+    # What the job is.
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """What must be the same for a job to go on: settings, inputs, and versions that change numbers."""
+        import transformers
+
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.checkpoint.identity()}
+        peft = {"peft": version("peft")} if self.method == "lora" else {}
+        return {
+            "settings": {
+                "method": self.method,
+                **self.config.fixed(),
+                "rate": self.rate,
+                "dtype": str(self.student.dtype).removeprefix("torch."),
+            },
+            "inputs": {
+                "model": self.student.checkpoint.identity(),
+                **teacher,
+                **text_identity(self.config.text, self.config.model),
+            },
+            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__, **peft},
+        }
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Training windows (samples, length)."""
+        config = self.config
+        tokens = calibration.tokenize(calibration.load_tokenizer(config.model), config.text, self.student.vocabulary)
+        return calibration.sample_windows(tokens, config.samples, self.length, config.seed, config.text)
+
+    @property
+    def _limit(self) -> int:
+        return self.config.memory or machine.available_memory(self.device)
+
+    def _needs(self, *, trains: bool = True) -> Needs:
+        config = self.config
+        return Needs(
+            samples=config.samples,
+            length=self.length,
+            text=True,
+            refines=config.steps if trains else 0,
+            rank=config.rank,
+            prunes=False,
+        )
+
+    def _lora_peak(self, micro: int) -> int:
+        return in_memory_peak(self.student, self._needs(), micro)
+
+    def _peak(self, batch: int, micro: int) -> int:
+        """Bytes that the device holds at most with micro-batches of these sizes."""
+        if self.teacher is None:
+            return self._lora_peak(micro)
+        teacher = device_peak(self.teacher, self._needs(trains=False), batch, 1)
+        return max(teacher, device_peak(self.student, self._needs(), batch, micro))
+
+    def _forecast(self) -> Resources:
+        """What it takes, given what this machine has free."""
+        limits = {"device_limit": self._limit, "disk_limit": files.free_bytes(self.cache)}
+        found = forecast(self.student, self._needs(), **limits)
+        if self.teacher is not None:
+            teacher = forecast(self.teacher, self._needs(trains=False), **limits).require()
+            return replace(found, batch=min(found.batch, teacher.batch))
+        least = self._lora_peak(1)
+        if least > self._limit:
+            raise ResourceError(
+                f"the memory limit is {format_bytes(self._limit)}; training the model in memory needs {format_bytes(least)}; "
+                "--method distil with --teacher needs only a block at a time"
+            )
+        most = min(REFINE_SEQUENCES, self.config.samples)
+        micro = max(size for size in range(1, most + 1) if self._lora_peak(size) <= self._limit)
+        return replace(found, backward_batch=micro, disk_bytes=0, problems=())
+
+    # Opening and resuming.
+
+    def start(self, restart: bool) -> None:
+        """Begin, or find out where an earlier process stopped.
+
+        Raises:
+            ResumeError: started with other settings, inputs or versions.
+        """
+        self.journal = Journal(self.journal_path)
+        start = self.journal.header
+        if start is None or restart:
+            start = self._begin()
+        else:
+            if difference := first_difference(start["job"], self.header):
+                raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
+            if start["cache"] != self.cache_given:
+                raise ResumeError(
+                    f"cache is {self.cache_given or 'not given'}; this job was started with {start['cache'] or 'none'}; "
+                    "--restart starts over"
+                )
+            needed = self._peak(**start["resources"])
+            if self.config.memory is not None and self.config.memory < needed:
+                raise ResourceError(
+                    f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches "
+                    f"that need {format_bytes(needed)}; --restart starts over"
+                )
+            self.resumed = len(list(self.journal.steps())) > 0
+        self.batch: int = start["resources"]["batch"]
+        self.micro: int = start["resources"]["micro"]
+
+    def _begin(self) -> Entry:
+        """Check whatever can be known beforehand; then, and only then, let go of what was there."""
+        known = {"lock", "journal.jsonl", "out", "cache", "replaced"}
+        for path in self.folder.iterdir():
+            if path.name not in known and not path.name.startswith(STATE):
+                raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+        resources = self._forecast().require()
+        self.check_disk(resources.output_bytes, resources.disk_bytes)
+        _ = self.tokens
+        header = self.header
+        for skeleton in self.skeletons:
+            sweep.check_weights(skeleton, self.progress)
+        files.remove(self.journal_path)
+        files.sync(self.folder)
+        for leftover in (self.staging, self.cache, self.folder / "replaced"):
+            files.remove_tree(leftover)
+        self._keep_state(None)
+        files.make_folder(self.staging)
+        self.journal = Journal(self.journal_path)
+        return self.journal.append(
+            "start",
+            job=header,
+            cache=self.cache_given,
+            replaces=self.report_in_out() is not None,
+            resources={"batch": resources.batch, "micro": resources.backward_batch},
+        )
+
+    # The work.
+
+    def work(self) -> Entry:
+        """Train, write, publish; returns the report."""
+        if self.journal.find("complete") is None:
+            figures = self._lora() if self.method == "lora" else self._distil()
+            self._write(figures)
+            self.journal.append("complete")
+        return self.publish()
+
+    def _distil(self) -> Entry:
+        """Block by block, from the tuned stream's input to the teacher's output."""
+        assert self.teacher is not None
+        student, teacher, depth = self.student, self.teacher, len(self.student)
+        shape = self.config.samples, self.length, student.width
+        store = ActivationStore(self.cache, shape, student.dtype, self.device, durable=True)
+        if self.journal.find("embed") is None:
+            for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
+                sweep.embed(skeleton, self.tokens, store, sweep.boundary(stream, 0), self.batch)
+            self.journal.append("embed")
+        done = len(list(self.journal.steps("block/")))
+        store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})
+        self.progress.phase("distil", depth, done)
+        how = Refinement(self.config.steps, self.config.seed, self.micro, self.rate, self.config.rank)
+        # One block at a time: the teacher's has gone when the student's comes.
+        dense = sweep.forward(teacher, store, TEACHER, done, depth, self.batch)
+        tuned = sweep.blocks(student, range(done, depth))
+        for index in range(done, depth):
+            next(dense)
+            _, block = next(tuned)
+            source, target = sweep.boundary(STUDENT, index), sweep.boundary(TEACHER, index + 1)
+            losses = refine(student, block, index, store, source, target, how)["refinement"]
+            if index + 1 < depth:
+                sweep.advance(student, block, index, store, STUDENT, self.batch)
+            self._write_block(block, index)
+            del block
+            return_freed_memory()
+            self.journal.append(f"block/{index}", losses=losses)
+            for stream in (STUDENT, TEACHER):
+                store.remove(sweep.boundary(stream, index))
+            self.progress.step(f"block {index}: {losses[0]:.3g} → {losses[1]:.3g}")
+        blocks = [step["losses"] for step in self.journal.steps("block/")]
+        first, last = (sum(each) / depth for each in zip(*blocks, strict=True))
+        return {"loss_first": first, "loss_last": last, "blocks": blocks}
+
+    def _lora(self) -> Entry:
+        """End to end, in memory; then block by block into the weights."""
+        config = self.config
+        saved = [step["step"].removeprefix("steps/") for step in self.journal.steps("steps/")]
+        done = int(saved[-1]) if saved else 0
+        self._keep_state(done)
+
+        def save(state: dict[str, Tensor], losses: list[float]) -> None:
+            reached = int(state["step"])
+            write_shard(self._state_path(reached), state)
+            self.journal.append(f"steps/{reached}", losses=losses)
+            self._keep_state(reached)
+
+        if done < config.steps:
+            how = lora.Lora(config.rank, config.steps, self.rate, config.seed, REFINE_SEQUENCES, self.micro)
+            state = load_file(self._state_path(done)) if done else None
+            self.progress.phase("lora", config.steps, done)
+            for loss in lora.train(self.student, self.tokens, how, state, save):
+                self.progress.step(f"loss {loss:.4f}")
+            return_freed_memory()
+        updates = load_file(self._state_path(config.steps))
+        self.progress.phase("write", len(self.student))
+        for index, block in sweep.blocks(self.student, range(len(self.student))):
+            prefix = f"{index}."
+            block.absorb(
+                {n.removeprefix(prefix): t.to(self.device) for n, t in updates.items() if n.startswith(prefix)}
+            )
+            self._write_block(block, index)
+            del block
+            self.progress.step(f"block {index}")
+        losses = [loss for step in self.journal.steps("steps/") for loss in step["losses"]]
+        first, last = ends(losses)
+        return {"loss_first": first, "loss_last": last, "losses": losses}
+
+    def _state_path(self, step: int) -> Path:
+        return self.folder / f"{STATE}{step:06}.safetensors"
+
+    def _keep_state(self, step: int | None) -> None:
+        """Remove every state but that of `step`, and what a killed process left half-written."""
+        for path in self.folder.glob(f"{STATE}*"):
+            if step is None or path != self._state_path(step):
+                files.remove(path)
+
+    def _write_block(self, block: Block, index: int) -> None:
+        names = self.student.block_names(index)
+        shard = self.staging / output.block_shard(self.student, index)
+        write_shard(shard, {full: block.weights[name] for name, full in names.items()})
+
+    def _write(self, figures: Mapping[str, Any]) -> None:
+        student, config = self.student, self.config
+        report = {
+            "tuning": {
+                "method": self.method,
+                "rank": config.rank,
+                "steps": config.steps,
+                "rate": self.rate,
+                "micro_batch": self.micro,
+                **figures,
+            },
+            "parameters_after": student.parameters(),
+            "job": self.header,
+            "source": self.source,
+            **totals(self.journal),
+        }
+        output.write_outside(student, self.staging)
+        card = output.tuning_card(report, config.model.resolve().name)
+        output.finish(student, self.staging, student.all_sites(), report, card)
