@@ -270,7 +270,11 @@ def main(given: Sequence[str] | None = None) -> None:
     show.result(
         {"table": asked.table, "model": asked.as_model, "rows": [finite(entry) for entry in entries]},
         asked.json,
-        [table.title, "", *show.table(cells(entries, HEADINGS + (PAPER if known else ALONE)))],
+        [
+            table.title if known else f"{asked.model}, by the rows of: {table.title}",
+            "",
+            *show.table(cells(entries, HEADINGS + (PAPER if known else ALONE))),
+        ],
     )
 
 
