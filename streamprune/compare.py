@@ -108,7 +108,7 @@ def compare(
     ]
     for candidate in candidates:
         candidate.job.forecast().require()
-    reader = next((candidate.job for candidate in candidates if candidate.job.needs_text), None)
+    reader = next((c.job for c in candidates if c.job.needs_text and not c.job.writes_text), None)
     if reader is not None:
         _ = reader.tokens
     evaluation = _Evaluation(candidates[0].job, Path(text), eval_seq_len)

@@ -386,6 +386,11 @@ def test_a_folder_of_something_else_is_refused(command: Callable[..., Outcome], 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+def test_the_model_may_write_the_calibration(compare: Compare) -> None:
+    dense, *pruned = compare(calibration="self", ratios=[0.3], recipes=["sobp", "wanda-sp"]).rows
+    assert [row.perplexity for row in pruned] != [dense.perplexity] * 2
+
+
 def test_the_default_folder_lies_beside_the_model(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.symlink_to(tiny("llama"))
