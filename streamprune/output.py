@@ -35,6 +35,7 @@ FIGURES = (
     "ratio_model",
     "parameters_before",
     "parameters_after",
+    "zeros",
     "operations",
     "forward_equivalents",
 )
@@ -176,11 +177,28 @@ def _shards(skeleton: Skeleton) -> int:
 
 
 def _card(report: dict[str, Any], title: str, stock: bool, depth: int) -> str:
-    widths: dict[str, list[str]] = {}
+    extents: dict[str, list[str]] = {}
     for site in report["sites"]:
         _, block, _ = site["site"].split(".")
-        widths.setdefault(block, []).append(f"{site['kept']} / {site['units']}")
-    rows = "\n".join(f"| {block} | {' | '.join(kept)} |" for block, kept in widths.items())
+        pair = ("zeros", "weights") if "zeros" in site else ("kept", "units")
+        extents.setdefault(block, []).append(" / ".join(f"{site[name]:,}" for name in pair))
+    rows = "\n".join(f"| {block} | {' | '.join(each)} |" for block, each in extents.items())
+    shares = (
+        f"{report['ratio_blocks']:.2%} of the {depth} blocks' parameters, {report['ratio_model']:.2%} of the model's"
+    )
+    if report["zeros"]:
+        done = (
+            f"Pruned with streamprune, recipe `{report['recipe']}`: {report['zeros']:,} weights made zero\n"
+            f"({shares}). No shape has changed: there are {report['parameters_after']:,}\n"
+            "parameters as before, and the files are no smaller."
+        )
+        table = "Weights made zero, of each block's linears."
+    else:
+        done = (
+            f"Structurally pruned with streamprune, recipe `{report['recipe']}`: {report['parameters_before']:,} parameters\n"
+            f"before, {report['parameters_after']:,} after (removed: {shares})."
+        )
+        table = "Units kept (attention: key/value groups with their query heads; FFN: channels)."
     load = (
         "It is a stock checkpoint: everything that loads the source architecture loads it."
         if stock
@@ -197,13 +215,11 @@ tags:
 
 # {title}, pruned by {report["ratio_blocks"]:.1%}
 
-Structurally pruned with streamprune, recipe `{report["recipe"]}`: {report["parameters_before"]:,} parameters
-before, {report["parameters_after"]:,} after ({report["ratio_blocks"]:.2%} of the {depth} blocks' parameters removed, {report["ratio_model"]:.2%} of
-the model's). The licence and limits of the source model hold for this one too.
+{done} The licence and limits of the source model hold for this one too.
 
 {load}
 
-Units kept (attention: key/value groups with their query heads; FFN: channels). Errors and settings are in `{REPORT}`.
+{table} Errors and settings are in `{REPORT}`.
 
 | block | attention | FFN |
 |---|---|---|

@@ -29,7 +29,7 @@ from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .refine import Refinement
 from .stream import sweep
-from .surgery import DENSE, PRUNED, Surgeon
+from .surgery import DENSE, PRUNED, Surgeon, extent
 
 GRADIENT = "gradient"
 COST = "cost.json"
@@ -250,7 +250,8 @@ class Shot:
         done = len(self.steps("prune/"))
         refinement = None
         if self.last and job.config.refine:
-            refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch)
+            zeros = job.recipe.writes_zeros(job.settings)
+            refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch, keeps_zeros=zeros)
         surgeon = Surgeon(
             skeleton=skeleton,
             recipe=job.recipe,
@@ -279,7 +280,7 @@ class Shot:
             return_freed_memory()
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
-            self.progress.step(f"block {index}: " + ", ".join(f"{r['kept']} of {r['units']}" for r in reports))
+            self.progress.step(f"block {index}: " + ", ".join(extent(report) for report in reports))
 
     def _write(self, plan: Plan) -> None:
         after = [site.keeping(plan[site.name].keep) for site in self.sites]
