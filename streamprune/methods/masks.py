@@ -112,7 +112,7 @@ def _check_widths(structure: str, sites: Sequence[Site]) -> None:
 
 
 def histograms(costs: Iterable[Tensor], structure: str) -> dict[str, Tensor]:
-    """What a survey keeps of a site's linears: which bins of cost hold how many weights, or groups, (2, bins) int32.
+    """What a survey keeps of a site's linears: which bins of cost hold how many weights, or groups, (2, bins) int64.
 
     Args:
         costs: of each weight of each linear, (rows, columns), the producers' in order and the consumer's last;
@@ -127,7 +127,7 @@ def _histogram(costs: Tensor, structure: str) -> Tensor:
     # The bits of a positive float32 are ascending with its value.
     counts = torch.bincount(flat.view(torch.int32) >> _BITS).cpu()
     (filled,) = counts.nonzero(as_tuple=True)
-    return torch.stack([filled, counts[filled]]).int()
+    return torch.stack([filled, counts[filled]])
 
 
 def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure: str) -> Plan:
@@ -159,7 +159,7 @@ def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure
 
 def _read(findings: Findings) -> Iterator[tuple[Tensor, Tensor]]:
     for i in range(sum(name.startswith("histogram.") for name in findings)):
-        bins, counts = findings[f"histogram.{i}"].long()
+        bins, counts = findings[f"histogram.{i}"]
         yield bins, counts
 
 
