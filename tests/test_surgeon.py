@@ -162,6 +162,7 @@ def test_units_are_the_plain_implementations(name: str, settings: dict[str, str]
     given = {"shots": "1", **settings}
     config = configured(path, recipe="surgeon", settings=given, dtype="float64", ratio=0.35, round_to=1)
     plan = Plan.read(streamprune.plan_only(config))
+    findings = [load_file(path) for path in sorted(job_folder(config.out).glob("survey-*"))]
     streamprune.prune(config)
 
     sites, tokens = all_sites(path), windows(config, path)
@@ -169,6 +170,8 @@ def test_units_are_the_plain_implementations(name: str, settings: dict[str, str]
     costs = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
     for linear in linears:
         costs[linear.site.name] += linear.unit_costs(joint=settings.get("joint") != "off")
+    for site in sites:
+        torch.testing.assert_close(findings[site.block][f"{site.kind}.costs"], costs[site.name], rtol=1e-8, atol=0)
     blocks = model.get_submodule(ARCHITECTURES[model.config.model_type].blocks)
     gone = cheapest_units(sites, costs, round(0.35 * sum(p.numel() for p in blocks.parameters())))
     assert {site.kind for site in sites if gone[site.name]} == {"attention", "ffn"}
