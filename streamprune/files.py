@@ -66,13 +66,17 @@ def copy(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links."""
-    target.unlink(missing_ok=True)
+    """Give a file a second name, or copy it where the file system has no hard links; an older target goes at once."""
+    temporary = target.with_name(target.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, target)
-        sync(target.parent)
+        os.link(source, temporary)
     except OSError:
         copy(source, target)
+        return
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+    sync(target.parent)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -146,6 +146,7 @@ class Job:
     @cached_property
     def needs(self) -> Needs:
         """What the forecast has to count."""
+        correction = self.recipe.correction(self.settings)
         return Needs(
             samples=self.config.samples,
             length=self.length,
@@ -155,6 +156,7 @@ class Job:
             compensates=self.recipe.compensation(self.settings) is not None or self.recipe.wants_inputs(self.settings),
             aims=self.recipe.target(self.settings) is not None,
             refines=self.config.refine,
+            corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
         )
@@ -237,8 +239,12 @@ class Job:
         parent = self.config.cache
         if parent is None:
             return self.folder / "cache"
-        own = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
-        return parent.absolute() / f"{self.folder.name}-{own}"
+        return parent.absolute() / f"{self.folder.name}-{self.own}"
+
+    @property
+    def own(self) -> str:
+        """What tells this job's files from another's where both lie in one folder."""
+        return hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
 
     # Opening, resuming, ending.
 
@@ -296,7 +302,10 @@ class Job:
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
         """A context in which this process, and no other, works on the job."""
-        for name, path in (("OUT", self.folder.absolute()), ("cache", self.cache)):
+        places = {"OUT": self.folder.absolute(), "cache": self.cache}
+        if self.config.surveys is not None:
+            places["surveys"] = self.config.surveys.absolute() / "one"
+        for name, path in places.items():
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
@@ -329,6 +338,10 @@ class Job:
                     raise ResumeError(
                         f"{field} is {now or 'not given'}; this job was started with {start[field] or 'none'}; --restart starts over"
                     )
+            if start["shots"] != self.shots:
+                raise ResumeError(
+                    f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
+                )
             self._check_memory(start["resources"])
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
@@ -339,7 +352,9 @@ class Job:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
         known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced", self.written_path.name}
         for path in self.folder.iterdir():
-            if path.name not in known and not path.name.startswith(("survey-", "shot-")):
+            # A process that was killed may have left a file half-written.
+            name = path.name.removesuffix(files.TEMPORARY)
+            if name not in known and not name.startswith(("survey-", "shot-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
         self._check_disk(resources)
@@ -353,6 +368,8 @@ class Job:
             files.remove_tree(leftover)
         for number in range(1, self.shots + 1):
             files.make_folder(self.shot_folder(number))
+            if self.recipe.correction(self.settings) is not None:
+                files.make_folder(self.folder / f"shot-{number:02}-pruned")
         if self.needs_text:
             files.make_folder(self.cache)
         self.journal = Journal(self.journal_path)
@@ -361,6 +378,7 @@ class Job:
             job=header,
             cache=self._cache_given,
             plan="given" if self.given_plan else None,
+            shots=self.shots,
             replaces=self._report_in_out() is not None,
             resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
         )

@@ -45,6 +45,8 @@ class Needs:
     """Fits consumers to a target."""
     refines: int = 0
     """Steps of block refinement."""
+    corrects: int = 0
+    """Low-rank steps after each shot."""
     shots: int = 1
     prunes: bool = True
     """False for evaluation."""
@@ -217,6 +219,13 @@ class _Shapes:
             trained = 4 * self.sum_item * (self.block // self.item)
             per_token = self._backward_tokens() * self.sum_item // self.item
             steps["refining one block"] = self.block + trained + backward_batch * length * per_token
+        if needs.corrects:
+            # The weights twice, as stored and as corrected, and their gradients.
+            steps["correcting one block"] = (
+                self.block
+                + 3 * self.sum_item * (self.block // self.item)
+                + backward_batch * length * self._backward_tokens()
+            )
         if needs.prunes:
             for sites in self.blocks:
                 for site in sites:
@@ -304,6 +313,8 @@ class _Shapes:
             sum(self._site_sums(site) for sites in self.blocks for site in sites) if "factors" in needs.survey else 0
         )
         prune += findings
+        if needs.corrects:
+            prune += (depth + 3) * min(REFINE_SEQUENCES, needs.samples) * self.row_bytes
         if not needs.gradients:
             return 1, prune
         every, disk = 1, 0
@@ -328,6 +339,7 @@ class _Shapes:
         )
         # All of it to check and to prune; with gradients forward and backward too, and to recompute boundaries.
         survey = 2 + (every > 1) if needs.gradients else 1 if needs.survey else 0
+        survey += 2 * needs.corrects + bool(needs.corrects)
         shot = (1 + survey) * self.stored_all + outside + needs.text * embed + needs.gradients * head
         writing = needs.generates * (needs.length - 1) * (self.stored_all + embed + head)
         return self.stored_all + outside + needs.shots * shot + writing
@@ -356,7 +368,13 @@ class _Shapes:
             survey = 4 if needs.gradients else 1 if needs.survey else 0
             times = 1 if not needs.prunes else survey + 2 * needs.gram + needs.dense_stream
             total += times * passes
-            total += 3 * passes * needs.refines * min(REFINE_SEQUENCES, needs.samples) // max(needs.samples, 1)
+            total += (
+                3
+                * passes
+                * (needs.refines + needs.corrects)
+                * min(REFINE_SEQUENCES, needs.samples)
+                // max(needs.samples, 1)
+            )
             written += needs.generates * passes
         head = 2 * self.d * self.skeleton.vocabulary * tokens
         total += head * (2 if needs.gradients else 0 if needs.prunes else 1)

@@ -7,6 +7,7 @@ job killed at any instant goes on from the last line and ends with the same byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from . import files, output
+from .correction import Corrector
 from .errors import NumericalError, ResumeError
 from .host import return_freed_memory
 from .job import Job
@@ -23,11 +25,12 @@ from .maths.stats import GRADIENTS, SiteStatistics
 from .meter import totals
 from .methods.allocation import Budget
 from .methods.plan import Plan
-from .methods.recipe import Findings, Survey, Surveyed
+from .methods.recipe import Correction, Findings, Survey, Surveyed
 from .model.block import Block
 from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .refine import Refinement
+from .site import Site
 from .stream import sweep
 from .surgery import DENSE, PRUNED, Surgeon, extent
 
@@ -49,11 +52,22 @@ class Shot:
         self.last = number == job.shots
         self.folder = job.shot_folder(number)
         """Where the result goes."""
-        source = job.shot_folder(number - 1) if number > 1 else None
-        self.skeleton: Skeleton = (
-            open_skeleton(source, job.device, job.dtype, uniform=job.skeleton.uniform) if source else job.skeleton
-        )
-        self.sites = self.skeleton.all_sites()
+        self.correction = job.recipe.correction(job.settings)
+        self.pruned = job.folder / f"shot-{number:02}-pruned" if self.correction else self.folder
+        """Where blocks go that are pruned, but not yet corrected."""
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The model it begins with: of a shot that is finished, it may be gone."""
+        if self.number == 1:
+            return self.job.skeleton
+        source = self.job.shot_folder(self.number - 1)
+        return open_skeleton(source, self.job.device, self.job.dtype, uniform=self.job.skeleton.uniform)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """That model's sites."""
+        return self.skeleton.all_sites()
 
     @property
     def finished(self) -> Entry | None:
@@ -63,8 +77,16 @@ class Shot:
     def work(self) -> None:
         """Everything from wherever the journal says to the finished directory."""
         plan = self.prepare()
-        self._prune(plan)
-        self._write(plan)
+        if not self.journalled("pruned"):
+            self._prune(plan)
+            self._write(plan, self.pruned)
+            self.record("pruned")
+        if self.correction is not None:
+            self._correct(plan, self.correction)
+        self.record("finished", removed=self._removed(plan))
+        if self.correction is not None:
+            files.remove_tree(self.pruned)
+            files.remove_tree(self._corrections)
 
     def prepare(self) -> Plan:
         """Survey and allocate, as far as that is not done."""
@@ -107,13 +129,22 @@ class Shot:
                 self._survey_forward()
             self.record("surveyed")
             if shared is not None and not shared.is_dir():
-                temporary = shared.with_name(shared.name + files.TEMPORARY)
-                files.remove_tree(temporary)
-                files.make_folder(temporary)
-                for index in range(depth):
-                    files.link(self._survey_path(index), temporary / self._survey_path(index).name)
-                write_json(temporary / COST, self._survey_cost())
-                files.publish(temporary, shared)
+                self._share(shared)
+
+    def _share(self, shared: Path) -> None:
+        """Leave the survey for other jobs."""
+        temporary = shared.with_name(f"{shared.name}-{self.job.own}{files.TEMPORARY}")
+        files.remove_tree(temporary)
+        files.make_folder(temporary)
+        for index in range(len(self.skeleton)):
+            files.link(self._survey_path(index), temporary / self._survey_path(index).name)
+        write_json(temporary / COST, self._survey_cost())
+        try:
+            files.publish(temporary, shared)
+        except OSError:
+            if not shared.is_dir():
+                raise
+            files.remove_tree(temporary)  # another job was first
 
     def _survey_cost(self) -> Entry:
         found = [totals(self.job.journal, f"shot-{self.number}/{part}") for part in ("forward/", "head", "backward/")]
@@ -156,7 +187,7 @@ class Shot:
                 if index % self.job.boundary_every:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"forward, block {index}")
-            sweep.head_gradient(skeleton, store, self.job.tokens, self.job.batch)
+            sweep.head_gradient(skeleton, store, self.job.tokens, self.job.batch, uniform=self._uniform())
             self.record("head")
         first = depth - 1 - backward
         inputs = {sweep.boundary(DENSE, index) for index in range(max(first, 0) + 1)}
@@ -175,6 +206,13 @@ class Shot:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"backward, block {index}")
             first = lowest - 1
+
+    def _uniform(self) -> Tensor | None:
+        """What the model's own labels are drawn with, where the recipe wants them."""
+        if not self.job.recipe.draws_labels(self.job.settings):
+            return None
+        generator = torch.Generator().manual_seed(self.job.config.seed)
+        return torch.rand(self.job.tokens.shape, generator=generator, dtype=torch.float64)
 
     def _recompute(self, index: int) -> int:
         """See that a block's input is there; returns the lowest block down to which all inputs are."""
@@ -273,7 +311,7 @@ class Shot:
         for index, block in sweep.blocks(skeleton, range(done, depth)):
             pruned, reports = surgeon.operate(block, index)
             names = skeleton.block_names(index)
-            shard = self.folder / output.block_shard(skeleton, index)
+            shard = self.pruned / output.block_shard(skeleton, index)
             write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             self.record(f"prune/{index}", sites=reports)
             del block, pruned
@@ -282,15 +320,44 @@ class Shot:
                 job.store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: " + ", ".join(extent(report) for report in reports))
 
-    def _write(self, plan: Plan) -> None:
+    @property
+    def _corrections(self) -> Path:
+        return self.job.folder / f"shot-{self.number:02}-corrections"
+
+    def _correct(self, plan: Plan, how: Correction) -> None:
+        job, depth = self.job, len(self.skeleton)
+        skeleton = open_skeleton(self.pruned, job.device, job.dtype, uniform=job.skeleton.uniform)
+        corrector = Corrector(
+            skeleton,
+            job.tokens,
+            self._corrections,
+            how,
+            seed=job.config.seed,
+            batch=job.backward_batch,
+            keep_zeros=job.recipe.writes_zeros(job.settings),
+        )
+        done = len(self.steps("correct/"))
+        self.progress.phase("correct", how.steps, done)
+        for step in corrector.steps(done):
+            self.record(f"correct/{step}")
+            self.progress.step(f"step {step}")
+        for index, block in sweep.blocks(skeleton, range(depth)):
+            names = skeleton.block_names(index)
+            weights = corrector.corrected(block, index)
+            write_shard(self.folder / output.block_shard(skeleton, index), {names[n]: t for n, t in weights.items()})
+        self._write(plan, self.folder)
+
+    def _removed(self, plan: Plan) -> int:
+        """Parameters that are gone, or zero, by now."""
+        gone = self.job.skeleton.block_parameters() - self.skeleton.block_parameters()
+        return gone + plan.removed_parameters(self.sites)
+
+    def _write(self, plan: Plan, folder: Path) -> None:
         after = [site.keeping(plan[site.name].keep) for site in self.sites]
         reports = [report for step in self.steps("prune/") for report in step["sites"]]
-        removed = plan.removed_parameters(self.sites) + self.job.skeleton.block_parameters()
-        removed -= self.skeleton.block_parameters()
-        report = self.job.report(plan, reports, removed)
-        output.write_outside(self.skeleton, self.folder)
-        output.finish(self.skeleton, self.folder, after, report, self.job.config.model.resolve().name)
-        self.record("finished", removed=removed)
+        report = self.job.report(plan, reports, self._removed(plan))
+        output.write_outside(self.skeleton, folder)
+        output.finish(self.skeleton, folder, after, report, self.job.config.model.resolve().name)
 
 
 class SurveyFiles(Mapping[str, Findings]):

@@ -175,6 +175,28 @@ def configured(text: Path, tmp_path: Path) -> Callable[..., streamprune.Config]:
     return make
 
 
+@pytest.fixture
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' RMSNorms compute in float32 even in a float64 model: let them compute in float64."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        epsilon = float(self.variance_epsilon)  # type: ignore[arg-type]
+        return self.get_parameter("weight") * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the disk: the bytes are the same, and half the time of a tiny job goes."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file's bytes by name; what a job spent, which an interruption may add to, is taken out of the report."""
     found = {}

@@ -1,11 +1,13 @@
-"""SoBP as METHODS.md writes it, on whole models in memory, in float64, with inverses instead of factors.
+"""The recipes as METHODS.md writes them, on whole models in memory, in float64: inverses and least squares.
 
-Nothing here streams, and nothing of `streamprune` but the knapsack is used.
+Nothing here streams, and nothing of `streamprune` but the knapsack is used. What is removed stays where it was, as zeros.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamprune.methods.allocation import Budget, allocate
+from streamprune.methods.allocation import Budget, allocate, even_densities
 from streamprune.model.architecture import ARCHITECTURES
 from streamprune.site import Site
 
+DAMPING = 0.01
 
-def capture(model: Any, modules: list[str], tokens: Tensor) -> list[Tensor]:
-    """Inputs of several linears, (all tokens, width) each."""
+
+# Whole models.
+
+
+def load(path: Path, **options: Any) -> Any:
+    """transformers' own model in float64, its weights fixed."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **options).eval()
+    return model.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site's modules are in a whole model."""
+
+    site: Site
+    norm: str
+    producers: tuple[str, ...]
+    parts: tuple[int, ...]
+    consumer: str
+    norm_after: bool
+
+
+def places(model: Any, sites: Iterable[Site]) -> list[Place]:
+    """One a site."""
+    architecture = ARCHITECTURES[model.config.model_type]
+    found = []
+    for site in sites:
+        entry = next(entry for entry in architecture.sublayers if entry.kind == site.kind)
+        block = f"{architecture.blocks}.{site.block}"
+        found.append(
+            Place(
+                site,
+                f"{block}.{entry.norm}",
+                tuple(f"{block}.{producer.name}" for producer in entry.producers),
+                tuple(producer.parts for producer in entry.producers),
+                f"{block}.{entry.consumer}",
+                architecture.norm_after(model.config),
+            )
+        )
+    return found
+
+
+def block_parameters(model: Any) -> int:
+    blocks = model.get_submodule(ARCHITECTURES[model.config.model_type].blocks)
+    return sum(p.numel() for block in blocks for p in block.parameters())
+
+
+def capture(model: Any, modules: Iterable[str], tokens: Tensor) -> list[Tensor]:
+    """Inputs of several modules, (all tokens, width) each."""
     seen: dict[str, Tensor] = {}
     hooks = []
     for name in modules:
@@ -35,25 +87,218 @@ def capture(model: Any, modules: list[str], tokens: Tensor) -> list[Tensor]:
     return [seen[name] for name in modules]
 
 
+def draw(logits: Tensor) -> Tensor:
+    """The tokens that follow each of (sequences, tokens, vocabulary) when the model draws them, seed 0."""
+    uniform = torch.rand(logits.shape[:2], generator=torch.Generator().manual_seed(0), dtype=torch.float64)[:, 1:]
+    above = logits[:, :-1].detach().softmax(-1).cumsum(-1) > uniform[..., None]
+    return above.int().argmax(-1)
+
+
+def output_gradients(
+    model: Any, modules: Iterable[str], tokens: Tensor, *, labels: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """∂loss/∂output of several linears, (all tokens, width) each; loss: the sum of negative log-likelihoods."""
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for name in modules:
+
+        def hook(module: Any, inputs: Any, output: Tensor, name: str = name) -> Tensor:
+            seen[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return seen[name]
+
+        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+    logits = model(tokens).logits
+    targets = tokens[:, 1:] if labels is None else labels(logits)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, [seen[name] for name in modules])
+    for handle in hooks:
+        handle.remove()
+    return [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+
+
+def stream(model: Any, place: Place, tokens: Tensor) -> Tensor:
+    """The residual stream that enters a sublayer, (all tokens, d)."""
+    return capture(model, [place.producers[0] if place.norm_after else place.norm], tokens)[0]
+
+
 def weight_of(module: Any) -> Tensor:
     """The weight as (out, in), a view: GPT-2 holds it the other way round."""
     return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
 
 
-def ridge(h: Tensor, damping: float) -> Tensor:
+def gram(x: Tensor) -> Tensor:
+    """Mean over tokens of x xᵀ."""
+    return x.T @ x / len(x)
+
+
+def columns_of(units: Tensor, width: int) -> Tensor:
+    return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+# The exact solutions.
+
+
+def ridge(h: Tensor, damping: float = DAMPING) -> Tensor:
     return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
 
 
-def mask_gradients(model: Any, places: list[tuple[Site, str]], tokens: Tensor) -> dict[str, Tensor]:
+def least_squares(x: Tensor, y: Tensor, start: Tensor, strength: float) -> Tensor:
+    """The W (rows, n) of least ``mean‖y − W x‖² + strength·‖W − start‖²``, by one stacked system.
+
+    Args:
+        x, y: (tokens, n) and (tokens, rows).
+    """
+    pull = (strength * len(x)) ** 0.5
+    stacked = torch.cat([x, pull * torch.eye(x.shape[1], dtype=x.dtype)])
+    return torch.linalg.lstsq(stacked, torch.cat([y, pull * start.T]), driver="gelsd").solution.T
+
+
+def greedy_path(w: Tensor, h: Tensor, width: int, count: int, g: Tensor | None = None) -> tuple[list[int], list[float]]:
+    """The plain loop: units in the order in which they go, and ``tr((P_uu)⁻¹ W_uᵀ G W_u)`` of each when it goes.
+
+    Columns that are always zero cost nothing.
+    """
+    g = torch.eye(len(w), dtype=w.dtype) if g is None else g
+    w, p = w * (h.diagonal() > 0), torch.linalg.inv(ridge(h))
+    left, order, paid = list(range(h.shape[0] // width)), [], []
+    for _ in range(count):
+        c = columns_of(torch.tensor(left), width).view(len(left), width)
+        energies = (w.T @ g @ w)[c[:, :, None], c[:, None, :]]  # (left, width, width)
+        costs = (torch.linalg.inv(p[c[:, :, None], c[:, None, :]]) @ energies).diagonal(dim1=1, dim2=2).sum(dim=1)
+        best = int(costs.argmin())
+        paid.append(float(costs[best]))
+        order.append(left.pop(best))
+        s = c[best]
+        inverse = torch.linalg.inv(p[s][:, s])
+        w, p = w - w[:, s] @ inverse @ p[s], p - p[:, s] @ inverse @ p[s]
+    return order, paid
+
+
+# The prune sweep.
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One site when its units are chosen."""
+
+    place: Place
+    w: Tensor
+    z: Tensor
+    inputs: Tensor
+    producers: tuple[Tensor, ...]
+
+
+Choose = Callable[[Problem, int], Tensor]
+"""That many units to keep, ascending."""
+
+
+def greedily(problem: Problem, keep: int) -> Tensor:
+    width = problem.place.site.width
+    units = problem.w.shape[1] // width
+    gone, _ = greedy_path(problem.w, gram(problem.z), width, units - keep)
+    return torch.tensor([u for u in range(units) if u not in gone])
+
+
+class Twins:
+    """A model twice, the dense one and the one that is pruned."""
+
+    def __init__(self, path: Path, sites: list[Site]) -> None:
+        self.dense = load(path)
+        self.pruned = copy.deepcopy(self.dense)
+        self.places = places(self.dense, sites)
+        self.parameters = block_parameters(self.dense)
+        self.kept = {site.name: torch.arange(site.units) for site in sites}
+        """Units that are left, by their first numbers."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites as they are by now."""
+        return [place.site.keeping(len(self.kept[place.site.name])) for place in self.places]
+
+    @property
+    def removed(self) -> int:
+        """Parameters that are gone."""
+        return sum((p.site.units - len(self.kept[p.site.name])) * p.site.unit_parameters for p in self.places)
+
+    def columns(self, place: Place) -> Tensor:
+        """The consumer's columns that are left."""
+        return columns_of(self.kept[place.site.name], place.site.width)
+
+    def settle(self) -> None:
+        """The pruned model becomes the dense one of the next shot."""
+        self.dense = copy.deepcopy(self.pruned)
+
+    @torch.no_grad()
+    def prune(
+        self,
+        keep: dict[str, int],
+        tokens: Tensor,
+        *,
+        choose: Choose = greedily,
+        compensate: bool = True,
+        target: str = "own",
+        reconstruct: bool = True,
+    ) -> None:
+        """Site after site, each on the model as it is then.
+
+        Where the two models still agree, compensation and target change nothing of themselves.
+        """
+        for place in self.places:
+            if place.site.name not in keep:
+                continue
+            if compensate:
+                self._compensate(place, tokens)
+            consumer = self.pruned.get_submodule(place.consumer)
+            columns, w_all = self.columns(place), weight_of(consumer)
+            w = w_all[:, columns]
+            inputs, z = capture(self.pruned, [place.producers[0], place.consumer], tokens)
+            z = z[:, columns]
+            h = gram(z)
+            strength = DAMPING * float(h.diagonal().mean())
+            if target != "own":
+                # Dense output, less what the consumer adds by itself, more what the stream lacks.
+                (dense_z,) = capture(self.dense, [place.consumer], tokens)
+                aim = dense_z @ weight_of(self.dense.get_submodule(place.consumer)).T
+                if target == "residual":
+                    aim = aim + stream(self.dense, place, tokens) - stream(self.pruned, place, tokens)
+                w = least_squares(z, aim, w, strength)
+            units = self.kept[place.site.name]
+            if keep[place.site.name] < len(units):
+                producers = tuple(
+                    part
+                    for name, parts in zip(place.producers, place.parts, strict=True)
+                    for part in weight_of(self.pruned.get_submodule(name)).chunk(parts)
+                )
+                stays = choose(Problem(place, w, z, inputs, producers), keep[place.site.name])
+                own = columns_of(stays, place.site.width)
+                w = least_squares(z[:, own], z @ w.T, w[:, own], strength) if reconstruct else w[:, own]
+                self.kept[place.site.name] = units[stays]
+                columns = columns[own]
+            w_all.zero_()
+            w_all[:, columns] = w
+
+    def _compensate(self, place: Place, tokens: Tensor) -> None:
+        """Each producer is to give on its pruned input what it gives on the dense one."""
+        (x,), (x_hat,) = (capture(model, place.producers[:1], tokens) for model in (self.dense, self.pruned))
+        strength = DAMPING * float(gram(x_hat).diagonal().mean())
+        for name in place.producers:
+            w = weight_of(self.pruned.get_submodule(name))
+            w.copy_(least_squares(x_hat, x @ w.T, w, strength))
+
+
+# The recipes.
+
+
+def mask_gradients(model: Any, places: list[Place], tokens: Tensor) -> dict[str, Tensor]:
     """Mean over sequences of the squared gradient of each unit's mask."""
-    squares = {site.name: torch.zeros(site.units, dtype=torch.float64) for site, _ in places}
+    squares = {p.site.name: torch.zeros(p.site.units, dtype=torch.float64) for p in places}
     for row in tokens:
-        masks = {site.name: torch.ones(site.units, dtype=torch.float64, requires_grad=True) for site, _ in places}
+        masks = {p.site.name: torch.ones(p.site.units, dtype=torch.float64, requires_grad=True) for p in places}
         hooks = []
-        for site, consumer in places:
-            mask, width = masks[site.name], site.width
+        for place in places:
+            mask, width = masks[place.site.name], place.site.width
             hooks.append(
-                model.get_submodule(consumer).register_forward_pre_hook(
+                model.get_submodule(place.consumer).register_forward_pre_hook(
                     lambda m, a, mask=mask, width=width: (a[0] * mask.repeat_interleave(width),)
                 )
             )
@@ -65,65 +310,120 @@ def mask_gradients(model: Any, places: list[tuple[Site, str]], tokens: Tensor) -
     return squares
 
 
-def greedy(w: Tensor, h: Tensor, width: int, count: int) -> Tensor:
-    """Units that stay after the plain loop."""
-    w, p = w.clone(), torch.linalg.inv(ridge(h, 0.01))
-    left = list(range(h.shape[0] // width))
-    for _ in range(count):
-        costs = []
+def sobp(path: Path, tokens: Tensor, sites: list[Site], *, ratio: float, round_to: int) -> Twins:
+    twins = Twins(path, sites)
+    squares = mask_gradients(twins.dense, twins.places, tokens)
+    densities = {site.name: (squares[site.name] / site.unit_parameters).sort().values for site in sites}
+    twins.prune(allocate(sites, densities, Budget(ratio, twins.parameters, round_to, uniform=False)), tokens)
+    return twins
+
+
+def path_costs(twins: Twins, tokens: Tensor, *, weighted: bool = True, drawn: bool = True) -> dict[str, Tensor]:
+    """Of each further unit of each site, a parameter, in units of loss; a unit is no cheaper than one before it."""
+    consumers = [place.consumer for place in twins.places]
+    inputs = capture(twins.dense, consumers, tokens)
+    gradients = output_gradients(twins.dense, consumers, tokens, labels=draw if drawn else None)
+    costs = {}
+    for place, site, z, dy in zip(twins.places, twins.sites, inputs, gradients, strict=True):
+        columns = twins.columns(place)
+        w = weight_of(twins.dense.get_submodule(place.consumer))[:, columns]
+        g = ridge(gram(dy), 1e-6) if weighted else None
+        _, paid = greedy_path(w, gram(z[:, columns]), site.width, site.units - 1, g)
+        risen = [max(paid[: k + 1]) / 2 / site.unit_parameters for k in range(len(paid))]
+        costs[site.name] = torch.tensor([*risen, risen[-1]] if risen else [], dtype=torch.float64)
+    return costs
+
+
+def default(
+    path: Path,
+    tokens: Tensor,
+    sites: list[Site],
+    *,
+    ratio: float,
+    round_to: int,
+    shots: int = 1,
+    target: str = "residual",
+    weighted: bool = True,
+    drawn: bool = True,
+    window: range | None = None,
+) -> tuple[Twins, list[dict[str, Tensor]]]:
+    """The twins, and every shot's costs."""
+    twins, found = Twins(path, sites), []
+    for shot in range(1, shots + 1):
+        costs = path_costs(twins, tokens, weighted=weighted, drawn=drawn)
+        budget = Budget(ratio * shot / shots, twins.parameters, round_to, uniform=False, gone=twins.removed)
+        changeable = [site for site in twins.sites if window is None or site.block in window]
+        twins.prune(allocate(changeable, costs, budget), tokens, target=target)
+        twins.settle()
+        found.append(costs)
+    return twins, found
+
+
+def slimgpt(
+    path: Path,
+    tokens: Tensor,
+    sites: list[Site],
+    *,
+    shares: list[float],
+    ratio: float,
+    round_to: int,
+    choose: Choose = greedily,
+) -> Twins:
+    """Args:
+    shares: of the ratio, by block.
+    """
+    twins = Twins(path, sites)
+    budget = Budget(ratio, twins.parameters, round_to, uniform=False)
+    keep = allocate(sites, even_densities(sites, dict(enumerate(shares))), budget)
+    twins.prune(keep, tokens, compensate=False, choose=choose)
+    return twins
+
+
+def in_batches(problem: Problem, keep: int, *, first: int, last: int) -> Tensor:
+    """SlimGPT's batched greedy pruning: heads by the Cholesky diagonals of their own blocks of P, channels in groups."""
+    width, w, p = problem.place.site.width, problem.w, torch.linalg.inv(ridge(gram(problem.z)))
+    left = list(range(w.shape[1] // width))
+    while len(left) > keep:
+        diagonal = torch.zeros(len(p), dtype=p.dtype)
         for u in left:
             c = slice(u * width, (u + 1) * width)
-            costs.append(float(torch.trace(torch.linalg.inv(p[c, c]) @ w[:, c].T @ w[:, c])))
-        u = left.pop(costs.index(min(costs)))
-        c = slice(u * width, (u + 1) * width)
-        inverse = torch.linalg.inv(p[c, c])
-        w, p = w - w[:, c] @ inverse @ p[c], p - p[:, c] @ inverse @ p[c]
+            diagonal[c] = torch.linalg.cholesky(p[c, c]).diagonal().square()
+        estimates = {u: float((w.square().sum(dim=0) / diagonal)[u * width : (u + 1) * width].sum()) for u in left}
+        to_go = len(left) - keep
+        size = 1 if problem.place.site.kind == "attention" else max(last, min(first, to_go // 2 // last * last))
+        gone = sorted(left, key=lambda u: estimates[u])[: min(size, to_go)]
+        left = [u for u in left if u not in gone]
+        c = columns_of(torch.tensor(gone), width)
+        middle = torch.linalg.inv(p[c][:, c])
+        w, p = w - w[:, c] @ middle @ p[c], p - p[:, c] @ middle @ p[c]
     return torch.tensor(left)
 
 
-def sobp(
-    path: Path, tokens: Tensor, sites: list[Site], *, ratio: float, round_to: int
-) -> tuple[Any, dict[str, list[int]]]:
-    """The pruned model, its removed columns zeroed instead of gone, and the units each site keeps."""
-    from transformers import AutoModelForCausalLM
+def by_second_moment(problem: Problem, keep: int) -> Tensor:
+    """Half the mean of each unit's squared linear outputs, (tokens, d_out) of them written out; gated, both products."""
 
-    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
-    dense.requires_grad_(False)
-    pruned = copy.deepcopy(dense)
-    architecture = ARCHITECTURES[dense.config.model_type]
-    places = []
-    for site in sites:
-        entry = next(entry for entry in architecture.sublayers if entry.kind == site.kind)
-        places.append((site, f"{architecture.blocks}.{site.block}.{entry.consumer}"))
+    def moments(hidden: Tensor) -> Tensor:
+        outputs = hidden[:, None, :] * problem.w[None]  # (tokens, d_out, n): what each channel alone gives
+        return outputs.square().sum(dim=1).mean(dim=0) / 2
 
-    squares = mask_gradients(dense, places, tokens)
-    densities = {site.name: squares[site.name] / site.unit_parameters for site in sites}
-    parameters = sum(p.numel() for block in dense.get_submodule(architecture.blocks) for p in block.parameters())
-    budget = Budget(ratio, parameters, round_to, uniform=False)
-    keep = allocate(sites, {name: d.sort().values for name, d in densities.items()}, budget)
+    site = problem.place.site
+    if site.kind == "attention":
+        scores = moments(problem.z).view(-1, site.width).sum(dim=1)
+    else:
+        scores = torch.stack([moments(problem.inputs @ a.T) for a in problem.producers]).prod(dim=0)
+    return scores.argsort(descending=True)[:keep].sort().values
 
-    kept: dict[str, list[int]] = {}
-    for site, consumer in places:
-        entry = next(entry for entry in architecture.sublayers if entry.kind == site.kind)
-        producers = [f"{architecture.blocks}.{site.block}.{p.name}" for p in entry.producers]
-        (x,), (x_hat,) = capture(dense, producers[:1], tokens), capture(pruned, producers[:1], tokens)
-        if not torch.equal(x, x_hat):
-            h = x_hat.T @ x_hat / len(x)
-            for name in producers:
-                w = weight_of(pruned.get_submodule(name))
-                change = w @ ((x - x_hat).T @ x_hat / len(x)) @ torch.linalg.inv(ridge(h, 0.01))
-                w.add_(change)
-        if keep[site.name] == site.units:
-            kept[site.name] = list(range(site.units))
-            continue
-        (z,) = capture(pruned, [consumer], tokens)
-        h = z.T @ z / len(z)
-        w = weight_of(pruned.get_submodule(consumer))
-        stays = greedy(w, h, site.width, site.units - keep[site.name])
-        kept[site.name] = stays.tolist()
-        columns = (stays[:, None] * site.width + torch.arange(site.width)).flatten()
-        damped = ridge(h, 0.01)
-        fitted = w @ damped[:, columns] @ torch.linalg.inv(damped[columns][:, columns])
-        w.zero_()
-        w[:, columns] = fitted
-    return pruned, kept
+
+def divergence(maps: Tensor) -> Tensor:
+    """Mean Jensen-Shannon divergence (heads, heads) between the rows of (sequences, heads, tokens, tokens)."""
+
+    def relative(p: Tensor, q: Tensor) -> Tensor:
+        return torch.where(p > 0, p * (p / q).log(), 0.0).sum(dim=-1).mean()
+
+    heads = maps.shape[1]
+    d = torch.zeros(heads, heads, dtype=torch.float64)
+    for i in range(heads):
+        for j in range(heads):
+            p, q = maps[:, i].double(), maps[:, j].double()
+            d[i, j] = (relative(p, (p + q) / 2) + relative(q, (p + q) / 2)) / 2
+    return d

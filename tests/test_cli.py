@@ -127,7 +127,7 @@ def test_eval_and_inspect(arguments: list[str], text: Path, tmp_path: Path) -> N
 
 def test_human_output(arguments: list[str], text: Path) -> None:
     done = CliRunner().invoke(main, ["run", *arguments])
-    assert "removed by sobp" in done.stdout
+    assert "removed by default" in done.stdout
     measured = CliRunner().invoke(main, ["eval", arguments[0], "--text", str(text)])
     assert re.match(r"perplexity \d+\.\d+\n\(whole text tokenised", measured.stdout)
 

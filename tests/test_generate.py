@@ -21,12 +21,13 @@ import streamprune
 from streamprune import Config, calibration, files, run
 from streamprune.errors import CalibrationError, ConfigError, NumericalError, ResumeError
 from streamprune.job import Job, job_folder
+from streamprune.maths.sampling import sample
 from streamprune.memory import Needs, forecast, generation_batch
 from streamprune.model.skeleton import open_skeleton
 from streamprune.progress import Silent
 from streamprune.stream import generate as generating
 from streamprune.stream import sweep
-from streamprune.stream.generate import generate, sample
+from streamprune.stream.generate import generate
 
 CPU = torch.device("cpu")
 Make = Callable[..., Config]

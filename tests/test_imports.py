@@ -27,6 +27,7 @@ FLOOR = {
     "stream": 2,
     "memory": 2,
     "refine": 3,
+    "correction": 3,
     "surgery": 3,
     "shot": 3,
     "output": 3,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from streamprune import files
 from streamprune.errors import NumericalError, ResumeError
 from streamprune.host import host_copy
 from streamprune.stream.store import ActivationStore
@@ -69,3 +70,25 @@ def test_host_copy_is_a_rounded_copy(shape: tuple[int, ...]) -> None:
     assert torch.equal(copy, value.to(torch.bfloat16))
     value.zero_()
     assert copy.numel() == 0 or bool(copy.any())
+
+
+def test_a_link_takes_its_targets_place_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("new")
+    target.write_text("old")
+
+    class Stop(BaseException): ...
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    for name in ("link", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, name, stop)
+            with pytest.raises(Stop):
+                files.link(source, target)
+        assert target.read_text() == "old"
+    for _ in range(2):  # the second time both are one file
+        files.link(source, target)
+        assert target.samefile(source)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]

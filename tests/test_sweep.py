@@ -91,22 +91,6 @@ def autograd_mask_gradients(skeleton: Skeleton, path: Path, tokens: torch.Tensor
     return gradients
 
 
-@pytest.fixture
-def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' RMSNorms compute in float32 even in a float64 model: let them compute in float64."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
-    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        epsilon = float(self.variance_epsilon)  # type: ignore[arg-type]
-        return self.get_parameter("weight") * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
-
-    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
-        monkeypatch.setattr(norm, "forward", forward)
-
-
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("size", [1, 3])

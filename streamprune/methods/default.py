@@ -1,6 +1,7 @@
 """Our own recipe: whole greedy paths in units of loss, fits to the dense output, and a stream pulled back to its course.
 
-*Survey*: at every site of the model `H` of the consumer's input and `G` of its output's gradient. Curvature of the
+*Survey*: at every site of the model `H` of the consumer's input and `G` of its output's gradient, for tokens that the model
+itself draws. Curvature of the
 loss in `W` is ``G ⊗ H``, so removing columns `S` and re-fitting the rest costs ``½ tr(W_Sᵀ G W_S ([H_λ⁻¹]_SS)⁻¹)``: one
 greedy path a site, down to one unit, gives the marginal cost of every further unit, in the same unit everywhere.
 *Allocation*: one threshold on marginal cost a parameter. *Target*: each consumer is fitted to its dense output plus what
@@ -35,6 +36,11 @@ class DefaultSettings:
     """What `--set` reaches."""
 
     shots: int = setting(1, "in how many equal parts the ratio is removed", limits=(1, 1000))
+    labels: str = setting(
+        "drawn",
+        "whose prediction the gradients are of: tokens that the model draws (Fisher), or the text's (empirical Fisher)",
+        choices=("drawn", "text"),
+    )
     weighted: bool = setting(True, "weight costs by the gradients' G; off counts output energy alike everywhere")
     target: str = setting(
         "residual",
@@ -79,6 +85,7 @@ DEFAULT = Recipe(
     summary="greedy cost paths in units of loss, one threshold, fits to the dense output with residual correction",
     settings=DefaultSettings,
     statistics=lambda settings: frozenset({"gram", "gradient-gram"} if settings.weighted else {"gram"}),
+    draws_labels=lambda settings: settings.labels == "drawn",
     digest=path_costs,
     allocate=threshold,
     select=lambda settings, problem, keep: greedy(problem, keep, settings.damping),

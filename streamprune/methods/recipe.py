@@ -80,6 +80,16 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """Low-rank steps on the language modelling loss after each shot."""
+
+    steps: int
+    rank: int
+    rate: float
+    """Adam's, at the first step."""
+
+
+@dataclass(frozen=True)
 class Refit:
     """What stays of a site's weights."""
 
@@ -104,6 +114,8 @@ class Recipe(Generic[S]):
     reconstruct: Callable[[S, Problem, Tensor], Refit]
     statistics: Callable[[S], frozenset[Statistic] | None] = lambda settings: None
     """What the survey sums on the dense model; the empty set for one of the weights alone, None for no survey."""
+    draws_labels: Callable[[S], bool] = lambda settings: False
+    """Whether gradients are those of predicting what the model itself draws, instead of the text."""
     digest: Callable[[S, Surveyed], dict[str, Tensor]] = lambda settings, surveyed: {}
     """What of them `allocate` and `reconstruct` will need."""
     wants_gram: Callable[[S], bool] = lambda settings: False
@@ -113,6 +125,8 @@ class Recipe(Generic[S]):
     target: Callable[[S], Target | None] = lambda settings: None
     shots: Callable[[S, float], int] = lambda settings, ratio: 1
     """In how many shots that ratio is removed."""
+    correction: Callable[[S], Correction | None] = lambda settings: None
+    """What each shot ends with."""
     check: Callable[[S, Sequence[Site], Budget], None] = lambda settings, sites, budget: check_budget(sites, budget)
     """Refuses a budget that cannot be met, before any work."""
     check_plan: Callable[[S, Sequence[Site], Plan, str], None] = lambda settings, sites, plan, where: units_only(

@@ -32,7 +32,7 @@ from ..site import Site
 from . import masks
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Findings, Problem, Recipe, Refit, Survey, Surveyed, setting
+from .recipe import Correction, Findings, Problem, Recipe, Refit, Survey, Surveyed, setting
 from .selection import best, others
 
 
@@ -51,6 +51,11 @@ class SurgeonSettings:
     update_rows: bool = setting(
         False, "correlated updates of the producers too (eq. 12), where the consumer's have made good the same loss"
     )
+    lora_steps: int = setting(
+        0, "low-rank corrections: Adam steps on the text after each shot, absorbed", limits=(0, 1e6)
+    )
+    lora_rank: int = setting(8, "their rank", limits=(1, 4096))
+    lora_rate: float = setting(1e-3, "their rate, falling to zero within a shot", limits=(0.0, 1.0))
     damping: float = setting(0.01, "ridge of every factor, relative to its mean diagonal", limits=(0.0, 1.0))
 
 
@@ -146,6 +151,9 @@ SURGEON = Recipe(
     select=lambda settings, problem, keep: torch.arange(keep),
     reconstruct=update,
     shots=shots,
+    correction=lambda settings: (
+        Correction(settings.lora_steps, settings.lora_rank, settings.lora_rate) if settings.lora_steps else None
+    ),
     plans_units=lambda settings, site: settings.structure == masks.UNITS,
     keeps_findings=lambda settings: True,
     check=masks.check_structure,

@@ -117,6 +117,11 @@ class Block:
             if not bool(torch.isfinite(layer.weights[name]).all()):
                 raise NumericalError(f"{self.sublayers[0].site.name}: {name} is not finite after training")
 
+    def put(self, name: str, weight: nn.Parameter) -> nn.Parameter:
+        """Compute with `weight` under that name; the stored one stays."""
+        self._layer.put(name, weight)
+        return weight
+
     def twin(self) -> Block:
         """A block of its own that shares every tensor until one of the two replaces it."""
         layer = self._layer.twin()

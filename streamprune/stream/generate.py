@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import files
 from ..errors import NumericalError
 from ..host import host_buffer, tensor_bytes
+from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
 from ..progress import Progress
 from . import sweep
@@ -76,22 +77,6 @@ class KeysAndValues:
         tokens = buffer.to(token.device, non_blocking=True).view(token.dtype).view(-1, *token.shape)
         k, v = tokens.permute(1, 2, 3, 0, 4)
         return k, v
-
-
-def sample(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row from softmax(logits), by inverting its distribution function.
-
-    Args:
-        logits: (rows, vocabulary), on the CPU.
-        uniform: (rows,) float64, numbers drawn evenly from [0, 1).
-
-    Returns:
-        (rows,) int64: the first token at which the distribution function exceeds `uniform`.
-    """
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    distribution = precise.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # It ends near 1, not at it.
-    return torch.searchsorted(distribution, uniform[:, None] * distribution[:, -1:], right=True)[:, 0]
 
 
 def _next_tokens(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator) -> Tensor:

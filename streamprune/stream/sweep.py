@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NumericalError
+from ..maths.sampling import sample
 from ..maths.stats import SiteStatistics
 from ..model.block import Block, Sublayer
 from ..model.skeleton import Skeleton
@@ -74,18 +75,28 @@ def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor
     return total, count
 
 
-def head_gradient(skeleton: Skeleton, store: ActivationStore, tokens: Tensor, size: int) -> None:
+def head_gradient(
+    skeleton: Skeleton, store: ActivationStore, tokens: Tensor, size: int, *, uniform: Tensor | None = None
+) -> None:
     """Write ∂loss/∂(last block's output), loss the *sum* of negative log-likelihoods of each sequence.
 
     The sum, not the mean, keeps gradients within float16's range; statistics divide by it later.
+
+    Args:
+        tokens: (samples, length); the loss is that of predicting them.
+        uniform: (samples, length) float64 from [0, 1): instead, that of predicting what the model itself would draw with
+            these numbers. The gradients' covariance is then the Fisher information, not its empirical stand-in.
     """
     last = len(skeleton)
     with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
         for batch, (hidden,) in store.each(size, boundary("dense", last)):
             parts = []
-            for h, y in _predictions(hidden, tokens[batch].to(skeleton.device), skeleton.vocabulary):
+            labels = (tokens if uniform is None else uniform)[batch].to(skeleton.device)
+            for h, y in _predictions(hidden, labels, skeleton.vocabulary):
                 h.requires_grad_()
-                loss = F.cross_entropy(_precise(head(h)), y, reduction="sum")
+                logits = _precise(head(h))
+                y = y if uniform is None else sample(logits.detach(), y)
+                loss = F.cross_entropy(logits, y, reduction="sum")
                 parts.append(torch.autograd.grad(loss, h)[0])
             predicted = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
             gradient = F.pad(predicted, (0, 0, 0, 1))  # nothing is predicted from the last token
@@ -156,10 +167,10 @@ def _observed(
     return u, z, given
 
 
-def _predictions(hidden: Tensor, tokens: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states (chunk, d) with the tokens (chunk,) they should predict, few enough for their logits."""
+def _predictions(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (chunk, d) with the labels (chunk,) of the tokens they predict, few enough for their logits."""
     flat = hidden[:, :-1].reshape(-1, hidden.shape[2])
-    targets = tokens[:, 1:].reshape(-1)
+    targets = labels[:, 1:].reshape(-1)
     chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
     for begin in range(0, len(targets), chunk):
         yield flat[begin : begin + chunk].detach(), targets[begin : begin + chunk]
