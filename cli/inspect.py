@@ -62,16 +62,18 @@ def _job(job: dict[str, Any]) -> list[str]:
     if "recipe" in report:
         lines.append(
             f"{report['recipe']}: {report['ratio_blocks']:.2%} of the blocks' and {report['ratio_model']:.2%} of the "
-            f"model's parameters removed, {report['ratio_requested']:.2%} asked for"
+            f"model's parameters {'made zero' if report['zeros'] else 'removed'}, {report['ratio_requested']:.2%} asked for"
         )
     elif "finished" in job:
         lines.append(f"finished steps: {', '.join(job['finished']) or 'none'}")
     sites = report.get("sites", job.get("sites", []))
     if sites:
-        rows = [["site", "kept", "of", "error", "damping", "seconds"]]
+        done, whole = ("zeros", "weights") if "zeros" in sites[0] else ("kept", "units")
+        rows = [["site", done, "of", "error", "damping", "seconds"]]
         for site in sites:
             error = "" if site["error"] is None else f"{site['error']:.4f}"
             damping = "" if site["damping"] is None else f"{site['damping']:g}"
-            rows.append([site["site"], str(site["kept"]), str(site["units"]), error, damping, f"{site['seconds']:.2f}"])
+            extent = [f"{site[done]:,}", f"{site[whole]:,}"]
+            rows.append([site["site"], *extent, error, damping, f"{site['seconds']:.2f}"])
         lines += show.table(rows)
     return lines

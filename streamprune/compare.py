@@ -357,9 +357,9 @@ class _Work:
     def _budget_notes(self, rows: Sequence[Row]) -> list[str]:
         """Ratios at which recipes removed different amounts, beyond what the steps of the widths explain."""
         job, notes = self.candidates[0].job, []
-        step = largest_step(job.sites, job.budget())
+        step, blocks = largest_step(job.sites, job.budget()), job.skeleton.block_parameters()
         for ratio in dict.fromkeys(row.ratio for row in rows[1:]):
-            gone = [rows[0].parameters - row.parameters for row in rows[1:] if row.ratio == ratio]
+            gone = [round(row.ratio_blocks * blocks) for row in rows[1:] if row.ratio == ratio]
             if max(gone) - min(gone) > step:
                 notes.append(
                     f"At ratio {ratio:g} the recipes removed from {min(gone):,} to {max(gone):,} parameters, "

@@ -32,9 +32,9 @@ class Row:
     ratio: float
     """Share of the blocks' parameters that was to go."""
     ratio_blocks: float
-    """Share that went."""
+    """Share that went or became zero."""
     parameters: int
-    """Of the whole model, afterwards."""
+    """Of the whole model, afterwards, zeros too."""
     perplexity: float
     log_gap: float
     """Log-perplexity above the dense model's."""
@@ -134,7 +134,7 @@ class Comparison:
         parts = [f"# {Path(self.model).name}, pruned by {len({row.label for row in self.rows}) - 1} recipes"]
         parts += ["\n".join(_pipes(table)) for table in (self.cells(), self.reached_cells()) if table]
         parts += [
-            "`removed` is the share of the blocks' parameters that went, `log gap` the log-perplexity above the dense model's, "
+            "`removed` is the share of the blocks' parameters that went or became zero, `log gap` the log-perplexity above the dense model's, "
             "`forwards` the operations of pruning in dense forward passes over the calibration set.",
             f"Perplexity: {self.protocol}.",
             "Settings: " + ", ".join(f"{name} {value}" for name, value in self.settings.items()) + ".",

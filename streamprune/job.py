@@ -310,6 +310,7 @@ class Job(Workplace):
         """
         before = self.skeleton.parameters()
         units = {site.name: site.units for site in self.sites}
+        zeros = sum(sum(entry.zeros or ()) for entry in plan.values())
         spent = totals(self.journal)
         return {
             "recipe": self.recipe.name,
@@ -317,7 +318,8 @@ class Job(Workplace):
             "ratio_blocks": removed / self.skeleton.block_parameters(),
             "ratio_model": removed / before,
             "parameters_before": before,
-            "parameters_after": before - removed,
+            "parameters_after": before - removed + zeros,
+            "zeros": zeros,
             "batch": self.batch,
             "shots": self.shots,
             "plan": plan.digest(),
@@ -371,10 +373,11 @@ class Job(Workplace):
         plan = Plan.read(path)
         plan.check(self.sites, str(path))
         for site in self.sites:
-            if site.block not in self.window and plan[site.name].keep < site.units:
+            entry, zeros = plan[site.name], sum(plan[site.name].zeros or ())
+            if site.block not in self.window and (entry.keep < site.units or zeros):
+                does = f"has {zeros} zeros" if zeros else f"keeps {entry.keep} of {site.units}"
                 raise ConfigError(
-                    f"{path}: {site.name} keeps {plan[site.name].keep} of {site.units}; it lies outside blocks "
-                    f"{self.window.start}:{self.window.stop}"
+                    f"{path}: {site.name} {does}; it lies outside blocks {self.window.start}:{self.window.stop}"
                 )
         if self.config.layout == "uniform" and not plan.is_uniform(self.sites):
             raise ConfigError(f"{path}: blocks keep different widths, which the uniform layout cannot hold")
@@ -382,6 +385,7 @@ class Job(Workplace):
             kept = plan[site.name]
             if self.recipe.plans_units(self.settings, site) and kept.units is None and kept.keep < site.units:
                 raise ConfigError(f'{path}: with these settings {site.name} needs "units", not only how many to keep')
+        self.recipe.check_plan(self.settings, self.sites, plan, str(path))
         return plan
 
     def _agreed_ratio(self) -> float:

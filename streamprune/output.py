@@ -36,6 +36,7 @@ FIGURES = (
     "ratio_model",
     "parameters_before",
     "parameters_after",
+    "zeros",
     "operations",
     "forward_equivalents",
 )
@@ -196,16 +197,31 @@ def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
         source: the name of the model that was pruned.
         depth: how many blocks it has.
     """
-    widths: dict[str, list[str]] = {}
+    extents: dict[str, list[str]] = {}
     for site in report["sites"]:
         _, block, _ = site["site"].split(".")
-        widths.setdefault(block, []).append(f"{site['kept']} / {site['units']}")
-    rows = "\n".join(f"| {block} | {' | '.join(kept)} |" for block, kept in widths.items())
-    text = f"""Structurally pruned with streamprune, recipe `{report["recipe"]}`: {report["parameters_before"]:,} parameters
-before, {report["parameters_after"]:,} after ({report["ratio_blocks"]:.2%} of the {depth} blocks' parameters removed, {report["ratio_model"]:.2%} of
-the model's).
+        pair = ("zeros", "weights") if "zeros" in site else ("kept", "units")
+        extents.setdefault(block, []).append(" / ".join(f"{site[name]:,}" for name in pair))
+    rows = "\n".join(f"| {block} | {' | '.join(each)} |" for block, each in extents.items())
+    shares = (
+        f"{report['ratio_blocks']:.2%} of the {depth} blocks' parameters, {report['ratio_model']:.2%} of the model's"
+    )
+    if report["zeros"]:
+        done = (
+            f"Pruned with streamprune, recipe `{report['recipe']}`: {report['zeros']:,} weights made zero\n"
+            f"({shares}). No shape has changed: there are {report['parameters_after']:,}\n"
+            "parameters as before, and the files are no smaller."
+        )
+        table = "Weights made zero, of each block's linears."
+    else:
+        done = (
+            f"Structurally pruned with streamprune, recipe `{report['recipe']}`: {report['parameters_before']:,} parameters\n"
+            f"before, {report['parameters_after']:,} after (removed: {shares})."
+        )
+        table = "Units kept (attention: key/value groups with their query heads; FFN: channels)."
+    text = f"""{done}
 
-Units kept (attention: key/value groups with their query heads; FFN: channels). Errors and settings are in `{REPORT}`.
+{table} Errors and settings are in `{REPORT}`.
 
 | block | attention | FFN |
 |---|---|---|

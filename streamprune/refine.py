@@ -33,6 +33,8 @@ class Refinement:
     seed: int
     batch: int
     """Sequences whose activations are held at once; gradients of a step's micro-batches add up."""
+    keeps_zeros: bool = False
+    """Whether linears' weights that are zero stay so."""
     rate: float = 3e-4
     """Adam's, at the first step."""
     rank: int | None = None
@@ -74,6 +76,10 @@ def refine(
                 total += float(loss.detach())
             if not torch.isfinite(torch.tensor(total)):
                 raise NumericalError(f"block {index}: the refinement's loss is {total} at step {step}")
+            if how.keeps_zeros:
+                for weight in weights.values():
+                    if weight.dim() == 2 and weight.grad is not None:
+                        weight.grad.masked_fill_(weight == 0, 0)
             descent.step()
             losses.append(total)
     return {"refinement": ends(losses)}

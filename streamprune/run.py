@@ -29,11 +29,14 @@ class Result:
     recipe: str
     ratio_requested: float
     ratio_blocks: float
-    """Share of the blocks' parameters that went."""
+    """Share of the blocks' parameters that went or became zero."""
     ratio_model: float
-    """Share of the whole model's parameters that went."""
+    """Share of the whole model's parameters that went or became zero."""
     parameters_before: int
     parameters_after: int
+    """What the checkpoint holds, zeros too."""
+    zeros: int
+    """Weights that became zero where shapes stay; 0 where units went."""
     operations: int
     """Floating-point operations of the whole job, as `maths.operations` counts them."""
     forward_equivalents: float
@@ -73,6 +76,11 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
     """
     started = time.monotonic()
     job = Job(config, progress)
+    if job.shots > 1:
+        raise ConfigError(
+            f"recipe {job.recipe.name} takes {job.shots} shots with these settings, and every shot makes a plan "
+            "of its own; --plan-only needs one shot"
+        )
     if job.result_there(restart) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
     with job.opened(restart), metered(job.journal, started):
@@ -122,11 +130,6 @@ class Run:
 
     def prepare(self) -> None:
         """What comes before the prune sweep."""
-        if self.job.shots > 1:
-            raise ConfigError(
-                f"recipe {self.job.recipe.name} takes {self.job.shots} shots with these settings, and every shot makes a plan "
-                "of its own; --plan-only needs one shot"
-            )
         self._prepare()
         Shot(self.job, 1).prepare()
 

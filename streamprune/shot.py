@@ -32,7 +32,7 @@ from .model.skeleton import Skeleton, open_skeleton
 from .refine import Refinement
 from .site import Site
 from .stream import sweep
-from .surgery import DENSE, PRUNED, Surgeon
+from .surgery import DENSE, PRUNED, Surgeon, extent
 
 GRADIENT = "gradient"
 COST = "cost.json"
@@ -288,7 +288,8 @@ class Shot:
         done = len(self.steps("prune/"))
         refinement = None
         if self.last and job.config.refine:
-            refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch)
+            zeros = job.recipe.writes_zeros(job.settings)
+            refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch, keeps_zeros=zeros)
         surgeon = Surgeon(
             skeleton=skeleton,
             recipe=job.recipe,
@@ -317,7 +318,7 @@ class Shot:
             return_freed_memory()
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
-            self.progress.step(f"block {index}: " + ", ".join(f"{r['kept']} of {r['units']}" for r in reports))
+            self.progress.step(f"block {index}: " + ", ".join(extent(report) for report in reports))
 
     @property
     def _corrections(self) -> Path:

@@ -32,6 +32,8 @@ class Site:
     """Query heads, for attention."""
     choices: tuple[int, ...] | None = None
     """Unit counts that the layout asked for can express, ascending; None for all from 1 to `units`."""
+    linears: tuple[int, ...] = ()
+    """Weights of each linear, the producers in order, a fused one in its parts, and the consumer last."""
 
     @property
     def name(self) -> str:
@@ -40,7 +42,8 @@ class Site:
 
     def keeping(self, units: int) -> Site:
         """The site with so many units."""
-        return replace(self, units=units, heads=self.heads // self.units * units)
+        linears = tuple(weights // self.units * units for weights in self.linears)
+        return replace(self, units=units, heads=self.heads // self.units * units, linears=linears)
 
     @property
     def columns(self) -> int:

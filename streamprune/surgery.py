@@ -7,6 +7,7 @@ A token passes each sublayer once dense and twice pruned: once to measure, once 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Surgeon:
             if self.streams_into(index + 1):
                 assert self.store is not None
                 advance(self.skeleton, block, index, self.store, PRUNED, self.batch)
-            return block, [_untouched(sub.site) for sub in block.sublayers]
+            return block, [self._counts(sub.site) | _untouched(sub.site) for sub in block.sublayers]
         if index == self.window.start and DENSE in self.streams:
             assert self.store is not None
             self.store.link(boundary(PRUNED, index), boundary(DENSE, index))
@@ -79,7 +80,7 @@ class Surgeon:
             started = time.perf_counter()
             here = _Place(index, position, last=position == len(block.sublayers) - 1)
             parted = index > self.window.start or position > 0
-            report: dict[str, Any] = {"site": sub.site.name, "units": sub.site.units}
+            report = self._counts(sub.site)
             if self._measures_inputs(parted):
                 inputs = inputs or self._measure_inputs(
                     dense, sub, here, cross=parted and self._compensation is not None
@@ -102,6 +103,13 @@ class Surgeon:
             reports[-1] |= self._refine(pruned, index)
             reports[-1]["seconds"] = round(reports[-1]["seconds"] + time.perf_counter() - started, 3)
         return pruned, reports
+
+    def _counts(self, site: Site) -> dict[str, Any]:
+        """What the report says first of a site: its units, or the zeros among its weights."""
+        counts: dict[str, Any] = {"site": site.name, "units": site.units}
+        if self.recipe.writes_zeros(self.settings):
+            counts |= {"zeros": sum(self.plan[site.name].zeros or ()), "weights": sum(site.linears)}
+        return counts
 
     # What the recipe wants.
 
@@ -150,7 +158,7 @@ class Surgeon:
         site, entry = sub.site, self.plan[sub.site.name]
         # Where the streams are still one, the target is what the consumer gives anyway.
         aims = self._target is not None and parted
-        changes = entry.keep < site.units or bool(entry.zeros)
+        changes = entry.keep < site.units or any(entry.zeros or ())
         if not changes and not aims:
             return _untouched(site)
         w = sub.weight(sub.entry.consumer)
@@ -264,6 +272,13 @@ class Surgeon:
         return Gram(columns, cross=cross, device=self.skeleton.device, dtype=accumulator(self.skeleton.dtype))
 
 
+def extent(report: Mapping[str, Any]) -> str:
+    """What the report says of a site, in a few words: the units it kept, or the zeros among its weights."""
+    if "zeros" in report:
+        return f"{report['zeros']:,} of {report['weights']:,}"
+    return f"{report['kept']} of {report['units']}"
+
+
 @dataclass(frozen=True)
 class _Place:
     """A sublayer of the model."""
@@ -285,7 +300,7 @@ class _Place:
 
 
 def _untouched(site: Site) -> dict[str, Any]:
-    return {"site": site.name, "units": site.units, "kept": site.units, "error": 0.0, "damping": None, "seconds": 0.0}
+    return {"kept": site.units, "error": 0.0, "damping": None, "seconds": 0.0}
 
 
 def _generator(seed: int, site: Site) -> torch.Generator:

@@ -345,7 +345,9 @@ class Tuning(Workplace):
         done = len(list(self.journal.steps("block/")))
         store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})
         self.progress.phase("distil", depth, done)
-        how = Refinement(self.config.steps, self.config.seed, self.micro, self.rate, self.config.rank)
+        how = Refinement(
+            self.config.steps, self.config.seed, self.micro, keeps_zeros=False, rate=self.rate, rank=self.config.rank
+        )
         # One block at a time: the teacher's has gone when the student's comes.
         dense = sweep.forward(teacher, store, TEACHER, done, depth, self.batch)
         tuned = sweep.blocks(student, range(done, depth))

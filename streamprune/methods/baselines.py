@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +53,8 @@ class MagnitudeSettings:
     )
 
 
-def _squares(surveyed_or_problem: Surveyed | Problem) -> list[Tensor]:
-    return [w.square() for w in (*surveyed_or_problem.producers, surveyed_or_problem.w)]
+def _squares(surveyed_or_problem: Surveyed | Problem) -> Iterator[Tensor]:
+    return (w.square() for w in (*surveyed_or_problem.producers, surveyed_or_problem.w))
 
 
 def _magnitude_plan(settings: MagnitudeSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
@@ -100,6 +100,7 @@ MAGNITUDE = Recipe(
     select=lambda settings, problem, keep: best(magnitude_score(problem), keep),
     reconstruct=_magnitude_weights,
     check=masks.check_structure,
+    check_plan=masks.check_plan,
     writes_zeros=lambda settings: settings.structure != masks.UNITS,
 )
 WANDA_SP = _baseline(

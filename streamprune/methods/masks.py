@@ -7,7 +7,7 @@ meet the budget exactly: which weights of a linear go is decided again where its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..maths.kfac import pattern_costs, pattern_mask
 from ..site import Site
 from .allocation import Budget, check_budget
-from .plan import Plan, SitePlan
+from .plan import Plan, SitePlan, units_only
 from .recipe import Findings, Survey
 
 UNITS, UNSTRUCTURED = "units", "unstructured"
@@ -25,6 +25,8 @@ STRUCTURES = (UNITS, UNSTRUCTURED, "2:4", "4:8")
 _BITS = 12
 """Of a float32's mantissa and sign that a histogram leaves out: 11 of the mantissa's 23 bits stay."""
 _BINS = 1 << (31 - _BITS)
+_LINEARS = 0.9
+"""Share of the blocks' parameters that the linears' weights hold at the least."""
 
 
 def pattern(structure: str) -> tuple[int, int]:
@@ -47,7 +49,7 @@ def check_structure(settings: Structured, sites: Sequence[Site], budget: Budget)
     """Refuse what a structure cannot give.
 
     Raises:
-        ConfigError: a ratio above the pattern's own, or widths that it does not divide.
+        ConfigError: a ratio above what the pattern leaves to go, or widths that it does not divide.
     """
     structure = settings.structure
     if structure == UNITS:
@@ -58,6 +60,49 @@ def check_structure(settings: Structured, sites: Sequence[Site], budget: Budget)
         raise ConfigError(
             f"ratio is {budget.ratio:g}; structure {structure} makes at most {m / n:g} of the weights zero"
         )
+    _check_widths(structure, sites)
+    most = sum(weights // n * m for site in sites for weights in site.linears)
+    # The pattern's own ratio asks for the pattern everywhere: what it then falls short by is norms and biases.
+    if most < budget.target * (_LINEARS if budget.ratio == m / n else 1):
+        raise ConfigError(
+            f"ratio is {budget.ratio:g}; structure {structure} can make at most {most / budget.parameters:.3f} "
+            "of what the ratio counts zero"
+        )
+    if budget.target < m:
+        raise ConfigError(
+            f"ratio is {budget.ratio:g}; the smallest step is {m / budget.parameters:.2g} of what it counts"
+        )
+
+
+def check_plan(settings: Structured, sites: Sequence[Site], plan: Plan, where: str) -> None:
+    """Refuse a plan, which fits the model, that a structure cannot follow.
+
+    Raises:
+        ConfigError: units that go where weights should become zero or the other way round, counts that the
+            pattern cannot give, or widths that it does not divide.
+    """
+    structure = settings.structure
+    if structure == UNITS:
+        units_only(sites, plan, where)
+        return
+    m, n = pattern(structure)
+    for site in sites:
+        entry = plan[site.name]
+        if entry.keep < site.units:
+            raise ConfigError(
+                f"{where}: {site.name} keeps {entry.keep} of {site.units}; structure {structure} keeps all units"
+            )
+        for zeros, weights in zip(entry.zeros or (), site.linears, strict=False):
+            if zeros % m or zeros > weights // n * m:
+                raise ConfigError(
+                    f"{where}: {site.name} has {zeros} zeros in a linear of {weights} weights; structure {structure} "
+                    f"makes multiples of {m} zero, at most {weights // n * m}"
+                )
+    _check_widths(structure, sites)
+
+
+def _check_widths(structure: str, sites: Sequence[Site]) -> None:
+    _, n = pattern(structure)
     for site in sites:
         for width in (site.columns, site.outputs):
             if width % n:
@@ -66,11 +111,12 @@ def check_structure(settings: Structured, sites: Sequence[Site], budget: Budget)
                 )
 
 
-def histograms(costs: Sequence[Tensor], structure: str) -> dict[str, Tensor]:
-    """What a survey keeps of a site's linears: how many weights, or groups, fall into each bin of cost.
+def histograms(costs: Iterable[Tensor], structure: str) -> dict[str, Tensor]:
+    """What a survey keeps of a site's linears: which bins of cost hold how many weights, or groups, (2, bins) int64.
 
     Args:
-        costs: of each weight of each linear, (rows, columns), the producers' in order and the consumer's last.
+        costs: of each weight of each linear, (rows, columns), the producers' in order and the consumer's last;
+            taken one at a time.
     """
     return {f"histogram.{i}": _histogram(cost, structure) for i, cost in enumerate(costs)}
 
@@ -79,8 +125,9 @@ def _histogram(costs: Tensor, structure: str) -> Tensor:
     m, n = pattern(structure)
     flat = (costs if n == 1 else pattern_costs(costs, m, n)).float().flatten().clamp_min(0)
     # The bits of a positive float32 are ascending with its value.
-    bins = flat.view(torch.int32) >> _BITS
-    return torch.bincount(bins, minlength=_BINS).cpu()
+    counts = torch.bincount(flat.view(torch.int32) >> _BITS).cpu()
+    (filled,) = counts.nonzero(as_tuple=True)
+    return torch.stack([filled, counts[filled]])
 
 
 def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure: str) -> Plan:
@@ -92,8 +139,8 @@ def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure
     m, _ = pattern(structure)
     total = torch.zeros(_BINS, dtype=torch.int64)
     for site in sites:
-        for histogram in _read(survey[site.name]):
-            total += histogram
+        for bins, counts in _read(survey[site.name]):
+            total.index_add_(0, bins, counts)
     wanted = min(budget.target // m, int(total.sum()))
     below = total.cumsum(dim=0) - total
     edge = int((below <= wanted).nonzero()[-1])
@@ -101,27 +148,40 @@ def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure
     kept = {}
     for site in sites:
         zeros = []
-        for histogram in _read(survey[site.name]):
+        for bins, counts in _read(survey[site.name]):
             # The bin that the threshold falls into goes first come, first served.
-            part = min(left, int(histogram[edge]))
+            part = min(left, int(counts[bins == edge].sum()))
             left -= part
-            zeros.append(m * (int(histogram[:edge].sum()) + part))
+            zeros.append(m * (int(counts[bins < edge].sum()) + part))
         kept[site.name] = SitePlan(site.units, zeros=tuple(zeros))
     return Plan(kept, budget.ratio)
 
 
-def _read(findings: Findings) -> Iterator[Tensor]:
-    count = sum(name.startswith("histogram.") for name in findings)
-    return (findings[f"histogram.{i}"] for i in range(count))
+def _read(findings: Findings) -> Iterator[tuple[Tensor, Tensor]]:
+    for i in range(sum(name.startswith("histogram.") for name in findings)):
+        bins, counts = findings[f"histogram.{i}"]
+        yield bins, counts
 
 
 def mask(costs: Tensor, zeros: int, structure: str) -> Tensor:
-    """The weights (rows, columns) that go, True, so many as the plan says: the cheapest, or the cheapest groups'."""
+    """The weights (rows, columns) that go, True, so many as the plan says: the cheapest, or the cheapest groups'.
+
+    Of equal ones the first go.
+    """
     m, n = pattern(structure)
-    groups = zeros // m
-    each = costs if n == 1 else pattern_costs(costs, m, n)
-    chosen = torch.zeros(each.numel(), dtype=torch.bool, device=costs.device)
-    chosen[each.flatten().argsort(stable=True)[:groups]] = True
     if n == 1:
-        return chosen.view_as(costs)
-    return pattern_mask(costs, m, n) & chosen.view_as(each).repeat_interleave(n, dim=1)
+        return _cheapest(costs, zeros)
+    groups = _cheapest(pattern_costs(costs, m, n), zeros // m)
+    return pattern_mask(costs, m, n) & groups.repeat_interleave(n, dim=1)
+
+
+def _cheapest(costs: Tensor, count: int) -> Tensor:
+    if not count:
+        return torch.zeros_like(costs, dtype=torch.bool)
+    flat = costs.flatten()
+    # Selecting takes a ninth of what sorting does.
+    threshold = flat.kthvalue(count).values
+    chosen = flat < threshold
+    equal = (flat == threshold).nonzero()[:, 0]
+    chosen[equal[: count - int(chosen.sum())]] = True
+    return chosen.view_as(costs)

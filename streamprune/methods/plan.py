@@ -131,6 +131,8 @@ class Plan(Mapping[str, SitePlan]):
                 raise ConfigError(f"{where}: {site.name} keeps {entry.keep}; it must be 1 to {site.units}")
             if entry.units and not (entry.units[0] >= 0 and entry.units[-1] < site.units):
                 raise ConfigError(f'{where}: "units" of {site.name} must lie between 0 and {site.units - 1}')
+            if entry.zeros is not None:
+                _check_zeros(site, entry, where)
             if site.choices is not None and entry.keep not in site.choices:
                 raise ConfigError(
                     f"{where}: {site.name} keeps {entry.keep} of {site.units}; a stock config cannot say so"
@@ -140,3 +142,25 @@ class Plan(Mapping[str, SitePlan]):
         """Whether all blocks end with the same widths."""
         widths = {(site.kind, self[site.name].keep * site.width) for site in sites}
         return len(widths) == len({site.kind for site in sites})
+
+
+def units_only(sites: Sequence[Site], plan: Plan, where: str) -> None:
+    """Refuse a plan that writes zeros.
+
+    Raises:
+        ConfigError: a site has some.
+    """
+    for site in sites:
+        if plan[site.name].zeros is not None:
+            raise ConfigError(f'{where}: {site.name} has "zeros"; with these settings whole units go')
+
+
+def _check_zeros(site: Site, entry: SitePlan, where: str) -> None:
+    zeros = entry.zeros or ()
+    if len(zeros) != len(site.linears):
+        raise ConfigError(
+            f'{where}: "zeros" of {site.name} has {len(zeros)} numbers; the site has {len(site.linears)} linears'
+        )
+    for count, weights in zip(zeros, site.linears, strict=True):
+        if not 0 <= count <= weights:
+            raise ConfigError(f'{where}: "zeros" of {site.name} says {count}; that linear has {weights} weights')

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .allocation import Budget, check_budget
-from .plan import Plan
+from .plan import Plan, units_only
 
 S = TypeVar("S")
 
@@ -129,6 +129,10 @@ class Recipe(Generic[S]):
     """What each shot ends with."""
     check: Callable[[S, Sequence[Site], Budget], None] = lambda settings, sites, budget: check_budget(sites, budget)
     """Refuses a budget that cannot be met, before any work."""
+    check_plan: Callable[[S, Sequence[Site], Plan, str], None] = lambda settings, sites, plan, where: units_only(
+        sites, plan, where
+    )
+    """Refuses a plan, which fits the model, that the recipe cannot follow; the text says where it stands."""
     plans_units: Callable[[S, Site], bool] = lambda settings, site: False
     """Whether the plan says which units of the site stay, not only how many."""
     keeps_findings: Callable[[S], bool] = lambda settings: False

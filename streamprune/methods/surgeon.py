@@ -77,7 +77,7 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
         factors[name] = gram.mean()[0]
     linears = _linears(factors, surveyed.w, surveyed.producers)
     if settings.structure != masks.UNITS:
-        costs = [element_costs(w, _inverse(settings, g, site), _inverse(settings, a, site)) for w, g, a in linears]
+        costs = (element_costs(w, _inverse(settings, g, site), _inverse(settings, a, site)) for w, g, a in linears)
         return {**factors, **masks.histograms(costs, settings.structure)}
     *producers, (w, g, a) = linears
     price = group_costs if settings.joint else _single_costs
@@ -157,5 +157,6 @@ SURGEON = Recipe(
     plans_units=lambda settings, site: settings.structure == masks.UNITS,
     keeps_findings=lambda settings: True,
     check=masks.check_structure,
+    check_plan=masks.check_plan,
     writes_zeros=lambda settings: settings.structure != masks.UNITS,
 )

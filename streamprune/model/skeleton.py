@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,6 +126,11 @@ class Skeleton:
                     f"{self.checkpoint.directory}: {entry.kind} widths {widths} of block {index} do not fall into {units} units"
                 )
             produced = sum(p.numel() for module in producers for p in module.parameters())
+            linears = [
+                math.prod(linear_shape(module)) // producer.parts
+                for module, producer in zip(producers, entry.producers, strict=True)
+                for _ in range(producer.parts)
+            ]
             sites.append(
                 Site(
                     block=index,
@@ -134,6 +140,7 @@ class Skeleton:
                     outputs=outputs,
                     unit_parameters=(outputs * columns + produced) // units,
                     heads=heads,
+                    linears=(*linears, outputs * columns),
                 )
             )
         return (
