@@ -333,7 +333,7 @@ class Shot:
             self._corrections,
             how,
             seed=job.config.seed,
-            batch=job.backward_batch,
+            micro=job.backward_batch,
             keep_zeros=job.recipe.writes_zeros(job.settings),
         )
         done = len(self.steps("correct/"))
@@ -343,8 +343,10 @@ class Shot:
             self.progress.step(f"step {step}")
         for index, block in sweep.blocks(skeleton, range(depth)):
             names = skeleton.block_names(index)
-            weights = corrector.corrected(block, index)
-            write_shard(self.folder / output.block_shard(skeleton, index), {names[n]: t for n, t in weights.items()})
+            corrector.absorb(block, index)
+            shard = self.folder / output.block_shard(skeleton, index)
+            write_shard(shard, {full: block.weights[name] for name, full in names.items()})
+            del block
         self._write(plan, self.folder)
 
     def _removed(self, plan: Plan) -> int:

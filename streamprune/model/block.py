@@ -139,19 +139,26 @@ class Block:
         return found
 
     @contextmanager
-    def updated(self, updates: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """While open, the block computes with ``W + U V``, differentiably in `updates`; its weights stay."""
+    def updated(self, updates: Mapping[str, nn.Parameter], *, keep_zeros: bool = False) -> Iterator[None]:
+        """While open, the block computes with ``W + U V``, differentiably in `updates`; its weights stay.
 
-        def hook(u: Tensor, v: Tensor) -> Any:
+        Args:
+            keep_zeros: where W is zero, nothing is added.
+        """
+
+        def hook(u: Tensor, v: Tensor, mask: Tensor | None) -> Any:
             def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-                return output + (inputs[0].to(v.dtype) @ v.T @ u.T).to(output.dtype)
+                x = inputs[0].to(v.dtype)
+                change = x @ v.T @ u.T if mask is None else x @ ((u @ v) * mask).T
+                return output + change.to(output.dtype)
 
             return add
 
-        modules = [
-            (self._layer.module(name), updates[f"{name}.u"], updates[f"{name}.v"]) for _, name in self._linears()
-        ]
-        hooks = [module.register_forward_hook(hook(u, v)) for module, u, v in modules]
+        hooks = []
+        for sublayer, name in self._linears():
+            mask = sublayer.weight(name) != 0 if keep_zeros else None
+            change = hook(updates[f"{name}.u"], updates[f"{name}.v"], mask)
+            hooks.append(self._layer.module(name).register_forward_hook(change))
         try:
             yield
         finally:
@@ -159,15 +166,15 @@ class Block:
                 handle.remove()
 
     @torch.no_grad()
-    def absorb(self, updates: Mapping[str, Tensor]) -> None:
-        """Make ``W + U V`` the weights; the masters are rounded to their stored dtype.
+    def absorb(self, updates: Mapping[str, Tensor], *, keep_zeros: bool = False) -> None:
+        """Make ``W + U V`` the weights, as in `updated`; the masters are rounded to their stored dtype.
 
         Raises:
             NumericalError: what came out is not finite in the stored dtype.
         """
         for sublayer, name in self._linears():
-            change = updates[f"{name}.u"] @ updates[f"{name}.v"]
-            sublayer.set_weight(name, sublayer.weight(name).to(change.dtype) + change)
+            change, weight = updates[f"{name}.u"] @ updates[f"{name}.v"], sublayer.weight(name)
+            sublayer.set_weight(name, weight.to(change.dtype) + (change * (weight != 0) if keep_zeros else change))
 
     @contextmanager
     def frozen(self, dtype: torch.dtype) -> Iterator[None]:
@@ -183,11 +190,6 @@ class Block:
         for sublayer in self.sublayers:
             for name in (*(producer.name for producer in sublayer.entry.producers), sublayer.entry.consumer):
                 yield sublayer, name
-
-    def put(self, name: str, weight: nn.Parameter) -> nn.Parameter:
-        """Compute with `weight` under that name; the stored one stays."""
-        self._layer.put(name, weight)
-        return weight
 
     def twin(self) -> Block:
         """A block of its own that shares every tensor until one of the two replaces it."""
