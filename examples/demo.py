@@ -53,17 +53,17 @@ def sample(path: Path) -> str:
 def main(out: Path) -> None:
     started = time.monotonic()
     prune = ("--ratio", 0.3, "--seq-len", 256)
-    sobp = streamprune("run", MODEL, out / "sobp", *prune, "--calibration", CALIBRATION)
+    ours = streamprune("run", MODEL, out / "pruned", *prune, "--calibration", CALIBRATION)
     streamprune("run", MODEL, out / "magnitude", *prune, "--recipe", "magnitude")
-    paths = {"dense": MODEL, "sobp": out / "sobp", "magnitude": out / "magnitude"}
+    paths = {"dense": MODEL, "ours": out / "pruned", "magnitude": out / "magnitude"}
     measured = {name: streamprune("eval", path, "--text", VALIDATION, "--seq-len", 256) for name, path in paths.items()}
     print(f"""
-parameters   {sobp["parameters_before"]:,} → {sobp["parameters_after"]:,} ({sobp["ratio_blocks"]:.1%} of the blocks removed)
-perplexity   dense {measured["dense"]["perplexity"]:.2f}, SoBP {measured["sobp"]["perplexity"]:.2f}, magnitude {measured["magnitude"]["perplexity"]:.2f}
+parameters   {ours["parameters_before"]:,} → {ours["parameters_after"]:,} ({ours["ratio_blocks"]:.1%} of the blocks removed)
+perplexity   dense {measured["dense"]["perplexity"]:.2f}, pruned {measured["ours"]["perplexity"]:.2f}, by magnitude {measured["magnitude"]["perplexity"]:.2f}
              {measured["dense"]["protocol"]}
-peak memory  {sobp["peak_host_bytes"] / 2**20:.0f} MiB, the interpreter with torch included
-seconds      {sobp["seconds"]:.1f} to prune with SoBP, {time.monotonic() - started:.1f} for everything
-sample       {sample(out / "sobp")!r}""")
+peak memory  {ours["peak_host_bytes"] / 2**20:.0f} MiB, the interpreter with torch included
+seconds      {ours["seconds"]:.1f} to prune, {time.monotonic() - started:.1f} for everything
+sample       {sample(out / "pruned")!r}""")
 
 
 if __name__ == "__main__":

@@ -225,6 +225,11 @@ class _Shapes:
         if needs.survey:
             # What a digest works with: sums, inverses, greedy removal.
             steps["a survey's findings"] = self.block + self._survey_sums() + 4 * self.sum_item * self._widest() ** 2
+        if "divergence" in needs.survey:
+            heads = max(site.heads for sites in self.blocks for site in sites)
+            # Scores, their softmax in float32 and its copy, and two maps with their mean and entropies.
+            maps = batch * length**2 * ((2 * self.item + 4) * heads + 4 * 8)
+            steps["one block's attention maps"] = self.block + self.passing(batch) + maps
         if needs.refines:
             # Weights; gradients and Adam's two moments of what is trained.
             parameters = self.block // self.item

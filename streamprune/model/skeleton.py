@@ -246,7 +246,7 @@ class Skeleton:
             finally:
                 config._attn_implementation = usual
             self._arguments[key] = [slot.arguments for slot in self._slots]
-            while len(self._arguments) > 2:
+            while len(self._arguments) > 4:
                 self._arguments.popitem(last=False)
         return self._arguments[key]
 
