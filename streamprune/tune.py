@@ -127,14 +127,13 @@ class Tuning(Workplace):
         """The report of the model that is tuned, where there is one.
 
         Raises:
-            ConfigError: it says that parameters are gone which are still there, as zeros: a change would fill them.
+            ConfigError: it says that weights were made zero, which a change would fill.
         """
         path = self.config.model / output.REPORT
         report = read_json(path) if path.is_file() else None
-        there = self.student.parameters()
-        if output.is_report(report) and report is not None and report["parameters_after"] < there:
+        if output.is_report(report) and report is not None and report["zeros"]:
             raise ConfigError(
-                f"{self.config.model} has {there - report['parameters_after']:,} weights that pruning made zero; "
+                f"{self.config.model} has {report['zeros']:,} weights that pruning made zero; "
                 "a low-rank change would fill them"
             )
         return report

@@ -66,16 +66,19 @@ def refused(result: Result, message: str, code: int, folder: Path) -> None:
         (["--memory", "lots"], "--memory: 'lots' is not a size"),
         (["--disk", "0GB"], "--disk: the size '0GB' must be positive"),
         (["--set", "damping"], "--set 'damping': write it as name=value"),
-        (["--set", "dampnig=1"], "recipe sobp has no setting 'dampnig'; it has gradient, head_weight"),
+        (
+            ["--recipe", "sobp", "--set", "dampnig=1"],
+            "recipe sobp has no setting 'dampnig'; it has gradient, head_weight",
+        ),
         (["--set", "damping=low"], "setting damping = 'low': it must be a number"),
         (["--set", "damping=-1"], "setting damping = '-1': it must be from 0 to 1"),
         (["--set", "damping=100"], "it must be from 0 to 1"),
         (["--set", "damping=nan"], "it must be from 0 to 1"),
-        (["--set", "head_weight=inf"], "it must be from 0 to 1e+09"),
+        (["--recipe", "sobp", "--set", "head_weight=inf"], "it must be from 0 to 1e+09"),
         (["--seed", "9223372036854775808"], "it must be below 2^63"),
         (["--memory", "9" * 400], "must be positive and below 8 EiB"),
-        (["--set", "refine=perhaps"], "setting refine = 'perhaps': it must be on or off"),
-        (["--set", "gradient=third"], "setting gradient = 'third': it must be one of fisher, abs"),
+        (["--recipe", "sobp", "--set", "refine=perhaps"], "setting refine = 'perhaps': it must be on or off"),
+        (["--recipe", "sobp", "--set", "gradient=third"], "setting gradient = 'third': it must be one of fisher, abs"),
         (["--set", "damping=1", "--set", "damping=2"], "--set damping is given twice: '1' and '2'"),
         (["--plan", "plan.json"], "cannot read the plan plan.json"),
     ],
@@ -351,7 +354,8 @@ def test_plans(plan: Any, message: str, run: Callable[..., Result], tmp_path: Pa
 def test_plan_without_units_where_units_are_needed(run: Callable[..., Result], tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({**PLAN, "sites": SITES}))
-    refused(run("--plan", str(path), "--set", "refine=off", ratio=None), 'needs "units"', 2, tmp_path)
+    settings = ("--recipe", "sobp", "--set", "refine=off")
+    refused(run("--plan", str(path), *settings, ratio=None), 'needs "units"', 2, tmp_path)
 
 
 def test_evaluation(model: Path, text: Path, tmp_path: Path) -> None:

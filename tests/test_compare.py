@@ -103,6 +103,7 @@ def test_rows_are_what_single_runs_give(compare: Compare, tiny: Tiny, text: Path
         model=tiny("llama"),
         out=tmp_path / "single",
         ratio=0.4,
+        recipe="sobp",
         settings={"refine": "off"},
         calibration=text,
         **SHARED,  # type: ignore[arg-type]
@@ -346,7 +347,7 @@ def test_the_command_prints_a_table_or_one_object(command: Callable[..., Outcome
         (["--set", "damping=1"], {"recipes": "sobp"}, "--set 'damping': write it as label.name=value"),
         (["--set", "wanda.damping=1"], {"recipes": "sobp"}, "there is no 'wanda' among the recipes; there are sobp"),
         (["--set", "sobp.damping=low"], {"recipes": "sobp"}, "setting damping = 'low': it must be a number"),
-        (["--set", "magnitude.damping=1"], {}, "recipe magnitude has no setting 'damping'; it has none"),
+        (["--set", "magnitude.damping=1"], {}, "recipe magnitude has no setting 'damping'; it has structure"),
         (["--perplexity", "1"], {}, "perplexity is 1; it must be above 1 and finite"),
         (["--perplexity", "nan"], {}, "perplexity is nan; it must be above 1"),
         (["--samples", "0"], {}, "samples is 0; it must be at least 1"),

@@ -24,7 +24,7 @@ from torch import Tensor
 import streamprune
 from streamprune import Config
 from streamprune.errors import ConfigError
-from streamprune.job import Job, job_folder
+from streamprune.job import Job
 from streamprune.journal import Journal
 from streamprune.methods import masks
 from streamprune.methods.allocation import Budget
@@ -33,6 +33,7 @@ from streamprune.methods.surgeon import SurgeonSettings, shots
 from streamprune.model.architecture import ARCHITECTURES
 from streamprune.model.skeleton import open_skeleton
 from streamprune.site import Site
+from streamprune.workplace import job_folder
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
