@@ -1,4 +1,4 @@
-"""Prunes the example model by 30 % with SoBP and by magnitude, and prints what each did.
+"""Prunes the example model by 30 % with the default recipe and by magnitude, and prints what each did.
 
 Run by `scripts/demo`; every step is a `streamprune` command as a user would type it.
 """
