@@ -18,7 +18,6 @@ from torch import Tensor
 from . import files, output
 from .correction import Corrector
 from .errors import NumericalError, ResumeError
-from .host import return_freed_memory
 from .job import Job
 from .journal import Entry
 from .maths.stats import GRADIENTS, SiteStatistics
@@ -169,7 +168,6 @@ class Shot:
                 sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
             self._save_findings(index, block, stats)
             del block, stats
-            return_freed_memory()
             self.record(f"forward/{index}")
             if moves and index:
                 store.remove(sweep.boundary(DENSE, index))
@@ -199,7 +197,6 @@ class Shot:
                 sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
                 self._save_findings(index, block, stats)
                 del block, stats
-                return_freed_memory()
                 self.record(f"backward/{index}")
                 store.remove(sweep.boundary(GRADIENT, index + 1))
                 if index:
@@ -315,7 +312,6 @@ class Shot:
             write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             self.record(f"prune/{index}", sites=reports)
             del block, pruned
-            return_freed_memory()
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: " + ", ".join(extent(report) for report in reports))

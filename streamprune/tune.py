@@ -21,7 +21,6 @@ from torch import Tensor
 from . import calibration, files, lora, machine, output
 from .config import TuneConfig, TuneMethod, format_bytes
 from .errors import ConfigError, ResourceError, ResumeError
-from .host import return_freed_memory
 from .journal import Entry, Journal
 from .memory import REFINE_SEQUENCES, Needs, Resources, device_peak, forecast, in_memory_peak
 from .meter import metered, totals
@@ -359,7 +358,6 @@ class Tuning(Workplace):
                 sweep.advance(student, block, index, store, STUDENT, self.batch)
             self._write_block(block, index)
             del block
-            return_freed_memory()
             self.journal.append(f"block/{index}", losses=losses)
             for stream in (STUDENT, TEACHER):
                 store.remove(sweep.boundary(stream, index))
@@ -387,7 +385,6 @@ class Tuning(Workplace):
             self.progress.phase("lora", config.steps, done)
             for loss in lora.train(self.student, self.tokens, how, state, save):
                 self.progress.step(f"loss {loss:.4f}")
-            return_freed_memory()
         updates = load_file(self._state_path(config.steps))
         self.progress.phase("write", len(self.student))
         for index, block in sweep.blocks(self.student, range(len(self.student))):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
+from ..host import return_freed_memory
 from ..maths.sampling import sample
 from ..maths.stats import SiteStatistics
 from ..model.block import Block, Sublayer
@@ -37,6 +38,7 @@ def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Bloc
         del weights
         # Popped here and deleted by whoever loops, so that the old block is gone when the new one is built.
         yield index, built.pop()
+        return_freed_memory()
 
 
 def check_weights(skeleton: Skeleton, progress: Progress) -> None:
