@@ -33,7 +33,7 @@ from .progress import Progress, Silent
 from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import check_weights
-from .workplace import Workplace, first_difference, text_identity
+from .workplace import Workplace, text_identity
 
 
 class Job(Workplace):
@@ -141,6 +141,7 @@ class Job(Workplace):
             length=self.length,
             text=self.needs_text,
             survey=self.statistics,
+            findings=sum(self.recipe.findings(self.settings, site) for site in self.sites) if self.surveys else 0,
             gram=self.recipe.wants_gram(self.settings) or self.recipe.target(self.settings) is not None,
             compensates=self.recipe.compensation(self.settings) is not None or self.recipe.wants_inputs(self.settings),
             aims=self.recipe.target(self.settings) is not None,
@@ -239,14 +240,10 @@ class Job(Workplace):
         if start is None or restart:
             start = self._begin()
         else:
-            if difference := first_difference(start["job"], self.header):
-                raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
-            for field, now in (("cache", self.cache_given), ("plan", "given" if self.given_plan else None)):
-                # A plan may come later, by --plan-only and --plan; it cannot go again.
-                if start[field] != now and not (field == "plan" and now):
-                    raise ResumeError(
-                        f"{field} is {now or 'not given'}; this job was started with {start[field] or 'none'}; --restart starts over"
-                    )
+            self.check_same(start)
+            # A plan may come later, by --plan-only and --plan; it cannot go again.
+            if start["plan"] and not self.given_plan:
+                raise ResumeError("plan is not given; this job was started with one; --restart starts over")
             if start["shots"] != self.shots:
                 raise ResumeError(
                     f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"

@@ -38,6 +38,8 @@ class Needs:
     text: bool
     """Activations move at all."""
     survey: frozenset[Statistic] = frozenset()
+    findings: int = 0
+    """Numbers that wait on the disk between survey and prune sweep."""
     gram: bool = False
     compensates: bool = False
     """Sums the producers' inputs."""
@@ -338,10 +340,7 @@ class _Shapes:
         one = needs.samples * self.row_bytes
         # Both streams hold a block's input, the one between its sublayers and its output until the journal has it.
         prune = (6 if needs.dense_stream else 3) * one if needs.prunes else (4 if needs.dense_stream else 2) * one
-        # Factors wait on the disk for the plan; other findings are small.
-        findings = (
-            sum(self._site_sums(site) for sites in self.blocks for site in sites) if "factors" in needs.survey else 0
-        )
+        findings = self.sum_item * needs.findings
         prune += findings
         if needs.corrects:
             prune += (depth + 3) * min(REFINE_SEQUENCES, needs.samples) * self.row_bytes

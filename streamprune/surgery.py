@@ -208,7 +208,8 @@ class Surgeon:
         sums = self._gram(sub.site.columns, cross=self.skeleton.width if aims else 0)
         streams = (PRUNED, DENSE) if aims else (PRUNED,)
         with ExitStack() as stack:
-            if aims:
+            write = None
+            if aims and self._goes_on(here):
                 place = f"{sub.site.name} ({DENSE})"
                 write = stack.enter_context(self.store.writing(boundary(DENSE, *here.exit), place))
             for _, inputs in self.store.each(self.batch, *(boundary(stream, *here.entry) for stream in streams)):
@@ -223,7 +224,8 @@ class Surgeon:
                 lacking = x - x_hat if self._target.residual else 0.0
                 bias = sub.bias(sub.entry.consumer)
                 sums.add(z, o + lacking - (0.0 if bias is None else bias))
-                write(dense.join(x, o))
+                if write is not None:
+                    write(dense.join(x, o))
         return sums
 
     def _advance(self, block: Block, pruned: Block, here: _Place) -> Gram | None:

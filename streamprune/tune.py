@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import calibration, files, lora, machine, output
 from .config import TuneConfig, TuneMethod, format_bytes
-from .errors import ConfigError, ResourceError, ResumeError
+from .errors import ConfigError, ResourceError
 from .journal import Entry, Journal
 from .memory import REFINE_SEQUENCES, Needs, Resources, device_peak, forecast, in_memory_peak
 from .meter import metered, totals
@@ -31,7 +31,7 @@ from .progress import Progress, Silent
 from .refine import Refinement, ends, refine
 from .stream import sweep
 from .stream.store import ActivationStore
-from .workplace import Workplace, first_difference, text_identity
+from .workplace import Workplace, text_identity
 
 STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
@@ -276,13 +276,7 @@ class Tuning(Workplace):
         if start is None or restart:
             start = self._begin()
         else:
-            if difference := first_difference(start["job"], self.header):
-                raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
-            if start["cache"] != self.cache_given:
-                raise ResumeError(
-                    f"cache is {self.cache_given or 'not given'}; this job was started with {start['cache'] or 'none'}; "
-                    "--restart starts over"
-                )
+            self.check_same(start)
             needed = self._peak(**start["resources"])
             if self.config.memory is not None and self.config.memory < needed:
                 raise ResourceError(

@@ -16,7 +16,7 @@ import torch
 
 from . import calibration, files, output
 from .config import format_bytes
-from .errors import CheckpointError, ConfigError, ResourceError
+from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton
@@ -143,6 +143,20 @@ class Workplace:
             finally:
                 if new and not self.journal_path.exists() and self.folder.is_dir():
                     files.remove_tree(self.folder)  # refused before it began: leave nothing behind
+
+    def check_same(self, start: Entry) -> None:
+        """Hold what the job was started with against what is asked now.
+
+        Raises:
+            ResumeError: other settings, inputs or versions, or another cache.
+        """
+        if difference := first_difference(start["job"], self.header):
+            raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
+        if start["cache"] != self.cache_given:
+            raise ResumeError(
+                f"cache is {self.cache_given or 'not given'}; this job was started with {start['cache'] or 'none'}; "
+                "--restart starts over"
+            )
 
     def check_disk(self, result: int, activations: int) -> None:
         """The result's room in bytes, with the activations' where both lie on one file system."""

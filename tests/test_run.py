@@ -516,7 +516,7 @@ def test_a_given_plan_cannot_go_again(
     plan.write_bytes(streamprune.plan_only(configured(path, "planned")).read_bytes())
     config = configured(path, plan=plan)
     interrupted(config, monkeypatch, appends=3)
-    with pytest.raises(ResumeError, match="plan is not given; this job was started with given"):
+    with pytest.raises(ResumeError, match="plan is not given; this job was started with one"):
         streamprune.prune(configured(path))
     streamprune.prune(config)
     with pytest.raises(ConfigError, match="a finished result by plan"):

@@ -598,3 +598,20 @@ def test_a_site_keeping_fewer_units_has_fewer_weights(tiny: Tiny) -> None:
         half = site.keeping(site.units // 2)
         assert half.linears == tuple(weights // 2 for weights in site.linears)
         assert replace(half, units=site.units, heads=site.heads, linears=site.linears) == site
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "gpt2"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"update_rows": "on"}, {"structure": "unstructured"}, {"structure": "2:4"}], ids=str
+)
+def test_what_waits_on_the_disk_is_what_the_updates_need(
+    settings: dict[str, str], name: str, tiny: Tiny, configured: Make
+) -> None:
+    config = configured(tiny(name), recipe="surgeon", settings={"shots": "1", **settings})
+    streamprune.plan_only(config)
+    kept = 0
+    for path in job_folder(config.out).glob("survey-*"):
+        kept += sum(t.numel() for n, t in load_file(path).items() if n.split(".")[1] in ("a", "g"))
+    job = Job(config, None)
+    assert kept == job.needs.findings == sum(job.recipe.findings(job.settings, site) for site in job.sites) > 0
+    streamprune.prune(config)  # and it is enough

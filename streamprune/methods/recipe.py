@@ -137,6 +137,8 @@ class Recipe(Generic[S]):
     """Whether the plan says which units of the site stay, not only how many."""
     keeps_findings: Callable[[S], bool] = lambda settings: False
     """Whether `reconstruct` needs the survey's findings: then a plan that is given does not spare the survey."""
+    findings: Callable[[S, Site], int] = lambda settings, site: 0
+    """How many numbers `digest` keeps of a site where they are too many to pass over: they wait on the disk."""
     writes_zeros: Callable[[S], bool] = lambda settings: False
     """Whether shapes stay and weights become zero: the plan then counts zeros, and no unit goes."""
 

@@ -6,12 +6,12 @@ consumer columns and its producer rows (ours: the columns of a head together, by
 stays (eqs. 11 and 12). *Multi-shot*: a linear
 schedule, curvature estimated anew for each shot (3.5). Structures: units, single weights, M:N.
 
-The factors of all blocks wait on the disk until the threshold is known.
+The factors that the updates need wait on the disk until the threshold is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from ..site import Site
 from . import masks
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Correction, Findings, Problem, Recipe, Refit, Survey, Surveyed, setting
+from .recipe import Correction, Problem, Recipe, Refit, Survey, Surveyed, setting
 from .selection import best, others
 
 
@@ -77,14 +77,30 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
         factors[name] = gram.mean()[0]
     linears = _linears(factors, surveyed.w, surveyed.producers)
     if settings.structure != masks.UNITS:
-        costs = (element_costs(w, _inverse(settings, g, site), _inverse(settings, a, site)) for w, g, a in linears)
+        costs = (element_costs(w, *_inverses(settings, g, a, site)[:2]) for w, g, a in linears)
         return {**factors, **masks.histograms(costs, settings.structure)}
     *producers, (w, g, a) = linears
     price = group_costs if settings.joint else _single_costs
-    cost = price(w, damped(g, settings.damping), _inverse(settings, a, site), site.units)
+    cost = price(w, damped(g, settings.damping), inverse(a, settings.damping, site.name)[0], site.units)
     for w, g, a in producers:
-        cost = cost + price(w.T, damped(a, settings.damping), _inverse(settings, g, site), site.units)
-    return {**factors, "costs": cost.double()}
+        cost = cost + price(w.T, damped(a, settings.damping), inverse(g, settings.damping, site.name)[0], site.units)
+    return {**{name: factors[name] for name in _needed(settings, site)}, "costs": cost.double()}
+
+
+def _needed(settings: SurgeonSettings, site: Site) -> list[str]:
+    """The factors that `update` reads of a site."""
+    producers = [f"g.{i}" for i in range(len(site.linears) - 1)]
+    if settings.structure != masks.UNITS:
+        return ["a", "a.consumer", "g.consumer", *producers]
+    return ["a.consumer", *(producers if settings.update_rows else ())]
+
+
+def findings(settings: SurgeonSettings, site: Site) -> int:
+    """Numbers of all factors that wait on the disk."""
+    d = site.outputs  # of the residual stream, which the producers read and the consumer writes
+    sides = {"a": d, "a.consumer": site.columns, "g.consumer": d}
+    sides |= {f"g.{i}": weights // d for i, weights in enumerate(site.linears[:-1])}
+    return sum(sides[name] ** 2 for name in _needed(settings, site))
 
 
 def _single_costs(w: Tensor, g: Tensor, a_inverse: Tensor, units: int) -> Tensor:
@@ -105,31 +121,34 @@ def threshold(settings: SurgeonSettings, sites: Sequence[Site], survey: Survey, 
 
 def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
     """The correlated updates of all linears of the site."""
-    site, damping = problem.site, settings.damping
-    factors = {name: problem.findings[name].to(problem.w) for name in problem.findings if name[0] in "ag"}
-    linears = _linears(factors, problem.w, problem.producers)
+    site = problem.site
+    factors = {name: problem.findings[name].to(problem.w) for name in _needed(settings, site)}
+    used = settings.damping
     if problem.zeros is not None:
         weights = []
-        for (w, g, a), zeros in zip(linears, problem.zeros, strict=True):
-            g_inverse, a_inverse = _inverse(settings, g, site), _inverse(settings, a, site)
+        for (w, g, a), zeros in zip(_linears(factors, problem.w, problem.producers), problem.zeros, strict=True):
+            g_inverse, a_inverse, took = _inverses(settings, g, a, site)
+            used = max(used, took)
             gone = masks.mask(element_costs(w, g_inverse, a_inverse), zeros, settings.structure)
             weights.append(remove_elements(w, g_inverse, a_inverse, gone, at_most=settings.correlated, place=site.name))
         *producers, consumer = weights
-        return Refit(consumer, damping, tuple(producers))
+        return Refit(consumer, used, tuple(producers))
     removed = others(site.units, kept).to(problem.w.device)
-    *sources, (w, _, a) = linears
-    columns = unit_columns(removed, site.width)
-    consumer = remove_columns(w, _inverse(settings, a, site), columns, site.name)
-    producers = []
-    for w, g, _ in sources:
-        rows = unit_columns(removed, len(w) // site.units)
-        producers.append(remove_rows(w, _inverse(settings, g, site), rows, site.name) if settings.update_rows else w)
     stays = unit_columns(kept.to(problem.w.device), site.width)
-    return Refit(consumer[:, stays], damping, tuple(producers))
+    a_inverse, used = inverse(factors["a.consumer"], settings.damping, site.name)
+    consumer = remove_columns(problem.w, a_inverse, unit_columns(removed, site.width), site.name)[:, stays]
+    if not settings.update_rows:
+        return Refit(consumer, used)
+    producers = []
+    for i, w in enumerate(problem.producers):
+        g_inverse, took = inverse(factors[f"g.{i}"], settings.damping, site.name)
+        used = max(used, took)
+        producers.append(remove_rows(w, g_inverse, unit_columns(removed, len(w) // site.units), site.name))
+    return Refit(consumer, used, tuple(producers))
 
 
 def _linears(
-    factors: Findings | dict[str, Tensor], consumer: Tensor, producers: Sequence[Tensor]
+    factors: Mapping[str, Tensor], consumer: Tensor, producers: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(W, G, A) of each linear, the consumer last."""
     each = [(w, factors[f"g.{i}"], factors["a"]) for i, w in enumerate(producers)]
@@ -137,8 +156,10 @@ def _linears(
     return [(w, g.to(w.dtype), a.to(w.dtype)) for w, g, a in linears]
 
 
-def _inverse(settings: SurgeonSettings, h: Tensor, site: Site) -> Tensor:
-    return inverse(h, settings.damping, site.name)[0]
+def _inverses(settings: SurgeonSettings, g: Tensor, a: Tensor, site: Site) -> tuple[Tensor, Tensor, float]:
+    """G⁻¹, A⁻¹, and the larger damping that they took."""
+    (g_inverse, one), (a_inverse, other) = (inverse(h, settings.damping, site.name) for h in (g, a))
+    return g_inverse, a_inverse, max(one, other)
 
 
 SURGEON = Recipe(
@@ -156,6 +177,7 @@ SURGEON = Recipe(
     ),
     plans_units=lambda settings, site: settings.structure == masks.UNITS,
     keeps_findings=lambda settings: True,
+    findings=findings,
     check=masks.check_structure,
     check_plan=masks.check_plan,
     writes_zeros=lambda settings: settings.structure != masks.UNITS,
