@@ -8,6 +8,7 @@ block and step, until the last step absorbs ``U V`` into `W`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ class Corrector:
         tokens: calibration windows (samples, length).
         folder: for states and activations, a folder of its own.
         micro: sequences whose activations are held at once.
+        window: the blocks that may change.
         keep_zeros: weights that are zero stay zero.
     """
 
@@ -46,12 +48,13 @@ class Corrector:
         folder: Path,
         how: Correction,
         *,
+        window: range,
         seed: int,
         micro: int,
         keep_zeros: bool,
     ) -> None:
         self.skeleton, self.tokens, self.folder, self.how = skeleton, tokens, folder, how
-        self.seed, self.micro, self.keep_zeros = seed, micro, keep_zeros
+        self.window, self.seed, self.micro, self.keep_zeros = window, seed, micro, keep_zeros
         self.size = min(REFINE_SEQUENCES, len(tokens))
         shape = self.size, tokens.shape[1], skeleton.width
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
@@ -67,24 +70,32 @@ class Corrector:
 
     def absorb(self, block: Block, index: int) -> None:
         """Put what the last step left into the block's weights."""
-        block.absorb(self._read(self.how.steps, index, block)[0], keep_zeros=self.keep_zeros)
+        if index in self.window:
+            block.absorb(self._read(self.how.steps, index, block)[0], keep_zeros=self.keep_zeros)
 
     def _step(self, step: int) -> None:
         skeleton, store, depth = self.skeleton, self._store, len(self.skeleton)
         tokens = self.tokens[batch(len(self.tokens), self.size, self.seed, step)]
         sweep.embed(skeleton, tokens, store, sweep.boundary(STREAM, 0), self.micro)
         for index, block in sweep.blocks(skeleton, range(depth)):
-            with block.updated(self._read(step, index, block)[0], keep_zeros=self.keep_zeros):
+            with self._updated(block, index, self._read(step, index, block)[0]):
                 sweep.advance(skeleton, block, index, store, STREAM, self.micro)
+            del block
         sweep.head_gradient(skeleton, store, tokens, self.micro)
-        for index, block in sweep.blocks(skeleton, range(depth - 1, -1, -1)):
+        # Below the window nothing asks for the gradient.
+        for index, block in sweep.blocks(skeleton, range(depth - 1, self.window.start - 1, -1)):
             updates, state = self._read(step, index, block)
-            descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, state=state)
             self._gather(block, index, updates)
-            descent.step()
-            moved = {name: update.detach().cpu() for name, update in updates.items()}
-            write_shard(self._file(step + 1, index), {**moved, **descent.state()})
+            del block
+            if updates:
+                descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, state=state)
+                descent.step()
+                moved = {name: update.detach().cpu() for name, update in updates.items()}
+                write_shard(self._file(step + 1, index), {**moved, **descent.state()})
             store.remove(sweep.boundary(GRADIENT, index + 1))
+
+    def _updated(self, block: Block, index: int, updates: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
+        return block.updated(updates, keep_zeros=self.keep_zeros) if index in self.window else nullcontext()
 
     def _gather(self, block: Block, index: int, updates: Mapping[str, nn.Parameter]) -> None:
         """Gradients of the mean loss with respect to the updates; the stream's gradient moves on."""
@@ -93,7 +104,7 @@ class Corrector:
         predictions = self.size * (self.tokens.shape[1] - 1)
         place = f"the correction's gradient of block {index}"
         with (
-            block.updated(updates, keep_zeros=self.keep_zeros),
+            self._updated(block, index, updates),
             store.writing(sweep.boundary(GRADIENT, index), place) as write,
         ):
             for _, (x, dy) in store.each(self.micro, *names):
@@ -107,7 +118,9 @@ class Corrector:
                 write(dx)
 
     def _read(self, step: int, index: int, block: Block) -> tuple[dict[str, nn.Parameter], dict[str, Tensor] | None]:
-        """Every linear's update before that step, and what Adam knew of it."""
+        """Every linear's update before that step, and what Adam knew of it; nothing outside the window."""
+        if index not in self.window:
+            return {}, None
         dtype = accumulator(self.skeleton.dtype)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
         updates = block.updates(self.how.rank, dtype, generator)

@@ -328,6 +328,7 @@ class Shot:
             job.tokens,
             self._corrections,
             how,
+            window=job.window,
             seed=job.config.seed,
             micro=job.backward_batch,
             keep_zeros=job.recipe.writes_zeros(job.settings),

@@ -59,7 +59,7 @@ def test_steps_are_those_of_full_autograd(name: str, tiny: Tiny, tmp_path: Path)
     skeleton = open_skeleton(path, torch.device("cpu"), "float64")
     tokens = torch.randint(skeleton.vocabulary, (11, 12), generator=torch.Generator().manual_seed(5))
     how = Correction(steps=3, rank=2, rate=1e-2)
-    corrector = Corrector(skeleton, tokens, tmp_path / "work", how, seed=3, micro=3, keep_zeros=False)
+    corrector = Corrector(skeleton, tokens, tmp_path / "work", how, window=range(3), seed=3, micro=3, keep_zeros=False)
     assert list(corrector.steps(0)) == [0, 1, 2]
     expected = plain_lora(path, tokens, corrector, how)
     for index in range(len(skeleton)):
@@ -76,6 +76,16 @@ def test_steps_are_those_of_full_autograd(name: str, tiny: Tiny, tmp_path: Path)
                 corrected.add(f"{inner}.weight")
         for inner in before.keys() - corrected:
             assert torch.equal(block.weights[inner], before[inner])
+
+
+def test_blocks_outside_the_window_stay_as_they_are(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama")
+    settings = {"shots": "2", "lora_steps": "2"}
+    config = configured(path, recipe="surgeon", ratio=0.1, settings=settings, blocks=(1, 2))
+    streamprune.prune(config)
+    before, after = (dict(streamprune.load(each).named_parameters()) for each in (path, config.out))
+    changed = {name.split(".")[2] for name in after if not torch.equal(before[name], after[name]) and "layers" in name}
+    assert changed == {"1"}
 
 
 def test_zeros_stay_zero(tiny: Tiny, configured: Make) -> None:
