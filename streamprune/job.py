@@ -307,7 +307,7 @@ class Job(Workplace):
         """
         before = self.skeleton.parameters()
         units = {site.name: site.units for site in self.sites}
-        zeros = sum(sum(entry.zeros or ()) for entry in plan.values())
+        zeros = sum(site.get("zeros", 0) for site in sites)
         spent = totals(self.journal)
         return {
             "recipe": self.recipe.name,

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import CheckpointError, NumericalError
 from .maths.descent import Descent, batch
 from .maths.linalg import accumulator
+from .model.modeling_streamprune import Experts, separate_experts
 from .model.skeleton import Skeleton
 
 SAVE_EVERY = 25
@@ -101,10 +102,15 @@ def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{directory}: transformers cannot load this model ({reason})") from error
+    for index, entries in enumerate(skeleton.entries):
+        for entry in entries:
+            block = base.get_submodule(f"{skeleton.architecture.blocks}.{index}")
+            if entry.experts and not isinstance(block.get_submodule(entry.experts), Experts):
+                separate_experts(block, entry.experts)
     places = {
         f"{index}.{name}": f"{skeleton.architecture.blocks}.{index}.{name}"
         for index in range(len(skeleton))
-        for name in skeleton.architecture.linears
+        for name in skeleton.linears(index)
     }
     turned = isinstance(base.get_submodule(next(iter(places.values()))), Conv1D)
     # alpha = rank: no factor before U V.

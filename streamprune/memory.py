@@ -25,6 +25,8 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """More tokens a micro-batch than this make nothing faster."""
 
 
+GRAMS_AT_ONCE = 1 << 31
+"""Bytes of Grams of one block's experts that are summed in one pass."""
 REFINE_SEQUENCES = 8
 """A refinement step's batch."""
 
@@ -260,7 +262,7 @@ class _Shapes:
         steps = {f"re-fitting one {site.kind} site": held + 3 * item * n * d}
         if needs.gram:
             steps[f"the Gram of one {site.kind} site"] = (
-                held + item * n * n + tokens * (self._forward_token(site) + item * n)
+                held + self._grams(site) + tokens * (self._forward_token(site) + item * n)
             )
             steps[f"re-fitting one {site.kind} site"] += 4 * item * n * n
         if needs.aims:
@@ -272,6 +274,12 @@ class _Shapes:
             )
             steps["input compensation"] = held + inputs + 3 * item * d * d + 3 * item * d * max(n, d)
         return steps
+
+    def _grams(self, site: Site) -> int:
+        """Bytes of the Grams that are summed at once."""
+        alike = [other for other in self.blocks[site.block] if other.family == site.family]
+        one = self.sum_item * site.columns**2
+        return max(one, min(GRAMS_AT_ONCE, len(alike) * one))
 
     def decoding(self, batch: int) -> int:
         """Bytes while a block gives so many sequences a token: keys and values read, copied for attention, and masked."""
@@ -306,7 +314,7 @@ class _Shapes:
 
     def _update_parameters(self, index: int) -> int:
         """Of a block's low-rank updates."""
-        names = self.skeleton.architecture.linears
+        names = self.skeleton.linears(index)
         return (self.needs.rank or 0) * sum(sum(linear_shape(self.skeleton.module(index, name))) for name in names)
 
     def _survey_sums(self) -> int:
@@ -318,14 +326,9 @@ class _Shapes:
         total = n * n if wanted & {"gram", "factors"} else 0
         total += d * d if wanted & {"gradient-gram", "factors"} else 0
         if "factors" in wanted:
-            # The producers' input, and what each of them gives: together as many rows as the unit's parameters say.
-            total += d * d + sum(rows * rows for rows in self._producer_rows(site))
+            # The producers' input, and what each of them gives.
+            total += d * d + sum((weights // d) ** 2 for weights in site.linears[:-1])
         return self.sum_item * total
-
-    def _producer_rows(self, site: Site) -> list[int]:
-        entry = next(entry for entry in self.skeleton.architecture.sublayers if entry.kind == site.kind)
-        modules = [(self.skeleton.module(site.block, producer.name), producer.parts) for producer in entry.producers]
-        return [linear_shape(module)[0] // parts for module, parts in modules for _ in range(parts)]
 
     def _widest(self) -> int:
         return max(site.columns for sites in self.blocks for site in sites)
@@ -379,17 +382,18 @@ class _Shapes:
         for sites in self.blocks:
             passes = 0
             for site in sites:
-                linear = 2 * site.units * site.unit_parameters
+                linear = round(2 * site.units * site.unit_parameters * site.share)
                 mixing = 2 * needs.length * site.columns if site.kind == "attention" else 0
                 passes += (linear + mixing) * tokens
                 if not needs.prunes:
                     continue
                 n, d = site.columns, self.d
-                total += 2 * self._site_sums(site) // self.sum_item * tokens
+                reached = round(tokens * site.share)
+                total += 2 * self._site_sums(site) // self.sum_item * reached
                 if needs.survey & {"gram", "factors"}:
                     total += 3 * n**3
                 if needs.gram:
-                    total += 2 * n * n * tokens + 4 * n**3  # with inverse, greedy loop and solve
+                    total += 2 * n * n * reached + 4 * n**3  # with inverse, greedy loop and solve
                 if needs.aims:
                     total += 2 * n * d * tokens + 2 * n * n * d
                 if needs.compensates:

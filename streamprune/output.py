@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from . import files
 from .calibration import load_tokenizer
 from .model import modeling_streamprune as modeling
 from .model.architecture import is_stock, stock_config
-from .model.block import linear_shape
+from .model.block import module_rows
 from .model.checkpoint import (
     CONFIG,
     Checkpoint,
@@ -109,7 +109,7 @@ def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict
     source = skeleton.checkpoint
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
     write_index(folder, placed, report["parameters_after"], size)
-    stock = is_stock(skeleton.architecture, _plain_config(skeleton), sites)
+    stock = is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
     write_json(folder / CONFIG, uniform_config(skeleton, sites) if stock else free_config(skeleton, sites))
     if not stock:
         files.copy(Path(modeling.__file__), folder / Path(modeling.__file__).name)
@@ -128,27 +128,36 @@ def uniform_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """The source's config with the new widths, as the stock architecture reads it."""
     base = skeleton.architecture.model_type
     stock = modeling.stock_class(base)
-    return {**stock_config(skeleton.architecture, _plain_config(skeleton), sites), "architectures": [stock.__name__]}
+    config = stock_config(base, skeleton.families, _plain_config(skeleton), sites)
+    return {**config, "architectures": [stock.__name__]}
 
 
 def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """The source's config with per-block widths, as `modeling_streamprune` reads it."""
     base = skeleton.architecture.model_type
     stem, module = modeling.class_stem(base), modeling.__name__.rpartition(".")[2]
-    rows: dict[str, list[int]] = {}
-    columns: dict[str, list[int]] = {}
-    attributes: dict[str, list[int]] = {}
-    for entry in skeleton.architecture.sublayers:
-        for site in (site for site in sites if site.kind == entry.kind):
-            before = next(old for old in skeleton.sites(site.block) if old.kind == site.kind)
-            for name in (producer.name for producer in entry.producers):
-                width = linear_shape(skeleton.module(site.block, name))[0]
-                rows.setdefault(name, []).append(width // before.units * site.units)
-            columns.setdefault(entry.consumer, []).append(site.columns)
+    # One value a block and name; a block that has no such module keeps None.
+    widths: dict[str, dict[str, list[Any]]] = {"rows": {}, "columns": {}, "attributes": {}, "experts": {}}
+
+    def put(what: str, name: str, block: int, value: Any) -> None:
+        widths[what].setdefault(name, [None] * len(skeleton))[block] = value
+
+    after = {site.name: site for site in sites}
+    for index, entries in enumerate(skeleton.entries):
+        for entry in entries:
+            if entry.experts is not None:
+                own = [after[site.name].columns for site, _ in skeleton.places(index) if site.expert is not None]
+                put("experts", entry.experts, index, own)
+                continue
+            before = next(old for old, own in skeleton.places(index) if own.consumer == entry.consumer)
+            site = after[before.name]
+            for producer in (*entry.producers, *entry.vectors):
+                parts = producer.stretches(before, module_rows(skeleton.module(index, producer.name)))
+                put("rows", producer.name, index, sum(part // before.units * site.units for part in parts))
+            put("columns", entry.consumer, index, site.columns)
             for name in entry.counts:
-                path, _, attribute = name.rpartition(".")
-                count: int = getattr(skeleton.module(site.block, path), attribute)
-                attributes.setdefault(name, []).append(count // before.units * site.units)
+                count = modeling.count(skeleton.block(index), name)
+                put("attributes", name, index, count // before.units * site.units)
     return {
         **_plain_config(skeleton),
         "model_type": modeling.PREFIX + base,
@@ -159,9 +168,8 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
         },
         "streamprune": {
             "blocks": skeleton.architecture.blocks,
-            "rows": rows,
-            "columns": columns,
-            "attributes": attributes,
+            **widths,
+            **({"renamed": skeleton.renamed} if skeleton.renamed else {}),
         },
     }
 
@@ -190,6 +198,18 @@ def _shards(skeleton: Skeleton) -> int:
     return len(skeleton) + (2 if skeleton.head_names() else 1)
 
 
+def extents(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """What a block's reports say in short: (units kept, units), or (zeros, weights), of attention and FFN; experts together."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        families.setdefault(report["site"].split(".")[2], []).append(report)
+    found = []
+    for each in families.values():
+        part, whole = ("zeros", "weights") if "zeros" in each[0] else ("kept", "units")
+        found.append((sum(r[part] for r in each), sum(r[whole] for r in each)))
+    return found
+
+
 def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
     """The card of a pruned model.
 
@@ -197,12 +217,11 @@ def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
         source: the name of the model that was pruned.
         depth: how many blocks it has.
     """
-    extents: dict[str, list[str]] = {}
+    blocks: dict[str, list[dict[str, Any]]] = {}
     for site in report["sites"]:
-        _, block, _ = site["site"].split(".")
-        pair = ("zeros", "weights") if "zeros" in site else ("kept", "units")
-        extents.setdefault(block, []).append(" / ".join(f"{site[name]:,}" for name in pair))
-    rows = "\n".join(f"| {block} | {' | '.join(each)} |" for block, each in extents.items())
+        blocks.setdefault(site["site"].split(".")[1], []).append(site)
+    cells = {block: [f"{part:,} / {whole:,}" for part, whole in extents(each)] for block, each in blocks.items()}
+    rows = "\n".join(f"| {block} | {' | '.join(each)} |" for block, each in cells.items())
     shares = (
         f"{report['ratio_blocks']:.2%} of the {depth} blocks' parameters, {report['ratio_model']:.2%} of the model's"
     )
@@ -221,12 +240,17 @@ def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
         table = "Units kept (attention: key/value groups with their query heads; FFN: channels)."
     text = f"""{done}
 
-{table} Errors and settings are in `{REPORT}`.
+{table}{_left_alone(report)} Errors and settings are in `{REPORT}`.
 
 | block | attention | FFN |
 |---|---|---|
 {rows}"""
     return Card(f"{source}, pruned by {report['ratio_blocks']:.1%}", "pruned", text)
+
+
+def _left_alone(report: Mapping[str, Any]) -> str:
+    alone = sum(bool(site.get("left_alone")) for site in report["sites"])
+    return f" {alone} experts saw too few tokens and were left alone." if alone else ""
 
 
 def tuning_card(report: dict[str, Any], source: str) -> Card:

@@ -7,6 +7,7 @@ job killed at any instant goes on from the last line and ends with the same byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ from .model.skeleton import Skeleton, open_skeleton
 from .refine import Refinement
 from .site import Site
 from .stream import sweep
-from .surgery import DENSE, PRUNED, Surgeon, extent
+from .surgery import DENSE, PRUNED, Surgeon, left_alone
 
 GRADIENT = "gradient"
+SEEN = "seen"
+"""Among an expert's findings: how many tokens reached it."""
 COST = "cost.json"
 """Beside a survey that is shared: what it took."""
 
@@ -82,7 +85,7 @@ class Shot:
             self.record("pruned")
         if self.correction is not None:
             self._correct(plan, self.correction)
-        self.record("finished", removed=self._removed(plan))
+        self.record("finished", removed=self._removed())
         if self.correction is not None:
             files.remove_tree(self.pruned)
             files.remove_tree(self._corrections)
@@ -231,15 +234,17 @@ class Shot:
     @torch.no_grad()
     def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> None:
         tensors: dict[str, Tensor] = {}
-        for sub, stat in zip(block.sublayers, stats, strict=True):
+        for prunable, stat in zip(block.prunables, stats, strict=True):
             surveyed = Surveyed(
-                site=sub.site,
-                w=sub.weight(sub.entry.consumer),
-                producers=sub.producer_weights(),
+                site=prunable.site,
+                w=prunable.weight(prunable.consumer),
+                producers=prunable.producer_weights(),
                 statistics=stat,
             )
             findings = self.job.recipe.digest(self.job.settings, surveyed)
-            tensors |= {f"{sub.site.kind}.{name}": tensor.cpu() for name, tensor in findings.items()}
+            if prunable.site.expert is not None and self.job.statistics:
+                findings[SEEN] = torch.tensor(stat.seen)
+            tensors |= {f"{prunable.site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"block {index}: the survey's {name} is NaN or Inf")
@@ -260,11 +265,25 @@ class Shot:
         elif chosen is not None and chosen["given"]:
             raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
         elif chosen is None:
-            return self._choose(job.allocate(self.sites, self.survey, self.budget), given=False)
+            return self._choose(job.allocate(self._reached(), self.survey, self.budget), given=False)
         plan = Plan.read(job.plan_path)
         if plan.digest() != chosen["plan"]:
             raise ResumeError(f"{job.plan_path} was changed; pass a copy of it with --plan")
         return plan
+
+    def _reached(self) -> list[Site]:
+        """The sites, of which experts that saw fewer tokens than they have channels keep everything."""
+        survey, sites = self.survey, []
+        for site in self.sites:
+            if site.expert is None or not survey or SEEN not in survey[site.name]:
+                sites.append(site)
+                continue
+            seen = int(survey[site.name][SEEN])
+            if left_alone(site, seen, uniform=self.skeleton.uniform):
+                self.progress.say(f"{site.name} saw {seen} tokens and is left alone")
+                site = replace(site, choices=(site.units,))
+            sites.append(site)
+        return sites
 
     @property
     def budget(self) -> Budget:
@@ -314,7 +333,11 @@ class Shot:
             del block, pruned
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
-            self.progress.step(f"block {index}: " + ", ".join(extent(report) for report in reports))
+            for report in reports:
+                if report.get("left_alone"):
+                    self.progress.say(f"{report['site']} saw {report['tokens']} tokens and is left alone")
+            shares = ", ".join(f"{part:,} of {whole:,}" for part, whole in output.extents(reports))
+            self.progress.step(f"block {index}: {shares}")
 
     @property
     def _corrections(self) -> Path:
@@ -346,15 +369,22 @@ class Shot:
             del block
         self._write(plan, self.folder)
 
-    def _removed(self, plan: Plan) -> int:
+    @property
+    def _reports(self) -> list[dict[str, Any]]:
+        """What happened at each site."""
+        return [report for step in self.steps("prune/") for report in step["sites"]]
+
+    def _removed(self) -> int:
         """Parameters that are gone, or zero, by now."""
         gone = self.job.skeleton.block_parameters() - self.skeleton.block_parameters()
-        return gone + plan.removed_parameters(self.sites)
+        for site, report in zip(self.sites, self._reports, strict=True):
+            gone += (site.units - report["kept"]) * site.unit_parameters + report.get("zeros", 0)
+        return gone
 
     def _write(self, plan: Plan, folder: Path) -> None:
-        after = [site.keeping(plan[site.name].keep) for site in self.sites]
-        reports = [report for step in self.steps("prune/") for report in step["sites"]]
-        report = self.job.report(plan, reports, self._removed(plan))
+        reports = self._reports
+        after = [site.keeping(report["kept"]) for site, report in zip(self.sites, reports, strict=True)]
+        report = self.job.report(plan, reports, self._removed())
         output.write_outside(self.skeleton, folder)
         card = output.pruning_card(report, self.job.config.model.resolve().name, len(self.skeleton))
         output.finish(self.skeleton, folder, after, report, card)
@@ -369,7 +399,7 @@ class SurveyFiles(Mapping[str, Findings]):
 
     def __getitem__(self, name: str) -> Findings:
         site = self._sites[name]
-        return _FindingsFile(self._path(site.block), f"{site.kind}.")
+        return _FindingsFile(self._path(site.block), f"{site.place}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)
@@ -393,3 +423,6 @@ class _FindingsFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(iter(self))

@@ -34,11 +34,25 @@ class Site:
     """Unit counts that the layout asked for can express, ascending; None for all from 1 to `units`."""
     linears: tuple[int, ...] = ()
     """Weights of each linear, the producers in order, a fused one in its parts, and the consumer last."""
+    expert: int | None = None
+    """Which of the block's experts it is, in a mixture of them."""
+    share: float = 1.0
+    """Of the tokens, how many reach it: fewer than all where a router sends them."""
 
     @property
     def name(self) -> str:
-        """`blocks.3.attention`: how plans, reports and messages call it."""
-        return f"blocks.{self.block}.{self.kind}"
+        """`blocks.3.attention`, `blocks.3.ffn.5`: how plans, reports and messages call it."""
+        return f"blocks.{self.block}.{self.place}"
+
+    @property
+    def place(self) -> str:
+        """`attention`, `ffn`, `ffn.5`: the name inside the block."""
+        return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
+
+    @property
+    def family(self) -> str:
+        """Sites of one family are alike in what a stock config says of them."""
+        return self.kind if self.expert is None else "experts"
 
     def keeping(self, units: int) -> Site:
         """The site with so many units."""

@@ -7,7 +7,7 @@ A token passes each sublayer once dense and twice pruned: once to measure, once 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import CalibrationError
 from .maths.linalg import accumulator, fit, output_error, unit_columns
 from .maths.stats import Gram
+from .memory import GRAMS_AT_ONCE
 from .methods.plan import Plan
 from .methods.recipe import Problem, Recipe, Survey, Target
-from .model.block import Block, Sublayer
+from .model.block import Block, Prunable, Sublayer
 from .model.skeleton import Skeleton
 from .refine import Refinement, refine
 from .site import Site
@@ -69,35 +71,34 @@ class Surgeon:
             if self.streams_into(index + 1):
                 assert self.store is not None
                 advance(self.skeleton, block, index, self.store, PRUNED, self.batch)
-            return block, [self._counts(sub.site) | _untouched(sub.site) for sub in block.sublayers]
+            return block, [self._counts(each.site) | _untouched(each.site) for each in block.prunables]
         if index == self.window.start and DENSE in self.streams:
             assert self.store is not None
             self.store.link(boundary(PRUNED, index), boundary(DENSE, index))
         pruned = block.twin()
-        reports = []
+        reports: list[dict[str, Any]] = []
         inputs: Gram | None = None
         for position, (dense, sub) in enumerate(zip(block.sublayers, pruned.sublayers, strict=True)):
             started = time.perf_counter()
             here = _Place(index, position, last=position == len(block.sublayers) - 1)
-            parted = index > self.window.start or position > 0
-            report = self._counts(sub.site)
-            if self._measures_inputs(parted):
-                inputs = inputs or self._measure_inputs(
-                    dense, sub, here, cross=parted and self._compensation is not None
-                )
-            if self._compensation is not None and parted:
+            common = {}
+            if self._measures_inputs(sub, here):
+                inputs = inputs or self._measure_inputs(dense, sub, here)
+            if self._compensates(sub, here):
                 assert inputs is not None
-                report["compensation_damping"] = self._compensate(sub, inputs)
+                common["compensation_damping"] = self._compensate(sub, inputs)
             producers_input = (
                 inputs.mean()[0] if inputs is not None and self.recipe.wants_inputs(self.settings) else None
             )
             inputs = None
-            report |= self._shrink(dense, sub, here, parted, producers_input)
+            counts = [self._counts(each.site) for each in sub.prunables]
+            found = self._shrink(dense, sub, here, producers_input)
             del producers_input
             if self._goes_on(here):
                 inputs = self._advance(block, pruned, here)
             dense.release()
-            reports.append({**report, "seconds": round(time.perf_counter() - started, 3)})
+            seconds = round((time.perf_counter() - started) / len(found), 3)
+            reports += [{**a, **common, **b, "seconds": seconds} for a, b in zip(counts, found, strict=True)]
         if self.refinement is not None:
             started = time.perf_counter()
             reports[-1] |= self._refine(pruned, index)
@@ -121,8 +122,17 @@ class Surgeon:
     def _target(self) -> Target | None:
         return self.recipe.target(self.settings)
 
-    def _measures_inputs(self, parted: bool) -> bool:
-        return (self._compensation is not None and parted) or self.recipe.wants_inputs(self.settings)
+    def _parted(self, here: _Place) -> bool:
+        """Whether the streams differ before a sublayer."""
+        return here.block > self.window.start or here.position > 0
+
+    def _compensates(self, sub: Sublayer, here: _Place) -> bool:
+        """Whether the producers are fitted to their input: it must differ from the dense one."""
+        reads = here.block > self.window.start or (here.position > 0 and not sub.entry.parallel)
+        return self._compensation is not None and reads
+
+    def _measures_inputs(self, sub: Sublayer, here: _Place) -> bool:
+        return self._compensates(sub, here) or self.recipe.wants_inputs(self.settings)
 
     def _goes_on(self, here: _Place) -> bool:
         """Whether anything will still be measured behind this sublayer."""
@@ -132,39 +142,70 @@ class Surgeon:
 
     # The steps.
 
-    def _measure_inputs(self, dense: Sublayer, sub: Sublayer, here: _Place, *, cross: bool) -> Gram:
+    def _read(self, here: _Place, streams: Sequence[str], *, parallel: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Of each stream what is before a sublayer, and what entered the block if it is `parallel`, in micro-batches."""
         assert self.store is not None
+        pairs = [
+            (boundary(s, *here.entry), boundary(s, *((here.block, 0) if parallel else here.entry))) for s in streams
+        ]
+        names = list(dict.fromkeys(name for pair in pairs for name in pair))
+        for _, read in self.store.each(self.batch, *names):
+            found = dict(zip(names, read, strict=True))
+            yield [(found[x], found[entered]) for x, entered in pairs]
+
+    def _measure_inputs(self, dense: Sublayer, sub: Sublayer, here: _Place) -> Gram:
+        cross = self._compensates(sub, here)
         sums = self._gram(self.skeleton.width, cross=self.skeleton.width if cross else 0)
         streams = (PRUNED, DENSE) if cross else (PRUNED,)
-        for _, inputs in self.store.each(self.batch, *(boundary(stream, *here.entry) for stream in streams)):
-            sums.add(*(owner.normed(x) for owner, x in zip((sub, dense), inputs, strict=False)))
+        for inputs in self._read(here, streams, parallel=sub.entry.parallel):
+            sums.add(*(owner.normed(owner.source(*each)) for owner, each in zip((sub, dense), inputs, strict=False)))
         return sums
 
     def _compensate(self, sub: Sublayer, inputs: Gram) -> float:
         h, c = inputs.mean()
         assert c is not None
         damping = self._compensation or 0.0
-        for name in (producer.name for producer in sub.entry.producers):
-            w = sub.weight(name)
-            place = f"{sub.site.name}.{name}"
-            fitted, used = fit(w, h.to(w.dtype), w @ c.to(w.dtype), self._compensation or 0.0, place)
-            damping = max(damping, used)
-            sub.set_weight(name, fitted)
+        for prunable in sub.prunables:
+            for name in prunable.producers:
+                w = prunable.weight(name)
+                place = f"{prunable.site.name}.{name}"
+                fitted, used = fit(w, h.to(w.dtype), w @ c.to(w.dtype), self._compensation or 0.0, place)
+                damping = max(damping, used)
+                prunable.set_weight(name, fitted)
         return damping
 
-    def _shrink(
-        self, dense: Sublayer, sub: Sublayer, here: _Place, parted: bool, inputs: Tensor | None
-    ) -> dict[str, Any]:
-        site, entry = sub.site, self.plan[sub.site.name]
-        # Where the streams are still one, the target is what the consumer gives anyway.
-        aims = self._target is not None and parted
-        changes = entry.keep < site.units or any(entry.zeros or ())
-        if not changes and not aims:
-            return _untouched(site)
-        w = sub.weight(sub.entry.consumer)
-        h, report = None, {}
-        if self.recipe.wants_gram(self.settings) or aims:
-            sums = self._measure(dense, sub, here, aims)
+    def _shrink(self, dense: Sublayer, sub: Sublayer, here: _Place, inputs: Tensor | None) -> list[dict[str, Any]]:
+        """What became of each site of a sublayer."""
+        # Where the streams are still one, the target is what the consumer gives anyway. An expert's own output has none:
+        # the dense model sends it other tokens.
+        aims = self._target is not None and self._parted(here) and sub.entry.experts is None
+        changing = [self._changes(each.site) for each in sub.prunables]
+        measured = aims or self.recipe.wants_gram(self.settings)
+        reports = []
+        for numbers in _in_turn(sub, changing, measured):
+            sums = self._measure(dense, sub, here, numbers, aims) if measured and (aims or any(changing)) else {}
+            for number in numbers:
+                # Popped, so that no sum outlives its site.
+                reports.append(self._shrink_site(sub.prunables[number], sums.pop(number, None), inputs, aims))
+        return reports
+
+    def _changes(self, site: Site) -> bool:
+        entry = self.plan[site.name]
+        return entry.keep < site.units or any(entry.zeros or ())
+
+    def _shrink_site(self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool) -> dict[str, Any]:
+        site, entry = prunable.site, self.plan[prunable.site.name]
+        report: dict[str, Any] = {}
+        if site.expert is not None and sums is not None:
+            report["tokens"] = sums.rows
+            if left_alone(site, sums.rows, uniform=self.skeleton.uniform):
+                report |= {"left_alone": True, **({"zeros": 0} if entry.zeros is not None else {})}
+                return {**_untouched(site), **report}
+        if not self._changes(site) and not aims:
+            return {**_untouched(site), **report}
+        w = prunable.weight(prunable.consumer)
+        h = None
+        if sums is not None:
             h, aim = (each if each is None else each.to(w.dtype) for each in sums.mean())
             del sums
             assert h is not None
@@ -172,13 +213,13 @@ class Surgeon:
                 assert aim is not None
                 w, report["target_damping"] = fit(w, h, aim, self._target.damping, site.name)
             del aim
-        if not changes:
-            sub.set_weight(sub.entry.consumer, w)
+        if not self._changes(site):
+            prunable.set_weight(prunable.consumer, w)
             return {**_untouched(site), **report}
         problem = Problem(
             site=site,
             w=w,
-            producers=sub.producer_weights(),
+            producers=prunable.producer_weights(),
             zeros=entry.zeros,
             h=h,
             inputs=inputs,
@@ -198,32 +239,37 @@ class Surgeon:
         columns = unit_columns(kept, site.width).to(w.device)
         error = None if h is None else output_error(w, h, refit.w, columns)
         if refit.producers is not None:
-            sub.set_producer_weights(refit.producers)
-        sub.shrink(kept, refit.w)
+            prunable.set_producer_weights(refit.producers)
+        prunable.shrink(kept, refit.w)
         return {**report, "kept": entry.keep, "error": error, "damping": refit.damping}
 
-    def _measure(self, dense: Sublayer, sub: Sublayer, here: _Place, aims: bool) -> Gram:
-        """The Gram of the consumer's input; with a target, its cross sums as well, and the dense stream moves on."""
+    def _measure(
+        self, dense: Sublayer, sub: Sublayer, here: _Place, numbers: Sequence[int], aims: bool
+    ) -> dict[int, Gram]:
+        """The Grams of consumers' inputs; with a target, their cross sums as well, and the dense stream moves on."""
         assert self.store is not None
-        sums = self._gram(sub.site.columns, cross=self.skeleton.width if aims else 0)
+        cross = self.skeleton.width if aims else 0
+        sums = {number: self._gram(sub.prunables[number].site.columns, cross=cross) for number in numbers}
         streams = (PRUNED, DENSE) if aims else (PRUNED,)
         with ExitStack() as stack:
             write = None
             if aims and self._goes_on(here):
-                place = f"{sub.site.name} ({DENSE})"
+                place = f"{sub.name} ({DENSE})"
                 write = stack.enter_context(self.store.writing(boundary(DENSE, *here.exit), place))
-            for _, inputs in self.store.each(self.batch, *(boundary(stream, *here.entry) for stream in streams)):
-                arguments = self.skeleton.arguments(inputs[0].shape[0], inputs[0].shape[1])[here.block]
-                z = sub.mix(sub.normed(inputs[0]), arguments)
+            for inputs in self._read(here, streams, parallel=sub.entry.parallel):
+                x_hat, entered = inputs[0]
+                arguments = self.skeleton.arguments(x_hat.shape[0], x_hat.shape[1])[here.block]
+                mixed = sub.mix(sub.normed(sub.source(x_hat, entered)), arguments, chosen=numbers)
                 if not aims:
-                    sums.add(z)
+                    for number, gram in sums.items():
+                        gram.add(mixed.z[number], tokens=x_hat.shape[0] * x_hat.shape[1])
                     continue
-                x_hat, x = inputs
-                o = dense.consume(dense.mix(dense.normed(x), arguments))
+                x, entered = inputs[1]
+                o = dense.consume(dense.mix(dense.normed(dense.source(x, entered)), arguments))
                 assert self._target is not None
-                lacking = x - x_hat if self._target.residual else 0.0
-                bias = sub.bias(sub.entry.consumer)
-                sums.add(z, o + lacking - (0.0 if bias is None else bias))
+                lacking = sub.lacking(x - x_hat) if self._target.residual else 0.0
+                bias = sub.prunables[0].bias(sub.prunables[0].consumer)
+                sums[0].add(mixed.z[0], o + lacking - (0.0 if bias is None else bias))
                 if write is not None:
                     write(dense.join(x, o))
         return sums
@@ -236,26 +282,36 @@ class Surgeon:
         waits = {PRUNED} if here.last and self.refinement is not None else set()
         moving = [s for s in self.streams if boundary(s, *here.exit) not in self.store and s not in waits]
         ready = [s for s in self.streams if s not in moving and s not in waits]
-        cross = self._compensation is not None
-        sums = None
-        if not here.last and self._measures_inputs(parted=True):
-            sums = self._gram(self.skeleton.width, cross=self.skeleton.width if cross else 0)
-        following = here.position + 1
+        sums, streams = None, tuple[str, ...]()
+        if not here.last:
+            next_place, following = here.next, pruned.sublayers[here.position + 1]
+            if self._measures_inputs(following, next_place):
+                cross = self._compensates(following, next_place)
+                sums = self._gram(self.skeleton.width, cross=self.skeleton.width if cross else 0)
+                streams = (PRUNED, DENSE) if cross else (PRUNED,)
+        parallel = any(sub.entry.parallel for sub in pruned.sublayers)
+        places = {**dict.fromkeys(moving, here.entry), **dict.fromkeys(ready, here.exit)}
+        names = {stream: boundary(stream, *place) for stream, place in places.items()}
+        entries = {stream: boundary(stream, here.block) if parallel else name for stream, name in names.items()}
+        wanted = list(dict.fromkeys((*names.values(), *entries.values())))
         with ExitStack() as stack:
             writers = {}
             for stream in moving:
-                place = f"{pruned.sublayers[here.position].site.name} ({stream})"
+                place = f"{pruned.sublayers[here.position].name} ({stream})"
                 writers[stream] = stack.enter_context(self.store.writing(boundary(stream, *here.exit), place))
-            sources = [boundary(s, *here.entry) for s in moving] + [boundary(s, *here.exit) for s in ready]
-            for _, read in self.store.each(self.batch, *sources) if moving else ():
+            for _, read in self.store.each(self.batch, *wanted) if moving else ():
                 arguments = self.skeleton.arguments(read[0].shape[0], read[0].shape[1])[here.block]
-                outputs = dict(zip((*moving, *ready), read, strict=True))
+                found = dict(zip(wanted, read, strict=True))
+                outputs = {stream: found[name] for stream, name in names.items()}
+                entered = {stream: found[name] for stream, name in entries.items()}
                 for stream in moving:
-                    outputs[stream] = owners[stream].sublayers[here.position](outputs[stream], arguments)
+                    sub = owners[stream].sublayers[here.position]
+                    outputs[stream] = sub(outputs[stream], entered[stream], arguments)
                     writers[stream](outputs[stream])
                 if sums is not None:
-                    streams = (PRUNED, DENSE) if cross else (PRUNED,)
-                    sums.add(*(owners[s].sublayers[following].normed(outputs[s]) for s in streams))
+                    sums.add(
+                        *(_read_by(owners[s].sublayers[here.position + 1], outputs[s], entered[s]) for s in streams)
+                    )
         if here.position:
             for stream in self.streams:
                 self.store.remove(boundary(stream, *here.entry))
@@ -274,13 +330,6 @@ class Surgeon:
         return Gram(columns, cross=cross, device=self.skeleton.device, dtype=accumulator(self.skeleton.dtype))
 
 
-def extent(report: Mapping[str, Any]) -> str:
-    """What the report says of a site, in a few words: the units it kept, or the zeros among its weights."""
-    if "zeros" in report:
-        return f"{report['zeros']:,} of {report['weights']:,}"
-    return f"{report['kept']} of {report['units']}"
-
-
 @dataclass(frozen=True)
 class _Place:
     """A sublayer of the model."""
@@ -296,9 +345,46 @@ class _Place:
         return self.block, self.position
 
     @property
+    def next(self) -> _Place:
+        """The sublayer behind it in the block."""
+        return _Place(self.block, self.position + 1, last=False)
+
+    @property
     def exit(self) -> tuple[int, int]:
         """Block and sublayer whose input it gives."""
         return (self.block + 1, 0) if self.last else (self.block, self.position + 1)
+
+
+def _read_by(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:
+    return sublayer.normed(sublayer.source(x, entered))
+
+
+def _in_turn(sub: Sublayer, changing: Sequence[bool], measured: bool) -> Iterator[range]:
+    """A sublayer's sites in runs whose Grams are summed at once; those of experts may be too many for the memory."""
+    start, held = 0, 0
+    for number, prunable in enumerate(sub.prunables):
+        size = 4 * prunable.site.columns**2 if measured and changing[number] else 0
+        if held and held + size > GRAMS_AT_ONCE:
+            yield range(start, number)
+            start, held = number, 0
+        held += size
+    yield range(start, len(sub.prunables))
+
+
+def left_alone(site: Site, tokens: int, *, uniform: bool) -> bool:
+    """Whether a site keeps everything because fewer tokens reached it than it has channels, as may happen to an expert.
+
+    Raises:
+        CalibrationError: it does, and the layout has all experts alike.
+    """
+    if site.expert is None or tokens >= site.columns:
+        return False
+    if uniform:
+        raise CalibrationError(
+            f"{site.name} saw {tokens} tokens, fewer than its {site.columns} channels, and the uniform layout cannot leave "
+            "it alone; more --samples, or --layout free"
+        )
+    return True
 
 
 def _untouched(site: Site) -> dict[str, Any]:
@@ -307,4 +393,5 @@ def _untouched(site: Site) -> dict[str, Any]:
 
 def _generator(seed: int, site: Site) -> torch.Generator:
     """A generator of the site's own, so that the order in which sites come does not matter."""
-    return torch.Generator().manual_seed(((seed * 1_000_003 + site.block) * 2 + (site.kind == "ffn")) % 2**63)
+    place = (seed * 1_000_003 + site.block) * 2 + (site.kind == "ffn")
+    return torch.Generator().manual_seed((place + 7_919_000_029 * (site.expert or 0)) % 2**63)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -60,6 +61,78 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {"model_type": "qwen3", **GATED, "head_dim": 12},
+    "smollm3": {
+        "model_type": "smollm3",
+        **GATED,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "granite": {
+        "model_type": "granite",
+        **GATED,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 1.5,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        **GATED,
+        "head_dim": 8,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 12,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **GATED,
+        "head_dim": 8,
+        "sliding_window": 6,
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "olmo2": {"model_type": "olmo2", **GATED},
+    "phi3": {"model_type": "phi3", **GATED, "sliding_window": 7},
+    "starcoder2": {"model_type": "starcoder2", **GATED, "sliding_window": 7},
+    "gpt_neox": {"model_type": "gpt_neox", "intermediate_size": 48},
+    "gpt_neox-serial": {"model_type": "gpt_neox", "intermediate_size": 48, "use_parallel_residual": False},
+    "falcon": {
+        "model_type": "falcon",
+        "ffn_hidden_size": 48,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    "falcon-7b": {"model_type": "falcon", "ffn_hidden_size": 48, "multi_query": True, "parallel_attn": True},
+    "falcon-rw": {
+        "model_type": "falcon",
+        "ffn_hidden_size": 48,
+        "alibi": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
+    "mixtral": {"model_type": "mixtral", **GATED, "intermediate_size": 24, "num_local_experts": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **GATED,
+        "head_dim": 12,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+    "olmoe": {
+        "model_type": "olmoe",
+        **GATED,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+    },
     "gpt2": {"model_type": "gpt2", "n_inner": 48},
     "opt": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "opt-350m": {
@@ -70,6 +143,68 @@ TINY: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
     },
 }
+
+
+# docs/architectures.md, which these hooks write.
+
+TABLE = ROOT / "docs" / "architectures.md"
+PASSED: dict[tuple[str, str], bool] = {}
+"""By check and kind of model, whether all its tests passed."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--architectures", action="store_true", help="write docs/architectures.md from what passed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    marker, name = item.get_closest_marker("check"), getattr(item, "callspec", None)
+    if marker is not None and name is not None and (report.when == "call" or report.failed):
+        key = marker.args[0], name.params["name"]
+        PASSED[key] = PASSED.get(key, True) and report.passed
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--architectures"):
+        TABLE.write_text(architectures_page(), encoding="utf-8")
+
+
+def architectures_page() -> str:
+    """The table of what passed, as Markdown."""
+    checks = list(dict.fromkeys(check for check, _ in PASSED))
+    rows = ["| kind | `model_type` | " + " | ".join(str(n) for n in range(1, len(checks) + 1)) + " |"]
+    rows += ["|---" * (len(checks) + 2) + "|"]
+    for name, fields in sorted(TINY.items()):
+        marks = ["✓" if PASSED.get((check, name)) else "✗" for check in checks]
+        rows.append(f"| {name} | `{fields['model_type']}` | " + " | ".join(marks) + " |")
+    listed = "\n".join(f"{number}. {check}" for number, check in enumerate(checks, 1))
+    return f"""# Architectures
+
+Written by the tests: `./scripts/test --architectures`. One tiny checkpoint of each kind, made by tests/conftest.py with whatever
+the kind has of its own (grouped queries, fused projections, windows, norms, parallel residuals, experts), goes through:
+
+{listed}
+
+{chr(10).join(rows)}
+
+{NOTES}"""
+
+
+NOTES = """What each kind does not give up:
+
+- An attention unit is a key/value group with its query heads. `falcon-7b` has one group, so only its FFN shrinks.
+- Falcon with ALiBi (`falcon-rw`) counts heads outside the blocks: only its FFN shrinks.
+- gpt2, opt, gpt_neox, falcon and olmoe cannot say fewer heads in a stock config: the uniform layout shrinks their FFNs only.
+- llama, gemma2 and gemma3 say head counts that divide the width only.
+- mixtral, qwen3_moe, olmoe: every expert is a site of its own, the router is never changed, and an expert that fewer calibration
+  tokens reached than it has channels keeps them all (the report says so). Consumers' Grams are weighted by the router's squared
+  weights. An expert has no target, since the dense model sends it other tokens.
+- olmo2 and olmoe normalise queries and keys over all heads at once: what is left is normalised over the heads that are left.
+- gemma2, gemma3 and olmo2 have norms behind the consumer, through which the default recipe's residual correction does not reach.
+- gemma3 is the text model (`gemma3_text`).
+"""
 
 
 def shared(*parts: str) -> Path:
@@ -177,18 +312,29 @@ def configured(text: Path, tmp_path: Path) -> Callable[..., streamprune.Config]:
 
 @pytest.fixture
 def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' RMSNorms compute in float32 even in a float64 model: let them compute in float64."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+    """transformers' RMSNorms, eager softmax and routers compute in float32 even in a float64 model: let them do as it does."""
 
     def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         epsilon = float(self.variance_epsilon)  # type: ignore[arg-type]
         return self.get_parameter("weight") * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
-    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
-        monkeypatch.setattr(norm, "forward", forward)
+    norms = 0
+    for model in {fields["model_type"].removesuffix("_text") for fields in TINY.values()}:
+        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        for name, norm in vars(module).items():
+            # Gemma's goes by way of `float`.
+            if name.endswith("RMSNorm") and not name.startswith("Gemma"):
+                monkeypatch.setattr(norm, "forward", forward)
+                norms += 1
+    assert norms >= 11
+
+    softmax, to_float = torch.nn.functional.softmax, torch.Tensor.float
+
+    def precise(x: torch.Tensor, *arguments: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        return softmax(x, *arguments, dtype=None if x.dtype == torch.float64 else dtype, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", precise)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x))
 
 
 @pytest.fixture

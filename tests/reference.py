@@ -6,7 +6,7 @@ Nothing here streams, and nothing of `streamprune` but the knapsack is used. Wha
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamprune.methods.allocation import Budget, allocate, even_densities
-from streamprune.model.architecture import ARCHITECTURES
+from streamprune.model.architecture import ARCHITECTURES, SublayerEntry
 from streamprune.site import Site
 
 DAMPING = 0.01
@@ -25,12 +25,47 @@ DAMPING = 0.01
 # Whole models.
 
 
+class AllTokens(torch.nn.Module):
+    """Every expert works on all tokens, of which those that the router does not send it are zero before and after."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for number, expert in self.named_children():
+            sent = index == int(number)
+            reached = sent.any(dim=1, keepdim=True).to(x)
+            weight = (weights * sent).sum(dim=1, keepdim=True).to(x)
+            given: Any = expert
+            total = total + given.down_proj(given.mix(x * reached) * weight) * reached
+        return total
+
+
 def load(path: Path, **options: Any) -> Any:
-    """transformers' own model in float64, its weights fixed."""
+    """transformers' own model in float64, its weights fixed, experts apart."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **options).eval()
-    return model.requires_grad_(False)
+    from streamprune.model.modeling_streamprune import Experts, separate_experts
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **options).eval().requires_grad_(False)
+    for _, name, entry in entries(model):
+        if entry.experts:
+            block = model.get_submodule(name)
+            if not isinstance(block.get_submodule(entry.experts), Experts):
+                separate_experts(block, entry.experts)
+            block.set_submodule(entry.experts, AllTokens(block.get_submodule(entry.experts)))
+    return model
+
+
+def entries(model: Any) -> Iterator[tuple[int, str, SublayerEntry]]:
+    """Every sublayer's block, that block's name, and its entry in the table."""
+    architecture = ARCHITECTURES[model.config.model_type.removeprefix("streamprune_")]
+    for index in range(len(model.get_submodule(architecture.blocks))):
+        for entry in architecture.sublayers(model.config, index):
+            yield index, f"{architecture.blocks}.{index}", entry
 
 
 @dataclass(frozen=True)
@@ -38,36 +73,61 @@ class Place:
     """Where a site's modules are in a whole model."""
 
     site: Site
-    norm: str
+    entry: SublayerEntry
+    before: str
+    """Reads the stream before the sublayer; the block's input where that is parallel."""
+    reader: str
+    """Reads what the producers do, of all tokens."""
     producers: tuple[str, ...]
-    parts: tuple[int, ...]
     consumer: str
-    norm_after: bool
+
+    def split(self, rows: Tensor, producer: int, dim: int = 0) -> tuple[Tensor, ...]:
+        """The parts of a producer's rows."""
+        return rows.split(self.entry.producers[producer].stretches(self.site, rows.shape[dim]), dim=dim)
 
 
 def places(model: Any, sites: Iterable[Site]) -> list[Place]:
     """One a site."""
-    architecture = ARCHITECTURES[model.config.model_type]
     found = []
     for site in sites:
-        entry = next(entry for entry in architecture.sublayers if entry.kind == site.kind)
-        block = f"{architecture.blocks}.{site.block}"
-        found.append(
-            Place(
-                site,
-                f"{block}.{entry.norm}",
-                tuple(f"{block}.{producer.name}" for producer in entry.producers),
-                tuple(producer.parts for producer in entry.producers),
-                f"{block}.{entry.consumer}",
-                architecture.norm_after(model.config),
-            )
+        block, entry = next(
+            (name, entry) for index, name, entry in entries(model) if (index, entry.kind) == (site.block, site.kind)
         )
+        own = entry if site.expert is None else entry.expert(site.expert)
+        producers = tuple(f"{block}.{producer.name}" for producer in own.producers)
+        reader = f"{block}.{entry.router}" if entry.router else producers[0]
+        before = f"{block}.{entry.norm}" if entry.norm else reader
+        found.append(Place(site, own, before, reader, producers, f"{block}.{own.consumer}"))
     return found
 
 
+class NormOfKept(torch.nn.Module):
+    """A root-mean-square norm over those entries alone that are left."""
+
+    def __init__(self, norm: Any, rows: Tensor) -> None:
+        super().__init__()
+        self.norm, self.rows = norm, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x[..., self.rows]
+        scale = torch.rsqrt(kept.square().mean(-1, keepdim=True) + self.norm.variance_epsilon)
+        normed: Tensor = self.norm.weight * x * scale
+        return normed
+
+
+def forget(model: Any, place: Place, kept: Sequence[int]) -> None:
+    """Norms over all heads no longer see those that are gone, as zeros in the consumer's columns do not say."""
+    for vector in place.entry.vectors:
+        name = place.consumer.removesuffix(place.entry.consumer) + vector.name
+        norm = model.get_submodule(name)
+        norm = norm.norm if isinstance(norm, NormOfKept) else norm
+        rows = columns_of(torch.tensor(kept), len(norm.weight) // place.site.units)
+        model.set_submodule(name, NormOfKept(norm, rows))
+
+
 def block_parameters(model: Any) -> int:
-    blocks = model.get_submodule(ARCHITECTURES[model.config.model_type].blocks)
-    return sum(p.numel() for block in blocks for p in block.parameters())
+    names = {name for _, name, _ in entries(model)}
+    return sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
 
 
 def capture(model: Any, modules: Iterable[str], tokens: Tensor) -> list[Tensor]:
@@ -104,7 +164,7 @@ def output_gradients(
 
         def hook(module: Any, inputs: Any, output: Tensor, name: str = name) -> Tensor:
             seen[name] = output if output.requires_grad else output.detach().requires_grad_()
-            return seen[name]
+            return seen[name].clone()  # falcon adds to it in place
 
         hooks.append(model.get_submodule(name).register_forward_hook(hook))
     logits = model(tokens).logits
@@ -117,8 +177,16 @@ def output_gradients(
 
 
 def stream(model: Any, place: Place, tokens: Tensor) -> Tensor:
-    """The residual stream that enters a sublayer, (all tokens, d)."""
-    return capture(model, [place.producers[0] if place.norm_after else place.norm], tokens)[0]
+    """The residual stream to which a sublayer adds, (all tokens, d)."""
+    (x,) = capture(model, [place.before], tokens)
+    if place.entry.parallel:
+        attention = next(entry for _, _, entry in entries(model) if entry.kind == "attention")
+        consumer = f"{place.consumer.removesuffix(place.entry.consumer)}{attention.consumer}"
+        (z,) = capture(model, [consumer], tokens)
+        x = x + z @ weight_of(model.get_submodule(consumer)).T
+        if (bias := model.get_submodule(consumer).bias) is not None:
+            x = x + bias
+    return x
 
 
 def weight_of(module: Any) -> Tensor:
@@ -251,35 +319,37 @@ class Twins:
             consumer = self.pruned.get_submodule(place.consumer)
             columns, w_all = self.columns(place), weight_of(consumer)
             w = w_all[:, columns]
-            inputs, z = capture(self.pruned, [place.producers[0], place.consumer], tokens)
+            inputs, z = capture(self.pruned, [place.reader, place.consumer], tokens)
             z = z[:, columns]
             h = gram(z)
             strength = DAMPING * float(h.diagonal().mean())
-            if target != "own":
+            if target != "own" and place.site.expert is None:
                 # Dense output, less what the consumer adds by itself, more what the stream lacks.
                 (dense_z,) = capture(self.dense, [place.consumer], tokens)
                 aim = dense_z @ weight_of(self.dense.get_submodule(place.consumer)).T
-                if target == "residual":
-                    aim = aim + stream(self.dense, place, tokens) - stream(self.pruned, place, tokens)
+                if target == "residual" and not place.entry.branch_norm:
+                    lacking = stream(self.dense, place, tokens) - stream(self.pruned, place, tokens)
+                    aim = aim + lacking / place.entry.scale
                 w = least_squares(z, aim, w, strength)
             units = self.kept[place.site.name]
             if keep[place.site.name] < len(units):
                 producers = tuple(
                     part
-                    for name, parts in zip(place.producers, place.parts, strict=True)
-                    for part in weight_of(self.pruned.get_submodule(name)).chunk(parts)
+                    for i, name in enumerate(place.producers)
+                    for part in place.split(weight_of(self.pruned.get_submodule(name)), i)
                 )
                 stays = choose(Problem(place, w, z, inputs, producers), keep[place.site.name])
                 own = columns_of(stays, place.site.width)
                 w = least_squares(z[:, own], z @ w.T, w[:, own], strength) if reconstruct else w[:, own]
                 self.kept[place.site.name] = units[stays]
+                forget(self.pruned, place, units[stays].tolist())
                 columns = columns[own]
             w_all.zero_()
             w_all[:, columns] = w
 
     def _compensate(self, place: Place, tokens: Tensor) -> None:
         """Each producer is to give on its pruned input what it gives on the dense one."""
-        (x,), (x_hat,) = (capture(model, place.producers[:1], tokens) for model in (self.dense, self.pruned))
+        (x,), (x_hat,) = (capture(model, [place.reader], tokens) for model in (self.dense, self.pruned))
         strength = DAMPING * float(gram(x_hat).diagonal().mean())
         for name in place.producers:
             w = weight_of(self.pruned.get_submodule(name))

@@ -67,8 +67,8 @@ def test_steps_are_those_of_full_autograd(name: str, tiny: Tiny, tmp_path: Path)
         before = dict(block.weights)
         corrector.absorb(block, index)
         corrected = set()
-        for sub in block.sublayers:
-            for inner in (*(producer.name for producer in sub.entry.producers), sub.entry.consumer):
+        for sub in block.prunables:
+            for inner in (*sub.producers, sub.consumer):
                 full = f"{skeleton.architecture.blocks}.{index}.{inner}"
                 torch.testing.assert_close(sub.weight(inner), expected[full], rtol=1e-6, atol=1e-9)
                 change = block.weights[f"{inner}.weight"] - before[f"{inner}.weight"]

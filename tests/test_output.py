@@ -64,6 +64,7 @@ def test_three_ways_of_loading_agree(name: str, tiny: Tiny, configured: Make, tm
     assert "trust_remote_code=True" in done.stderr
 
 
+@pytest.mark.check("generate with a cache = forward")
 @pytest.mark.parametrize("name", TINY)
 def test_generation_with_a_cache_is_the_forward_pass(name: str, tiny: Tiny, configured: Make) -> None:
     config = configured(tiny(name), ratio=0.35)
@@ -77,6 +78,7 @@ def test_generation_with_a_cache_is_the_forward_pass(name: str, tiny: Tiny, conf
         assert torch.equal(model(cached[:, :-1]).logits[:, -1].argmax(-1), cached[:, -1])
 
 
+@pytest.mark.check("uniform layout = stock checkpoint")
 @pytest.mark.parametrize("name", TINY)
 def test_uniform_layout_is_a_stock_checkpoint(name: str, tiny: Tiny, configured: Make) -> None:
     from transformers import AutoModelForCausalLM
@@ -127,7 +129,8 @@ def test_equal_widths_by_chance_are_written_as_stock(tiny: Tiny, configured: Mak
     assert json.loads((config.out / "config.json").read_text())["model_type"] == "qwen3"
 
 
-@pytest.mark.parametrize("name", ["llama", "opt-350m", "qwen2"])
+@pytest.mark.check("pruned again")
+@pytest.mark.parametrize("name", TINY)
 def test_a_pruned_checkpoint_can_be_pruned_and_measured_again(name: str, tiny: Tiny, configured: Make) -> None:
     once = configured(tiny(name), "once", ratio=0.2)
     streamprune.prune(once)
@@ -146,8 +149,10 @@ def test_a_pruned_checkpoint_can_be_pruned_and_measured_again(name: str, tiny: T
     assert found["job"]["state"] == "finished"
 
 
-def test_save_pretrained_keeps_it_loadable(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    config = configured(tiny("llama"), ratio=0.35)
+@pytest.mark.check("reload after save_pretrained")
+@pytest.mark.parametrize("name", TINY)
+def test_save_pretrained_keeps_it_loadable(name: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    config = configured(tiny(name), ratio=0.35)
     streamprune.prune(config)
     model = streamprune.load(config.out, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")

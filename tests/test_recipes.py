@@ -71,6 +71,7 @@ def same_logits(config: Config, expected: Any, tokens: Tensor, tolerance: float 
 # Our own recipe.
 
 
+@pytest.mark.check("default = plain float64 implementation")
 @pytest.mark.parametrize("name", TINY)
 def test_default_is_the_plain_implementation(name: str, tiny: Tiny, configured: Make) -> None:
     path = tiny(name, torch.float64)

@@ -79,6 +79,9 @@ def test_steps_are_plain_adams_on_transformers_own_block(name: str, tiny: Tiny, 
     report = refine(skeleton, block, 1, store, "source", sweep.boundary("dense", 2), Refinement(2, seed=3, batch=4))
     call = whole_block(path, tokens, 1)
     weights = dict(call.block.named_parameters())  # type: ignore[attr-defined]
+    routers = {
+        f"{entry.router}.weight": weights.pop(f"{entry.router}.weight") for entry in skeleton.entries[1] if entry.router
+    }
     for weight in weights.values():
         weight.requires_grad_()
     x, y = (store.read(at, slice(0, 6)) for at in ("source", sweep.boundary("dense", 2)))
@@ -92,7 +95,8 @@ def test_steps_are_plain_adams_on_transformers_own_block(name: str, tiny: Tiny, 
         optimiser.step()
         losses.append(float(loss.detach()))
     assert report["refinement"] == pytest.approx(losses, rel=1e-10)
-    assert weights.keys() == block.weights.keys()
+    assert {*weights, *routers} == block.weights.keys()
+    assert all(torch.equal(block.weights[leaf], router) for leaf, router in routers.items())
     before = {name: skeleton.checkpoint.read(full) for name, full in skeleton.block_names(1).items()}
     for leaf, weight in weights.items():
         torch.testing.assert_close(block.weights[leaf], weight.detach(), rtol=0, atol=1e-9)

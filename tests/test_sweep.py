@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from conftest import TINY, shared
@@ -44,12 +45,13 @@ def streamed_loss(
 def whole_loss(path: Path, tokens: torch.Tensor, dtype: torch.dtype) -> float:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
     with torch.no_grad():
         logits = model(tokens).logits
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
 
 
+@pytest.mark.check("streamed = transformers' forward")
 @pytest.mark.parametrize("name", TINY)
 def test_streamed_forward_is_the_models_own(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     path = tiny(name)
@@ -69,13 +71,10 @@ def test_streamed_perplexity_of_trained_models(name: str, tmp_path: Path) -> Non
 
 def autograd_mask_gradients(skeleton: Skeleton, path: Path, tokens: torch.Tensor) -> list[list[torch.Tensor]]:
     """∂(mean loss)/∂mask of the whole model in memory: a sequence's row of gradients per site."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=skeleton.dtype)
-    model.requires_grad_(False)
+    model = reference.load(path)
     masks = []
     for index in range(len(skeleton)):
-        for site, entry in zip(skeleton.sites(index), skeleton.architecture.sublayers, strict=True):
+        for site, entry in skeleton.places(index):
             mask = torch.ones(site.units, dtype=skeleton.dtype, requires_grad=True)
             masks.append(mask)
             module = model.get_submodule(f"{skeleton.architecture.blocks}.{index}.{entry.consumer}")
@@ -91,6 +90,7 @@ def autograd_mask_gradients(skeleton: Skeleton, path: Path, tokens: torch.Tensor
     return gradients
 
 
+@pytest.mark.check("gradients = full autograd")
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("size", [1, 3])

@@ -117,10 +117,10 @@ def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
         return [_Bundle((site,), densities[site.name].double(), _steps(site, budget.round_to)) for site in sites]
     kinds: dict[str, list[Site]] = {}
     for site in sites:
-        kinds.setdefault(site.kind, []).append(site)
+        kinds.setdefault(site.family, []).append(site)
     bundles = []
     for kind, alike in kinds.items():
-        if len({(site.units, site.width) for site in alike}) > 1:
+        if len({(site.units, site.width, site.choices) for site in alike}) > 1:
             raise ConfigError(f"the uniform layout needs blocks of equal widths; {kind} widths of this model differ")
         mean = sum(densities[site.name].double() for site in alike) / len(alike)
         assert isinstance(mean, Tensor)

@@ -140,8 +140,8 @@ class Plan(Mapping[str, SitePlan]):
 
     def is_uniform(self, sites: Sequence[Site]) -> bool:
         """Whether all blocks end with the same widths."""
-        widths = {(site.kind, self[site.name].keep * site.width) for site in sites}
-        return len(widths) == len({site.kind for site in sites})
+        widths = {(site.family, self[site.name].keep * site.width) for site in sites}
+        return len(widths) == len({site.family for site in sites})
 
 
 def units_only(sites: Sequence[Site], plan: Plan, where: str) -> None:

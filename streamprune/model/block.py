@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from ..errors import NumericalError
 from ..host import host_copy
 from ..maths.linalg import accumulator, unit_columns
 from ..site import Site
-from .architecture import Architecture, SublayerEntry
+from .architecture import SublayerEntry
+from .modeling_streamprune import Experts, count, set_count
 
 Arguments = Mapping[str, Any]
 """What the model's own forward passes to a block besides the hidden states."""
@@ -25,15 +27,16 @@ class Layer:
     """Modules on the device in the computing dtype, and masters on the host in the stored dtype.
 
     Args:
-        modules: transformers' block on the meta device; taken over.
+        modules: transformers' block on the meta device, with experts apart; taken over.
         weights: stored tensors by name inside the block.
+        entries: what the block is made of.
     """
 
     def __init__(
         self,
         modules: nn.Module,
         weights: dict[str, Tensor],
-        architecture: Architecture,
+        entries: Sequence[SublayerEntry],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -41,26 +44,45 @@ class Layer:
         self.weights = weights
         for name, tensor in weights.items():
             place(modules, name, self._computing(tensor))
-        # The mixers run with their consumer taken out, so that what they return is the consumer's input.
-        consumers: dict[str, nn.Module] = {}
-        for entry in architecture.sublayers:
-            consumers[entry.consumer] = modules.get_submodule(entry.consumer)
-            modules.set_submodule(entry.consumer, nn.Identity())
-        self._modules = modules, consumers
+        # The mixers run with their consumer taken out, so that what they return is the consumer's input; experts
+        # are run by themselves, on the tokens that the router sends them.
+        apart: dict[str, nn.Module] = {}
+        for entry in entries:
+            name, stand_in = (entry.experts, _Routed()) if entry.experts else (entry.consumer, nn.Identity())
+            apart[name] = modules.get_submodule(name)
+            modules.set_submodule(name, stand_in)
+        self._modules = modules, apart
+
+    @property
+    def experts(self) -> Experts:
+        """The block's experts, where it has some."""
+        return next(module for module in self._modules[1].values() if isinstance(module, Experts))
 
     def twin(self) -> Layer:
         """A layer of its own that shares every tensor until one of the two replaces it."""
         other = copy.copy(self)
-        modules, consumers = self._modules
-        tensors = [t for module in (modules, *consumers.values()) for t in (*module.parameters(), *module.buffers())]
+        modules, apart = self._modules
+        tensors = [t for module in (modules, *apart.values()) for t in (*module.parameters(), *module.buffers())]
         other._modules = copy.deepcopy(self._modules, {id(tensor): tensor for tensor in tensors})
         other.weights = dict(self.weights)
         return other
 
     def module(self, name: str) -> nn.Module:
-        """A module by its own name; consumers are found where they were."""
-        modules, consumers = self._modules
-        return consumers[name] if name in consumers else modules.get_submodule(name)
+        """A module by its own name; what was taken out is found where it was."""
+        modules, apart = self._modules
+        for path, module in apart.items():
+            if name == path or name.startswith(path + "."):
+                return module.get_submodule(name[len(path) + 1 :])
+        return modules.get_submodule(name)
+
+    def count(self, name: str) -> int:
+        """An attribute that counts heads."""
+        value: int = count(self._modules[0], name)
+        return value
+
+    def set_count(self, name: str, value: int) -> None:
+        """Set it, for this block alone."""
+        set_count(self._modules[0], name, value)
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace one tensor: the master is rounded to the stored dtype, the device gets what it holds."""
@@ -76,6 +98,38 @@ class Layer:
         if self.device.type == "cpu" and master.dtype != self.dtype:
             return host_copy(master, self.dtype)
         return master.to(self.device, self.dtype, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The consumers' inputs of one sublayer."""
+
+    z: tuple[Tensor, ...]
+    """A site's each: (sequences, tokens, n); of experts (their tokens, n), times the router's weight."""
+    rows: tuple[Tensor, ...] | None = None
+    """Which tokens each expert got, of all sequences' one after the other; None where all sites get all."""
+    shape: tuple[int, int] = (0, 0)
+    """Sequences and tokens, with experts."""
+
+    def of(self, number: int, x: Tensor) -> Tensor:
+        """The rows of `x` (sequences, tokens, d) that a site gets; all of it where there is no router."""
+        return x if self.rows is None else x.flatten(0, 1)[self.rows[number]]
+
+    def sequences(self, number: int) -> Tensor | None:
+        """Of each row of an expert's, the sequence that it is from."""
+        return None if self.rows is None else self.rows[number] // self.shape[1]
+
+
+class _Routed(nn.Module):
+    """Stands where experts stood: keeps what the router sends them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.sent = [(hidden_states, top_k_index, top_k_weights)]
+        return hidden_states
 
 
 class Block:
@@ -96,26 +150,36 @@ class Block:
 
     def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
         """The block's output: (sequences, tokens, d) → same."""
+        entered = x
         for sublayer in self.sublayers:
-            x = sublayer(x, arguments)
+            x = sublayer(x, entered, arguments)
         return x
+
+    @property
+    def prunables(self) -> list[Prunable]:
+        """The sites with their weights, in order."""
+        return [prunable for sublayer in self.sublayers for prunable in sublayer.prunables]
 
     @contextmanager
     def training(self, dtype: torch.dtype) -> Iterator[dict[str, nn.Parameter]]:
-        """The block's weights by name as trainable parameters of `dtype`, while open; then they are its weights.
+        """The block's weights by name, routers' left out, as trainable parameters of `dtype`, while open; then they are its weights.
 
         Raises:
             NumericalError: what came out is not finite in the stored dtype.
         """
         layer = self._layer
+        routers = tuple(f"{s.entry.router}." for s in self.sublayers if s.entry.router)
         weights = {name: nn.Parameter(master.to(layer.device, dtype)) for name, master in layer.weights.items()}
         for name, weight in weights.items():
             layer.put(name, weight)
-        yield weights
+        trained = {name: weight for name, weight in weights.items() if not name.startswith(routers)}
+        for name in weights.keys() - trained.keys():
+            weights[name].requires_grad_(False)
+        yield trained
         for name, weight in weights.items():
             layer.set(name, weight.detach())
             if not bool(torch.isfinite(layer.weights[name]).all()):
-                raise NumericalError(f"{self.sublayers[0].site.name}: {name} is not finite after training")
+                raise NumericalError(f"{self.prunables[0].site.name}: {name} is not finite after training")
 
     def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
         """Low-rank updates of all linears, for training: ``W + U V``, `U` (out, r) zero and `V` (r, in) random.
@@ -155,8 +219,8 @@ class Block:
             return add
 
         hooks = []
-        for sublayer, name in self._linears():
-            mask = sublayer.weight(name) != 0 if keep_zeros else None
+        for prunable, name in self._linears():
+            mask = prunable.weight(name) != 0 if keep_zeros else None
             change = hook(updates[f"{name}.u"], updates[f"{name}.v"], mask)
             hooks.append(self._layer.module(name).register_forward_hook(change))
         try:
@@ -172,9 +236,9 @@ class Block:
         Raises:
             NumericalError: what came out is not finite in the stored dtype.
         """
-        for sublayer, name in self._linears():
-            change, weight = updates[f"{name}.u"] @ updates[f"{name}.v"], sublayer.weight(name)
-            sublayer.set_weight(name, weight.to(change.dtype) + (change * (weight != 0) if keep_zeros else change))
+        for prunable, name in self._linears():
+            change, weight = updates[f"{name}.u"] @ updates[f"{name}.v"], prunable.weight(name)
+            prunable.set_weight(name, weight.to(change.dtype) + (change * (weight != 0) if keep_zeros else change))
 
     @contextmanager
     def frozen(self, dtype: torch.dtype) -> Iterator[None]:
@@ -186,58 +250,95 @@ class Block:
         for name, master in layer.weights.items():
             layer.put(name, layer._computing(master))
 
-    def _linears(self) -> Iterator[tuple[Sublayer, str]]:
-        for sublayer in self.sublayers:
-            for name in (*(producer.name for producer in sublayer.entry.producers), sublayer.entry.consumer):
-                yield sublayer, name
+    def _linears(self) -> Iterator[tuple[Prunable, str]]:
+        for prunable in self.prunables:
+            for name in (*prunable.producers, prunable.consumer):
+                yield prunable, name
 
     def twin(self) -> Block:
         """A block of its own that shares every tensor until one of the two replaces it."""
         layer = self._layer.twin()
-        return Block(layer, [Sublayer(layer, s.entry, s.site, norm_after=s.norm_after) for s in self.sublayers])
+        return Block(
+            layer, [Sublayer(layer, s.entry, [(p.site, p.entry) for p in s.prunables]) for s in self.sublayers]
+        )
 
 
 class Sublayer:
-    """One site with its norm, mixer and consumer (see `architecture`)."""
+    """One or more sites with their norms and mixer (see `architecture`).
 
-    def __init__(self, layer: Layer, entry: SublayerEntry, site: Site, *, norm_after: bool) -> None:
-        self.layer, self.entry, self.site, self.norm_after = layer, entry, site, norm_after
-        self._norm = layer.module(entry.norm)
-        self._consumer = layer.module(entry.consumer)
+    Args:
+        places: its sites, each with its names in full.
+    """
+
+    def __init__(self, layer: Layer, entry: SublayerEntry, places: Sequence[tuple[Site, SublayerEntry]]) -> None:
+        self.layer, self.entry = layer, entry
+        self.prunables = [Prunable(layer, own, site) for site, own in places]
+        self._norm, self._branch_norm, self._sum_norm = (
+            layer.module(name) if name else None for name in (entry.norm, entry.branch_norm, entry.sum_norm)
+        )
         self._mixer = [layer.module(name) for name in entry.mixer]
 
-    def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
-        return self.output(x, self.mix(self.normed(x), arguments))
+    def __call__(self, x: Tensor, entered: Tensor, arguments: Arguments) -> Tensor:
+        """The stream behind it, from the stream `x` before it and what entered the block."""
+        return self.output(x, self.mix(self.normed(self.source(x, entered)), arguments))
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"blocks.{self.prunables[0].site.block}.{self.entry.kind}"
+
+    def source(self, x: Tensor, entered: Tensor) -> Tensor:
+        """Which of the two it reads: the stream before it, or what entered the block."""
+        return entered if self.entry.parallel else x
 
     def normed(self, x: Tensor) -> Tensor:
         """What the producers read: (sequences, tokens, d) → same."""
-        return x if self.norm_after else self._norm(x)
+        return x if self._norm is None else self._norm(x)
 
-    def mix(self, u: Tensor, arguments: Arguments) -> Tensor:
-        """The consumer's input: (sequences, tokens, d) → (sequences, tokens, n)."""
+    def mix(self, u: Tensor, arguments: Arguments, chosen: Sequence[int] | None = None) -> Mixed:
+        """The consumers' inputs: (sequences, tokens, d) → (sequences, tokens, n) each, or an expert's tokens.
+
+        Args:
+            chosen: experts to run; the others' places are empty.
+        """
         if self.entry.kind == "attention":
-            z: Tensor = self._mixer[0](hidden_states=u, **arguments)[0]
-            return z
+            return Mixed((self._mixer[0](hidden_states=u, **arguments)[0],))
+        shape = u.shape[0], u.shape[1]
         for module in self._mixer:
             u = module(u)
-        return u
+        if self.entry.experts is None:
+            return Mixed((u,))
+        routed = self._mixer[0].get_submodule(self.entry.experts.removeprefix(f"{self.entry.mixer[0]}."))
+        assert isinstance(routed, _Routed)
+        ((hidden, index, weights),) = routed.sent
+        routed.sent = []
+        z, rows = [], []
+        for number, expert in enumerate(self.layer.experts):
+            tokens, rank = torch.where(index == number)
+            if chosen is not None and number not in chosen:
+                tokens, rank = tokens[:0], rank[:0]
+            run: Any = expert
+            z.append(run.mix(hidden[tokens]) * weights[tokens, rank, None].to(hidden.dtype))
+            rows.append(tokens)
+        return Mixed(tuple(z), tuple(rows), shape)
 
-    def produce(self, u: Tensor, arguments: Arguments) -> tuple[Tensor, list[Tensor]]:
-        """`mix`, and what each producer module gave on the way: (sequences, tokens, rows) each."""
+    def produce(self, u: Tensor, arguments: Arguments) -> tuple[Mixed, list[list[Tensor]]]:
+        """`mix`, and what each site's producers gave on the way: (sequences, tokens, rows), or an expert's tokens, each."""
         given: dict[str, Tensor] = {}
         hooks = []
-        for producer in self.entry.producers:
+        names = [name for prunable in self.prunables for name in prunable.producers]
+        for name in names:
 
-            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = producer.name) -> None:
+            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
                 given[name] = output
 
-            hooks.append(self.layer.module(producer.name).register_forward_hook(keep))
+            hooks.append(self.layer.module(name).register_forward_hook(keep))
         try:
-            z = self.mix(u, arguments)
+            mixed = self.mix(u, arguments)
         finally:
             for hook in hooks:
                 hook.remove()
-        return z, [given[producer.name] for producer in self.entry.producers]
+        return mixed, [[given[name] for name in prunable.producers] for prunable in self.prunables]
 
     def attend(self, u: Tensor, arguments: Arguments) -> Tensor:
         """Attention maps: (sequences, tokens, d) → (sequences, heads, tokens, tokens), rows summing to 1.
@@ -255,34 +356,78 @@ class Sublayer:
             config._attn_implementation = usual
         return maps
 
-    def consume(self, z: Tensor) -> Tensor:
-        """The consumer's output: (sequences, tokens, n) → (sequences, tokens, d)."""
-        o: Tensor = self._consumer(z)
-        return o
+    def consume(self, mixed: Mixed) -> Tensor:
+        """The consumers' output: (sequences, tokens, d)."""
+        if mixed.rows is None:
+            o: Tensor = self.prunables[0].consume(mixed.z[0])
+            return o
+        given = [prunable.consume(z) for prunable, z in zip(self.prunables, mixed.z, strict=True)]
+        total = given[0].new_zeros(mixed.shape[0] * mixed.shape[1], given[0].shape[1])
+        for tokens, each in zip(mixed.rows, given, strict=True):
+            total = total.index_add(0, tokens, each)
+        return total.view(*mixed.shape, -1)
 
     def join(self, x: Tensor, o: Tensor) -> Tensor:
-        """The sublayer's output from the residual stream `x` and the consumer's output."""
-        y = x + o
-        return self._norm(y) if self.norm_after else y
+        """The stream behind it, from the stream `x` before it and the consumers' output."""
+        if self._branch_norm is not None:
+            o = self._branch_norm(o)
+        y = x + (o if self.entry.scale == 1.0 else o * self.entry.scale)
+        return y if self._sum_norm is None else self._sum_norm(y)
 
-    def output(self, x: Tensor, z: Tensor) -> Tensor:
+    def lacking(self, missing: Tensor) -> Tensor | float:
+        """What the consumers' output would have to gain for the stream to gain `missing`.
+
+        Nothing where a norm stands between the two: no gain of its input is a given gain of its output.
+        """
+        return 0.0 if self._branch_norm is not None else missing / self.entry.scale
+
+    def output(self, x: Tensor, mixed: Mixed) -> Tensor:
         """What the sublayer adds to the residual stream `x`, added."""
-        return self.join(x, self.consume(z))
+        return self.join(x, self.consume(mixed))
+
+    def release(self) -> None:
+        """Free the producers and the consumers, once nothing will run through them again."""
+        for prunable in self.prunables:
+            for name in (*prunable.producers, prunable.consumer):
+                place(self.layer.module(name), "weight", torch.empty(0, device="meta"))
+
+
+class Prunable:
+    """A site with the weights of its producers and its consumer.
+
+    Args:
+        entry: its names in full.
+    """
+
+    def __init__(self, layer: Layer, entry: SublayerEntry, site: Site) -> None:
+        self.layer, self.entry, self.site = layer, entry, site
+        self.producers = tuple(producer.name for producer in entry.producers)
+        self.consumer = entry.consumer
+        self._consumer = layer.module(entry.consumer)
+
+    def consume(self, z: Tensor) -> Tensor:
+        """The consumer's output: (..., n) → (..., d)."""
+        o: Tensor = self._consumer(z)
+        return o
 
     def weight(self, name: str) -> Tensor:
         """The stored weight of one linear, in float32 or better, on the device: (out, in)."""
         stored = self.layer.weights[f"{name}.weight"].to(self.layer.device)
         return self._turned(name, stored.to(accumulator(stored.dtype)))
 
+    def split(self, producer: int, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """What belongs to each part of a producer, where its rows lie along `dim`."""
+        return torch.split(rows, self.entry.producers[producer].stretches(self.site, rows.shape[dim]), dim=dim)
+
     def producer_weights(self) -> tuple[Tensor, ...]:
         """The producers' stored weights (rows, d), in float32 or better, on the device; fused ones in their parts."""
-        return tuple(part for p in self.entry.producers for part in self.weight(p.name).chunk(p.parts))
+        return tuple(part for i, name in enumerate(self.producers) for part in self.split(i, self.weight(name)))
 
     def set_producer_weights(self, weights: Sequence[Tensor]) -> None:
         """Replace what `producer_weights` gave."""
         parts = iter(weights)
         for producer in self.entry.producers:
-            self.set_weight(producer.name, torch.cat([next(parts) for _ in range(producer.parts)]))
+            self.set_weight(producer.name, torch.cat([next(parts) for _ in producer.parts]))
 
     def bias(self, name: str) -> Tensor | None:
         """The bias that one linear computes with, where it has one."""
@@ -301,27 +446,25 @@ class Sublayer:
     def shrink(self, kept: Tensor, consumer_weight: Tensor) -> None:
         """Keep only the units `kept` (k,), ascending; the consumer gets `consumer_weight` (d_out, k·width)."""
         site = self.site
-        for producer in self.entry.producers:
-            outputs = linear_shape(self.layer.module(producer.name))[0]
-            part = outputs // producer.parts
-            inside = unit_columns(kept.cpu(), part // site.units)
-            rows = torch.cat([inside + start for start in range(0, outputs, part)])
+        for producer in (*self.entry.producers, *self.entry.vectors):
             for leaf in ("weight", "bias"):
                 tensor = self.layer.weights.get(f"{producer.name}.{leaf}")
                 if tensor is not None:
                     axis = tensor.dim() - 1 if isinstance(self.layer.module(producer.name), Conv1D) else 0
+                    rows = self._rows(producer.stretches(site, tensor.shape[axis]), kept.cpu())
                     self.layer.set(f"{producer.name}.{leaf}", tensor.index_select(axis, rows))
-        self.set_weight(self.entry.consumer, consumer_weight)
+        self.set_weight(self.consumer, consumer_weight)
         for name in self.entry.counts:
-            path, _, attribute = name.rpartition(".")
-            module = self.layer.module(path)
-            setattr(module, attribute, getattr(module, attribute) // site.units * len(kept))
+            self.layer.set_count(name, self.layer.count(name) // site.units * len(kept))
         self.site = site.keeping(len(kept))
 
-    def release(self) -> None:
-        """Free the producers and the consumer, once nothing will run through them again."""
-        for name in (*(producer.name for producer in self.entry.producers), self.entry.consumer):
-            place(self.layer.module(name), "weight", torch.empty(0, device="meta"))
+    def _rows(self, stretches: Sequence[int], kept: Tensor) -> Tensor:
+        """Which rows of a module stay, part after part."""
+        found, start = [], 0
+        for rows in stretches:
+            found.append(unit_columns(kept, rows // self.site.units) + start)
+            start += rows
+        return torch.cat(found)
 
     def _turned(self, name: str, weight: Tensor) -> Tensor:
         """From how a module holds its weight to (out, in), or back."""
@@ -332,6 +475,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear, however it holds its weight."""
     rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def module_rows(module: nn.Module) -> int:
+    """Outputs of a linear, or entries of a norm."""
+    weight = module.get_parameter("weight")
+    return linear_shape(module)[0] if weight.dim() == 2 else len(weight)
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:

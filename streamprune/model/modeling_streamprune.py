@@ -1,16 +1,20 @@
 """Models whose blocks differ in width: transformers' own classes with some linears resized.
 
 A copy of this file lies beside every pruned checkpoint of free layout. It imports torch and transformers
-only. The checkpoint's config holds, under "streamprune", one number a block:
+only. The checkpoint's config holds, under "streamprune", one value a block, null where a block has no such module:
 
     "blocks":     where the blocks are, such as "model.layers"
-    "rows":       output widths of linears by name, such as {"mlp.up_proj": [688, 704, ...]}
+    "rows":       output widths of linears, or widths of norms, by name, such as {"mlp.up_proj": [688, 704, ...]}
     "columns":    input widths of linears by name
-    "attributes": module attributes that count heads, by name
+    "attributes": module attributes that count heads, by name; behind "config", of the block's own view of the config
+    "experts":    widths of each expert, by the name of the list of experts
+    "renamed":    pieces of tensor names in the files, each with the model's
 
 `PrunedLlamaConfig`, `PrunedLlamaForCausalLM` and their like for every model_type are made on first use.
 """
 
+import copy
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -24,26 +28,125 @@ from transformers.pytorch_utils import Conv1D
 PREFIX = "streamprune_"
 
 
+class Expert(nn.Module):
+    """One gated FFN."""
+
+    def __init__(self, width, hidden, activation):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.activation = activation
+
+    def mix(self, x):
+        """What `down_proj` reads."""
+        return self.activation(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x):
+        return self.down_proj(self.mix(x))
+
+
+class Experts(nn.ModuleList):
+    """Experts of different widths in the place of transformers' own, which holds them in one tensor."""
+
+    def __init__(self, widths, hidden, activation):
+        super().__init__(Expert(width, hidden, activation) for width in widths)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        total = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self):
+            tokens, rank = torch.where(top_k_index == number)
+            given = expert(hidden_states[tokens]) * top_k_weights[tokens, rank, None]
+            total.index_add_(0, tokens, given.to(total.dtype))
+        return total
+
+
+class BlockConfig:
+    """A block's own view of the model's config, with some fields of its own."""
+
+    def __init__(self, config):
+        vars(self).update(_config=config, _own={})
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        own = vars(self).get("_own", {})
+        return own[name] if name in own else getattr(vars(self)["_config"], name)
+
+    def __setattr__(self, name, value):
+        setattr(self._config, name, value)
+
+    def __deepcopy__(self, memo):
+        twin = BlockConfig(self._config)
+        vars(twin)["_own"] = dict(self._own)
+        return twin
+
+    def override(self, name, value):
+        """Let this block see another value."""
+        self._own[name] = value
+
+
+def separate_experts(block, name, widths=None):
+    """Put `Experts` in the place of transformers' own, of these widths; without any, with the weights that it has."""
+    fused = block.get_submodule(name)
+    number, hidden, width = fused.down_proj.shape
+    with torch.device(fused.down_proj.device):
+        experts = Experts(widths or [width] * number, hidden, fused.act_fn).to(fused.down_proj.dtype)
+    block.set_submodule(name, experts)
+    if widths is None:
+        for expert, gate_up, down in zip(experts, fused.gate_up_proj, fused.down_proj, strict=True):
+            gate, up = gate_up.chunk(2)
+            for linear, weight in ((expert.gate_proj, gate), (expert.up_proj, up), (expert.down_proj, down)):
+                linear.weight = nn.Parameter(weight, requires_grad=fused.down_proj.requires_grad)
+
+
 def resized(old, rows, columns):
-    """A linear like `old` with other numbers of outputs and inputs; None leaves a number as it is."""
+    """A linear, or a norm, like `old` with other numbers of outputs and inputs; None leaves a number as it is."""
     with torch.device(old.weight.device):
-        if isinstance(old, Conv1D):
+        if old.weight.dim() == 1:
+            new = copy.copy(old)
+            new._parameters = {name: nn.Parameter(p.new_empty(rows or len(p))) for name, p in old._parameters.items()}
+        elif isinstance(old, Conv1D):
             new = Conv1D(rows or old.nf, columns or old.nx)
         else:
-            new = nn.Linear(columns or old.in_features, rows or old.out_features, bias=old.bias is not None)
+            new = type(old)(columns or old.in_features, rows or old.out_features, bias=old.bias is not None)
     return new.to(old.weight.dtype)
+
+
+def count(block, name):
+    """An attribute that counts heads."""
+    path, _, attribute = name.rpartition(".")
+    owner = block.get_submodule(path.removesuffix(".config"))
+    return getattr(owner.config if path.endswith(".config") else owner, attribute)
+
+
+def set_count(block, name, value):
+    """Set an attribute that counts heads, for this block alone."""
+    path, _, attribute = name.rpartition(".")
+    owner = block.get_submodule(path.removesuffix(".config"))
+    if not path.endswith(".config"):
+        setattr(owner, attribute, value)
+        return
+    if not isinstance(owner.config, BlockConfig):
+        owner.config = BlockConfig(owner.config)
+    owner.config.override(attribute, value)
 
 
 def resize(model, widths):
     """Replace the linears of `model` by ones of the widths that the config lists."""
     for index, block in enumerate(model.get_submodule(widths["blocks"])):
+        for name, each in widths.get("experts", {}).items():
+            if each[index] is not None:
+                separate_experts(block, name, each[index])
         rows = {name: each[index] for name, each in widths["rows"].items()}
         columns = {name: each[index] for name, each in widths["columns"].items()}
         for name in rows.keys() | columns.keys():
-            block.set_submodule(name, resized(block.get_submodule(name), rows.get(name), columns.get(name)))
+            size = rows.get(name), columns.get(name)
+            if size != (None, None):
+                block.set_submodule(name, resized(block.get_submodule(name), *size))
         for name, each in widths["attributes"].items():
-            path, _, attribute = name.rpartition(".")
-            setattr(block.get_submodule(path), attribute, each[index])
+            if each[index] is not None:
+                set_count(block, name, each[index])
 
 
 def class_stem(base):
@@ -71,6 +174,13 @@ def model_class(base):
     def __init__(self, config, *args, **kwargs):
         stock.__init__(self, config, *args, **kwargs)
         resize(self, config.streamprune)
+        if renamed := config.streamprune.get("renamed"):
+            # As transformers does for the stock model_type.
+            from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming
+
+            pairs = [WeightRenaming(re.escape(stored), name) for name, stored in renamed]
+            register_checkpoint_conversion_mapping(config.model_type, pairs, overwrite=True)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         stock.save_pretrained(self, save_directory, *args, **kwargs)

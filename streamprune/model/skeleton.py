@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import CheckpointError
 from ..machine import resolve_dtype
 from ..maths.linalg import accumulator
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
-from .architecture import architecture_of, is_stock
+from .architecture import SublayerEntry, architecture_of, is_stock
 from .block import Arguments, Block, Layer, Sublayer, linear_shape, place
 from .checkpoint import Checkpoint
-from .modeling_streamprune import PREFIX
+from .modeling_streamprune import PREFIX, Experts, separate_experts
 
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Buffers that old checkpoints carry and no model reads any more."""
@@ -64,26 +64,35 @@ class Skeleton:
                 checkpoint.directory, local_files_only=True, trust_remote_code=False
             )
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa").eval()
+                model = AutoModelForCausalLM.from_config(self.config).eval()
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{where}/config.json: transformers cannot build this model ({reason})") from error
         architecture_of(self.config.model_type.removeprefix(PREFIX), where)
+        if getattr(self.config, "output_router_logits", False):
+            self.config.output_router_logits = False  # wanted for training only
         checkpoint.complete_names(self.architecture.blocks.partition(".")[0], self.architecture.head)
-        self.norm_after = self.architecture.norm_after(self.config)
 
         self._base = model.get_submodule(self.architecture.base)
         blocks = model.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._templates: list[nn.Module] = list(blocks.children())
+        self.entries = [self.architecture.sublayers(self.config, index) for index in range(len(self._templates))]
+        """Each block's sublayers, as the table has them."""
+        for template, entries in zip(self._templates, self.entries, strict=True):
+            for entry in entries:
+                if entry.experts and not isinstance(template.get_submodule(entry.experts), Experts):
+                    separate_experts(template, entry.experts)
         self._slots = [_Slot(template) for template in self._templates]
         model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
         self._embed = _present(model, self.architecture.embed)
         self._after = _present(model, (*self.architecture.final, self.architecture.head))
         for name in list(self._after)[:-1]:
             model.set_submodule(name, nn.Identity())
-        self._model = model
-        self._rebuild_buffers()
+        self._rebuild_buffers(model)
+        # What is left of the model is its head, with whatever it does to logits.
+        model.set_submodule(self.architecture.base, _Passed())
+        self._head = model
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
         self._check_layout()
 
@@ -108,70 +117,91 @@ class Skeleton:
         return int(value) if value else None
 
     def sites(self, index: int) -> list[Site]:
-        """The block's sites, in the order of its sublayers."""
+        """The block's sites, in the order of its sublayers, and in a mixture of experts in theirs."""
+        return [site for site, _ in self.places(index)]
+
+    def places(self, index: int) -> list[tuple[Site, SublayerEntry]]:
+        """The block's sites with their names, an expert's in full."""
         layer = self._templates[index]
-        sites = []
-        for entry in self.architecture.sublayers:
-            outputs, columns = linear_shape(layer.get_submodule(entry.consumer))
-            producers = [layer.get_submodule(producer.name) for producer in entry.producers]
-            heads, units = 0, columns
-            if entry.kind == "attention":
-                head: int = getattr(layer.get_submodule(entry.mixer[0]), "head_dim")  # noqa: B009 - mypy sees a module
-                parts = [producer.parts for producer in entry.producers]
-                rows = min(linear_shape(module)[0] // n for module, n in zip(producers, parts, strict=True))
-                heads, units = columns // head, rows // head
-            widths = [columns, *(linear_shape(module)[0] for module in producers)]
-            if units < 1 or any(width % units for width in widths):
-                raise CheckpointError(
-                    f"{self.checkpoint.directory}: {entry.kind} widths {widths} of block {index} do not fall into {units} units"
-                )
-            produced = sum(p.numel() for module in producers for p in module.parameters())
-            linears = [
-                math.prod(linear_shape(module)) // producer.parts
-                for module, producer in zip(producers, entry.producers, strict=True)
-                for _ in range(producer.parts)
-            ]
-            sites.append(
-                Site(
-                    block=index,
-                    kind=entry.kind,
-                    units=units,
-                    width=columns // units,
-                    outputs=outputs,
-                    unit_parameters=(outputs * columns + produced) // units,
-                    heads=heads,
-                    linears=(*linears, outputs * columns),
-                )
+        found = []
+        for entry in self.entries[index]:
+            if entry.experts is None:
+                found.append((self._site(index, entry), entry))
+                continue
+            experts = layer.get_submodule(entry.experts)
+            assert isinstance(experts, Experts)
+            share = min(1.0, float(self.config.num_experts_per_tok) / len(experts))
+            for number in range(len(experts)):
+                own = entry.expert(number)
+                found.append((replace(self._site(index, own), expert=number, share=share), own))
+        if self.uniform:
+            sites = tuple(site for site, _ in found)
+            return [(replace(site, choices=self._stock_choices(sites, site)), entry) for site, entry in found]
+        return found
+
+    def _site(self, index: int, entry: SublayerEntry) -> Site:
+        layer = self._templates[index]
+        outputs, columns = linear_shape(layer.get_submodule(entry.consumer))
+        producers = [layer.get_submodule(producer.name) for producer in entry.producers]
+        rows = [linear_shape(module)[0] for module in producers]
+        heads, units = 0, columns
+        if entry.kind == "attention":
+            attention: Any = layer.get_submodule(entry.mixer[0])
+            # Beside the queries, producers give a key and a value of one head each unit.
+            head = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+            heads, units = columns // head, (sum(rows) - columns) // (2 * head)
+        if units < 1 or any(width % units for width in (columns, *rows)):
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: {entry.kind} widths {[columns, *rows]} of block {index} do not fall into {units} units"
             )
-        return (
-            [replace(site, choices=self._stock_choices(tuple(sites), site.kind)) for site in sites]
-            if self.uniform
-            else sites
+        produced = sum(p.numel() for module in producers for p in module.parameters())
+        produced += sum(p.numel() for v in entry.vectors for p in layer.get_submodule(v.name).parameters())
+        site = Site(
+            block=index,
+            kind=entry.kind,
+            units=units,
+            width=columns // units,
+            outputs=outputs,
+            unit_parameters=(outputs * columns + produced) // units,
+            heads=heads,
+            choices=(units,) if entry.fixed else None,
         )
+        parts = [part for p, each in zip(entry.producers, rows, strict=True) for part in p.stretches(site, each)]
+        inputs = linear_shape(producers[0])[1]
+        return replace(site, linears=(*(part * inputs for part in parts), outputs * columns))
+
+    @cached_property
+    def families(self) -> dict[str, SublayerEntry]:
+        """What a stock config says of each family of sites."""
+        return {entry.family: entry for entries in self.entries for entry in entries}
 
     def statistics(self, index: int, wanted: frozenset[Statistic]) -> list[SiteStatistics]:
-        """Empty sums for a survey of the block, in the order of its sublayers."""
+        """Empty sums for a survey of the block, in the order of its sites."""
         found = []
-        for site, entry in zip(self.sites(index), self.architecture.sublayers, strict=True):
-            shapes = [linear_shape(self.module(index, producer.name)) for producer in entry.producers]
+        for site, entry in self.places(index):
+            inputs = linear_shape(self.module(index, entry.producers[0].name))[1]
             found.append(
                 SiteStatistics(
                     wanted,
                     units=site.units,
                     width=site.width,
                     heads=site.heads,
-                    inputs=shapes[0][1],
+                    inputs=inputs,
                     outputs=site.outputs,
-                    rows=[
-                        rows // producer.parts
-                        for producer, (rows, _) in zip(entry.producers, shapes, strict=True)
-                        for _ in range(producer.parts)
-                    ],
+                    rows=[weights // inputs for weights in site.linears[:-1]],
                     device=self.device,
                     dtype=accumulator(self.dtype),
                 )
             )
         return found
+
+    def linears(self, index: int) -> list[str]:
+        """All linears of a block's sites: the producers of each, then its consumer."""
+        return [name for _, e in self.places(index) for name in (*(p.name for p in e.producers), e.consumer)]
+
+    def block(self, index: int) -> nn.Module:
+        """A block, on the meta device."""
+        return self._templates[index]
 
     def module(self, index: int, name: str) -> nn.Module:
         """A module of a block, on the meta device."""
@@ -184,7 +214,20 @@ class Skeleton:
     def block_names(self, index: int) -> dict[str, str]:
         """Tensor names inside the block → names in the checkpoint."""
         prefix = f"{self.architecture.blocks}.{index}."
-        return {name: prefix + name for name in self._templates[index].state_dict()}
+        return {name: self.stored_name(prefix + name) for name in self._templates[index].state_dict()}
+
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls a tensor of the model."""
+        stored = name
+        for ours, theirs in self.architecture.stored:
+            stored = stored.replace(ours, theirs)
+        return name if name in self.checkpoint or stored not in self.checkpoint else stored
+
+    @cached_property
+    def renamed(self) -> list[tuple[str, str]]:
+        """Pieces of the model's names that the checkpoint has otherwise: (the model's, the checkpoint's)."""
+        names = [*self.checkpoint]
+        return [pair for pair in self.architecture.stored if any(pair[1] in f".{name}" for name in names)]
 
     def block_parameters(self, index: int | None = None) -> int:
         """Parameters of one block, or of all blocks together."""
@@ -193,11 +236,11 @@ class Skeleton:
 
     def embed_names(self) -> list[str]:
         """Tensors before the blocks, as the checkpoint names them."""
-        return _names(self._embed)
+        return self._names(self._embed)
 
     def head_names(self) -> list[str]:
         """Tensors after the blocks, as the checkpoint names them; a tied head is among the embeddings."""
-        return [name for name in _names(self._after) if name != self._head_weight or not self.tied]
+        return [name for name in self._names(self._after) if name != self._head_weight or not self.tied]
 
     def parameters(self) -> int:
         """Parameters of the whole model, a tied head counted once."""
@@ -211,6 +254,7 @@ class Skeleton:
         works on all tokens of a sequence but the last, from which nothing is predicted.
         """
         linears = sum(_matrix_elements(layer) for layer in self._templates)
+        linears -= round(sum((1 - site.share) * sum(site.linears) for site in self.all_sites()))
         mixing = sum(4 * length * site.columns for site in self.all_sites() if site.kind == "attention")
         head = sum(_matrix_elements(module) for module in self._after.values())
         return sequences * (length * (2 * linears + mixing) + (length - 1) * 2 * head)
@@ -226,9 +270,13 @@ class Skeleton:
 
     def build_block(self, index: int, weights: dict[str, Tensor]) -> Block:
         """A block with weights that `read_block` gave."""
-        layer = Layer(copy.deepcopy(self._templates[index]), weights, self.architecture, self.device, self.dtype)
-        entries = zip(self.architecture.sublayers, self.sites(index), strict=True)
-        return Block(layer, [Sublayer(layer, entry, site, norm_after=self.norm_after) for entry, site in entries])
+        entries, places = self.entries[index], iter(self.places(index))
+        layer = Layer(copy.deepcopy(self._templates[index]), weights, entries, self.device, self.dtype)
+        sublayers = []
+        for entry in entries:
+            number = len(layer.experts) if entry.experts else 1
+            sublayers.append(Sublayer(layer, entry, [next(places) for _ in range(number)]))
+        return Block(layer, sublayers)
 
     def arguments(self, sequences: int, tokens: int, past: int = 0, *, maps: bool = False) -> list[Arguments]:
         """What the model's own forward passes to each block for a batch of that size, `past` tokens having gone before.
@@ -239,7 +287,8 @@ class Skeleton:
         key = sequences, tokens, past, maps
         if key not in self._arguments:
             config = self._base.config
-            usual, config._attn_implementation = config._attn_implementation, "eager" if maps else "sdpa"
+            usual = config._attn_implementation
+            config._attn_implementation = "eager" if maps else usual
             try:
                 with self._filled(self._embed, self._blank):
                     self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
@@ -260,31 +309,38 @@ class Skeleton:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The last block's output (..., d) → logits (..., vocabulary), while open."""
 
+        *final, _ = self._after.values()
+
         def logits(hidden: Tensor) -> Tensor:
-            for module in self._after.values():
+            for module in final:
                 hidden = module(hidden)
-            return hidden
+            found: Tensor = self._head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
+            return found.view(*hidden.shape[:-1], -1)
 
         with self._filled(self._after, self._read):
             yield logits
 
     @cache  # noqa: B019 - a handful of entries, for as long as the skeleton lives
-    def _stock_choices(self, sites: tuple[Site, ...], kind: str) -> tuple[int, ...]:
-        """Unit counts of that kind that a stock config can say, the other sites being as they are."""
-        site = next(site for site in sites if site.kind == kind)
+    def _stock_choices(self, sites: tuple[Site, ...], site: Site) -> tuple[int, ...]:
+        """Unit counts of that site's family that a stock config can say, the other sites being as they are."""
 
         def sayable(units: int) -> bool:
-            others = [other for other in sites if other.kind != kind]
-            return is_stock(self.architecture, self.checkpoint.config, [site.keeping(units), *others])
+            others = [other for other in sites if other.family != site.family]
+            families = {name: e for name, e in self.families.items() if any(s.family == name for s in sites)}
+            return is_stock(
+                self.architecture.model_type, families, self.checkpoint.config, [site.keeping(units), *others]
+            )
 
+        if site.choices is not None:
+            return site.choices
         # An FFN is as wide as it likes wherever its width can be said at all.
-        if kind == "ffn":
+        if site.kind == "ffn":
             return tuple(range(1, site.units + 1)) if sayable(1) else (site.units,)
         return tuple(units for units in range(1, site.units + 1) if units == site.units or sayable(units))
 
     @property
     def _head_weight(self) -> str:
-        return f"{self.architecture.head}.weight"
+        return self.stored_name(f"{self.architecture.head}.weight")
 
     @cached_property
     def tied(self) -> bool:
@@ -322,7 +378,11 @@ class Skeleton:
 
     @contextmanager
     def _filled(self, modules: dict[str, nn.Module], source: Callable[[str], Tensor]) -> Iterator[None]:
-        names = [(module, leaf, f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
+        names = [
+            (module, leaf, self.stored_name(f"{path}.{leaf}"))
+            for path, module in modules.items()
+            for leaf in module.state_dict()
+        ]
         before = [module.get_parameter(leaf).detach() for module, leaf, _ in names]
         try:
             for module, leaf, name in names:
@@ -332,12 +392,19 @@ class Skeleton:
             for (module, leaf, _), tensor in zip(names, before, strict=True):
                 place(module, leaf, tensor)
 
-    def _rebuild_buffers(self) -> None:
+    def _rebuild_buffers(self, model: nn.Module) -> None:
         """Rotary tables and their like are computed, not stored: build those for real (DESIGN, fact 3)."""
-        for name, module in list(self._model.named_modules()):
+        for name, module in list(model.named_modules()):
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 with torch.device(self.device):
-                    self._model.set_submodule(name, type(module)(config=self.config))
+                    if isinstance(module, nn.Embedding):
+                        scaled: Any = module
+                        scaled.embed_scale = torch.tensor(scaled.scalar_embed_scale, dtype=self.dtype)
+                    else:
+                        model.set_submodule(name, type(module)(config=self.config))
+
+    def _names(self, modules: dict[str, nn.Module]) -> list[str]:
+        return [self.stored_name(f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
 
     def _check_layout(self) -> None:
         model, where = self.architecture.model_type, self.checkpoint.directory
@@ -346,7 +413,9 @@ class Skeleton:
             state = layer.state_dict()
             expected |= {full: tuple(state[name].shape) for name, full in self.block_names(index).items()}
         for path, module in {**self._embed, **self._after}.items():
-            expected |= {f"{path}.{leaf}": tuple(tensor.shape) for leaf, tensor in module.state_dict().items()}
+            expected |= {
+                self.stored_name(f"{path}.{leaf}"): tuple(tensor.shape) for leaf, tensor in module.state_dict().items()
+            }
         if self._embedding_weight in self.checkpoint and self.tied:
             expected.pop(self._head_weight)
         for name, shape in expected.items():
@@ -389,6 +458,20 @@ class _Past:
         return self.tokens + query_length, 0
 
 
+@dataclass
+class _Output(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
+    """Whatever some model's head looks for."""
+
+    router_logits: None = None
+
+
+class _Passed(nn.Module):
+    """Stands where everything before the head stood: gives what it is called with."""
+
+    def forward(self, *positional: Any, inputs_embeds: Tensor, **arguments: Any) -> _Output:
+        return _Output(last_hidden_state=inputs_embeds)
+
+
 class _Slot(nn.Module):
     """Stands where a block stood: keeps what it was called with and hands the hidden states on."""
 
@@ -417,7 +500,3 @@ def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
 
 def _matrix_elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
-
-
-def _names(modules: dict[str, nn.Module]) -> list[str]:
-    return [f"{path}.{leaf}" for path, module in modules.items() for leaf in module.state_dict()]

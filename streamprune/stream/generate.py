@@ -50,8 +50,9 @@ def generate(
         for index, block in sweep.blocks(skeleton, range(len(skeleton))):
             for rows, cache in pasts:
                 x = hidden[rows]
-                arguments = {**skeleton.arguments(x.shape[0], 1, past)[index], "past_key_values": cache}
-                hidden[rows] = block(x, arguments)
+                arguments = skeleton.arguments(x.shape[0], 1, past)[index]
+                name = "layer_past" if "layer_past" in arguments else "past_key_values"
+                hidden[rows] = block(x, {**arguments, name: cache})
             del block
             _check_finite(hidden, f"block {index}")
         tokens[:, past + 1] = _next_tokens(skeleton, hidden[:, 0], generator)

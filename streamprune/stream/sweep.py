@@ -15,8 +15,8 @@ from torch import Tensor
 from ..errors import CheckpointError, NumericalError
 from ..host import return_freed_memory
 from ..maths.sampling import sample
-from ..maths.stats import SiteStatistics
-from ..model.block import Block, Sublayer
+from ..maths.stats import Origin, SiteStatistics
+from ..model.block import Block, Mixed, Sublayer
 from ..model.skeleton import Skeleton
 from ..progress import Progress
 from .prefetch import prefetch, read_ahead
@@ -128,13 +128,14 @@ def head_gradient(
 def survey_block(
     skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[SiteStatistics], size: int
 ) -> None:
-    """`advance` on the dense stream, with the statistics of a forward pass summed on the way: one a sublayer."""
+    """`advance` on the dense stream, with the statistics of a forward pass summed on the way: one a site."""
     source, target = boundary("dense", index), boundary("dense", index + 1)
     with store.writing(target, f"block {index}") as write:
         for _, (x,) in store.each(size, source):
-            for sublayer, stat in zip(block.sublayers, stats, strict=True):
-                _, z, _ = _observed(skeleton, sublayer, index, x, stat)
-                x = sublayer.output(x, z)
+            entered = x
+            for sublayer, own in _by_sublayer(block, stats):
+                mixed, _ = _observed(skeleton, sublayer, index, sublayer.source(x, entered), own)
+                x = sublayer.output(x, mixed)
             write(x)
 
 
@@ -144,7 +145,7 @@ def backward_block(
     """Hand the gradient from a block's output to its input, recomputing it from its stored input.
 
     Args:
-        stats: one a sublayer; fed with everything that passes.
+        stats: one a site; fed with everything that passes.
     """
     scale = store.shape[1] - 1.0
     with store.writing(boundary("gradient", index), f"the gradient of block {index}") as write:
@@ -152,40 +153,58 @@ def backward_block(
             with torch.enable_grad():
                 x.requires_grad_()
                 y, passed, wanted = x, [], [x]
-                for sublayer, stat in zip(block.sublayers, stats, strict=True):
-                    _, z, given = _observed(skeleton, sublayer, index, y, stat)
-                    o = sublayer.consume(z)
+                for sublayer, own in _by_sublayer(block, stats):
+                    mixed, given = _observed(skeleton, sublayer, index, sublayer.source(y, x), own)
+                    o = sublayer.consume(mixed)
                     y = sublayer.join(y, o)
-                    passed.append((stat, z, len(wanted)))
-                    wanted += [z, o, *given]
-                gradients = torch.autograd.grad(y, wanted, dy)
+                    passed.append((sublayer, own, mixed, [len(each) for each in given]))
+                    wanted += [o, *mixed.z, *(p for each in given for p in each)]
+                gradients = iter(torch.autograd.grad(y, wanted, dy))
             del y
-            parts = [[producer.parts for producer in sublayer.entry.producers] for sublayer in block.sublayers]
-            ends = [first for _, _, first in passed[1:]] + [len(wanted)]
-            for (stat, z, first), end, each in zip(passed, ends, parts, strict=True):
-                dz, do, *dp = gradients[first:end]
-                split = [part for g, n in zip(dp, each, strict=False) for part in g.chunk(n, dim=-1)]
-                stat.add_gradients(z.detach(), dz, do, split, scale)
-            write(gradients[0])
+            write(next(gradients))
+            for sublayer, own, mixed, counts in passed:
+                do = next(gradients)
+                dz = [next(gradients) for _ in mixed.z]
+                dp = [[next(gradients) for _ in range(count)] for count in counts]
+                for number, (prunable, stat) in enumerate(zip(sublayer.prunables, own, strict=True)):
+                    parts = [
+                        part
+                        for i, g in enumerate(dp[number] if counts else ())
+                        for part in prunable.split(i, g, dim=g.dim() - 1)
+                    ]
+                    z = mixed.z[number].detach()
+                    stat.add_gradients(z, dz[number], mixed.of(number, do), parts, scale, _origin(mixed, number))
+
+
+def _by_sublayer(block: Block, stats: Sequence[SiteStatistics]) -> Iterator[tuple[Sublayer, list[SiteStatistics]]]:
+    each = iter(stats)
+    for sublayer in block.sublayers:
+        yield sublayer, [next(each) for _ in sublayer.prunables]
+
+
+def _origin(mixed: Mixed, number: int) -> Origin | None:
+    sequence = mixed.sequences(number)
+    return None if sequence is None else Origin(sequence, mixed.shape[0], mixed.shape[0] * mixed.shape[1])
 
 
 def _observed(
-    skeleton: Skeleton, sublayer: Sublayer, index: int, x: Tensor, stat: SiteStatistics
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The producers' input, the consumer's input and, where wanted, the producers' outputs; summed in passing."""
+    skeleton: Skeleton, sublayer: Sublayer, index: int, x: Tensor, stats: Sequence[SiteStatistics]
+) -> tuple[Mixed, list[list[Tensor]]]:
+    """The consumers' inputs and, where wanted, the producers' outputs, a list a site; summed in passing."""
     arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
-    given: list[Tensor] = []
+    given: list[list[Tensor]] = []
     u = sublayer.normed(x)
-    if stat.wants_producers:
-        z, given = sublayer.produce(u, arguments)
+    if stats[0].wants_producers:
+        mixed, given = sublayer.produce(u, arguments)
     else:
-        z = sublayer.mix(u, arguments)
+        mixed = sublayer.mix(u, arguments)
     with torch.no_grad():
         maps = None
-        if stat.wants_maps:
+        if stats[0].wants_maps:
             maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
-        stat.add(u.detach(), z.detach(), maps)
-    return u, z, given
+        for number, stat in enumerate(stats):
+            stat.add(mixed.of(number, u.detach()), mixed.z[number].detach(), maps, _origin(mixed, number))
+    return mixed, given
 
 
 def _predictions(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
