@@ -1,0 +1,101 @@
+"""What a GGUF file says of a model beside its tensors: widths, norms, rotary embedding, context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..model.skeleton import Skeleton
+from .runtime import Runtime, are_alike
+
+
+def context_of(skeleton: Skeleton) -> tuple[int, int | None]:
+    """Tokens a window may have, and the sliding window that made them fewer than the config says.
+
+    Within one window sliding attention is plain attention, which is all that these architectures of llama.cpp have.
+    """
+    config = skeleton.config
+    context = skeleton.context or 2048
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
+    return (window, window) if window and window < context else (context, None)
+
+
+def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int) -> None:
+    """Put everything but the vocabulary and the rotary embedding into a `GGUFWriter`."""
+    config, sites = skeleton.config, skeleton.all_sites()
+    attention = [site for site in sites if site.kind == "attention"]
+    widths = {
+        "head_count": [site.heads for site in attention],
+        "head_count_kv": [site.units for site in attention],
+        "feed_forward_length": [site.columns for site in sites if site.kind == "ffn"],
+    }
+    writer.add_name(skeleton.checkpoint.directory.resolve().name)
+    writer.add_block_count(len(skeleton))
+    writer.add_context_length(context)
+    writer.add_embedding_length(skeleton.width)
+    writer.add_vocab_size(skeleton.vocabulary)
+    for name, each in widths.items():
+        getattr(writer, f"add_{name}")(each[0] if are_alike(sites) else each)
+    writer.add_key_length(attention[0].head_width)
+    writer.add_value_length(attention[0].head_width)
+    if (epsilon := getattr(config, "rms_norm_eps", None)) is not None:
+        writer.add_layer_norm_rms_eps(epsilon)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+
+
+def add_rotary(writer: Any, skeleton: Skeleton, runtime: Runtime, head_width: int) -> Tensor | None:
+    """Put the rotary embedding into a `GGUFWriter`.
+
+    Returns:
+        Factors by which the frequencies are divided, (head_width / 2,) float32, where the model has them.
+
+    Raises:
+        CheckpointError: llama.cpp has no such embedding.
+    """
+    from gguf.constants import RopeScalingType
+
+    rope: Mapping[str, Any] | None = getattr(skeleton.config, "rope_parameters", None)
+    if rope is None:
+        return None
+    where, kind = skeleton.checkpoint.directory, rope.get("rope_type", "default")
+    share = rope.get("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        raise CheckpointError(
+            f"{where}: only {share:g} of each head is rotated, which llama.cpp's {runtime.name} cannot do"
+        )
+    writer.add_rope_dimension_count(head_width)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    elif kind == "yarn" and not any(rope.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim")):
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        original = rope.get("original_max_position_embeddings") or skeleton.config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(int(original))
+        if "beta_fast" in rope:
+            writer.add_rope_scaling_yarn_beta_fast(float(rope["beta_fast"]))
+        if "beta_slow" in rope:
+            writer.add_rope_scaling_yarn_beta_slow(float(rope["beta_slow"]))
+    elif kind == "llama3" and runtime.factors:
+        return _factors(skeleton, rope, head_width)
+    elif kind != "default":
+        raise CheckpointError(
+            f"{where}: llama.cpp's {runtime.name} has no rotary embedding of type {kind!r} with its settings"
+        )
+    return None
+
+
+def _factors(skeleton: Skeleton, rope: Mapping[str, Any], head_width: int) -> Tensor:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](skeleton.config, torch.device("cpu"))
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+    factors: Tensor = plain / scaled
+    return factors
