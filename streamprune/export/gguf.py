@@ -95,13 +95,11 @@ def export_gguf(
             _write(writer, planned, progress)
         finally:
             writer.close()
-    notes = []
+    notes = list(vocabulary.notes)
     if window is not None:
         notes.append(
             f"attention slides over {window} tokens, which llama.cpp does not do here: its context is {window}"
         )
-    if vocabulary.normalised:
-        notes.append("the tokenizer composes Unicode first (NFC) and llama.cpp does not: give it composed text")
     short = [each.name for each in planned if len(each.shape) > 1 and each.kind.name.lower() not in (dtype, "f32")]
     if short:
         notes.append(f"{len(short)} tensors are f16, having rows that blocks of 32 do not divide ({short[0]}, for one)")

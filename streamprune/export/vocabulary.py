@@ -42,6 +42,8 @@ SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((GPT4O_SPLIT,), False): "gpt-4o",
 }
 """How the text is cut, step by step, and whether a stretch that is a piece is taken whole → llama.cpp's name of it."""
+APPROXIMATE = ("tekken", "gpt-4o")
+"""Where llama.cpp cuts words of mixed case outside ASCII elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Vocabulary:
     add_eos: bool
     add_space_prefix: bool
     chat_template: str | None
-    normalised: bool
-    """Whether the tokenizer brings text into Unicode's composed form first, which llama.cpp leaves out."""
+    notes: list[str]
+    """What llama.cpp does otherwise, on some texts."""
 
     def add_to(self, writer: Any) -> None:
         """Put it into a `GGUFWriter`."""
@@ -124,7 +126,7 @@ def read_vocabulary(directory: Path, size: int, defaults: Mapping[str, int]) -> 
     for id, each in added.items():
         types[id] = CONTROL if each["special"] else USER_DEFINED
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    prefix, normalised, scores = False, False, []
+    prefix, scores, notes = False, [], []
     if model.get("byte_fallback"):
         kind, pre = "llama", "default"
         prefix = _space_prefix(data, directory)
@@ -133,7 +135,10 @@ def read_vocabulary(directory: Path, size: int, defaults: Mapping[str, int]) -> 
         merges = []
     else:
         kind, pre = "gpt2", _split_name(data, directory)
-        normalised = data["normalizer"] is not None
+        if data["normalizer"] is not None:
+            notes.append("the tokenizer composes Unicode first (NFC) and llama.cpp does not: give it composed text")
+        if pre in APPROXIMATE:
+            notes.append(f"llama.cpp's {pre} cuts words of mixed case outside ASCII a little differently")
         if not merges:
             raise CheckpointError(f"{directory}: the tokenizer has no merges, without which llama.cpp reads no BPE")
     special = {
@@ -158,7 +163,7 @@ def read_vocabulary(directory: Path, size: int, defaults: Mapping[str, int]) -> 
         add_eos=whole[len(plain) :][-1:] == [special["eos"]] and whole[-1:] == [special["eos"]],
         add_space_prefix=prefix,
         chat_template=_template(tokenizer),
-        normalised=normalised,
+        notes=notes,
     )
 
 
