@@ -27,9 +27,9 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 Make = Callable[..., Path]
 # transformers' qwen2 tokenizer adds a token of its own.
 SIZES = {"vocab_size": VOCABULARY + 4, "hidden_size": 64}
-WINDOW = [random.Random(3).randrange(VOCABULARY) for _ in range(48)]
+WINDOW = random.Random(3).choices(range(VOCABULARY), k=48)
 # Of the logits' standard deviation, at the worst logit; llama.cpp rounds activations as it does weights.
-PRECISION = {"f32": 5e-5, "f16": 2e-2, "bf16": 2e-1, "q8_0": 5e-1}
+PRECISION = {"f32": 5e-5, "f16": 6e-3, "bf16": 3e-2, "q8_0": 1e-1}
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +103,17 @@ def test_logits_agree(
 
 @pytest.mark.parametrize("layout", ["dense", "free"])
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
-def test_logits_agree_within_the_dtype(layout: str, dtype: str, byte_model: Make, pruned: Make, tmp_path: Path) -> None:
-    model = byte_model("llama", intermediate_size=64)
-    folder = model if layout == "dense" else pruned(model, layout)
+def test_logits_agree_within_the_dtype(layout: str, dtype: str, pruned: Make, tmp_path: Path) -> None:
+    # Trained weights: random ones make attention so sharp that any rounding turns it.
+    folder = EXAMPLE if layout == "dense" else pruned(EXAMPLE, layout)
     done = streamprune.export_gguf(folder, tmp_path / "model.gguf", dtype=dtype)
-    found = spread(done.path, folder, done.context)
+    assert done.architecture == ("llama" if layout == "dense" else "deci")
     # More than float32 would leave: it really was rounded.
-    assert 10 * PRECISION["f32"] < found < PRECISION[dtype]
+    assert 1e-4 < spread(done.path, folder, done.context) < PRECISION[dtype]
     assert done.size == done.path.stat().st_size
-    assert bool(done.notes) == (dtype == "q8_0" and layout == "free")
 
 
-ROPE = {"rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+ROPE = {"rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -124,12 +123,12 @@ LLAMA3 = {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fact
         ("llama", LLAMA3),
         ("llama", {**ROPE, "rope_type": "linear"}),
         ("llama", {**ROPE, "rope_type": "yarn"}),
-        ("qwen3", {**ROPE, "rope_type": "yarn", "beta_fast": 16, "beta_slow": 2}),
+        ("qwen3", {**ROPE, "rope_type": "yarn"}),
     ],
     ids=lambda value: value if isinstance(value, str) else value["rope_type"],
 )
 def test_rotary_embeddings_agree(name: str, rope: dict[str, Any], byte_model: Make, tmp_path: Path) -> None:
-    folder = byte_model(name, rope_parameters=rope)
+    folder = byte_model(name, rope_parameters=rope, max_position_embeddings=1024)
     done = streamprune.export_gguf(folder, tmp_path / "model.gguf", dtype="f32")
     assert spread(done.path, folder, done.context) < PRECISION["f32"]
 
@@ -245,8 +244,11 @@ def test_holds_one_tensor_at_a_time(byte_model: Make, tmp_path: Path, monkeypatc
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", watched)
-    streamprune.export_gguf(byte_model("llama"), tmp_path / "model.gguf", dtype="q8_0")
+    done = streamprune.export_gguf(byte_model("llama"), tmp_path / "model.gguf", dtype="q8_0")
     assert len(alive) > 20
+    assert done.notes == [
+        "3 tensors are f16, having rows that blocks of 32 do not divide (blk.0.ffn_down.weight, for one)"
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
@@ -269,6 +271,7 @@ def test_refuses_what_llama_cpp_cannot_say(byte_model: Make, tiny: Make, tmp_pat
         (byte_model("qwen3", attention_bias=True), r"self_attn\.q_proj has a bias"),
         (byte_model("llama", rope_parameters={**ROPE, "rope_type": "dynamic"}), "type 'dynamic'"),
         (byte_model("qwen3", rope_parameters=LLAMA3), "type 'llama3'"),
+        (byte_model("qwen3", rope_parameters={**ROPE, "rope_type": "yarn", "beta_fast": 4}), "type 'yarn'"),
         (byte_model("llama", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "0.5 of each head"),
         (byte_model("llama", vocab_size=VOCABULARY - 1), "do not belong together"),
     ]

@@ -12,6 +12,16 @@ from ..errors import CheckpointError
 from ..model.skeleton import Skeleton
 from .runtime import Runtime, are_alike
 
+_YARN = {
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}
+"""What some of llama.cpp's programs assume of YaRN, whatever the file says."""
+
 
 def context_of(skeleton: Skeleton) -> tuple[int, int | None]:
     """Tokens a window may have, and the sliding window that made them fewer than the config says.
@@ -74,15 +84,11 @@ def add_rotary(writer: Any, skeleton: Skeleton, runtime: Runtime, head_width: in
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind == "yarn" and not any(rope.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim")):
+    elif kind == "yarn" and all(rope.get(name, usual) == usual for name, usual in _YARN.items()):
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         original = rope.get("original_max_position_embeddings") or skeleton.config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(int(original))
-        if "beta_fast" in rope:
-            writer.add_rope_scaling_yarn_beta_fast(float(rope["beta_fast"]))
-        if "beta_slow" in rope:
-            writer.add_rope_scaling_yarn_beta_slow(float(rope["beta_slow"]))
     elif kind == "llama3" and runtime.factors:
         return _factors(skeleton, rope, head_width)
     elif kind != "default":
