@@ -56,7 +56,7 @@ def pruned(configured: Callable[..., streamprune.Config]) -> Make:
         config = configured(
             model, f"{layout}-{model.name}", recipe="magnitude", ratio=0.2, layout=layout, blocks=blocks
         )
-        return streamprune.prune(config).out
+        return Path(streamprune.prune(config).out)
 
     return make
 
