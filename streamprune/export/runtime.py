@@ -116,9 +116,12 @@ def _check(skeleton: Skeleton, runtime: Runtime, sites: Sequence[Site]) -> None:
         raise CheckpointError(
             f"{where}: the activation is {activation!r}; llama.cpp's {runtime.name} has {runtime.activation!r} only"
         )
-    for name in skeleton.block_names(0):
+    names = skeleton.block_names(0)
+    for name in names:
         linear, _, leaf = name.rpartition(".")
-        if leaf == "bias" and linear in skeleton.architecture.linears and linear not in runtime.biases:
+        # A norm's weight has one dimension.
+        has_bias = leaf == "bias" and len(skeleton.checkpoint[names[f"{linear}.weight"]].shape) > 1
+        if has_bias and linear not in runtime.biases:
             raise CheckpointError(f"{where}: {linear} has a bias, which llama.cpp's {runtime.name} cannot take{hint}")
     if not runtime.own_head and not skeleton.tied:
         raise CheckpointError(
