@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import EXAMPLE, EXAMPLE_TEXT, edit_tensors, make_tiny, shared
+from conftest import EXAMPLE, EXAMPLE_TEXT, TINY, edit_tensors, make_tiny, shared
 from gguf_reference import TEXT, VOCABULARY, opened, runtime_logits, stock_logits, write_byte_tokenizer
 from streamprune_cli import main
 
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 
 Make = Callable[..., Path]
 # transformers' qwen2 tokenizer adds a token of its own.
-SIZES = {"vocab_size": VOCABULARY + 4, "hidden_size": 64}
+SIZES = {"vocab_size": VOCABULARY + 8, "hidden_size": 64}
 WINDOW = random.Random(3).choices(range(VOCABULARY), k=48)
 # Of the logits' standard deviation, at the worst logit; llama.cpp rounds activations as it does weights.
-PRECISION = {"f32": 5e-5, "f16": 6e-3, "bf16": 3e-2, "q8_0": 1e-1}
+PRECISION = {"f32": 1e-4, "f16": 6e-3, "bf16": 3e-2, "q8_0": 1e-1}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def get(name: str, **changes: Any) -> Path:
         key = repr((name, changes))
         if key not in made:
-            made[key] = make_tiny(tmp_path_factory.mktemp(name), name, **{**SIZES, **changes})
+            # llama.cpp reads more into some models' names.
+            made[key] = make_tiny(tmp_path_factory.mktemp("model"), name, **{**SIZES, **changes})
             write_byte_tokenizer(made[key])
         return made[key]
 
@@ -76,7 +77,36 @@ CASES = [
     ("qwen3", {}, ("qwen3", "qwen3", None)),
     ("qwen3", {"tie_word_embeddings": True}, ("qwen3", "qwen3", "openelm")),
     ("gpt2", {}, ("gpt2", "gpt2", None)),
+    ("granite", {}, ("granite", "granite", None)),
+    (
+        "smollm3",
+        {"no_rope_layer_interval": 4, "num_hidden_layers": 5, "use_sliding_window": False, "layer_types": None},
+        ("smollm3", "smollm3", None),
+    ),
+    ("gemma2", {"query_pre_attn_scalar": 8}, ("gemma2", "gemma2", None)),
+    (
+        "gemma3",
+        {
+            "query_pre_attn_scalar": 8,
+            "num_hidden_layers": 7,
+            "final_logit_softcapping": None,
+            "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 2.0},
+            },
+        },
+        ("gemma3", "gemma3", None),
+    ),
+    ("olmo2", {}, ("olmo2", "olmo2", None)),
+    ("phi3", {}, ("phi3", "phi3", None)),
+    ("starcoder2", {}, ("starcoder2", "starcoder2", None)),
+    ("mixtral", {}, ("llama", "llama", None)),
+    ("qwen3_moe", {"mlp_only_layers": []}, ("qwen3moe", "qwen3moe", None)),
+    ("olmoe", {"num_key_value_heads": 4}, ("olmoe", "olmoe", None)),
 ]
+# llama.cpp takes GELU from a table of 16-bit numbers.
+TABLED = {"gpt2": 2e-3, "starcoder2": 5e-3, "gemma2": 2e-2, "gemma3": 2e-2}
 
 
 @pytest.mark.parametrize(("name", "changes", "architectures"), CASES, ids=lambda value: str(value))
@@ -88,6 +118,8 @@ def test_logits_agree(
     pruned: Make,
     tmp_path: Path,
 ) -> None:
+    if name not in TINY:
+        pytest.skip(f"no {name} here")
     model, out = byte_model(name, **changes), tmp_path / "model.gguf"
     for layout, architecture in zip(("dense", "uniform", "free"), architectures, strict=True):
         folder = model if layout == "dense" else pruned(model, layout)
@@ -97,8 +129,7 @@ def test_logits_agree(
             continue
         done = streamprune.export_gguf(folder, out, dtype="f32")
         assert done.architecture == architecture
-        # gpt2's GELU comes from a table of 16-bit numbers.
-        assert spread(out, folder, done.context) < (PRECISION["f32"] if name != "gpt2" else 2e-3), layout
+        assert spread(out, folder, done.context) < TABLED.get(name, PRECISION["f32"]), layout
 
 
 @pytest.mark.parametrize("layout", ["dense", "free"])
@@ -191,6 +222,24 @@ def test_trained_models_read_and_continue_text_alike(name: str, text: str, bos: 
     # llama.cpp rounds probabilities in its softmax.
     expected = stock_logits(folder, ids[:48])
     assert np.abs(runtime_logits(done.path, ids[:48]) - expected).max() < 1e-3 * expected.std()
+
+
+def gemma_like(tokenizer: dict[str, Any]) -> None:
+    tokenizer["normalizer"] = tokenizer["normalizer"]["normalizers"][1]
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+
+
+def test_a_text_without_a_space_before_it(tmp_path: Path) -> None:
+    folder = edited(shared("models", "stories260K"), tmp_path / "model", gemma_like)
+    model = opened(streamprune.export_gguf(folder, tmp_path / "model.gguf").path)
+    for text in ("Once upon a time", " two  spaces "):
+        assert model.tokenize(text.encode(), add_bos=False, special=False) == tokens(folder, text)
+    model.close()
 
 
 def test_perplexity_agrees(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,8 @@ from .metadata import add_metadata, add_rotary, context_of
 from .runtime import Runtime, choose
 from .storage import DTYPES, pack, stored_as, stored_bytes
 from .vocabulary import read_vocabulary
+
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+\.weight)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def export_gguf(
     runtime = choose(skeleton)
     defaults = {name: getattr(skeleton.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     vocabulary = read_vocabulary(model, skeleton.vocabulary, {k: v for k, v in defaults.items() if v is not None})
-    context, window = context_of(skeleton)
+    context, window = context_of(skeleton, runtime)
 
     with files.replacing(out) as temporary:
         writer = GGUFWriter(temporary, runtime.name)
@@ -159,6 +162,14 @@ def _plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | No
             parts = [full.pop(f"{linear}.weight") for linear in linears]
             rows, columns = sum(checkpoint[part].shape[0] for part in parts), checkpoint[parts[0]].shape[1]
             yield planned(f"blk.{index}.{fused}.weight", (rows, columns), partial(_stacked, skeleton, parts))
+        experts: dict[str, list[str]] = {}
+        for inside in [inside for inside in full if _EXPERT.fullmatch(inside)]:
+            experts.setdefault(_EXPERT.sub(r"\1.\2", inside), []).append(full.pop(inside))
+        for stacked, parts in experts.items():
+            shape = len(parts), *checkpoint[parts[0]].shape
+            yield planned(
+                named(f"model.layers.{index}.{stacked}"), shape, partial(_stacked, skeleton, parts, deep=True)
+            )
         head_width = skeleton.sites(index)[0].head_width
         for inside, name in full.items():
             linear, _, leaf = inside.rpartition(".")
@@ -168,9 +179,12 @@ def _plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | No
             elif linear in runtime.paired:
                 yield planned(named(name), shape, partial(_paired, skeleton, name, head_width))
             else:
-                yield planned(named(name), shape, partial(checkpoint.read, name))
+                yield planned(named(name), shape, partial(_plain, skeleton, name, runtime.norm_shift))
     for name in skeleton.head_names():
-        yield planned(named(name), checkpoint[name].shape, partial(checkpoint.read, name))
+        yield planned(named(name), checkpoint[name].shape, partial(_plain, skeleton, name, runtime.norm_shift))
+    if runtime.stored_head and skeleton.tied:
+        name = skeleton.embed_names()[0]
+        yield planned("output.weight", checkpoint[name].shape, partial(checkpoint.read, name))
 
 
 def _names(skeleton: Skeleton, runtime: Runtime) -> Callable[[str], str]:
@@ -198,8 +212,14 @@ def _is_transposed(skeleton: Skeleton, index: int, linear: str) -> bool:
     return isinstance(skeleton.module(index, linear), Conv1D)
 
 
-def _stacked(skeleton: Skeleton, names: list[str]) -> Tensor:
-    return torch.cat([skeleton.checkpoint.read(name) for name in names])
+def _plain(skeleton: Skeleton, name: str, norm_shift: float) -> Tensor:
+    tensor = skeleton.checkpoint.read(name)
+    return tensor.float() + norm_shift if norm_shift and tensor.dim() == 1 else tensor
+
+
+def _stacked(skeleton: Skeleton, names: list[str], *, deep: bool = False) -> Tensor:
+    """Rows behind rows, or with `deep` in a dimension of their own."""
+    return (torch.stack if deep else torch.cat)([skeleton.checkpoint.read(name) for name in names])
 
 
 def _transposed(skeleton: Skeleton, name: str) -> Tensor:

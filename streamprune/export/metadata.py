@@ -22,17 +22,19 @@ _YARN = {
 }
 """What some of llama.cpp's programs assume of YaRN, whatever the file says."""
 
+_EPSILONS = ("layer_norm_epsilon", "norm_epsilon")
 
-def context_of(skeleton: Skeleton) -> tuple[int, int | None]:
+
+def context_of(skeleton: Skeleton, runtime: Runtime) -> tuple[int, int | None]:
     """Tokens a window may have, and the sliding window that made them fewer than the config says.
 
-    Within one window sliding attention is plain attention, which is all that these architectures of llama.cpp have.
+    Within one window sliding attention is plain attention, which is all that most architectures of llama.cpp have.
     """
     config = skeleton.config
     context = skeleton.context or 2048
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
-    return (window, window) if window and window < context else (context, None)
+    return (window, window) if window and window < context and not runtime.slides else (context, None)
 
 
 def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int) -> None:
@@ -56,7 +58,16 @@ def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int
     if (epsilon := getattr(config, "rms_norm_eps", None)) is not None:
         writer.add_layer_norm_rms_eps(epsilon)
     else:
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        writer.add_layer_norm_eps(next(e for name in _EPSILONS if (e := getattr(config, name, None)) is not None))
+    for name, stored in runtime.scales.items():
+        if (value := getattr(config, name)) is not None:
+            getattr(writer, f"add_{stored}")(float(value))
+    if runtime.slides:
+        writer.add_sliding_window(config.sliding_window)
+    if (used := getattr(config, "num_experts_per_tok", None)) is not None:
+        writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+        writer.add_expert_used_count(used)
+        writer.add_expert_feed_forward_length(widths["feed_forward_length"][0])
 
 
 def add_rotary(writer: Any, skeleton: Skeleton, runtime: Runtime, head_width: int) -> Tensor | None:
@@ -73,7 +84,14 @@ def add_rotary(writer: Any, skeleton: Skeleton, runtime: Runtime, head_width: in
     rope: Mapping[str, Any] | None = getattr(skeleton.config, "rope_parameters", None)
     if rope is None:
         return None
-    where, kind = skeleton.checkpoint.directory, rope.get("rope_type", "default")
+    where = skeleton.checkpoint.directory
+    if (sliding := rope.get("sliding_attention")) is not None:
+        if sliding.get("rope_type", "default") != "default" or sliding["rope_theta"] != 10000.0:
+            raise CheckpointError(
+                f"{where}: sliding attention turns by {dict(sliding)}; llama.cpp takes a base of 10000"
+            )
+        rope = rope["full_attention"]
+    kind = rope.get("rope_type", "default")
     share = rope.get("partial_rotary_factor", 1.0)
     if share != 1.0:
         raise CheckpointError(

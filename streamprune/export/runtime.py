@@ -6,9 +6,10 @@ What none of them can say is refused here, before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import CheckpointError
 from ..model.skeleton import Skeleton
@@ -34,6 +35,16 @@ class Runtime:
     """Whether the head may differ from the embedding."""
     full_heads: bool = False
     """Whether all query heads together must be as wide as the residual stream."""
+    stored_head: bool = False
+    """Whether it wants the head stored even where it is the embedding."""
+    slides: bool = False
+    """Whether it has the sliding windows of the model."""
+    norm_shift: float = 0.0
+    """What it wants added to the weights of norms."""
+    scales: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Fields of the config that go into the file, each with its name there."""
+    assumes: Mapping[str, Callable[[Any], Any]] = field(default_factory=lambda: MappingProxyType({}))
+    """Fields of the config that it takes for granted, each with the value, which the config may decide."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,17 @@ class Entry:
     """With a number a block; None where llama.cpp has nothing that fits."""
     obstacle: str = ""
     """Why not."""
+
+
+def _sliding(period: int) -> Callable[[Any], list[str]]:
+    """Every so many blocks, one whose attention does not slide."""
+    kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
+    return lambda config: [kinds[index % period] for index in range(config.num_hidden_layers)]
+
+
+def _query_scale(largest: int) -> Callable[[Any], int]:
+    """Gemma's: the width of a head, but for the model with the most blocks, told by their number."""
+    return lambda c: c.hidden_size // c.num_attention_heads if c.num_hidden_layers == largest else c.head_dim
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -64,6 +86,70 @@ GPT2 = Runtime(
     full_heads=True,
 )
 
+GRANITE = Runtime(
+    "granite",
+    biases=LLAMA.biases,
+    paired=_PAIRED,
+    scales=MappingProxyType(
+        {
+            "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale",
+            "attention_multiplier": "attention_scale",
+            "logits_scaling": "logit_scale",
+        }
+    ),
+)
+SMOLLM3 = Runtime(
+    "smollm3",
+    paired=_PAIRED,
+    assumes=MappingProxyType({"no_rope_layers": lambda c: [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)]}),
+)
+GEMMA2 = Runtime(
+    "gemma2",
+    activation="gelu_pytorch_tanh",
+    slides=True,
+    norm_shift=1.0,
+    own_head=False,
+    scales=MappingProxyType(
+        {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+    ),
+    assumes=MappingProxyType({"query_pre_attn_scalar": _query_scale(46), "layer_types": _sliding(2)}),
+)
+GEMMA3 = Runtime(
+    "gemma3",
+    activation="gelu_pytorch_tanh",
+    slides=True,
+    norm_shift=1.0,
+    own_head=False,
+    assumes=MappingProxyType(
+        {
+            "query_pre_attn_scalar": _query_scale(62),
+            "layer_types": _sliding(6),
+            "final_logit_softcapping": lambda c: None,
+            "attn_logit_softcapping": lambda c: None,
+        }
+    ),
+)
+OLMO2 = Runtime("olmo2", full_heads=True, stored_head=True)
+PHI3 = Runtime("phi3", full_heads=True)
+STARCODER2 = Runtime(
+    "starcoder2",
+    activation="gelu_pytorch_tanh",
+    biases=frozenset((*_QKV, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj")),
+    full_heads=True,
+    assumes=MappingProxyType({"use_bias": lambda c: True}),
+)
+QWEN3_MOE = Runtime(
+    "qwen3moe",
+    assumes=MappingProxyType(
+        {"norm_topk_prob": lambda c: True, "decoder_sparse_step": lambda c: 1, "mlp_only_layers": lambda c: []}
+    ),
+)
+OLMOE = Runtime(
+    "olmoe", full_heads=True, stored_head=True, assumes=MappingProxyType({"norm_topk_prob": lambda c: False})
+)
+
+_ALIKE = "it builds every block from the same numbers"
 RUNTIMES = {
     "llama": Entry(LLAMA, DECI),
     "mistral": Entry(LLAMA, DECI),
@@ -71,7 +157,17 @@ RUNTIMES = {
         QWEN2, obstacle="none of its architectures with a number a block takes the biases of qwen2's attention"
     ),
     "qwen3": Entry(QWEN3, OPENELM),
-    "gpt2": Entry(GPT2, obstacle="none of its architectures with a number a block has gpt2's LayerNorms and positions"),
+    "gpt2": Entry(GPT2, obstacle=_ALIKE),
+    "granite": Entry(GRANITE, obstacle=_ALIKE),
+    "smollm3": Entry(SMOLLM3, obstacle=_ALIKE),
+    "gemma2": Entry(GEMMA2, obstacle=_ALIKE),
+    "gemma3_text": Entry(GEMMA3, obstacle=_ALIKE),
+    "olmo2": Entry(OLMO2, obstacle=_ALIKE),
+    "phi3": Entry(PHI3, obstacle=_ALIKE),
+    "starcoder2": Entry(STARCODER2, obstacle=_ALIKE),
+    "mixtral": Entry(LLAMA, obstacle=_ALIKE),
+    "qwen3_moe": Entry(QWEN3_MOE, obstacle=_ALIKE),
+    "olmoe": Entry(OLMOE, obstacle=_ALIKE),
 }
 
 
@@ -111,22 +207,27 @@ def are_alike(sites: Sequence[Site]) -> bool:
 def _check(skeleton: Skeleton, runtime: Runtime, sites: Sequence[Site]) -> None:
     where, config = skeleton.checkpoint.directory, skeleton.config
     hint = "" if are_alike(sites) else "; prune with --layout uniform"
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    activation = next((found for name in names if (found := getattr(config, name, None))), None)
     if activation != runtime.activation:
         raise CheckpointError(
             f"{where}: the activation is {activation!r}; llama.cpp's {runtime.name} has {runtime.activation!r} only"
         )
-    names = skeleton.block_names(0)
-    for name in names:
+    for name, expected in runtime.assumes.items():
+        if (value := getattr(config, name, None)) != expected(config):
+            raise CheckpointError(
+                f"{where}: {name} is {value}; llama.cpp's {runtime.name} takes {expected(config)} for granted"
+            )
+    tensors = skeleton.block_names(0)
+    for name in tensors:
         linear, _, leaf = name.rpartition(".")
         # A norm's weight has one dimension.
-        has_bias = leaf == "bias" and len(skeleton.checkpoint[names[f"{linear}.weight"]].shape) > 1
+        has_bias = leaf == "bias" and len(skeleton.checkpoint[tensors[f"{linear}.weight"]].shape) > 1
         if has_bias and linear not in runtime.biases:
             raise CheckpointError(f"{where}: {linear} has a bias, which llama.cpp's {runtime.name} cannot take{hint}")
     if not runtime.own_head and not skeleton.tied:
         raise CheckpointError(
-            f"{where}: the head is not the embedding; the one architecture of llama.cpp with a number a block that fits "
-            f"{skeleton.architecture.model_type} ({runtime.name}) ties them{hint}"
+            f"{where}: the head is not the embedding; the architecture of llama.cpp that fits ({runtime.name}) ties them{hint}"
         )
     for site in sites:
         if runtime.full_heads and site.heads and site.columns != skeleton.width:

@@ -205,7 +205,8 @@ def _space_prefix(data: Mapping[str, Any], directory: Path) -> bool:
         {"type": "Prepend", "prepend": SPACE},
         {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
     )
-    if pre is None and parts in ([prepend, replace], [replace]):
+    # Where every space has become something else, a split at spaces does nothing.
+    if parts in ([prepend, replace], [replace]) and (pre is None or pre.get("pattern") == {"String": " "}):
         return prepend in parts
     if not parts and pre and pre["type"] == "Metaspace" and pre["replacement"] == SPACE and not pre.get("split", True):
         return bool(pre["prepend_scheme"] != "never")
