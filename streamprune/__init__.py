@@ -1,7 +1,7 @@
 """streamprune: make a large language model structurally smaller, streaming it block by block.
 
 `prune` is the main job, `compare` does it by several recipes, `evaluate` and `inspect` look at what came out, `load` is transformers'
-`from_pretrained` for pruned checkpoints. Importing this package teaches `AutoModelForCausalLM` to load them too.
+`from_pretrained` for pruned checkpoints, `export_gguf` writes them for llama.cpp. Importing this package teaches `AutoModelForCausalLM` to load them too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .comparison import Comparison
 from .config import Config, TuneConfig
 from .errors import CheckpointError, StreamPruneError
 from .evaluate import Evaluation, evaluate
+from .export import Exported, export_gguf
 from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
@@ -32,6 +33,7 @@ __all__ = [
     "Comparison",
     "Config",
     "Evaluation",
+    "Exported",
     "Result",
     "StreamPruneError",
     "TuneConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "export_gguf",
     "forecast_job",
     "inspect",
     "load",

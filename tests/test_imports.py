@@ -32,6 +32,7 @@ FLOOR = {
     "shot": 3,
     "output": 3,
     "evaluate": 3,
+    "export": 3,
     "workplace": 3,
     "job": 3,
     "run": 3,

@@ -1,0 +1,139 @@
+"""A pruned model in llama.cpp: its perplexity there and here, and its speed against the dense model's.
+
+Both checkpoint directories are exported with `streamprune.export_gguf`. Perplexity is that of `streamprune eval`, and
+the same windows scored from llama.cpp's logits (key/value cache in 16 bits, as it comes). Speed is of one sequence:
+tokens a second while reading a prompt and while writing one token after the other (the text's own, so that both models
+do the same), the models in turn, each repetition in another order, the first not counted; the ratios are taken within
+a repetition, their median is printed. "allowed" is the ratio of multiplications a token, head included.
+
+    streamprune run examples/docs-llama-7m OUT --ratio 0.3 --calibration examples/text/calibration.txt --seq-len 256 --samples 32
+    python benchmarks/llama.py examples/docs-llama-7m OUT --text examples/text/validation.txt      about a minute
+    python benchmarks/llama.py DENSE PRUNED --text FILE --dtype q8_0 --json
+
+Needs gguf and llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llama_cpp import Llama
+
+import streamprune
+from streamprune.evaluate import read_windows
+from streamprune.model.skeleton import Skeleton, open_skeleton
+
+PROMPT = 128
+WRITTEN = 128
+
+
+def opened(path: Path, length: int, threads: int, *, scores: bool) -> Llama:
+    """A file in llama.cpp."""
+    sizes = {"n_ctx": length, "n_batch": length, "n_ubatch": length, "n_threads": threads, "n_threads_batch": threads}
+    return Llama(str(path), **sizes, logits_all=scores, verbose=False)
+
+
+def perplexity(path: Path, windows: torch.Tensor, threads: int) -> float:
+    """llama.cpp's, over windows of (windows, length) token ids."""
+    model = opened(path, windows.shape[1], threads, scores=True)
+    total = 0.0
+    for window in windows:
+        model.reset()
+        model.eval(window.tolist())
+        logits = torch.from_numpy(np.array(model.scores[: len(window) - 1]))
+        total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    model.close()
+    return math.exp(total / (windows.numel() - len(windows)))
+
+
+def speeds(model: Llama, tokens: list[int]) -> tuple[float, float]:
+    """Tokens a second of a prompt, and of single tokens after it."""
+    model.reset()
+    begin = time.perf_counter()
+    model.eval(tokens[:PROMPT])
+    middle = time.perf_counter()
+    for token in tokens[PROMPT : PROMPT + WRITTEN]:
+        model.eval([token])
+    end = time.perf_counter()
+    return PROMPT / (middle - begin), WRITTEN / (end - middle)
+
+
+def multiplications(skeleton: Skeleton) -> int:
+    """Weights a token is multiplied with."""
+    linears = sum(sum(site.linears) for site in skeleton.all_sites())
+    return linears + skeleton.width * skeleton.vocabulary
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything, JSON-ready."""
+    torch.set_num_threads(options.threads)
+    folders = {"dense": options.dense, "pruned": options.pruned}
+    skeletons = {name: open_skeleton(path, torch.device("cpu"), "float32") for name, path in folders.items()}
+    windows = read_windows(skeletons["dense"], options.text, options.seq_len)
+    found: dict[str, Any] = {"dtype": options.dtype, "windows": len(windows), "length": windows.shape[1]}
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = {name: Path(temporary) / f"{name}.gguf" for name in folders}
+        for name, folder in folders.items():
+            exported = streamprune.export_gguf(folder, paths[name], dtype=options.dtype)
+            found[name] = {
+                "architecture": exported.architecture,
+                "parameters": exported.parameters,
+                "bytes": exported.size,
+            }
+            here = streamprune.evaluate(folder, options.text, seq_len=options.seq_len)
+            found[name]["perplexity"] = here.perplexity
+            found[name]["perplexity_llama_cpp"] = perplexity(paths[name], windows, options.threads)
+        models = {name: opened(path, PROMPT + WRITTEN, options.threads, scores=False) for name, path in paths.items()}
+        tokens = windows.flatten().tolist()
+        rows: list[dict[str, tuple[float, float]]] = []
+        for repetition in range(options.repetitions + 1):
+            order = list(models)[:: 1 if repetition % 2 else -1]
+            rows.append({name: speeds(models[name], tokens) for name in order})
+    for index, kind in enumerate(("prompt", "written")):
+        for name in folders:
+            found[name][f"{kind}_tokens_per_second"] = statistics.median(row[name][index] for row in rows[1:])
+        found[f"{kind}_ratio"] = statistics.median(row["pruned"][index] / row["dense"][index] for row in rows[1:])
+    found["allowed_ratio"] = multiplications(skeletons["dense"]) / multiplications(skeletons["pruned"])
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("dense", type=Path)
+    parser.add_argument("pruned", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--dtype", default="f16")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = measure(options)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name in ("dense", "pruned"):
+        each = found[name]
+        print(
+            f"{name}: {each['architecture']}, {each['parameters']:,} parameters, {each['bytes']:,} bytes; perplexity "
+            f"{each['perplexity']:.4f} here, {each['perplexity_llama_cpp']:.4f} in llama.cpp; prompt "
+            f"{each['prompt_tokens_per_second']:.0f}, written {each['written_tokens_per_second']:.0f} tokens a second"
+        )
+    print(
+        f"pruned / dense: prompt {found['prompt_ratio']:.2f}, written {found['written_ratio']:.2f}, "
+        f"allowed {found['allowed_ratio']:.2f} ({found['windows']} windows of {found['length']} for the perplexities)"
+    )
+
+
+if __name__ == "__main__":
+    main()

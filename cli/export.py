@@ -1,0 +1,34 @@
+"""`streamprune export`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from . import options, show
+
+
+@click.command()
+@click.argument("model", type=options.DIRECTORY)
+@click.argument("out", type=options.FILE, metavar="OUT.gguf")
+@click.option(
+    "--dtype", default="f16", show_default=True, metavar="NAME", help="Of the matrices: f32, f16, bf16 or q8_0."
+)
+@options.json_option
+def export(model: Path, out: Path, dtype: str, as_json: bool) -> None:
+    """Write the checkpoint directory MODEL, dense or pruned, as a GGUF file for llama.cpp, tokenizer included.
+
+    Example:
+
+      streamprune export llama-2-5b llama-2-5b.gguf --dtype q8_0
+    """
+    import streamprune
+    from streamprune.config import format_bytes
+
+    options.begin()
+
+    done = streamprune.export_gguf(model, out, dtype=dtype, progress=show.Shown())
+    line = f"{out}: {done.architecture} in {done.dtype}, {done.parameters:,} parameters, {format_bytes(done.size)}"
+    show.result({**asdict(done), "path": str(out)}, as_json, [f"{line}, context {done.context}"])
