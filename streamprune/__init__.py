@@ -14,6 +14,7 @@ from .comparison import Comparison
 from .config import Config, TuneConfig
 from .errors import CheckpointError, StreamPruneError
 from .evaluate import Evaluation, evaluate
+from .harness import Tasks, TaskScores, evaluate_tasks, find_tasks
 from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
@@ -34,12 +35,16 @@ __all__ = [
     "Evaluation",
     "Result",
     "StreamPruneError",
+    "TaskScores",
+    "Tasks",
     "TuneConfig",
     "Tuned",
     "Variant",
     "__version__",
     "compare",
     "evaluate",
+    "evaluate_tasks",
+    "find_tasks",
     "forecast_job",
     "inspect",
     "load",
