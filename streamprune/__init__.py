@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench import Bench, bench, bench_widths
 from .compare import Variant, compare
 from .comparison import Comparison
 from .config import Config, TuneConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ARCHITECTURES",
     "RECIPES",
+    "Bench",
     "Comparison",
     "Config",
     "Evaluation",
@@ -41,6 +43,8 @@ __all__ = [
     "Tuned",
     "Variant",
     "__version__",
+    "bench",
+    "bench_widths",
     "compare",
     "evaluate",
     "evaluate_tasks",

@@ -18,7 +18,6 @@ from conftest import ALPHABET, ROOT, make_tiny, shared
 from streamprune_cli import main
 
 import streamprune
-
 from streamprune.calibration import load_tokenizer
 from streamprune.errors import ConfigError, StreamPruneError
 from streamprune.model.skeleton import Skeleton, open_skeleton
@@ -165,7 +164,7 @@ def test_greedy_choices_are_told_apart(tiny: Tiny) -> None:
     assert [each.loglikelihood for each in found] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["free", "uniform"])
+@pytest.mark.parametrize("layout", ["free", pytest.param("uniform", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("choices")
 def test_tasks_score_the_same_both_ways(layout: str, pruned: Callable[[str], Path]) -> None:
     path = pruned(layout)
@@ -206,13 +205,10 @@ def test_limit_and_examples(tiny: Tiny) -> None:
     assert "the first 3 documents" in scored.protocol
 
 
-@pytest.mark.parametrize("length", range(1, 300))
-def test_padding_is_an_eighth_at_the_most(length: int) -> None:
-    assert length <= padded(length, None) <= length * 9 / 8
-    assert padded(length, 200) <= max(length, 200)
-
-
-def test_few_lengths_are_padded_to() -> None:
+def test_padding_is_an_eighth_at_the_most_and_to_few_lengths() -> None:
+    for length in range(1, 300):
+        assert length <= padded(length, None) <= length * 9 / 8
+        assert padded(length, 200) <= max(length, 200)
     assert len({padded(length, 2048) for length in range(1, 2049)}) <= 8 * 8 + 8
 
 
