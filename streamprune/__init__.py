@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench import Bench, bench, bench_widths
+from .bench import Bench, Width, bench, bench_widths
 from .compare import Variant, compare
 from .comparison import Comparison
 from .config import Config, TuneConfig
@@ -42,6 +42,7 @@ __all__ = [
     "TuneConfig",
     "Tuned",
     "Variant",
+    "Width",
     "__version__",
     "bench",
     "bench_widths",

@@ -68,6 +68,8 @@ class SpeedUp:
     rounds: tuple[float, ...]
     """Seconds dense / seconds pruned, round by round."""
     median: float
+    fastest: float
+    """Of each one's fastest round: on a busy machine the better guess."""
     by_operations: float
     """What the removed operations would allow: prefill's limit."""
     by_bytes: float
@@ -340,6 +342,7 @@ def _speed_up(dense: Phase, pruned: Phase, *, memory_bound: bool) -> SpeedUp:
     return SpeedUp(
         rounds=tuple(d / p for d, p in zip(dense.seconds, pruned.seconds, strict=True)),
         median=median,
+        fastest=min(dense.seconds) / min(pruned.seconds),
         by_operations=by_operations,
         by_bytes=by_bytes,
         achieved=median / (by_bytes if memory_bound else by_operations),

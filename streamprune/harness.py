@@ -70,8 +70,8 @@ def find_tasks(
     manager = _manager(names, include_path)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        where = "" if include_path is None else f" nor below {include_path}"
-        raise ConfigError(f"task {unknown[0]!r} is neither one of lm_eval's{where}; `lm_eval ls tasks` lists them")
+        where = "" if include_path is None else f" or below {include_path}"
+        raise ConfigError(f"no task {unknown[0]!r} is among lm_eval's{where}; `lm_eval ls tasks` lists its own")
     try:
         loaded = manager.load(list(names))
     except Exception as error:

@@ -102,6 +102,7 @@ def test_what_removed_work_allows(tiny: Tiny, pruned: Path) -> None:
         assert gain.by_bytes == dense.bytes_read / ours.bytes_read > 1
         assert gain.rounds == tuple(a / b for a, b in zip(dense.seconds, ours.seconds, strict=True))
         assert gain.median == sorted(gain.rounds)[1]
+        assert gain.fastest == min(dense.seconds) / min(ours.seconds)
         assert gain.achieved == gain.median / getattr(gain, limit)
 
 
