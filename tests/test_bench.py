@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import streamprune
 from streamprune.bench import CACHE_BYTES, _Runner, weight_bytes
+from streamprune.config import format_bytes
 from streamprune.errors import ConfigError, ResourceError
 from streamprune.model.skeleton import open_skeleton
 
@@ -175,6 +177,11 @@ def test_what_cannot_be_measured_is_refused(tiny: Tiny, pruned: Path) -> None:
     ):
         measured(pruned, tiny("llama"), memory=100_000)
     assert measured(pruned, memory=400_000).against is None
+    # What is held: weights, keys and values.
+    _, _, pairs, _ = shapes(pruned)
+    held = 4 * (streamprune.load(pruned).num_parameters() + BATCH * (PROMPT + NEW) * pairs)
+    with pytest.raises(ResourceError, match=re.escape(f"{pruned} {format_bytes(held)} and")):
+        measured(pruned, memory=100_000)
 
 
 def test_the_command(tiny: Tiny, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

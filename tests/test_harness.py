@@ -301,3 +301,12 @@ def test_the_shared_files_are_read_whole(
     assert not any("nswer format" in row["question"] + row["choices"][-1] for row in rows)
     if file == "winogrande":
         assert all(row["question"].count("_") == 1 for row in rows)
+
+
+def test_what_reads_the_same_is_computed_once() -> None:
+    from streamprune.scoring import _grouped
+
+    read = (4, 5, 6)
+    places, groups = _grouped([Query(read, (7,)), Query((4, 5), (7,)), Query(read, (6, 8)), Query(read, (9,))], 64)
+    assert places == [(3, 0), (2, 0), (3, 0), (3, 0)]
+    assert groups == {3: [read], 2: [(4, 5)]}
