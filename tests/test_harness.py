@@ -203,6 +203,8 @@ def test_limit_and_examples(tiny: Tiny) -> None:
     assert scored.documents == {"mc_piqa": 3}
     assert "|     1|acc" in scored.table
     assert "the first 3 documents" in scored.protocol
+    # What was found once serves several models.
+    assert streamprune.evaluate_tasks(tiny("llama"), tasks).results == scored.results
 
 
 def test_padding_is_an_eighth_at_the_most_and_to_few_lengths() -> None:
@@ -301,6 +303,16 @@ def test_the_shared_files_are_read_whole(
     assert not any("nswer format" in row["question"] + row["choices"][-1] for row in rows)
     if file == "winogrande":
         assert all(row["question"].count("_") == 1 for row in rows)
+
+
+def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    from streamprune_cli.show import result
+
+    result({"tasks": {"a": {"perplexity": float("inf"), "acc": 0.5}}, "rounds": (1.0, float("nan"))}, True, [])
+    assert json.loads(capsys.readouterr().out) == {
+        "tasks": {"a": {"perplexity": None, "acc": 0.5}},
+        "rounds": [1.0, None],
+    }
 
 
 def test_what_reads_the_same_is_computed_once() -> None:
