@@ -5,7 +5,7 @@ result is timed against it as `streamprune bench` does: in turn, medians over ro
 removed operations allow, decoding one sequence what the bytes that are no longer read allow. The last table says what other
 values of `--round-to` would have given.
 
-    python benchmarks/inference.py                         about 3 minutes on one core, 2 GB of temporary disk, 3 GB of memory
+    python benchmarks/inference.py                         about 2 minutes on an idle core, 2.5 GB of temporary disk, 3 GB of memory
     python benchmarks/inference.py --threads 8 --prompt-tokens 1024 --repetitions 9
     python benchmarks/inference.py --device cuda --dtype bfloat16 --hidden 4096 --ffn 11008 --heads 32 --batch 1
 """
@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24, help="default: %(default)s")
     for name in ("hidden", "ffn", "heads"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Shape, name), help="default: %(default)s")
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--repetitions", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="default: %(default)s")
