@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,38 +13,78 @@ from . import options, show
 
 @click.command("eval")
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--text", type=options.FILE, required=True, metavar="FILE", help="UTF-8 text to score.")
+@click.option("--text", type=options.FILE, metavar="FILE", help="UTF-8 text to score.")
 @click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]")
+@click.option("--tasks", metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
+@click.option(
+    "--include-path", type=options.DIRECTORY, metavar="DIR", help="More task files, beside those that lm_eval has."
+)
+@click.option("--limit", type=int, metavar="N", help="Score the first N documents of each task.  [default: all]")
+@click.option("--num-fewshot", type=int, metavar="N", help="Examples before each document.  [default: the task's own]")
 @options.machine_options
 @options.json_option
 def evaluate(
     model: Path,
-    text: Path,
+    text: Path | None,
     seq_len: int | None,
+    tasks: str | None,
+    include_path: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
     device: str,
     memory: str | None,
     dtype: str,
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of the checkpoint directory MODEL, dense or pruned, streamed block by block.
+    """Perplexity and tasks of the checkpoint directory MODEL, dense or pruned, streamed block by block.
 
-    Example:
+    Tasks are those of lm-evaluation-harness (`pip install 'streamprune[harness]'`), with its prompts and metrics; their
+    data must be on this machine.
+
+    Examples:
 
       streamprune eval llama-2-5b --text wiki-test.txt --seq-len 2048
+
+      streamprune eval llama-2-49b --tasks arc_easy,piqa --memory 24GiB
     """
     import streamprune
+    from streamprune.errors import ConfigError
 
     options.begin()
 
-    measured = streamprune.evaluate(
-        model,
-        text,
-        seq_len=seq_len,
-        device=device,
-        dtype=dtype,
-        memory=options.size(memory, "--memory"),
-        cache=cache,
-        progress=show.Shown(),
+    if text is None and tasks is None:
+        raise ConfigError("nothing to measure: give --text FILE, --tasks A,B or both")
+    for option, value, other, needed in (
+        ("--seq-len", seq_len, "--text", text),
+        ("--include-path", include_path, "--tasks", tasks),
+        ("--limit", limit, "--tasks", tasks),
+        ("--num-fewshot", num_fewshot, "--tasks", tasks),
+    ):
+        if value is not None and needed is None:
+            raise ConfigError(f"{option} {value} needs {other}")
+    machine: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "memory": options.size(memory, "--memory"),
+        "cache": cache,
+        "progress": show.Shown(),
+    }
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    # A name that is none should not be noticed after hours.
+    wanted = tasks and streamprune.find_tasks(
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
     )
-    show.result(asdict(measured), as_json, [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"])
+    if text is not None:
+        measured = streamprune.evaluate(model, text, seq_len=seq_len, **machine)
+        found |= asdict(measured)
+        lines += [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"]
+    if wanted:
+        scored = streamprune.evaluate_tasks(model, wanted, **machine)
+        found["tasks"] = {"results": scored.results, "documents": scored.documents, "protocol": scored.protocol}
+        lines += [*scored.table.rstrip().splitlines(), f"({scored.protocol})"]
+    show.result(found, as_json, lines)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from . import compare, evaluate, export, inspect, plan, run, tune
+from . import bench, compare, evaluate, export, inspect, plan, run, tune
 
 
 class Group(click.Group):
@@ -55,13 +55,5 @@ def main() -> None:
         sys.stderr.reconfigure(line_buffering=True)
 
 
-for command in (
-    run.run,
-    plan.plan,
-    compare.compare,
-    tune.tune,
-    evaluate.evaluate,
-    inspect.inspect,
-    export.export,
-):
+for command in (run.run, plan.plan, compare.compare, tune.tune, evaluate.evaluate, export.export, bench.bench, inspect.inspect):
     main.add_command(command)

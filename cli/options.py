@@ -37,7 +37,7 @@ def window(context: click.Context, parameter: click.Parameter, text: str | None)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
-machine_options = bundle(
+computing_options = bundle(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option(
         "--memory", metavar="SIZE", help="Device memory to stay within, such as 24GiB.  [default: what is free]"
@@ -49,6 +49,10 @@ machine_options = bundle(
         metavar="NAME",
         help="Computing dtype: auto (the checkpoint's own on a GPU, float32 on the CPU), float32, bfloat16, float16, float64.",
     ),
+)
+
+machine_options = bundle(
+    computing_options,
     click.option("--cache", type=DIRECTORY, help="Folder for activations, on a fast disk."),
 )
 

@@ -57,12 +57,19 @@ class Shown:
 def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The command's result: one JSON object, or lines for people."""
     if as_json:
-        # JSON has no infinity.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-        click.echo(json.dumps(finite))
+        click.echo(json.dumps(_finite(value)))
     else:
         for line in lines:
             click.echo(line)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null instead, however deep."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: list[list[str]]) -> list[str]:

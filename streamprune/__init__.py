@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench import Bench, Width, bench, bench_widths
 from .compare import Variant, compare
 from .comparison import Comparison
 from .config import Config, TuneConfig
 from .errors import CheckpointError, StreamPruneError
 from .evaluate import Evaluation, evaluate
 from .export import Exported, export_gguf
+from .harness import Tasks, TaskScores, evaluate_tasks, find_tasks
 from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
@@ -30,19 +32,27 @@ if TYPE_CHECKING:
 __all__ = [
     "ARCHITECTURES",
     "RECIPES",
+    "Bench",
     "Comparison",
     "Config",
     "Evaluation",
     "Exported",
     "Result",
     "StreamPruneError",
+    "TaskScores",
+    "Tasks",
     "TuneConfig",
     "Tuned",
     "Variant",
+    "Width",
     "__version__",
+    "bench",
+    "bench_widths",
     "compare",
     "evaluate",
     "export_gguf",
+    "evaluate_tasks",
+    "find_tasks",
     "forecast_job",
     "inspect",
     "load",

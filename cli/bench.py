@@ -1,0 +1,103 @@
+"""`streamprune bench`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options, show
+
+if TYPE_CHECKING:
+    from streamprune import Bench, Width
+
+
+@click.command()
+@click.argument("model", type=options.DIRECTORY)
+@click.option("--against", type=options.DIRECTORY, metavar="DIR", help="The dense model that MODEL was made of.")
+@click.option("--prompt-tokens", default=512, show_default=True, help="Tokens of each prompt.")
+@click.option("--new-tokens", default=64, show_default=True, help="Steps after the prompts, a token each.")
+@click.option("--batch", default=1, show_default=True, help="Sequences at once.")
+@click.option("--repetitions", default=5, show_default=True, help="Rounds; the models take turns in each.")
+@click.option("--threads", type=int, help="Of the CPU.  [default: torch's own choice]")
+@click.option(
+    "--widths",
+    is_flag=True,
+    help="Also time an FFN's products at the widths that other values of --round-to would give.",
+)
+@options.computing_options
+@options.json_option
+def bench(model: Path, against: Path | None, widths: bool, memory: str | None, as_json: bool, **chosen: Any) -> None:
+    """Inference speed of the checkpoint directory MODEL in transformers, beside what the removed work would allow.
+
+    Prefill is limited by operations, decoding a few sequences by bytes read: a model with 70 % of both could be 1.43 times as
+    fast. Both models must fit in memory together; they take turns, so that a busy machine slows both.
+
+    Example:
+
+      streamprune bench llama-2-5b --against llama-2-7b --threads 8
+    """
+    import streamprune
+
+    options.begin()
+
+    measured = streamprune.bench(
+        model, against, memory=options.size(memory, "--memory"), progress=show.Shown(), **chosen
+    )
+    found = asdict(measured)
+    lines = _speeds(measured)
+    if widths:
+        del chosen["new_tokens"]
+        tried = streamprune.bench_widths(model, **chosen)
+        found["widths"] = [asdict(each) for each in tried]
+        lines += ["", *_widths(tried)]
+    show.result(found, as_json, lines)
+
+
+def _speeds(measured: Bench) -> list[str]:
+    ours, other = measured.model, measured.against
+    if other is None:
+        rows = [["tokens a second", ""]]
+        rows += [[name, f"{getattr(ours, name).tokens_per_second:.1f}"] for name in ("prefill", "decode")]
+        return [*show.table(rows), f"({measured.protocol})"]
+    rows = [
+        ["tokens a second", "dense", "pruned", "speed-up", "rounds", "fastest", "by operations", "by bytes", "achieved"]
+    ]
+    for name in ("prefill", "decode"):
+        gain = getattr(measured, name)
+        rows.append(
+            [
+                name,
+                f"{getattr(other, name).tokens_per_second:.1f}",
+                f"{getattr(ours, name).tokens_per_second:.1f}",
+                f"{gain.median:.2f}",
+                f"{min(gain.rounds):.2f}–{max(gain.rounds):.2f}",
+                f"{gain.fastest:.2f}",
+                f"{gain.by_operations:.2f}",
+                f"{gain.by_bytes:.2f}",
+                f"{gain.achieved:.0%}",
+            ]
+        )
+    return [
+        *show.table(rows),
+        f"{other.parameters:,} → {ours.parameters:,} parameters; speed-up: median over rounds; fastest: of each one's fastest "
+        "round; by operations, by bytes: what they would allow; achieved: of what operations (prefill) or bytes (decode) allow",
+        f"({measured.protocol})",
+    ]
+
+
+def _widths(tried: list[Width]) -> list[str]:
+    rows = [["FFN width", "round-to", "operations", "prefill", "decode"]]
+    for each in tried:
+        rows.append(
+            [
+                f"{each.width}, its own" if each.own else str(each.width),
+                ", ".join(map(str, each.round_to)),
+                f"{each.operations:.3f}",
+                f"{each.prefill:.3f}",
+                f"{each.decode:.3f}",
+            ]
+        )
+    return [*show.table(rows), "operations and seconds of an FFN's products over those at its own width"]
