@@ -12,13 +12,13 @@ from . import options, show
 
 @click.command("eval")
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--text", type=options.FILE, required=True, metavar="FILE", help="UTF-8 text to score.")
+@click.option("--text", required=True, metavar="TEXT[:FIELD]", help="Text to score, whole and in order.")
 @click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]")
 @options.machine_options
 @options.json_option
 def evaluate(
     model: Path,
-    text: Path,
+    text: str,
     seq_len: int | None,
     device: str,
     memory: str | None,
@@ -26,7 +26,7 @@ def evaluate(
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of the checkpoint directory MODEL, dense or pruned, streamed block by block.
+    """Perplexity of MODEL, dense or pruned, a checkpoint directory or a name on the hub, streamed block by block.
 
     Example:
 

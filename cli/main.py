@@ -49,7 +49,6 @@ def main() -> None:
 
       streamprune run llama-70b llama-49b --ratio 0.3 --calibration text.txt
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(sys.stderr, "reconfigure"):
         sys.stderr.reconfigure(line_buffering=True)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from .compare import Variant, compare
 from .comparison import Comparison
 from .config import Config, TuneConfig
-from .errors import CheckpointError, StreamPruneError
+from .errors import StreamPruneError
 from .evaluate import Evaluation, evaluate
+from .hub import resolve_model
 from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
 from .model.modeling_streamprune import register
 from .run import Result, forecast_job, plan_only, prune
+from .text import Source
 from .tune import Tuned, tune
 from .version import __version__
 
@@ -33,6 +35,7 @@ __all__ = [
     "Config",
     "Evaluation",
     "Result",
+    "Source",
     "StreamPruneError",
     "TuneConfig",
     "Tuned",
@@ -45,6 +48,7 @@ __all__ = [
     "load",
     "plan_only",
     "prune",
+    "resolve_model",
     "tune",
 ]
 
@@ -53,14 +57,12 @@ for _model_type in ARCHITECTURES:
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint directory, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
+    """A checkpoint directory or a name on the hub, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
 
     Raises:
-        CheckpointError: `path` is not a directory.
+        CheckpointError: `path` is neither.
     """
     from transformers import AutoModelForCausalLM
 
-    if not Path(path).is_dir():
-        raise CheckpointError(f"{path} is not a directory with a model in it")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(Path(path), **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve_model(path), **options)
     return model

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import calibration, files, machine
+from . import calibration, files, hub, machine
 from .errors import ConfigError
 from .memory import Needs, forecast
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress, Silent
 from .stream import sweep
 from .stream.store import ActivationStore
+from .text import Source, Spec, source
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Evaluation:
 
 def evaluate(
     model: str | Path,
-    text: str | Path,
+    text: Spec,
     *,
     seq_len: int | None = None,
     device: str = "auto",
@@ -40,9 +41,9 @@ def evaluate(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of a checkpoint directory, dense or pruned, on a text file.
+    """Perplexity of a checkpoint directory, dense or pruned, on a text.
 
-    The text is tokenised whole without special tokens and cut into consecutive windows of `seq_len`
+    The text is one source (see `text.Source`), of documents joined by two newlines if it has any. It is tokenised whole without special tokens and cut into consecutive windows of `seq_len`
     (default: 2048 or the model's context if that is shorter), a remainder dropped; the perplexity is exp
     of the mean negative log-likelihood over all predicted tokens.
 
@@ -55,11 +56,11 @@ def evaluate(
         ResourceError: too little memory or disk.
         NumericalError: NaN or Inf on the way.
     """
-    model, text = Path(model), Path(text)
     progress = progress or Silent()
+    model, given = hub.resolve_model(model, progress), source(text)
     where = machine.resolve_device(device)
     skeleton = open_skeleton(model, where, dtype)
-    windows = read_windows(skeleton, text, seq_len)
+    windows = read_windows(skeleton, given, seq_len)
     length = windows.shape[1]
     parent = cache or Path(tempfile.gettempdir())
     resources = forecast(
@@ -87,13 +88,18 @@ def evaluate(
         tokens=count,
         seq_len=length,
         protocol=(
-            f"whole text tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
+            f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
             f"mean over all {count} predicted tokens; computed in {str(skeleton.dtype).removeprefix('torch.')}"
         ),
     )
 
 
-def read_windows(skeleton: Skeleton, text: Path, seq_len: int | None) -> Tensor:
+def _whole(text: Source) -> str:
+    field = text.open().field
+    return "whole text" if field is None else f"whole text, documents of field {field!r} joined by two newlines,"
+
+
+def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tensor:
     """What is scored: consecutive windows of a text in the model's own tokens, (windows, length) int64.
 
     Raises:

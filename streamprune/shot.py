@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import files, output
+from . import files, hub, output
 from .correction import Corrector
 from .errors import NumericalError, ResumeError
 from .job import Job
@@ -356,7 +356,7 @@ class Shot:
         reports = [report for step in self.steps("prune/") for report in step["sites"]]
         report = self.job.report(plan, reports, self._removed(plan))
         output.write_outside(self.skeleton, folder)
-        card = output.pruning_card(report, self.job.config.model.resolve().name, len(self.skeleton))
+        card = output.pruning_card(report, hub.title(self.job.config.model), len(self.skeleton))
         output.finish(self.skeleton, folder, after, report, card)
 
 
