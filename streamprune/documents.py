@@ -311,10 +311,11 @@ def _load(place: str) -> Any:
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             found = datasets.load_from_disk(name)
-            if not isinstance(found, datasets.DatasetDict):
+            splits = list(found) if isinstance(found, datasets.DatasetDict) else []
+            if match["split"] is None and not splits:
                 return found
-            if split not in found:
-                raise CalibrationError(f"{place} has no split {split!r}; it has {', '.join(found)}")
+            if split not in splits:
+                raise CalibrationError(f"{place} has no split {split!r}; it has {', '.join(splits) or 'none'}")
             return found[split]
         # The folder's whole path, so that it cannot be taken for a name on the hub.
         return datasets.load_dataset(str(folder.resolve()) if folder.is_dir() else name, config, split=split)

@@ -52,17 +52,17 @@ class Source:
         """
         if Path(text).exists():
             return cls(text)
-        place, weight, field = text, 1.0, None
+        place, weight = text, 1.0
         if match := _WEIGHT.fullmatch(text):
             place, weight = match["place"], _number(match["weight"], text)
-        known = place.startswith(DATASET)
-        if (known or not Path(place).exists()) and (match := _FIELD.fullmatch(place)):
-            rest = match["place"]
-            if known or Path(rest).exists():
-                place, field = rest, match["field"]
-        if not known and not Path(place).exists():
-            raise CalibrationError(f"cannot read the text {text}: No such file or directory")
-        return cls(place, field, weight)
+        if Path(place).exists():
+            return cls(place, weight=weight)
+        match = _FIELD.fullmatch(place)
+        if match and (match["place"].startswith(DATASET) or Path(match["place"]).exists()):
+            return cls(match["place"], match["field"], weight)
+        if place.startswith(DATASET):
+            return cls(place, weight=weight)
+        raise CalibrationError(f"cannot read the text {text}: No such file or directory")
 
     def open(self) -> Documents:
         """Its documents.
