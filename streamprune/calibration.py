@@ -15,7 +15,7 @@ from .errors import CalibrationError, CheckpointError
 from .text import Source, Spec, Text, source
 
 DEFAULT_LENGTH = 2048
-POOL = 1 << 23
+POOL = 1 << 22
 """Characters of a source that windows are drawn from, at the least; a longer source is thinned to about so many."""
 POOL_PER_TOKEN = 16
 """The same per token of all its windows."""
