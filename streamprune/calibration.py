@@ -81,14 +81,15 @@ def _pool(tokenizer: Any, given: Source, vocabulary: int, size: int, seed: int) 
     documents = given.open()
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     found: dict[int, str] = {}
-    characters = 0
-    while len(found) < len(order) and characters < size:
+    drawn = characters = 0
+    while drawn < len(order) and characters < size:
         # As many more as those so far make likely, but at most twice as many in all: blocks may differ much.
-        done = len(found)
-        likely = -(-(size - characters) * done // max(characters, 1))
-        for number, text in _read(tokenizer, given, documents, sorted(order[done : done + max(1, min(done, likely))])):
+        likely = -(-(size - characters) * drawn // max(characters, 1))
+        numbers = sorted(order[drawn : drawn + max(1, min(drawn, likely))])
+        for number, text in _read(tokenizer, given, documents, numbers):
             found[number] = text
             characters += len(text)
+        drawn += len(numbers)
     if not any(text.strip() for text in found.values()):
         raise CalibrationError(f"{given} is empty")
     pieces = list(_pieces(text for _, text in sorted(found.items())))
