@@ -371,8 +371,8 @@ class _Work:
 
 def _beside(model: Path) -> Path:
     """Where the work lies if it is not said: beside the model, or here if that is in the hub's cache."""
-    name = f"{os.path.abspath(model)}-compare" if hub.commit(model) is None else f"{hub.title(model)}-compare"
-    return Path(name if hub.commit(model) is None else os.path.basename(name))
+    place = os.path.abspath(model) if hub.commit(model) is None else hub.title(model).rpartition("/")[2]
+    return Path(f"{place}-compare")
 
 
 def _config(model: Path, folder: Path, variant: Variant, ratio: float, common: Mapping[str, Any]) -> Config:

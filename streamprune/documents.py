@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -306,6 +307,8 @@ def _load(place: str) -> Any:
     match = _DATASET.fullmatch(place.removeprefix(DATASET))
     if match is None:
         raise ConfigError(f"{place!r}: write a dataset as hf:NAME, hf:NAME#CONFIG or hf:NAME@SPLIT")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     name, config, split = match["name"], match["config"], match["split"] or _SPLIT
     folder = Path(name)
     try:

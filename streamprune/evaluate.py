@@ -95,8 +95,13 @@ def evaluate(
 
 
 def _whole(text: Source) -> str:
-    field = text.open().field
-    return "whole text" if field is None else f"whole text, documents of field {field!r} joined by two newlines,"
+    """How a source becomes one text, for the protocol."""
+    documents = text.open()
+    if documents.field is None:
+        return "whole text"
+    first = next((each for _, block in documents.read(range(len(documents))) for each in block if each), "")
+    joined = "by two newlines" if isinstance(first, str) else "as the chat template writes them"
+    return f"whole text, documents of field {documents.field!r} joined {joined},"
 
 
 def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tensor:
@@ -107,6 +112,8 @@ def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tenso
     """
     if seq_len is not None and seq_len < 2:
         raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
+    if text.weight != 1:
+        raise ConfigError(f"{text} has weight {text.weight:g}; a text to measure on is read whole, without weights")
     length = calibration.window_length(seq_len, skeleton.context)
     tokenizer = calibration.load_tokenizer(skeleton.checkpoint.directory)
     return calibration.consecutive_windows(calibration.tokenize(tokenizer, text, skeleton.vocabulary), length, text)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from .errors import CheckpointError
 from .model.checkpoint import CONFIG, INDEX, SINGLE, read_json
@@ -17,6 +20,13 @@ from .progress import Progress, Silent
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _SMALL = (CONFIG, INDEX, REPORT, *COMPANIONS)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar where stderr is a terminal, and nothing in a log."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "disable": None})
 
 
 def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
@@ -79,10 +89,14 @@ def _fetched(repo: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     name = repo if revision is None else f"{repo}@{revision}"
+
+    def fetch(names: list[str]) -> Path:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=names, tqdm_class=_Bar))
+
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(_SMALL)))
+        folder = fetch(list(_SMALL))
         if lacking := _lacking(folder):
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=lacking))
+            folder = fetch(lacking)
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated: accept its terms on the hub and log in (`hf auth login`, or HF_TOKEN)"

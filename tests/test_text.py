@@ -458,6 +458,20 @@ def test_perplexity_of_rows_is_that_of_their_text(tiny: Tiny, texts: list[str], 
     assert one.perplexity == other.perplexity
     assert one.protocol.startswith("whole text tokenised without special tokens; ")
     assert other.protocol.startswith("whole text, documents of field 'body' joined by two newlines, tokenised without")
+    with pytest.raises(ConfigError, match=r"has weight 0\.5; a text to measure on is read whole"):
+        streamprune.evaluate(tiny("llama"), f"{rows}:body=0.5", seq_len=24)
+
+
+def test_perplexity_of_conversations(tiny: Tiny, texts: list[str], tmp_path: Path) -> None:
+    import shutil
+
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    rows = lines(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": each}]} for each in texts])
+    (tmp_path / "t.txt").write_text("".join(f"user. {each}," for each in texts))
+    measured = streamprune.evaluate(model, rows, seq_len=24)
+    assert measured.perplexity == streamprune.evaluate(model, tmp_path / "t.txt", seq_len=24).perplexity
+    assert "documents of field 'messages' joined as the chat template writes them, tokenised" in measured.protocol
 
 
 def test_a_comparison_says_once_that_the_sample_is_built_in(
@@ -474,7 +488,7 @@ def test_a_comparison_says_once_that_the_sample_is_built_in(
     found = streamprune.compare(
         tiny("llama"),
         ratios=[0.2, 0.3],
-        recipes=["wanda-sp", "sobp"],
+        recipes=["wanda-sp"],
         text=text,
         out=tmp_path / "out",
         samples=4,
