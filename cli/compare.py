@@ -18,7 +18,9 @@ from . import options, show
 @click.option(
     "--recipes", required=True, metavar="NAME,…", help="Recipes; label=NAME to have one several times, with settings."
 )
-@click.option("--text", type=options.FILE, required=True, metavar="FILE", help="UTF-8 text to measure perplexity on.")
+@click.option(
+    "--text", required=True, metavar="TEXT[:FIELD]", help="Text to measure perplexity on, whole and in order."
+)
 @click.option(
     "--eval-seq-len", type=int, help="Tokens a window of it.  [default: 2048, or the model's context if shorter]"
 )
@@ -49,7 +51,7 @@ def compare(
     model: Path,
     ratios: str,
     recipes: str,
-    text: Path,
+    text: str,
     settings: tuple[str, ...],
     memory: str | None,
     disk: str | None,

@@ -13,7 +13,7 @@ from . import options, show
 
 @click.command("eval")
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--text", type=options.FILE, metavar="FILE", help="UTF-8 text to score.")
+@click.option("--text", metavar="TEXT[:FIELD]", help="Text to score, whole and in order.")
 @click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]")
 @click.option("--tasks", metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
 @click.option(
@@ -25,7 +25,7 @@ from . import options, show
 @options.json_option
 def evaluate(
     model: Path,
-    text: Path | None,
+    text: str | None,
     seq_len: int | None,
     tasks: str | None,
     include_path: Path | None,
@@ -37,7 +37,7 @@ def evaluate(
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity and tasks of the checkpoint directory MODEL, dense or pruned, streamed block by block.
+    """Perplexity and tasks of MODEL, dense or pruned, a checkpoint directory or a name on the hub, streamed block by block.
 
     Tasks are those of lm-evaluation-harness (`pip install 'streamprune[harness]'`), with its prompts and metrics; their
     data must be on this machine.

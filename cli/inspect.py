@@ -22,7 +22,7 @@ def inspect(model: Path, as_json: bool) -> None:
     """
     import streamprune
 
-    found = streamprune.inspect(model)
+    found = streamprune.inspect(model, progress=show.Shown())
     lines = []
     if found["model"] is not None:
         lines += _model(found["model"])

@@ -49,11 +49,19 @@ def main() -> None:
 
       streamprune run llama-70b llama-49b --ratio 0.3 --calibration text.txt
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(sys.stderr, "reconfigure"):
         sys.stderr.reconfigure(line_buffering=True)
 
 
-for command in (run.run, plan.plan, compare.compare, tune.tune, evaluate.evaluate, export.export, bench.bench, inspect.inspect):
+for command in (
+    run.run,
+    plan.plan,
+    compare.compare,
+    tune.tune,
+    evaluate.evaluate,
+    export.export,
+    bench.bench,
+    inspect.inspect,
+):
     main.add_command(command)

@@ -12,6 +12,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DIRECTORY = click.Path(path_type=Path, file_okay=True)
 FILE = click.Path(path_type=Path)
+SOURCE = "TEXT[:FIELD][=WEIGHT]"
 
 
 def bundle(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -33,6 +34,11 @@ def window(context: click.Context, parameter: click.Parameter, text: str | None)
     if not (colon and start.isdecimal() and stop.isdecimal()):
         raise click.BadParameter(f"{text!r}; write it as A:B, such as 4:30", context, parameter)
     return int(start), int(stop)
+
+
+def sources(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """None for no source, one by itself, or several."""
+    return given if len(given) > 1 else given[0] if given else None
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -59,9 +65,11 @@ machine_options = bundle(
 calibration_options = bundle(
     click.option(
         "--calibration",
-        metavar="FILE|self|random-tokens",
-        help="UTF-8 text to calibrate on; self: tokens that the model writes, slow; random-tokens: any of its vocabulary.  "
-        "[default: a built-in English sample]",
+        multiple=True,
+        callback=sources,
+        metavar=f"{SOURCE}|self|random-tokens",
+        help="Text to calibrate on: .txt, .jsonl, .parquet or hf:DATASET; repeat it for several sources. self: tokens that "
+        "the model writes, slow; random-tokens: any of its vocabulary.  [default: a built-in English sample]",
     ),
     click.option("--samples", default=128, show_default=True, help="Calibration windows."),
     click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]"),

@@ -27,7 +27,7 @@ def plan(model: Path, as_json: bool, **chosen: Any) -> None:
     from streamprune.config import format_bytes
 
     config = options.config(model, Path(f"{model}-pruned"), **chosen)
-    resources = streamprune.forecast_job(config)
+    resources = streamprune.forecast_job(config, progress=show.Shown())
     rows = [
         [
             "device peak",

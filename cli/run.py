@@ -19,7 +19,7 @@ from . import options, show
 @click.option("--restart", is_flag=True, help="Throw away what an earlier job left in OUT, finished or not.")
 @options.json_option
 def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, **chosen: Any) -> None:
-    """Prune the checkpoint directory MODEL into OUT.
+    """Prune MODEL, a checkpoint directory or a name on the hub, into OUT.
 
     OUT appears complete or not at all. Interrupted, the same command goes on where it stopped; until then the work
     lies in OUT.streamprune.
@@ -31,6 +31,8 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, *
       streamprune run llama-2-7b stock --ratio 0.25 --layout uniform --memory 12GiB
 
       streamprune run llama-2-7b out --ratio 0.3 --recipe sobp --set head_weight=2
+
+      streamprune run org/name@main out --ratio 0.3 --calibration code.jsonl:content=0.3 --calibration wiki.txt=0.7
     """
     import streamprune
 
@@ -55,4 +57,6 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, *
         f"peak {format_bytes(result.peak_host_bytes)} of host memory, "
         f"{format_bytes(result.bytes_read)} read" + (", resumed" if result.resumed else ""),
     ]
+    if result.tokens is not None:
+        lines.append(f"calibrated on tokens {result.tokens}")
     show.result(asdict(result), as_json, lines)

@@ -14,7 +14,13 @@ from . import options, show
 @click.command()
 @click.argument("model", type=options.DIRECTORY)
 @click.argument("out", type=options.DIRECTORY)
-@click.option("--text", type=options.FILE, required=True, metavar="FILE", help="UTF-8 text to train on.")
+@click.option(
+    "--text",
+    required=True,
+    multiple=True,
+    metavar=options.SOURCE,
+    help="Text to train on; repeat it for several sources.",
+)
 @click.option(
     "--method",
     type=click.Choice(["auto", "lora", "distil"]),
@@ -23,7 +29,7 @@ from . import options, show
     help="lora: end to end, in memory, needs peft; distil: block by block, streamed, needs --teacher; auto: lora where it can be.",
 )
 @click.option(
-    "--teacher", type=options.DIRECTORY, metavar="DIR", help="The dense model, whose block outputs distil aims at."
+    "--teacher", type=options.DIRECTORY, metavar="MODEL", help="The dense model, whose block outputs distil aims at."
 )
 @click.option("--rank", default=8, show_default=True, help="Of each linear's change, at the most.")
 @click.option("--steps", default=200, show_default=True, help="Of the whole model (lora) or of each block (distil).")
@@ -39,7 +45,7 @@ from . import options, show
 @click.option("--restart", is_flag=True, help="Throw away what an earlier job left in OUT, finished or not.")
 @options.json_option
 def tune(model: Path, out: Path, memory: str | None, restart: bool, as_json: bool, **chosen: Any) -> None:
-    """Train low-rank changes of the checkpoint directory MODEL, pruned or not, into OUT.
+    """Train low-rank changes of MODEL, pruned or not, a checkpoint directory or a name on the hub, into OUT.
 
     OUT appears complete or not at all, the changes absorbed into its weights. Interrupted, the same command goes on
     where it stopped; until then the work lies in OUT.streamprune.

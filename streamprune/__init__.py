@@ -13,15 +13,17 @@ from .bench import Bench, Width, bench, bench_widths
 from .compare import Variant, compare
 from .comparison import Comparison
 from .config import Config, TuneConfig
-from .errors import CheckpointError, StreamPruneError
+from .errors import StreamPruneError
 from .evaluate import Evaluation, evaluate
 from .export import Exported, export_gguf
 from .harness import Tasks, TaskScores, evaluate_tasks, find_tasks
+from .hub import resolve_model
 from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
 from .model.modeling_streamprune import register
 from .run import Result, forecast_job, plan_only, prune
+from .text import Source
 from .tune import Tuned, tune
 from .version import __version__
 
@@ -38,6 +40,7 @@ __all__ = [
     "Evaluation",
     "Exported",
     "Result",
+    "Source",
     "StreamPruneError",
     "TaskScores",
     "Tasks",
@@ -50,14 +53,15 @@ __all__ = [
     "bench_widths",
     "compare",
     "evaluate",
-    "export_gguf",
     "evaluate_tasks",
+    "export_gguf",
     "find_tasks",
     "forecast_job",
     "inspect",
     "load",
     "plan_only",
     "prune",
+    "resolve_model",
     "tune",
 ]
 
@@ -66,14 +70,12 @@ for _model_type in ARCHITECTURES:
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint directory, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
+    """A checkpoint directory or a name on the hub, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
 
     Raises:
-        CheckpointError: `path` is not a directory.
+        CheckpointError: `path` is neither.
     """
     from transformers import AutoModelForCausalLM
 
-    if not Path(path).is_dir():
-        raise CheckpointError(f"{path} is not a directory with a model in it")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(Path(path), **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve_model(path), **options)
     return model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import machine
 from .config import format_bytes
 from .errors import ConfigError, ResourceError
+from .hub import resolve_model
 from .maths.operations import counting
 from .memory import Needs, device_peak
 from .model.skeleton import Skeleton, open_skeleton
@@ -140,7 +141,7 @@ def bench(
     """
     progress = progress or Silent()
     where = machine.resolve_device(device)
-    paths = [Path(model)] if against is None else [Path(model), Path(against)]
+    paths = [resolve_model(each, progress) for each in (model, against) if each is not None]
     _check(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repetitions=repetitions, threads=threads)
     skeletons = [open_skeleton(path, where, dtype) for path in paths]
     for skeleton in skeletons:
@@ -200,7 +201,7 @@ def bench_widths(
     """
     where = machine.resolve_device(device)
     _check(prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions, threads=threads)
-    skeleton = open_skeleton(Path(model), where, dtype)
+    skeleton = open_skeleton(resolve_model(model), where, dtype)
     own = statistics.median_low(site.columns for site in skeleton.all_sites() if site.kind == "ffn")
     widths: dict[int, tuple[int, ...]] = {own: ()}
     for multiple in (1, *MULTIPLES):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import comparison, files, machine
+from . import comparison, files, hub, machine
 from .comparison import DENSE, Comparison, Row
 from .config import Config
 from .errors import ConfigError, ResumeError
@@ -31,6 +31,7 @@ from .model.checkpoint import read_json
 from .output import REPORT
 from .progress import Progress, Silent
 from .run import prune
+from .text import Source, Spec, Text, source
 from .workplace import first_difference
 
 JOURNAL, LOCK, ROWS, SURVEYS = "journal.jsonl", "lock", "rows", "surveys"
@@ -68,7 +69,7 @@ def compare(
     *,
     ratios: Sequence[float],
     recipes: Sequence[str | Variant],
-    text: str | Path,
+    text: Spec,
     out: str | Path | None = None,
     eval_seq_len: int | None = None,
     perplexities: Sequence[float] = (),
@@ -85,7 +86,7 @@ def compare(
     Args:
         ratios: shares of the blocks' parameters to remove, each in (0, 1).
         recipes: names, ``"label=name"``, or `Variant`s.
-        text: UTF-8 text that perplexity is measured on.
+        text: one source (see `text.Source`) that perplexity is measured on.
         out: folder for the table and the work; None takes the model's name with ``-compare`` appended.
         eval_seq_len: tokens a window of `text`; None takes 2048, or the model's context if that is shorter.
         perplexities: for each of these, say at which ratio every recipe reaches it (see `Comparison.reached`).
@@ -101,8 +102,8 @@ def compare(
     _check(ratios, perplexities)
     if plot:
         comparison.require_plotting()
-    model = Path(model)
-    folder = Path(out) if out is not None else Path(f"{os.path.abspath(model)}-compare")
+    model = hub.resolve_model(model, progress)
+    folder = Path(out) if out is not None else _beside(model)
     candidates = [
         _Candidate(variant, _config(model, folder, variant, ratio, common)) for variant in variants for ratio in ratios
     ]
@@ -111,7 +112,7 @@ def compare(
     reader = next((c.job for c in candidates if c.job.needs_text and not c.job.writes_text), None)
     if reader is not None:
         _ = reader.tokens
-    evaluation = _Evaluation(candidates[0].job, Path(text), eval_seq_len)
+    evaluation = _Evaluation(candidates[0].job, source(text), eval_seq_len)
     _refuse_others(folder)
     work = _Work(
         folder, candidates, evaluation, keep=keep, progress=_Counted(progress or Silent(), len(candidates) + 1)
@@ -138,7 +139,7 @@ class _Evaluation:
         StreamPruneError: the text cannot be used.
     """
 
-    def __init__(self, job: Job, text: Path, seq_len: int | None) -> None:
+    def __init__(self, job: Job, text: Source, seq_len: int | None) -> None:
         import transformers
 
         self.text, self.config = text, job.config
@@ -146,7 +147,7 @@ class _Evaluation:
         self.length = windows.shape[1]
         self.header = {
             "model": job.skeleton.checkpoint.identity(),
-            "text": files.sha256(text),
+            "text": Text((text,)).identity(),
             "eval_seq_len": self.length,
             "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             "dtype": str(job.skeleton.dtype).removeprefix("torch."),
@@ -298,7 +299,7 @@ class _Work:
                 f"Host peaks of all that the process had done until then, not of one row: {', '.join(shared_peaks)}."
             )
         return Comparison(
-            model=str(job.config.model),
+            model=hub.shown(job.config.model),
             out=str(self.folder),
             protocol=dense["protocol"],
             settings=self._settings(),
@@ -343,7 +344,7 @@ class _Work:
         job = self.candidates[0].job
         length = max(candidate.job.length for candidate in self.candidates)
         return {
-            "calibration": str(job.config.calibration or "built-in sample") if length else None,
+            "calibration": ("built-in sample" if job.config.calibration is None else str(job.text)) if length else None,
             "samples": job.config.samples,
             "seq_len": length or None,
             "seed": job.config.seed,
@@ -366,6 +367,12 @@ class _Work:
                     f"further apart than the largest step, {step:,}."
                 )
         return notes
+
+
+def _beside(model: Path) -> Path:
+    """Where the work lies if it is not said: beside the model, or here if that is in the hub's cache."""
+    place = os.path.abspath(model) if hub.commit(model) is None else hub.title(model).rpartition("/")[2]
+    return Path(f"{place}-compare")
 
 
 def _config(model: Path, folder: Path, variant: Variant, ratio: float, common: Mapping[str, Any]) -> Config:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .text import Source, Spec
 
 Layout = Literal["free", "uniform"]
 LAYOUTS: tuple[Layout, ...] = ("free", "uniform")
@@ -68,6 +69,13 @@ def _agreed(config: Any) -> dict[str, Any]:
     }
 
 
+def _make_paths(config: Any, *names: str) -> None:
+    """Fields that may have been given as text."""
+    for name in names:
+        if isinstance(value := getattr(config, name), str):
+            object.__setattr__(config, name, Path(value))
+
+
 def _check_least(config: Any, *limits: tuple[str, int]) -> None:
     for name, least in limits:
         if getattr(config, name) < least:
@@ -94,7 +102,7 @@ class Config:
     """
 
     model: Path = _free()
-    """Directory of the source checkpoint; on resume its content is compared, not its path."""
+    """Directory of the source checkpoint, or its name on the hub; on resume its content is compared, not its path."""
     out: Path = _free()
     """Directory to create."""
     ratio: float | None = _fixed(default=None)
@@ -102,9 +110,9 @@ class Config:
     recipe: str = _fixed(default="default")
     settings: Mapping[str, str] = _fixed(default_factory=dict)
     """The recipe's own settings by name, as text."""
-    calibration: Path | DataFree | None = _free(default=None)
-    """UTF-8 text; None takes the built-in sample. On resume its content is compared, not its path.
-    ``"self"``: tokens that the model writes; ``"random-tokens"``: tokens drawn evenly from its vocabulary."""
+    calibration: Spec | Sequence[Spec] | None = _free(default=None)
+    """Text, from one source or several (see `text.Source`); None takes the built-in sample. On resume its content is
+    compared, not its path. ``"self"``: tokens that the model writes; ``"random-tokens"``: tokens drawn evenly from its vocabulary."""
     samples: int = _fixed(default=128)
     seq_len: int | None = _fixed(default=None)
     """Tokens a sample; None takes 2048, or the model's context if that is shorter."""
@@ -133,9 +141,11 @@ class Config:
     """Folder in which jobs on one model and text leave their surveys for each other."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "out", "calibration", "cache", "plan", "surveys"):
-            if isinstance(value := getattr(self, name), str) and (name != "calibration" or value not in DATA_FREE):
-                object.__setattr__(self, name, Path(value))
+        _make_paths(self, "model", "out", "cache", "plan", "surveys")
+        if not isinstance(self.calibration, (str, Path, Source)) and self.calibration is not None:
+            for word in DATA_FREE:
+                if word in self.calibration:
+                    raise ConfigError(f"calibration {word!r} stands alone; it cannot be one of several sources")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")
         if self.ratio is None and self.plan is None:
@@ -163,13 +173,14 @@ class TuneConfig:
     """
 
     model: Path = _free()
-    """Directory of the checkpoint to tune, pruned or not; on resume its content is compared, not its path."""
+    """Directory of the checkpoint to tune, pruned or not, or its name on the hub; on resume its content is compared,
+    not its path."""
     out: Path = _free()
     """Directory to create."""
-    text: Path = _free()
-    """UTF-8 text."""
+    text: Spec | Sequence[Spec] = _free()
+    """Text, from one source or several (see `text.Source`)."""
     teacher: Path | None = _free(default=None)
-    """Directory of the dense model whose block outputs `distil` aims at."""
+    """Directory, or name on the hub, of the dense model whose block outputs `distil` aims at."""
     method: TuneMethod = _free(default="auto")
     """``"lora"`` in memory and end to end, ``"distil"`` streamed and block by block; a job under way keeps the chosen one."""
     samples: int = _fixed(default=128)
@@ -191,9 +202,7 @@ class TuneConfig:
     """Bytes the device may use; None takes what is free."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "out", "text", "teacher", "cache"):
-            if isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, Path(value))
+        _make_paths(self, "model", "out", "teacher", "cache")
         _check_common(self)
         _check_least(self, ("rank", 1), ("steps", 1))
         if self.rate is not None and not 0 < self.rate < float("inf"):

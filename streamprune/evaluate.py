@@ -9,13 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import calibration, files, machine
+from . import calibration, files, hub, machine
 from .errors import ConfigError
 from .memory import Needs, forecast
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress, Silent
 from .stream import sweep
 from .stream.store import ActivationStore
+from .text import Source, Spec, source
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Evaluation:
 
 def evaluate(
     model: str | Path,
-    text: str | Path,
+    text: Spec,
     *,
     seq_len: int | None = None,
     device: str = "auto",
@@ -40,9 +41,9 @@ def evaluate(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of a checkpoint directory, dense or pruned, on a text file.
+    """Perplexity of a checkpoint directory, dense or pruned, on a text.
 
-    The text is tokenised whole without special tokens and cut into consecutive windows of `seq_len`
+    The text is one source (see `text.Source`), of documents joined by two newlines if it has any. It is tokenised whole without special tokens and cut into consecutive windows of `seq_len`
     (default: 2048 or the model's context if that is shorter), a remainder dropped; the perplexity is exp
     of the mean negative log-likelihood over all predicted tokens.
 
@@ -55,11 +56,11 @@ def evaluate(
         ResourceError: too little memory or disk.
         NumericalError: NaN or Inf on the way.
     """
-    model, text = Path(model), Path(text)
     progress = progress or Silent()
+    model, given = hub.resolve_model(model, progress), source(text)
     where = machine.resolve_device(device)
     skeleton = open_skeleton(model, where, dtype)
-    windows = read_windows(skeleton, text, seq_len)
+    windows = read_windows(skeleton, given, seq_len)
     length = windows.shape[1]
     parent = cache or Path(tempfile.gettempdir())
     resources = forecast(
@@ -87,13 +88,23 @@ def evaluate(
         tokens=count,
         seq_len=length,
         protocol=(
-            f"whole text tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
+            f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
             f"mean over all {count} predicted tokens; computed in {str(skeleton.dtype).removeprefix('torch.')}"
         ),
     )
 
 
-def read_windows(skeleton: Skeleton, text: Path, seq_len: int | None) -> Tensor:
+def _whole(text: Source) -> str:
+    """How a source becomes one text, for the protocol."""
+    documents = text.open()
+    if documents.field is None:
+        return "whole text"
+    first = next((each for _, block in documents.read(range(len(documents))) for each in block if each), "")
+    joined = "by two newlines" if isinstance(first, str) else "as the chat template writes them"
+    return f"whole text, documents of field {documents.field!r} joined {joined},"
+
+
+def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tensor:
     """What is scored: consecutive windows of a text in the model's own tokens, (windows, length) int64.
 
     Raises:
@@ -101,6 +112,8 @@ def read_windows(skeleton: Skeleton, text: Path, seq_len: int | None) -> Tensor:
     """
     if seq_len is not None and seq_len < 2:
         raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
+    if text.weight != 1:
+        raise ConfigError(f"{text} has weight {text.weight:g}; a text to measure on is read whole, without weights")
     length = calibration.window_length(seq_len, skeleton.context)
     tokenizer = calibration.load_tokenizer(skeleton.checkpoint.directory)
     return calibration.consecutive_windows(calibration.tokenize(tokenizer, text, skeleton.vocabulary), length, text)

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import calibration, machine
 from .errors import CalibrationError, ConfigError
+from .hub import resolve_model
 from .model.skeleton import open_skeleton
 from .progress import Progress, Silent
 
@@ -127,7 +128,7 @@ def evaluate_tasks(
         NumericalError: NaN or Inf on the way.
     """
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
-    skeleton = open_skeleton(Path(model), machine.resolve_device(device), dtype)
+    skeleton = open_skeleton(resolve_model(model, progress), machine.resolve_device(device), dtype)
     tokenizer = calibration.load_tokenizer(skeleton.checkpoint.directory)
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table

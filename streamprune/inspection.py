@@ -7,19 +7,21 @@ from typing import Any
 
 import torch
 
+from . import hub
 from .errors import CheckpointError
 from .journal import Journal
 from .model.checkpoint import CONFIG, read_json
 from .model.skeleton import open_skeleton
 from .output import REPORT, is_report, is_tuning
+from .progress import Progress
 from .workplace import job_folder
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Blocks, sites, units and widths of a checkpoint; progress or report of the job that makes or made it.
 
     Args:
-        path: a checkpoint directory, or the OUT of a job under way.
+        path: a checkpoint directory, its name on the hub, or the OUT of a job under way.
 
     Returns:
         ``{"model": {...} or None, "job": {...} or None}``, JSON-ready.
@@ -27,6 +29,9 @@ def inspect(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: neither a checkpoint nor a job.
     """
+    path = Path(path)
+    if hub.is_name(path) and not job_folder(path).is_dir():
+        path = hub.resolve_model(path, progress)
     job = _job(path)
     if job is not None and not (path / CONFIG).is_file():
         return {"model": None, "job": job}

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import calibration, files, machine, output
-from .config import Config, DataFree, format_bytes
+from . import calibration, files, hub, machine, output
+from .config import DATA_FREE, Config, DataFree, format_bytes
 from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .maths.stats import Statistic
@@ -33,6 +33,7 @@ from .progress import Progress, Silent
 from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import check_weights
+from .text import Text, builtin_text
 from .workplace import Workplace, text_identity
 
 
@@ -51,8 +52,8 @@ class Job(Workplace):
         self.settings = self.recipe.parse(config.settings)
         self.device = machine.resolve_device(config.device)
         self.out_given = str(config.out)
-        config = replace(config, out=config.out.absolute())
-        self.config = config
+        model = hub.resolve_model(config.model, self.progress)
+        self.config = config = replace(config, model=model, out=config.out.absolute())
         if config.out.resolve() == config.model.resolve():
             raise ConfigError(f"OUT is {config.out}, the model itself")
         self.skeleton: Skeleton = open_skeleton(
@@ -122,10 +123,14 @@ class Job(Workplace):
         """Whether any text is read."""
         return bool(self.statistics) or self.streams
 
-    @property
-    def text(self) -> Path | DataFree:
+    @cached_property
+    def text(self) -> Text | DataFree:
         """The calibration text, or how to do without."""
-        return self.config.calibration or calibration.builtin_text()
+        given = self.config.calibration
+        for word in DATA_FREE:
+            if given == word:
+                return word
+        return Text.of(builtin_text() if given is None else given)
 
     @property
     def writes_text(self) -> bool:
@@ -180,7 +185,7 @@ class Job(Workplace):
 
     def _text_identity(self) -> dict[str, Any]:
         return (
-            text_identity(self.text, self.config.model) if isinstance(self.text, Path) else {"calibration": self.text}
+            text_identity(self.text, self.config.model) if isinstance(self.text, Text) else {"calibration": self.text}
         )
 
     def forecast(self) -> Resources:
@@ -322,6 +327,8 @@ class Job(Workplace):
             "plan": plan.digest(),
             "plan_given": plan.digest() if self.given_plan else None,
             "job": self.header,
+            "model": hub.origin(self.config.model),
+            "tokens": calibration.fingerprint(self.tokens) if self.needs_text else None,
             "sites": [{**site, "units": units[site["site"]]} for site in sites],
             "forward_equivalents": round(spent["operations"] / self.forward_operations, 4),
             **spent,
@@ -333,13 +340,11 @@ class Job(Workplace):
         if self.text == "self":
             written: Tensor = load_file(self.written_path)["tokens"]
             return written
+        vocabulary, samples, seed = self.skeleton.vocabulary, self.config.samples, self.config.seed
         if self.text == "random-tokens":
-            return calibration.random_windows(
-                self.skeleton.vocabulary, self.config.samples, self.length, self.config.seed
-            )
+            return calibration.random_windows(vocabulary, samples, self.length, seed)
         tokenizer = calibration.load_tokenizer(self.config.model)
-        tokens = calibration.tokenize(tokenizer, self.text, self.skeleton.vocabulary)
-        return calibration.sample_windows(tokens, self.config.samples, self.length, self.config.seed, self.text)
+        return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed)
 
     @cached_property
     def store(self) -> ActivationStore:

@@ -41,6 +41,8 @@ class Result:
     """Floating-point operations of the whole job, as `maths.operations` counts them."""
     forward_equivalents: float
     """The same in dense forward passes over the calibration set."""
+    tokens: str | None
+    """The calibration windows' fingerprint; None where no text was read."""
     seconds: float
     """Of this process."""
     peak_device_bytes: int
@@ -88,9 +90,9 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
     return job.plan_path
 
 
-def forecast_job(config: Config) -> Resources:
-    """What the job would take, and whether it fits; nothing is written."""
-    return Job(config, None).forecast()
+def forecast_job(config: Config, *, progress: Progress | None = None) -> Resources:
+    """What the job would take, and whether it fits; nothing is written, but for a model that the hub has."""
+    return Job(config, progress).forecast()
 
 
 def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
@@ -98,6 +100,7 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
     return Result(
         out=job.out_given,
         **{name: report[name] for name in output.FIGURES},
+        tokens=report.get("tokens"),
         seconds=round(seconds, 3),
         peak_device_bytes=machine.peak_device_bytes(job.device),
         peak_host_bytes=machine.peak_host_bytes(),

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import files, output
+from . import files, hub, output
 from .correction import Corrector
 from .errors import NumericalError, ResumeError
 from .job import Job
@@ -386,7 +386,7 @@ class Shot:
         after = [site.keeping(report["kept"]) for site, report in zip(self.sites, reports, strict=True)]
         report = self.job.report(plan, reports, self._removed())
         output.write_outside(self.skeleton, folder)
-        card = output.pruning_card(report, self.job.config.model.resolve().name, len(self.skeleton))
+        card = output.pruning_card(report, hub.title(self.job.config.model), len(self.skeleton))
         output.finish(self.skeleton, folder, after, report, card)
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import calibration, files, lora, machine, output
+from . import calibration, files, hub, lora, machine, output
 from .config import TuneConfig, TuneMethod, format_bytes
 from .errors import ConfigError, ResourceError
 from .journal import Entry, Journal
@@ -31,6 +31,7 @@ from .progress import Progress, Silent
 from .refine import Refinement, ends, refine
 from .stream import sweep
 from .stream.store import ActivationStore
+from .text import Text
 from .workplace import Workplace, text_identity
 
 STUDENT, TEACHER = "student", "teacher"
@@ -52,6 +53,8 @@ class Tuned:
     """Mean over the first tenth of the steps: nats a token for `lora`; for `distil` the blocks' mean squared error, averaged."""
     loss_last: float
     """The same over the last tenth."""
+    tokens: str | None
+    """The training windows' fingerprint."""
     operations: int
     """Floating-point operations of the whole job, as `maths.operations` counts them."""
     seconds: float
@@ -84,6 +87,7 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
         out=str(config.out),
         **{name: tuning[name] for name in ("method", "rank", "steps", "loss_first", "loss_last")},
         parameters=report["parameters_after"],
+        tokens=report.get("tokens"),
         operations=report["operations"],
         seconds=round(time.monotonic() - started, 3),
         peak_device_bytes=machine.peak_device_bytes(job.device),
@@ -102,7 +106,9 @@ class Tuning(Workplace):
 
     def __init__(self, config: TuneConfig, progress: Progress, restart: bool) -> None:
         self.progress = progress
-        self.config = config = replace(config, out=config.out.absolute())
+        teacher = config.teacher and hub.resolve_model(config.teacher, progress)
+        model = hub.resolve_model(config.model, progress)
+        self.config = config = replace(config, model=model, teacher=teacher, out=config.out.absolute())
         super().__init__(config.out, config.cache, output.is_tuning)
         for name, path in (("the model", config.model), ("the teacher", config.teacher)):
             if path is not None and config.out.resolve() == path.resolve():
@@ -209,17 +215,22 @@ class Tuning(Workplace):
             "inputs": {
                 "model": self.student.checkpoint.identity(),
                 **teacher,
-                **text_identity(self.config.text, self.config.model),
+                **text_identity(self.text, self.config.model),
             },
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__, **peft},
         }
 
     @cached_property
+    def text(self) -> Text:
+        """What is trained on."""
+        return Text.of(self.config.text)
+
+    @cached_property
     def tokens(self) -> Tensor:
         """Training windows (samples, length)."""
-        config = self.config
-        tokens = calibration.tokenize(calibration.load_tokenizer(config.model), config.text, self.student.vocabulary)
-        return calibration.sample_windows(tokens, config.samples, self.length, config.seed, config.text)
+        config, vocabulary = self.config, self.student.vocabulary
+        tokenizer = calibration.load_tokenizer(config.model)
+        return calibration.sample(tokenizer, self.text, vocabulary, config.samples, self.length, config.seed)
 
     @property
     def _limit(self) -> int:
@@ -420,9 +431,11 @@ class Tuning(Workplace):
             },
             "parameters_after": student.parameters(),
             "job": self.header,
+            "model": hub.origin(config.model),
+            "tokens": calibration.fingerprint(self.tokens),
             "source": self.source,
             **totals(self.journal),
         }
         output.write_outside(student, self.staging)
-        card = output.tuning_card(report, config.model.resolve().name)
+        card = output.tuning_card(report, hub.title(config.model))
         output.finish(student, self.staging, student.all_sites(), report, card)

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from . import calibration, files, output
+from . import files, output
 from .config import format_bytes
 from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton
+from .text import Text
 
 
 def job_folder(out: Path) -> Path:
@@ -200,18 +201,16 @@ class Workplace:
         files.remove_tree(self.folder)
 
 
-def text_identity(text: Path, model: Path) -> dict[str, Any]:
+def text_identity(text: Text, model: Path) -> dict[str, Any]:
     """What tells a text and its tokenizer from others: digests.
 
     Raises:
-        CalibrationError: the text is missing.
+        CalibrationError: the text cannot be read.
     """
-    if not text.is_file():
-        calibration.read_text(text)
-    names = (name for name in output.COMPANIONS if "token" in name or name in ("vocab.json", "merges.txt"))
-    found = {name: model / name for name in names}
+    parts = ("token", "chat_template", "vocab.", "merges.")
+    found = {name: model / name for name in output.COMPANIONS if any(part in name for part in parts)}
     return {
-        "calibration": files.sha256(text),
+        "calibration": text.identity(),
         "tokenizer": {name: files.sha256(path) for name, path in found.items() if path.is_file()},
     }
 

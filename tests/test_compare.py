@@ -199,9 +199,9 @@ def test_changed_texts_are_refused(compare: Compare, scored: Path, tmp_path: Pat
         compare(progress=Watched("row 2 of 5, sobp at 0.2: prune", 1))
     other = tmp_path / "other.txt"
     other.write_text(scored.read_text()[1:])
-    with pytest.raises(ResumeError, match=r"text is .* and was"):
+    with pytest.raises(ResumeError, match=r"text\.1\.sha256 is .* and was"):
         compare(text=other)
-    with pytest.raises(ResumeError, match=r"sobp-0\.2\.inputs\.calibration is .* and was"):
+    with pytest.raises(ResumeError, match=r"sobp-0\.2\.inputs\.calibration\.1\.sha256 is .* and was"):
         compare(calibration=other)
     compare()
 

@@ -456,7 +456,7 @@ def test_changed_text_and_model_are_refused(
     interrupted(configured(path), monkeypatch)
     other = tmp_path / "other.txt"
     other.write_text("abc " * 500)
-    with pytest.raises(ResumeError, match=r"inputs\.calibration is .* and was"):
+    with pytest.raises(ResumeError, match=r"inputs\.calibration\.1\.sha256 is .* and was"):
         streamprune.prune(configured(path, calibration=other))
     with pytest.raises(ResumeError, match=r"inputs\.model\.config is .* and was"):
         streamprune.prune(configured(tiny("llama", num_hidden_layers=4)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import files
 from ..config import format_bytes
 from ..errors import CheckpointError, ConfigError, ResourceError
+from ..hub import resolve_model
 from ..model.skeleton import Skeleton, open_skeleton
 from ..progress import Progress, Silent
 from .metadata import add_metadata, add_rotary, context_of
@@ -71,7 +72,8 @@ def export_gguf(
         ResourceError: too little disk.
         NumericalError: NaN or Inf in the weights, or too large ones for f16.
     """
-    model, out, progress = Path(model), Path(out), progress or Silent()
+    out, progress = Path(out), progress or Silent()
+    model = resolve_model(model, progress)
     _check(out, dtype)
     from gguf import GGUFWriter
     from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
