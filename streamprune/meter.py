@@ -6,6 +6,7 @@ its last line and its end is lost, like the work itself.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,27 @@ def metered(journal: Journal, started: float) -> Iterator[None]:
 
         journal.meter = spent
         yield
+
+
+_BLOCK = re.compile(r"shot-\d+/(forward|backward|prune)/(\d+)")
+
+
+def by_block(journal: Journal) -> list[Entry]:
+    """What each block took, over all shots: seconds of the survey and of the prune sweep, and the latter's peaks."""
+    found: dict[int, Entry] = {}
+    for step in journal.steps():
+        match = _BLOCK.fullmatch(step["step"])
+        if match is None:
+            continue
+        block = int(match[2])
+        entry = found.setdefault(block, {"block": block, "survey_seconds": 0.0, "prune_seconds": 0.0})
+        name = "prune_seconds" if match[1] == "prune" else "survey_seconds"
+        entry[name] = round(entry[name] + step.get("seconds", 0.0), 3)
+        if (memory := step.get("memory")) is not None:
+            for peak in ("host_bytes", "device_bytes"):
+                entry[peak] = max((size for size in (entry.get(peak), memory[peak]) if size is not None), default=None)
+            entry["own_peak"] = entry.get("own_peak", True) and memory["own"]
+    return [found[block] for block in sorted(found)]
 
 
 def totals(journal: Journal, prefix: str = "") -> Entry:

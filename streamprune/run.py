@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import files, machine, output
+from . import files, output
 from .config import Config
 from .errors import ConfigError
 from .job import Job
@@ -95,12 +95,13 @@ def forecast_job(config: Config) -> Resources:
 
 def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
     """The report's figures with this process's own."""
+    host, device = job.peaks.most()
     return Result(
         out=job.out_given,
         **{name: report[name] for name in output.FIGURES},
         seconds=round(seconds, 3),
-        peak_device_bytes=machine.peak_device_bytes(job.device),
-        peak_host_bytes=machine.peak_host_bytes(),
+        peak_device_bytes=device,
+        peak_host_bytes=host,
         bytes_read=job.skeleton.checkpoint.bytes_read,
         resumed=job.resumed,
     )

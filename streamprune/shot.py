@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import files, output
 from .correction import Corrector
+from .curves import CURVES, write_curves
 from .errors import NumericalError, ResumeError
 from .job import Job
 from .journal import Entry
@@ -300,6 +301,7 @@ class Shot:
             refinement=refinement,
         )
         self.progress.phase("prune", depth, done)
+        job.peaks.lap()
         if surgeon.store is not None:
             first = {sweep.boundary(DENSE, 0)} if done == 0 else set()
             surgeon.store.keep_only(first | {sweep.boundary(stream, done) for stream in surgeon.streams_into(done)})
@@ -310,7 +312,7 @@ class Shot:
             names = skeleton.block_names(index)
             shard = self.pruned / output.block_shard(skeleton, index)
             write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
-            self.record(f"prune/{index}", sites=reports)
+            self.record(f"prune/{index}", sites=reports, memory=job.peaks.lap())
             del block, pruned
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
@@ -357,6 +359,10 @@ class Shot:
         report = self.job.report(plan, reports, self._removed(plan))
         output.write_outside(self.skeleton, folder)
         card = output.pruning_card(report, self.job.config.model.resolve().name, len(self.skeleton))
+        curve = self.job.recipe.curve(self.job.settings) if self.last and self.job.surveys else None
+        if curve is not None:
+            dense = {site.name: site.units for site in self.job.sites}
+            write_curves(folder / CURVES, curve, self.job.changeable(self.sites), self.survey, plan, dense)
         output.finish(self.skeleton, folder, after, report, card)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import calibration, files, lora, machine, output
 from .config import TuneConfig, TuneMethod, format_bytes
+from .curves import CURVES
 from .errors import ConfigError, ResourceError
 from .journal import Entry, Journal
 from .memory import REFINE_SEQUENCES, Needs, Resources, device_peak, forecast, in_memory_peak
@@ -424,5 +425,7 @@ class Tuning(Workplace):
             **totals(self.journal),
         }
         output.write_outside(student, self.staging)
+        if (config.model / CURVES).is_file():
+            files.copy(config.model / CURVES, self.staging / CURVES)
         card = output.tuning_card(report, config.model.resolve().name)
         output.finish(student, self.staging, student.all_sites(), report, card)

@@ -205,7 +205,7 @@ def contents(folder: Path) -> dict[str, bytes]:
             data = path.read_bytes()
             if path.name == "report.json":
                 report = json.loads(data)
-                for name in ("seconds", "operations", "forward_equivalents"):
+                for name in ("seconds", "operations", "forward_equivalents", "blocks"):
                     report.pop(name, None)
                 for site in report.get("sites", []):
                     site.pop("seconds")

@@ -29,6 +29,7 @@ FLOOR = {
     "refine": 3,
     "correction": 3,
     "surgery": 3,
+    "curves": 3,
     "shot": 3,
     "output": 3,
     "evaluate": 3,
