@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from . import compare, evaluate, inspect, plan, run, tune
+from . import compare, evaluate, inspect, plan, report, run, tune
 
 
 class Group(click.Group):
@@ -55,5 +55,5 @@ def main() -> None:
         sys.stderr.reconfigure(line_buffering=True)
 
 
-for command in (run.run, plan.plan, compare.compare, tune.tune, evaluate.evaluate, inspect.inspect):
+for command in (run.run, plan.plan, compare.compare, tune.tune, evaluate.evaluate, inspect.inspect, report.report):
     main.add_command(command)

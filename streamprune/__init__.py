@@ -18,6 +18,7 @@ from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
 from .model.modeling_streamprune import register
+from .report import report
 from .run import Result, forecast_job, plan_only, prune
 from .tune import Tuned, tune
 from .version import __version__
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "plan_only",
     "prune",
+    "report",
     "tune",
 ]
 

@@ -17,6 +17,7 @@ FLOOR = {
     "journal": 1,
     "meter": 1,
     "comparison": 1,
+    "charts": 1,
     "site": 1,
     "machine": 1,
     "host": 1,
@@ -40,6 +41,10 @@ FLOOR = {
     "tune": 3,
     "compare": 3,
     "inspection": 3,
+    "account": 3,
+    "samples": 3,
+    "page": 3,
+    "report": 3,
     "__init__": 4,
 }
 FORBIDDEN = {
