@@ -65,6 +65,20 @@ def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
             click.echo(line)
 
 
+def bar(part: float, width: int = 16) -> str:
+    """0 to 1 as so many characters: full, an eighth's step, empty."""
+    eighths = round(min(1.0, max(0.0, part)) * 8 * width)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")).ljust(width)
+
+
+def steps(values: list[float], low: float, high: float) -> str:
+    """Positive values as a line of steps, on a logarithmic scale from `low` to `high`."""
+    span = math.log(high / low) if high > low else 1.0
+    places = [math.log(max(value, low) / low) / span for value in values]
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * min(1.0, place))] for place in places)
+
+
 def table(rows: list[list[str]]) -> list[str]:
     """Aligned columns, the first to the left, the others to the right; the first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

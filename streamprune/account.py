@@ -12,7 +12,7 @@ from .comparison import JSON
 from .curves import CURVES, FORMAT
 from .errors import CheckpointError, ConfigError
 from .model.checkpoint import read_json
-from .output import REPORT, is_report, is_tuning
+from .output import FIGURES, REPORT, is_report, is_tuning
 from .workplace import job_folder
 
 
@@ -96,6 +96,8 @@ class Account:
     name: str
     source: Mapping[str, Any] | None
     """What tells the model it was made from, by its checkpoint's `identity`."""
+    model: str | None
+    """The name of the model that was pruned."""
     recipe: str | None
     """None for a tuned model that was not pruned here."""
     figures: Mapping[str, float]
@@ -127,7 +129,9 @@ def read_account(out: Path) -> Account:
     if not is_report(whole) and not is_tuning(whole):
         raise ConfigError(f"{path} is not a report of streamprune run or tune")
     read = _Reader(path)
-    tunings, settings, report = [], {}, whole
+    tunings: list[TuningAccount] = []
+    settings: dict[str, dict[str, Any]] = {}
+    report: Any = whole
     while is_tuning(report):
         tuning = read.object(report, "tuning")
         tunings.append(
@@ -140,20 +144,25 @@ def read_account(out: Path) -> Account:
                 parameters=read.whole(report, "parameters_after"),
             )
         )
-        settings["Recovery" if len(tunings) == 1 else f"Recovery before, {len(tunings)}"] = dict(_flat(report["job"]))
+        which = "Recovery" if len(tunings) == 1 else f"Recovery before it ({len(tunings)})"
+        settings |= {f"{which}: {part}": dict(_flat(value)) for part, value in read.object(report, "job").items()}
         report = report["source"] or {}
     if report:
         if not is_report(report):
             raise CheckpointError(f"{path}: what it says of the model before is not a report")
-        settings["Pruning"] = dict(_flat(report["job"]))
+        settings |= {f"Pruning: {part}": dict(_flat(value)) for part, value in read.object(report, "job").items()}
         rest = {key: report[key] for key in report if key not in ("job", "sites", "blocks")}
-        settings["Report"] = dict(_flat(rest))
+        settings["Result"] = dict(_flat(rest))
+        if any(read.number(report, name) <= 0 for name in ("parameters_before", "parameters_after")):
+            raise CheckpointError(f"{path}: a model has no parameters")
+        for name in (name for name in FIGURES if name != "recipe"):
+            read.number(report, name)
     label, curves = _curves(out / CURVES)
-    job = whole["job"] if isinstance(whole["job"], dict) else {}
-    inputs = job.get("inputs")
+    inputs = read.object(whole, "job").get("inputs")
     return Account(
         name=out.resolve().name,
         source=inputs.get("model") if isinstance(inputs, dict) else None,
+        model=read.text(report, "model") if "model" in report else None,
         recipe=read.text(report, "recipe") if report else None,
         figures={key: float(v) for key, v in report.items() if _is_number(v)},
         sites=tuple(_site(read, site) for site in read.objects(report, "sites")),

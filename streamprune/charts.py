@@ -60,16 +60,14 @@ def logarithmic(label: str, values: Iterable[float], say: Callable[[float], str]
     positive = [value for value in values if value > 0]
     most = max(positive, default=1.0)
     least = max(min(positive, default=most / 10), most / 10**DECADES)
+    # Ends at 1, 2 or 5 times a power of ten.
     bottom, top = math.floor(math.log10(least)), math.ceil(math.log10(most))
-    if top - bottom > 2:
-        every = math.ceil((top - bottom) / 5)
-        marks = [10.0**k for k in range(bottom, top + 1, every)]
-        return Axis(label, 10.0**bottom, 10.0**top, tuple((mark, say(mark)) for mark in marks), log=True)
-    marks = [factor * 10.0**k for k in range(bottom - 1, top + 1) for factor in (1, 2, 5)]
-    low = max(mark for mark in marks if mark <= least)
-    high = min(mark for mark in [*marks, 10.0 ** (top + 1)] if mark >= most and mark > low)
-    inside = [mark for mark in marks if low <= mark <= high]
-    return Axis(label, low, high, tuple((mark, say(mark)) for mark in inside), log=True)
+    marks = [factor * 10.0**k for k in range(bottom, top + 1) for factor in (1, 2, 5)]
+    low = max(mark for mark in marks if mark <= least * (1 + 1e-9))
+    high = min(mark for mark in marks if mark >= most * (1 - 1e-9) and mark > low)
+    powers = [10.0**k for k in range(bottom, top + 1) if low <= 10.0**k <= high]
+    few = powers[:: math.ceil(len(powers) / 5)] if len(powers) > 2 else [m for m in marks if low <= m <= high]
+    return Axis(label, low, high, tuple((mark, say(mark)) for mark in few), log=True)
 
 
 def positions(label: str, names: Sequence[str]) -> Axis:

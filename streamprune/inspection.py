@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .curves import CURVES
 from .errors import CheckpointError
 from .journal import Journal
 from .model.checkpoint import CONFIG, read_json
@@ -22,7 +23,8 @@ def inspect(path: Path) -> dict[str, Any]:
         path: a checkpoint directory, or the OUT of a job under way.
 
     Returns:
-        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready.
+        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready; the job with the report and what units cost
+        (`curves`) if it is finished, else with its settings, finished steps and sites.
 
     Raises:
         CheckpointError: neither a checkpoint nor a job.
@@ -34,6 +36,8 @@ def inspect(path: Path) -> dict[str, Any]:
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
         job = {"state": "finished", "report": report} if is_report(report) or is_tuning(report) else None
+        if job is not None and (path / CURVES).is_file():
+            job["curves"] = read_json(path / CURVES)
     return {"model": model, "job": job}
 
 

@@ -311,6 +311,7 @@ class Job(Workplace):
         zeros = sum(sum(entry.zeros or ()) for entry in plan.values())
         spent = totals(self.journal)
         return {
+            "model": self.config.model.resolve().name,
             "recipe": self.recipe.name,
             "ratio_requested": self.ratio,
             "ratio_blocks": removed / self.skeleton.block_parameters(),

@@ -46,6 +46,7 @@ class Contents:
 @dataclass(frozen=True)
 class _Section:
     anchor: str
+    link: str
     title: str
     intro: str
     body: str
@@ -62,8 +63,8 @@ def render(contents: Contents) -> str:
     sections = [section for section in found if section is not None]
     if lacks:
         rows = "".join(f"<li>{lack}</li>" for lack in lacks)
-        sections.append(_Section("missing", "Not on this page", "", f'<ul class="lacks card">{rows}</ul>'))
-    links = "".join(f'<a href="#{section.anchor}">{section.title}</a>' for section in sections)
+        sections.append(_Section("missing", "Missing", "Not on this page", "", f'<ul class="lacks card">{rows}</ul>'))
+    links = "".join(f'<a href="#{section.anchor}">{section.link}</a>' for section in sections)
     style = (resources.files("streamprune") / "data" / "report.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
@@ -114,7 +115,8 @@ def _lede(contents: Contents) -> str:
         went = zeros or before - figures["parameters_after"]
         did = "made zero" if zeros else "removed"
         text.append(
-            f"Pruned by the recipe <strong>{escape(account.recipe)}</strong>: {went:,.0f} of {before:,.0f} parameters {did}, "
+            f"{f'<strong>{escape(account.model)}</strong>, pruned' if account.model else 'Pruned'} by the recipe "
+            f"<strong>{escape(account.recipe)}</strong>: {went:,.0f} of {before:,.0f} parameters {did}, "
             f"<strong>{figures['ratio_blocks']:.1%}</strong> of the blocks’ and {figures['ratio_model']:.1%} of the model’s."
         )
     if account.tunings:
@@ -187,7 +189,8 @@ def _budget(contents: Contents, lacks: list[str]) -> _Section | None:
                 note += f"; {len(group)} sites from {least:.1%} to {most:.1%}"
             marks.append(charts.hover(frame, at, note))
         mean = _kept_share([site for group in by_block.values() for site in group])
-        marks.insert(-1, charts.level(frame, mean, "mean"))
+        # Below the last block's tooltip, on an outline, so that it is seen on bars too.
+        marks[-1:-1] = [charts.level(frame, mean, "outline"), charts.level(frame, mean, "mean")]
         several = any(len(group) > 1 for group in by_block.values())
         legend = [
             (_class(kind), "kept"),
@@ -200,6 +203,7 @@ def _budget(contents: Contents, lacks: list[str]) -> _Section | None:
         figures.append(_figure(title, charts.svg(frame, summary, marks), _legend(legend), caption))
     return _Section(
         "budget",
+        "Budget",
         "Where the budget went",
         f"What each block kept of its {unit}: the recipe spends the budget where it expects to lose least.",
         _pair(figures),
@@ -241,6 +245,7 @@ def _errors(contents: Contents, lacks: list[str]) -> _Section | None:
         figures.append(_figure(title, charts.svg(frame, summary, marks), _legend(legend), caption))
     return _Section(
         "errors",
+        "Errors",
         "Reconstruction error",
         "The share of its output energy that a site lost on the calibration text, after what stays was re-fitted.",
         _pair(figures),
@@ -286,6 +291,7 @@ def _curves(contents: Contents, lacks: list[str]) -> _Section | None:
         return None
     return _Section(
         "curves",
+        "Importance",
         "Importance curves",
         "What each further unit of a site costs, the cheapest first, as the recipe weighed it. A site whose curve stays low "
         "gives more; cuts at one height are what a single threshold looks like.",
@@ -326,6 +332,7 @@ def _spent(contents: Contents, lacks: list[str]) -> _Section | None:
         figures.append(_memory(blocks, x))
     return _Section(
         "spent",
+        "Time and memory",
         "Time and memory",
         "By block: streaming holds one block at a time, so memory should not grow with depth.",
         _pair(figures),
@@ -406,6 +413,7 @@ def _comparison(contents: Contents, lacks: list[str]) -> _Section | None:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return _Section(
         "comparison",
+        "Comparison",
         "Stages and recipes compared",
         f"Of {escape(table.model)}, pruned on the same text under the same budgets.",
         f'{body}<p class="note">Perplexity: {escape(table.protocol)}.</p>{notes}',
@@ -437,13 +445,10 @@ def _samples(contents: Contents, lacks: list[str]) -> _Section | None:
         return None
     cards = []
     for sample in contents.samples:
-        texts = []
-        shared = sample.alike if len(sample.texts) > 1 else None
-        for label, said in sample.texts.items():
-            apart = (
-                f'<span class="apart">{escape(said[shared:])}</span>' if shared is not None and said[shared:] else ""
-            )
-            texts.append(f"<div><h3>{escape(label)}</h3><p>{escape(said[:shared])}{apart}</p></div>")
+        texts = [
+            _said(label, said, sample.alike if len(sample.texts) > 1 else len(said))
+            for label, said in sample.texts.items()
+        ]
         same = (
             f'<p class="note">The same for {sample.same} of {sample.tokens} tokens.</p>'
             if len(sample.texts) > 1
@@ -455,10 +460,18 @@ def _samples(contents: Contents, lacks: list[str]) -> _Section | None:
     marked = " What is marked differs from the other." if contents.dense is not None else ""
     return _Section(
         "samples",
+        "Samples",
         "Samples, side by side" if contents.dense is not None else "Samples",
         f"How each model goes on, always with its likeliest token.{marked}",
         f'<div class="stack">{"".join(cards)}</div>',
     )
+
+
+def _said(label: str, text: str, alike: int) -> str:
+    """One model's words, what follows the first `alike` characters marked."""
+    shared, apart = text[:alike].lstrip(" "), text[alike:]
+    marked = f'<span class="apart">{escape(apart)}</span>' if apart else ""
+    return f"<div><h3>{escape(label)}</h3><p>{escape(shared)}{marked}</p></div>"
 
 
 def _recovery(contents: Contents, lacks: list[str]) -> _Section | None:
@@ -472,6 +485,7 @@ def _recovery(contents: Contents, lacks: list[str]) -> _Section | None:
     head = "<tr><th>method</th><th>rank</th><th>steps</th><th>loss at first</th><th>in the end</th></tr>"
     return _Section(
         "recovery",
+        "Recovery",
         "Recovery",
         "Low-rank training after pruning, the last one first.",
         f'<div class="card">{_table("Recovery", head, rows)}</div>',
@@ -493,7 +507,7 @@ def _sites(contents: Contents, lacks: list[str]) -> _Section | None:
         )
     head = "<tr><th>site</th><th>kept</th><th>of</th><th>share</th><th>error</th><th>damping</th><th>seconds</th></tr>"
     body = f"<details><summary>All {len(sites):,} sites</summary>{_table('Sites', head, rows)}</details>"
-    return _Section("sites", "Every site", "", body)
+    return _Section("sites", "Sites", "Every site", "", body)
 
 
 def _settings(contents: Contents, lacks: list[str]) -> _Section | None:
@@ -512,6 +526,7 @@ def _settings(contents: Contents, lacks: list[str]) -> _Section | None:
         protocol = f'<p class="note">Perplexity: {escape(measured.protocol)}.</p>'
     return _Section(
         "settings",
+        "Settings",
         "Settings and fingerprints",
         "What the job was asked, and what tells its inputs from others. The same values give the same bytes.",
         "".join(groups) + protocol,
@@ -567,14 +582,14 @@ def _table(label: str, head: str, rows: Iterable[str], kind: str = "") -> str:
 
 def _share_text(value: float) -> str:
     """0.0123 → ``"1.2%"``, with two digits that count."""
-    return f"{100 * value:.2g}%"
+    return f"{100 * value:.2g}%" if value < 0.995 else f"{value:.0%}"
 
 
 def _count(number: float) -> str:
     """6951168 → ``"6.95 M"``."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
-            return f"{number / size:.3g} {unit}"
+            return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"
 
 
