@@ -95,7 +95,7 @@ class Account:
 
     name: str
     source: Mapping[str, Any] | None
-    """What tells the model it was made from, by its checkpoint's `identity`."""
+    """What tells the model that the first of its jobs read: the checkpoint's `identity`."""
     model: str | None
     """The name of the model that was pruned."""
     recipe: str | None
@@ -132,7 +132,9 @@ def read_account(out: Path) -> Account:
     tunings: list[TuningAccount] = []
     settings: dict[str, dict[str, Any]] = {}
     report: Any = whole
+    first = whole
     while is_tuning(report):
+        first = report["source"] or report
         tuning = read.object(report, "tuning")
         tunings.append(
             TuningAccount(
@@ -158,7 +160,7 @@ def read_account(out: Path) -> Account:
         for name in (name for name in FIGURES if name != "recipe"):
             read.number(report, name)
     label, curves = _curves(out / CURVES)
-    inputs = read.object(whole, "job").get("inputs")
+    inputs = read.object(first, "job").get("inputs")
     return Account(
         name=out.resolve().name,
         source=inputs.get("model") if isinstance(inputs, dict) else None,

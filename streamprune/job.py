@@ -23,7 +23,7 @@ from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .maths.stats import Statistic
 from .memory import Needs, Resources, device_peak, forecast
-from .meter import by_block, totals
+from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
@@ -328,6 +328,7 @@ class Job(Workplace):
             "blocks": by_block(self.journal),
             "forward_equivalents": round(spent["operations"] / self.forward_operations, 4),
             **spent,
+            **peaks(self.journal),
         }
 
     @cached_property

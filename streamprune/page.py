@@ -122,16 +122,14 @@ def _lede(contents: Contents) -> str:
     if account.tunings:
         text.append(f"Then tuned by {escape(account.tunings[0].method)}." if text else "Tuned, not pruned here.")
     if contents.dense is not None:
-        which = "the checkpoint that it was made from, by its digests" if contents.is_source else "another checkpoint"
-        if account.source is not None and not account.tunings:
-            text.append(f"Held against <strong>{escape(contents.dense)}</strong>, {which}.")
-        else:
-            text.append(f"Held against <strong>{escape(contents.dense)}</strong>.")
+        which = "the very checkpoint that was" if contents.is_source else "not the checkpoint that was"
+        did = "tuned" if account.recipe is None else "pruned"
+        text.append(f"Held against <strong>{escape(contents.dense)}</strong>, by its digests {which} {did}.")
     return " ".join(text)
 
 
 def _facts(contents: Contents) -> str:
-    figures, blocks = contents.account.figures, contents.account.blocks
+    figures = contents.account.figures
     facts: list[tuple[str, str, str]] = []
     if "parameters_before" in figures:
         before, after = figures["parameters_before"], figures["parameters_after"]
@@ -140,7 +138,7 @@ def _facts(contents: Contents) -> str:
         asked = f"{figures['ratio_requested']:.2%} asked for"
         facts.append(
             (
-                "Made zero in the blocks" if figures["zeros"] else "Gone from the blocks",
+                "Made zero in blocks" if figures["zeros"] else "Removed from blocks",
                 f"{figures['ratio_blocks']:.2%}",
                 asked,
             )
@@ -154,11 +152,9 @@ def _facts(contents: Contents) -> str:
         facts.append(
             ("Time to prune", _duration(figures["seconds"]), f"{passes:.1f} dense forward passes" if passes else "")
         )
-    peaks = [block.device_bytes or block.host_bytes for block in blocks]
-    most = max((peak for peak in peaks if peak is not None), default=None)
-    if most is not None:
-        where = "device" if any(block.device_bytes for block in blocks) else "host, torch included"
-        facts.append(("Peak memory, pruning", format_bytes(most), where))
+    for name, where in (("peak_device_bytes", "of the device"), ("peak_host_bytes", "of the host, torch included")):
+        if name in figures:
+            facts.append(("Peak memory", format_bytes(figures[name]), where))
     tiles = "".join(
         f"<div><dt>{name}</dt><dd>{escape(value)}</dd><dd>{escape(more)}</dd></div>" for name, value, more in facts
     )
@@ -355,7 +351,7 @@ def _memory(blocks: Sequence[BlockAccount], x: charts.Axis) -> str:
         marks.append(charts.hover(frame, at, f"block {block.block}: {held}"))
     own = all(block.own_peak for block in blocks)
     caption = (
-        "Held at most while each block was pruned, the interpreter and torch included."
+        "Held at most while each block was surveyed and pruned, the interpreter and torch included."
         if own
         else "Held at most by the process until then: this system does not tell blocks apart."
     )

@@ -57,8 +57,8 @@ def report(
     """
     out, progress = Path(out), progress or Silent()
     page = out / PAGE if html is None else Path(html)
-    _check_page(page)
     account = read_account(out)
+    _check_page(page)
     table = None if comparison is None else read_comparison(Path(comparison))
     dense = None if against is None else Path(against)
     if dense is not None and not prompts and text is None:
@@ -92,8 +92,6 @@ def report(
 def _check_page(page: Path) -> None:
     if page.suffix not in (".html", ".htm"):
         raise ConfigError(f"html is {page}; its name must end in .html")
-    if page.is_dir() or not page.absolute().parent.is_dir():
-        raise ConfigError(
-            f"html is {page}, which cannot be written: {'it' if page.is_dir() else page.parent} is "
-            f"{'a folder' if page.is_dir() else 'not a folder'}"
-        )
+    wrong = page if page.is_dir() else page.absolute().parent
+    if page.is_dir() or not wrong.is_dir():
+        raise ConfigError(f"html is {page}; {wrong} is {'' if page.is_dir() else 'not '}a folder")

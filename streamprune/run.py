@@ -64,7 +64,7 @@ def prune(config: Config, *, restart: bool = False, progress: Progress | None = 
     job = Job(config, progress)
     finished = job.result_there(restart)
     if finished is None:
-        with job.opened(restart), metered(job.journal, started):
+        with job.opened(restart), metered(job.journal, started, job.peaks):
             finished = Run(job).work()
     return _result(job, finished, time.monotonic() - started)
 
@@ -83,7 +83,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
         )
     if job.result_there(restart) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart), metered(job.journal, started):
+    with job.opened(restart), metered(job.journal, started, job.peaks):
         Run(job).prepare()
     return job.plan_path
 

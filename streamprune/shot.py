@@ -301,7 +301,6 @@ class Shot:
             refinement=refinement,
         )
         self.progress.phase("prune", depth, done)
-        job.peaks.lap()
         if surgeon.store is not None:
             first = {sweep.boundary(DENSE, 0)} if done == 0 else set()
             surgeon.store.keep_only(first | {sweep.boundary(stream, done) for stream in surgeon.streams_into(done)})
@@ -312,7 +311,7 @@ class Shot:
             names = skeleton.block_names(index)
             shard = self.pruned / output.block_shard(skeleton, index)
             write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
-            self.record(f"prune/{index}", sites=reports, memory=job.peaks.lap())
+            self.record(f"prune/{index}", sites=reports)
             del block, pruned
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
