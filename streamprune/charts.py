@@ -104,8 +104,8 @@ def svg(frame: Frame, summary: str, marks: Iterable[str]) -> str:
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(said)}</text>')
     for value, said in frame.x.ticks:
         x = frame.across(value)
-        # The last one keeps to the paper.
-        anchor = "end" if x > right - 8 else "middle"
+        # The last one keeps to the paper, and the first leaves the corner to the other axis.
+        anchor = "end" if x > right - 8 else "start" if x < LEFT + 2 else "middle"
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="{anchor}">{escape(said)}</text>')
     parts.append(f'<text class="axis" x="0" y="13">{escape(frame.y.label)}</text>')
     parts.append(f'<text class="axis" x="{right}" y="{HEIGHT - 5}" text-anchor="end">{escape(frame.x.label)}</text>')

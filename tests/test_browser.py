@@ -74,7 +74,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with everything: deep, with long names, samples and a comparison."""
     folder = tmp_path_factory.mktemp("browser")
     dense = make_tiny(
-        folder / "a-model-with-a-rather-long-name-that-nobody-would-want-to-type-twice", "llama", num_hidden_layers=12
+        folder / "a-model-with-a-rather-long-name-that-nobody-would-want-to-type-twice", "llama", num_hidden_layers=8
     )
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, " * 60)
@@ -169,7 +169,7 @@ def test_marks_are_drawn_in_colour(opened: Callable[..., Any]) -> None:
     assert "rgb(0, 0, 0)" not in fills
     assert "none" not in strokes
     lines = tab.evaluate("[...document.querySelectorAll('polyline.depth')].map(e => getComputedStyle(e).stroke)")
-    assert len(set(lines)) == 12
+    assert len(set(lines)) == 8
 
 
 def test_links_lead_somewhere_and_charts_are_told(opened: Callable[..., Any]) -> None:
@@ -186,8 +186,7 @@ def test_a_hostile_page_runs_nothing(page: Path, opened: Callable[..., Any], tmp
     spoilt = tmp_path / "spoilt.html"
     attack = "<p id=here></p><script>document.body.id = 'run'</script>"
     spoilt.write_text(page.read_text().replace("<main>", f"<main>{attack}"))
-    context_free = opened(1280, "light", page)
-    tab = context_free.context.new_page()
+    tab = opened(1280).context.new_page()
     tab.goto(spoilt.as_uri())
     assert tab.query_selector("#here") is not None
     assert tab.evaluate("document.body.id") == ""
