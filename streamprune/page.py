@@ -22,6 +22,8 @@ KINDS = {
 """What kinds of site are called, and what their units are."""
 LINES = 96
 """Curves that one chart shows at most."""
+DOTS = 40
+"""Beyond so many, dots are small."""
 SERIES = 8
 """Colours of a comparison; beyond them they come again, dashed."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -218,6 +220,7 @@ def _errors(contents: Contents, lacks: list[str]) -> _Section | None:
     for kind, by_block in _by_kind(sites).items():
         title, _ = KINDS.get(kind, (kind, ""))
         frame, marks = Frame(_depth(by_block), y), []
+        radius = 4.0 if sum(map(len, by_block.values())) <= DOTS else 2.5
         path = [
             (float(at), max(site.error or 0.0 for site in group))
             for at, group in enumerate(by_block.values())
@@ -228,10 +231,10 @@ def _errors(contents: Contents, lacks: list[str]) -> _Section | None:
             for site in group:
                 if site.error:
                     note = f"{site.name}: {_share_text(site.error)} of the output energy lost"
-                    marks.append(charts.dot(frame, at, site.error, _class(kind), note, radius=4))
+                    marks.append(charts.dot(frame, at, site.error, _class(kind), note, radius=radius))
                 else:
                     note = f"{site.name}: " + ("not measured" if site.error is None else "nothing removed")
-                    marks.append(charts.dot(frame, at, y.low, f"none {_class(kind)}", note, radius=4))
+                    marks.append(charts.dot(frame, at, y.low, f"none {_class(kind)}", note, radius=radius))
         legend = [(f"round {_class(kind)}", "error")]
         if any(not site.error for group in by_block.values() for site in group):
             legend.append((f"ring {_class(kind)}", "nothing removed or measured"))
