@@ -138,10 +138,11 @@ def _blocks(blocks: list[dict[str, Any]]) -> list[str]:
     from streamprune.config import format_bytes
 
     most = max(block["survey_seconds"] + block["prune_seconds"] for block in blocks)
-    rows = [["block", "survey s", "prune s", "time".ljust(16), "host peak", "device peak"]]
+    places = [name for name in ("host", "device") if any(block.get(f"{name}_bytes") for block in blocks)]
+    rows = [["block", "survey s", "prune s", "time".ljust(16), *(f"{name} peak" for name in places)]]
     for block in blocks:
         both = block["survey_seconds"] + block["prune_seconds"]
-        peaks = [block.get(f"{name}_bytes") for name in ("host", "device")]
+        peaks = [block.get(f"{name}_bytes") for name in places]
         rows.append(
             [
                 str(block["block"]),
