@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,20 @@ import click
 
 from . import options, show
 
+STEPS = 16
+"""Characters of a curve."""
+DECADES = 6
+"""Of a curve's scale, at most."""
+
 
 @click.command()
 @click.argument("model", type=options.DIRECTORY)
 @options.json_option
 def inspect(model: Path, as_json: bool) -> None:
     """Blocks, sites, units and widths of MODEL; what is done of the job that makes or made it.
+
+    Of a pruned model: budget, errors and importance curves over depth, time and memory, settings and fingerprints, as
+    streamprune report shows them on a page.
 
     Example:
 
@@ -32,13 +42,13 @@ def inspect(model: Path, as_json: bool) -> None:
 
 
 def _model(model: dict[str, Any]) -> list[str]:
-    rows = [["block", "parameters", "attention", "heads", "ffn"]]
+    kinds = list(dict.fromkeys(_kind(site) for block in model["blocks"] for site in block["sites"]))
+    rows = [["block", "parameters", "heads", *kinds]]
     for block in model["blocks"]:
-        attention, ffn = block["sites"]
-        heads = f"{attention['heads']} × {attention['head_dim']}"
-        rows.append(
-            [str(block["block"]), f"{block['parameters']:,}", str(attention["units"]), heads, str(ffn["units"])]
-        )
+        by_kind = {kind: list(sites) for kind, sites in groupby(block["sites"], _kind)}
+        heads = [f"{site['heads']} × {site['head_dim']}" for site in block["sites"] if "heads" in site]
+        units = [_units([site["units"] for site in by_kind.get(kind, [])]) for kind in kinds]
+        rows.append([str(block["block"]), f"{block['parameters']:,}", " ".join(heads), *units])
     return [
         f"{model['path']}: {model['model_type']}, {model['parameters']:,} parameters in {', '.join(model['dtypes'])}, "
         f"{model['block_parameters']:,} of them in {len(model['blocks'])} blocks",
@@ -49,9 +59,22 @@ def _model(model: dict[str, Any]) -> list[str]:
     ]
 
 
+def _kind(site: Mapping[str, Any]) -> str:
+    kind: str = site["site"].split(".")[2]
+    return kind
+
+
+def _units(each: list[int]) -> str:
+    """How many, of one site or of several."""
+    if len(set(each)) > 1:
+        return f"{len(each)} × {min(each)}-{max(each)}"
+    return "".join(f"{len(each)} × " * (len(each) > 1) + str(units) for units in each[:1])
+
+
 def _job(job: dict[str, Any]) -> list[str]:
     lines = ["", f"job: {job['state']}"]
     report = job.get("report") or {}
+    made = report.get("job") or {"settings": job.get("settings", {})}
     while "tuning" in report:
         tuning = report["tuning"]
         lines.append(
@@ -66,14 +89,84 @@ def _job(job: dict[str, Any]) -> list[str]:
         )
     elif "finished" in job:
         lines.append(f"finished steps: {', '.join(job['finished']) or 'none'}")
-    sites = report.get("sites", job.get("sites", []))
-    if sites:
-        done, whole = ("zeros", "weights") if "zeros" in sites[0] else ("kept", "units")
-        rows = [["site", done, "of", "error", "damping", "seconds"]]
-        for site in sites:
-            error = "" if site["error"] is None else f"{site['error']:.4f}"
-            damping = "" if site["damping"] is None else f"{site['damping']:g}"
-            extent = [f"{site[done]:,}", f"{site[whole]:,}"]
-            rows.append([site["site"], *extent, error, damping, f"{site['seconds']:.2f}"])
-        lines += show.table(rows)
+    if sites := report.get("sites", job.get("sites", [])):
+        lines += _sites(sites, job.get("curves"))
+    if blocks := report.get("blocks"):
+        lines += ["", *_blocks(blocks)]
+    if any(made.values()):
+        lines += ["", *_made(made)]
     return lines
+
+
+def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[str]:
+    done, whole = ("zeros", "weights") if "zeros" in sites[0] else ("kept", "units")
+    drawn = _drawn(sites, curves) if curves is not None else {}
+    rows = [["site", done, "of", "share".ljust(16), "error", "damping", "seconds", *(["cost"] if drawn else [])]]
+    for site in sites:
+        error = "" if site["error"] is None else f"{site['error']:.4f}"
+        damping = "" if site["damping"] is None else f"{site['damping']:g}"
+        extent = [f"{site[done]:,}", f"{site[whole]:,}", show.bar(site[done] / max(site[whole], 1))]
+        cost = [drawn.get(site["site"], "").ljust(STEPS + 1)] if drawn else []
+        rows.append([site["site"], *extent, error, damping, f"{site['seconds']:.2f}", *cost])
+    if curves is None or not drawn:
+        return show.table(rows)
+    rows[0][-1] = rows[0][-1].ljust(STEPS + 1)
+    note = f"cost: {curves['label']} of each further unit, the cheapest first, logarithmic; the site was cut at |"
+    return [*show.table(rows), note]
+
+
+def _drawn(sites: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, str]:
+    """Curves by site name, all on one scale, each with its cut."""
+    points = {name: [(k, cost) for k, cost in each] for name, each in curves["sites"].items() if each}
+    costs = [cost for each in points.values() for _, cost in each if cost > 0]
+    if not costs:
+        return {}
+    high = max(costs)
+    low = max(min(costs), high / 10**DECADES)
+    drawn = {}
+    for site in sites:
+        if each := points.get(site["site"]):
+            places = [site["units"] * (step + 0.5) / STEPS for step in range(STEPS)]
+            values = [next((cost for k, cost in each if k >= place), each[-1][1]) for place in places]
+            line = show.steps(values, low, high)
+            cut = round(STEPS * (site["units"] - site["kept"]) / site["units"])
+            drawn[site["site"]] = f"{line[:cut]}|{line[cut:]}"
+    return drawn
+
+
+def _blocks(blocks: list[dict[str, Any]]) -> list[str]:
+    from streamprune.config import format_bytes
+
+    most = max(block["survey_seconds"] + block["prune_seconds"] for block in blocks)
+    places = [name for name in ("host", "device") if any(block.get(f"{name}_bytes") for block in blocks)]
+    rows = [["block", "survey s", "prune s", "time".ljust(16), *(f"{name} peak" for name in places)]]
+    for block in blocks:
+        both = block["survey_seconds"] + block["prune_seconds"]
+        peaks = [block.get(f"{name}_bytes") for name in places]
+        rows.append(
+            [
+                str(block["block"]),
+                f"{block['survey_seconds']:.2f}",
+                f"{block['prune_seconds']:.2f}",
+                show.bar(both / most if most else 0.0),
+                *("" if peak is None else format_bytes(peak) for peak in peaks),
+            ]
+        )
+    shared = not all(block.get("own_peak", True) for block in blocks)
+    return [*show.table(rows), *(["host peaks are of all that the process had done until then"] if shared else [])]
+
+
+def _made(made: Mapping[str, Any]) -> list[str]:
+    """Settings, inputs and versions, a line each."""
+    lines = []
+    for part, values in made.items():
+        lines.append(f"{part}:")
+        for name, value in _flat(values):
+            lines.append(f"  {name} {'-' if value is None else value}")
+    return lines
+
+
+def _flat(value: Any, place: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [each for key, inner in value.items() for each in _flat(inner, f"{place}.{key}" if place else key)]
+    return [(place, " ".join(map(str, value)) if isinstance(value, list) else value)]

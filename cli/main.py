@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from . import bench, compare, evaluate, export, inspect, plan, run, tune
+from . import bench, compare, evaluate, export, inspect, plan, report, run, tune
 
 
 class Group(click.Group):
@@ -54,14 +54,5 @@ def main() -> None:
         sys.stderr.reconfigure(line_buffering=True)
 
 
-for command in (
-    run.run,
-    plan.plan,
-    compare.compare,
-    tune.tune,
-    evaluate.evaluate,
-    export.export,
-    bench.bench,
-    inspect.inspect,
-):
+for command in (run.run, plan.plan, compare.compare, tune.tune, evaluate.evaluate, export.export, bench.bench, report.report, inspect.inspect):
     main.add_command(command)

@@ -70,6 +70,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+def bar(part: float, width: int = 16) -> str:
+    """0 to 1 as so many characters: full, an eighth's step, empty."""
+    eighths = round(min(1.0, max(0.0, part)) * 8 * width)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")).ljust(width)
+
+
+def steps(values: list[float], low: float, high: float) -> str:
+    """Positive values as a line of steps, on a logarithmic scale from `low` to `high`."""
+    span = math.log(high / low) if high > low else 1.0
+    places = [math.log(max(value, low) / low) / span for value in values]
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * min(1.0, place))] for place in places)
 
 
 def table(rows: list[list[str]]) -> list[str]:

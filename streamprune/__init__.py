@@ -22,6 +22,7 @@ from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
 from .model.modeling_streamprune import register
+from .report import report
 from .run import Result, forecast_job, plan_only, prune
 from .text import Source
 from .tune import Tuned, tune
@@ -61,6 +62,7 @@ __all__ = [
     "load",
     "plan_only",
     "prune",
+    "report",
     "resolve_model",
     "tune",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import hub
+from .curves import CURVES
 from .errors import CheckpointError
 from .journal import Journal
 from .model.checkpoint import CONFIG, read_json
@@ -24,7 +25,8 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
         path: a checkpoint directory, its name on the hub, or the OUT of a job under way.
 
     Returns:
-        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready.
+        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready; the job with the report and what units cost
+        (`curves`) if it is finished, else with its settings, finished steps and sites.
 
     Raises:
         CheckpointError: neither a checkpoint nor a job.
@@ -39,6 +41,8 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
         job = {"state": "finished", "report": report} if is_report(report) or is_tuning(report) else None
+        if job is not None and (path / CURVES).is_file():
+            job["curves"] = read_json(path / CURVES)
     return {"model": model, "job": job}
 
 

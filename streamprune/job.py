@@ -23,7 +23,7 @@ from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .maths.stats import Statistic
 from .memory import Needs, Resources, device_peak, forecast
-from .meter import totals
+from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
@@ -60,6 +60,7 @@ class Job(Workplace):
             config.model, self.device, config.dtype, uniform=config.layout == "uniform"
         )
         self.dtype = config.dtype
+        self.peaks = machine.Peaks(self.device)
         self.sites = self.skeleton.all_sites()
         self.window = self._window()
         self.given_plan = self._given_plan()
@@ -330,8 +331,10 @@ class Job(Workplace):
             "model": hub.origin(self.config.model),
             "tokens": calibration.fingerprint(self.tokens) if self.needs_text else None,
             "sites": [{**site, "units": units[site["site"]]} for site in sites],
+            "blocks": by_block(self.journal),
             "forward_equivalents": round(spent["operations"] / self.forward_operations, 4),
             **spent,
+            **peaks(self.journal),
         }
 
     @cached_property

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,6 +93,34 @@ def reset_peaks(device: torch.device) -> bool:
 def peak_device_bytes(device: torch.device) -> int:
     """The most device memory that tensors have held; on the CPU the device is the host."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_host_bytes()
+
+
+class Peaks:
+    """The most memory that this process has held: lap by lap, and in all.
+
+    The kernel knows one mark only, which every lap takes back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._most_host = self._most_device = 0
+        self._own = False
+
+    def lap(self) -> dict[str, Any]:
+        """End a lap and begin another: ``host_bytes`` and ``device_bytes`` (None on the CPU) held since the last one.
+
+        ``own`` says whether the host's is of this lap alone, which takes a kernel that takes its mark back.
+        """
+        lap = {"host_bytes": peak_host_bytes(), "device_bytes": None, "own": self._own}
+        if self._device.type == "cuda":
+            lap["device_bytes"] = peak_device_bytes(self._device)
+        self._most_host, self._most_device = self.most()
+        self._own = reset_peaks(self._device)
+        return lap
+
+    def most(self) -> tuple[int, int]:
+        """Host and device bytes, over all laps."""
+        return max(self._most_host, peak_host_bytes()), max(self._most_device, peak_device_bytes(self._device))
 
 
 def _host_available() -> int:

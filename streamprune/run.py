@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import files, machine, output
+from . import files, output
 from .config import Config
 from .errors import ConfigError
 from .job import Job
@@ -66,7 +66,7 @@ def prune(config: Config, *, restart: bool = False, progress: Progress | None = 
     job = Job(config, progress)
     finished = job.result_there(restart)
     if finished is None:
-        with job.opened(restart), metered(job.journal, started):
+        with job.opened(restart), metered(job.journal, started, job.peaks):
             finished = Run(job).work()
     return _result(job, finished, time.monotonic() - started)
 
@@ -85,7 +85,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
         )
     if job.result_there(restart) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart), metered(job.journal, started):
+    with job.opened(restart), metered(job.journal, started, job.peaks):
         Run(job).prepare()
     return job.plan_path
 
@@ -97,13 +97,14 @@ def forecast_job(config: Config, *, progress: Progress | None = None) -> Resourc
 
 def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
     """The report's figures with this process's own."""
+    host, device = job.peaks.most()
     return Result(
         out=job.out_given,
         **{name: report[name] for name in output.FIGURES},
         tokens=report.get("tokens"),
         seconds=round(seconds, 3),
-        peak_device_bytes=machine.peak_device_bytes(job.device),
-        peak_host_bytes=machine.peak_host_bytes(),
+        peak_device_bytes=device,
+        peak_host_bytes=host,
         bytes_read=job.skeleton.checkpoint.bytes_read,
         resumed=job.resumed,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import files, hub, output
 from .correction import Corrector
+from .curves import CURVES, write_curves
 from .errors import NumericalError, ResumeError
 from .job import Job
 from .journal import Entry
@@ -387,6 +388,10 @@ class Shot:
         report = self.job.report(plan, reports, self._removed())
         output.write_outside(self.skeleton, folder)
         card = output.pruning_card(report, hub.title(self.job.config.model), len(self.skeleton))
+        curve = self.job.recipe.curve(self.job.settings) if self.last and self.job.surveys else None
+        if curve is not None:
+            dense = {site.name: site.units for site in self.job.sites}
+            write_curves(folder / CURVES, curve, self.job.changeable(self.sites), self.survey, plan, dense)
         output.finish(self.skeleton, folder, after, report, card)
 
 

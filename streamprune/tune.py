@@ -20,10 +20,11 @@ from torch import Tensor
 
 from . import calibration, files, hub, lora, machine, output
 from .config import TuneConfig, TuneMethod, format_bytes
+from .curves import CURVES
 from .errors import ConfigError, ResourceError
 from .journal import Entry, Journal
 from .memory import REFINE_SEQUENCES, Needs, Resources, device_peak, forecast, in_memory_peak
-from .meter import metered, totals
+from .meter import metered, peaks, totals
 from .model.block import Block
 from .model.checkpoint import Checkpoint, read_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
@@ -80,9 +81,10 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
     job = Tuning(config, progress or Silent(), restart)
     report = job.result_there(restart)
     if report is None:
-        with job.opened(restart), metered(job.journal, started):
+        with job.opened(restart), metered(job.journal, started, job.peaks):
             report = job.work()
     tuning = report["tuning"]
+    host, device = job.peaks.most()
     return Tuned(
         out=str(config.out),
         **{name: tuning[name] for name in ("method", "rank", "steps", "loss_first", "loss_last")},
@@ -90,8 +92,8 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
         tokens=report.get("tokens"),
         operations=report["operations"],
         seconds=round(time.monotonic() - started, 3),
-        peak_device_bytes=machine.peak_device_bytes(job.device),
-        peak_host_bytes=machine.peak_host_bytes(),
+        peak_device_bytes=device,
+        peak_host_bytes=host,
         bytes_read=sum(skeleton.checkpoint.bytes_read for skeleton in job.skeletons),
         resumed=job.resumed,
     )
@@ -114,6 +116,7 @@ class Tuning(Workplace):
             if path is not None and config.out.resolve() == path.resolve():
                 raise ConfigError(f"OUT is {config.out}, {name} itself")
         self.device = machine.resolve_device(config.device)
+        self.peaks = machine.Peaks(self.device)
         self.student: Skeleton = open_skeleton(config.model, self.device, config.dtype)
         self.source = self._source()
         if config.rank > self.student.width:
@@ -435,7 +438,10 @@ class Tuning(Workplace):
             "tokens": calibration.fingerprint(self.tokens),
             "source": self.source,
             **totals(self.journal),
+            **peaks(self.journal),
         }
         output.write_outside(student, self.staging)
+        if (config.model / CURVES).is_file():
+            files.copy(config.model / CURVES, self.staging / CURVES)
         card = output.tuning_card(report, hub.title(config.model))
         output.finish(student, self.staging, student.all_sites(), report, card)

@@ -351,7 +351,15 @@ def contents(folder: Path) -> dict[str, bytes]:
             data = path.read_bytes()
             if path.name == "report.json":
                 report = json.loads(data)
-                for name in ("seconds", "operations", "forward_equivalents"):
+                volatile = (
+                    "seconds",
+                    "operations",
+                    "forward_equivalents",
+                    "blocks",
+                    "peak_host_bytes",
+                    "peak_device_bytes",
+                )
+                for name in volatile:
                     report.pop(name, None)
                 for site in report.get("sites", []):
                     site.pop("seconds")

@@ -17,6 +17,7 @@ FLOOR = {
     "journal": 1,
     "meter": 1,
     "comparison": 1,
+    "charts": 1,
     "site": 1,
     "machine": 1,
     "host": 1,
@@ -31,6 +32,7 @@ FLOOR = {
     "refine": 3,
     "correction": 3,
     "surgery": 3,
+    "curves": 3,
     "shot": 3,
     "output": 3,
     "hub": 3,
@@ -47,6 +49,10 @@ FLOOR = {
     "tune": 3,
     "compare": 3,
     "inspection": 3,
+    "account": 3,
+    "samples": 3,
+    "page": 3,
+    "report": 3,
     "__init__": 4,
 }
 FORBIDDEN = {

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import streamprune
 from streamprune.journal import Journal
+from streamprune.machine import Peaks
 from streamprune.maths.linalg import _greedy_columns
 from streamprune.maths.operations import counted, counting
 from streamprune.meter import metered, totals
@@ -112,7 +113,7 @@ def test_the_journal_adds_up(tmp_path: Path) -> None:
         journal = Journal(tmp_path / "journal.jsonl")
         if not process:
             journal.append("start")
-        with metered(journal, 0.0):
+        with metered(journal, 0.0, Peaks(torch.device("cpu"))):
             A @ B
             journal.append("one")
             A @ B

@@ -267,6 +267,7 @@ def test_out_holds_what_a_checkpoint_needs(tiny: Tiny, configured: Make) -> None
         *(f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)),
         "model.safetensors.index.json",
         "modeling_streamprune.py",
+        "curves.json",
         "report.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -23,7 +23,7 @@ from ..maths.linalg import cholesky, greedy_removal
 from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Recipe, Survey, Surveyed, Target, setting
+from .recipe import Curve, Recipe, Survey, Surveyed, Target, setting
 from .reconstruction import obs
 from .selection import greedy
 
@@ -88,6 +88,10 @@ DEFAULT = Recipe(
     draws_labels=lambda settings: settings.labels == "drawn",
     digest=path_costs,
     allocate=threshold,
+    curve=lambda settings: Curve(
+        "loss a parameter" if settings.weighted else "squared output error a parameter",
+        lambda site, findings: findings["costs"],
+    ),
     select=lambda settings, problem, keep: greedy(problem, keep, settings.damping),
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
     wants_gram=lambda settings: True,

@@ -21,7 +21,7 @@ from ..maths.divergence import between_units, redundant
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
-from .recipe import Problem, Recipe, Refit, Survey, Surveyed, Target, setting
+from .recipe import Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, Target, setting
 from .reconstruction import kept_columns, obs
 from .selection import best, others
 
@@ -70,6 +70,11 @@ def rising_thresholds(d: Tensor) -> Tensor:
     for tau in _thresholds(d):
         taus += [tau] * (len(redundant(d, tau)) - len(taus))
     return torch.tensor([*taus, taus[-1] if taus else 0.0], dtype=torch.float64)
+
+
+def rising(site: Site, findings: Findings) -> Tensor | None:
+    """The thresholds of an attention site: (units,), ascending."""
+    return rising_thresholds(findings["divergence"]) if site.kind == "attention" else None
 
 
 def _thresholds(d: Tensor) -> list[float]:
@@ -145,6 +150,7 @@ GREEDY_OUTPUT = Recipe(
     settings=GreedyOutputSettings,
     statistics=lambda settings: frozenset({"divergence"} if settings.heads == "similarity" else ()),
     digest=divergence,
+    curve=lambda settings: Curve("divergence from the most alike", rising) if settings.heads == "similarity" else None,
     allocate=share_out,
     select=second_moment,
     reconstruct=recovered,

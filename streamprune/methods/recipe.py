@@ -102,6 +102,16 @@ class Refit:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """What decides how many units a site loses, for people to see."""
+
+    label: str
+    """What its numbers are."""
+    values: Callable[[Site, Findings], Tensor | None]
+    """What each further removed unit costs, (units,) ascending, as `allocate` weighs it; None or empty for a site without."""
+
+
+@dataclass(frozen=True)
 class Recipe(Generic[S]):
     """One method with settings of type `S`, a frozen dataclass."""
 
@@ -139,6 +149,8 @@ class Recipe(Generic[S]):
     """Whether `reconstruct` needs the survey's findings: then a plan that is given does not spare the survey."""
     findings: Callable[[S, Site], int] = lambda settings, site: 0
     """How many numbers `digest` keeps of a site where they are too many to pass over: they wait on the disk."""
+    curve: Callable[[S], Curve | None] = lambda settings: None
+    """What the survey's findings say a unit costs; None for a recipe that does not ask."""
     writes_zeros: Callable[[S], bool] = lambda settings: False
     """Whether shapes stay and weights become zero: the plan then counts zeros, and no unit goes."""
 

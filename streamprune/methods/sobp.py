@@ -20,7 +20,7 @@ from torch import Tensor
 from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Problem, Recipe, Refit, Survey, Surveyed, setting
+from .recipe import Curve, Problem, Recipe, Refit, Survey, Surveyed, setting
 from .reconstruction import kept_columns, obs
 from .selection import best, greedy
 
@@ -79,6 +79,7 @@ SOBP = Recipe(
     reconstruct=reconstruct,
     statistics=lambda settings: frozenset({"mask-gradient"}),
     digest=importance,
+    curve=lambda settings: Curve("importance a parameter", lambda site, findings: findings["importance"].sort().values),
     wants_gram=lambda settings: settings.refine or settings.reconstruct,
     compensation=lambda settings: settings.compensation_damping if settings.compensate else None,
     plans_units=lambda settings, site: not settings.refine,

@@ -32,7 +32,7 @@ from ..site import Site
 from . import masks
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Correction, Problem, Recipe, Refit, Survey, Surveyed, setting
+from .recipe import Correction, Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, setting
 from .selection import best, others
 
 
@@ -112,11 +112,15 @@ def threshold(settings: SurgeonSettings, sites: Sequence[Site], survey: Survey, 
     if settings.structure != masks.UNITS:
         return masks.count_zeros(sites, survey, budget, settings.structure)
     costs = {site.name: survey[site.name]["costs"] for site in sites}
-    densities = {site.name: costs[site.name].sort().values / site.unit_parameters for site in sites}
-    keep = allocate(sites, densities, budget)
+    keep = allocate(sites, {site.name: densities(site, survey[site.name]) for site in sites}, budget)
     return Plan(
         {name: SitePlan(units, tuple(best(costs[name], units).tolist())) for name, units in keep.items()}, budget.ratio
     )
+
+
+def densities(site: Site, findings: Findings) -> Tensor:
+    """Cost a parameter of each unit, the cheapest first: (units,)."""
+    return findings["costs"].sort().values / site.unit_parameters
 
 
 def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
@@ -169,6 +173,7 @@ SURGEON = Recipe(
     statistics=lambda settings: frozenset({"factors"}),
     digest=digest,
     allocate=threshold,
+    curve=lambda settings: Curve("loss a parameter", densities) if settings.structure == masks.UNITS else None,
     select=lambda settings, problem, keep: torch.arange(keep),
     reconstruct=update,
     shots=shots,
