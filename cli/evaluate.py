@@ -15,7 +15,7 @@ from . import options, show
 @click.option("--text", type=options.FILE, required=True, metavar="FILE", help="UTF-8 text to score.")
 @click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]")
 @options.machine_options
-@options.json_option
+@options.output_options
 def evaluate(
     model: Path,
     text: Path,
@@ -25,6 +25,7 @@ def evaluate(
     dtype: str,
     cache: Path | None,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Perplexity of the checkpoint directory MODEL, dense or pruned, streamed block by block.
 
@@ -36,14 +37,15 @@ def evaluate(
 
     options.begin()
 
-    measured = streamprune.evaluate(
-        model,
-        text,
-        seq_len=seq_len,
-        device=device,
-        dtype=dtype,
-        memory=options.size(memory, "--memory"),
-        cache=cache,
-        progress=show.Shown(),
-    )
+    with show.progress(quiet) as progress:
+        measured = streamprune.evaluate(
+            model,
+            text,
+            seq_len=seq_len,
+            device=device,
+            dtype=dtype,
+            memory=options.size(memory, "--memory"),
+            cache=cache,
+            progress=progress,
+        )
     show.result(asdict(measured), as_json, [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"])

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from . import compare, evaluate, inspect, plan, run, tune
+from . import compare, evaluate, inspect, plan, run, status, tune
 
 
 class Group(click.Group):
-    """Turns the project's errors into one line on stderr: exit 2 for usage, 1 for failure."""
+    """Turns the project's errors into one line on stderr; the exit codes are in docs/batch.md."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -55,5 +55,5 @@ def main() -> None:
         sys.stderr.reconfigure(line_buffering=True)
 
 
-for command in (run.run, plan.plan, compare.compare, tune.tune, evaluate.evaluate, inspect.inspect):
+for command in (run.run, plan.plan, compare.compare, tune.tune, evaluate.evaluate, inspect.inspect, status.status):
     main.add_command(command)

@@ -36,6 +36,10 @@ def window(context: click.Context, parameter: click.Parameter, text: str | None)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+output_options = bundle(
+    json_option,
+    click.option("--quiet", "-q", is_flag=True, help="No progress and no notes: only errors go to stderr."),
+)
 
 machine_options = bundle(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from .compare import Variant, compare
 from .comparison import Comparison
 from .config import Config, TuneConfig
-from .errors import CheckpointError, StreamPruneError
+from .errors import CheckpointError, Stopped, StreamPruneError
 from .evaluate import Evaluation, evaluate
 from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
 from .model.modeling_streamprune import register
+from .progress import Callback, Event, Progress
 from .run import Result, forecast_job, plan_only, prune
+from .status import Status, status
 from .tune import Tuned, tune
 from .version import __version__
 
@@ -29,10 +31,15 @@ if TYPE_CHECKING:
 __all__ = [
     "ARCHITECTURES",
     "RECIPES",
+    "Callback",
     "Comparison",
     "Config",
     "Evaluation",
+    "Event",
+    "Progress",
     "Result",
+    "Status",
+    "Stopped",
     "StreamPruneError",
     "TuneConfig",
     "Tuned",
@@ -45,6 +52,7 @@ __all__ = [
     "load",
     "plan_only",
     "prune",
+    "status",
     "tune",
 ]
 

@@ -13,7 +13,7 @@ from . import calibration, files, machine
 from .errors import ConfigError
 from .memory import Needs, forecast
 from .model.skeleton import Skeleton, open_skeleton
-from .progress import Progress, Silent
+from .progress import Progress, Silent, rest
 from .stream import sweep
 from .stream.store import ActivationStore
 
@@ -54,6 +54,7 @@ def evaluate(
         CheckpointError, CalibrationError, ConfigError: unusable model, text or device.
         ResourceError: too little memory or disk.
         NumericalError: NaN or Inf on the way.
+        Stopped: `progress` asked for it; nothing is kept of an evaluation.
     """
     model, text = Path(model), Path(text)
     progress = progress or Silent()
@@ -80,6 +81,7 @@ def evaluate(
         for index in sweep.forward(skeleton, store, "dense", 0, len(skeleton), resources.batch):
             store.remove(sweep.boundary("dense", index))
             progress.step(f"block {index}")
+            rest(progress)
         loss, count = sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), windows, resources.batch)
         progress.step("head")
     return Evaluation(

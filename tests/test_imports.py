@@ -13,6 +13,9 @@ FLOOR = {
     "version": 1,
     "files": 1,
     "progress": 1,
+    "stopping": 1,
+    "log": 1,
+    "schedule": 1,
     "config": 1,
     "journal": 1,
     "meter": 1,
@@ -39,6 +42,7 @@ FLOOR = {
     "tune": 3,
     "compare": 3,
     "inspection": 3,
+    "status": 3,
     "__init__": 4,
 }
 FORBIDDEN = {
