@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import contents
+from conftest import ROOT, contents
 from streamprune_cli import main
 
 import streamprune
@@ -78,7 +78,7 @@ class Impatient(Callback):
 # Signals.
 
 DRIVER = """
-import os, signal, sys
+import os, signal, sys, time
 from streamprune.surgery import Surgeon
 from streamprune_cli import main
 
@@ -88,12 +88,16 @@ def operate(self, block, index):
     if index == 1:
         for _ in range(int(sys.argv[2])):
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        if sys.argv[1] == "SIGTERM" and not int(sys.argv[2]):
+            os.kill(os.getppid(), signal.SIGTERM)
+            while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+                time.sleep(0.01)
     return real(self, block, index)
 
 Surgeon.operate = operate
 main(sys.argv[3:])
 """
-"""The command, with signals in the middle of block 1."""
+"""The command, with so many signals in the middle of block 1; with none, its parent gets one and hands it on."""
 
 
 def drive(name: str, times: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -533,3 +537,103 @@ def test_the_forecast_by_phase_adds_up(arguments: list[str]) -> None:
     assert sum(forecast["phases"].values()) == forecast["operations"]
     assert forecast["phases"]["backward"] > 2 * forecast["phases"]["forward"] > 0
     assert forecast["phases"]["calibrate"] == forecast["phases"]["correct"] == 0
+
+
+# The scripts.
+
+SHIM = f"""#!/bin/bash
+# Stands for the installed command.
+exec {sys.executable} -m streamprune_cli "$@"
+"""
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script with `streamprune`, and whatever other programs are given by name and text, on its PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def run(*command: str, env: dict[str, str] | None = None, **programs: str) -> subprocess.CompletedProcess[str]:
+        for name, program in {"streamprune": SHIM, **programs}.items():
+            (folder / name).write_text(program)
+            (folder / name).chmod(0o755)
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, **(env or {}), "PATH": path, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "sweep.sh"])
+def test_the_scripts_are_shell(name: str) -> None:
+    script = ROOT / "examples" / name
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+FAKE_SBATCH = """#!/bin/bash
+# Stands for Slurm: runs the script at once, and again for as long as it asks to be requeued.
+while true; do
+    rm -f requeued
+    SLURM_JOB_ID=7 "$@"
+    [ -f requeued ] || exit 0
+done
+"""
+FAKE_SCONTROL = '#!/bin/bash\n[ "$1 $2" = "requeue 7" ] && touch requeued\n'
+FAKE_SRUN = '#!/bin/bash\nexec "$@"\n'
+
+
+def stopping_shim(times: int) -> str:
+    """The command, which is asked to stop in its first life."""
+    return f"""#!/bin/bash
+if [ "$1" = run ] && [ ! -f stopped ]; then
+    touch stopped
+    exec {sys.executable} driver.py SIGTERM {times} "$@"
+fi
+exec {sys.executable} -m streamprune_cli "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_through_the_queue_requeues_and_polls(
+    shell: Callable[..., subprocess.CompletedProcess[str]],
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    programs = {"sbatch": FAKE_SBATCH, "srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "streamprune": stopping_shim(1)}
+    sweep = [str(ROOT / "examples" / "sweep.sh"), arguments[1], "small", "0.2", *arguments[5:]]
+    submit = {"SUBMIT": f"sbatch {ROOT / 'examples' / 'slurm.sh'}", "POLL": "0.1"}
+    done = shell(*sweep, env=submit, **programs)
+    assert done.returncode == 0, done.stderr
+    assert "stopped; requeueing job 7 to go on" in done.stdout
+    assert done.stdout.endswith("small-0.2: queued\nsmall-0.2: finished\n")
+    log = (tmp_path / "small-0.2" / "log.txt").read_text()
+    assert log.count("stopped as asked") == 1
+    assert log.count("goes on") == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_skips_stops_and_goes_on(
+    shell: Callable[..., subprocess.CompletedProcess[str]],
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    options = [*arguments[5:], "--quiet"]
+    assert invoke("run", arguments[1], "small-0.2", "--ratio", "0.2", *options).exit_code == 0
+    sweep = [str(ROOT / "examples" / "sweep.sh"), arguments[1], "small", "0.2 0.3", *options]
+    stopped = shell(*sweep, streamprune=stopping_shim(0))
+    assert stopped.returncode == 75, stopped.stderr
+    assert stopped.stdout == "small-0.2: finished before\n"
+    assert "small-0.3: stopped; the same command goes on" in stopped.stderr
+    assert streamprune.status("small-0.3").state == "interrupted"
+    done = shell(*sweep)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("small-0.2: finished before\nsmall-0.3: ")
+    assert done.stdout.endswith("small-0.3: finished\n")
+    assert streamprune.status("small-0.3").state == "finished"
