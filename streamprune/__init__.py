@@ -21,6 +21,7 @@ from .model.modeling_streamprune import register
 from .progress import Callback, Event, Progress
 from .run import Result, forecast_job, plan_only, prune
 from .status import Status, status
+from .stopping import asked_by_signals
 from .tune import Tuned, tune
 from .version import __version__
 
@@ -45,6 +46,7 @@ __all__ = [
     "Tuned",
     "Variant",
     "__version__",
+    "asked_by_signals",
     "compare",
     "evaluate",
     "forecast_job",
