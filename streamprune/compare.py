@@ -32,7 +32,7 @@ from .log import Log
 from .methods.allocation import largest_step
 from .model.checkpoint import read_json
 from .output import REPORT
-from .progress import Progress, rest
+from .progress import Progress
 from .run import prune
 from .schedule import Stretch, as_entries, seconds_spent
 from .workplace import JOURNAL, LOCK, first_difference
@@ -240,7 +240,6 @@ class _Work:
             if asked is None or asked["schedule"] != schedule:
                 self.journal.append(ASKED, schedule=schedule)
             files.make_folder(self.folder / ROWS)
-            self.journal.rest = lambda: rest(self.progress)
             with self.progress.log.opened(self.folder, resumed=resumed):
                 yield
                 self.progress.log.finish()

@@ -288,21 +288,33 @@ def test_a_comparison_stops_within_a_row_and_goes_on(tiny: Tiny, text: Path, tmp
     found = streamprune.status(out)
     assert (found.state, found.done, found.total) == ("finished", 9, 9)
     assert (out / "log.txt").read_text().count("stopped as asked") == 4
-    # Another ratio is work again.
+
+
+def test_a_comparison_is_finished_when_its_table_is(
+    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def compare(ratios: list[float], **changes: Any) -> None:
+        given: dict[str, Any] = {"recipes": ["magnitude"], "text": text, "eval_seq_len": 48, "samples": 6}
+        streamprune.compare(tiny("llama"), ratios=ratios, out=out, seq_len=24, round_to=4, **given, **changes)
+
+    def write(self: streamprune.Comparison, folder: Path, *, plot: bool = False) -> None:
+        raise OSError("the disk is full")
+
+    compare([0.2])
+    assert streamprune.status(out).state == "finished"
+    # More rows are work again, and the old table is not theirs.
+    with monkeypatch.context() as patch:
+        patch.setattr(streamprune.Comparison, "write", write)
+        with pytest.raises(OSError, match="full"):
+            compare([0.2, 0.3])
+    found = streamprune.status(out)
+    assert (found.state, found.error, found.done, found.total) == ("failed", "OSError: the disk is full", 5, 5)
+    compare([0.2, 0.3])
+    assert streamprune.status(out).state == "finished"
     with pytest.raises(Stopped):
-        streamprune.compare(
-            tiny("llama"),
-            ratios=[0.3],
-            recipes=["magnitude"],
-            text=text,
-            eval_seq_len=48,
-            out=out,
-            calibration=text,
-            samples=6,
-            seq_len=24,
-            round_to=4,
-            progress=Callback(lambda event: None, stopping=lambda: True),
-        )
+        compare([0.4], progress=Callback(lambda event: None, stopping=lambda: True))
     assert streamprune.status(out).state == "interrupted"
 
 
