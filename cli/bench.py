@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     help="Also time an FFN's products at the widths that other values of --round-to would give.",
 )
 @options.computing_options
-@options.json_option
-def bench(model: Path, against: Path | None, widths: bool, memory: str | None, as_json: bool, **chosen: Any) -> None:
+@options.output_options
+def bench(
+    model: Path, against: Path | None, widths: bool, memory: str | None, as_json: bool, quiet: bool, **chosen: Any
+) -> None:
     """Inference speed of the checkpoint directory MODEL in transformers, beside what the removed work would allow.
 
     Prefill is limited by operations, decoding a few sequences by bytes read: a model with 70 % of both could be 1.43 times as
@@ -43,9 +45,9 @@ def bench(model: Path, against: Path | None, widths: bool, memory: str | None, a
 
     options.begin()
 
-    measured = streamprune.bench(
-        model, against, memory=options.size(memory, "--memory"), progress=show.Shown(), **chosen
-    )
+    limit = options.size(memory, "--memory")
+    with show.watched(quiet) as progress:
+        measured = streamprune.bench(model, against, memory=limit, progress=progress, **chosen)
     found = asdict(measured)
     lines = _speeds(measured)
     if widths:

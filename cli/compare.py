@@ -46,7 +46,7 @@ from . import options, show
 )
 @click.option("--plot", is_flag=True, help="Draw compare.png too; needs the extra: pip install 'streamprune[plot]'.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier comparison left in OUT.")
-@options.json_option
+@options.output_options
 def compare(
     model: Path,
     ratios: str,
@@ -56,6 +56,7 @@ def compare(
     memory: str | None,
     disk: str | None,
     as_json: bool,
+    quiet: bool,
     **chosen: Any,
 ) -> None:
     """Prune MODEL by several recipes at several ratios, on the same text and budget, and measure each.
@@ -73,16 +74,17 @@ def compare(
 
     options.begin()
 
-    found = streamprune.compare(
-        model,
-        ratios=_numbers(ratios),
-        recipes=_variants(recipes, settings),
-        text=text,
-        memory=options.size(memory, "--memory"),
-        disk=options.size(disk, "--disk"),
-        progress=show.Shown(),
-        **chosen,
-    )
+    with show.progress(quiet) as progress:
+        found = streamprune.compare(
+            model,
+            ratios=_numbers(ratios),
+            recipes=_variants(recipes, settings),
+            text=text,
+            memory=options.size(memory, "--memory"),
+            disk=options.size(disk, "--disk"),
+            progress=progress,
+            **chosen,
+        )
     lines = show.table(found.cells())
     if found.reached:
         lines += ["", *show.table(found.reached_cells())]

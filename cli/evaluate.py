@@ -22,7 +22,7 @@ from . import options, show
 @click.option("--limit", type=int, metavar="N", help="Score the first N documents of each task.  [default: all]")
 @click.option("--num-fewshot", type=int, metavar="N", help="Examples before each document.  [default: the task's own]")
 @options.machine_options
-@options.json_option
+@options.output_options
 def evaluate(
     model: Path,
     text: str | None,
@@ -36,6 +36,7 @@ def evaluate(
     dtype: str,
     cache: Path | None,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Perplexity and tasks of MODEL, dense or pruned, a checkpoint directory or a name on the hub, streamed block by block.
 
@@ -68,7 +69,6 @@ def evaluate(
         "dtype": dtype,
         "memory": options.size(memory, "--memory"),
         "cache": cache,
-        "progress": show.Shown(),
     }
     found: dict[str, Any] = {}
     lines: list[str] = []
@@ -79,12 +79,13 @@ def evaluate(
         limit=limit,
         num_fewshot=num_fewshot,
     )
-    if text is not None:
-        measured = streamprune.evaluate(model, text, seq_len=seq_len, **machine)
-        found |= asdict(measured)
-        lines += [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"]
-    if wanted:
-        scored = streamprune.evaluate_tasks(model, wanted, **machine)
-        found["tasks"] = {"results": scored.results, "documents": scored.documents, "protocol": scored.protocol}
-        lines += [*scored.table.rstrip().splitlines(), f"({scored.protocol})"]
+    with show.progress(quiet) as progress:
+        if text is not None:
+            measured = streamprune.evaluate(model, text, seq_len=seq_len, progress=progress, **machine)
+            found |= asdict(measured)
+            lines += [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"]
+        if wanted:
+            scored = streamprune.evaluate_tasks(model, wanted, progress=progress, **machine)
+            found["tasks"] = {"results": scored.results, "documents": scored.documents, "protocol": scored.protocol}
+            lines += [*scored.table.rstrip().splitlines(), f"({scored.protocol})"]
     show.result(found, as_json, lines)

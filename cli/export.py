@@ -16,9 +16,9 @@ from . import options, show
 @click.option(
     "--dtype", default="f16", show_default=True, metavar="NAME", help="Of the matrices: f32, f16, bf16 or q8_0."
 )
-@options.json_option
-def export(model: Path, out: Path, dtype: str, as_json: bool) -> None:
-    """Write the checkpoint directory MODEL, dense or pruned, as a GGUF file for llama.cpp, tokenizer included.
+@options.output_options
+def export(model: Path, out: Path, dtype: str, as_json: bool, quiet: bool) -> None:
+    """Write MODEL, a checkpoint directory, dense or pruned, or a name on the hub, as a GGUF file for llama.cpp, tokenizer included.
 
     Example:
 
@@ -29,6 +29,7 @@ def export(model: Path, out: Path, dtype: str, as_json: bool) -> None:
 
     options.begin()
 
-    done = streamprune.export_gguf(model, out, dtype=dtype, progress=show.Shown())
+    with show.watched(quiet) as progress:
+        done = streamprune.export_gguf(model, out, dtype=dtype, progress=progress)
     line = f"{out}: {done.architecture} in {done.dtype}, {done.parameters:,} parameters, {format_bytes(done.size)}"
     show.result({**asdict(done), "path": str(out)}, as_json, [f"{line}, context {done.context}"])

@@ -32,7 +32,8 @@ def inspect(model: Path, as_json: bool) -> None:
     """
     import streamprune
 
-    found = streamprune.inspect(model, progress=show.Shown())
+    with show.watched() as progress:
+        found = streamprune.inspect(model, progress=progress)
     lines = []
     if found["model"] is not None:
         lines += _model(found["model"])

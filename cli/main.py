@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from . import bench, compare, evaluate, export, inspect, plan, report, run, tune
+from . import bench, compare, evaluate, export, inspect, plan, report, run, status, tune
 
 
 class Group(click.Group):
-    """Turns the project's errors into one line on stderr: exit 2 for usage, 1 for failure."""
+    """Turns the project's errors into one line on stderr; the exit codes are in docs/batch.md."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -54,5 +54,16 @@ def main() -> None:
         sys.stderr.reconfigure(line_buffering=True)
 
 
-for command in (run.run, plan.plan, compare.compare, tune.tune, evaluate.evaluate, export.export, bench.bench, report.report, inspect.inspect):
+for command in (
+    run.run,
+    plan.plan,
+    compare.compare,
+    tune.tune,
+    evaluate.evaluate,
+    export.export,
+    bench.bench,
+    status.status,
+    report.report,
+    inspect.inspect,
+):
     main.add_command(command)

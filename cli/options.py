@@ -42,6 +42,10 @@ def sources(context: click.Context, parameter: click.Parameter, given: tuple[str
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+output_options = bundle(
+    json_option,
+    click.option("--quiet", "-q", is_flag=True, help="No progress and no notes: only errors go to stderr."),
+)
 
 computing_options = bundle(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),

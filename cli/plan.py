@@ -14,7 +14,8 @@ from . import options, show
 @click.argument("model", type=options.DIRECTORY)
 @options.job_options
 @options.json_option
-def plan(model: Path, as_json: bool, **chosen: Any) -> None:
+@click.option("--quiet", "-q", is_flag=True, help="Print only why it does not fit; nothing if it does.")
+def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Say what `run` would take: memory, disk, reading, arithmetic; and whether it fits here.
 
     Nothing is written and no weights are read. Exit code 0 if it fits, 1 if not.
@@ -27,7 +28,8 @@ def plan(model: Path, as_json: bool, **chosen: Any) -> None:
     from streamprune.config import format_bytes
 
     config = options.config(model, Path(f"{model}-pruned"), **chosen)
-    resources = streamprune.forecast_job(config, progress=show.Shown())
+    with show.watched(quiet) as progress:
+        resources = streamprune.forecast_job(config, progress=progress)
     rows = [
         [
             "device peak",
@@ -47,8 +49,8 @@ def plan(model: Path, as_json: bool, **chosen: Any) -> None:
         ["micro-batch", f"{resources.batch} sequences", f"backward {resources.backward_batch}"],
         ["boundaries kept", f"every {resources.boundary_every}", ""],
     ]
-    lines = show.table([["", "", ""], *rows])[1:]
-    lines += [f"does not fit: {problem}" for problem in resources.problems] or ["it fits"]
+    problems = [f"does not fit: {problem}" for problem in resources.problems]
+    lines = problems if quiet else [*show.table([["", "", ""], *rows])[1:], *(problems or ["it fits"])]
     show.result(resources.as_dict(), as_json, lines)
     if resources.problems:
         click.get_current_context().exit(1)

@@ -27,7 +27,7 @@ from . import options, show
 @click.option("--html", type=options.FILE, metavar="FILE", help="Where to write.  [default: OUT/report.html]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--memory", metavar="SIZE", help="Device memory to measure perplexity in.  [default: what is free]")
-@options.json_option
+@options.output_options
 def report(
     out: Path,
     against: Path | None,
@@ -40,6 +40,7 @@ def report(
     device: str,
     memory: str | None,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Write a page that shows what was done to OUT, a finished result of run or tune.
 
@@ -56,17 +57,18 @@ def report(
 
     options.begin()
 
-    page = streamprune.report(
-        out,
-        against=against,
-        prompts=prompts,
-        tokens=tokens,
-        text=text,
-        seq_len=seq_len,
-        comparison=comparison,
-        html=html,
-        device=device,
-        memory=options.size(memory, "--memory"),
-        progress=show.Shown(),
-    )
+    with show.watched(quiet) as progress:
+        page = streamprune.report(
+            out,
+            against=against,
+            prompts=prompts,
+            tokens=tokens,
+            text=text,
+            seq_len=seq_len,
+            comparison=comparison,
+            html=html,
+            device=device,
+            memory=options.size(memory, "--memory"),
+            progress=progress,
+        )
     show.result({"html": str(page)}, as_json, [f"written to {page}"])

@@ -17,8 +17,8 @@ from . import options, show
 @options.job_options
 @click.option("--plan-only", is_flag=True, help="Stop before pruning and print where the plan file is.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier job left in OUT, finished or not.")
-@options.json_option
-def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, **chosen: Any) -> None:
+@options.output_options
+def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Prune MODEL, a checkpoint directory or a name on the hub, into OUT.
 
     OUT appears complete or not at all. Interrupted, the same command goes on where it stopped; until then the work
@@ -39,12 +39,13 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, *
     options.begin()
 
     config = options.config(model, out, **chosen)
-    progress = show.Shown()
     if plan_only:
-        path = streamprune.plan_only(config, restart=restart, progress=progress)
+        with show.progress(quiet) as progress:
+            path = streamprune.plan_only(config, restart=restart, progress=progress)
         show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
         return
-    result = streamprune.prune(config, restart=restart, progress=progress)
+    with show.progress(quiet) as progress:
+        result = streamprune.prune(config, restart=restart, progress=progress)
     from streamprune.config import format_bytes
 
     shares = f"{result.ratio_blocks:.2%} of the blocks and {result.ratio_model:.2%} of the model"

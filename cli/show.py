@@ -4,18 +4,62 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from streamprune import Progress
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress]:
+    """What a command watches its work with: shown, unless `quiet`; the first SIGTERM or SIGINT asks it to stop."""
+    from streamprune.progress import Callback
+    from streamprune.stopping import asked_by_signals
+
+    def tell() -> None:
+        if not quiet:
+            # Straight to the descriptor: a handler must not enter a stream that was being written to.
+            os.write(2, b"\nstreamprune: stopping at the end of this step; a second signal stops at once\n")
+
+    with asked_by_signals(tell) as stopping:
+        if quiet:
+            yield Callback(lambda event: None, stopping=stopping)
+            return
+        shown = Shown(stopping)
+        try:
+            yield shown
+        finally:
+            shown.close()
+
+
+@contextmanager
+def watched(quiet: bool = False) -> Iterator[Progress]:
+    """The same for work that cannot be resumed: a signal ends it as it always does."""
+    from streamprune.progress import Callback
+
+    if quiet:
+        yield Callback(lambda event: None)
+        return
+    shown = Shown(lambda: False)
+    try:
+        yield shown
+    finally:
+        shown.close()
 
 
 class Shown:
     """Progress: a bar where stderr is a terminal, plain lines otherwise."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.stopping = stopping
         self._bar: Any = None
         self._terminal = sys.stderr.isatty()
         self._name, self._total, self._done = "", 0, 0
@@ -70,6 +114,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def bar(part: float, width: int = 16) -> str:
     """0 to 1 as so many characters: full, an eighth's step, empty."""
     eighths = round(min(1.0, max(0.0, part)) * 8 * width)
@@ -94,3 +140,11 @@ def table(rows: list[list[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def duration(seconds: float) -> str:
+    """``3725`` → ``"1 h 02 min"``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

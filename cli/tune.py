@@ -43,8 +43,8 @@ from . import options, show
 @click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn.")
 @options.machine_options
 @click.option("--restart", is_flag=True, help="Throw away what an earlier job left in OUT, finished or not.")
-@options.json_option
-def tune(model: Path, out: Path, memory: str | None, restart: bool, as_json: bool, **chosen: Any) -> None:
+@options.output_options
+def tune(model: Path, out: Path, memory: str | None, restart: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Train low-rank changes of MODEL, pruned or not, a checkpoint directory or a name on the hub, into OUT.
 
     OUT appears complete or not at all, the changes absorbed into its weights. Interrupted, the same command goes on
@@ -62,7 +62,8 @@ def tune(model: Path, out: Path, memory: str | None, restart: bool, as_json: boo
     options.begin()
 
     config = streamprune.TuneConfig(model=model, out=out, memory=options.size(memory, "--memory"), **chosen)
-    tuned = streamprune.tune(config, restart=restart, progress=show.Shown())
+    with show.progress(quiet) as progress:
+        tuned = streamprune.tune(config, restart=restart, progress=progress)
     lines = [
         f"{tuned.out}: tuned by {tuned.method}, rank {tuned.rank}, loss {tuned.loss_first:.4g} → {tuned.loss_last:.4g}",
         f"{tuned.seconds:.1f} s, {tuned.operations / 1e12:.3f} TFLOP, peak {format_bytes(tuned.peak_host_bytes)} of host memory"

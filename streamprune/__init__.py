@@ -13,7 +13,7 @@ from .bench import Bench, Width, bench, bench_widths
 from .compare import Variant, compare
 from .comparison import Comparison
 from .config import Config, TuneConfig
-from .errors import StreamPruneError
+from .errors import Stopped, StreamPruneError
 from .evaluate import Evaluation, evaluate
 from .export import Exported, export_gguf
 from .harness import Tasks, TaskScores, evaluate_tasks, find_tasks
@@ -22,8 +22,11 @@ from .inspection import inspect
 from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
 from .model.modeling_streamprune import register
+from .progress import Callback, Event, Progress
 from .report import report
 from .run import Result, forecast_job, plan_only, prune
+from .status import Status, status
+from .stopping import asked_by_signals
 from .text import Source
 from .tune import Tuned, tune
 from .version import __version__
@@ -36,12 +39,17 @@ __all__ = [
     "ARCHITECTURES",
     "RECIPES",
     "Bench",
+    "Callback",
     "Comparison",
     "Config",
     "Evaluation",
+    "Event",
     "Exported",
+    "Progress",
     "Result",
     "Source",
+    "Status",
+    "Stopped",
     "StreamPruneError",
     "TaskScores",
     "Tasks",
@@ -50,6 +58,7 @@ __all__ = [
     "Variant",
     "Width",
     "__version__",
+    "asked_by_signals",
     "bench",
     "bench_widths",
     "compare",
@@ -64,6 +73,7 @@ __all__ = [
     "prune",
     "report",
     "resolve_model",
+    "status",
     "tune",
 ]
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,16 +27,21 @@ from .evaluate import evaluate, read_windows
 from .host import return_freed_memory
 from .job import Job
 from .journal import Entry, Journal
+from .log import NAME as LOG
+from .log import Log
 from .methods.allocation import largest_step
 from .model.checkpoint import read_json
 from .output import REPORT
-from .progress import Progress, Silent
+from .progress import Progress
 from .run import prune
+from .schedule import Stretch, as_entries, seconds_spent
 from .text import Source, Spec, Text, source
-from .workplace import first_difference
+from .workplace import JOURNAL, LOCK, first_difference
 
-JOURNAL, LOCK, ROWS, SURVEYS = "journal.jsonl", "lock", "rows", "surveys"
-KNOWN = {JOURNAL, LOCK, ROWS, SURVEYS, comparison.JSON, comparison.CSV, comparison.MARKDOWN, comparison.PLOT}
+ROWS, SURVEYS = "rows", "surveys"
+ASKED = "asked"
+"""The line with the rows that the last command wanted."""
+KNOWN = {JOURNAL, LOCK, LOG, ROWS, SURVEYS, comparison.JSON, comparison.CSV, comparison.MARKDOWN, comparison.PLOT}
 """What the folder of a comparison holds."""
 
 
@@ -114,9 +120,7 @@ def compare(
         _ = reader.tokens
     evaluation = _Evaluation(candidates[0].job, source(text), eval_seq_len)
     _refuse_others(folder)
-    work = _Work(
-        folder, candidates, evaluation, keep=keep, progress=_Counted(progress or Silent(), len(candidates) + 1)
-    )
+    work = _Work(folder, candidates, evaluation, keep=keep, progress=_Counted(Log(progress), len(candidates) + 1))
     with work.opened(restart):
         found = work.table(perplexities)
         found.write(folder, plot=plot)
@@ -145,6 +149,7 @@ class _Evaluation:
         self.text, self.config = text, job.config
         windows = read_windows(job.skeleton, text, seq_len)
         self.length = windows.shape[1]
+        self.operations = job.skeleton.forward_operations(*windows.shape)
         self.header = {
             "model": job.skeleton.checkpoint.identity(),
             "text": Text((text,)).identity(),
@@ -173,8 +178,8 @@ class _Evaluation:
 class _Counted:
     """Progress in which every phase says which row of how many it belongs to."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total = progress, total
+    def __init__(self, log: Log, total: int) -> None:
+        self.log, self._total = log, total
         self._place = ""
         self._said: set[str] = set()
 
@@ -183,16 +188,19 @@ class _Counted:
         self._place = f"row {number} of {self._total}, {name}"
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
-        self._progress.phase(f"{self._place}: {name}", total, done)
+        self.log.phase(f"{self._place}: {name}", total, done)
 
     def step(self, note: str = "") -> None:
-        self._progress.step(note)
+        self.log.step(note)
 
     def say(self, message: str) -> None:
         # What holds for all rows is said once.
         if message not in self._said:
             self._said.add(message)
-            self._progress.say(message)
+            self.log.say(message)
+
+    def stopping(self) -> bool:
+        return self.log.stopping()
 
 
 class _Work:
@@ -219,7 +227,7 @@ class _Work:
                 # The journal first: rows without one are nothing.
                 files.remove(path)
                 files.sync(self.folder)
-                for name in KNOWN - {JOURNAL, LOCK, ROWS, SURVEYS}:
+                for name in KNOWN - {JOURNAL, LOCK, LOG, ROWS, SURVEYS}:
                     files.remove(self.folder / name)
                 for name in (ROWS, SURVEYS):
                     files.remove_tree(self.folder / name)
@@ -227,8 +235,15 @@ class _Work:
             if self.journal.header is None:
                 self.journal.append("start", evaluation=self.evaluation.header)
             self._compare_with_before()
+            resumed = any(self.journal.steps())
+            schedule = as_entries(self._schedule())
+            asked = self.journal.find(ASKED)
+            if asked is None or asked["schedule"] != schedule:
+                self.journal.append(ASKED, schedule=schedule)
             files.make_folder(self.folder / ROWS)
-            yield
+            with self.progress.log.opened(self.folder, resumed=resumed):
+                yield
+                self.progress.log.finish()
             files.remove_tree(self.folder / SURVEYS)
             if not any((self.folder / ROWS).iterdir()):
                 files.remove_tree(self.folder / ROWS)
@@ -245,6 +260,17 @@ class _Work:
         for then, now, place in then_and_now:
             if found := first_difference(then, now, place):
                 raise ResumeError(f"{self.folder} holds a comparison made otherwise: {found}; --restart starts over")
+
+    def _schedule(self) -> list[Stretch]:
+        """Every row's pruning and measuring, with the forecast's operations."""
+        measuring = self.evaluation.operations
+        found = [Stretch(f"eval/{DENSE}", 1, measuring)]
+        for candidate in self.candidates:
+            found += [
+                Stretch(f"prune/{candidate.name}", 1, candidate.job.forecast().operations),
+                Stretch(f"eval/{candidate.name}", 1, measuring),
+            ]
+        return found
 
     def table(self, perplexities: Sequence[float]) -> Comparison:
         """Whatever rows are missing, and then all of them."""
@@ -316,6 +342,7 @@ class _Work:
                 self.journal.append(f"begin/{candidate.name}", job=candidate.job.header)
             return_freed_memory()
             own_peak = machine.reset_peaks(candidate.job.device)
+            started = time.monotonic() - _spent_before(candidate)
             result = prune(candidate.config, progress=self.progress)
             line = self.journal.append(
                 f"prune/{candidate.name}",
@@ -329,6 +356,7 @@ class _Work:
                     "peak_device_bytes": result.peak_device_bytes,
                 },
                 own_peak=own_peak,
+                seconds=round(time.monotonic() - started, 3),
             )
         return line["figures"], line["own_peak"]
 
@@ -336,8 +364,10 @@ class _Work:
         """Perplexity, protocol, and whether the checkpoint is to stay."""
         line = self.journal.find(f"eval/{name}")
         if line is None:
+            started = time.monotonic()
             measured = self.evaluation.measure(model, self.progress)
-            line = self.journal.append(f"eval/{name}", **measured, keep=self.keep)
+            seconds = round(time.monotonic() - started, 3)
+            line = self.journal.append(f"eval/{name}", **measured, keep=self.keep, seconds=seconds)
         return line
 
     def _settings(self) -> dict[str, Any]:
@@ -373,6 +403,12 @@ def _beside(model: Path) -> Path:
     """Where the work lies if it is not said: beside the model, or here if that is in the hub's cache."""
     place = os.path.abspath(model) if hub.commit(model) is None else hub.title(model).rpartition("/")[2]
     return Path(f"{place}-compare")
+
+
+def _spent_before(candidate: _Candidate) -> float:
+    """Seconds that earlier processes spent on a row that is under way."""
+    path = candidate.job.journal_path
+    return seconds_spent(Journal(path, repair=False)) if path.is_file() else 0.0
 
 
 def _config(model: Path, folder: Path, variant: Variant, ratio: float, common: Mapping[str, Any]) -> Config:

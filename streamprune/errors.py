@@ -8,7 +8,8 @@
     ├── CalibrationError        exit 1   the text is missing, unreadable or too short
     ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
     ├── ResumeError             exit 1   a job under way was started with other settings or inputs
-    └── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
+    ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
+    └── Stopped                 exit 75  nothing is wrong: somebody asked, and the same command goes on
 
 Everything else that escapes is a bug.
 """
@@ -46,3 +47,10 @@ class ResumeError(StreamPruneError):
 
 class NumericalError(StreamPruneError):
     """Numbers that cannot be worked with."""
+
+
+class Stopped(StreamPruneError):
+    """Work that ended early because it was asked to."""
+
+    exit_code = 75
+    """The C library's EX_TEMPFAIL: try again."""

@@ -13,7 +13,7 @@ from . import calibration, files, hub, machine
 from .errors import ConfigError
 from .memory import Needs, forecast
 from .model.skeleton import Skeleton, open_skeleton
-from .progress import Progress, Silent
+from .progress import Progress, Silent, rest
 from .stream import sweep
 from .stream.store import ActivationStore
 from .text import Source, Spec, source
@@ -55,6 +55,7 @@ def evaluate(
         CheckpointError, CalibrationError, ConfigError: unusable model, text or device.
         ResourceError: too little memory or disk.
         NumericalError: NaN or Inf on the way.
+        Stopped: `progress` asked for it; nothing is kept of an evaluation.
     """
     progress = progress or Silent()
     model, given = hub.resolve_model(model, progress), source(text)
@@ -81,6 +82,7 @@ def evaluate(
         for index in sweep.forward(skeleton, store, "dense", 0, len(skeleton), resources.batch):
             store.remove(sweep.boundary("dense", index))
             progress.step(f"block {index}")
+            rest(progress)
         loss, count = sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), windows, resources.batch)
         progress.step("head")
     return Evaluation(

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from .errors import ResumeError
 
 TEMPORARY = ".tmp"
+LOCK_TRIES = 4
 
 
 def sync(path: Path) -> None:
@@ -184,12 +186,38 @@ def locked(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResumeError(f"another process is working on this job ({path} is locked)") from None
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise ResumeError(f"another process is working on this job ({path} is locked)") from None
+                time.sleep(0.05)  # it may be somebody who only looks
         if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
             raise ResumeError(f"another process has just finished this job ({path} is gone)")
         yield
     finally:
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a live process holds that lock; false where there is no such file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared and for an instant, so that those who look are not in each other's way.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a file that nothing rests on: what a power cut takes of it is not missed."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)

@@ -10,11 +10,11 @@ import torch
 from . import hub
 from .curves import CURVES
 from .errors import CheckpointError
-from .journal import Journal
 from .model.checkpoint import CONFIG, read_json
 from .model.skeleton import open_skeleton
 from .output import REPORT, is_report, is_tuning
 from .progress import Progress
+from .status import read_journal
 from .workplace import job_folder
 
 
@@ -84,12 +84,11 @@ def _model(path: Path) -> dict[str, Any]:
 
 
 def _job(out: Path) -> dict[str, Any] | None:
-    path = job_folder(out) / "journal.jsonl"
-    if not path.is_file():
+    journal = read_journal(out)
+    if journal is None:
         if not out.exists():
             raise CheckpointError(f"{out} does not exist, and no job is making it")
         return None
-    journal = Journal(path, repair=False)
     if journal.header is None:
         return {"state": "starting"}
     pruned = [step for step in journal.steps() if "/prune/" in step["step"]]

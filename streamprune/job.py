@@ -29,12 +29,13 @@ from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
 from .model.skeleton import Skeleton, open_skeleton
-from .progress import Progress, Silent
+from .progress import Progress
+from .schedule import Stretch, as_entries
 from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import check_weights
 from .text import Text, builtin_text
-from .workplace import Workplace, text_identity
+from .workplace import KNOWN, Workplace, text_identity
 
 
 class Job(Workplace):
@@ -45,14 +46,13 @@ class Job(Workplace):
     """
 
     def __init__(self, config: Config, progress: Progress | None) -> None:
-        self.progress = progress or Silent()
         if config.recipe not in RECIPES:
             raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
         self.settings = self.recipe.parse(config.settings)
         self.device = machine.resolve_device(config.device)
         self.out_given = str(config.out)
-        model = hub.resolve_model(config.model, self.progress)
+        model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, out=config.out.absolute())
         if config.out.resolve() == config.model.resolve():
             raise ConfigError(f"OUT is {config.out}, the model itself")
@@ -69,7 +69,7 @@ class Job(Workplace):
         self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.given_plan is None:
             self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
-        super().__init__(config.out, config.cache, output.is_report)
+        super().__init__(config.out, config.cache, output.is_report, progress)
         self.plan_path = self.folder / "plan.json"
         self.written_path = self.folder / "calibration.safetensors"
 
@@ -262,7 +262,7 @@ class Job(Workplace):
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
-        known = {"lock", "journal.jsonl", "plan.json", "out", "cache", "replaced", self.written_path.name}
+        known = KNOWN | {self.plan_path.name, self.written_path.name}
         for path in self.folder.iterdir():
             # A process that was killed may have left a file half-written.
             name = path.name.removesuffix(files.TEMPORARY)
@@ -293,7 +293,33 @@ class Job(Workplace):
             shots=self.shots,
             replaces=self.report_in_out() is not None,
             resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
+            schedule=as_entries(self._schedule(resources.phases)),
         )
+
+    def _schedule(self, operations: Mapping[str, int]) -> list[Stretch]:
+        """The steps to come, with the forecast's operations by phase."""
+        depth, correction = len(self.skeleton), self.recipe.correction(self.settings)
+        found = [Stretch("calibrate", 1, operations["calibrate"])] if self.writes_text else []
+        for number in range(1, self.shots + 1):
+            survey = {"forward": depth}
+            if self.needs.gradients:
+                survey |= {"head": 1, "backward": depth}
+            shot = f"shot-{number}"
+            steps = {
+                "embed": int(self.needs_text),
+                **(survey | {"surveyed": 1} if self.surveys else {}),
+                "allocate": 1,
+                "prune": depth,
+                "pruned": 1,
+                "correct": correction.steps if correction else 0,
+                "finished": 1,
+            }
+            for kind, count in steps.items():
+                # A plan, or another job's survey, makes what is missing of the survey unneeded.
+                spared_by = f"{shot}/allocate" if kind in survey or kind == "surveyed" else None
+                share = operations.get(kind, 0) // self.shots
+                found += [Stretch(f"{shot}/{kind}", count, share, spared_by)] if count else []
+        return [*found, Stretch("complete")]
 
     def _check_memory(self, resources: Mapping[str, int]) -> None:
         """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""

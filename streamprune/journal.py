@@ -30,6 +30,8 @@ class Journal:
         self.path, self.repair = path, repair
         self.meter: Callable[[], Entry] = dict
         """What every further line carries besides its own data."""
+        self.rest: Callable[[], None] = lambda: None
+        """Called when a line is durable; may raise to end the work there."""
         self._entries: list[Entry] = []
         if path.exists():
             self._read()
@@ -45,6 +47,7 @@ class Journal:
         files.append_line(self.path, _encode(entry))
         # Through JSON and back, so that a job that never stopped sees what a resumed one reads.
         self._entries.append(json.loads(json.dumps(entry)))
+        self.rest()
         return self._entries[-1]
 
     def find(self, step: str) -> Entry | None:

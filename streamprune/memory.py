@@ -24,6 +24,8 @@ from .stream.sweep import LOGIT_BYTES
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """More tokens a micro-batch than this make nothing faster."""
 
+PHASES = ("calibrate", "forward", "head", "backward", "prune", "correct")
+"""What operations are forecast for; refinement belongs to ``prune``, whichever job it is."""
 
 GRAMS_AT_ONCE = 1 << 31
 """Bytes of Grams of one block's experts that are summed in one pass."""
@@ -93,6 +95,8 @@ class Resources:
     bytes_to_read: int
     operations: int
     """Floating-point operations."""
+    phases: dict[str, int]
+    """The same by phase, one entry for each of `PHASES`."""
     steps: int
     device_limit: int
     disk_limit: int
@@ -136,6 +140,7 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
             f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
             f"fewer samples than {needs.samples}, windows shorter than {needs.length} or another --cache would do"
         )
+    phases = model.operations()
     device = model.device_peak(batch, backward_batch)
     host = resident_bytes() + 2 * model.stored_block + 4 * model.row_bytes * batch
     if skeleton.device.type == "cpu":
@@ -153,7 +158,8 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         if needs.prunes or needs.refines
         else 0,
         bytes_to_read=model.bytes_to_read(every),
-        operations=model.operations(),
+        operations=sum(phases.values()),
+        phases=phases,
         steps=model.steps(),
         device_limit=device_limit,
         disk_limit=disk_limit,
@@ -376,9 +382,12 @@ class _Shapes:
         writing = needs.generates * (needs.length - 1) * (self.stored_all + embed + head)
         return self.stored_all + outside + needs.shots * shot + writing
 
-    def operations(self) -> int:
-        needs, total, written = self.needs, 0, 0
+    def operations(self) -> dict[str, int]:
+        """By phase, over all shots; those of `Resources.phases`."""
+        needs, written = self.needs, 0
+        total = dict.fromkeys(PHASES, 0)
         tokens = needs.samples * needs.length if needs.text else 0
+        survey = "backward" if needs.gradients else "forward"
         for sites in self.blocks:
             passes = 0
             for site in sites:
@@ -389,29 +398,30 @@ class _Shapes:
                     continue
                 n, d = site.columns, self.d
                 reached = round(tokens * site.share)
-                total += 2 * self._site_sums(site) // self.sum_item * reached
+                total[survey] += 2 * self._site_sums(site) // self.sum_item * reached
                 if needs.survey & {"gram", "factors"}:
-                    total += 3 * n**3
+                    total[survey] += 3 * n**3
                 if needs.gram:
-                    total += 2 * n * n * reached + 4 * n**3  # with inverse, greedy loop and solve
+                    total["prune"] += 2 * n * n * reached + 4 * n**3  # with inverse, greedy loop and solve
                 if needs.aims:
-                    total += 2 * n * d * tokens + 2 * n * n * d
+                    total["prune"] += 2 * n * d * tokens + 2 * n * n * d
                 if needs.compensates:
-                    total += 4 * d * d * tokens + d**3
-            survey = 4 if needs.gradients else 1 if needs.survey else 0
-            times = 1 if not needs.prunes else survey + 2 * needs.gram + needs.dense_stream
-            total += times * passes
-            total += (
-                3
-                * passes
-                * (needs.refines + needs.corrects)
-                * min(REFINE_SEQUENCES, needs.samples)
-                // max(needs.samples, 1)
-            )
+                    total["prune"] += 4 * d * d * tokens + d**3
+            if needs.prunes:
+                total["forward"] += passes * bool(needs.survey)
+                total["backward"] += 3 * passes * needs.gradients
+                total["prune"] += passes * (2 * needs.gram + needs.dense_stream)
+            else:
+                total["forward"] += passes
+            a_step = 3 * passes * min(REFINE_SEQUENCES, needs.samples) // max(needs.samples, 1)
+            total["prune"] += a_step * needs.refines
+            total["correct"] += a_step * needs.corrects
             written += needs.generates * passes
         head = 2 * self.d * self.skeleton.vocabulary * tokens
-        total += head * (2 if needs.gradients else int(needs.scores))
-        return total * needs.shots + written + needs.generates * head
+        total["head"] += head * (2 if needs.gradients else int(needs.scores))
+        total = {phase: count * needs.shots for phase, count in total.items()}
+        total["calibrate"] = written + needs.generates * head
+        return total
 
     def steps(self) -> int:
         depth = len(self.skeleton)

@@ -10,6 +10,7 @@ from . import files, machine
 from .account import read_account, read_comparison
 from .errors import ConfigError
 from .evaluate import evaluate
+from .hub import resolve_model
 from .model.checkpoint import Checkpoint
 from .page import Contents, render
 from .progress import Progress, Silent
@@ -60,7 +61,7 @@ def report(
     account = read_account(out)
     _check_page(page)
     table = None if comparison is None else read_comparison(Path(comparison))
-    dense = None if against is None else Path(against)
+    dense = None if against is None else resolve_model(against, progress)
     if dense is not None and not prompts and text is None:
         raise ConfigError(f"against is {dense}; it needs prompts to go on with, or a text to measure perplexity on")
     identity = None if dense is None else json.loads(json.dumps(Checkpoint(dense).identity()))

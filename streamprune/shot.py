@@ -30,6 +30,7 @@ from .methods.recipe import Correction, Findings, Survey, Surveyed
 from .model.block import Block
 from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
+from .progress import rest
 from .refine import Refinement
 from .site import Site
 from .stream import sweep
@@ -368,6 +369,7 @@ class Shot:
             shard = self.folder / output.block_shard(skeleton, index)
             write_shard(shard, {full: block.weights[name] for name, full in names.items()})
             del block
+            rest(self.progress)
         self._write(plan, self.folder)
 
     @property

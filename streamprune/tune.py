@@ -6,6 +6,7 @@ unneeded; the result is written by the same hand and appears at once.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,12 +29,13 @@ from .meter import metered, peaks, totals
 from .model.block import Block
 from .model.checkpoint import Checkpoint, read_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
-from .progress import Progress, Silent
+from .progress import Progress, rest
 from .refine import Refinement, ends, refine
+from .schedule import Stretch, as_entries
 from .stream import sweep
 from .stream.store import ActivationStore
 from .text import Text
-from .workplace import Workplace, text_identity
+from .workplace import KNOWN, Workplace, text_identity
 
 STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
@@ -78,7 +80,7 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
         StreamPruneError: see `errors`; `out` is then as it was.
     """
     started = time.monotonic()
-    job = Tuning(config, progress or Silent(), restart)
+    job = Tuning(config, progress, restart)
     report = job.result_there(restart)
     if report is None:
         with job.opened(restart), metered(job.journal, started, job.peaks):
@@ -106,12 +108,11 @@ class Tuning(Workplace):
         StreamPruneError: whatever can be known to be wrong before any work.
     """
 
-    def __init__(self, config: TuneConfig, progress: Progress, restart: bool) -> None:
-        self.progress = progress
+    def __init__(self, config: TuneConfig, progress: Progress | None, restart: bool) -> None:
         teacher = config.teacher and hub.resolve_model(config.teacher, progress)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, teacher=teacher, out=config.out.absolute())
-        super().__init__(config.out, config.cache, output.is_tuning)
+        super().__init__(config.out, config.cache, output.is_tuning, progress)
         for name, path in (("the model", config.model), ("the teacher", config.teacher)):
             if path is not None and config.out.resolve() == path.resolve():
                 raise ConfigError(f"OUT is {config.out}, {name} itself")
@@ -303,9 +304,8 @@ class Tuning(Workplace):
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
-        known = {"lock", "journal.jsonl", "out", "cache", "replaced"}
         for path in self.folder.iterdir():
-            if path.name not in known and not path.name.startswith(STATE):
+            if path.name not in KNOWN and not path.name.startswith(STATE):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self._forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes)
@@ -326,7 +326,16 @@ class Tuning(Workplace):
             cache=self.cache_given,
             replaces=self.report_in_out() is not None,
             resources={"batch": resources.batch, "micro": resources.backward_batch},
+            schedule=as_entries(self._schedule()),
         )
+
+    def _schedule(self) -> list[Stretch]:
+        """The steps to come."""
+        if self.method == "lora":
+            work = [Stretch("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
+        else:
+            work = [Stretch("embed"), Stretch("block", len(self.student))]
+        return [*work, Stretch("complete")]
 
     # The work.
 
@@ -403,6 +412,7 @@ class Tuning(Workplace):
             self._write_block(block, index)
             del block
             self.progress.step(f"block {index}")
+            rest(self.progress)
         losses = [loss for step in self.journal.steps("steps/") for loss in step["losses"]]
         first, last = ends(losses)
         return {"loss_first": first, "loss_last": last, "losses": losses}

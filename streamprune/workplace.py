@@ -18,9 +18,16 @@ from . import files, output
 from .config import format_bytes
 from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
+from .log import NAME as LOG
+from .log import Log
 from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton
+from .progress import Progress, rest
 from .text import Text
+
+JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
+KNOWN = {JOURNAL, LOCK, STAGING, LOG, "cache", "replaced"}
+"""What every job's folder may hold."""
 
 
 def job_folder(out: Path) -> Path:
@@ -35,13 +42,17 @@ class Workplace:
         out: the directory to make, absolute.
         cache: folder for activations; None keeps them in the job's own.
         is_ours: whether a `report.json` is of this kind of job.
+        progress: who is told, besides the log.
     """
 
-    def __init__(self, out: Path, cache: Path | None, is_ours: Callable[[Any], bool]) -> None:
+    def __init__(
+        self, out: Path, cache: Path | None, is_ours: Callable[[Any], bool], progress: Progress | None
+    ) -> None:
+        self.progress = Log(progress)
         self._out, self._cache, self._is_ours = out, cache, is_ours
         self.folder = job_folder(out)
-        self.staging = self.folder / "out"
-        self.journal_path = self.folder / "journal.jsonl"
+        self.staging = self.folder / STAGING
+        self.journal_path = self.folder / JOURNAL
         self.resumed = False
         self.journal: Journal
         """Set once the job is opened."""
@@ -100,7 +111,7 @@ class Workplace:
                 f"OUT is {self._out}, a finished result that was damaged: {error}; --restart replaces it"
             ) from None
         if self.folder.is_dir():
-            with files.locked(self.folder / "lock"):
+            with files.locked(self.folder / LOCK):
                 self.clear()
         self.resumed = True
         return report
@@ -137,10 +148,12 @@ class Workplace:
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
         new = not self.folder.exists()
         files.make_folder(self.folder)
-        with files.locked(self.folder / "lock"):
+        with files.locked(self.folder / LOCK):
             try:
                 self.start(restart)
-                yield
+                self.journal.rest = lambda: rest(self.progress)
+                with self.progress.opened(self.folder, resumed=self.resumed):
+                    yield
             finally:
                 if new and not self.journal_path.exists() and self.folder.is_dir():
                     files.remove_tree(self.folder)  # refused before it began: leave nothing behind
@@ -180,6 +193,7 @@ class Workplace:
         report = read_json((self.staging if there else self._out) / output.REPORT)
         if there:
             self._make_way()
+            self.progress.finish(self.staging)
             files.publish(self.staging, self._out)
         self.clear()
         return report

@@ -344,10 +344,10 @@ def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes by name; what a job spent, which an interruption may add to, is taken out of the report."""
+    """Every file's bytes by name but the log's; what a job spent, which an interruption may add to, is taken out of the report."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != "log.txt":
             data = path.read_bytes()
             if path.name == "report.json":
                 report = json.loads(data)

@@ -119,7 +119,7 @@ def test_rows_are_what_single_runs_give(compare: Compare, tiny: Tiny, text: Path
     assert row.seconds > 0
     # Nothing is left but the table.
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"journal.jsonl", "compare.json", "compare.csv", "compare.md"}
+    assert names == {"journal.jsonl", "log.txt", "compare.json", "compare.csv", "compare.md"}
 
 
 def test_the_files_agree(compare: Compare, tmp_path: Path) -> None:

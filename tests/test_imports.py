@@ -13,6 +13,9 @@ FLOOR = {
     "version": 1,
     "files": 1,
     "progress": 1,
+    "stopping": 1,
+    "log": 1,
+    "schedule": 1,
     "config": 1,
     "journal": 1,
     "meter": 1,
@@ -53,6 +56,7 @@ FLOOR = {
     "samples": 3,
     "page": 3,
     "report": 3,
+    "status": 3,
     "__init__": 4,
 }
 FORBIDDEN = {

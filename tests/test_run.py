@@ -692,12 +692,6 @@ def test_without_calibration_the_built_in_sample_is_used_and_said(configured: Ma
 
     said: list[str] = []
 
-    class Listening:
-        def phase(self, name: str, total: int, done: int = 0) -> None: ...
-        def step(self, note: str = "") -> None: ...
-        def say(self, message: str) -> None:
-            said.append(message)
-
     config = configured(EXAMPLE, calibration=None, samples=2, recipe="wanda-sp")
-    streamprune.prune(config, progress=Listening())
+    streamprune.prune(config, progress=streamprune.Callback(lambda event: said.append(event.message)))
     assert any("built-in English sample" in message for message in said)

@@ -166,16 +166,17 @@ def measured(rows: Sequence[Row], model: Path, calibration: Path, text: Path, ou
     found: dict[tuple[str, str, float], tuple[float, Any]] = {}
     for (folder, shared), recipes in together.items():
         first = next(iter(recipes.values()))
-        comparison = streamprune.compare(
-            model,
-            ratios=shared,
-            recipes=[streamprune.Variant(row.label, row.recipe, row.settings) for row in recipes.values()],
-            text=text,
-            out=out / folder,
-            eval_seq_len=first.eval_seq_len,
-            progress=show.Shown(),
-            **first.common(calibration),
-        )
+        with show.progress(quiet=False) as progress:
+            comparison = streamprune.compare(
+                model,
+                ratios=shared,
+                recipes=[streamprune.Variant(row.label, row.recipe, row.settings) for row in recipes.values()],
+                text=text,
+                out=out / folder,
+                eval_seq_len=first.eval_seq_len,
+                progress=progress,
+                **first.common(calibration),
+            )
         dense, *pruned = comparison.rows
         found |= {(folder, line.label, line.ratio): (dense.perplexity, line) for line in pruned}
     return [entry(row, *found[row.folder, row.label, row.ratio]) for row in rows]

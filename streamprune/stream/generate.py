@@ -16,7 +16,7 @@ from ..errors import NumericalError
 from ..host import host_buffer, tensor_bytes
 from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
-from ..progress import Progress
+from ..progress import Progress, rest
 from . import sweep
 
 
@@ -57,6 +57,7 @@ def generate(
             _check_finite(hidden, f"block {index}")
         tokens[:, past + 1] = _next_tokens(skeleton, hidden[:, 0], generator)
         progress.step(f"token {past + 1}")
+        rest(progress)
     files.remove_tree(folder)
     return tokens
 

@@ -18,7 +18,7 @@ from ..maths.sampling import sample
 from ..maths.stats import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
 from ..model.skeleton import Skeleton
-from ..progress import Progress
+from ..progress import Progress, rest
 from .prefetch import prefetch, read_ahead
 from .store import ActivationStore
 
@@ -57,6 +57,7 @@ def check_weights(skeleton: Skeleton, progress: Progress) -> None:
             raise CheckpointError(f"{skeleton.checkpoint.directory}: tensor {name!r} holds NaN or Inf")
         if name in left:
             progress.step(name)
+            rest(progress)
 
 
 def embed(skeleton: Skeleton, tokens: Tensor, store: ActivationStore, name: str, size: int) -> None:

@@ -1,0 +1,51 @@
+"""`streamprune status`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import options, show
+
+if TYPE_CHECKING:
+    from streamprune import Status
+
+
+@click.command()
+@click.argument("out", type=options.DIRECTORY)
+@options.json_option
+def status(out: Path, as_json: bool) -> None:
+    """How the `run`, `tune` or `compare` stands that makes or made OUT; nothing is changed.
+
+    Exit code 0: finished. 3: not started. 4: running. 75: interrupted, and the same command goes on. 1: failed, and
+    the same command tries again.
+
+    Example:
+
+      streamprune status llama-2-5b --json
+    """
+    import streamprune
+
+    found = streamprune.status(out)
+    show.result(found.as_dict(), as_json, _lines(found))
+    click.get_current_context().exit(found.exit_code)
+
+
+def _lines(found: Status) -> list[str]:
+    lines = [f"{found.out}: {found.state}"]
+    if found.error is not None:
+        lines.append(f"error: {found.error}")
+    if found.state != "finished" and found.phase is not None:
+        shot = f"shot {found.shot}, " if found.shot is not None else ""
+        steps = f", {found.done} of {found.total} steps done" if found.total is not None else ""
+        lines.append(f"{shot}{found.phase}{steps}")
+    if found.seconds is not None:
+        left = "" if found.seconds_left is None else f", about {show.duration(found.seconds_left)} left"
+        lines.append(f"{show.duration(found.seconds)} so far{left if found.state != 'finished' else ''}")
+    if found.row is not None:
+        lines += [f"  {line}" for line in _lines(found.row)]
+    elif found.log is not None and found.state == "running":
+        lines.append(f"log: {found.log}")
+    return lines

@@ -1,0 +1,46 @@
+"""Signals that ask a process to end, turned into a flag; only a command installs this."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
+"""Those that ask, as far as this system has them."""
+
+
+@contextmanager
+def asked_by_signals(tell: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+    """A context in which the first such signal only asks to stop and the second does what it always did.
+
+    Args:
+        tell: called in the signal's handler, so it may do no more than write to a descriptor.
+
+    Yields:
+        For `Progress.stopping`: whether a signal has come.
+    """
+    asked = False
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+        with suppress(OSError):
+            tell()
+
+    for number in SIGNALS:
+        # What a parent had ignored stays so: `nohup`, or a shell's background job.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        restore()
