@@ -173,7 +173,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown architecture": (
         lambda m: break_config(m, model_type="mamba"),
-        "model_type 'mamba' is not supported; supported are gpt2, llama, mistral, opt, qwen2, qwen3",
+        "model_type 'mamba' is not supported; supported are falcon, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama",
     ),
     "no architecture": (lambda m: break_config(m, model_type=None), "model_type None is not supported"),
     "absurd config": (lambda m: break_config(m, num_attention_heads=0), "transformers cannot build this model"),

@@ -222,7 +222,7 @@ def test_no_value_is_markup(copied: Path, tiny: Tiny, text: Path, tmp_path: Path
     out = copied.rename(tmp_path / HOSTILE.replace("/", ""))
 
     def spoil(report: dict[str, Any]) -> None:
-        report["model"] = report["recipe"] = HOSTILE
+        report["model"]["name"] = report["recipe"] = HOSTILE
         report["job"]["settings"][HOSTILE] = HOSTILE
         report["sites"][0]["site"] = f"blocks.0.{HOSTILE.replace('.', '')}"
 
@@ -549,7 +549,7 @@ def test_inspect_draws(pruned: Path, tiny: Tiny) -> None:
         assert full == int(16 * site["kept"] / site["units"])
     assert "cost: loss a parameter" in shown
     assert "  ratio 0.3\n" in shown
-    assert report["job"]["inputs"]["calibration"] in shown
+    assert report["job"]["inputs"]["calibration"]["1"]["sha256"] in shown
     assert "host peak" in shown
     found = json.loads(CliRunner().invoke(main, ["inspect", str(pruned), "--json"]).stdout)
     assert set(found["job"]["curves"]["sites"]) == {site["site"] for site in report["sites"]}
