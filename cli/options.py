@@ -85,10 +85,11 @@ result_options = bundle(
     click.option("--round-to", default=8, show_default=True, help="Make changed FFN widths multiples of this."),
     click.option(
         "--layout",
-        type=click.Choice(["free", "uniform"]),
+        type=click.Choice(["free", "uniform", "decilm"]),
         default="free",
         show_default=True,
-        help="uniform: all blocks alike, so that the result is a stock checkpoint.",
+        help="uniform: all blocks alike, so that the result is a stock checkpoint; decilm: attention alike, FFN widths "
+        "multiples of 256, as vLLM's DeciLM reads them (llama only).",
     ),
     click.option("--blocks", metavar="A:B", callback=window, help="Prune only blocks A to B - 1.  [default: all]"),
     click.option(

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .layout import LAYOUTS
 from .text import Source, Spec
 
-Layout = Literal["free", "uniform"]
-LAYOUTS: tuple[Layout, ...] = ("free", "uniform")
 RatioOf = Literal["blocks", "window", "model"]
 RATIOS_OF: tuple[RatioOf, ...] = ("blocks", "window", "model")
 DataFree = Literal["self", "random-tokens"]
@@ -117,7 +116,8 @@ class Config:
     seq_len: int | None = _fixed(default=None)
     """Tokens a sample; None takes 2048, or the model's context if that is shorter."""
     seed: int = _fixed(default=0)
-    layout: Layout = _fixed(default="free")
+    layout: str = _fixed(default="free")
+    """``"free"``, ``"uniform"`` or ``"decilm"``: see `layout`."""
     round_to: int = _fixed(default=8)
     """FFN widths that are changed become multiples of this."""
     blocks: tuple[int, int] | None = _fixed(default=None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from . import calibration, files, hub, machine, output
 from .config import DATA_FREE, Config, DataFree, format_bytes
 from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
+from .layout import DECILM, LAYOUTS
 from .maths.stats import Statistic
 from .memory import Needs, Resources, device_peak, forecast
 from .meter import by_block, peaks, totals
@@ -56,12 +58,11 @@ class Job(Workplace):
         self.config = config = replace(config, model=model, out=config.out.absolute())
         if config.out.resolve() == config.model.resolve():
             raise ConfigError(f"OUT is {config.out}, the model itself")
-        self.skeleton: Skeleton = open_skeleton(
-            config.model, self.device, config.dtype, uniform=config.layout == "uniform"
-        )
+        self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
         self.dtype = config.dtype
         self.peaks = machine.Peaks(self.device)
         self.sites = self.skeleton.all_sites()
+        self._check_layout()
         self.window = self._window()
         self.given_plan = self._given_plan()
         self.ratio = self._agreed_ratio()
@@ -88,8 +89,10 @@ class Job(Workplace):
             "model": self.skeleton.parameters(),
             "window": sum(self.skeleton.block_parameters(index) for index in self.window),
         }[self.config.ratio_of]
-        uniform = self.config.layout == "uniform"
-        return Budget(self.ratio * part, counted, self.config.round_to, uniform=uniform, gone=gone)
+        layout = self.skeleton.layout
+        return Budget(
+            self.ratio * part, counted, math.lcm(self.config.round_to, layout.multiple), layout.alike, gone=gone
+        )
 
     def changeable(self, sites: Sequence[Site]) -> list[Site]:
         """Those inside the window."""
@@ -383,6 +386,20 @@ class Job(Workplace):
 
     # What people give.
 
+    def _check_layout(self) -> None:
+        """See that DeciLM's config can say this model at all."""
+        if self.skeleton.layout is not DECILM:
+            return
+        if self.skeleton.architecture.model_type != "llama":
+            raise ConfigError(
+                f"layout is decilm; {self.config.model} is of model_type {self.skeleton.architecture.model_type}, and it must be llama"
+            )
+        for site in self.sites:
+            if site.kind == "ffn" and site.columns % DECILM.multiple:
+                raise ConfigError(
+                    f"layout is decilm; {site.name} is {site.columns} wide, and widths must be multiples of {DECILM.multiple}"
+                )
+
     def _window(self) -> range:
         """The blocks that may change."""
         depth = len(self.skeleton)
@@ -391,9 +408,9 @@ class Job(Workplace):
             raise ConfigError(
                 f"blocks is {start}:{stop}; {self.config.model} has {depth} blocks, so it must end by {depth}"
             )
-        if self.config.layout == "uniform" and (start, stop) != (0, depth):
+        if self.skeleton.layout.alike and (start, stop) != (0, depth):
             raise ConfigError(
-                f"blocks is {start}:{stop}; the uniform layout keeps all blocks alike, so it needs all of them"
+                f"blocks is {start}:{stop}; the {self.config.layout} layout keeps blocks alike, so it needs all of them"
             )
         return range(start, stop)
 
@@ -410,8 +427,10 @@ class Job(Workplace):
                 raise ConfigError(
                     f"{path}: {site.name} {does}; it lies outside blocks {self.window.start}:{self.window.stop}"
                 )
-        if self.config.layout == "uniform" and not plan.is_uniform(self.sites):
-            raise ConfigError(f"{path}: blocks keep different widths, which the uniform layout cannot hold")
+        if not plan.is_alike([site for site in self.sites if site.family in self.skeleton.layout.alike]):
+            raise ConfigError(
+                f"{path}: blocks keep different widths, which the {self.config.layout} layout cannot hold"
+            )
         for site in self.sites:
             kept = plan[site.name]
             if self.recipe.plans_units(self.settings, site) and kept.units is None and kept.keep < site.units:

@@ -11,6 +11,7 @@ import torch
 
 from . import files
 from .calibration import load_tokenizer
+from .layout import DECILM, FREE, Layout
 from .model import modeling_streamprune as modeling
 from .model.architecture import is_stock, stock_config
 from .model.block import module_rows
@@ -29,6 +30,8 @@ from .site import Site
 
 REPORT = "report.json"
 CARD = "README.md"
+BLOCK_CONFIGS = "block_configs"
+"""DeciLM's field."""
 FIGURES = (
     "recipe",
     "ratio_requested",
@@ -95,11 +98,14 @@ class Card:
     text: str
 
 
-def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict[str, Any], card: Card) -> None:
+def finish(
+    skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict[str, Any], card: Card, layout: Layout
+) -> None:
     """Write everything but the shards, and hold the result against its own config.
 
     Args:
         sites: of the pruned model, in order.
+        layout: what they were kept to; if the stock config can say their widths, it is stock whatever the layout.
         report: what `report.json` holds; "parameters_after" is in it.
     """
     placed = {name: shard_name(1, _shards(skeleton)) for name in skeleton.embed_names()}
@@ -110,7 +116,8 @@ def finish(skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
     write_index(folder, placed, report["parameters_after"], size)
     stock = is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
-    write_json(folder / CONFIG, uniform_config(skeleton, sites) if stock else free_config(skeleton, sites))
+    config = uniform_config if stock else decilm_config if layout is DECILM else free_config
+    write_json(folder / CONFIG, config(skeleton, sites))
     if not stock:
         files.copy(Path(modeling.__file__), folder / Path(modeling.__file__).name)
     for name in COMPANIONS:
@@ -174,6 +181,32 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     }
 
 
+def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
+    """`free_config`, with what runtimes look for that have DeciLM's architecture (`nemotron_nas` in vLLM) of their own.
+
+    They take FFN widths from a factor: ``2/3 · ffn_mult · d``, rounded up to a multiple of 256; half of one less is safe
+    from whatever the factor is rounded to.
+    """
+    attention = next(site for site in sites if site.kind == "attention")
+    blocks: list[dict[str, Any]] = []
+    for site in (site for site in sites if site.kind == "ffn"):
+        active = {"no_op": False, "replace_with_linear": False}
+        factor = round(1.5 * (site.columns - DECILM.multiple / 2) / site.outputs, 6)
+        group = {"n_heads_in_group": attention.heads // attention.units}
+        blocks.append({"attention": {**active, **group}, "ffn": {**active, "ffn_mult": factor}})
+    return {
+        **free_config(skeleton, sites),
+        **{field: getattr(attention, name) for field, name in skeleton.families["attention"].widths},
+        "architectures": ["DeciLMForCausalLM"],
+        BLOCK_CONFIGS: blocks,
+    }
+
+
+def layout_of(skeleton: Skeleton) -> Layout:
+    """What a checkpoint's own config says of its layout, where it is not stock."""
+    return DECILM if BLOCK_CONFIGS in skeleton.checkpoint.config else FREE
+
+
 def _name_tokenizer(source: Path, folder: Path) -> None:
     """Write down the tokenizer's class, which transformers otherwise takes from a model_type it knows."""
     path = folder / "tokenizer_config.json"
@@ -186,7 +219,7 @@ def _name_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
-    ours = ("streamprune", "auto_map")
+    ours = ("streamprune", "auto_map", BLOCK_CONFIGS)
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
     # A head that was stored apart from the embedding is not tied to it, whatever the config said.
     return (

@@ -66,7 +66,7 @@ class Shot:
         if self.number == 1:
             return self.job.skeleton
         source = self.job.shot_folder(self.number - 1)
-        return open_skeleton(source, self.job.device, self.job.dtype, uniform=self.job.skeleton.uniform)
+        return open_skeleton(source, self.job.device, self.job.dtype, layout=self.job.skeleton.layout)
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -281,7 +281,7 @@ class Shot:
                 sites.append(site)
                 continue
             seen = int(survey[site.name][SEEN])
-            if left_alone(site, seen, uniform=self.skeleton.uniform):
+            if left_alone(site, seen, alike="experts" in self.skeleton.layout.alike):
                 self.progress.say(f"{site.name} saw {seen} tokens and is left alone")
                 site = replace(site, choices=(site.units,))
             sites.append(site)
@@ -347,7 +347,7 @@ class Shot:
 
     def _correct(self, plan: Plan, how: Correction) -> None:
         job, depth = self.job, len(self.skeleton)
-        skeleton = open_skeleton(self.pruned, job.device, job.dtype, uniform=job.skeleton.uniform)
+        skeleton = open_skeleton(self.pruned, job.device, job.dtype, layout=job.skeleton.layout)
         corrector = Corrector(
             skeleton,
             job.tokens,
@@ -394,7 +394,7 @@ class Shot:
         if curve is not None:
             dense = {site.name: site.units for site in self.job.sites}
             write_curves(folder / CURVES, curve, self.job.changeable(self.sites), self.survey, plan, dense)
-        output.finish(self.skeleton, folder, after, report, card)
+        output.finish(self.skeleton, folder, after, report, card, self.skeleton.layout)
 
 
 class SurveyFiles(Mapping[str, Findings]):

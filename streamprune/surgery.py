@@ -198,7 +198,7 @@ class Surgeon:
         report: dict[str, Any] = {}
         if site.expert is not None and sums is not None:
             report["tokens"] = sums.rows
-            if left_alone(site, sums.rows, uniform=self.skeleton.uniform):
+            if left_alone(site, sums.rows, alike="experts" in self.skeleton.layout.alike):
                 report |= {"left_alone": True, **({"zeros": 0} if entry.zeros is not None else {})}
                 return {**_untouched(site), **report}
         if not self._changes(site) and not aims:
@@ -371,7 +371,7 @@ def _in_turn(sub: Sublayer, changing: Sequence[bool], measured: bool) -> Iterato
     yield range(start, len(sub.prunables))
 
 
-def left_alone(site: Site, tokens: int, *, uniform: bool) -> bool:
+def left_alone(site: Site, tokens: int, *, alike: bool) -> bool:
     """Whether a site keeps everything because fewer tokens reached it than it has channels, as may happen to an expert.
 
     Raises:
@@ -379,7 +379,7 @@ def left_alone(site: Site, tokens: int, *, uniform: bool) -> bool:
     """
     if site.expert is None or tokens >= site.columns:
         return False
-    if uniform:
+    if alike:
         raise CalibrationError(
             f"{site.name} saw {tokens} tokens, fewer than its {site.columns} channels, and the uniform layout cannot leave "
             "it alone; more --samples, or --layout free"

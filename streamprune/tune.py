@@ -454,4 +454,4 @@ class Tuning(Workplace):
         if (config.model / CURVES).is_file():
             files.copy(config.model / CURVES, self.staging / CURVES)
         card = output.tuning_card(report, hub.title(config.model))
-        output.finish(student, self.staging, student.all_sites(), report, card)
+        output.finish(student, self.staging, student.all_sites(), report, card, output.layout_of(student))

@@ -384,7 +384,7 @@ def sobp(path: Path, tokens: Tensor, sites: list[Site], *, ratio: float, round_t
     twins = Twins(path, sites)
     squares = mask_gradients(twins.dense, twins.places, tokens)
     densities = {site.name: (squares[site.name] / site.unit_parameters).sort().values for site in sites}
-    twins.prune(allocate(sites, densities, Budget(ratio, twins.parameters, round_to, uniform=False)), tokens)
+    twins.prune(allocate(sites, densities, Budget(ratio, twins.parameters, round_to)), tokens)
     return twins
 
 
@@ -421,7 +421,7 @@ def default(
     twins, found = Twins(path, sites), []
     for shot in range(1, shots + 1):
         costs = path_costs(twins, tokens, weighted=weighted, drawn=drawn)
-        budget = Budget(ratio * shot / shots, twins.parameters, round_to, uniform=False, gone=twins.removed)
+        budget = Budget(ratio * shot / shots, twins.parameters, round_to, gone=twins.removed)
         changeable = [site for site in twins.sites if window is None or site.block in window]
         twins.prune(allocate(changeable, costs, budget), tokens, target=target)
         twins.settle()
@@ -443,7 +443,7 @@ def slimgpt(
     shares: of the ratio, by block.
     """
     twins = Twins(path, sites)
-    budget = Budget(ratio, twins.parameters, round_to, uniform=False)
+    budget = Budget(ratio, twins.parameters, round_to)
     keep = allocate(sites, even_densities(sites, dict(enumerate(shares))), budget)
     twins.prune(keep, tokens, compensate=False, choose=choose)
     return twins

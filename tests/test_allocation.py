@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from streamprune.errors import ConfigError
+from streamprune.layout import UNIFORM
 from streamprune.methods.allocation import Budget, allocate, check_budget, even_densities
 from streamprune.site import Site
 
@@ -16,8 +17,8 @@ def site(block: int, kind: str, units: int, parameters: int, **more: object) -> 
     return Site(block=block, kind=kind, units=units, width=1, outputs=4, unit_parameters=parameters, **more)  # type: ignore[arg-type]
 
 
-def budget(sites: list[Site], ratio: float, *, round_to: int = 1, uniform: bool = False) -> Budget:
-    return Budget(ratio, sum(s.units * s.unit_parameters for s in sites), round_to, uniform=uniform)
+def budget(sites: list[Site], ratio: float, *, round_to: int = 1, alike: frozenset[str] = frozenset()) -> Budget:
+    return Budget(ratio, sum(s.units * s.unit_parameters for s in sites), round_to, alike)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -78,7 +79,7 @@ def test_uniform_keeps_blocks_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     sites = [s for b in range(3) for s in (site(b, "attention", 4, 300, choices=(2, 4)), site(b, "ffn", 64, 12))]
     densities = {s.name: torch.rand(s.units, generator=generator).sort().values for s in sites}
-    keep = allocate(sites, densities, budget(sites, 0.5, round_to=8, uniform=True))
+    keep = allocate(sites, densities, budget(sites, 0.5, round_to=8, alike=UNIFORM.alike))
     assert len({keep[f"blocks.{b}.attention"] for b in range(3)}) == 1
     assert len({keep[f"blocks.{b}.ffn"] for b in range(3)}) == 1
     assert keep["blocks.0.attention"] in (2, 4)

@@ -22,6 +22,7 @@ FLOOR = {
     "comparison": 1,
     "charts": 1,
     "site": 1,
+    "layout": 1,
     "machine": 1,
     "host": 1,
     "documents": 1,

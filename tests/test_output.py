@@ -18,6 +18,7 @@ import streamprune
 from streamprune import Config
 from streamprune.errors import ConfigError
 from streamprune.host import tensor_bytes
+from streamprune.layout import FREE, UNIFORM
 from streamprune.model import checkpoint
 from streamprune.model.skeleton import open_skeleton
 
@@ -113,11 +114,56 @@ def test_uniform_layout_takes_heads_where_a_stock_config_can_say_so(tiny: Tiny, 
 def test_llamas_own_config_limits_its_uniform_heads(tiny: Tiny) -> None:
     # 32 is no multiple of 3 heads: transformers' LlamaConfig refuses that, whatever head_dim says.
     path = tiny("llama", num_attention_heads=4, num_key_value_heads=4)
-    free, uniform = (open_skeleton(path, torch.device("cpu"), "float32", uniform=u) for u in (False, True))
+    free, uniform = (open_skeleton(path, torch.device("cpu"), "float32", layout=u) for u in (FREE, UNIFORM))
     assert free.sites(0)[0].choices is None
     assert uniform.sites(0)[0].choices == (1, 2, 4)
-    opt = open_skeleton(tiny("opt"), torch.device("cpu"), "float32", uniform=True)
+    opt = open_skeleton(tiny("opt"), torch.device("cpu"), "float32", layout=UNIFORM)
     assert opt.sites(0)[0].choices == (4,)
+
+
+def runtimes_width(factor: float, width: int) -> int:
+    """How runtimes with DeciLM's architecture take an FFN's width from its factor."""
+    columns = int(2 * factor * width / 3)
+    return columns if columns % 256 == 0 else columns + 256 - columns % 256
+
+
+def test_decilm_layout_says_what_its_runtimes_read(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    path = tiny("llama", intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    config = configured(path, layout="decilm", ratio=0.4, recipe="default", samples=24)
+    streamprune.prune(config)
+    written = AutoConfig.from_pretrained(config.out)
+    assert written.architectures == ["DeciLMForCausalLM"]
+    skeleton = open_skeleton(config.out, torch.device("cpu"), "float32")
+    widths = []
+    for index, block in enumerate(written.block_configs):
+        attention, ffn = skeleton.sites(index)
+        assert not block.attention.no_op
+        assert not block.ffn.no_op
+        # One number of query heads, of which each block's groups are cut.
+        assert written.num_attention_heads == attention.heads
+        assert written.num_attention_heads // block.attention.n_heads_in_group == attention.units
+        assert written.num_key_value_heads == attention.units
+        assert runtimes_width(block.ffn.ffn_mult, written.hidden_size) == ffn.columns
+        assert runtimes_width(round(block.ffn.ffn_mult, 4), written.hidden_size) == ffn.columns
+        widths.append(ffn.columns)
+    assert written.head_dim == 4
+    assert len(set(widths)) > 1
+    with torch.no_grad():
+        expected = streamprune.load(config.out, dtype=torch.float32)(IDS).logits
+    done = load_elsewhere("remote", config.out, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "remote.pt"), expected)
+    streamprune.load(config.out).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["block_configs"] == json.loads((config.out / "config.json").read_text())["block_configs"]
+
+
+@pytest.mark.parametrize(("name", "message"), [("llama", "blocks.0.ffn is 48 wide"), ("qwen3", "model_type qwen3")])
+def test_decilm_layout_refuses_what_it_cannot_say(name: str, message: str, tiny: Tiny, configured: Make) -> None:
+    with pytest.raises(ConfigError, match=f"layout is decilm.*{message}"):
+        streamprune.prune(configured(tiny(name), layout="decilm"))
 
 
 def test_equal_widths_by_chance_are_written_as_stock(tiny: Tiny, configured: Make) -> None:
@@ -317,5 +363,5 @@ def test_a_shard_is_written_under_one_other_name_and_readable_by_all(
 def test_uneven_pruned_model_cannot_be_made_uniform(tiny: Tiny, configured: Make) -> None:
     once = configured(tiny("llama"), "once", ratio=0.35)
     streamprune.prune(once)
-    with pytest.raises(ConfigError, match="uniform layout needs blocks of equal widths"):
+    with pytest.raises(ConfigError, match="layout needs blocks of equal widths"):
         streamprune.prune(configured(once.out, "twice", layout="uniform"))

@@ -147,7 +147,7 @@ def test_every_shot_removes_its_part(shots: int, tiny: Tiny, configured: Make, m
     config = configured(path, recipe="default", ratio=0.5, settings={"shots": str(shots)})
     removed = finished(config, monkeypatch)
     parameters = open_skeleton(path, torch.device("cpu"), "float32").block_parameters()
-    step = largest_step(sites_of(path), Budget(0.5, parameters, 4, uniform=False))
+    step = largest_step(sites_of(path), Budget(0.5, parameters, 4))
     assert len(removed) == shots
     for shot, gone in enumerate(removed, start=1):
         assert 0 <= round(0.5 * shot / shots * parameters) - gone < step

@@ -333,7 +333,7 @@ def test_equal_costs_everywhere_still_meet_the_budget(structure: str) -> None:
     sites = [Site(block, "ffn", 8, 1, 8, 16, linears=(64, 64)) for block in range(3)]
     survey = {site.name: masks.histograms([torch.full((8, 8), 0.1)] * 2, structure) for site in sites}
     for target in (1, 2, 63, 64, 100, 191, 192, 300):
-        plan = masks.count_zeros(sites, survey, Budget(target / 384, 384, 1, uniform=False), structure)
+        plan = masks.count_zeros(sites, survey, Budget(target / 384, 384, 1), structure)
         m, n = masks.pattern(structure)
         assert plan.removed_parameters(sites) == min(target // m, 384 // n) * m
 

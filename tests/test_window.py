@@ -75,7 +75,7 @@ def test_the_ratio_counts_what_it_is_of(ratio_of: str, tiny: Tiny, configured: M
     assert len(set(counted.values())) == 3
     removed = result.parameters_before - result.parameters_after
     sites = [site for site in skeleton_of(path).all_sites() if site.block in range(1, 4)]
-    budget = Budget(0.3, counted[ratio_of], 4, uniform=False)
+    budget = Budget(0.3, counted[ratio_of], 4)
     assert 0 <= round(0.3 * counted[ratio_of]) - removed < largest_step(sites, budget)
     assert result.ratio_blocks == removed / counted["blocks"]
     assert result.ratio_model == removed / counted["model"]
@@ -181,7 +181,7 @@ def test_sobp_in_a_window_is_the_plain_implementation(tiny: Tiny, configured: Ma
     squares = reference.mask_gradients(twins.dense, twins.places, tokens)
     inside = [site for site in twins.sites if site.block in (1, 2)]
     densities = {site.name: (squares[site.name] / site.unit_parameters).sort().values for site in inside}
-    twins.prune(allocate(inside, densities, Budget(0.2, twins.parameters, 4, uniform=False)), tokens)
+    twins.prune(allocate(inside, densities, Budget(0.2, twins.parameters, 4)), tokens)
     streamprune.prune(config)
     same_result(config, twins, tokens)
 

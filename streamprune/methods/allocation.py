@@ -23,8 +23,8 @@ class Budget:
     """Parameters that the ratio counts, before anything went."""
     round_to: int
     """FFN widths that are changed become multiples of this."""
-    uniform: bool
-    """All blocks keep the same widths."""
+    alike: frozenset[str] = frozenset()
+    """Families of sites that keep the same width in all blocks."""
     gone: int = 0
     """Parameters that earlier shots removed."""
 
@@ -36,7 +36,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class _Bundle:
-    """Sites that lose units together: one site, or with a uniform budget all of one kind."""
+    """Sites that lose units together: one site, or all of a family that is to be alike."""
 
     sites: tuple[Site, ...]
     density: Tensor  # (units,) float64: cost a parameter of each further unit, ascending
@@ -113,15 +113,16 @@ def largest_step(sites: Sequence[Site], budget: Budget) -> int:
 
 
 def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Budget) -> list[_Bundle]:
-    if not budget.uniform:
-        return [_Bundle((site,), densities[site.name].double(), _steps(site, budget.round_to)) for site in sites]
-    kinds: dict[str, list[Site]] = {}
-    for site in sites:
-        kinds.setdefault(site.family, []).append(site)
+    families: dict[str, list[Site]] = {}
     bundles = []
-    for kind, alike in kinds.items():
+    for site in sites:
+        if site.family in budget.alike:
+            families.setdefault(site.family, []).append(site)
+        else:
+            bundles.append(_Bundle((site,), densities[site.name].double(), _steps(site, budget.round_to)))
+    for family, alike in families.items():
         if len({(site.units, site.width, site.choices) for site in alike}) > 1:
-            raise ConfigError(f"the uniform layout needs blocks of equal widths; {kind} widths of this model differ")
+            raise ConfigError(f"the layout needs blocks of equal widths; {family} widths of this model differ")
         mean = sum(densities[site.name].double() for site in alike) / len(alike)
         assert isinstance(mean, Tensor)
         bundles.append(_Bundle(tuple(alike), mean, _steps(alike[0], budget.round_to)))

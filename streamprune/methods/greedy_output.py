@@ -87,7 +87,7 @@ def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Sur
     """Heads by similarity, then channels, the same share in every block, for what is left of the budget.
 
     Raises:
-        ConfigError: τ takes more than the ratio, or different numbers of heads where the layout is uniform.
+        ConfigError: τ takes more than the ratio, or different numbers of heads where the layout has them alike.
     """
     if settings.heads == "second-moment":
         keep = allocate(sites, even_densities(sites), budget)
@@ -97,14 +97,14 @@ def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Sur
     divergences = {site.name: survey[site.name]["divergence"] for site in attention}
     if settings.tau:
         gone = {name: len(redundant(d, settings.tau)) for name, d in divergences.items()}
-        if budget.uniform and len(set(gone.values())) > 1:
+        if "attention" in budget.alike and len(set(gone.values())) > 1:
             raise ConfigError(
-                f"tau is {settings.tau:g}; it removes {sorted(set(gone.values()))} heads a block, and the uniform layout needs one number"
+                f"tau is {settings.tau:g}; it removes {sorted(set(gone.values()))} heads a block, and the layout needs one number"
             )
     else:
         whole = sum(site.units * site.unit_parameters for site in sites)
         own = sum(site.units * site.unit_parameters for site in attention)
-        part = Budget(budget.target / whole, own, budget.round_to, budget.uniform)
+        part = Budget(budget.target / whole, own, budget.round_to, budget.alike)
         keep = allocate(attention, {name: rising_thresholds(d) for name, d in divergences.items()}, part)
         gone = {site.name: site.units - keep[site.name] for site in attention}
     removed = sum(gone[site.name] * site.unit_parameters for site in attention)

@@ -138,8 +138,8 @@ class Plan(Mapping[str, SitePlan]):
                     f"{where}: {site.name} keeps {entry.keep} of {site.units}; a stock config cannot say so"
                 )
 
-    def is_uniform(self, sites: Sequence[Site]) -> bool:
-        """Whether all blocks end with the same widths."""
+    def is_alike(self, sites: Sequence[Site]) -> bool:
+        """Whether all sites of each family end with the same width."""
         widths = {(site.family, self[site.name].keep * site.width) for site in sites}
         return len(widths) == len({site.family for site in sites})
 

@@ -61,6 +61,16 @@ class Experts(nn.ModuleList):
         return total
 
 
+class Fields(dict):
+    """A JSON object whose values are attributes too."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class BlockConfig:
     """A block's own view of the model's config, with some fields of its own."""
 
@@ -157,8 +167,16 @@ def class_stem(base):
 @cache
 def config_class(base):
     """The config class for pruned models of model_type `base`."""
-    members = {"model_type": PREFIX + base, "__module__": __name__}
-    return type(class_stem(base) + "Config", (CONFIG_MAPPING[base],), members)
+    stock = CONFIG_MAPPING[base]
+
+    def __init__(self, *args, **kwargs):
+        stock.__init__(self, *args, **kwargs)
+        if blocks := getattr(self, "block_configs", None):
+            # Runtimes that have DeciLM's architecture read these as attributes.
+            self.block_configs = [Fields({part: Fields(fields) for part, fields in block.items()}) for block in blocks]
+
+    members = {"__init__": __init__, "model_type": PREFIX + base, "__module__": __name__}
+    return type(class_stem(base) + "Config", (stock,), members)
 
 
 def stock_class(base):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import CheckpointError
+from ..layout import FREE, Layout
 from ..machine import resolve_dtype
 from ..maths.linalg import accumulator
 from ..maths.stats import SiteStatistics, Statistic
@@ -41,7 +42,7 @@ class Skeleton:
         checkpoint: where the weights are.
         device: where blocks go.
         dtype: what they compute in.
-        uniform: every block must stay alike in widths, as a stock config has it.
+        layout: what the widths of its sites must stay like.
 
     Raises:
         CheckpointError: unknown architecture, a config that transformers refuses, a tensor that is
@@ -49,11 +50,11 @@ class Skeleton:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, uniform: bool = False
+        self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, layout: Layout = FREE
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.checkpoint, self.device, self.dtype, self.uniform = checkpoint, device, dtype, uniform
+        self.checkpoint, self.device, self.dtype, self.layout = checkpoint, device, dtype, layout
         where = str(checkpoint.directory)
         if checkpoint.config.get("quantization_config") is not None:
             raise CheckpointError(f"{where}: the config has a quantization_config; quantised models cannot be pruned")
@@ -134,10 +135,14 @@ class Skeleton:
             for number in range(len(experts)):
                 own = entry.expert(number)
                 found.append((replace(self._site(index, own), expert=number, share=share), own))
-        if self.uniform:
-            sites = tuple(site for site, _ in found)
-            return [(replace(site, choices=self._stock_choices(sites, site)), entry) for site, entry in found]
-        return found
+        sites = tuple(site for site, _ in found)
+        return [
+            (
+                replace(site, choices=self._stock_choices(sites, site)) if site.family in self.layout.alike else site,
+                entry,
+            )
+            for site, entry in found
+        ]
 
     def _site(self, index: int, entry: SublayerEntry) -> Site:
         layer = self._templates[index]
@@ -434,11 +439,11 @@ class Skeleton:
                 )
 
 
-def open_skeleton(model: Path, device: torch.device, dtype: str, *, uniform: bool = False) -> Skeleton:
+def open_skeleton(model: Path, device: torch.device, dtype: str, *, layout: Layout = FREE) -> Skeleton:
     """The skeleton of a checkpoint directory, computing in `dtype` (``auto``: see `resolve_dtype`)."""
     checkpoint = Checkpoint(model)
     stored = next((entry.dtype for entry in checkpoint.values() if entry.numel), torch.float32)
-    return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, stored), uniform=uniform)
+    return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, stored), layout=layout)
 
 
 class _Past:
