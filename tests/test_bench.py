@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TINY
 from streamprune_cli import main
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -54,7 +53,23 @@ def shapes(path: Path) -> tuple[int, int, int, int]:
     return linears, sum(site.columns for site in attention), pairs, head.numel()
 
 
-@pytest.mark.parametrize("name", [*TINY, "pruned"])
+DENSE = [
+    "llama",
+    "llama-biased",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "olmo2",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "opt-350m",
+]
+"""Those whose every weight is that of a linear, and whose caches hold the keys and values of groups."""
+
+
+@pytest.mark.parametrize("name", [*DENSE, "pruned"])
 def test_operations_and_bytes_are_what_the_shapes_say(name: str, tiny: Tiny, pruned: Path) -> None:
     path = pruned if name == "pruned" else tiny(name)
     linears, columns, pairs, head = shapes(path)

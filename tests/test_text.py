@@ -479,12 +479,6 @@ def test_a_comparison_says_once_that_the_sample_is_built_in(
 ) -> None:
     said: list[str] = []
 
-    class Listening:
-        def phase(self, name: str, total: int, done: int = 0) -> None: ...
-        def step(self, note: str = "") -> None: ...
-        def say(self, message: str) -> None:
-            said.append(message)
-
     found = streamprune.compare(
         tiny("llama"),
         ratios=[0.2, 0.3],
@@ -495,7 +489,7 @@ def test_a_comparison_says_once_that_the_sample_is_built_in(
         seq_len=24,
         eval_seq_len=24,
         round_to=4,
-        progress=Listening(),
+        progress=streamprune.Callback(lambda event: said.append(event.message)),
     )
     assert len([message for message in said if "built-in English sample" in message]) == 1
     assert found.settings["calibration"] == "built-in sample"
