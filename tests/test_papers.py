@@ -67,7 +67,7 @@ def test_every_row_says_where_it_is_from_and_its_commands_do_what_the_library_is
         ratio=row.ratio,
         recipe=row.recipe,
         settings=row.settings,
-        **row.common(Path("c.txt")),
+        **row.common("c.txt"),
     )
     assert config == expected
     assert evaluate["model"] == config.out
