@@ -31,6 +31,7 @@ from llama_cpp import Llama
 import streamprune
 from streamprune.evaluate import read_windows
 from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.text import source
 
 PROMPT = 128
 WRITTEN = 128
@@ -78,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     folders = {"dense": options.dense, "pruned": options.pruned}
     skeletons = {name: open_skeleton(path, torch.device("cpu"), "float32") for name, path in folders.items()}
-    windows = read_windows(skeletons["dense"], options.text, options.seq_len)
+    windows = read_windows(skeletons["dense"], source(options.text), options.seq_len)
     found: dict[str, Any] = {"dtype": options.dtype, "windows": len(windows), "length": windows.shape[1]}
     with tempfile.TemporaryDirectory() as temporary:
         paths = {name: Path(temporary) / f"{name}.gguf" for name in folders}

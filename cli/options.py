@@ -135,9 +135,12 @@ job_options = bundle(
 
 def begin() -> None:
     """What every command does first that works with weights."""
+    from transformers.utils.logging import disable_progress_bar
+
     from streamprune.host import settle_malloc
 
     settle_malloc()
+    disable_progress_bar()  # progress is shown by `show` alone
 
 
 def size(text: str | None, option: str) -> int | None:
