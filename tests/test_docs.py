@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tiny
+from conftest import ROOT, TINY, make_tiny
 
 import streamprune
 from streamprune.config import Config
@@ -69,3 +69,17 @@ def test_every_setting_of_config_is_an_option_by_its_name() -> None:
 def test_the_types_ship() -> None:
     assert (Path(streamprune.__file__).parent / "py.typed").is_file()
     assert '"py.typed"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_table_of_architectures_has_all_kinds_and_checks() -> None:
+    """What passes is written by `scripts/test --architectures`; a kind or a check that came since is missed here."""
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
+    assert rows.keys() - {"kind", "---"} == set(TINY)
+    assert "✗" not in page
+    checks = {
+        title
+        for path in (ROOT / "tests").glob("test_*.py")
+        for title in re.findall(r'mark\.check\("(.*?)"\)', path.read_text())
+    }
+    assert {line.partition(". ")[2] for line in page.splitlines() if line[:1].isdigit()} == checks - {"(.*?)"}
