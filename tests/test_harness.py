@@ -22,7 +22,7 @@ from streamprune.calibration import load_tokenizer
 from streamprune.errors import ConfigError, StreamPruneError
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.progress import Silent
-from streamprune.scoring import Query, padded, score
+from streamprune.harness.scoring import Query, padded, score
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -31,7 +31,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from streamprune.streamed import StreamedModel
+from streamprune.harness.streamed import StreamedModel
 
 Tiny = Callable[..., Path]
 TASK_FILES = ROOT / "examples" / "harness"
@@ -316,7 +316,7 @@ def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_reads_the_same_is_computed_once() -> None:
-    from streamprune.scoring import _grouped
+    from streamprune.harness.scoring import _grouped
 
     read = (4, 5, 6)
     places, groups = _grouped([Query(read, (7,)), Query((4, 5), (7,)), Query(read, (6, 8)), Query(read, (9,))], 64)

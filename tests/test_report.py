@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from streamprune_cli import main
 
 import streamprune
-from streamprune import charts, machine
-from streamprune.account import read_account
+from streamprune import machine
 from streamprune.curves import POINTS, sample
 from streamprune.errors import CheckpointError, ConfigError, ResourceError
+from streamprune.report import charts
+from streamprune.report.account import read_account
 from streamprune.workplace import job_folder
 
 Tiny = Callable[..., Path]

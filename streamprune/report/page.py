@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from ..config import format_bytes
+from ..evaluate import Evaluation
+from ..version import __version__
 from . import charts
 from .account import Account, BlockAccount, CompareAccount, CompareRow, SiteAccount
 from .charts import Frame, escape
-from .config import format_bytes
-from .evaluate import Evaluation
 from .samples import Sample
-from .version import __version__
 
 KINDS = {
     "attention": ("Attention", "key/value groups, which go with their query heads"),

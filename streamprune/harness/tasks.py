@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import calibration, machine
-from .errors import CalibrationError, ConfigError
-from .hub import resolve_model
-from .model.skeleton import open_skeleton
-from .progress import Progress, Silent
+from .. import calibration, machine
+from ..errors import CalibrationError, ConfigError
+from ..hub import resolve_model
+from ..model.skeleton import open_skeleton
+from ..progress import Progress, Silent
 
 SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 """Kinds of task that need no generated text."""

@@ -9,10 +9,10 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
 
-from .calibration import DEFAULT_LENGTH
-from .errors import CalibrationError, ConfigError
-from .model.skeleton import Skeleton
-from .progress import Progress
+from ..calibration import DEFAULT_LENGTH
+from ..errors import CalibrationError, ConfigError
+from ..model.skeleton import Skeleton
+from ..progress import Progress
 from .scoring import Query, score
 
 UNSTATED = 10**9

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from . import calibration, machine
-from .config import format_bytes
-from .errors import CheckpointError, ConfigError, ResourceError
-from .host import return_freed_memory
-from .model.checkpoint import Checkpoint
-from .progress import Progress
+from .. import calibration, machine
+from ..config import format_bytes
+from ..errors import CheckpointError, ConfigError, ResourceError
+from ..host import return_freed_memory
+from ..model.checkpoint import Checkpoint
+from ..progress import Progress
 
 ROOM = 1.2
 """Memory that generating takes, in sizes of the model."""

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import files, machine
-from .errors import NumericalError
-from .maths.linalg import accumulator
-from .memory import Needs, forecast
-from .model.skeleton import Skeleton
-from .progress import Progress
-from .stream import sweep
-from .stream.store import ActivationStore
+from .. import files, machine
+from ..errors import NumericalError
+from ..maths.linalg import accumulator
+from ..memory import Needs, forecast
+from ..model.skeleton import Skeleton
+from ..progress import Progress
+from ..stream import sweep
+from ..stream.store import ActivationStore
 
 OCTAVE = 8
 """Lengths to which sequences are padded between one power of two and the next: at most an eighth more tokens."""

@@ -6,14 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import files, machine
+from .. import files, machine
+from ..errors import ConfigError
+from ..evaluate import evaluate
+from ..hub import resolve_model
+from ..model.checkpoint import Checkpoint
+from ..progress import Progress, Silent
 from .account import read_account, read_comparison
-from .errors import ConfigError
-from .evaluate import evaluate
-from .hub import resolve_model
-from .model.checkpoint import Checkpoint
 from .page import Contents, render
-from .progress import Progress, Silent
 from .samples import check_samples, write_samples
 
 PAGE = "report.html"

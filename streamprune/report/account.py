@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .comparison import JSON
-from .curves import CURVES, FORMAT
-from .errors import CheckpointError, ConfigError
-from .model.checkpoint import read_json
-from .output import FIGURES, REPORT, is_report, is_tuning
-from .workplace import job_folder
+from ..comparison import JSON
+from ..curves import CURVES, FORMAT
+from ..errors import CheckpointError, ConfigError
+from ..model.checkpoint import read_json
+from ..output import FIGURES, REPORT, is_report, is_tuning
+from ..workplace import job_folder
 
 
 @dataclass(frozen=True)
