@@ -161,19 +161,25 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     marker, name = item.get_closest_marker("check"), getattr(item, "callspec", None)
     if marker is not None and name is not None and (report.when == "call" or report.failed):
-        key = marker.args[0], name.params["name"]
-        PASSED[key] = PASSED.get(key, True) and report.passed
+        report.check = [marker.args[0], name.params["name"]]
     return report
 
 
+def pytest_runtest_logreport(report: Any) -> None:
+    # With pytest-xdist the workers' reports come here, to the process that started them.
+    if hasattr(report, "check"):
+        check, name = report.check
+        PASSED[check, name] = PASSED.get((check, name), True) and report.passed
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--architectures"):
+    if session.config.getoption("--architectures") and not hasattr(session.config, "workerinput"):
         TABLE.write_text(architectures_page(), encoding="utf-8")
 
 
 def architectures_page() -> str:
     """The table of what passed, as Markdown."""
-    checks = list(dict.fromkeys(check for check, _ in PASSED))
+    checks = sorted({check for check, _ in PASSED})
     rows = ["| kind | `model_type` | " + " | ".join(str(n) for n in range(1, len(checks) + 1)) + " |"]
     rows += ["|---" * (len(checks) + 2) + "|"]
     for name, fields in sorted(TINY.items()):
