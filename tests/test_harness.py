@@ -20,9 +20,9 @@ from streamprune_cli import main
 import streamprune
 from streamprune.calibration import load_tokenizer
 from streamprune.errors import ConfigError, StreamPruneError
+from streamprune.harness.scoring import Query, padded, score
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.progress import Silent
-from streamprune.harness.scoring import Query, padded, score
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
