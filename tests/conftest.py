@@ -12,6 +12,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models this small run fastest on one thread; equal bytes rest on equal threads, in the processes that tests start too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -19,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 import streamprune
 
-# Models this small run fastest on one thread.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
