@@ -182,7 +182,7 @@ class Surgeon:
         changing = [self._changes(each.site) for each in sub.prunables]
         measured = aims or self.recipe.wants_gram(self.settings)
         reports = []
-        for numbers in _in_turn(sub, changing, measured):
+        for numbers in _in_turn(sub):
             sums = self._measure(dense, sub, here, numbers, aims) if measured and (aims or any(changing)) else {}
             for number in numbers:
                 # Popped, so that no sum outlives its site.
@@ -359,11 +359,11 @@ def _read_by(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:
     return sublayer.normed(sublayer.source(x, entered))
 
 
-def _in_turn(sub: Sublayer, changing: Sequence[bool], measured: bool) -> Iterator[range]:
+def _in_turn(sub: Sublayer) -> Iterator[range]:
     """A sublayer's sites in runs whose Grams are summed at once; those of experts may be too many for the memory."""
     start, held = 0, 0
     for number, prunable in enumerate(sub.prunables):
-        size = 4 * prunable.site.columns**2 if measured and changing[number] else 0
+        size = accumulator(sub.layer.dtype).itemsize * prunable.site.columns**2
         if held and held + size > GRAMS_AT_ONCE:
             yield range(start, number)
             start, held = number, 0
