@@ -118,6 +118,11 @@ class Skeleton:
         """The block's sites, in the order of its sublayers, and in a mixture of experts in theirs."""
         return [site for site, _ in self.places(index)]
 
+    @property
+    def writes_maps(self) -> bool:
+        """Whether attention computes its maps in full, since the architecture knows no other way."""
+        return bool(self._base.config._attn_implementation == "eager")
+
     def places(self, index: int) -> list[tuple[Site, SublayerEntry]]:
         """The block's sites with their names, an expert's in full."""
         layer = self._templates[index]
