@@ -29,6 +29,8 @@ from .stream.store import ActivationStore
 from .stream.sweep import advance, boundary
 
 DENSE, PRUNED = "dense", "pruned"
+SEEN = "seen"
+"""Among an expert's findings: how many tokens reached it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Surgeon:
     window: range
     """The blocks that may change; those before only pass the stream on, those behind are not even run."""
     refinement: Refinement | None
+    experts_alike: bool
+    """Whether all experts must end with one width."""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -196,9 +200,10 @@ class Surgeon:
     def _shrink_site(self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool) -> dict[str, Any]:
         site, entry = prunable.site, self.plan[prunable.site.name]
         report: dict[str, Any] = {}
-        if site.expert is not None and sums is not None:
-            report["tokens"] = sums.rows
-            if left_alone(site, sums.rows, alike="experts" in self.skeleton.layout.alike):
+        seen = tokens_seen(site, self.survey) if sums is None else sums.rows
+        if site.expert is not None and seen is not None:
+            report["tokens"] = seen
+            if left_alone(site, seen, alike=self.experts_alike):
                 report |= {"left_alone": True, **({"zeros": 0} if entry.zeros is not None else {})}
                 return {**_untouched(site), **report}
         if not self._changes(site) and not aims:
@@ -369,6 +374,14 @@ def _in_turn(sub: Sublayer) -> Iterator[range]:
             start, held = number, 0
         held += size
     yield range(start, len(sub.prunables))
+
+
+def tokens_seen(site: Site, survey: Survey) -> int | None:
+    """How many tokens reached an expert in the survey; None where there was none, or it counted nothing."""
+    if site.expert is None or not survey:
+        return None
+    findings = survey[site.name]
+    return int(findings[SEEN]) if SEEN in findings else None
 
 
 def left_alone(site: Site, tokens: int, *, alike: bool) -> bool:
