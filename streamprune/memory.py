@@ -217,7 +217,10 @@ class _Shapes:
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.item
         self.stored_all = sum(entry.nbytes for block in counts for entry in block)
         self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.item
-        pairs = [sum(2 * site.units * site.head_width for site in sites) for sites in self.blocks]
+        pairs = [
+            sum(2 * (site.heads if entry.repeats else site.units) * site.head_width for site, entry in places)
+            for places in map(skeleton.places, range(len(skeleton)))
+        ]
         self.keys_and_values, self.widest_pair = (needs.length * self.item * n for n in (sum(pairs), max(pairs)))
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.item
 
