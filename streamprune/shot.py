@@ -273,9 +273,9 @@ class Shot:
 
     def _reached(self) -> list[Site]:
         """The sites but for experts that saw fewer tokens than they have channels, which keep everything."""
-        sites = []
+        survey, sites = self.survey, []
         for site in self.sites:
-            seen = tokens_seen(site, self.survey)
+            seen = tokens_seen(site, survey)
             if seen is not None and left_alone(site, seen, alike=self._experts_alike):
                 self.progress.say(f"{site.name} saw {seen} tokens and is left alone")
             else:
