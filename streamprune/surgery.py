@@ -203,7 +203,7 @@ class Surgeon:
         seen = tokens_seen(site, self.survey) if sums is None else sums.rows
         if site.expert is not None and seen is not None:
             report["tokens"] = seen
-            if left_alone(site, seen, alike=self.experts_alike):
+            if left_alone(site, seen, alike=self.experts_alike and self._changes(site)):
                 report |= {"left_alone": True, **({"zeros": 0} if entry.zeros is not None else {})}
                 return {**_untouched(site), **report}
         if not self._changes(site) and not aims:

@@ -189,3 +189,16 @@ def test_what_experts_become_counts_beside_what_they_are(tiny: Tiny) -> None:
     experts = sum(site.units * site.unit_parameters for site in skeleton.sites(0) if site.expert is not None)
     needs = Needs(samples=1, length=2, text=True, gram=True)
     assert device_peak(skeleton, needs, 1, 1) > 4 * (skeleton.block_parameters(0) + experts)
+
+
+def test_experts_that_a_plan_keeps_whole_may_see_no_tokens(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    path = tiny("mixtral")
+    sites = open_skeleton(path, torch.device("cpu"), "float32").all_sites()
+    kept: dict[str, Any] = {site.name: {"keep": site.units} for site in sites}
+    kept |= {site.name: {"keep": 1, "units": [0]} for site in sites if site.kind == "attention"}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.1, "sites": kept}))
+    config = configured(path, recipe="surgeon", ratio=0.1, plan=plan, layout="uniform", samples=2, seq_len=8)
+    streamprune.prune(config)
+    found = json.loads((config.out / "report.json").read_text())["sites"]
+    assert all(site["tokens"] < 24 and site["left_alone"] for site in found if ".ffn." in site["site"])
