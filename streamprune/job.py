@@ -98,9 +98,9 @@ class Job(Workplace):
         """Those inside the window."""
         return [site for site in sites if site.block in self.window]
 
-    def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-        """The recipe's plan for the sites inside the window; the others keep everything."""
-        plan = self.recipe.allocate(self.settings, self.changeable(sites), survey, budget)
+    def allocate(self, sites: Sequence[Site], reached: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """The recipe's plan for those of `reached` inside the window; the other `sites` keep everything."""
+        plan = self.recipe.allocate(self.settings, self.changeable(reached), survey, budget)
         whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
         return Plan(whole, plan.ratio)
 

@@ -6,7 +6,9 @@ widths of the sublayer at hand. They err to the high side.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -184,6 +186,18 @@ def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batc
     return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
 
 
+class _Together:
+    """The sites of one sublayer: one, or a mixture's experts."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+        self.widest = max(sites, key=lambda site: site.columns)
+        self.routed = self.widest.expert is not None
+        self.reached = sum(site.share for site in sites)
+        """Of the sites, how many a token reaches."""
+        self.parameters = sum(site.units * site.unit_parameters for site in sites)
+
+
 class _Shapes:
     """Bytes and operations of one model under one job."""
 
@@ -195,12 +209,18 @@ class _Shapes:
         self.d = skeleton.width
         self.row_bytes = needs.length * self.d * self.item
         self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
+        self.sublayers = [
+            [_Together(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
+        ]
         counts = [[checkpoint[n] for n in skeleton.block_names(i).values()] for i in range(len(skeleton))]
         self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.item
         self.stored_all = sum(entry.nbytes for block in counts for entry in block)
         self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.item
-        pairs = [sum(2 * site.units * site.head_width for site in sites) for sites in self.blocks]
+        pairs = [
+            sum(2 * (site.heads if entry.repeats else site.units) * site.head_width for site, entry in places)
+            for places in map(skeleton.places, range(len(skeleton)))
+        ]
         self.keys_and_values, self.widest_pair = (needs.length * self.item * n for n in (sum(pairs), max(pairs)))
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.item
 
@@ -255,37 +275,41 @@ class _Shapes:
                 + backward_batch * length * self._backward_tokens()
             )
         if needs.prunes:
-            for sites in self.blocks:
-                for site in sites:
-                    for name, size in self._prune_steps(site, batch).items():
-                        steps[name] = max(steps.get(name, 0), size)
+            for sublayer in self._all_sublayers():
+                for name, size in self._prune_steps(sublayer, batch).items():
+                    steps[name] = max(steps.get(name, 0), size)
         return steps
 
-    def _prune_steps(self, site: Site, batch: int) -> dict[str, int]:
-        needs, tokens = self.needs, batch * self.needs.length
-        held = self.block + site.units * site.unit_parameters * (self.item + self.sum_item)
+    def _all_sublayers(self) -> Iterator[_Together]:
+        return (sublayer for sublayers in self.sublayers for sublayer in sublayers)
+
+    def _prune_steps(self, sublayer: _Together, batch: int) -> dict[str, int]:
+        needs, tokens, site = self.needs, batch * self.needs.length, sublayer.widest
+        # What all its sites become, beside what they are, and one of them at work.
+        held = self.block + sublayer.parameters * self.item + site.units * site.unit_parameters * self.sum_item
         n, d, item = site.columns, self.d, self.sum_item
         steps = {f"re-fitting one {site.kind} site": held + 3 * item * n * d}
         if needs.gram:
             steps[f"the Gram of one {site.kind} site"] = (
-                held + self._grams(site) + tokens * (self._forward_token(site) + item * n)
+                held + self._grams(sublayer) + tokens * (self._forward_token(sublayer) + item * n)
             )
             steps[f"re-fitting one {site.kind} site"] += 4 * item * n * n
-        if needs.aims:
-            steps[f"the Gram of one {site.kind} site"] += item * n * d + tokens * (self._forward_token(site) + item * d)
+        if needs.aims and not sublayer.routed:
+            steps[f"the Gram of one {site.kind} site"] += item * n * d + tokens * (
+                self._forward_token(sublayer) + item * d
+            )
         if needs.compensates:
             inputs = 2 * item * d * d
             steps["two streams side by side"] = (
-                held + inputs + tokens * (self._forward_token(site) + (4 * self.item + 2 * item) * d)
+                held + inputs + tokens * (self._forward_token(sublayer) + (4 * self.item + 2 * item) * d)
             )
             steps["input compensation"] = held + inputs + 3 * item * d * d + 3 * item * d * max(n, d)
         return steps
 
-    def _grams(self, site: Site) -> int:
+    def _grams(self, sublayer: _Together) -> int:
         """Bytes of the Grams that are summed at once."""
-        alike = [other for other in self.blocks[site.block] if other.family == site.family]
-        one = self.sum_item * site.columns**2
-        return max(one, min(GRAMS_AT_ONCE, len(alike) * one))
+        one = self.sum_item * sublayer.widest.columns**2
+        return max(one, min(GRAMS_AT_ONCE, len(sublayer.sites) * one))
 
     def decoding(self, batch: int) -> int:
         """Bytes while a block gives so many sequences a token: keys and values read, copied for attention, and masked."""
@@ -296,27 +320,41 @@ class _Shapes:
         """All weights, what is trained with its gradients and moments, all activations, and logits with their gradient."""
         weights = self.item * self.skeleton.block_parameters() + self.head
         trained = 4 * self.sum_item * sum(self._update_parameters(index) for index in range(len(self.blocks)))
-        a_token = sum(self._backward_token(site) for sites in self.blocks for site in sites)
+        a_token = sum(self._backward_token(sublayer) for sublayer in self._all_sublayers())
         return weights + trained + batch * self.needs.length * (a_token + 4 * 4 * self.skeleton.vocabulary)
 
     def passing(self, batch: int) -> int:
         """Bytes of activations while one sublayer runs forward."""
-        return batch * self.needs.length * max(self._forward_token(site) for sites in self.blocks for site in sites)
+        return batch * self.needs.length * max(self._forward_token(sublayer) for sublayer in self._all_sublayers())
 
-    def _forward_token(self, site: Site) -> int:
-        """Bytes a token while one sublayer runs forward: stream, norm in float32, producers, consumer input."""
+    def _forward_token(self, sublayer: _Together) -> int:
+        """Bytes a token while one sublayer runs forward: stream, norm in float32, and what is inside."""
+        # What an expert gives is held until the last one has run.
+        given = self.item * (sublayer.widest.columns + self.d) if sublayer.routed else 0
+        return self._stream_token + self._inner_token(sublayer.widest) + round(sublayer.reached * given)
+
+    def _backward_token(self, sublayer: _Together) -> int:
+        """Bytes a token that one sublayer keeps for its backward pass, and its gradients."""
+        return 2 * (self._stream_token + round(sublayer.reached * self._inner_token(sublayer.widest)))
+
+    @property
+    def _stream_token(self) -> int:
+        return self.item * 4 * self.d + 8 * self.d
+
+    def _inner_token(self, site: Site) -> int:
+        """Bytes a token between the norm and the stream."""
         if site.kind == "attention":
             # q, k, v, their rotated copies, k and v repeated for the query heads, the output
-            return self.item * (4 * self.d + 8 * site.columns) + 8 * self.d
-        return self.item * (4 * self.d + 4 * site.columns) + 8 * self.d
-
-    def _backward_token(self, site: Site) -> int:
-        """Bytes a token that one sublayer keeps for its backward pass, and its gradients."""
-        return 2 * self._forward_token(site)
+            maps = (3 * self.item + 4) * site.heads * self.needs.length if self.skeleton.writes_maps else 0
+            return self.item * 8 * site.columns + maps
+        if site.expert is None:
+            return self.item * 4 * site.columns
+        # With the token itself, its weighted copy and what comes out.
+        return self.item * (5 * site.columns + 2 * self.d)
 
     def _backward_tokens(self) -> int:
         """Bytes a token that a whole block keeps for its backward pass, and its gradients."""
-        return max(sum(self._backward_token(site) for site in sites) for sites in self.blocks)
+        return max(sum(self._backward_token(sublayer) for sublayer in sublayers) for sublayers in self.sublayers)
 
     def _update_parameters(self, index: int) -> int:
         """Of a block's low-rank updates."""
@@ -403,10 +441,12 @@ class _Shapes:
                     total[survey] += 3 * n**3
                 if needs.gram:
                     total["prune"] += 2 * n * n * reached + 4 * n**3  # with inverse, greedy loop and solve
-                if needs.aims:
+                if needs.aims and site.expert is None:
                     total["prune"] += 2 * n * d * tokens + 2 * n * n * d
                 if needs.compensates:
-                    total["prune"] += 4 * d * d * tokens + d**3
+                    total["prune"] += d**3
+            if needs.compensates and needs.prunes:
+                total["prune"] += 4 * d * d * tokens * len({site.family for site in sites})
             if needs.prunes:
                 total["forward"] += passes * bool(needs.survey)
                 total["backward"] += 3 * passes * needs.gradients

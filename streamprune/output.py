@@ -223,7 +223,9 @@ def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
     # A head that was stored apart from the embedding is not tied to it, whatever the config said.
     return (
-        {**config, "tie_word_embeddings": False} if config.get("tie_word_embeddings") and not skeleton.tied else config
+        {**config, "tie_word_embeddings": False}
+        if getattr(skeleton.config, "tie_word_embeddings", False) and not skeleton.tied
+        else config
     )
 
 

@@ -7,7 +7,6 @@ job killed at any instant goes on from the last line and ends with the same byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,9 @@ from .progress import rest
 from .refine import Refinement
 from .site import Site
 from .stream import sweep
-from .surgery import DENSE, PRUNED, Surgeon, left_alone
+from .surgery import DENSE, PRUNED, SEEN, Surgeon, left_alone, tokens_seen
 
 GRADIENT = "gradient"
-SEEN = "seen"
-"""Among an expert's findings: how many tokens reached it."""
 COST = "cost.json"
 """Beside a survey that is shared: what it took."""
 
@@ -267,25 +264,28 @@ class Shot:
         elif chosen is not None and chosen["given"]:
             raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
         elif chosen is None:
-            return self._choose(job.allocate(self._reached(), self.survey, self.budget), given=False)
+            plan = job.allocate(self.sites, self._reached(), self.survey, self.budget)
+            return self._choose(plan, given=False)
         plan = Plan.read(job.plan_path)
         if plan.digest() != chosen["plan"]:
             raise ResumeError(f"{job.plan_path} was changed; pass a copy of it with --plan")
         return plan
 
     def _reached(self) -> list[Site]:
-        """The sites, of which experts that saw fewer tokens than they have channels keep everything."""
+        """The sites but for experts that saw fewer tokens than they have channels, which keep everything."""
         survey, sites = self.survey, []
         for site in self.sites:
-            if site.expert is None or not survey or SEEN not in survey[site.name]:
-                sites.append(site)
-                continue
-            seen = int(survey[site.name][SEEN])
-            if left_alone(site, seen, alike="experts" in self.skeleton.layout.alike):
+            seen = tokens_seen(site, survey)
+            if seen is not None and left_alone(site, seen, alike=self._experts_alike):
                 self.progress.say(f"{site.name} saw {seen} tokens and is left alone")
-                site = replace(site, choices=(site.units,))
-            sites.append(site)
+            else:
+                sites.append(site)
         return sites
+
+    @property
+    def _experts_alike(self) -> bool:
+        """Whether all experts must end with one width."""
+        return "experts" in self.skeleton.layout.alike and not self.job.recipe.writes_zeros(self.job.settings)
 
     @property
     def budget(self) -> Budget:
@@ -319,6 +319,7 @@ class Shot:
             seed=job.config.seed,
             window=job.window,
             refinement=refinement,
+            experts_alike=self._experts_alike,
         )
         self.progress.phase("prune", depth, done)
         if surgeon.store is not None:

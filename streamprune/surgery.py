@@ -29,6 +29,8 @@ from .stream.store import ActivationStore
 from .stream.sweep import advance, boundary
 
 DENSE, PRUNED = "dense", "pruned"
+SEEN = "seen"
+"""Among an expert's findings: how many tokens reached it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Surgeon:
     window: range
     """The blocks that may change; those before only pass the stream on, those behind are not even run."""
     refinement: Refinement | None
+    experts_alike: bool
+    """Whether all experts must end with one width."""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -182,7 +186,7 @@ class Surgeon:
         changing = [self._changes(each.site) for each in sub.prunables]
         measured = aims or self.recipe.wants_gram(self.settings)
         reports = []
-        for numbers in _in_turn(sub, changing, measured):
+        for numbers in _in_turn(sub):
             sums = self._measure(dense, sub, here, numbers, aims) if measured and (aims or any(changing)) else {}
             for number in numbers:
                 # Popped, so that no sum outlives its site.
@@ -196,9 +200,10 @@ class Surgeon:
     def _shrink_site(self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool) -> dict[str, Any]:
         site, entry = prunable.site, self.plan[prunable.site.name]
         report: dict[str, Any] = {}
-        if site.expert is not None and sums is not None:
-            report["tokens"] = sums.rows
-            if left_alone(site, sums.rows, alike="experts" in self.skeleton.layout.alike):
+        seen = tokens_seen(site, self.survey) if sums is None else sums.rows
+        if site.expert is not None and seen is not None:
+            report["tokens"] = seen
+            if left_alone(site, seen, alike=self.experts_alike and self._changes(site)):
                 report |= {"left_alone": True, **({"zeros": 0} if entry.zeros is not None else {})}
                 return {**_untouched(site), **report}
         if not self._changes(site) and not aims:
@@ -359,16 +364,24 @@ def _read_by(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:
     return sublayer.normed(sublayer.source(x, entered))
 
 
-def _in_turn(sub: Sublayer, changing: Sequence[bool], measured: bool) -> Iterator[range]:
+def _in_turn(sub: Sublayer) -> Iterator[range]:
     """A sublayer's sites in runs whose Grams are summed at once; those of experts may be too many for the memory."""
     start, held = 0, 0
     for number, prunable in enumerate(sub.prunables):
-        size = 4 * prunable.site.columns**2 if measured and changing[number] else 0
+        size = accumulator(sub.layer.dtype).itemsize * prunable.site.columns**2
         if held and held + size > GRAMS_AT_ONCE:
             yield range(start, number)
             start, held = number, 0
         held += size
     yield range(start, len(sub.prunables))
+
+
+def tokens_seen(site: Site, survey: Survey) -> int | None:
+    """How many tokens reached an expert in the survey; None where there was none, or it counted nothing."""
+    if site.expert is None or not survey:
+        return None
+    findings = survey[site.name]
+    return int(findings[SEEN]) if SEEN in findings else None
 
 
 def left_alone(site: Site, tokens: int, *, alike: bool) -> bool:

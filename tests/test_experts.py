@@ -16,6 +16,7 @@ from test_run import windows
 import streamprune
 from streamprune import Config, TuneConfig, lora, surgery
 from streamprune.errors import CalibrationError
+from streamprune.memory import Needs, device_peak, in_memory_peak
 from streamprune.model.skeleton import open_skeleton
 from streamprune.workplace import job_folder
 
@@ -129,3 +130,75 @@ def test_experts_are_tuned_too(pruned: bool, tiny: Tiny, text: Path, configured:
     }
     assert any(".w1." in name for name in changed)
     assert not any(".gate." in name for name in changed)
+
+
+def test_experts_that_do_not_change_count_among_the_grams(
+    tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("mixtral")
+    sites = open_skeleton(path, torch.device("cpu"), "float32").all_sites()
+    kept = {site.name: {"keep": 8 if site.place == "ffn.3" else site.units} for site in sites}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.1, "sites": kept}))
+    most, real = 0, surgery.Surgeon._measure
+
+    def measured(self: Any, *arguments: Any) -> Any:
+        nonlocal most
+        sums = real(self, *arguments)
+        most = max(most, *(len(sums), 0))
+        return sums
+
+    monkeypatch.setattr(surgery.Surgeon, "_measure", measured)
+    monkeypatch.setattr(surgery, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
+    streamprune.prune(configured(path, recipe="wanda-sp", ratio=0.1, plan=plan))
+    assert most == 3
+
+
+@pytest.mark.parametrize("layout", ["free", "uniform"])
+def test_zeros_too_leave_an_expert_alone(layout: Any, tiny: Tiny, configured: Make) -> None:
+    path = tiny("olmoe")
+    settings = {"structure": "unstructured", "shots": "1"}
+    config = scarcely(configured, path, recipe="surgeon", settings=settings, layout=layout)
+    result = streamprune.prune(config)
+    assert result.ratio_blocks == pytest.approx(0.15, abs=0.001)
+    dense, pruned = (open_skeleton(p, torch.device("cpu"), "float32") for p in (path, config.out))
+    sites = json.loads((config.out / "report.json").read_text())["sites"]
+    experts = [site for site in sites if ".ffn." in site["site"]]
+    assert {bool(site.get("left_alone")) for site in experts} == {False, True}
+    for site in experts:
+        assert bool(site.get("left_alone")) == (site["tokens"] < 24)
+        assert bool(site["zeros"]) == (site["tokens"] >= 24)
+        block, number = (int(part) for part in site["site"].split(".")[1::2])
+        name = f"model.layers.{block}.mlp.experts.{number}.up_proj.weight"
+        same = torch.equal(dense.checkpoint.read(name), pruned.checkpoint.read(name))
+        assert same == (site["tokens"] < 24)
+
+
+def test_a_tokens_activations_are_those_of_the_experts_it_reaches(tiny: Tiny) -> None:
+    needs = Needs(samples=8, length=64, text=True, rank=8)
+    grown = []
+    for experts in (4, 16):
+        path = tiny("olmoe", num_experts=experts)
+        skeleton = open_skeleton(path, torch.device("cpu"), "float32")
+        grown.append(in_memory_peak(skeleton, needs, 2) - in_memory_peak(skeleton, needs, 1))
+    assert grown[0] == grown[1]
+
+
+def test_what_experts_become_counts_beside_what_they_are(tiny: Tiny) -> None:
+    skeleton = open_skeleton(tiny("olmoe", num_experts=16), torch.device("cpu"), "float32")
+    experts = sum(site.units * site.unit_parameters for site in skeleton.sites(0) if site.expert is not None)
+    needs = Needs(samples=1, length=2, text=True, gram=True)
+    assert device_peak(skeleton, needs, 1, 1) > 4 * (skeleton.block_parameters(0) + experts)
+
+
+def test_experts_that_a_plan_keeps_whole_may_see_no_tokens(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    path = tiny("mixtral")
+    sites = open_skeleton(path, torch.device("cpu"), "float32").all_sites()
+    kept: dict[str, Any] = {site.name: {"keep": site.units} for site in sites}
+    kept |= {site.name: {"keep": 1, "units": [0]} for site in sites if site.kind == "attention"}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.1, "sites": kept}))
+    config = configured(path, recipe="surgeon", ratio=0.1, plan=plan, layout="uniform", samples=2, seq_len=8)
+    streamprune.prune(config)
+    found = json.loads((config.out / "report.json").read_text())["sites"]
+    assert all(site["tokens"] < 24 and site["left_alone"] for site in found if ".ffn." in site["site"])

@@ -149,6 +149,26 @@ def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
         generate(skeleton, 4, 12, 0, tmp_path / "generate", 3, Silent())
 
 
+@pytest.mark.parametrize("name", ["llama", "falcon", "gpt_neox"])
+def test_the_disk_that_keys_and_values_take(
+    name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = open_skeleton(tiny(name), CPU, "float32")
+    most, real = 0, generating.KeysAndValues.update
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        nonlocal most
+        found = real(self, *arguments)
+        most = max(most, sum(path.stat().st_size for path in self.folder.iterdir()))
+        return found
+
+    monkeypatch.setattr(generating.KeysAndValues, "update", watched)
+    generate(skeleton, 3, 9, 0, tmp_path / "generate", 2, Silent())
+    needs = Needs(samples=3, length=9, text=True, prunes=False, generates=True)
+    told = forecast(skeleton, needs, device_limit=2**40, disk_limit=2**40).disk_bytes
+    assert most == told * 8 // 9  # nothing is asked of the last token
+
+
 def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = open_skeleton(tiny("llama"), CPU, "float32")
     most, real = 0, generating.KeysAndValues.update

@@ -12,7 +12,7 @@ import torch
 import streamprune
 from streamprune.config import format_bytes, parse_bytes
 from streamprune.errors import ConfigError, ResourceError
-from streamprune.memory import Needs, forecast
+from streamprune.memory import Needs, forecast, in_memory_peak
 from streamprune.model.skeleton import open_skeleton
 
 NEEDS = Needs(samples=64, length=64, text=True, survey=frozenset({"mask-gradient"}), gram=True, compensates=True)
@@ -39,6 +39,18 @@ def test_too_little_memory_says_how_much_is_needed(tiny: Callable[..., Path]) ->
     assert match is not None
     enough = parse_bytes(match[1]) + 100
     assert not forecast(skeleton, NEEDS, device_limit=enough, disk_limit=2**40).problems
+
+
+@pytest.mark.parametrize(("name", "eager"), [("gemma2", True), ("llama", False)])
+def test_attention_maps_count_where_they_are_written_out(name: str, eager: bool, tiny: Callable[..., Path]) -> None:
+    skeleton = open_skeleton(tiny(name), torch.device("cpu"), "float32")
+
+    def more_with_a_sequence_more(length: int) -> int:
+        needs = Needs(samples=8, length=length, text=True, rank=8)
+        return in_memory_peak(skeleton, needs, 2) - in_memory_peak(skeleton, needs, 1)
+
+    # As many numbers as there are pairs of tokens.
+    assert (more_with_a_sequence_more(64) > 2 * more_with_a_sequence_more(32)) == eager
 
 
 def test_result_and_activations_share_a_disk(

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, contents, make_tiny
+from safetensors.torch import load_file, save_file
 
 import streamprune
 from streamprune import Config
@@ -236,10 +237,14 @@ def test_the_tokenizer_stays_what_it_is(name: str, declared: str | None, configu
     assert after(words)["input_ids"] == before(words)["input_ids"]
 
 
-def test_a_tied_head_that_is_stored_and_differs_is_not_tied(configured: Make, tmp_path: Path) -> None:
-    path = make_tiny(tmp_path / "model", "llama", tie_word_embeddings=False)
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+def test_a_tied_head_that_is_stored_and_differs_is_not_tied(name: str, configured: Make, tmp_path: Path) -> None:
+    path = make_tiny(tmp_path / "model", name, tie_word_embeddings=False)
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    # Falcon's config class ties where the file says nothing.
+    config.pop("tie_word_embeddings", None)
+    said = {} if name == "falcon" else {"tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps({**config, **said}))
     job = configured(path)
     dense = streamprune.load(path, dtype=torch.float32)
     tokens = IDS
@@ -258,8 +263,6 @@ def test_a_tied_head_that_is_stored_and_differs_is_not_tied(configured: Make, tm
 
 
 def test_names_without_the_models_prefix(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = make_tiny(tmp_path / "model", "gpt2")
     tensors: dict[str, torch.Tensor] = {}
     for shard in path.glob("*.safetensors"):
@@ -276,6 +279,28 @@ def test_names_without_the_models_prefix(tiny: Tiny, configured: Make, tmp_path:
     for name in full:
         if name.endswith("safetensors"):
             assert full[name] == found[name]
+
+
+def test_masks_that_old_checkpoints_carry_are_not_read(configured: Make, tmp_path: Path) -> None:
+    path = make_tiny(tmp_path / "model", "gpt_neox")
+    plain = configured(path, "plain")
+    streamprune.prune(plain)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    place = "gpt_neox.layers.0.attention."
+    shard = path / index["weight_map"][f"{place}dense.weight"]
+    # As Pythia's files have them.
+    carried = {
+        f"{place}bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+        f"{place}masked_bias": torch.tensor(-1e9),
+        f"{place}rotary_emb.inv_freq": torch.ones(1),
+    }
+    save_file({**load_file(shard), **carried}, shard, metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(carried, shard.name)
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    old = configured(path, "old")
+    streamprune.prune(old)
+    for file in plain.out.glob("*.safetensors"):
+        assert file.read_bytes() == (old.out / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

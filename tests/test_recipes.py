@@ -325,6 +325,17 @@ def test_greedy_output_is_the_plain_implementation(
     same_logits(config, twins.pruned, tokens)
 
 
+@pytest.mark.parametrize(("name", "layout"), [("falcon-rw", "free"), ("gpt2", "uniform")])
+def test_a_threshold_takes_no_heads_where_none_can_go(name: str, layout: Any, tiny: Tiny, configured: Make) -> None:
+    path = tiny(name)
+    plan, found = planned(
+        configured(path, recipe="greedy-output", ratio=0.3, layout=layout, settings={"tau": "0.5"}, round_to=1)
+    )
+    assert any(len(redundant(d, 0.5)) for name, d in found.items() if name.endswith("divergence"))
+    assert all(plan[f"blocks.{block}.attention"].keep == 4 for block in range(3))
+    assert all(plan[f"blocks.{block}.ffn"].keep < 48 for block in range(3))
+
+
 def test_greedy_output_goes_by_a_threshold_that_is_given(tiny: Tiny, configured: Make) -> None:
     path = tiny("llama-biased", torch.float64)
     config = configured(path, recipe="greedy-output", dtype="float64", ratio=0.4)

@@ -96,7 +96,10 @@ def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Sur
     ffn = [site for site in sites if site.kind == "ffn"]
     divergences = {site.name: survey[site.name]["divergence"] for site in attention}
     if settings.tau:
-        gone = {name: len(redundant(d, settings.tau)) for name, d in divergences.items()}
+        gone = {
+            site.name: _as_many_as_can_go(site, len(redundant(divergences[site.name], settings.tau)))
+            for site in attention
+        }
         if "attention" in budget.alike and len(set(gone.values())) > 1:
             raise ConfigError(
                 f"tau is {settings.tau:g}; it removes {sorted(set(gone.values()))} heads a block, and the layout needs one number"
@@ -119,6 +122,10 @@ def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Sur
         plan[site.name] = SitePlan(len(units), tuple(units.tolist()))
     left = allocate(ffn, even_densities(ffn), replace(budget, gone=budget.gone + removed))
     return Plan({**plan, **{name: SitePlan(units) for name, units in left.items()}}, budget.ratio)
+
+
+def _as_many_as_can_go(site: Site, units: int) -> int:
+    return max(site.units - keep for keep in site.choices or range(1, site.units + 1) if site.units - keep <= units)
 
 
 def second_moment(settings: GreedyOutputSettings, problem: Problem, keep: int) -> Tensor:

@@ -134,9 +134,8 @@ class Plan(Mapping[str, SitePlan]):
             if entry.zeros is not None:
                 _check_zeros(site, entry, where)
             if site.choices is not None and entry.keep not in site.choices:
-                raise ConfigError(
-                    f"{where}: {site.name} keeps {entry.keep} of {site.units}; a stock config cannot say so"
-                )
+                reason = "no unit of it can go" if site.choices == (site.units,) else "a stock config cannot say so"
+                raise ConfigError(f"{where}: {site.name} keeps {entry.keep} of {site.units}; {reason}")
 
     def is_alike(self, sites: Sequence[Site]) -> bool:
         """Whether all sites of each family end with the same width."""

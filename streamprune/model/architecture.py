@@ -67,6 +67,8 @@ class SublayerEntry:
     cannot say fewer units."""
     fixed: bool = False
     """Whether no unit can go: something outside the block counts them."""
+    repeats: bool = False
+    """Whether every query head has a key and a value of its own in the cache, not only every unit."""
     experts: str | None = None
     """The list of experts, each of them with `producers` and `consumer`; None where there is one site."""
     router: str | None = None
@@ -214,6 +216,7 @@ def _falcon(config: Any, block: int) -> tuple[SublayerEntry, ...]:
         producers=(Producer("self_attention.query_key_value"),),
         consumer="self_attention.dense",
         counts=("self_attention.num_heads", "self_attention.num_kv_heads"),
+        repeats=bool(config.new_decoder_architecture),
         fixed=bool(config.alibi),  # the model gives every block one slope a head
     )
     ffn = SublayerEntry(

@@ -364,7 +364,7 @@ class Sublayer:
         given = [prunable.consume(z) for prunable, z in zip(self.prunables, mixed.z, strict=True)]
         total = given[0].new_zeros(mixed.shape[0] * mixed.shape[1], given[0].shape[1])
         for tokens, each in zip(mixed.rows, given, strict=True):
-            total = total.index_add(0, tokens, each)
+            total.index_add_(0, tokens, each)
         return total.view(*mixed.shape, -1)
 
     def join(self, x: Tensor, o: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CPU = torch.device("cpu")
+UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""Ends of names of buffers that old checkpoints carry and no model reads any more."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -165,6 +167,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
             begin, end = header[name]["data_offsets"]
             dtype = header[name]["dtype"]
             if dtype not in DTYPES:
+                if name.endswith(UNREAD):
+                    continue  # Pythia's masks are truth values
                 raise CheckpointError(
                     f"{path}: tensor {name!r} has dtype {dtype}; quantised or packed weights cannot be pruned, only {', '.join(DTYPES)}"
                 )

@@ -28,11 +28,8 @@ from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .architecture import SublayerEntry, architecture_of, is_stock
 from .block import Arguments, Block, Layer, Sublayer, linear_shape, place
-from .checkpoint import Checkpoint
+from .checkpoint import UNREAD, Checkpoint
 from .modeling_streamprune import PREFIX, Experts, separate_experts
-
-_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-"""Buffers that old checkpoints carry and no model reads any more."""
 
 
 class Skeleton:
@@ -120,6 +117,11 @@ class Skeleton:
     def sites(self, index: int) -> list[Site]:
         """The block's sites, in the order of its sublayers, and in a mixture of experts in theirs."""
         return [site for site, _ in self.places(index)]
+
+    @property
+    def writes_maps(self) -> bool:
+        """Whether attention computes its maps in full, since the architecture knows no other way."""
+        return bool(self._base.config._attn_implementation == "eager")
 
     def places(self, index: int) -> list[tuple[Site, SublayerEntry]]:
         """The block's sites with their names, an expert's in full."""
@@ -433,7 +435,7 @@ class Skeleton:
                     f"{where}: tensor {name!r} has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
                 )
         for name in self.checkpoint:
-            if name not in expected and name != self._head_weight and not name.endswith(_IGNORED):
+            if name not in expected and name != self._head_weight and not name.endswith(UNREAD):
                 raise CheckpointError(
                     f"{where}: tensor {name!r} has no place in the {model} model that the config says"
                 )
