@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
-from .maths.linalg import accumulator, fit, output_error, unit_columns
+from .maths.linalg import accumulator, cholesky, fit, output_error, unit_columns
 from .maths.stats import Gram
 from .memory import GRAMS_AT_ONCE
 from .methods.plan import Plan
@@ -168,14 +168,13 @@ class Surgeon:
     def _compensate(self, sub: Sublayer, inputs: Gram) -> float:
         h, c = inputs.mean()
         assert c is not None
-        damping = self._compensation or 0.0
+        dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
+        h, c = h.to(dtype), c.to(dtype)
+        factor, damping = cholesky(h, self._compensation or 0.0, sub.name)
         for prunable in sub.prunables:
             for name in prunable.producers:
                 w = prunable.weight(name)
-                place = f"{prunable.site.name}.{name}"
-                fitted, used = fit(w, h.to(w.dtype), w @ c.to(w.dtype), self._compensation or 0.0, place)
-                damping = max(damping, used)
-                prunable.set_weight(name, fitted)
+                prunable.set_weight(name, fit(w, h, w @ c, factor))
         return damping
 
     def _shrink(self, dense: Sublayer, sub: Sublayer, here: _Place, inputs: Tensor | None) -> list[dict[str, Any]]:
@@ -216,7 +215,9 @@ class Surgeon:
             assert h is not None
             if aims and self._target is not None:
                 assert aim is not None
-                w, report["target_damping"] = fit(w, h, aim, self._target.damping, site.name)
+                factor, report["target_damping"] = cholesky(h, self._target.damping, site.name)
+                w = fit(w, h, aim, factor)
+                del factor
             del aim
         if not self._changes(site):
             prunable.set_weight(prunable.consumer, w)

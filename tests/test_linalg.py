@@ -126,7 +126,7 @@ def test_compensation_equals_ridge_regression() -> None:
     x_hat = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     tokens = len(x)
     h, c = x_hat.T @ x_hat / tokens, x.T @ x_hat / tokens
-    fitted, _ = fit(w, h, w @ c, 0.02, "here")
+    fitted = fit(w, h, w @ c, cholesky(h, 0.02, "here")[0])
     ridge = float((0.02 * h.diagonal().mean() * tokens).sqrt())
     # min ‖δW X̂ − W (X − X̂)‖² + ridge·tokens·‖δW‖²
     rows = np.vstack([x_hat.numpy(), ridge * np.eye(10)])

@@ -163,7 +163,7 @@ def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tup
     return w[:, kept] + torch.cholesky_solve(right, factor).T, used
 
 
-def fit(w: Tensor, h: Tensor, aim: Tensor, damping: float, place: str) -> tuple[Tensor, float]:
+def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
     """Fit all of `w` to what it should give on the input it has: ``W' = W + (B − W H) H_λ⁻¹``, a ridge pulling to W.
 
     It minimises ``E‖t − W' x̂‖² + λ̄ ‖W' − W‖²`` for a target `t`. Input compensation (SoBP) is the fit of a layer
@@ -174,12 +174,12 @@ def fit(w: Tensor, h: Tensor, aim: Tensor, damping: float, place: str) -> tuple[
         w: (rows, d).
         h: (d, d), mean Gram of x̂.
         aim: B (rows, d), mean of ``t x̂ᵀ``.
+        factor: of H_λ, by `cholesky`; linears that read the same share it.
 
     Returns:
-        W' (rows, d), and the damping that it took.
+        W' (rows, d).
     """
-    factor, used = cholesky(h, damping, place)
-    return w + torch.cholesky_solve((aim - w @ h).T, factor).T, used
+    return w + torch.cholesky_solve((aim - w @ h).T, factor).T
 
 
 def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:
