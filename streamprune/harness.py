@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import calibration, machine
-from .errors import CalibrationError, ConfigError
+from .errors import CalibrationError, ConfigError, one_line
 from .hub import resolve_model
 from .model.skeleton import open_skeleton
 from .progress import Progress, Silent
@@ -76,9 +76,8 @@ def find_tasks(
     try:
         loaded = manager.load(list(names))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CalibrationError(
-            f"{', '.join(names)}: lm_eval cannot load these tasks and their data ({reason})"
+            f"{', '.join(names)}: lm_eval cannot load these tasks and their data ({one_line(error, 300)})"
         ) from error
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in SCORED:
@@ -126,6 +125,7 @@ def evaluate_tasks(
         CheckpointError, CalibrationError, ConfigError: unusable model, task or device.
         ResourceError: too little memory or disk.
         NumericalError: NaN or Inf on the way.
+        Stopped: `progress` asked for it; nothing is kept of an evaluation.
     """
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
     skeleton = open_skeleton(resolve_model(model, progress), machine.resolve_device(device), dtype)
@@ -155,6 +155,6 @@ def evaluate_tasks(
             f"lm_eval {importlib.metadata.version('lm_eval')}"
             + ("" if found.limit is None else f", the first {found.limit} documents of each task")
             + f"; sequences of at most {streamed.max_length} tokens"
-            + f"; computed in {str(skeleton.dtype).removeprefix('torch.')}"
+            + f"; computed in {machine.dtype_name(skeleton.dtype)}"
         ),
     )
