@@ -109,11 +109,15 @@ def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[s
         extent = [f"{site[done]:,}", f"{site[whole]:,}", show.bar(site[done] / max(site[whole], 1))]
         cost = [drawn.get(site["site"], "").ljust(STEPS + 1)] if drawn else []
         rows.append([site["site"], *extent, error, damping, f"{site['seconds']:.2f}", *cost])
-    if curves is None or not drawn:
-        return show.table(rows)
-    rows[0][-1] = rows[0][-1].ljust(STEPS + 1)
-    note = f"cost: {curves['label']} of each further unit, the cheapest first, logarithmic; the site was cut at |"
-    return [*show.table(rows), note]
+    notes = []
+    if alone := sum(site.get("left_alone", False) for site in sites):
+        notes.append(f"{alone} experts saw too few tokens and were left alone")
+    if curves is not None and drawn:
+        rows[0][-1] = rows[0][-1].ljust(STEPS + 1)
+        notes.append(
+            f"cost: {curves['label']} of each further unit, the cheapest first, logarithmic; the site was cut at |"
+        )
+    return [*show.table(rows), *notes]
 
 
 def _drawn(sites: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, str]:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from . import hub
+from . import hub, machine
 from .curves import CURVES
 from .errors import CheckpointError
 from .model.checkpoint import CONFIG, read_json
 from .model.skeleton import open_skeleton
 from .output import REPORT, is_report, is_tuning
 from .progress import Progress
-from .status import read_journal
+from .status import read_journal, status
 from .workplace import job_folder
 
 
@@ -48,7 +48,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
 
 def _model(path: Path) -> dict[str, Any]:
     skeleton = open_skeleton(path, torch.device("cpu"), "auto")
-    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in skeleton.checkpoint.values()})
+    dtypes = sorted({machine.dtype_name(entry.dtype) for entry in skeleton.checkpoint.values()})
     blocks = []
     for index in range(len(skeleton)):
         sites = skeleton.sites(index)
@@ -95,7 +95,7 @@ def _job(out: Path) -> dict[str, Any] | None:
     shot = pruned[-1]["step"].partition("/")[0] if pruned else ""
     reports = [report for step in pruned if step["step"].startswith(f"{shot}/") for report in step["sites"]]
     return {
-        "state": "complete, to be renamed" if journal.find("complete") else "under way",
+        "state": status(out).state,
         "settings": journal.header["job"]["settings"],
         "finished": [step["step"] for step in journal.steps()],
         "sites": reports,

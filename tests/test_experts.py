@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import contents
 from safetensors.torch import load_file
+from streamprune_cli import main
 from test_run import windows
 
 import streamprune
@@ -68,6 +70,8 @@ def test_an_expert_that_saw_too_few_tokens_is_left_alone(recipe: str, tiny: Tiny
             name = f"model.layers.{block}.mlp.experts.{number}.down_proj.weight"
             assert torch.equal(dense.checkpoint.read(name), pruned.checkpoint.read(name))
     assert "were left alone" in (config.out / "README.md").read_text()
+    assert f"{len(alone)} experts saw too few" in streamprune.report(config.out).read_text()
+    assert f"{len(alone)} experts saw too few" in CliRunner().invoke(main, ["inspect", str(config.out)]).stdout
     # A survey knows beforehand, and the others lose what is to go; without one, less goes than was asked for.
     if recipe == "wanda-sp":
         assert result.ratio_blocks < 0.14

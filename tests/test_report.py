@@ -314,7 +314,7 @@ def test_samples_that_do_not_fit_are_refused_at_once(
 def test_a_job_under_way_is_sent_to_inspect(tiny: Tiny, configured: Make) -> None:
     config = configured(tiny("llama"))
     streamprune.plan_only(config)
-    with pytest.raises(ConfigError, match="is not finished; streamprune inspect"):
+    with pytest.raises(ConfigError, match="is not finished; streamprune status"):
         streamprune.report(config.out)
 
 
