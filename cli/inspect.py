@@ -38,7 +38,7 @@ def inspect(model: Path, as_json: bool) -> None:
     if found["model"] is not None:
         lines += _model(found["model"])
     if found["job"] is not None:
-        lines += _job(found["job"])
+        lines += ["", *_job(found["job"])] if lines else _job(found["job"])
     show.result(found, as_json, lines)
 
 
@@ -73,7 +73,7 @@ def _units(each: list[int]) -> str:
 
 
 def _job(job: dict[str, Any]) -> list[str]:
-    lines = ["", f"job: {job['state']}"]
+    lines = [f"job: {job['state']}"]
     report = job.get("report") or {}
     made = report.get("job") or {"settings": job.get("settings", {})}
     while "tuning" in report:

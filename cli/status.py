@@ -45,7 +45,7 @@ def _lines(found: Status) -> list[str]:
         lines.append(f"{shot}{found.phase}{steps}")
     if found.seconds is not None:
         left = "" if found.seconds_left is None else f", about {format_seconds(found.seconds_left)} left"
-        lines.append(f"{format_seconds(found.seconds)} so far{left if found.state != 'finished' else ''}")
+        lines.append(f"{format_seconds(found.seconds)} {'in all' if found.state == 'finished' else f'so far{left}'}")
     if found.row is not None:
         lines += [f"  {line}" for line in _lines(found.row)]
     elif found.log is not None and found.state == "running":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,8 @@ def find_tasks(
         where = "" if include_path is None else f" or below {include_path}"
         raise ConfigError(f"no task {unknown[0]!r} is among lm_eval's{where}; `lm_eval ls tasks` lists its own")
     try:
-        loaded = manager.load(list(names))
+        with _quietly():
+            loaded = manager.load(list(names))
     except Exception as error:
         raise CalibrationError(
             f"{', '.join(names)}: lm_eval cannot load these tasks and their data ({one_line(error, 300)})"
@@ -136,14 +139,15 @@ def evaluate_tasks(
     from .streamed import StreamedModel
 
     streamed = StreamedModel(skeleton, tokenizer, memory=memory, cache=cache, progress=progress or Silent())
-    outcome = simple_evaluate(
-        model=streamed,
-        tasks=list(found.names),
-        task_manager=found.manager,
-        limit=found.limit,
-        num_fewshot=found.num_fewshot,
-        log_samples=False,
-    )
+    with _quietly():
+        outcome = simple_evaluate(
+            model=streamed,
+            tasks=list(found.names),
+            task_manager=found.manager,
+            limit=found.limit,
+            num_fewshot=found.num_fewshot,
+            log_samples=False,
+        )
     table = make_table(outcome)
     if outcome.get("groups"):
         table += "\n" + make_table(outcome, "groups")
@@ -158,3 +162,29 @@ def evaluate_tasks(
             + f"; computed in {machine.dtype_name(skeleton.dtype)}"
         ),
     )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """A context in which lm_eval does not speak, since `progress` does: no bars, no notes, and no questions about the
+    machine and the working directory's repository, which take seconds and of which git complains on stderr."""
+    from lm_eval import evaluator
+    from lm_eval.api import task
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    muted: dict[tuple[Any, str], Any] = {
+        (task, "tqdm"): lambda items, *_, **__: items,
+        (evaluator, "get_git_commit_hash"): lambda: None,
+        (evaluator, "add_env_info"): lambda results: None,
+    }
+    usual = {(module, name): getattr(module, name) for module, name in muted if hasattr(module, name)}
+    logger.setLevel(logging.ERROR)
+    for module, name in usual:
+        setattr(module, name, muted[module, name])
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for (module, name), value in usual.items():
+            setattr(module, name, value)

@@ -283,7 +283,7 @@ class Shot:
             seen = int(survey[site.name][SEEN])
             if left_alone(site, seen, alike="experts" in self.skeleton.layout.alike):
                 self.progress.say(f"{site.name} saw {seen} tokens and is left alone")
-                site = replace(site, choices=(site.units,))
+                site = replace(site, choices=(site.units,), left_alone=True)
             sites.append(site)
         return sites
 

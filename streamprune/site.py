@@ -38,6 +38,8 @@ class Site:
     """Which of the block's experts it is, in a mixture of them."""
     share: float = 1.0
     """Of the tokens, how many reach it: fewer than all where a router sends them."""
+    left_alone: bool = False
+    """Whether nothing of it may go, since too few tokens reached it."""
 
     @property
     def name(self) -> str:

@@ -133,3 +133,26 @@ def test_experts_are_tuned_too(pruned: bool, tiny: Tiny, text: Path, configured:
     }
     assert any(".w1." in name for name in changed)
     assert not any(".gate." in name for name in changed)
+
+
+def test_no_weight_becomes_zero_in_an_expert_that_is_left_alone(tiny: Tiny, configured: Make) -> None:
+    path = tiny("mixtral")
+    config = configured(
+        path, ratio=0.1, samples=2, seq_len=8, recipe="surgeon", settings={"structure": "unstructured", "shots": "1"}
+    )
+    said: list[str] = []
+    streamprune.prune(config, progress=streamprune.Callback(lambda event: said.append(event.message)))
+    alone = {message.partition(" ")[0] for message in said if "is left alone" in message}
+    report = json.loads((config.out / "report.json").read_text())
+    assert {site["site"] for site in report["sites"] if not site["zeros"]} >= alone > set()
+    assert report["ratio_blocks"] == pytest.approx(0.1, abs=0.001)
+
+
+def test_bench_counts_experts_before_and_after(tiny: Tiny, configured: Make) -> None:
+    """transformers' own experts take one grouped product, ours one a linear."""
+    path = tiny("mixtral")
+    config = configured(path, ratio=0.3, recipe="magnitude", round_to=1)
+    result = streamprune.prune(config)
+    found = streamprune.bench(config.out, path, prompt_tokens=16, new_tokens=2, repetitions=1)
+    assert found.prefill is not None
+    assert 1 < found.prefill.by_operations < 1 / (1 - 1.5 * result.ratio_blocks)

@@ -208,6 +208,18 @@ def test_a_sweep_ends_when_it_is_asked_to(tiny: Tiny) -> None:
 
 
 @pytest.mark.usefixtures("choices")
+def test_nothing_but_progress_is_said(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Outside a repository git would complain, which lm_eval asks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    tasks = streamprune.find_tasks(["mc_piqa"], include_path=TASK_FILES, limit=2)
+    streamprune.evaluate_tasks(tiny("llama"), tasks)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("choices")
 def test_limit_and_examples(tiny: Tiny) -> None:
     tasks = streamprune.find_tasks(["mc_piqa"], include_path=TASK_FILES, limit=3, num_fewshot=1)
     scored = streamprune.evaluate_tasks(tiny("llama"), tasks)

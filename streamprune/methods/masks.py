@@ -18,7 +18,7 @@ from ..maths.kfac import pattern_costs, pattern_mask
 from ..site import Site
 from .allocation import Budget, check_budget
 from .plan import Plan, SitePlan, units_only
-from .recipe import Findings, Survey
+from .recipe import Survey
 
 UNITS, UNSTRUCTURED = "units", "unstructured"
 STRUCTURES = (UNITS, UNSTRUCTURED, "2:4", "4:8")
@@ -131,7 +131,7 @@ def _histogram(costs: Tensor, structure: str) -> Tensor:
 
 
 def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure: str) -> Plan:
-    """One global threshold: how many weights of each linear become zero.
+    """One global threshold: how many weights of each linear become zero; a site that is left alone has none.
 
     A pattern's own share of the linears' weights is the most that can go: 2:4 at a ratio of one half falls short of it by
     the norms and biases, which the ratio counts.
@@ -139,7 +139,7 @@ def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure
     m, _ = pattern(structure)
     total = torch.zeros(_BINS, dtype=torch.int64)
     for site in sites:
-        for bins, counts in _read(survey[site.name]):
+        for bins, counts in _weighed(site, survey):
             total.index_add_(0, bins, counts)
     wanted = min(budget.target // m, int(total.sum()))
     below = total.cumsum(dim=0) - total
@@ -148,7 +148,7 @@ def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure
     kept = {}
     for site in sites:
         zeros = []
-        for bins, counts in _read(survey[site.name]):
+        for bins, counts in _weighed(site, survey):
             # The bin that the threshold falls into goes first come, first served.
             part = min(left, int(counts[bins == edge].sum()))
             left -= part
@@ -157,10 +157,12 @@ def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure
     return Plan(kept, budget.ratio)
 
 
-def _read(findings: Findings) -> Iterator[tuple[Tensor, Tensor]]:
+def _weighed(site: Site, survey: Survey) -> Iterator[tuple[Tensor, Tensor]]:
+    """Bins and counts of each of a site's linears, all empty where it is left alone."""
+    findings = survey[site.name]
     for i in range(sum(name.startswith("histogram.") for name in findings)):
         bins, counts = findings[f"histogram.{i}"]
-        yield bins, counts
+        yield bins, torch.zeros_like(counts) if site.left_alone else counts
 
 
 def mask(costs: Tensor, zeros: int, structure: str) -> Tensor:
