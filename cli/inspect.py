@@ -104,11 +104,13 @@ def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[s
     drawn = _drawn(sites, curves) if curves is not None else {}
     rows = [["site", done, "of", "share".ljust(16), "error", "damping", "seconds", *(["cost"] if drawn else [])]]
     for site in sites:
-        error = "" if site["error"] is None else f"{site['error']:.4f}"
-        damping = "" if site["damping"] is None else f"{site['damping']:g}"
+        error, damping, seconds = (
+            "" if site.get(name) is None else format(site[name], form)
+            for name, form in (("error", ".4f"), ("damping", "g"), ("seconds", ".2f"))
+        )
         extent = [f"{site[done]:,}", f"{site[whole]:,}", show.bar(site[done] / max(site[whole], 1))]
         cost = [drawn.get(site["site"], "").ljust(STEPS + 1)] if drawn else []
-        rows.append([site["site"], *extent, error, damping, f"{site['seconds']:.2f}", *cost])
+        rows.append([site["site"], *extent, error, damping, seconds, *cost])
     notes = []
     if alone := sum(site.get("left_alone", False) for site in sites):
         notes.append(f"{alone} experts saw too few tokens and were left alone")

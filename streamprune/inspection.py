@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import hub, machine
+from .account import read_account
 from .curves import CURVES
 from .errors import CheckpointError
 from .model.checkpoint import CONFIG, read_json
@@ -29,7 +30,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
         (`curves`) if it is finished, else with its settings, finished steps and sites.
 
     Raises:
-        CheckpointError: neither a checkpoint nor a job.
+        CheckpointError: neither a checkpoint nor a job, or its report is damaged.
     """
     path = Path(path)
     if hub.is_name(path) and not job_folder(path).is_dir():
@@ -40,9 +41,11 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
     model = _model(path)
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
-        job = {"state": "finished", "report": report} if is_report(report) or is_tuning(report) else None
-        if job is not None and (path / CURVES).is_file():
-            job["curves"] = read_json(path / CURVES)
+        if is_report(report) or is_tuning(report):
+            read_account(path)  # only to refuse what is damaged
+            job = {"state": "finished", "report": report}
+            if (path / CURVES).is_file():
+                job["curves"] = read_json(path / CURVES)
     return {"model": model, "job": job}
 
 

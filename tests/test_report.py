@@ -271,6 +271,21 @@ def test_a_damaged_report_is_an_error(edit: Callable[[dict[str, Any]], Any], mes
     with pytest.raises(CheckpointError, match=message):
         streamprune.report(change(copied, edit))
     assert not (copied / "report.html").exists()
+    with pytest.raises(CheckpointError, match=message):
+        streamprune.inspect(copied)
+
+
+def test_what_a_report_may_lack(copied: Path) -> None:
+    def thin(report: dict[str, Any]) -> None:
+        del report["seconds"], report["blocks"]
+        for site in report["sites"]:
+            del site["seconds"]
+
+    change(copied, thin)
+    assert streamprune.status(copied).seconds is None
+    shown = CliRunner().invoke(main, ["inspect", str(copied)])
+    assert shown.exit_code == 0
+    assert "blocks.0.ffn" in shown.stdout
 
 
 def test_damaged_curves_and_comparisons_are_errors(copied: Path, tmp_path: Path) -> None:
