@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--against", type=options.DIRECTORY, metavar="DIR", help="The dense model that MODEL was made of.")
+@click.option("--against", type=options.DIRECTORY, metavar="MODEL", help="The dense model that MODEL was made of.")
 @click.option("--prompt-tokens", default=512, show_default=True, help="Tokens of each prompt.")
 @click.option("--new-tokens", default=64, show_default=True, help="Steps after the prompts, a token each.")
 @click.option("--batch", default=1, show_default=True, help="Sequences at once.")
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 def bench(
     model: Path, against: Path | None, widths: bool, memory: str | None, as_json: bool, quiet: bool, **chosen: Any
 ) -> None:
-    """Inference speed of the checkpoint directory MODEL in transformers, beside what the removed work would allow.
+    """Inference speed of MODEL, a checkpoint directory or a name on the hub, in transformers, beside what is allowed.
 
-    Prefill is limited by operations, decoding a few sequences by bytes read: a model with 70 % of both could be 1.43 times as
-    fast. Both models must fit in memory together; they take turns, so that a busy machine slows both.
+    Prefill is limited by operations, decoding a few sequences by bytes read: a model with 70 % of both could be 1.43
+    times as fast. Both models must fit in memory together; they take turns, so that a busy machine slows both.
 
     Example:
 

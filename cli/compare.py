@@ -18,9 +18,7 @@ from . import options, show
 @click.option(
     "--recipes", required=True, metavar="NAME,…", help="Recipes; label=NAME to have one several times, with settings."
 )
-@click.option(
-    "--text", required=True, metavar="TEXT[:FIELD]", help="Text to measure perplexity on, whole and in order."
-)
+@click.option("--text", required=True, metavar=options.TEXT, help="Text to measure perplexity on, whole and in order.")
 @click.option(
     "--eval-seq-len", type=int, help="Tokens a window of it.  [default: 2048, or the model's context if shorter]"
 )

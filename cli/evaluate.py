@@ -13,7 +13,7 @@ from . import options, show
 
 @click.command("eval")
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--text", metavar="TEXT[:FIELD]", help="Text to score, whole and in order.")
+@click.option("--text", metavar=options.TEXT, help="Text to score, whole and in order.")
 @click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]")
 @click.option("--tasks", metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
 @click.option(
@@ -40,8 +40,8 @@ def evaluate(
 ) -> None:
     """Perplexity and tasks of MODEL, dense or pruned, a checkpoint directory or a name on the hub, streamed block by block.
 
-    Tasks are those of lm-evaluation-harness (`pip install 'streamprune[harness]'`), with its prompts and metrics; their
-    data must be on this machine.
+    Tasks are those of lm-evaluation-harness (`pip install 'streamprune[harness]'`), with its prompts and metrics, on
+    the data that it finds.
 
     Examples:
 
@@ -55,7 +55,7 @@ def evaluate(
     options.begin()
 
     if text is None and tasks is None:
-        raise ConfigError("nothing to measure: give --text FILE, --tasks A,B or both")
+        raise ConfigError("nothing to measure: give --text TEXT, --tasks A,B or both")
     for option, value, other, needed in (
         ("--seq-len", seq_len, "--text", text),
         ("--include-path", include_path, "--tasks", tasks),

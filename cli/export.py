@@ -18,7 +18,9 @@ from . import options, show
 )
 @options.output_options
 def export(model: Path, out: Path, dtype: str, as_json: bool, quiet: bool) -> None:
-    """Write MODEL, a checkpoint directory, dense or pruned, or a name on the hub, as a GGUF file for llama.cpp, tokenizer included.
+    """Write MODEL, a checkpoint directory or a name on the hub, dense or pruned, as a GGUF file for llama.cpp.
+
+    The tokenizer is in it. What llama.cpp cannot express is refused before anything is written.
 
     Example:
 

@@ -38,7 +38,7 @@ def inspect(model: Path, as_json: bool) -> None:
     if found["model"] is not None:
         lines += _model(found["model"])
     if found["job"] is not None:
-        lines += _job(found["job"])
+        lines += ["", *_job(found["job"])] if lines else _job(found["job"])
     show.result(found, as_json, lines)
 
 
@@ -73,7 +73,7 @@ def _units(each: list[int]) -> str:
 
 
 def _job(job: dict[str, Any]) -> list[str]:
-    lines = ["", f"job: {job['state']}"]
+    lines = [f"job: {job['state']}"]
     report = job.get("report") or {}
     made = report.get("job") or {"settings": job.get("settings", {})}
     while "tuning" in report:
@@ -104,16 +104,22 @@ def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[s
     drawn = _drawn(sites, curves) if curves is not None else {}
     rows = [["site", done, "of", "share".ljust(16), "error", "damping", "seconds", *(["cost"] if drawn else [])]]
     for site in sites:
-        error = "" if site["error"] is None else f"{site['error']:.4f}"
-        damping = "" if site["damping"] is None else f"{site['damping']:g}"
+        error, damping, seconds = (
+            "" if site.get(name) is None else format(site[name], form)
+            for name, form in (("error", ".4f"), ("damping", "g"), ("seconds", ".2f"))
+        )
         extent = [f"{site[done]:,}", f"{site[whole]:,}", show.bar(site[done] / max(site[whole], 1))]
         cost = [drawn.get(site["site"], "").ljust(STEPS + 1)] if drawn else []
-        rows.append([site["site"], *extent, error, damping, f"{site['seconds']:.2f}", *cost])
-    if curves is None or not drawn:
-        return show.table(rows)
-    rows[0][-1] = rows[0][-1].ljust(STEPS + 1)
-    note = f"cost: {curves['label']} of each further unit, the cheapest first, logarithmic; the site was cut at |"
-    return [*show.table(rows), note]
+        rows.append([site["site"], *extent, error, damping, seconds, *cost])
+    notes = []
+    if alone := sum(site.get("left_alone", False) for site in sites):
+        notes.append(f"{alone} experts saw too few tokens and were left alone")
+    if curves is not None and drawn:
+        rows[0][-1] = rows[0][-1].ljust(STEPS + 1)
+        notes.append(
+            f"cost: {curves['label']} of each further unit, the cheapest first, logarithmic; the site was cut at |"
+        )
+    return [*show.table(rows), *notes]
 
 
 def _drawn(sites: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, str]:

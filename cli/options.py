@@ -12,7 +12,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DIRECTORY = click.Path(path_type=Path, file_okay=True)
 FILE = click.Path(path_type=Path)
-SOURCE = "TEXT[:FIELD][=WEIGHT]"
+TEXT = "TEXT[:FIELD]"
+SOURCE = f"{TEXT}[=WEIGHT]"
 
 
 def bundle(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -47,11 +48,15 @@ output_options = bundle(
     click.option("--quiet", "-q", is_flag=True, help="No progress and no notes: only errors go to stderr."),
 )
 
-computing_options = bundle(
+device_options = bundle(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option(
         "--memory", metavar="SIZE", help="Device memory to stay within, such as 24GiB.  [default: what is free]"
     ),
+)
+
+computing_options = bundle(
+    device_options,
     click.option(
         "--dtype",
         default="auto",

@@ -16,7 +16,7 @@ from . import options, show
 )
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A text to go on with; may be repeated.")
 @click.option("--tokens", default=48, show_default=True, help="Tokens of each sample, at most.")
-@click.option("--text", type=options.FILE, metavar="FILE", help="UTF-8 text to measure perplexity on, streamed.")
+@click.option("--text", metavar=options.TEXT, help="Text to measure perplexity on, streamed, whole and in order.")
 @click.option("--seq-len", type=int, help="Tokens a window of it.  [default: 2048, or the model's context if shorter]")
 @click.option(
     "--comparison",
@@ -25,15 +25,14 @@ from . import options, show
     help="What streamprune compare wrote: its folder or compare.json.",
 )
 @click.option("--html", type=options.FILE, metavar="FILE", help="Where to write.  [default: OUT/report.html]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--memory", metavar="SIZE", help="Device memory to measure perplexity in.  [default: what is free]")
+@options.device_options
 @options.output_options
 def report(
     out: Path,
     against: Path | None,
     prompts: tuple[str, ...],
     tokens: int,
-    text: Path | None,
+    text: str | None,
     seq_len: int | None,
     comparison: Path | None,
     html: Path | None,

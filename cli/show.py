@@ -43,10 +43,10 @@ def progress(quiet: bool) -> Iterator[Progress]:
 @contextmanager
 def watched(quiet: bool = False) -> Iterator[Progress]:
     """The same for work that cannot be resumed: a signal ends it as it always does."""
-    from streamprune.progress import Callback
+    from streamprune.progress import Silent
 
     if quiet:
-        yield Callback(lambda event: None)
+        yield Silent()
         return
     shown = Shown(lambda: False)
     try:
@@ -101,19 +101,12 @@ class Shown:
 def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The command's result: one JSON object, or lines for people."""
     if as_json:
-        click.echo(json.dumps(_finite(value)))
+        from streamprune.model.checkpoint import finite
+
+        click.echo(json.dumps(finite(value)))
     else:
         for line in lines:
             click.echo(line)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null instead, however deep."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bar(part: float, width: int = 16) -> str:
@@ -140,11 +133,3 @@ def table(rows: list[list[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def duration(seconds: float) -> str:
-    """``3725`` → ``"1 h 02 min"``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -34,6 +34,8 @@ def status(out: Path, as_json: bool) -> None:
 
 
 def _lines(found: Status) -> list[str]:
+    from streamprune.config import format_seconds
+
     lines = [f"{found.out}: {found.state}"]
     if found.error is not None:
         lines.append(f"error: {found.error}")
@@ -42,8 +44,8 @@ def _lines(found: Status) -> list[str]:
         steps = f", {found.done} of {found.total} steps done" if found.total is not None else ""
         lines.append(f"{shot}{found.phase}{steps}")
     if found.seconds is not None:
-        left = "" if found.seconds_left is None else f", about {show.duration(found.seconds_left)} left"
-        lines.append(f"{show.duration(found.seconds)} so far{left if found.state != 'finished' else ''}")
+        left = "" if found.seconds_left is None else f", about {format_seconds(found.seconds_left)} left"
+        lines.append(f"{format_seconds(found.seconds)} {'in all' if found.state == 'finished' else f'so far{left}'}")
     if found.row is not None:
         lines += [f"  {line}" for line in _lines(found.row)]
     elif found.log is not None and found.state == "running":

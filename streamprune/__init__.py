@@ -1,7 +1,8 @@
 """streamprune: make a large language model structurally smaller, streaming it block by block.
 
-`prune` is the main job, `compare` does it by several recipes, `evaluate` and `inspect` look at what came out, `load` is transformers'
-`from_pretrained` for pruned checkpoints, `export_gguf` writes them for llama.cpp. Importing this package teaches `AutoModelForCausalLM` to load them too.
+`prune` is the main job, `compare` does it by several recipes, `evaluate`, `report` and `inspect` look at what came out,
+`load` is transformers' `from_pretrained` for pruned checkpoints, `export_gguf` writes them for llama.cpp. Importing this
+package teaches `AutoModelForCausalLM` to load them too.
 """
 
 from __future__ import annotations

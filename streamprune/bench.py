@@ -24,6 +24,7 @@ from .hub import resolve_model
 from .maths.operations import counting
 from .memory import Needs, device_peak
 from .model.skeleton import Skeleton, open_skeleton
+from .model.whole import load_whole
 from .progress import Progress, Silent
 
 MULTIPLES = (8, 16, 32, 64, 128, 256)
@@ -177,7 +178,7 @@ def bench(
             f"{repetitions} rounds"
             + (", models in turn" if other is not None else "")
             + f"; transformers on {where} in "
-            f"{str(skeletons[0].dtype).removeprefix('torch.')}" + (f", {used} threads" if where.type == "cpu" else "")
+            f"{machine.dtype_name(skeletons[0].dtype)}" + (f", {used} threads" if where.type == "cpu" else "")
         ),
     )
 
@@ -227,12 +228,9 @@ class _Runner:
     """A model in memory, with what a round of it computes and reads."""
 
     def __init__(self, skeleton: Skeleton, prompts: Tensor, new_tokens: int) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.path = skeleton.checkpoint.directory
         self.prompts, self.new_tokens = prompts, new_tokens
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=skeleton.dtype, local_files_only=True)
-        self.model.to(prompts.device).eval()
+        self.model = load_whole(self.path, skeleton.dtype).to(prompts.device)
         weights = weight_bytes(self.model)
         with counting() as counter:
             cache, token = self._prefill()
@@ -316,7 +314,7 @@ def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, limi
         )
         raise ResourceError(
             f"the memory limit is {format_bytes(limit)}; with its weights and {batch} × {length} keys and values in "
-            f"{str(skeletons[0].dtype).removeprefix('torch.')}, {each} and {format_bytes(passing)} for activations must be in "
+            f"{machine.dtype_name(skeletons[0].dtype)}, {each} and {format_bytes(passing)} for activations must be in "
             "memory together" + ("; --dtype bfloat16 takes less" if skeletons[0].dtype.itemsize > 2 else "")
         )
 

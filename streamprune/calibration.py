@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .documents import Conversation, Documents
-from .errors import CalibrationError, CheckpointError
+from .errors import CalibrationError, CheckpointError, one_line
 from .text import Source, Spec, Text, source
 
 DEFAULT_LENGTH = 2048
@@ -34,8 +34,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{directory}: no tokenizer that transformers can read ({reason})") from error
+        raise CheckpointError(f"{directory}: no tokenizer that transformers can read ({one_line(error)})") from error
 
 
 def tokenize(tokenizer: Any, text: Spec, vocabulary: int) -> Tensor:
@@ -122,8 +121,9 @@ def _conversation(tokenizer: Any, messages: Conversation, given: Source) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CalibrationError(f"{given}: the model's chat template refuses a conversation ({reason})") from error
+        raise CalibrationError(
+            f"{given}: the model's chat template refuses a conversation ({one_line(error)})"
+        ) from error
     return text
 
 

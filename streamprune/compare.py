@@ -155,7 +155,7 @@ class _Evaluation:
             "text": Text((text,)).identity(),
             "eval_seq_len": self.length,
             "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-            "dtype": str(job.skeleton.dtype).removeprefix("torch."),
+            "dtype": machine.dtype_name(job.skeleton.dtype),
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         }
 
@@ -380,7 +380,7 @@ class _Work:
             "seed": job.config.seed,
             "layout": job.config.layout,
             "round_to": job.config.round_to,
-            "dtype": str(job.skeleton.dtype).removeprefix("torch."),
+            "dtype": machine.dtype_name(job.skeleton.dtype),
             "device": str(job.device),
             "text": str(self.evaluation.text),
         }

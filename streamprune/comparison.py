@@ -16,6 +16,7 @@ from typing import Any
 from . import files
 from .config import format_bytes
 from .errors import ConfigError
+from .model.checkpoint import finite
 
 DENSE = "dense"
 JSON, CSV, MARKDOWN, PLOT = "compare.json", "compare.csv", "compare.md", "compare.png"
@@ -80,7 +81,7 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: None stands for it."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        plain: dict[str, Any] = finite(asdict(self))
         return plain
 
     def cells(self) -> list[list[str]]:
@@ -212,11 +213,3 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
 def _pipes(cells: list[list[str]]) -> list[str]:
     heading, *rows = (f"| {' | '.join(row)} |" for row in cells)
     return [heading, "|---" + "|--:" * (len(cells[0]) - 1) + "|", *rows]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -49,6 +49,14 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """3725 → ``"1 h 02 min"``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 def _fixed(**options: Any) -> Any:
     """A field that decides the bytes of the result: a job under way keeps it."""
     return field(metadata={"resume": "fixed"}, **options)

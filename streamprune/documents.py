@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from . import files
-from .errors import CalibrationError, ConfigError
+from .errors import CalibrationError, ConfigError, one_line
 
 BLOCK = 1 << 16
 """Bytes of a file in one block."""
@@ -260,7 +260,7 @@ class Parquet:
             # Column chunks, which may be large, are read through a small buffer.
             return ParquetFile(self._path, buffer_size=1 << 20)
         except (ArrowException, OSError) as error:
-            raise CalibrationError(f"{self._path} cannot be read as parquet: {_line(error)}") from error
+            raise CalibrationError(f"{self._path} cannot be read as parquet: {one_line(error)}") from error
 
     def identity(self) -> dict[str, Any]:
         return {"sha256": files.sha256(self._path)}
@@ -326,7 +326,7 @@ def _load(place: str) -> Any:
         raise
     except Exception as error:
         raise CalibrationError(
-            f"{place} is no dataset that can be loaded, from a folder, the hub or its cache: {_line(error)}"
+            f"{place} is no dataset that can be loaded, from a folder, the hub or its cache: {one_line(error)}"
         ) from error
 
 
@@ -385,7 +385,3 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, file)
     except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(f"cannot read the text {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -17,6 +17,11 @@ Everything else that escapes is a bug.
 from __future__ import annotations
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Another library's error as part of a message: its first `most` characters without line breaks, or its kind."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class StreamPruneError(Exception):
     """Base of every error that is the user's to mend; the message is one line."""
 

@@ -43,9 +43,9 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a checkpoint directory, dense or pruned, on a text.
 
-    The text is one source (see `text.Source`), of documents joined by two newlines if it has any. It is tokenised whole without special tokens and cut into consecutive windows of `seq_len`
-    (default: 2048 or the model's context if that is shorter), a remainder dropped; the perplexity is exp
-    of the mean negative log-likelihood over all predicted tokens.
+    The text is one source (see `text.Source`), of documents joined by two newlines if it has any. It is tokenised whole
+    without special tokens and cut into consecutive windows of `seq_len` (default: 2048 or the model's context if that is
+    shorter), a remainder dropped; the perplexity is exp of the mean negative log-likelihood over all predicted tokens.
 
     Args:
         memory: bytes the device may use; None takes what is free.
@@ -91,7 +91,7 @@ def evaluate(
         seq_len=length,
         protocol=(
             f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
-            f"mean over all {count} predicted tokens; computed in {str(skeleton.dtype).removeprefix('torch.')}"
+            f"mean over all {count} predicted tokens; computed in {machine.dtype_name(skeleton.dtype)}"
         ),
     )
 

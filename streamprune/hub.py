@@ -12,13 +12,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .errors import CheckpointError
+from .curves import CURVES
+from .errors import CheckpointError, one_line
 from .model.checkpoint import CONFIG, INDEX, SINGLE, read_json
 from .output import COMPANIONS, REPORT
 from .progress import Progress, Silent
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
-_SMALL = (CONFIG, INDEX, REPORT, *COMPANIONS)
+_SMALL = (CONFIG, INDEX, REPORT, CURVES, *COMPANIONS)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -114,8 +115,7 @@ def _fetched(repo: str, revision: str | None) -> Path:
             f"{_why_not()}; run once with the network, or give a directory"
         ) from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{name} cannot be fetched from the hub ({reason})") from error
+        raise CheckpointError(f"{name} cannot be fetched from the hub ({one_line(error)})") from error
     if lacking := _lacking(folder):
         raise CheckpointError(f"{name} {_lack(repo, folder, lacking)}")
     return folder

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from . import hub
+from . import hub, machine
 from .curves import CURVES
 from .errors import CheckpointError
 from .model.checkpoint import CONFIG, read_json
 from .model.skeleton import open_skeleton
 from .output import REPORT, is_report, is_tuning
 from .progress import Progress
-from .status import read_journal
+from .report.account import read_account
+from .status import read_journal, status
 from .workplace import job_folder
 
 
@@ -29,7 +30,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
         (`curves`) if it is finished, else with its settings, finished steps and sites.
 
     Raises:
-        CheckpointError: neither a checkpoint nor a job.
+        CheckpointError: neither a checkpoint nor a job, or its report is damaged.
     """
     path = Path(path)
     if hub.is_name(path) and not job_folder(path).is_dir():
@@ -40,15 +41,17 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
     model = _model(path)
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
-        job = {"state": "finished", "report": report} if is_report(report) or is_tuning(report) else None
-        if job is not None and (path / CURVES).is_file():
-            job["curves"] = read_json(path / CURVES)
+        if is_report(report) or is_tuning(report):
+            read_account(path)  # only to refuse what is damaged
+            job = {"state": "finished", "report": report}
+            if (path / CURVES).is_file():
+                job["curves"] = read_json(path / CURVES)
     return {"model": model, "job": job}
 
 
 def _model(path: Path) -> dict[str, Any]:
     skeleton = open_skeleton(path, torch.device("cpu"), "auto")
-    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in skeleton.checkpoint.values()})
+    dtypes = sorted({machine.dtype_name(entry.dtype) for entry in skeleton.checkpoint.values()})
     blocks = []
     for index in range(len(skeleton)):
         sites = skeleton.sites(index)
@@ -95,7 +98,7 @@ def _job(out: Path) -> dict[str, Any] | None:
     shot = pruned[-1]["step"].partition("/")[0] if pruned else ""
     reports = [report for step in pruned if step["step"].startswith(f"{shot}/") for report in step["sites"]]
     return {
-        "state": "complete, to be renamed" if journal.find("complete") else "under way",
+        "state": status(out).state,
         "settings": journal.header["job"]["settings"],
         "finished": [step["step"] for step in journal.steps()],
         "sites": reports,

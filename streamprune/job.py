@@ -181,7 +181,7 @@ class Job(Workplace):
                 **self.config.fixed(),
                 "settings": asdict(self.settings),
                 "ratio": self.ratio,
-                "dtype": str(self.skeleton.dtype).removeprefix("torch."),
+                "dtype": machine.dtype_name(self.skeleton.dtype),
             },
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import CheckpointError, NumericalError
+from .errors import NumericalError
 from .maths.descent import Descent, batch
 from .maths.linalg import accumulator
 from .model.modeling_streamprune import Experts, separate_experts
 from .model.skeleton import Skeleton
+from .model.whole import load_whole
 
 SAVE_EVERY = 25
 """Steps after which the state is put away."""
@@ -92,16 +93,8 @@ def train(
 def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter]]:
     """The model with updates, and these by name."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    directory = skeleton.checkpoint.directory
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=skeleton.dtype, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{directory}: transformers cannot load this model ({reason})") from error
+    base = load_whole(skeleton.checkpoint.directory, skeleton.dtype)
     for index, entries in enumerate(skeleton.entries):
         for entry in entries:
             block = base.get_submodule(f"{skeleton.architecture.blocks}.{index}")

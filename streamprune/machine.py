@@ -51,6 +51,11 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
     return stored if device.type == "cuda" else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` → ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that work on the device may use now; on the CPU a tenth is left to others."""
     if device.type == "cuda":

@@ -95,8 +95,14 @@ def _without_journal(out: Path, given: str) -> Status:
     report = read_json(out / REPORT) if (out / REPORT).is_file() else None
     if report is None or not (is_report(report) or is_tuning(report)):
         raise ConfigError(f"OUT is {given}, which is no job's result, and no job is making it")
+    spent = report.get("seconds")
     return Status(
-        given, "finished", share=1.0, seconds=report["seconds"], seconds_left=0.0, log=log.last_line(out / log.NAME)
+        given,
+        "finished",
+        share=1.0,
+        seconds=spent if isinstance(spent, (int, float)) else None,
+        seconds_left=0.0,
+        log=log.last_line(out / log.NAME),
     )
 
 

@@ -214,7 +214,7 @@ class Tuning(Workplace):
                 "method": self.method,
                 **self.config.fixed(),
                 "rate": self.rate,
-                "dtype": str(self.student.dtype).removeprefix("torch."),
+                "dtype": machine.dtype_name(self.student.dtype),
             },
             "inputs": {
                 "model": self.student.checkpoint.identity(),

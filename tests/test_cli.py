@@ -84,7 +84,7 @@ def test_plan_only_then_plan(arguments: list[str], tmp_path: Path) -> None:
     assert json.loads(path.read_text())["sites"]["blocks.0.ffn"]["keep"] <= 48
     looked = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--json"])
     job = json.loads(looked.stdout)["job"]
-    assert job["state"] == "under way"
+    assert job["state"] == "interrupted"
     assert job["finished"][-1] == "shot-1/allocate"
     assert not (tmp_path / "out").exists()
 

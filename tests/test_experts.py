@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import contents
 from safetensors.torch import load_file
+from streamprune_cli import main
 from test_run import windows
 
 import streamprune
@@ -69,6 +71,8 @@ def test_an_expert_that_saw_too_few_tokens_is_left_alone(recipe: str, tiny: Tiny
             name = f"model.layers.{block}.mlp.experts.{number}.down_proj.weight"
             assert torch.equal(dense.checkpoint.read(name), pruned.checkpoint.read(name))
     assert "were left alone" in (config.out / "README.md").read_text()
+    assert f"{len(alone)} experts saw too few" in streamprune.report(config.out).read_text()
+    assert f"{len(alone)} experts saw too few" in CliRunner().invoke(main, ["inspect", str(config.out)]).stdout
     # A survey knows beforehand, and the others lose what is to go; without one, less goes than was asked for.
     if recipe == "wanda-sp":
         assert result.ratio_blocks < 0.14
@@ -202,3 +206,13 @@ def test_experts_that_a_plan_keeps_whole_may_see_no_tokens(tiny: Tiny, configure
     streamprune.prune(config)
     found = json.loads((config.out / "report.json").read_text())["sites"]
     assert all(site["tokens"] < 24 and site["left_alone"] for site in found if ".ffn." in site["site"])
+
+
+def test_bench_counts_experts_before_and_after(tiny: Tiny, configured: Make) -> None:
+    """transformers' own experts take one grouped product, ours one a linear."""
+    path = tiny("mixtral")
+    config = configured(path, ratio=0.3, recipe="magnitude", round_to=1)
+    result = streamprune.prune(config)
+    found = streamprune.bench(config.out, path, prompt_tokens=16, new_tokens=2, repetitions=1)
+    assert found.prefill is not None
+    assert 1 < found.prefill.by_operations < 1 / (1 - 1.5 * result.ratio_blocks)

@@ -18,6 +18,7 @@ from conftest import ALPHABET, ROOT, make_tiny, shared
 from streamprune_cli import main
 
 import streamprune
+from streamprune import Callback, Stopped
 from streamprune.calibration import load_tokenizer
 from streamprune.errors import ConfigError, StreamPruneError
 from streamprune.harness.scoring import Query, padded, score
@@ -197,6 +198,28 @@ def test_all_requests_take_one_sweep(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("choices")
+def test_a_sweep_ends_when_it_is_asked_to(tiny: Tiny) -> None:
+    done: list[str] = []
+    watching = Callback(lambda event: done.append(event.message), stopping=lambda: "block 0" in done)
+    tasks = streamprune.find_tasks(["mc_piqa"], include_path=TASK_FILES)
+    with pytest.raises(Stopped):
+        streamprune.evaluate_tasks(tiny("llama"), tasks, progress=watching)
+    assert done[-1] == "block 0"
+
+
+@pytest.mark.usefixtures("choices")
+def test_nothing_but_progress_is_said(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Outside a repository git would complain, which lm_eval asks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    tasks = streamprune.find_tasks(["mc_piqa"], include_path=TASK_FILES, limit=2)
+    streamprune.evaluate_tasks(tiny("llama"), tasks)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("choices")
 def test_limit_and_examples(tiny: Tiny) -> None:
     tasks = streamprune.find_tasks(["mc_piqa"], include_path=TASK_FILES, limit=3, num_fewshot=1)
     scored = streamprune.evaluate_tasks(tiny("llama"), tasks)
@@ -254,7 +277,7 @@ def test_the_command(tiny: Tiny, text: Path) -> None:
     assert shown.stdout.startswith("|")
     assert shown.stdout.rstrip().endswith("computed in float32)")
     for words, message in (
-        ((), "nothing to measure: give --text FILE, --tasks A,B or both"),
+        ((), "nothing to measure: give --text TEXT, --tasks A,B or both"),
         (("--text", text, "--limit", 2), "--limit 2 needs --tasks"),
         (("--tasks", "mc_piqa", "--seq-len", 24), "--seq-len 24 needs --text"),
         (("--tasks", ","), "no tasks are named"),

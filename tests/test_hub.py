@@ -247,6 +247,8 @@ def test_all_commands_take_a_name(cached: Path, text: Path, tmp_path: Path, unsy
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     done("eval", "org/model", "--text", str(text), "--seq-len", "24")
     assert f"snapshots/{COMMIT}" in done("inspect", "org/model")
+    done("report", "out", "--against", "org/model", "--text", str(text), "--seq-len", "24")
+    assert "Held against <strong>org/model</strong>" in (tmp_path / "out" / "report.html").read_text()
     distil = ["--method", "distil", "--steps", "2"]
     done("tune", "out", "tuned", "--text", str(text), "--teacher", "org/model", *small, *distil)
     table = ["--ratios", "0.3", "--recipes", "magnitude", "--eval-seq-len", "24", "--round-to", "4"]
@@ -272,7 +274,7 @@ def test_a_job_under_way_is_no_name(
 ) -> None:
     streamprune.plan_only(configured(model, out="jobs/one", recipe="wanda-sp"))
     found = inspect(Path("jobs/one"))
-    assert found["job"]["state"] == "under way"
+    assert found["job"]["state"] == "interrupted"
 
 
 def test_nothing_is_asked_of_the_network_for_a_directory(

@@ -33,6 +33,8 @@ def count(work: Callable[[], object]) -> int:
 SPD = 2 * torch.eye(6) + torch.ones(6, 6)
 L = torch.linalg.cholesky(SPD)
 A, B, V = torch.ones(5, 7), torch.ones(7, 3), torch.ones(7)
+ROWS, EXPERTS = torch.ones(8, 16, dtype=torch.bfloat16), torch.ones(3, 16, 32, dtype=torch.bfloat16)
+ENDS = torch.tensor([2, 3, 8], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,8 @@ A, B, V = torch.ones(5, 7), torch.ones(7, 3), torch.ones(7)
         (lambda: V @ B, 2 * 7 * 3),
         (lambda: V @ V, 2 * 7),
         (lambda: torch.addmv(torch.ones(5), A, V), 2 * 5 * 7),
+        (lambda: F.grouped_mm(ROWS, EXPERTS, offs=ENDS), 2 * 8 * 16 * 32),
+        (lambda: F.grouped_mm(ROWS.t(), ROWS, offs=ENDS), 2 * 8 * 16 * 16),
         (lambda: A * 2 + 1, 0),
         (lambda: torch.linalg.cholesky_ex(SPD), 72),
         (lambda: torch.linalg.cholesky(SPD.expand(4, 6, 6)), 4 * 72),

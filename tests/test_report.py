@@ -272,6 +272,21 @@ def test_a_damaged_report_is_an_error(edit: Callable[[dict[str, Any]], Any], mes
     with pytest.raises(CheckpointError, match=message):
         streamprune.report(change(copied, edit))
     assert not (copied / "report.html").exists()
+    with pytest.raises(CheckpointError, match=message):
+        streamprune.inspect(copied)
+
+
+def test_what_a_report_may_lack(copied: Path) -> None:
+    def thin(report: dict[str, Any]) -> None:
+        del report["seconds"], report["blocks"]
+        for site in report["sites"]:
+            del site["seconds"]
+
+    change(copied, thin)
+    assert streamprune.status(copied).seconds is None
+    shown = CliRunner().invoke(main, ["inspect", str(copied)])
+    assert shown.exit_code == 0
+    assert "blocks.0.ffn" in shown.stdout
 
 
 def test_damaged_curves_and_comparisons_are_errors(copied: Path, tmp_path: Path) -> None:
@@ -315,7 +330,7 @@ def test_samples_that_do_not_fit_are_refused_at_once(
 def test_a_job_under_way_is_sent_to_inspect(tiny: Tiny, configured: Make) -> None:
     config = configured(tiny("llama"))
     streamprune.plan_only(config)
-    with pytest.raises(ConfigError, match="is not finished; streamprune inspect"):
+    with pytest.raises(ConfigError, match="is not finished; streamprune status"):
         streamprune.report(config.out)
 
 

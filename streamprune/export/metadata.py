@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..hub import title
 from ..model.skeleton import Skeleton
 from .runtime import Runtime, are_alike
 
@@ -46,7 +47,7 @@ def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int
         "head_count_kv": [site.units for site in attention],
         "feed_forward_length": [site.columns for site in sites if site.kind == "ffn"],
     }
-    writer.add_name(skeleton.checkpoint.directory.resolve().name)
+    writer.add_name(title(skeleton.checkpoint.directory))
     writer.add_block_count(len(skeleton))
     writer.add_context_length(context)
     writer.add_embedding_length(skeleton.width)

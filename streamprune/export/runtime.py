@@ -188,8 +188,8 @@ def choose(skeleton: Skeleton) -> Runtime:
         runtime = entry.uniform
     elif entry.free is None:
         raise CheckpointError(
-            f"{where}: the blocks differ in width, which llama.cpp cannot run for {model_type} ({entry.obstacle}); "
-            "prune with --layout uniform"
+            f"{where}: the blocks differ in width, which llama.cpp cannot run for {model_type} ({entry.obstacle})"
+            + ("; prune with --layout uniform" if skeleton.checkpoint.config["model_type"] != model_type else "")
         )
     else:
         runtime = entry.free

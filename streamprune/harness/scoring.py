@@ -15,7 +15,7 @@ from ..errors import NumericalError
 from ..maths.linalg import accumulator
 from ..memory import Needs, forecast
 from ..model.skeleton import Skeleton
-from ..progress import Progress
+from ..progress import Progress, rest
 from ..stream import sweep
 from ..stream.store import ActivationStore
 
@@ -77,6 +77,7 @@ def score(
     Raises:
         ResourceError: too little memory or disk.
         NumericalError: NaN or Inf on the way.
+        Stopped: `progress` asked for it; nothing is kept.
     """
     if not queries:
         return []
@@ -142,6 +143,7 @@ def _sweep(skeleton: Skeleton, buckets: list[Bucket], progress: Progress) -> Non
             bucket.store.remove(sweep.boundary("dense", index))
         del block
         progress.step(f"block {index}")
+        rest(progress)
 
 
 @torch.no_grad()

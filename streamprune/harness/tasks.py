@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import calibration, machine
-from ..errors import CalibrationError, ConfigError
+from ..errors import CalibrationError, ConfigError, one_line
 from ..hub import resolve_model
 from ..model.skeleton import open_skeleton
 from ..progress import Progress, Silent
@@ -74,11 +76,11 @@ def find_tasks(
         where = "" if include_path is None else f" or below {include_path}"
         raise ConfigError(f"no task {unknown[0]!r} is among lm_eval's{where}; `lm_eval ls tasks` lists its own")
     try:
-        loaded = manager.load(list(names))
+        with _quietly():
+            loaded = manager.load(list(names))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CalibrationError(
-            f"{', '.join(names)}: lm_eval cannot load these tasks and their data ({reason})"
+            f"{', '.join(names)}: lm_eval cannot load these tasks and their data ({one_line(error, 300)})"
         ) from error
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in SCORED:
@@ -126,6 +128,7 @@ def evaluate_tasks(
         CheckpointError, CalibrationError, ConfigError: unusable model, task or device.
         ResourceError: too little memory or disk.
         NumericalError: NaN or Inf on the way.
+        Stopped: `progress` asked for it; nothing is kept of an evaluation.
     """
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
     skeleton = open_skeleton(resolve_model(model, progress), machine.resolve_device(device), dtype)
@@ -136,14 +139,15 @@ def evaluate_tasks(
     from .streamed import StreamedModel
 
     streamed = StreamedModel(skeleton, tokenizer, memory=memory, cache=cache, progress=progress or Silent())
-    outcome = simple_evaluate(
-        model=streamed,
-        tasks=list(found.names),
-        task_manager=found.manager,
-        limit=found.limit,
-        num_fewshot=found.num_fewshot,
-        log_samples=False,
-    )
+    with _quietly():
+        outcome = simple_evaluate(
+            model=streamed,
+            tasks=list(found.names),
+            task_manager=found.manager,
+            limit=found.limit,
+            num_fewshot=found.num_fewshot,
+            log_samples=False,
+        )
     table = make_table(outcome)
     if outcome.get("groups"):
         table += "\n" + make_table(outcome, "groups")
@@ -155,6 +159,32 @@ def evaluate_tasks(
             f"lm_eval {importlib.metadata.version('lm_eval')}"
             + ("" if found.limit is None else f", the first {found.limit} documents of each task")
             + f"; sequences of at most {streamed.max_length} tokens"
-            + f"; computed in {str(skeleton.dtype).removeprefix('torch.')}"
+            + f"; computed in {machine.dtype_name(skeleton.dtype)}"
         ),
     )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """A context in which lm_eval does not speak, since `progress` does: no bars, no notes, and no questions about the
+    machine and the working directory's repository, which take seconds and of which git complains on stderr."""
+    from lm_eval import evaluator
+    from lm_eval.api import task
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    muted: dict[tuple[Any, str], Any] = {
+        (task, "tqdm"): lambda items, *_, **__: items,
+        (evaluator, "get_git_commit_hash"): lambda: None,
+        (evaluator, "add_env_info"): lambda results: None,
+    }
+    usual = {(module, name): getattr(module, name) for module, name in muted if hasattr(module, name)}
+    logger.setLevel(logging.ERROR)
+    for module, name in usual:
+        setattr(module, name, muted[module, name])
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for (module, name), value in usual.items():
+            setattr(module, name, value)

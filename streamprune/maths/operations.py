@@ -80,6 +80,13 @@ def _product(position: int) -> Formula:
     return lambda result, *args: 2 * result.numel() * args[position].shape[-1]
 
 
+def _grouped(result: Any, left: Tensor, right: Tensor, *rest: Any) -> float:
+    """Products of groups of rows (tokens, k) with a matrix a group (groups, k, n), as a mixture's experts take them, or,
+    where both are (·, tokens) and (tokens, ·), of groups of tokens."""
+    inner = left.shape[-1] if left.dim() == right.dim() == 3 or result.dim() == 2 else left.shape[-1] / len(result)
+    return float(2 * result.numel() * inner)
+
+
 def _attention(products: int, query: int) -> Formula:
     """So many products of size (T, head) × (head, T) a query head; half of them have the values' head size.
 
@@ -128,6 +135,7 @@ _FORMULAS: dict[Any, Formula] = {
     **{op: _registered(formula) for op, formula in flop_registry.items()},
     **{op: _product(0) for op in (_ATEN.mm, _ATEN.bmm, _ATEN.mv, _ATEN.dot)},
     **{op: _product(1) for op in (_ATEN.addmm, _ATEN.addmm_, _ATEN.baddbmm, _ATEN.baddbmm_, _ATEN.addmv, _ATEN.addmv_)},
+    **({_ATEN._grouped_mm: _grouped} if hasattr(_ATEN, "_grouped_mm") else {}),
     **{getattr(_ATEN, name): _attention(2, query=0) for name in _FORWARD},
     # The scores once more, then the gradients of values, probabilities, queries and keys.
     **{getattr(_ATEN, f"{name}_backward"): _attention(5, query=1) for name in _FORWARD},

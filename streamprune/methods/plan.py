@@ -47,11 +47,6 @@ class Plan(Mapping[str, SitePlan]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def removed_parameters(self, sites: Sequence[Site]) -> int:
-        """Parameters that go or become zero."""
-        entries = [(site, self[site.name]) for site in sites]
-        return sum((site.units - e.keep) * site.unit_parameters + sum(e.zeros or ()) for site, e in entries)
-
     def to_json(self) -> str:
         """The plan file's text, one line a site."""
         lines = []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 from ..layout import FREE, Layout
 from ..machine import resolve_dtype
 from ..maths.linalg import accumulator
@@ -64,8 +64,9 @@ class Skeleton:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(self.config).eval()
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{where}/config.json: transformers cannot build this model ({reason})") from error
+            raise CheckpointError(
+                f"{where}/config.json: transformers cannot build this model ({one_line(error, 400)})"
+            ) from error
         architecture_of(self.config.model_type.removeprefix(PREFIX), where)
         if getattr(self.config, "output_router_logits", False):
             self.config.output_router_logits = False  # wanted for training only

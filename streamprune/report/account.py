@@ -32,6 +32,8 @@ class SiteAccount:
     """Share of the consumer's output energy that was lost; None where nothing was measured."""
     damping: float | None
     seconds: float | None
+    left_alone: bool
+    """Whether it is an expert that too few tokens reached."""
 
     @property
     def share(self) -> float:
@@ -123,7 +125,7 @@ def read_account(out: Path) -> Account:
     path = out / REPORT
     if not path.is_file():
         if (job_folder(out) / "journal.jsonl").is_file():
-            raise ConfigError(f"{out} is not finished; streamprune inspect {out} says how far it is")
+            raise ConfigError(f"{out} is not finished; streamprune status {out} says how far it is")
         raise ConfigError(f"{out} has no {REPORT}: it is not a result of streamprune run or tune")
     whole = read_json(path)
     if not is_report(whole) and not is_tuning(whole):
@@ -230,6 +232,7 @@ def _site(read: _Reader, site: Mapping[str, Any]) -> SiteAccount:
         error=read.maybe(site, "error"),
         damping=read.maybe(site, "damping"),
         seconds=read.maybe(site, "seconds"),
+        left_alone=site.get("left_alone") is True,
     )
 
 
@@ -305,7 +308,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a JSON value by its dotted place; short lists are leaves."""
+    """Every leaf of a JSON value by its dotted place; lists are leaves."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{place}.{key}" if place else str(key))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from ..config import format_bytes
+from ..config import format_bytes, format_seconds
 from ..evaluate import Evaluation
 from ..version import __version__
 from . import charts
@@ -152,7 +152,11 @@ def _facts(contents: Contents) -> str:
     if "seconds" in figures:
         passes = figures.get("forward_equivalents")
         facts.append(
-            ("Time to prune", _duration(figures["seconds"]), f"{passes:.1f} dense forward passes" if passes else "")
+            (
+                "Time to prune",
+                format_seconds(figures["seconds"]),
+                f"{passes:.1f} dense forward passes" if passes else "",
+            )
         )
     for name, where in (("peak_device_bytes", "of the device"), ("peak_host_bytes", "of the host, torch included")):
         if name in figures:
@@ -233,7 +237,14 @@ def _errors(contents: Contents, lacks: list[str]) -> _Section | None:
                     note = f"{site.name}: {_share_text(site.error)} of the output energy lost"
                     marks.append(charts.dot(frame, at, site.error, _class(kind), note, radius=radius))
                 else:
-                    note = f"{site.name}: " + ("not measured" if site.error is None else "nothing removed")
+                    why = (
+                        "too few tokens"
+                        if site.left_alone
+                        else "not measured"
+                        if site.error is None
+                        else "nothing removed"
+                    )
+                    note = f"{site.name}: {why}"
                     marks.append(charts.dot(frame, at, y.low, f"none {_class(kind)}", note, radius=radius))
         legend = [(f"round {_class(kind)}", "error")]
         if any(not site.error for group in by_block.values() for site in group):
@@ -322,10 +333,8 @@ def _spent(contents: Contents, lacks: list[str]) -> _Section | None:
             ),
         ]
     surveyed, pruned = sum(b.survey_seconds for b in blocks), sum(b.prune_seconds for b in blocks)
-    legend = [("survey", f"survey, {_duration(surveyed)}"), ("prune", f"prune sweep, {_duration(pruned)}")]
-    summary = (
-        f"Seconds a block: survey {_duration(surveyed)}, prune sweep {_duration(pruned)} over {len(blocks)} blocks"
-    )
+    legend = [("survey", f"survey, {format_seconds(surveyed)}"), ("prune", f"prune sweep, {format_seconds(pruned)}")]
+    summary = f"Seconds a block: survey {format_seconds(surveyed)}, prune sweep {format_seconds(pruned)} over {len(blocks)} blocks"
     figures = [_figure("Time", charts.svg(frame, summary, marks), _legend(legend), "")]
     if any(block.host_bytes for block in blocks):
         figures.append(_memory(blocks, x))
@@ -430,7 +439,7 @@ def _compare_table(table: CompareAccount) -> str:
         mark = ' class="best"' if row.perplexity is not None and best.get(row.ratio) == row.perplexity else ""
         rows.append(
             f'<tr><th scope="row">{escape(row.label)}</th><td>{row.ratio_blocks:.1%}</td><td{mark}>{said}</td>'
-            f"<td>{_count(row.parameters)}</td><td>{_duration(row.seconds) if row.seconds else '—'}</td></tr>"
+            f"<td>{_count(row.parameters)}</td><td>{format_seconds(row.seconds) if row.seconds else '—'}</td></tr>"
         )
     head = "<tr><th>recipe</th><th>gone</th><th>perplexity</th><th>parameters</th><th>time</th></tr>"
     return f'<div class="card">{_table("Comparison", head, rows)}</div>'
@@ -506,7 +515,9 @@ def _sites(contents: Contents, lacks: list[str]) -> _Section | None:
         )
     head = "<tr><th>site</th><th>kept</th><th>of</th><th>share</th><th>error</th><th>damping</th><th>seconds</th></tr>"
     body = f"<details><summary>All {len(sites):,} sites</summary>{_table('Sites', head, rows)}</details>"
-    return _Section("sites", "Sites", "Every site", "", body)
+    alone = sum(site.left_alone for site in sites)
+    intro = f"{alone:,} experts saw too few calibration tokens and were left alone." if alone else ""
+    return _Section("sites", "Sites", "Every site", intro, body)
 
 
 def _settings(contents: Contents, lacks: list[str]) -> _Section | None:
@@ -590,14 +601,6 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """4000 → ``"1 h 7 min"``."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _value(value: object) -> str:

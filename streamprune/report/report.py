@@ -9,9 +9,10 @@ from pathlib import Path
 from .. import files, machine
 from ..errors import ConfigError
 from ..evaluate import evaluate
-from ..hub import resolve_model
+from ..hub import resolve_model, title
 from ..model.checkpoint import Checkpoint
 from ..progress import Progress, Silent
+from ..text import Spec
 from .account import read_account, read_comparison
 from .page import Contents, render
 from .samples import check_samples, write_samples
@@ -27,7 +28,7 @@ def report(
     against: str | Path | None = None,
     prompts: Sequence[str] = (),
     tokens: int = TOKENS,
-    text: str | Path | None = None,
+    text: Spec | None = None,
     seq_len: int | None = None,
     comparison: str | Path | None = None,
     html: str | Path | None = None,
@@ -45,7 +46,7 @@ def report(
         against: the dense model, for samples and perplexity side by side.
         prompts: texts that both models go on with, greedily, each model whole in memory, one after the other.
         tokens: of each sample, at most.
-        text: UTF-8 text to measure perplexity on, streamed.
+        text: one source (see `text.Source`) to measure perplexity on, streamed.
         seq_len: tokens a window of it; see `evaluate`.
         comparison: the folder of a `compare`, or its compare.json.
         html: where to write; None takes ``report.html`` in `out`.
@@ -65,7 +66,7 @@ def report(
     if dense is not None and not prompts and text is None:
         raise ConfigError(f"against is {dense}; it needs prompts to go on with, or a text to measure perplexity on")
     identity = None if dense is None else json.loads(json.dumps(Checkpoint(dense).identity()))
-    name = None if dense is None else dense.resolve().name
+    name = None if dense is None else title(dense)
     models = {} if dense is None or name is None else {f"{name} (dense)": dense}
     models[f"{out.resolve().name} (pruned)"] = out
     where = machine.resolve_device(device)

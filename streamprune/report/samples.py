@@ -12,9 +12,10 @@ import torch
 
 from .. import calibration, machine
 from ..config import format_bytes
-from ..errors import CheckpointError, ConfigError, ResourceError
+from ..errors import ConfigError, ResourceError
 from ..host import return_freed_memory
 from ..model.checkpoint import Checkpoint
+from ..model.whole import load_whole
 from ..progress import Progress
 
 ROOM = 1.2
@@ -69,13 +70,14 @@ def write_samples(
         tokens: to write at most; fewer where a model ends by itself.
 
     Raises:
+        CheckpointError: transformers cannot load a model, or its tokenizer.
         ConfigError: a prompt leaves no room in a model's context.
     """
     progress.phase("samples", len(models) * len(prompts))
     written: dict[str, list[list[int]]] = {}
     tokenizers = {label: calibration.load_tokenizer(path) for label, path in models.items()}
     for label, path in models.items():
-        model = _loaded(path).to(device)
+        model = load_whole(path).to(device)
         written[label] = []
         for prompt in prompts:
             ids = tokenizers[label](prompt, return_tensors="pt")["input_ids"].to(device)
@@ -97,15 +99,6 @@ def write_samples(
         alike, same = _agreed(list(texts.values())), _agreed(list(ids.values()))
         samples.append(Sample(prompt, texts, alike, same, tokens=max(map(len, ids.values()))))
     return samples
-
-
-def _loaded(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(path).eval()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load it ({' '.join(str(error).split())[:200]})") from error
 
 
 @torch.no_grad()
