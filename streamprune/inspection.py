@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import hub, machine
+from .comparison import JSON, MARKDOWN
 from .curves import CURVES
 from .errors import CheckpointError
 from .model.checkpoint import CONFIG, read_json
@@ -38,6 +39,8 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
     job = _job(path)
     if job is not None and not (path / CONFIG).is_file():
         return {"model": None, "job": job}
+    if (path / JSON).is_file() and not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path} is a comparison's folder, with its table in {MARKDOWN}")
     model = _model(path)
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)

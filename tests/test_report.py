@@ -569,3 +569,11 @@ def test_inspect_draws(pruned: Path, tiny: Tiny) -> None:
     assert "host peak" in shown
     found = json.loads(CliRunner().invoke(main, ["inspect", str(pruned), "--json"]).stdout)
     assert set(found["job"]["curves"]["sites"]) == {site["site"] for site in report["sites"]}
+
+
+def test_a_comparisons_folder_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text("{}")
+    for command in ("inspect", "report"):
+        done = CliRunner().invoke(main, [command, str(tmp_path)])
+        assert done.exit_code in (1, 2)
+        assert "is a comparison's folder, with its table in compare.md" in done.output

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..comparison import JSON
+from ..comparison import JSON, MARKDOWN
 from ..curves import CURVES, FORMAT
 from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import read_json
@@ -126,6 +126,10 @@ def read_account(out: Path) -> Account:
     if not path.is_file():
         if (job_folder(out) / "journal.jsonl").is_file():
             raise ConfigError(f"{out} is not finished; streamprune status {out} says how far it is")
+        if (out / JSON).is_file():
+            raise ConfigError(
+                f"{out} is a comparison's folder, with its table in {MARKDOWN}; --comparison puts it on a page"
+            )
         raise ConfigError(f"{out} has no {REPORT}: it is not a result of streamprune run or tune")
     whole = read_json(path)
     if not is_report(whole) and not is_tuning(whole):
