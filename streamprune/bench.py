@@ -175,10 +175,11 @@ def bench(
         decode=None if other is None else _speed_up(other.decode, speeds[0].decode, memory_bound=True),
         protocol=(
             f"{batch} × {prompt_tokens} random tokens, then {new_tokens} steps with keys and values cached; medians of "
-            f"{repetitions} rounds"
+            f"{repetitions} round{'s' * (repetitions > 1)}"
             + (", models in turn" if other is not None else "")
             + f"; transformers on {where} in "
-            f"{machine.dtype_name(skeletons[0].dtype)}" + (f", {used} threads" if where.type == "cpu" else "")
+            f"{machine.dtype_name(skeletons[0].dtype)}"
+            + (f", {used} thread{'s' * (used > 1)}" if where.type == "cpu" else "")
         ),
     )
 
