@@ -287,7 +287,6 @@ class Surgeon:
         # A refined block moves its stream on when it is refined.
         waits = {PRUNED} if here.last and self.refinement is not None else set()
         moving = [s for s in self.streams if boundary(s, *here.exit) not in self.store and s not in waits]
-        ready = [s for s in self.streams if s not in moving and s not in waits]
         sums, streams = None, tuple[str, ...]()
         if not here.last:
             next_place, following = here.next, pruned.sublayers[here.position + 1]
@@ -295,6 +294,8 @@ class Surgeon:
                 cross = self._compensates(following, next_place)
                 sums = self._gram(self.skeleton.width, cross=self.skeleton.width if cross else 0)
                 streams = (PRUNED, DENSE) if cross else (PRUNED,)
+        # What has moved already is read only for the sums.
+        ready = [s for s in streams if s not in moving]
         parallel = any(sub.entry.parallel for sub in pruned.sublayers)
         places = {**dict.fromkeys(moving, here.entry), **dict.fromkeys(ready, here.exit)}
         names = {stream: boundary(stream, *place) for stream, place in places.items()}
