@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
-from .maths.linalg import accumulator, cholesky, fit, output_error, unit_columns
+from .maths.linalg import accumulator, cholesky, compensation, fit, output_error, unit_columns
 from .maths.stats import Gram
 from .memory import GRAMS_AT_ONCE
 from .methods.plan import Plan
@@ -171,10 +171,11 @@ class Surgeon:
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
         factor, damping = cholesky(h, self._compensation or 0.0, sub.name)
+        m = compensation(h, c, factor)
         for prunable in sub.prunables:
             for name in prunable.producers:
                 w = prunable.weight(name)
-                prunable.set_weight(name, fit(w, h, w @ c, factor))
+                prunable.set_weight(name, torch.addmm(w, w, m))
         return damping
 
     def _shrink(self, dense: Sublayer, sub: Sublayer, here: _Place, inputs: Tensor | None) -> list[dict[str, Any]]:
