@@ -180,11 +180,11 @@ def test_the_ridge_is_relative_to_each_element() -> None:
 
 def test_inverse_is_that_of_the_damped_matrix_and_says_what_it_took() -> None:
     h = gram(6, torch.Generator().manual_seed(5))
-    inverse, used = inverse(h, 0.05, "here")
+    p, used = inverse(h, 0.05, "here")
     assert used == 0.05
     damped = h + 0.05 * h.diagonal().mean() * torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(kfac.damped(h, 0.05), damped)
-    torch.testing.assert_close(inverse @ damped, torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(p @ damped, torch.eye(6, dtype=torch.float64))
     nothing = torch.zeros(3, 3)
     torch.testing.assert_close(inverse(nothing, 0.1, "here")[0] @ kfac.damped(nothing, 0.1), torch.eye(3))
     inverse, used = inverse(torch.ones(4, 4), 0.0, "here")
