@@ -24,7 +24,7 @@ from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .layout import DECILM, LAYOUTS
 from .maths.stats import Statistic
-from .memory import Needs, Resources, device_peak, forecast
+from .memory import SLACK, GramPlace, Needs, Resources, device_peak, forecast
 from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
@@ -158,6 +158,8 @@ class Job(Workplace):
             corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
+            workspace=lambda site: self.recipe.workspace(self.settings, site),
+            digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
         )
 
     @property
@@ -194,12 +196,11 @@ class Job(Workplace):
 
     def forecast(self) -> Resources:
         """What it takes, given what this machine has free."""
-        limit = self.config.memory or machine.available_memory(self.device)
         disk = files.free_bytes(self.cache)
         return forecast(
             self.skeleton,
             self.needs,
-            device_limit=limit,
+            **machine.room(self.device, self.config.memory),
             disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
         )
 
@@ -261,6 +262,7 @@ class Job(Workplace):
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
         self.backward_batch: int = start["resources"]["backward_batch"]
+        self.grams: GramPlace = start["resources"]["grams"]
         self.boundary_every: int = start["resources"]["boundary_every"]
 
     def _begin(self) -> Entry:
@@ -295,7 +297,9 @@ class Job(Workplace):
             plan="given" if self.given_plan else None,
             shots=self.shots,
             replaces=self.report_in_out() is not None,
-            resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
+            resources={
+                name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
+            },
             schedule=as_entries(self._schedule(resources.phases)),
         )
 
@@ -324,13 +328,18 @@ class Job(Workplace):
                 found += [Stretch(f"{shot}/{kind}", count, share, spared_by)] if count else []
         return [*found, Stretch("complete")]
 
-    def _check_memory(self, resources: Mapping[str, int]) -> None:
+    def _check_memory(self, resources: Mapping[str, Any]) -> None:
         """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
-        needed = device_peak(self.skeleton, self.needs, resources["batch"], resources["backward_batch"])
-        if self.config.memory is not None and self.config.memory < needed:
+        if self.config.memory is None:
+            return
+        room = machine.room(self.device, self.config.memory)
+        held = room["held"] if self.device.type == "cpu" else 0
+        sizes = resources["batch"], resources["backward_batch"]
+        needed = held + device_peak(self.skeleton, self.needs, *sizes, resources["grams"])
+        if self.config.memory * SLACK < needed:
             raise ResourceError(
                 f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
-                f"{resources['batch']} and {resources['backward_batch']}, which need {format_bytes(needed)}; --restart starts over"
+                f"{sizes[0]} and {sizes[1]}, which need {format_bytes(needed)}; --restart starts over"
             )
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:

@@ -26,14 +26,14 @@ from .meter import totals
 from .methods.allocation import Budget
 from .methods.plan import Plan
 from .methods.recipe import Correction, Findings, Survey, Surveyed
-from .model.block import Block
+from .model.block import Block, Prunable
 from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import rest
 from .refine import Refinement
 from .site import Site
 from .stream import sweep
-from .surgery import DENSE, PRUNED, SEEN, Surgeon, left_alone, tokens_seen
+from .surgery import CPU, DENSE, PRUNED, SEEN, Surgeon, left_alone, tokens_seen
 
 GRADIENT = "gradient"
 COST = "cost.json"
@@ -165,7 +165,7 @@ class Shot:
         if moves:
             store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
         for index, block in sweep.blocks(skeleton, range(done, depth)):
-            stats = skeleton.statistics(index, self.job.statistics)
+            stats = self._empty_statistics(index)
             if moves:
                 sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
             self._save_findings(index, block, stats)
@@ -195,7 +195,7 @@ class Shot:
         while first >= 0:
             lowest = self._recompute(first)
             for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
-                stats = skeleton.statistics(index, self.job.statistics)
+                stats = self._empty_statistics(index)
                 sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
                 self._save_findings(index, block, stats)
                 del block, stats
@@ -205,6 +205,9 @@ class Shot:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"backward, block {index}")
             first = lowest - 1
+
+    def _empty_statistics(self, index: int) -> list[SiteStatistics]:
+        return self.skeleton.statistics(index, self.job.statistics, CPU if self.job.grams == "host" else None)
 
     def _uniform(self) -> Tensor | None:
         """What the model's own labels are drawn with, where the recipe wants them."""
@@ -232,22 +235,30 @@ class Shot:
 
     @torch.no_grad()
     def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> None:
+        if self.job.grams == "parked":
+            for stat in stats:
+                stat.park()
         tensors: dict[str, Tensor] = {}
-        for prunable, stat in zip(block.prunables, stats, strict=True):
-            surveyed = Surveyed(
-                site=prunable.site,
-                w=prunable.weight(prunable.consumer),
-                producers=prunable.producer_weights(),
-                statistics=stat,
-            )
-            findings = self.job.recipe.digest(self.job.settings, surveyed)
-            if prunable.site.expert is not None and self.job.statistics:
-                findings[SEEN] = torch.tensor(stat.seen)
-            tensors |= {f"{prunable.site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
+        for prunable in block.prunables:
+            tensors |= self._digest(prunable, stats.pop(0))  # so that no sum outlives its site
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"block {index}: the survey's {name} is NaN or Inf")
         write_shard(self._survey_path(index), tensors)
+
+    def _digest(self, prunable: Prunable, statistics: SiteStatistics) -> dict[str, Tensor]:
+        site = prunable.site
+        where = CPU if self.job.grams == "host" else self.job.device
+        surveyed = Surveyed(
+            site=site,
+            w=prunable.weight(prunable.consumer).to(where),
+            read_producers=lambda: tuple(w.to(where) for w in prunable.producer_weights()),
+            statistics=statistics,
+        )
+        findings = self.job.recipe.digest(self.job.settings, surveyed)
+        if site.expert is not None and self.job.statistics:
+            findings[SEEN] = torch.tensor(statistics.seen)
+        return {f"{site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
 
     # The plan.
 
@@ -320,6 +331,7 @@ class Shot:
             window=job.window,
             refinement=refinement,
             experts_alike=self._experts_alike,
+            grams=job.grams,
         )
         self.progress.phase("prune", depth, done)
         if surgeon.store is not None:

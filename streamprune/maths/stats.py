@@ -68,6 +68,10 @@ class Gram:
         self.tokens += other.tokens
         self.rows += other.rows
 
+    def park(self) -> None:
+        """Have H wait on the host, so that the device has room for what is made of it."""
+        self.h = self.h.cpu()
+
     def mean(self) -> tuple[Tensor, Tensor | None]:
         """(H, C) per token, in place: they count as one token from then on."""
         tokens, self.tokens = self.tokens, 1
@@ -170,6 +174,12 @@ class SiteStatistics:
     def wants_maps(self) -> bool:
         """Whether attention maps are wanted."""
         return self.divergence is not None
+
+    def park(self) -> None:
+        """Have all Grams wait on the host."""
+        for gram in (self.gram, self.gradient, self.inputs, *self.producers):
+            if gram is not None:
+                gram.park()
 
     def add(self, inputs: Tensor, z: Tensor, maps: Tensor | None, origin: Origin | None = None) -> None:
         """Add a micro-batch of the forward pass.
