@@ -9,7 +9,6 @@ import click
 
 from . import options, show
 
-
 WHERE = {
     "device": "summed and solved with on the device",
     "parked": "waiting on the host while sites are solved",
@@ -57,9 +56,9 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
         ["Grams", WHERE[resources.grams], ""],
         ["boundaries kept", f"every {resources.boundary_every}", ""],
     ]
-    steps = [["at once in", "weights", "sums", "solving", "activations", "device", "host"]]
+    steps = [["at once in", "weights", "sums", "solving", "activations", "slack", "device", "host"]]
     for name, each in sorted(resources.demands.items(), key=lambda item: -item[1]["device_bytes"]):
-        parts = ("weights", "sums", "solving", "activations", "device_bytes", "host_bytes")
+        parts = ("weights", "sums", "solving", "activations", "slack", "device_bytes", "host_bytes")
         steps.append([name, *(format_bytes(each[part]) for part in parts)])
     problems = [f"does not fit: {problem}" for problem in resources.problems]
     tables = [*show.table([["", "", ""], *rows])[1:], "", *show.table(steps), ""]

@@ -72,7 +72,10 @@ def evaluate(
     ).require()
     if cache is not None:
         files.make_folder(cache)
-    with tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder:
+    with (
+        machine.within(where, memory),
+        tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder,
+    ):
         store = ActivationStore(
             Path(folder), (len(windows), length, skeleton.width), skeleton.dtype, where, durable=False
         )

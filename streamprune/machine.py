@@ -6,13 +6,16 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .config import DTYPES
-from .errors import ConfigError
+from .errors import ConfigError, ResourceError
+
+_WARM = 48 << 20
 
 
 def resolve_device(name: str) -> torch.device:
@@ -71,11 +74,40 @@ def room(device: torch.device, asked: int | None) -> dict[str, int]:
         asked: bytes that it shall stay within; None for what is free. On the CPU that is the whole process.
 
     Returns:
-        ``device_limit``, and ``held``: what of the host's this process holds already.
+        ``device_limit``, and ``held``: what of the host's this process takes for itself.
     """
-    held = resident_bytes()
+    held = base_bytes()
     free = available_memory(device) + (held if device.type == "cpu" else 0)
-    return {"device_limit": asked or free, "held": held}
+    return {"device_limit": min(asked or free, free) if device.type == "cuda" else asked or free, "held": held}
+
+
+@contextmanager
+def within(device: torch.device, limit: int | None) -> Iterator[None]:
+    """A context in which torch takes no more than `limit` bytes of a GPU's memory, None for all there is.
+
+    What torch keeps for itself counts; the driver's own few hundred megabytes a process do not.
+
+    Raises:
+        ResourceError: the work inside needed more than that, or than there was.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total) if limit else 1.0, device)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"{device} ran out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}"
+        ) from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error):  # how torch's allocator on the CPU says it
+            raise
+        raise ResourceError(f"{device} ran out of memory: {str(error).splitlines()[0]}") from error
+
+
+def base_bytes() -> int:
+    """Host memory that this process takes for itself: what it holds now, and libraries' pages that use will bring in."""
+    return resident_bytes() + _WARM
 
 
 def resident_bytes() -> int:

@@ -38,6 +38,8 @@ GRAMS_AT_ONCE = 1 << 31
 REFINE_SEQUENCES = 8
 """A refinement step's batch."""
 
+ALLOCATOR_SHARE = 20
+"""One part in so many of what tensors take on a GPU lies idle between them, where its allocator can extend segments."""
 SLACK = 1.02
 """Processes differ a little in what they hold before any work: a job that was started within a limit may go on within it."""
 
@@ -59,13 +61,15 @@ class Demand:
     """What sites are solved with: weights in float32, factors, inverses."""
     activations: int = 0
     """Of one micro-batch, with what the next one needs."""
+    slack: int = 0
+    """What is held to no use: by a GPU's allocator between tensors, by the CPU's heap."""
     host: int = 0
     """Beside a GPU: stored weights, this block's and the next one's; what of the others is on the host."""
 
     @property
     def device(self) -> int:
         """All of it that the device holds."""
-        return self.weights + self.sums + self.solving + self.activations
+        return self.weights + self.sums + self.solving + self.activations + self.slack
 
 
 @dataclass(frozen=True)
@@ -303,19 +307,20 @@ class _Shapes:
         """Where the planner has put sums and solving, and what passes through the host."""
         if self.on_cpu:
             # What passed through the heap in a forward pass stays with it while the solver works.
-            kept = min(HEAP_KEPT, self.passing(batch)) if demand.solving and self.needs.text else 0
-            return replace(demand, activations=max(demand.activations, kept))
+            kept = min(HEAP_KEPT, self.passing(batch)) if self.needs.text else 0
+            return replace(demand, slack=max(0, kept - demand.activations))
         moved = demand.sums if grams == "host" or (grams == "parked" and demand.solving) else 0
         solved = demand.solving if grams == "host" else 0
         tiles = self.sum_item * self._widest() * TILE if moved else 0
         passing = 2 * self.stored_block + 4 * self.row_bytes * batch
-        return replace(
+        placed = replace(
             demand,
             sums=demand.sums - moved,
             solving=demand.solving - solved,
             activations=demand.activations + tiles,
             host=passing + moved + solved,
         )
+        return replace(placed, slack=placed.device // ALLOCATOR_SHARE)
 
     def _steps(self, batch: int, backward_batch: int) -> Iterator[tuple[str, Demand]]:
         needs, length, block = self.needs, self.needs.length, self.block

@@ -13,6 +13,7 @@ from .config import Config
 from .errors import ConfigError
 from .job import Job
 from .journal import Entry
+from .machine import within
 from .memory import Resources, generation_batch
 from .meter import metered
 from .model.checkpoint import write_shard
@@ -66,7 +67,7 @@ def prune(config: Config, *, restart: bool = False, progress: Progress | None = 
     job = Job(config, progress)
     finished = job.result_there(restart)
     if finished is None:
-        with job.opened(restart), metered(job.journal, started, job.peaks):
+        with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks):
             finished = Run(job).work()
     return _result(job, finished, time.monotonic() - started)
 
@@ -85,7 +86,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
         )
     if job.result_there(restart) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart), metered(job.journal, started, job.peaks):
+    with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks):
         Run(job).prepare()
     return job.plan_path
 

@@ -83,7 +83,7 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
     job = Tuning(config, progress, restart)
     report = job.result_there(restart)
     if report is None:
-        with job.opened(restart), metered(job.journal, started, job.peaks):
+        with job.opened(restart), machine.within(job.device, config.memory), metered(job.journal, started, job.peaks):
             report = job.work()
     tuning = report["tuning"]
     host, device = job.peaks.most()
