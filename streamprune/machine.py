@@ -100,7 +100,8 @@ def within(device: torch.device, limit: int | None) -> Iterator[None]:
             f"{device} ran out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}"
         ) from error
     except RuntimeError as error:
-        if "not enough memory" not in str(error):  # how torch's allocator on the CPU says it
+        # How torch's allocator on the CPU says it.
+        if not any(said in str(error) for said in ("not enough memory", "can't allocate memory")):
             raise
         raise ResourceError(f"{device} ran out of memory: {str(error).splitlines()[0]}") from error
 

@@ -382,14 +382,17 @@ class _Shapes:
 
     def _prune_steps(self, sublayer: _Together, batch: int) -> Iterator[tuple[str, Demand]]:
         needs, tokens, site = self.needs, batch * self.needs.length, sublayer.widest
-        # What all its sites become, beside what they are.
-        weights = self.block + sublayer.parameters * self.weight_item
+        # Compensated producers are there beside what they were; then what the sites become, beside what they are.
+        producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if needs.compensates else 0
+        weights = self.block + producers * self.weight_item
+        after = self.block + sublayer.parameters * self.weight_item
         n, d, item = site.columns, self.d, self.sum_item
         w, grams = item * n * d, self._grams(sublayer) if needs.gram else 0
         forward = tokens * self._forward_token(sublayer)
         converted = item if item != self.item else 0  # inputs of a sum, in its dtype
         solving = max(item * needs.workspace(site), w + item * n * TILE if needs.gram else 0)
         yield f"re-fitting one {site.kind} site", Demand(weights, grams, w + solving)
+        yield f"shrinking one {site.kind} site", Demand(after, grams, 2 * w)
         if needs.gram:
             sums, activations = grams, forward + tokens * converted * n
             if needs.aims and not sublayer.routed:
