@@ -23,6 +23,7 @@ from .config import DATA_FREE, Config, DataFree, format_bytes
 from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .layout import DECILM, LAYOUTS
+from .maths.operations import kind
 from .maths.stats import Statistic
 from .memory import Needs, Resources, device_peak, forecast
 from .meter import by_block, peaks, totals
@@ -98,6 +99,7 @@ class Job(Workplace):
         """Those inside the window."""
         return [site for site in sites if site.block in self.window]
 
+    @kind("solving")
     def allocate(self, sites: Sequence[Site], reached: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         """The recipe's plan for those of `reached` inside the window; the other `sites` keep everything."""
         plan = self.recipe.allocate(self.settings, self.changeable(reached), survey, budget)
@@ -317,11 +319,11 @@ class Job(Workplace):
                 "correct": correction.steps if correction else 0,
                 "finished": 1,
             }
-            for kind, count in steps.items():
+            for step, count in steps.items():
                 # A plan, or another job's survey, makes what is missing of the survey unneeded.
-                spared_by = f"{shot}/allocate" if kind in survey or kind == "surveyed" else None
-                share = operations.get(kind, 0) // self.shots
-                found += [Stretch(f"{shot}/{kind}", count, share, spared_by)] if count else []
+                spared_by = f"{shot}/allocate" if step in survey or step == "surveyed" else None
+                share = operations.get(step, 0) // self.shots
+                found += [Stretch(f"{shot}/{step}", count, share, spared_by)] if count else []
         return [*found, Stretch("complete")]
 
     def _check_memory(self, resources: Mapping[str, int]) -> None:
@@ -362,6 +364,7 @@ class Job(Workplace):
             "sites": [{**site, "units": units[site["site"]]} for site in sites],
             "blocks": by_block(self.journal),
             "forward_equivalents": round(spent["operations"] / self.forward_operations, 4),
+            "sweeps_per_shot": round(spent["operations_by_kind"]["sweeps"] / self.forward_operations / self.shots, 4),
             **spent,
             **peaks(self.journal),
         }

@@ -13,6 +13,7 @@ from .config import Config
 from .errors import ConfigError
 from .job import Job
 from .journal import Entry
+from .maths.operations import kind
 from .memory import Resources, generation_batch
 from .meter import metered
 from .model.checkpoint import write_shard
@@ -41,6 +42,10 @@ class Result:
     """Floating-point operations of the whole job, as `maths.operations` counts them."""
     forward_equivalents: float
     """The same in dense forward passes over the calibration set."""
+    operations_by_kind: Mapping[str, int]
+    """What they were for, one entry for each of `maths.operations.KINDS`; empty for a result that an older version made."""
+    sweeps_per_shot: float | None
+    """Dense forward passes that the sweeps of one shot took; None for such a result."""
     tokens: str | None
     """The calibration windows' fingerprint; None where no text was read."""
     seconds: float
@@ -101,6 +106,8 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
     return Result(
         out=job.out_given,
         **{name: report[name] for name in output.FIGURES},
+        operations_by_kind=report.get("operations_by_kind", {}),
+        sweeps_per_shot=report.get("sweeps_per_shot"),
         tokens=report.get("tokens"),
         seconds=round(seconds, 3),
         peak_device_bytes=device,
@@ -145,6 +152,7 @@ class Run:
         if self.job.writes_text and not self.job.journal.find("calibrate"):
             self._write_text()
 
+    @kind("writing")
     def _write_text(self) -> None:
         """Calibration tokens of the model's own; a killed process's are begun again, and come out the same."""
         job = self.job

@@ -21,6 +21,7 @@ from .curves import CURVES, write_curves
 from .errors import NumericalError, ResumeError
 from .job import Job
 from .journal import Entry
+from .maths.operations import kind
 from .maths.stats import GRADIENTS, SiteStatistics
 from .meter import totals
 from .methods.allocation import Budget
@@ -231,6 +232,7 @@ class Shot:
         return self.job.folder / f"survey-{index:04}.safetensors"
 
     @torch.no_grad()
+    @kind("solving")
     def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> None:
         tensors: dict[str, Tensor] = {}
         for prunable, stat in zip(block.prunables, stats, strict=True):
@@ -346,6 +348,7 @@ class Shot:
     def _corrections(self) -> Path:
         return self.job.folder / f"shot-{self.number:02}-corrections"
 
+    @kind("training")
     def _correct(self, plan: Plan, how: Correction) -> None:
         job, depth = self.job, len(self.skeleton)
         skeleton = open_skeleton(self.pruned, job.device, job.dtype, layout=job.skeleton.layout)
