@@ -44,11 +44,15 @@ from .workplace import KNOWN, Workplace, text_identity
 class Job(Workplace):
     """One job: everything that both a first and a resumed process need to know.
 
+    Args:
+        alongside: jobs to come with the same `surveys`: what of their surveys the same sweep can sum is made in passing.
+
     Raises:
         StreamPruneError: whatever can be known to be wrong before any work.
     """
 
-    def __init__(self, config: Config, progress: Progress | None) -> None:
+    def __init__(self, config: Config, progress: Progress | None, alongside: Sequence[Config] = ()) -> None:
+        self.alongside = alongside
         if config.recipe not in RECIPES:
             raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
@@ -196,32 +200,34 @@ class Job(Workplace):
 
     def forecast(self) -> Resources:
         """What it takes, given what this machine has free."""
-        limit = self.config.memory or machine.available_memory(self.device)
         disk = files.free_bytes(self.cache)
         return forecast(
             self.skeleton,
             self.needs,
-            device_limit=limit,
+            device_limit=self.device_limit,
             disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
         )
 
-    @property
-    def shared_survey(self) -> Path | None:
-        """Where the findings of the first shot lie for other jobs that would find the same."""
-        if self.config.surveys is None or self.given_plan is not None:
-            return None
+    def first_sweep(self, batch: int, backward_batch: int) -> list[Any]:
+        """All that tells the sweep of the first shot's survey, with these micro-batches, from other jobs' sweeps."""
         settings = {k: v for k, v in self.header["settings"].items() if k in ("samples", "seq_len", "seed", "dtype")}
-        batches = [self.batch, self.backward_batch]
-        same = [
-            self.recipe.name,
-            asdict(self.settings),
-            settings,
-            self.header["inputs"],
-            self.header["versions"],
-            batches,
-        ]
+        gradients = self.needs.gradients
+        labels = gradients and self.recipe.draws_labels(self.settings)
+        batches = [batch, backward_batch]
+        return [gradients, labels, settings, self.header["inputs"], self.header["versions"], batches]
+
+    def shared_survey(self, batch: int, backward_batch: int) -> Path | None:
+        """Where the findings of the first shot, made with these micro-batches, lie for jobs that would find the same."""
+        if self.config.surveys is None or self.given_plan is not None or not self.surveys:
+            return None
+        same = [self.recipe.name, asdict(self.settings), *self.first_sweep(batch, backward_batch)]
         key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
         return self.config.surveys.absolute() / f"{self.recipe.name}-{key}"
+
+    @property
+    def device_limit(self) -> int:
+        """Bytes of the device that may be used."""
+        return self.config.memory or machine.available_memory(self.device)
 
     def shot_folder(self, number: int) -> Path:
         """Where the checkpoint goes that a shot makes."""

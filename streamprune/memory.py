@@ -44,6 +44,8 @@ class Needs:
     text: bool
     """Activations move at all."""
     survey: frozenset[Statistic] = frozenset()
+    shared: bool = False
+    """Several recipes make something of the survey's sums."""
     findings: int = 0
     """Numbers that wait on the disk between survey and prune sweep."""
     gram: bool = False
@@ -254,7 +256,10 @@ class _Shapes:
             )
         if needs.survey:
             # What a digest works with: sums, inverses, greedy removal.
-            steps["a survey's findings"] = self.block + self._survey_sums() + 4 * self.sum_item * self._widest() ** 2
+            copied = max(self._site_sums(site) for sites in self.blocks for site in sites) if needs.shared else 0
+            steps["a survey's findings"] = (
+                self.block + self._survey_sums() + copied + 4 * self.sum_item * self._widest() ** 2
+            )
         if "divergence" in needs.survey:
             heads = max(site.heads for sites in self.blocks for site in sites)
             # Scores, their softmax in float32 and its copy, and two maps with their mean and entropies.

@@ -40,6 +40,24 @@ def as_entry(kinds: Mapping[Kind, int]) -> Entry:
     return {"operations": sum(kinds.values()), "operations_by_kind": dict(kinds)}
 
 
+OWN = "own"
+
+
+def share_of(line: Entry, whose: str = OWN) -> Entry:
+    """What a journal line says was spent, as it would be had the step been made for one job alone.
+
+    A survey that several recipes share says under "parts" what was for each: the operations of its own sums and its
+    digest, and the digest's seconds. The sweep itself counts for each as a whole, and so does the time of all sums, which
+    is not told apart.
+    """
+    if "parts" not in line:
+        return line
+    part = line["parts"][whose]
+    others = sum(each["seconds"] for each in line["parts"].values())
+    kinds = {**line["operations_by_kind"], **part["operations_by_kind"]}
+    return {**as_entry(kinds), "seconds": line["seconds"] - others + part["seconds"]}
+
+
 _BLOCK = re.compile(r"shot-\d+/(forward|backward|prune)/(\d+)")
 
 
@@ -73,11 +91,11 @@ def peaks(journal: Journal) -> Entry:
 def totals(journal: Journal, prefix: str = "") -> Entry:
     """Operations and seconds of all finished steps whose name begins with `prefix`, and of what they were spared.
 
-    A step that took over another job's work says under "spared" what that work had cost: whoever compares methods
+    A step that several jobs had a part in counts with what was for this one (see `share_of`). A step that took over another job's work says under "spared" what that work had cost: whoever compares methods
     wants to know what a method takes, not which of them came first.
     """
     steps = list(journal.steps(prefix))
-    spent = [*steps, *(step["spared"] for step in steps if "spared" in step)]
+    spent = [*map(share_of, steps), *(step["spared"] for step in steps if "spared" in step)]
     kinds = [each.get("operations_by_kind", {}) for each in spent]
     return {
         **as_entry({kind: sum(each.get(kind, 0) for each in kinds) for kind in KINDS}),

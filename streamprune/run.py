@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,20 @@ class Result:
     """Whether an earlier process had done some of the work."""
 
 
-def prune(config: Config, *, restart: bool = False, progress: Progress | None = None) -> Result:
+def prune(
+    config: Config, *, restart: bool = False, progress: Progress | None = None, alongside: Sequence[Config] = ()
+) -> Result:
     """Prune a checkpoint directory into another one; a job that was interrupted goes on.
 
     Args:
         restart: throw away what an earlier job of the same `out` left, its result too.
+        alongside: jobs to come with the same folder of `surveys`: the sweep of this one's survey serves theirs too.
 
     Raises:
         StreamPruneError: see `errors`; `out` is then as it was.
     """
     started = time.monotonic()
-    job = Job(config, progress)
+    job = Job(config, progress, alongside)
     finished = job.result_there(restart)
     if finished is None:
         with job.opened(restart), metered(job.journal, started, job.peaks):

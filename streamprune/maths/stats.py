@@ -190,6 +190,17 @@ class MaskGradient:
         self.sequences += other.sequences
 
 
+_USERS: dict[str, frozenset[Statistic]] = {
+    "mask": frozenset({"mask-gradient"}),
+    "gram": frozenset({"gram", "factors"}),
+    "gradient": frozenset({"gradient-gram", "factors"}),
+    "inputs": frozenset({"factors"}),
+    "producers": frozenset({"factors"}),
+    "divergence": frozenset({"divergence"}),
+}
+"""By the names that `SiteStatistics` has for sums: who needs them."""
+
+
 class SiteStatistics:
     """What a survey sums at one site: whatever is wanted of `Statistic`, and nothing else.
 
@@ -214,27 +225,44 @@ class SiteStatistics:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        def gram(columns: int, *names: Statistic) -> Gram | None:
-            return Gram(columns, device=device, dtype=dtype) if wanted & {*names} else None
+        def gram(columns: int, name: str) -> Gram | None:
+            return Gram(columns, device=device, dtype=dtype) if wanted & _USERS[name] else None
 
         self.seen = 0
         """Tokens that reached the site."""
-        self.mask = MaskGradient(units, width) if "mask-gradient" in wanted else None
-        self.gram = gram(units * width, "gram", "factors")
-        self.gradient = gram(outputs, "gradient-gram", "factors")
-        self.inputs = gram(inputs, "factors")
-        self.producers = [gram(each, "factors") for each in rows]
-        self.divergence = HeadDivergence(heads) if "divergence" in wanted and heads else None
+        self.mask = MaskGradient(units, width) if wanted & _USERS["mask"] else None
+        self.gram = gram(units * width, "gram")
+        self.gradient = gram(outputs, "gradient")
+        self.inputs = gram(inputs, "inputs")
+        self.producers = [gram(each, "producers") for each in rows]
+        self.divergence = HeadDivergence(heads) if wanted & _USERS["divergence"] and heads else None
+
+    def part(self, wanted: frozenset[Statistic]) -> SiteStatistics:
+        """What one of several recipes wants of the sums, which it may use up; `wanted` is among what is summed."""
+
+        def own(gram: Gram | None, name: str) -> Gram | None:
+            return gram.copy() if gram is not None and wanted & _USERS[name] else None
+
+        other = copy(self)
+        other.mask = self.mask if wanted & _USERS["mask"] else None
+        other.gram = own(self.gram, "gram")
+        other.gradient = own(self.gradient, "gradient")
+        other.inputs = own(self.inputs, "inputs")
+        other.producers = [own(each, "producers") for each in self.producers]
+        other.divergence = self.divergence if wanted & _USERS["divergence"] else None
+        return other
+
+    def operations(self, wanted: frozenset[Statistic]) -> int:
+        """What summing took of what `wanted` needs."""
+        sums: list[tuple[str, Gram | HeadDivergence | None]] = [("gram", self.gram), ("gradient", self.gradient)]
+        sums += [("inputs", self.inputs), *(("producers", each) for each in self.producers)]
+        sums += [("divergence", self.divergence)]
+        return sum(each.operations for name, each in sums if each is not None and wanted & _USERS[name])
 
     @property
     def wants_producers(self) -> bool:
         """Whether gradients of the producers' outputs are wanted."""
         return any(gram is not None for gram in self.producers)
-
-    @property
-    def wants_maps(self) -> bool:
-        """Whether attention maps are wanted."""
-        return self.divergence is not None
 
     def add(self, inputs: Tensor, z: Tensor, maps: Tensor | None, origin: Origin | None = None) -> None:
         """Add a micro-batch of the forward pass.
