@@ -67,7 +67,7 @@ def evaluate(
     resources = forecast(
         skeleton,
         Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True),
-        device_limit=memory or machine.available_memory(where),
+        **machine.room(where, memory),
         disk_limit=files.free_bytes(parent),
     ).require()
     if cache is not None:

@@ -25,7 +25,7 @@ from .journal import Entry, Journal
 from .layout import DECILM, LAYOUTS
 from .maths.operations import kind
 from .maths.stats import Statistic
-from .memory import Needs, Resources, device_peak, forecast
+from .memory import SLACK, GramPlace, Needs, Resources, Sizes, device_peak, forecast
 from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
@@ -164,6 +164,8 @@ class Job(Workplace):
             corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
+            workspace=lambda site: self.recipe.workspace(self.settings, site),
+            digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
         )
 
     @property
@@ -204,30 +206,24 @@ class Job(Workplace):
         return forecast(
             self.skeleton,
             self.needs,
-            device_limit=self.device_limit,
+            **machine.room(self.device, self.config.memory),
             disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
         )
 
-    def first_sweep(self, batch: int, backward_batch: int) -> list[Any]:
-        """All that tells the sweep of the first shot's survey, with these micro-batches, from other jobs' sweeps."""
+    def first_sweep(self, sizes: Sizes) -> list[Any]:
+        """All that tells the sweep of the first shot's survey, made with these sizes, from other jobs' sweeps."""
         settings = {k: v for k, v in self.header["settings"].items() if k in ("samples", "seq_len", "seed", "dtype")}
         gradients = self.needs.gradients
         labels = gradients and self.recipe.draws_labels(self.settings)
-        batches = [batch, backward_batch]
-        return [gradients, labels, settings, self.header["inputs"], self.header["versions"], batches]
+        return [gradients, labels, settings, self.header["inputs"], self.header["versions"], list(sizes)]
 
-    def shared_survey(self, batch: int, backward_batch: int) -> Path | None:
-        """Where the findings of the first shot, made with these micro-batches, lie for jobs that would find the same."""
+    def shared_survey(self, sizes: Sizes) -> Path | None:
+        """Where the findings of the first shot, made with these sizes, lie for jobs that would find the same."""
         if self.config.surveys is None or self.given_plan is not None or not self.surveys:
             return None
-        same = [self.recipe.name, asdict(self.settings), *self.first_sweep(batch, backward_batch)]
+        same = [self.recipe.name, asdict(self.settings), *self.first_sweep(sizes)]
         key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
         return self.config.surveys.absolute() / f"{self.recipe.name}-{key}"
-
-    @property
-    def device_limit(self) -> int:
-        """Bytes of the device that may be used."""
-        return self.config.memory or machine.available_memory(self.device)
 
     def shot_folder(self, number: int) -> Path:
         """Where the checkpoint goes that a shot makes."""
@@ -269,6 +265,8 @@ class Job(Workplace):
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
         self.backward_batch: int = start["resources"]["backward_batch"]
+        self.grams: GramPlace = start["resources"]["grams"]
+        self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
         self.boundary_every: int = start["resources"]["boundary_every"]
 
     def _begin(self) -> Entry:
@@ -303,7 +301,9 @@ class Job(Workplace):
             plan="given" if self.given_plan else None,
             shots=self.shots,
             replaces=self.report_in_out() is not None,
-            resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
+            resources={
+                name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
+            },
             schedule=as_entries(self._schedule(resources.phases)),
         )
 
@@ -332,14 +332,23 @@ class Job(Workplace):
                 found += [Stretch(f"{shot}/{step}", count, share, spared_by)] if count else []
         return [*found, Stretch("complete")]
 
-    def _check_memory(self, resources: Mapping[str, int]) -> None:
+    def _check_memory(self, resources: Mapping[str, Any]) -> None:
         """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
-        needed = device_peak(self.skeleton, self.needs, resources["batch"], resources["backward_batch"])
-        if self.config.memory is not None and self.config.memory < needed:
+        if self.config.memory is None:
+            return
+        sizes = resources["batch"], resources["backward_batch"], resources["grams"]
+        needed, limit = self.peak(self.needs, sizes)
+        if limit * SLACK < needed:
             raise ResourceError(
                 f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
-                f"{resources['batch']} and {resources['backward_batch']}, which need {format_bytes(needed)}; --restart starts over"
+                f"{sizes[0]} and {sizes[1]}, which need {format_bytes(needed)}; --restart starts over"
             )
+
+    def peak(self, needs: Needs, sizes: Sizes) -> tuple[int, int]:
+        """Bytes that work with these needs and sizes holds at most, and how many it may."""
+        room = machine.room(self.device, self.config.memory)
+        held = room["held"] if self.device.type == "cpu" else 0
+        return held + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
         """What `report.json` holds.

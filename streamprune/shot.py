@@ -7,8 +7,8 @@ job killed at any instant goes on from the last line and ends with the same byte
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,20 @@ from .curves import CURVES, write_curves
 from .errors import NumericalError, ResumeError
 from .job import Job
 from .journal import Entry
-from .maths.operations import KINDS, counting, kind
+from .maths.operations import KINDS, Kind, counting, kind
 from .maths.stats import GRADIENTS, SiteStatistics, Statistic
-from .memory import device_peak
 from .meter import OWN, as_entry, share_of
 from .methods.allocation import Budget
 from .methods.plan import Plan
 from .methods.recipe import Correction, Findings, Survey, Surveyed
-from .model.block import Block
+from .model.block import Block, Prunable
 from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import rest
 from .refine import Refinement
 from .site import Site
 from .stream import sweep
-from .surgery import DENSE, PRUNED, SEEN, Surgeon, left_alone, tokens_seen
+from .surgery import CPU, DENSE, PRUNED, SEEN, Surgeon, left_alone, tokens_seen
 
 GRADIENT = "gradient"
 COST = "cost.json"
@@ -143,7 +142,7 @@ class Shot:
         """The recipe's findings at every site of the model, by a forward and, for gradients, a backward sweep."""
         depth = len(self.skeleton)
         job = self.job
-        shared = job.shared_survey(job.batch, job.backward_batch) if self.number == 1 else None
+        shared = job.shared_survey(job.sizes) if self.number == 1 else None
         if shared is not None and not self.steps("forward/") and shared.is_dir():
             for index in range(depth):
                 files.link(shared / self._survey_path(index).name, self._survey_path(index))
@@ -171,28 +170,27 @@ class Shot:
         Where the sums for all do not fit the memory, those that would be too much survey by themselves.
         """
         job = self.job
-        own = job.shared_survey(job.batch, job.backward_batch)
+        own = job.shared_survey(job.sizes)
         if self.number > 1 or own is None or not job.statistics or job.writes_text:
             return []
         found: list[Asker] = []
-        sweep_of_all, wanted, taken = job.first_sweep(job.batch, job.backward_batch), job.statistics, {own}
+        sweep_of_all, needs, taken = job.first_sweep(job.sizes), job.needs, {own}
         for config in job.alongside:
             other = Job(config, None)
-            resources = other.forecast()
-            batches = resources.batch, resources.backward_batch
-            shared = other.shared_survey(*batches) if other.statistics else None
-            if shared is None or shared in taken or shared.is_dir() or other.first_sweep(*batches) != sweep_of_all:
+            sizes = other.forecast().sizes
+            shared = other.shared_survey(sizes) if other.statistics else None
+            if shared is None or shared in taken or shared.is_dir() or other.first_sweep(sizes) != sweep_of_all:
                 continue
             taken.add(shared)
-            needs = replace(job.needs, survey=wanted | other.statistics, shared=True)
-            needed = device_peak(self.skeleton, needs, job.batch, job.backward_batch)
-            if needed > job.device_limit:
+            together = needs.surveying_with(other.needs)
+            needed, limit = job.peak(together, job.sizes)
+            if needed > limit:
                 self.progress.say(
                     f"{config.out.name} will survey by itself: to sum for it too would need {format_bytes(needed)}, and the "
-                    f"memory limit is {format_bytes(job.device_limit)}"
+                    f"memory limit is {format_bytes(limit)}"
                 )
                 continue
-            wanted = needs.survey
+            needs = together
             found.append(Asker(other, shared, job))
         return found
 
@@ -240,7 +238,7 @@ class Shot:
         if moves:
             store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
         for index, block in sweep.blocks(skeleton, range(done, depth)):
-            stats = skeleton.statistics(index, self.statistics)
+            stats = self._empty_statistics(index)
             if moves:
                 sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
             parts = self._save_findings(index, block, stats)
@@ -270,7 +268,7 @@ class Shot:
         while first >= 0:
             lowest = self._recompute(first)
             for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
-                stats = skeleton.statistics(index, self.statistics)
+                stats = self._empty_statistics(index)
                 sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
                 parts = self._save_findings(index, block, stats)
                 del block, stats
@@ -280,6 +278,9 @@ class Shot:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"backward, block {index}")
             first = lowest - 1
+
+    def _empty_statistics(self, index: int) -> list[SiteStatistics]:
+        return self.skeleton.statistics(index, self.statistics, CPU if self.job.grams == "host" else None)
 
     def _uniform(self) -> Tensor | None:
         """What the model's own labels are drawn with, where the recipe wants them."""
@@ -306,43 +307,53 @@ class Shot:
         return self.job.folder / f"survey-{index:04}.safetensors"
 
     @torch.no_grad()
+    @torch.no_grad()
     @kind("solving")
     def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> Entry:
         """Write what is kept of a block's sums, for this job and for those that ask; what of the step was for which."""
+        if self.job.grams == "parked":
+            for stat in stats:
+                stat.park()
+        makers = {OWN: (self.job, self._survey_path(index))}
+        makers |= {asker.shared.name: (asker.job, asker.findings(index)) for asker in self.asking}
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in makers}
+        kinds: dict[str, dict[Kind, int]] = {name: dict.fromkeys(("sums", "solving"), 0) for name in makers}
+        seconds = dict.fromkeys(makers, 0.0)
+        for prunable in block.prunables:
+            statistics = stats.pop(0)  # so that no sum outlives its site
+            for name, (job, _) in makers.items():
+                started = time.monotonic()
+                kinds[name]["sums"] += statistics.operations(job.statistics)
+                with counting() as counter:
+                    part = statistics.part(job.statistics) if self.asking else statistics
+                    tensors[name] |= self._digest(job, prunable, part)
+                kinds[name]["solving"] += counter.total
+                seconds[name] += time.monotonic() - started
+        for name, (_, path) in makers.items():
+            for place, tensor in tensors[name].items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NumericalError(f"block {index}: the survey's {place} is NaN or Inf")
+            write_shard(path, tensors[name])
         if not self.asking:
-            self._digest(self.job, index, block, stats, self._survey_path(index))
             return {}
-        parts = {}
-        for name, job, path in (
-            (OWN, self.job, self._survey_path(index)),
-            *((asker.shared.name, asker.job, asker.findings(index)) for asker in self.asking),
-        ):
-            started = time.monotonic()
-            with counting() as counter:
-                self._digest(job, index, block, (stat.part(job.statistics) for stat in stats), path)
-            kinds = {**counter.kinds, "sums": sum(stat.operations(job.statistics) for stat in stats)}
-            del kinds["sweeps"]
-            parts[name] = {"operations_by_kind": kinds, "seconds": round(time.monotonic() - started, 3)}
-        return {"parts": parts}
+        return {
+            "parts": {name: {"operations_by_kind": kinds[name], "seconds": round(seconds[name], 3)} for name in makers}
+        }
 
-    def _digest(self, job: Job, index: int, block: Block, stats: Iterable[SiteStatistics], path: Path) -> None:
-        """Write what a job's recipe keeps of a block's sums."""
-        tensors: dict[str, Tensor] = {}
-        for prunable, stat in zip(block.prunables, stats, strict=True):
-            surveyed = Surveyed(
-                site=prunable.site,
-                w=prunable.weight(prunable.consumer),
-                producers=prunable.producer_weights(),
-                statistics=stat,
-            )
-            findings = job.recipe.digest(job.settings, surveyed)
-            if prunable.site.expert is not None and job.statistics:
-                findings[SEEN] = torch.tensor(stat.seen)
-            tensors |= {f"{prunable.site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(f"block {index}: the survey's {name} is NaN or Inf")
-        write_shard(path, tensors)
+    def _digest(self, job: Job, prunable: Prunable, statistics: SiteStatistics) -> dict[str, Tensor]:
+        """What a job's recipe keeps of a site's sums, by its name in the file."""
+        site = prunable.site
+        where = CPU if self.job.grams == "host" else self.job.device
+        surveyed = Surveyed(
+            site=site,
+            w=prunable.weight(prunable.consumer).to(where),
+            read_producers=lambda: tuple(w.to(where) for w in prunable.producer_weights()),
+            statistics=statistics,
+        )
+        findings = job.recipe.digest(job.settings, surveyed)
+        if site.expert is not None and job.statistics:
+            findings[SEEN] = torch.tensor(statistics.seen)
+        return {f"{site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
 
     # The plan.
 
@@ -415,6 +426,7 @@ class Shot:
             window=job.window,
             refinement=refinement,
             experts_alike=self._experts_alike,
+            grams=job.grams,
         )
         self.progress.phase("prune", depth, done)
         if surgeon.store is not None:

@@ -195,12 +195,12 @@ def test_a_comparison_stopped_in_a_shared_survey_goes_on(
 def test_where_the_sums_of_all_do_not_fit_surveys_stay_apart_and_it_is_said(
     compare: Compare, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune import shot
+    from streamprune import job
 
     whole = compare(recipes=SHARING[:2], ratios=[0.4], out=tmp_path / "whole")
-    real = shot.device_peak
+    real = job.device_peak
     monkeypatch.setattr(
-        shot, "device_peak", lambda skeleton, needs, *sizes: real(skeleton, needs, *sizes) + (needs.shared << 50)
+        job, "device_peak", lambda skeleton, needs, *sizes: real(skeleton, needs, *sizes) + (needs.shared << 50)
     )
     seen, watched = count_sweeps(monkeypatch), Watched()
     assert numbers(compare(recipes=SHARING[:2], ratios=[0.4], progress=watched)) == numbers(whole)

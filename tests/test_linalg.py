@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import NumericalError
-from streamprune.maths.linalg import cholesky, fit, greedy_removal, output_error, refit, unit_columns
+from streamprune.maths.linalg import cholesky, compensation, fit, greedy_removal, output_error, refit, unit_columns
 
 
 def problem(n: int, d: int = 5, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +126,9 @@ def test_compensation_equals_ridge_regression() -> None:
     x_hat = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     tokens = len(x)
     h, c = x_hat.T @ x_hat / tokens, x.T @ x_hat / tokens
-    fitted = fit(w, h, w @ c, cholesky(h, 0.02, "here")[0])
+    factor = cholesky(h, 0.02, "here")[0]
+    fitted = w + w @ compensation(h, c, factor)
+    torch.testing.assert_close(fit(w, h, w @ c, factor), fitted)
     ridge = float((0.02 * h.diagonal().mean() * tokens).sqrt())
     # min ‖δW X̂ − W (X − X̂)‖² + ridge·tokens·‖δW‖²
     rows = np.vstack([x_hat.numpy(), ridge * np.eye(10)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linalg import cholesky, unit_columns
+from .linalg import cholesky, inverse, unit_columns
 
 
 def cholesky_blocks(blocks: Tensor, place: str) -> Tensor:
@@ -123,8 +123,8 @@ def dynamic_group_removal(
 
 def _begin(w: Tensor, h: Tensor, damping: float, place: str) -> tuple[Tensor, Tensor]:
     """W without its dead columns' weights, and P."""
-    factor, _ = cholesky(h, damping, place)
-    return w * (h.diagonal() > 0), torch.cholesky_inverse(factor)
+    p, _ = inverse(h, damping, place, device=w.device)
+    return w * (h.diagonal() > 0).to(w.device), p
 
 
 def _others(columns: Tensor, n: int) -> Tensor:

@@ -2,15 +2,19 @@
 
 Notation of METHODS: a consumer ``y = W x`` with `W` (d_out, n); `H` (n, n) the mean Gram of its inputs;
 ``H_λ = H + λ·mean(diag H)·I``; `P` the inverse of ``H_λ``; `K` kept and `S` removed columns. The papers'
-Hessian is ``2 X Xᵀ``: same minimiser.
+Hessian is ``2 X Xᵀ``: same minimiser. `H` may lie on another device than `W`, where it waits while there is no room for
+it beside what is made of it: results are on W's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from .blocked import TILE, cholesky_, invert_, panels
 from .operations import counted
 
 _MOST_DAMPING = 10.0
@@ -26,25 +30,49 @@ def unit_columns(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
-def cholesky(h: Tensor, damping: float, place: str, *, scale: float | None = None) -> tuple[Tensor, float]:
+def all_finite(x: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf. A sum shows both at a fifth of the cost; it may overflow by itself."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def cholesky(
+    h: Tensor, damping: float, place: str, *, scale: float | None = None, device: torch.device | None = None
+) -> tuple[Tensor, float]:
     """Lower factor of ``H + damping·scale·I`` and the damping that it took.
 
     `scale` is mean(diag H) unless given, which makes it the factor of ``H_λ``; an all-zero H counts as 1.
     Where float arithmetic cannot factor it, the damping is raised tenfold until it can, and returned, so
     that the report says so.
 
+    Args:
+        h: (n, n), float32 or float64; only its lower triangle is read.
+        device: where the factor is to be; None for where `h` lies.
+
     Raises:
         NumericalError: H holds NaN or Inf, or no damping up to 10 was enough.
     """
-    if not bool(torch.isfinite(h).all()):
+    where = h.device if device is None else device
+    scale = float(h.diagonal().mean()) if scale is None else scale
+    if not all_finite(h):
         raise NumericalError(f"{place}: the Gram holds NaN or Inf")
-    scale = (float(h.diagonal().mean()) if scale is None else scale) or 1.0
+    return _factored(lambda: h.to(where, copy=True), damping, scale, place)
+
+
+def inverse(h: Tensor, damping: float, place: str, *, device: torch.device | None = None) -> tuple[Tensor, float]:
+    """`P`, the inverse of ``H_λ`` (n, n), and the damping that it took: see `cholesky`."""
+    factor, used = cholesky(h, damping, place, device=device)
+    return invert_(factor), used
+
+
+def _factored(copy: Callable[[], Tensor], damping: float, scale: float, place: str) -> tuple[Tensor, float]:
+    """The factor of what `copy` gives, a matrix to be overwritten, with a ridge that is enough."""
+    scale = scale or 1.0
     while damping <= _MOST_DAMPING:
-        damped = h.clone()
+        damped = copy()
         damped.diagonal().add_(damping * scale)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            return factor, damping
+        if cholesky_(damped):
+            return damped, damping
+        del damped
         damping = max(10 * damping, 1e-6)
     raise NumericalError(f"{place}: the Gram could not be factored with damping up to {_MOST_DAMPING:g}")
 
@@ -77,10 +105,8 @@ def greedy_removal(
     units = h.shape[0] // width
     assert 0 <= count < units
     assert w.shape[1] == h.shape[0] == units * width
-    alive = (h.diagonal() > 0).to(w.dtype)
-    factor, _ = cholesky(h, damping, place)
-    p = torch.cholesky_inverse(factor)
-    del factor
+    alive = (h.diagonal() > 0).to(w)
+    p, _ = inverse(h, damping, place, device=w.device)
     live = w * alive
     v = live.T @ live
     if width == 1:
@@ -152,40 +178,68 @@ def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tup
     Args:
         w: (d_out, n).
         h: (n, n), mean Gram, same dtype.
-        kept: (k,) int64, ascending.
+        kept: (k,) int64, ascending, on w's device.
 
     Returns:
         W'_K (d_out, k), and the damping that it took.
     """
-    removed = torch.ones(h.shape[0], dtype=torch.bool, device=h.device).index_fill_(0, kept, False).nonzero()[:, 0]
-    factor, used = cholesky(h[kept][:, kept], damping, place, scale=float(h.diagonal().mean()))
-    right = h[kept][:, removed] @ w[:, removed].T  # (k, d_out)
+    stays = kept.to(h.device)
+    goes = torch.ones(h.shape[0], dtype=torch.bool, device=h.device).index_fill_(0, stays, False).nonzero()[:, 0]
+    if not all_finite(h):
+        raise NumericalError(f"{place}: the Gram holds NaN or Inf")
+    factor, used = _factored(lambda: h[stays[:, None], stays].to(w.device), damping, float(h.diagonal().mean()), place)
+    w_s = w[:, goes.to(w.device)].T  # (s, d_out)
+    right = w.new_empty(len(kept), w.shape[0])
+    for panel in panels(len(kept), TILE):
+        right[panel] = h[stays[panel, None], goes].to(w.device) @ w_s
     return w[:, kept] + torch.cholesky_solve(right, factor).T, used
 
 
 def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
     """Fit all of `w` to what it should give on the input it has: ``W' = W + (B − W H) H_λ⁻¹``, a ridge pulling to W.
 
-    It minimises ``E‖t − W' x̂‖² + λ̄ ‖W' − W‖²`` for a target `t`. Input compensation (SoBP) is the fit of a layer
-    that reads `x̂` where it was trained to read `x`, ``B = W C``; with a consumer's dense output as the target it is
+    It minimises ``E‖t − W' x̂‖² + λ̄ ‖W' − W‖²`` for a target `t`. With a consumer's dense output as the target it is
     the recovery of greedy output approximation (algorithm 1).
 
     Args:
         w: (rows, d).
         h: (d, d), mean Gram of x̂.
-        aim: B (rows, d), mean of ``t x̂ᵀ``.
-        factor: of H_λ, by `cholesky`; linears that read the same share it.
+        aim: B (rows, d), mean of ``t x̂ᵀ``; overwritten.
+        factor: of H_λ, by `cholesky`.
 
     Returns:
-        W' (rows, d).
+        W' (rows, d), in the place of `aim`.
     """
-    return w + torch.cholesky_solve((aim - w @ h).T, factor).T
+    for panel in panels(h.shape[1], TILE):
+        aim[:, panel].addmm_(w, h[:, panel].to(w.device), alpha=-1)
+    for panel in panels(len(w), TILE):
+        aim[panel] = w[panel] + torch.cholesky_solve(aim[panel].T, factor).T
+    return aim
+
+
+def compensation(h: Tensor, c: Tensor, factor: Tensor) -> Tensor:
+    """Input compensation (SoBP): the fit of any layer that reads `x̂` where it was trained to read `x`, as a product.
+
+    That is `fit` with ``B = W C``, for all linears that read the same: ``W' = W + W M`` with ``M = (C − H) H_λ⁻¹``.
+
+    Args:
+        h: (d, d), mean Gram of x̂.
+        c: C (d, d), mean of ``x x̂ᵀ``.
+        factor: of H_λ, by `cholesky`.
+
+    Returns:
+        M (d, d).
+    """
+    return torch.cholesky_solve((c - h).T, factor).T
 
 
 def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:
     """``tr(E H Eᵀ) / tr(W H Wᵀ)``, E the change of W: the share of output energy lost on this input."""
     change = w.clone()
     change[:, kept] -= w_kept
-    before = float((w @ h).mul_(w).sum(dtype=torch.float64))
-    after = float((change @ h).mul_(change).sum(dtype=torch.float64))
+    before, after = 0.0, 0.0
+    for panel in panels(h.shape[1], TILE):
+        columns = h[:, panel].to(w.device)
+        before += float((w @ columns).mul_(w[:, panel]).sum(dtype=torch.float64))
+        after += float((change @ columns).mul_(change[:, panel]).sum(dtype=torch.float64))
     return max(after, 0.0) / before if before > 0 else 0.0

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocked import mirror_, panels
 from .divergence import HeadDivergence
 from .linalg import accumulator
 from .operations import counted, kind
@@ -57,8 +58,6 @@ class Gram:
         """What adding them took."""
         self.h = torch.zeros(columns, columns, device=device, dtype=dtype)
         self.c = torch.zeros(cross, columns, device=device, dtype=dtype) if cross else None
-        panel = PANEL.get(device.type, PANEL["cuda"])
-        self._panels = [(start, min(start + panel, columns)) for start in range(0, columns, panel)]
 
     def add(self, x: Tensor, y: Tensor | None = None, *, tokens: int | None = None) -> None:
         """Add one micro-batch.
@@ -74,16 +73,15 @@ class Gram:
         """
         assert (y is None) == (self.c is None)
         flat = self._factor(x)
-        columns = flat.shape[1]
-        products = sum((stop - start) * stop for start, stop in self._panels) + (
-            0 if y is None else y.shape[-1] * columns
-        )
-        with kind("sums"), counted(2 * flat.shape[0] * products):
-            for start, stop in self._panels:
-                _add_product(self.h[start:stop, :stop], flat[:, start:stop], flat[:, :stop])
+        rows = panels(flat.shape[1], PANEL.get(x.device.type, PANEL["cuda"]))
+        products = sum((panel.stop - panel.start) * panel.stop for panel in rows)
+        products += 0 if self.c is None else self.c.numel()
+        with kind("sums"), counted(2 * len(flat) * products):
+            for panel in rows:
+                _add_product(self.h[panel, : panel.stop], flat[:, panel], flat[:, : panel.stop])
             if y is not None and self.c is not None:
                 _add_product(self.c, self._factor(y), flat)
-        self.operations += 2 * flat.shape[0] * products
+        self.operations += 2 * len(flat) * products
         self.rows += flat.shape[0]
         self.tokens += flat.shape[0] if tokens is None else tokens
 
@@ -108,24 +106,24 @@ class Gram:
         other.h, other.c = self.h.clone(), None if self.c is None else self.c.clone()
         return other
 
+    def park(self) -> None:
+        """Have H wait on the host, so that the device has room for what is made of it."""
+        self.h = self.h.cpu()
+
     def mean(self) -> tuple[Tensor, Tensor | None]:
         """(H, C) per token, H symmetric to the last bit, in place: they count as one token from then on."""
         tokens, self.tokens = self.tokens, 1
-        self.h.div_(tokens)
-        for start, stop in self._panels:
-            # Of the square on the diagonal too the lower half is what counts.
-            square = self.h[start:stop, start:stop]
-            square.copy_(square.tril() + square.tril(-1).T)
-            self.h[:start, start:stop] = self.h[start:stop, :start].T
-        return self.h, None if self.c is None else self.c.div_(tokens)
+        return mirror_(self.h.div_(tokens)), None if self.c is None else self.c.div_(tokens)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += leftᵀ right``, for half-precision factors with float32 sums."""
-    if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
+    """``total += leftᵀ right``: computed where the factors are, added where the sum is; halves are summed in float32."""
+    if left.dtype != total.dtype:
+        total += torch.mm(left.T, right, out_dtype=total.dtype).to(total.device)
+    elif left.device != total.device:
+        total += (left.T @ right).to(total.device)
     else:
-        total += torch.mm(left.T, right, out_dtype=total.dtype)
+        total.addmm_(left.T, right)
 
 
 @cache
@@ -263,6 +261,12 @@ class SiteStatistics:
     def wants_producers(self) -> bool:
         """Whether gradients of the producers' outputs are wanted."""
         return any(gram is not None for gram in self.producers)
+
+    def park(self) -> None:
+        """Have all Grams wait on the host."""
+        for gram in (self.gram, self.gradient, self.inputs, *self.producers):
+            if gram is not None:
+                gram.park()
 
     def add(self, inputs: Tensor, z: Tensor, maps: Tensor | None, origin: Origin | None = None) -> None:
         """Add a micro-batch of the forward pass.

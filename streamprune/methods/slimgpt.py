@@ -18,7 +18,7 @@ from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
 from .recipe import Problem, Recipe, Survey, setting
-from .reconstruction import obs
+from .reconstruction import obs, obs_workspace
 from .selection import greedy, others
 
 
@@ -86,4 +86,6 @@ SLIMGPT = Recipe(
     select=batched,
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
     wants_gram=lambda settings: True,
+    # P before and behind a group, W before and behind it.
+    workspace=lambda settings, site: max(2 * site.columns * (site.columns + site.outputs), obs_workspace(site)),
 )
