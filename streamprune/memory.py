@@ -47,6 +47,8 @@ GramPlace = Literal["device", "parked", "host"]
 """Where Grams are: with their solving on the device; waiting on the host while they are solved on the device; or both on
 the host. On a CPU the device is the host."""
 GRAM_PLACES: tuple[GramPlace, ...] = ("device", "parked", "host")
+Sizes = tuple[int, int, GramPlace]
+"""Sequences a micro-batch, forward and backward, and where Grams are: what decides the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Needs:
     text: bool
     """Activations move at all."""
     survey: frozenset[Statistic] = frozenset()
+    shared: bool = False
+    """Several recipes make something of the survey's sums."""
     findings: int = 0
     """Numbers that wait on the disk between survey and prune sweep."""
     gram: bool = False
@@ -105,6 +109,15 @@ class Needs:
     """Numbers that solving a site takes beside its W and H."""
     digest_workspace: Callable[[Site], int] = lambda site: 0
     """Numbers that a site's findings take beside its W and statistics."""
+
+    def surveying_with(self, other: Needs) -> Needs:
+        """Those of a survey that serves another job as well."""
+        return replace(
+            self,
+            survey=self.survey | other.survey,
+            shared=True,
+            digest_workspace=lambda site: max(self.digest_workspace(site), other.digest_workspace(site)),
+        )
 
     @property
     def gradients(self) -> bool:
@@ -148,6 +161,11 @@ class Resources:
     disk_limit: int
     problems: tuple[str, ...]
     """Why it does not fit, and what would; empty when it does."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those that were chosen."""
+        return self.batch, self.backward_batch, self.grams
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -374,7 +392,9 @@ class _Shapes:
             left = sum(self._site_sums(site) for site in sites)
             for site in sites:
                 numbers = site.columns * site.outputs + self.needs.digest_workspace(site)
-                yield left, self.sum_item * numbers
+                # What a digest may use up is a copy, where others are to come.
+                copied = self._site_sums(site) if self.needs.shared else 0
+                yield left, copied + self.sum_item * numbers
                 left -= self._site_sums(site)
 
     def _all_sublayers(self) -> Iterator[_Together]:

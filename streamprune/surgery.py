@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import CalibrationError
 from .maths.linalg import accumulator, cholesky, compensation, fit, output_error, unit_columns
+from .maths.operations import kind
 from .maths.stats import Gram
 from .memory import GRAMS_AT_ONCE, GramPlace
 from .methods.plan import Plan
@@ -167,6 +168,7 @@ class Surgeon:
             sums.add(*(owner.normed(owner.source(*each)) for owner, each in zip((sub, dense), inputs, strict=False)))
         return sums
 
+    @kind("solving")
     def _compensate(self, sub: Sublayer, inputs: Gram) -> float:
         h, c = inputs.mean()
         assert c is not None
@@ -199,6 +201,7 @@ class Surgeon:
         entry = self.plan[site.name]
         return entry.keep < site.units or any(entry.zeros or ())
 
+    @kind("solving")
     def _shrink_site(self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool) -> dict[str, Any]:
         site, entry = prunable.site, self.plan[prunable.site.name]
         report: dict[str, Any] = {}

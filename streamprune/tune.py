@@ -24,6 +24,7 @@ from .config import TuneConfig, TuneMethod, format_bytes
 from .curves import CURVES
 from .errors import ConfigError, ResourceError
 from .journal import Entry, Journal
+from .maths.operations import kind
 from .memory import REFINE_SEQUENCES, SLACK, Needs, Resources, device_peak, forecast, in_memory_peak
 from .meter import metered, peaks, totals
 from .model.block import Block
@@ -389,6 +390,7 @@ class Tuning(Workplace):
         first, last = (sum(each) / depth for each in zip(*blocks, strict=True))
         return {"loss_first": first, "loss_last": last, "blocks": blocks}
 
+    @kind("training")
     def _lora(self) -> Entry:
         """End to end, in memory; then block by block into the weights."""
         config = self.config
