@@ -343,7 +343,8 @@ class _Work:
             return_freed_memory()
             own_peak = machine.reset_peaks(candidate.job.device)
             started = time.monotonic() - _spent_before(candidate)
-            result = prune(candidate.config, progress=self.progress)
+            others = [c.config for c in self.candidates if self.journal.find(f"prune/{c.name}") is None]
+            result = prune(candidate.config, progress=self.progress, alongside=others)
             line = self.journal.append(
                 f"prune/{candidate.name}",
                 figures={

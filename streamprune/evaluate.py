@@ -67,12 +67,15 @@ def evaluate(
     resources = forecast(
         skeleton,
         Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True),
-        device_limit=memory or machine.available_memory(where),
+        **machine.room(where, memory),
         disk_limit=files.free_bytes(parent),
     ).require()
     if cache is not None:
         files.make_folder(cache)
-    with tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder:
+    with (
+        machine.within(where, memory),
+        tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder,
+    ):
         store = ActivationStore(
             Path(folder), (len(windows), length, skeleton.width), skeleton.dtype, where, durable=False
         )

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .config import DTYPES
-from .errors import ConfigError
+from .errors import ConfigError, ResourceError
+
+_WARM = 48 << 20
 
 
 def resolve_device(name: str) -> torch.device:
@@ -61,6 +65,50 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(_host_available() * 0.9)
+
+
+def room(device: torch.device, asked: int | None) -> dict[str, int]:
+    """How much memory a job may take, as `memory.forecast` wants to know it.
+
+    Args:
+        asked: bytes that it shall stay within; None for what is free. On the CPU that is the whole process.
+
+    Returns:
+        ``device_limit``, and ``held``: what of the host's this process takes for itself.
+    """
+    held = base_bytes()
+    free = available_memory(device) + (held if device.type == "cpu" else 0)
+    return {"device_limit": min(asked or free, free) if device.type == "cuda" else asked or free, "held": held}
+
+
+@contextmanager
+def within(device: torch.device, limit: int | None) -> Iterator[None]:
+    """A context in which torch takes no more than `limit` bytes of a GPU's memory, None for all there is.
+
+    What torch keeps for itself counts; the driver's own few hundred megabytes a process do not.
+
+    Raises:
+        ResourceError: the work inside needed more than that, or than there was.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total) if limit else 1.0, device)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"{device} ran out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}"
+        ) from error
+    except RuntimeError as error:
+        # How torch's allocator on the CPU says it.
+        if not any(said in str(error) for said in ("not enough memory", "can't allocate memory")):
+            raise
+        raise ResourceError(f"{device} ran out of memory: {str(error).splitlines()[0]}") from error
+
+
+def base_bytes() -> int:
+    """Host memory that this process takes for itself: what it holds now, and libraries' pages that use will bring in."""
+    return resident_bytes() + _WARM
 
 
 def resident_bytes() -> int:
@@ -134,12 +182,37 @@ def _host_available() -> int:
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for group, limit, used in _control_groups():
         try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
+            taken = int((group / used).read_text()) - _reclaimable(group)
+            available = min(available, int((group / limit).read_text()) - taken)
+        except (OSError, ValueError):  # no limit, or none of that kind
             continue
     return max(available, 1)
+
+
+def _control_groups(
+    proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[Path, str, str]]:
+    """Folders that limit this process's memory, its own and those above it, each with the names of its limit and its use."""
+    try:
+        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in lines:
+        if controllers in ("", "memory"):
+            top = root / "memory" if controllers else root
+            files = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
+            # In a container the path may be that of the machine outside, and the root its own.
+            inside = top / path.lstrip("/")
+            for group in dict.fromkeys((inside, *inside.parents, top)):
+                if group == top or top in group.parents:
+                    yield group, *files
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of a control group that hold pieces of files, which the kernel drops when it needs room."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("inactive_file", "active_file"))

@@ -18,7 +18,7 @@ import streamprune
 from streamprune.journal import Journal
 from streamprune.machine import Peaks
 from streamprune.maths import greedy
-from streamprune.maths.operations import counted, counting
+from streamprune.maths.operations import counted, counting, kind
 from streamprune.meter import metered, totals
 from streamprune.model.skeleton import open_skeleton
 from streamprune.stream import sweep
@@ -113,6 +113,26 @@ def test_contexts_nest() -> None:
     assert outer.total == 630
 
 
+def test_kinds_are_told_apart_and_autograds_threads_with_them() -> None:
+    x = torch.ones(5, 7, requires_grad=True)
+
+    @kind("solving")
+    def solve() -> None:
+        A @ B
+        with kind("sums"):
+            A @ V
+        A @ B
+
+    with counting() as counter:
+        y = x @ B
+        solve()
+        with kind("training"):
+            y.sum().backward()
+        A @ V
+    assert counter.kinds == {"sweeps": 210 + 70, "sums": 70, "solving": 420, "training": 210, "writing": 0}
+    assert counter.total == 980
+
+
 def test_the_journal_adds_up(tmp_path: Path) -> None:
     for process in range(2):
         journal = Journal(tmp_path / "journal.jsonl")
@@ -122,11 +142,19 @@ def test_the_journal_adds_up(tmp_path: Path) -> None:
             A @ B
             journal.append("one")
             A @ B
-            A @ B
+            with kind("sums"):
+                A @ B
             journal.append("two")
             A @ B  # lost
     assert [step["operations"] for step in journal.steps()] == 2 * [210, 420]
     assert totals(journal)["operations"] == 4 * 315
+    assert totals(journal)["operations_by_kind"] == {
+        "sweeps": 840,
+        "sums": 420,
+        "solving": 0,
+        "training": 0,
+        "writing": 0,
+    }
     assert totals(journal)["seconds"] > 0
 
 

@@ -93,7 +93,7 @@ def score(
             prunes=False,
             scores=True,
         ),
-        device_limit=memory or machine.available_memory(skeleton.device),
+        **machine.room(skeleton.device, memory),
         disk_limit=files.free_bytes(parent),
     ).require()
     if cache is not None:

@@ -25,8 +25,8 @@ from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
 from .recipe import Curve, Recipe, Survey, Surveyed, Target, setting
-from .reconstruction import obs
-from .selection import greedy
+from .reconstruction import obs, obs_workspace
+from .selection import greedy, greedy_workspace
 
 _RIDGE = 1e-6
 """Of G, relative: it has fewer tokens than rows in small jobs."""
@@ -61,7 +61,7 @@ def path_costs(settings: DefaultSettings, surveyed: Surveyed) -> dict[str, Tenso
         assert statistics.gradient is not None
         g = statistics.gradient.mean()[0].to(w.dtype)
         # G = L Lᵀ, and tr(Wᵀ G W) = tr((Lᵀ W)ᵀ (Lᵀ W)): the unweighted loop on Lᵀ W.
-        w = cholesky(g, _RIDGE, f"{site.name}, output gradients")[0].T @ w
+        w = cholesky(g, _RIDGE, f"{site.name}, output gradients", device=w.device)[0].T @ w
     _, costs = greedy_removal(w, h, width=site.width, count=site.units - 1, damping=settings.damping, place=site.name)
     # A unit that is cheaper once others are gone goes with them.
     marginal = (
@@ -98,5 +98,9 @@ DEFAULT = Recipe(
     wants_gram=lambda settings: True,
     compensation=lambda settings: settings.damping if settings.compensate else None,
     target=target,
+    workspace=lambda settings, site: max(greedy_workspace(site), obs_workspace(site)),
+    digest_workspace=lambda settings, site: (
+        greedy_workspace(site) + settings.weighted * site.outputs * (site.outputs + site.columns)
+    ),
     shots=lambda settings, ratio: settings.shots,
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..maths.greedy import greedy_removal
+from ..site import Site
 from .recipe import Problem
 
 
@@ -19,6 +20,11 @@ def others(units: int, removed: Tensor) -> Tensor:
 def best(scores: Tensor, keep: int) -> Tensor:
     """The `keep` units of the highest scores (units,), ascending; of equal ones the first."""
     return scores.cpu().argsort(descending=True, stable=True)[:keep].sort().values
+
+
+def greedy_workspace(site: Site) -> int:
+    """Numbers that `greedy` holds: P and WᵀW."""
+    return 2 * site.columns**2
 
 
 def greedy(problem: Problem, keep: int, damping: float) -> Tensor:

@@ -18,8 +18,8 @@ from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
 from .recipe import Problem, Recipe, Survey, setting
-from .reconstruction import obs
-from .selection import greedy, others
+from .reconstruction import obs, obs_workspace
+from .selection import greedy, greedy_workspace, others
 
 
 @dataclass(frozen=True)
@@ -86,4 +86,9 @@ SLIMGPT = Recipe(
     select=batched,
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
     wants_gram=lambda settings: True,
+    workspace=lambda settings, site: max(
+        # P before and behind a group, W before and behind it.
+        greedy_workspace(site) if settings.exact else 2 * site.columns * (site.columns + site.outputs),
+        obs_workspace(site),
+    ),
 )

@@ -102,6 +102,20 @@ def findings(settings: SurgeonSettings, site: Site) -> int:
     return sum(sides[name] ** 2 for name in _needed(settings, site))
 
 
+def workspace(settings: SurgeonSettings, site: Site) -> int:
+    """Numbers that `update` holds: factors, their inverses and, of elements, both scaled; a unit's rows of the inverse."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != masks.UNITS:
+        return findings(settings, site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
+    return max(3 * n * n + 3 * n * d for n in (sides if settings.update_rows else sides[-1:]))
+
+
+def digest_workspace(settings: SurgeonSettings, site: Site) -> int:
+    """Numbers that `digest` holds: all weights, and of one linear the inverses and what costs are made of."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    return sum(site.linears) + max(n * n + d * d + 3 * n * d for n in sides)
+
+
 def _single_costs(w: Tensor, g: Tensor, a_inverse: Tensor, units: int) -> Tensor:
     return column_costs(w, g, a_inverse).view(units, -1).sum(dim=1)
 
@@ -125,10 +139,14 @@ def densities(site: Site, findings: Findings) -> Tensor:
 def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
     """The correlated updates of all linears of the site."""
     site = problem.site
-    factors = {name: problem.findings[name].to(problem.w.dtype) for name in _needed(settings, site)}
     used = settings.damping
+
+    def factor(name: str) -> Tensor:
+        return problem.findings[name].to(problem.w.dtype)
+
     if problem.zeros is not None:
         weights = []
+        factors = {name: factor(name) for name in _needed(settings, site)}
         for (w, g, a), zeros in zip(_linears(factors, problem.w, problem.producers), problem.zeros, strict=True):
             g_inverse, a_inverse, took = _inverses(settings, w, g, a, site)
             used = max(used, took)
@@ -139,13 +157,13 @@ def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
     removed = others(site.units, kept).to(problem.w.device)
     stays = unit_columns(kept.to(problem.w.device), site.width)
     device = problem.w.device
-    a_inverse, used = inverse(factors["a.consumer"], settings.damping, site.name, device=device)
+    a_inverse, used = inverse(factor("a.consumer"), settings.damping, site.name, device=device)
     consumer = remove_columns(problem.w, a_inverse, unit_columns(removed, site.width), site.name)[:, stays]
     if not settings.update_rows:
         return Refit(consumer, used)
     producers = []
     for i, w in enumerate(problem.producers):
-        g_inverse, took = inverse(factors[f"g.{i}"], settings.damping, site.name, device=device)
+        g_inverse, took = inverse(factor(f"g.{i}"), settings.damping, site.name, device=device)
         used = max(used, took)
         producers.append(remove_rows(w, g_inverse, unit_columns(removed, len(w) // site.units), site.name))
     return Refit(consumer, used, tuple(producers))
@@ -189,6 +207,8 @@ SURGEON = Recipe(
     plans_units=lambda settings, site: settings.structure == masks.UNITS,
     keeps_findings=lambda settings: True,
     findings=findings,
+    workspace=workspace,
+    digest_workspace=digest_workspace,
     check=masks.check_structure,
     check_plan=masks.check_plan,
     writes_zeros=lambda settings: settings.structure != masks.UNITS,
