@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamprune.errors import NumericalError
-from streamprune.maths import blocked, symmetric
-from streamprune.maths.greedy import greedy_removal, removal
+from streamprune.maths import batched, blocked, symmetric
+from streamprune.maths.batched import batched_group_removal, dynamic_group_removal
+from streamprune.maths.greedy import greedy_removal, removal, workspace
 from streamprune.maths.linalg import refit, unit_columns
 
 
@@ -187,36 +188,55 @@ def test_numbers_that_are_none_are_an_error_that_names_the_place(width: int) -> 
             greedy_removal(w, h, width=width, count=3, damping=0.01, place="blocks.3.ffn")
 
 
-class Watch(TorchDispatchMode):
-    """Ops that ran, and how many tensors of at least so many elements they made."""
+def peak(work: Callable[[], object]) -> int:
+    """Bytes that `work` had allocated at most, above those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
 
-    def __init__(self, large: int) -> None:
+
+@pytest.mark.parametrize(
+    ("width", "count", "block"), [(1, 60, 16), (1, 299, 16), (4, 70, 16), (30, 8, 16), (75, 3, 16)]
+)
+def test_memory_stays_in_the_workspace(width: int, count: int, block: int) -> None:
+    w, h = (x.float() for x in problem(300, tokens=400))
+    options = {"width": width, "count": count, "block": block}
+    held = peak(lambda: greedy_removal(w, h, damping=0.01, place="here", **options)) / 4
+    assert 0.75 < held / workspace(300, width, block) < 1.0
+
+
+@pytest.mark.parametrize("width", [1, 12, 30])
+def test_batched_removal_stays_in_the_workspace(width: int) -> None:
+    w, h = (x.float() for x in problem(300, d=100, tokens=400))
+    given = {"damping": 0.01, "place": "here"}
+    if width == 1:
+        held = peak(lambda: dynamic_group_removal(w, h, count=200, first=40, **given))
+    else:
+        held = peak(lambda: batched_group_removal(w, h, width=width, count=8, **given))
+    assert 0.6 < held / 4 / batched.workspace(300, 100, 40 if width == 1 else width) < 1.0
+
+
+class Watch(TorchDispatchMode):
+    """The ops that ran."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.large, self.made, self.ran = large, 0, set[str]()
+        self.ran: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         self.ran.add(func.overloadpacket.__name__)
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
-            self.made += result.numel() >= self.large
-        return result
-
-
-@pytest.mark.parametrize("width", [1, 4])
-def test_two_matrices_of_memory(width: int) -> None:
-    w, h = problem(160)
-    with Watch(160 * 160 // 2) as watch:
-        greedy_removal(w, h, width=width, count=120 // width, damping=0.01, place="here", block=8)
-    assert watch.made == 2
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_waits_for_no_answer_of_the_device() -> None:
     w, h = problem(40)
     p, v = inverse(h).contiguous(), w.T @ w
-    with Watch(0) as watch:
+    with Watch() as watch:
         removal(p, v, width=1, count=39, block=8, place="here")
     assert "_local_scalar_dense" not in watch.ran
     assert "argmin" in watch.ran

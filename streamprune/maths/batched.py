@@ -2,8 +2,6 @@
 
 Notation of `linalg`; the paper's ``H⁻¹`` is our `P`. What goes is chosen by a cheap estimate of its cost;
 the update that follows is the joint one, so that what is left is always the optimum for what was removed.
-
-Beside `w` and `h` both loops take a copy of `w`, one (n, n) matrix, and some rows for each column removed at once.
 """
 
 from __future__ import annotations
@@ -13,6 +11,12 @@ from torch import Tensor
 
 from .linalg import cholesky, inverse, unit_columns
 from .symmetric import add_product, diagonal_blocks, shrink, shrink_rows, whole_rows
+
+
+def workspace(columns: int, outputs: int, most: int) -> int:
+    """Numbers that removing `most` columns at a time holds beside `w` and `h`, and beside what inverting takes by itself:
+    P, a copy of W, and rows of both."""
+    return columns * (columns + outputs) + most * (5 * columns + outputs + most)
 
 
 def cholesky_blocks(blocks: Tensor, place: str) -> Tensor:

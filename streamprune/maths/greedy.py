@@ -47,7 +47,7 @@ def greedy_removal(
     The order is that of this loop as written; of equal costs the first unit goes. A dead column (zero diagonal of H)
     carries nothing, so its weights count as zero and it goes first.
 
-    Beside `w` and `h` it takes two (n, n) matrices and some ten of (n, max(`width`, `block`)).
+    Beside `w` and `h` it takes two (n, n) matrices and some of (n, max(`width`, `block`)): see `workspace`.
 
     Args:
         w: (d_out, n), float32 or float64. The work is done on its device.
@@ -76,66 +76,91 @@ def greedy_removal(
     return order, costs
 
 
+def workspace(columns: int, width: int, block: int = 64) -> int:
+    """Numbers that `greedy_removal` holds at most beside `w` and `h`, and beside what inverting takes by itself."""
+    return 2 * columns**2 + 12 * columns * max(width, block)
+
+
 def removal(p: Tensor, v: Tensor, *, width: int, count: int, block: int, place: str) -> tuple[Tensor, Tensor]:
-    """The loop on `P` and `V` (n, n), of which only the lower halves are read, and whose contents are lost."""
-    device = p.device
-    left = torch.arange(len(p) // width, device=device)
-    gone = torch.zeros_like(left, dtype=torch.bool)
-    order, costs = torch.empty(count, dtype=left.dtype, device=device), torch.empty(count, dtype=p.dtype, device=device)
-    p_blocks, v_blocks = diagonal_blocks(p, width), diagonal_blocks(v, width)
-    identity = torch.eye(width, dtype=p.dtype, device=device)[None]
+    """The loop on `P` and `V` (n, n), contiguous; only their lower halves are read, and their contents are lost."""
+    state = _State(p, v, width)
+    order, costs = torch.empty(count, dtype=torch.int64, device=p.device), p.new_empty(count)
     steps = max(1, block // width)
-    since = 0
     for start in range(0, count, steps):
         stop = min(start + steps, count)
-        columns = (stop - start) * width
-        late = p.new_empty(3, columns, len(p))  # C, Z, C: with the third, CᵀZ + ZᵀC is one product
-        with counted(columns * width * len(p) * (3 * (stop - start) + 12)):
+        rows, columns = (stop - start) * width, len(state.p)
+        late = p.new_empty(3, rows, columns)  # C, Z, C: with the third, CᵀZ + ZᵀC is one product
+        with counted(rows * width * columns * (3 * (stop - start) + 12)):
             for step in range(start, stop):
-                c, z = late[:2, : (step - start) * width]
-                factors, energies = _whitened(p_blocks, v_blocks, place)
-                cost = energies.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min_(0).masked_fill_(gone, torch.inf)
-                u = cost.argmin().view(1)
-                order[step], costs[step] = left.index_select(0, u)[0], cost.index_select(0, u)[0]
-                at = unit_columns(u, width)
-                c_u, z_u = late[:2, len(c) : len(c) + width]
-                _new_rows(p, v, c, z, at, factors.index_select(0, u)[0], energies.index_select(0, u)[0], c_u, z_u)
-                cb, zb = (x.view(width, -1, width).transpose(0, 1) for x in (c_u, z_u))
-                p_blocks.baddbmm_(cb.mT, cb, alpha=-1)
-                changed = cb.mT @ zb
-                v_blocks.sub_(changed).sub_(changed.mT)
-                gone.index_fill_(0, u, True)
-                p_blocks.index_copy_(0, u, identity)
-        since += stop - start
+                state.remove(late[:2], (step - start) * width, order[step : step + 1], costs[step : step + 1], place)
         if stop < count:
-            if since * _SPARSE >= len(left):
-                live = (~gone).nonzero()[:, 0]
-                kept = unit_columns(live, width)
-                p, v, late = shrink(p, kept), shrink(v, kept), late.index_select(2, kept)
-                p_blocks, v_blocks, left, gone = (x.index_select(0, live) for x in (p_blocks, v_blocks, left, gone))
-                since = 0
-            late[2] = late[0]
-            add_product(p, late[0], late[0], alpha=-1)
-            add_product(v, late[:2].flatten(0, 1), late[1:].flatten(0, 1), alpha=-1)
+            state.settle(late, stop - start)
     return order.cpu(), costs.cpu()
 
 
-def _whitened(p: Tensor, v: Tensor, place: str) -> tuple[Tensor, Tensor]:
-    """``L⁻¹`` and ``E`` of every unit, from its blocks of P and V; all (units, width, width)."""
-    if p.shape[-1] == 1:
-        return p.rsqrt(), v / p
-    factors = torch.linalg.solve_triangular(
-        cholesky_blocks(p, place), torch.eye(p.shape[-1], dtype=p.dtype, device=p.device), upper=False
-    )
-    return factors, factors @ v @ factors.mT
+class _State:
+    """`P` and `V` as they were some steps ago, and what every step needs of them as it is now.
 
+    Of units that went since the matrices were last made smaller, rows and columns are still there; they are passed over.
+    """
 
-def _new_rows(
-    p: Tensor, v: Tensor, c: Tensor, z: Tensor, at: Tensor, factor: Tensor, energy: Tensor, c_u: Tensor, z_u: Tensor
-) -> None:
-    """Writes the rows `c_u`, `z_u` (width, n) of the unit with the columns `at`, given those before, `c`, `z` (k, n)."""
-    c_at, z_at = c.index_select(1, at).T, z.index_select(1, at).T  # (width, k)
-    p_u = whole_rows(p, at).addmm_(c_at, c, alpha=-1)
-    v_u = whole_rows(v, at).addmm_(z_at, c, alpha=-1).addmm_(c_at, z, alpha=-1)
-    torch.mm(factor, p_u, out=c_u)
-    torch.mm(factor, v_u, out=z_u).addmm_(energy, c_u, alpha=-0.5)
+    def __init__(self, p: Tensor, v: Tensor, width: int) -> None:
+        self.p, self.v, self.width = p, v, width
+        self.p_blocks, self.v_blocks = (
+            diagonal_blocks(p, width),
+            diagonal_blocks(v, width),
+        )  # (units, width, width), now
+        self.units = torch.arange(len(self.p_blocks), device=p.device)
+        self.gone = torch.zeros_like(self.units, dtype=torch.bool)
+        self.number_gone = 0
+        self.identity = torch.eye(width, dtype=p.dtype, device=p.device)
+
+    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor, place: str) -> None:
+        """One step: C and Z (2, ·, n) of those before are the first `rows` of `late`, the unit's own become the next.
+
+        Writes which unit went and its cost, (1,) each. Of columns, nothing waits for an answer of the device.
+        """
+        factors, cost = self._costs(place)
+        u = cost.masked_fill_(self.gone, torch.inf).argmin(dim=0, keepdim=True)
+        unit.copy_(self.units.index_select(0, u))
+        paid.copy_(cost.index_select(0, u))
+        factor = factors.index_select(0, u)[0]
+        del factors
+        energy = factor @ self.v_blocks.index_select(0, u)[0] @ factor.mT  # E
+        at = unit_columns(u, self.width)
+        c, z = late[:, :rows]
+        c_at, z_at = c.index_select(1, at).T, z.index_select(1, at).T  # (width, rows)
+        c_u, z_u = late[:, rows : rows + self.width]
+        torch.mm(factor, whole_rows(self.p, at).addmm_(c_at, c, alpha=-1), out=c_u)
+        v_u = whole_rows(self.v, at).addmm_(z_at, c, alpha=-1).addmm_(c_at, z, alpha=-1)
+        torch.mm(factor, v_u, out=z_u).addmm_(energy, c_u, alpha=-0.5)
+        del v_u
+        c_u, z_u = (x.view(self.width, -1, self.width).transpose(0, 1) for x in (c_u, z_u))  # (units, width, width)
+        self.p_blocks.baddbmm_(c_u.mT, c_u, alpha=-1).index_copy_(0, u, self.identity[None])
+        change = c_u.mT @ z_u
+        self.v_blocks.sub_(change).sub_(change.mT)
+        self.gone.index_fill_(0, u, True)
+
+    def settle(self, late: Tensor, steps: int) -> None:
+        """Brings `P` and `V` up to date with C and Z (2 of 3, ·, n) of the last `steps`."""
+        self.number_gone += steps
+        if self.number_gone * _SPARSE >= len(self.units):
+            live = (~self.gone).nonzero()[:, 0]
+            kept = unit_columns(live, self.width)
+            late = late.index_select(2, kept)
+            self.p, self.v = shrink(self.p, kept), shrink(self.v, kept)
+            for name in ("p_blocks", "v_blocks", "units", "gone"):
+                setattr(self, name, getattr(self, name).index_select(0, live))
+            self.number_gone = 0
+        late[2] = late[0]
+        add_product(self.p, late[0], late[0], alpha=-1)
+        add_product(self.v, late[:2].flatten(0, 1), late[1:].flatten(0, 1), alpha=-1)
+
+    def _costs(self, place: str) -> tuple[Tensor, Tensor]:
+        """``L⁻¹`` (units, width, width) and the cost (units,) of every unit."""
+        if self.width == 1:
+            cost = self.v_blocks.clamp_min(0) / self.p_blocks
+            return self.p_blocks.rsqrt(), cost[:, 0, 0]
+        factors = torch.linalg.solve_triangular(cholesky_blocks(self.p_blocks, place), self.identity, upper=False)
+        cost = (factors @ self.v_blocks).mul_(factors).sum(dim=(1, 2))
+        return factors, cost.clamp_min_(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..maths.greedy import greedy_removal
+from ..maths.greedy import greedy_removal, workspace
 from ..site import Site
 from .recipe import Problem
 
@@ -23,8 +23,8 @@ def best(scores: Tensor, keep: int) -> Tensor:
 
 
 def greedy_workspace(site: Site) -> int:
-    """Numbers that `greedy` holds: P and WᵀW."""
-    return 2 * site.columns**2
+    """Numbers that `greedy` holds."""
+    return workspace(site.columns, site.width)
 
 
 def greedy(problem: Problem, keep: int, damping: float) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..maths.batched import batched_group_removal, dynamic_group_removal
+from ..maths.batched import batched_group_removal, dynamic_group_removal, workspace
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
@@ -55,6 +55,12 @@ def schedule(settings: SlimGptSettings, sites: Sequence[Site], survey: Survey, b
     return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
 
 
+def batched_workspace(settings: SlimGptSettings, site: Site) -> int:
+    """Numbers that batched greedy pruning holds."""
+    first = min(max(settings.first_group, settings.last_group), site.columns // 2)
+    return workspace(site.columns, site.outputs, site.width if site.kind == "attention" else first)
+
+
 def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
     """Batched greedy pruning: (keep,) ascending."""
     site, damping = problem.site, settings.damping
@@ -87,8 +93,7 @@ SLIMGPT = Recipe(
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
     wants_gram=lambda settings: True,
     workspace=lambda settings, site: max(
-        # P before and behind a group, W before and behind it.
-        greedy_workspace(site) if settings.exact else 2 * site.columns * (site.columns + site.outputs),
+        greedy_workspace(site) if settings.exact else batched_workspace(settings, site),
         obs_workspace(site),
     ),
 )
