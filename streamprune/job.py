@@ -24,7 +24,7 @@ from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .layout import DECILM, LAYOUTS
 from .maths.stats import Statistic
-from .memory import Needs, Resources, device_peak, forecast
+from .memory import Needs, Resources, copies_ahead, device_peak, forecast
 from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
@@ -60,6 +60,8 @@ class Job(Workplace):
             raise ConfigError(f"OUT is {config.out}, the model itself")
         self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
         self.dtype = config.dtype
+        stored = self.skeleton.checkpoint.dtype
+        self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
         self.peaks = machine.Peaks(self.device)
         self.sites = self.skeleton.all_sites()
         self._check_layout()
@@ -158,6 +160,7 @@ class Job(Workplace):
             corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
+            activations=self.activations,
         )
 
     @property
@@ -182,6 +185,7 @@ class Job(Workplace):
                 "settings": asdict(self.settings),
                 "ratio": self.ratio,
                 "dtype": machine.dtype_name(self.skeleton.dtype),
+                "activations": machine.dtype_name(self.activations),
             },
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
@@ -194,21 +198,26 @@ class Job(Workplace):
 
     def forecast(self) -> Resources:
         """What it takes, given what this machine has free."""
-        limit = self.config.memory or machine.available_memory(self.device)
         disk = files.free_bytes(self.cache)
         return forecast(
             self.skeleton,
             self.needs,
-            device_limit=limit,
+            device_limit=self._device_limit,
             disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
+            memory_host=self.config.memory_host or 0,
         )
+
+    @property
+    def _device_limit(self) -> int:
+        return machine.device_limit(self.device, self.config.memory, self.config.memory_host or 0)
 
     @property
     def shared_survey(self) -> Path | None:
         """Where the findings of the first shot lie for other jobs that would find the same."""
         if self.config.surveys is None or self.given_plan is not None:
             return None
-        settings = {k: v for k, v in self.header["settings"].items() if k in ("samples", "seq_len", "seed", "dtype")}
+        deciding = ("samples", "seq_len", "seed", "dtype", "activations")
+        settings = {k: v for k, v in self.header["settings"].items() if k in deciding}
         batches = [self.batch, self.backward_batch]
         same = [
             self.recipe.name,
@@ -262,6 +271,9 @@ class Job(Workplace):
         self.batch: int = start["resources"]["batch"]
         self.backward_batch: int = start["resources"]["backward_batch"]
         self.boundary_every: int = start["resources"]["boundary_every"]
+        self.skeleton.copies_ahead = copies_ahead(
+            self.skeleton, self.needs, self.batch, self.backward_batch, self._device_limit
+        )
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
@@ -382,7 +394,15 @@ class Job(Workplace):
     def store(self) -> ActivationStore:
         """Block inputs, for whichever sweep is under way."""
         shape = self.config.samples, self.length, self.skeleton.width
-        return ActivationStore(self.cache, shape, self.skeleton.dtype, self.device, durable=True)
+        return ActivationStore(
+            self.cache,
+            shape,
+            self.skeleton.dtype,
+            self.device,
+            durable=True,
+            stored=self.activations,
+            memory=self.config.memory_host or 0,
+        )
 
     # What people give.
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .config import DTYPES
-from .errors import ConfigError
+from .config import ACTIVATIONS, DTYPES, format_bytes
+from .errors import ConfigError, ResourceError
 
 
 def resolve_device(name: str) -> torch.device:
@@ -51,9 +51,37 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
     return stored if device.type == "cuda" else torch.float32
 
 
+def resolve_activations(name: str, computing: torch.dtype, stored: torch.dtype) -> torch.dtype:
+    """What activations are stored in.
+
+    ``auto`` is bfloat16 for a model that is itself stored in it, whether or not it is computed in: nothing in such a
+    model was ever more precise, and it halves what a CPU, which computes in float32, writes and reads. Any other model
+    keeps what is computed: float16 would hold no more than 65504, which residual streams exceed. So does float64.
+
+    Args:
+        computing: what blocks compute in.
+        stored: what the model's weights are stored in.
+
+    Raises:
+        ConfigError: not one of `ACTIVATIONS`, or larger than what is computed.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"activations is {name!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if name == "float8":
+        return torch.float8_e4m3fn
+    if name == "auto":
+        return torch.bfloat16 if stored == torch.bfloat16 and computing != torch.float64 else computing
+    dtype: torch.dtype = getattr(torch, name)
+    if dtype.itemsize > computing.itemsize:
+        raise ConfigError(
+            f"activations is {name!r}, which is more than the {dtype_name(computing)} they are computed in"
+        )
+    return dtype
+
+
 def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` → ``"float32"``."""
-    return str(dtype).removeprefix("torch.")
+    """``torch.float32`` → ``"float32"``, and one name for all that activations may be stored in."""
+    return "float8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def available_memory(device: torch.device) -> int:
@@ -61,6 +89,25 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(_host_available() * 0.9)
+
+
+def device_limit(device: torch.device, asked: int | None, held: int) -> int:
+    """Bytes that the device may use: those asked for, or what is free.
+
+    Args:
+        held: bytes of host memory that activations may take besides; where the device is the host, they are not free for it.
+
+    Raises:
+        ResourceError: this machine has not so much for activations.
+    """
+    free = int(_host_available() * 0.9)
+    if held > free:
+        raise ResourceError(
+            f"activations may be held in {format_bytes(held)} of host memory; {format_bytes(free)} are free"
+        )
+    if asked is not None:
+        return asked
+    return free - held if device.type == "cpu" else available_memory(device)
 
 
 def resident_bytes() -> int:

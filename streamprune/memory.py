@@ -16,11 +16,12 @@ import torch
 from .config import format_bytes
 from .errors import ResourceError
 from .host import HEAP_KEPT
-from .machine import resident_bytes
+from .machine import dtype_name, resident_bytes
 from .maths.stats import GRADIENTS, Statistic
 from .model.block import linear_shape
 from .model.skeleton import Skeleton
 from .site import Site
+from .stream.encoding import token_bytes
 from .stream.sweep import LOGIT_BYTES
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -64,6 +65,8 @@ class Needs:
     """The head gives losses."""
     generates: bool = False
     """The model writes its calibration tokens."""
+    activations: torch.dtype | None = None
+    """What they are stored in; None for what is computed."""
 
     @property
     def gradients(self) -> bool:
@@ -86,12 +89,18 @@ class Resources:
     backward_batch: int
     boundary_every: int
     """The survey keeps every k-th boundary and recomputes the others."""
+    copies_ahead: bool
+    """Whether the next block's weights come to the device while this one's are used."""
     device_bytes: int
     """Peak of weights, sums, solver workspace and activations."""
     host_bytes: int
     """Peak of the process; where the device is the CPU, the device's share included."""
+    held_bytes: int
+    """Of the host's peak, activations that `memory_host` allows to be held."""
     disk_bytes: int
     """Activations."""
+    activations: str
+    """What they are stored in."""
     output_bytes: int
     """The result, at the most."""
     bytes_to_read: int
@@ -120,8 +129,14 @@ class Resources:
         return self
 
 
-def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int) -> Resources:
-    """What the job takes, with the largest micro-batches that fit the device's limit."""
+def forecast(
+    skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int, memory_host: int = 0
+) -> Resources:
+    """What the job takes, with the largest micro-batches that fit the device's limit.
+
+    Args:
+        memory_host: bytes of host memory that activations may be held in.
+    """
     model = _Shapes(skeleton, needs)
     problems = []
     least = model.device_peak(1, 1)
@@ -135,7 +150,8 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         most = max(1, min(needs.samples, BATCH_TOKENS[skeleton.device.type] // needs.length))
         batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1) <= device_limit)
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size) <= device_limit)
-    every, disk = model.boundaries(disk_limit)
+    every, disk = model.boundaries(disk_limit, memory_host)
+    held = min(memory_host, model.boundaries(disk_limit, 0)[1])
     disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # these go before boundaries come
     if disk > disk_limit:
         problems.append(
@@ -144,7 +160,10 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         )
     phases = model.operations()
     device = model.device_peak(batch, backward_batch)
-    host = resident_bytes() + 2 * model.stored_block + 4 * model.row_bytes * batch
+    ahead = copies_ahead(skeleton, needs, batch, backward_batch, device_limit)
+    device += model.stored_block * ahead
+    # Micro-batches: two boundaries read and the next two coming, and two written with two waiting for each.
+    host = resident_bytes() + 2 * model.stored_block + 10 * model.stored_row * batch + held
     if skeleton.device.type == "cpu":
         # What passed through the heap in a forward pass stays with it while the solver works.
         host += device + (min(HEAP_KEPT, model.passing(batch)) if needs.text else 0)
@@ -153,9 +172,12 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         batch=batch,
         backward_batch=backward_batch,
         boundary_every=every,
+        copies_ahead=ahead,
         device_bytes=device,
         host_bytes=host,
+        held_bytes=held,
         disk_bytes=disk,
+        activations=dtype_name(needs.activations or skeleton.dtype),
         output_bytes=sum(skeleton.checkpoint[name].nbytes for name in skeleton.checkpoint)
         if needs.prunes or needs.refines
         else 0,
@@ -167,6 +189,12 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         disk_limit=disk_limit,
         problems=tuple(problems),
     )
+
+
+def copies_ahead(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int, limit: int) -> bool:
+    """Whether a GPU has room for the next block's stored weights besides what it holds at most."""
+    model = _Shapes(skeleton, needs)
+    return skeleton.device.type == "cuda" and model.device_peak(batch, backward_batch) + model.stored_block <= limit
 
 
 def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
@@ -208,6 +236,7 @@ class _Shapes:
         self.sum_item = 8 if skeleton.dtype == torch.float64 else 4
         self.d = skeleton.width
         self.row_bytes = needs.length * self.d * self.item
+        self.stored_row = needs.length * token_bytes(self.d, needs.activations or skeleton.dtype)
         self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
         self.sublayers = [
             [_Together(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
@@ -339,7 +368,8 @@ class _Shapes:
 
     @property
     def _stream_token(self) -> int:
-        return self.item * 4 * self.d + 8 * self.d
+        # With two micro-batches as they are stored: the next one that was read, and the last one that is being written.
+        return self.item * 4 * self.d + 8 * self.d + 2 * self.stored_row // max(self.needs.length, 1)
 
     def _inner_token(self, site: Site) -> int:
         """Bytes a token between the norm and the stream."""
@@ -379,14 +409,18 @@ class _Shapes:
 
     # Disk, reading, operations.
 
-    def boundaries(self, limit: int) -> tuple[int, int]:
-        """(k, bytes): boundaries of the survey kept at every k-th block, k the least that fits."""
+    def boundaries(self, limit: int, memory_host: int) -> tuple[int, int]:
+        """(k, bytes on the disk): boundaries of the survey kept at every k-th block, k the least that fits."""
         needs, depth = self.needs, len(self.skeleton)
         if not needs.text:
             return 1, 0
-        one = needs.samples * self.row_bytes
-        # Both streams hold a block's input, the one between its sublayers and its output until the journal has it.
-        prune = (6 if needs.dense_stream else 3) * one if needs.prunes else (4 if needs.dense_stream else 2) * one
+        one = needs.samples * self.stored_row
+        streams = 2 if needs.dense_stream else 1
+        # A stream has a block's input and its output until the journal has it and, while pruning, what is between its
+        # sublayers; of that no journal line speaks, and none of an evaluation's.
+        kept = (3 if needs.prunes else 2) * streams
+        passing = streams if needs.prunes else kept * needs.scores
+        prune = (kept - min(passing, memory_host // one)) * one
         findings = self.sum_item * needs.findings
         prune += findings
         if needs.corrects:

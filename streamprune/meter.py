@@ -14,21 +14,25 @@ from contextlib import contextmanager
 from .journal import Entry, Journal
 from .machine import Peaks
 from .maths.operations import counting
+from .occupancy import difference, total, watching
 
 
 @contextmanager
 def metered(journal: Journal, started: float, peaks: Peaks) -> Iterator[None]:
-    """A context in which `journal.append` adds `operations`, `seconds`, from `started` (monotonic), and `memory`."""
+    """A context in which `journal.append` adds `operations`, `seconds`, from `started` (monotonic), `memory`, and in seconds
+    how long the work `waited` for what, and how long each was `busy` (see `occupancy`)."""
     told_operations, told_seconds = 0, started
     peaks.lap()
-    with counting() as counter:
+    with counting() as counter, watching() as occupancy:
+        told = occupancy.so_far()
 
         def spent() -> Entry:
-            nonlocal told_operations, told_seconds
+            nonlocal told_operations, told_seconds, told
             operations, now = counter.total, time.monotonic()
             since = {"operations": operations - told_operations, "seconds": round(now - told_seconds, 3)}
             told_operations, told_seconds = operations, now
-            return {**since, "memory": peaks.lap()}
+            before, told = told, occupancy.so_far()
+            return {**since, "memory": peaks.lap(), **difference(told, before)}
 
         journal.meter = spent
         yield
@@ -65,7 +69,7 @@ def peaks(journal: Journal) -> Entry:
 
 
 def totals(journal: Journal, prefix: str = "") -> Entry:
-    """Operations and seconds of all finished steps whose name begins with `prefix`, and of what they were spared.
+    """Operations, seconds and occupancy of all finished steps whose name begins with `prefix`, and of what they were spared.
 
     A step that took over another job's work says under "spared" what that work had cost: whoever compares methods
     wants to know what a method takes, not which of them came first.
@@ -75,4 +79,5 @@ def totals(journal: Journal, prefix: str = "") -> Entry:
     return {
         "operations": sum(each.get("operations", 0) for each in spent),
         "seconds": round(sum(each.get("seconds", 0.0) for each in spent), 3),
+        **total(spent),
     }

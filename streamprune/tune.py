@@ -24,7 +24,7 @@ from .config import TuneConfig, TuneMethod, format_bytes
 from .curves import CURVES
 from .errors import ConfigError, ResourceError
 from .journal import Entry, Journal
-from .memory import REFINE_SEQUENCES, Needs, Resources, device_peak, forecast, in_memory_peak
+from .memory import REFINE_SEQUENCES, Needs, Resources, copies_ahead, device_peak, forecast, in_memory_peak
 from .meter import metered, peaks, totals
 from .model.block import Block
 from .model.checkpoint import Checkpoint, read_json, write_shard
@@ -119,6 +119,9 @@ class Tuning(Workplace):
         self.device = machine.resolve_device(config.device)
         self.peaks = machine.Peaks(self.device)
         self.student: Skeleton = open_skeleton(config.model, self.device, config.dtype)
+        self.activations = machine.resolve_activations(
+            config.activations, self.student.dtype, self.student.checkpoint.dtype
+        )
         self.source = self._source()
         if config.rank > self.student.width:
             raise ConfigError(f"rank is {config.rank}; the model's width is {self.student.width}")
@@ -215,6 +218,7 @@ class Tuning(Workplace):
                 **self.config.fixed(),
                 "rate": self.rate,
                 "dtype": machine.dtype_name(self.student.dtype),
+                "activations": machine.dtype_name(self.activations),
             },
             "inputs": {
                 "model": self.student.checkpoint.identity(),
@@ -238,7 +242,7 @@ class Tuning(Workplace):
 
     @property
     def _limit(self) -> int:
-        return self.config.memory or machine.available_memory(self.device)
+        return machine.device_limit(self.device, self.config.memory, self.config.memory_host or 0)
 
     def _needs(self, *, trains: bool = True) -> Needs:
         config = self.config
@@ -249,6 +253,7 @@ class Tuning(Workplace):
             refines=config.steps if trains else 0,
             rank=config.rank,
             prunes=False,
+            activations=self.activations,
         )
 
     def _lora_peak(self, micro: int) -> int:
@@ -263,7 +268,11 @@ class Tuning(Workplace):
 
     def _forecast(self) -> Resources:
         """What it takes, given what this machine has free."""
-        limits = {"device_limit": self._limit, "disk_limit": files.free_bytes(self.cache)}
+        limits = {
+            "device_limit": self._limit,
+            "disk_limit": files.free_bytes(self.cache),
+            "memory_host": self.config.memory_host or 0,
+        }
         found = forecast(self.student, self._needs(), **limits)
         if self.teacher is not None:
             teacher = forecast(self.teacher, self._needs(trains=False), **limits).require()
@@ -301,6 +310,9 @@ class Tuning(Workplace):
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
         self.micro: int = start["resources"]["micro"]
+        for skeleton in self.skeletons if self.method == "distil" else ():
+            needs = self._needs(trains=skeleton is self.student)
+            skeleton.copies_ahead = copies_ahead(skeleton, needs, self.batch, self.micro, self._limit)
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
@@ -352,7 +364,15 @@ class Tuning(Workplace):
         assert self.teacher is not None
         student, teacher, depth = self.student, self.teacher, len(self.student)
         shape = self.config.samples, self.length, student.width
-        store = ActivationStore(self.cache, shape, student.dtype, self.device, durable=True)
+        store = ActivationStore(
+            self.cache,
+            shape,
+            student.dtype,
+            self.device,
+            durable=True,
+            stored=self.activations,
+            memory=self.config.memory_host or 0,
+        )
         if self.journal.find("embed") is None:
             for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
                 sweep.embed(skeleton, self.tokens, store, sweep.boundary(stream, 0), self.batch)
