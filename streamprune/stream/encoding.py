@@ -40,8 +40,9 @@ class Encoding:
         """What `encode` gave, back in the computing dtype."""
         if self.stored != FLOAT8:
             return raw.view(self.stored).to(self.computing)
-        values = raw[..., : self.width].view(FLOAT8).to(self.computing)
-        return values * self.telling(raw).to(self.computing)
+        # A scale may be less than the computing dtype's smallest number.
+        values = raw[..., : self.width].view(FLOAT8).to(_SCALE)
+        return (values * self.telling(raw)).to(self.computing)
 
     def telling(self, raw: Tensor) -> Tensor:
         """Numbers among the bytes that are finite just where all that was encoded is finite and can be stored."""
