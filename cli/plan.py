@@ -47,7 +47,12 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
             format_bytes(resources.host_bytes),
             "the device's share included" if resources.device == "cpu" else "",
         ],
-        ["disk for activations", format_bytes(resources.disk_bytes), f"limit {format_bytes(resources.disk_limit)}"],
+        ["held in host memory", format_bytes(resources.held_bytes), "activations; part of the host peak"],
+        [
+            "disk for activations",
+            format_bytes(resources.disk_bytes),
+            f"in {resources.activations}, limit {format_bytes(resources.disk_limit)}",
+        ],
         ["disk for the result", f"≤ {format_bytes(resources.output_bytes)}", ""],
         ["to read", format_bytes(resources.bytes_to_read), ""],
         ["operations", f"{resources.operations / 1e12:.3f} TFLOP", ""],
