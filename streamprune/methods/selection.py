@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..maths.linalg import greedy_removal
+from ..maths.greedy import greedy_removal
 from ..site import Site
 from .recipe import Problem
 
