@@ -193,7 +193,7 @@ class Job(Workplace):
                 "settings": asdict(self.settings),
                 "ratio": self.ratio,
                 "dtype": machine.dtype_name(self.skeleton.dtype),
-                "activations": machine.dtype_name(self.activations),
+                "activations": machine.activations_name(self.activations, self.skeleton.dtype),
             },
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},

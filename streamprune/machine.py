@@ -83,6 +83,11 @@ def resolve_activations(name: str, computing: torch.dtype, stored: torch.dtype) 
     return dtype
 
 
+def activations_name(stored: torch.dtype, computing: torch.dtype) -> str:
+    """How a job's settings say what is stored: the same for all jobs that keep what they compute."""
+    return "as computed" if stored == computing else dtype_name(stored)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` → ``"float32"``, and one name for all that activations may be stored in."""
     return "float8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")

@@ -219,7 +219,7 @@ class Tuning(Workplace):
                 **self.config.fixed(),
                 "rate": self.rate,
                 "dtype": machine.dtype_name(self.student.dtype),
-                "activations": machine.dtype_name(self.activations),
+                "activations": machine.activations_name(self.activations, self.student.dtype),
             },
             "inputs": {
                 "model": self.student.checkpoint.identity(),
