@@ -141,9 +141,9 @@ def count_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
     """What each block's backward pass is asked to sum, from now on."""
     real, seen = Skeleton.statistics, []
 
-    def statistics(self: Skeleton, index: int, wanted: frozenset[Statistic]) -> list[SiteStatistics]:
+    def statistics(self: Skeleton, index: int, wanted: frozenset[Statistic], *where: Any) -> list[SiteStatistics]:
         seen.append(wanted)
-        return real(self, index, wanted)
+        return real(self, index, wanted, *where)
 
     monkeypatch.setattr(Skeleton, "statistics", statistics)
     return seen

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..maths.batched import batched_group_removal, dynamic_group_removal
+from ..maths.blocked import inverse_work
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
 from .recipe import Problem, Recipe, Survey, setting
-from .reconstruction import obs, obs_workspace
+from .reconstruction import obs, obs_work, obs_workspace
 from .selection import greedy, others
 
 
@@ -78,6 +79,13 @@ def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
     return others(site.units, removed)
 
 
+def batched_work(site: Site, keep: float) -> float:
+    """Operations of `batched`: P and W are brought up to date for what is left of them, group after group."""
+    count = (site.units - keep) * site.width
+    left = site.columns - count / 2
+    return inverse_work(site.columns) + 2 * count * left * (left + site.outputs)
+
+
 SLIMGPT = Recipe(
     name="slimgpt",
     summary="SlimGPT: ratio growing with the logarithm of depth, batched greedy pruning, OBS reconstruction",
@@ -87,5 +95,6 @@ SLIMGPT = Recipe(
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
     wants_gram=lambda settings: True,
     # P before and behind a group, W before and behind it.
+    work=lambda settings, site, keep: batched_work(site, keep) + obs_work(site, keep),
     workspace=lambda settings, site: max(2 * site.columns * (site.columns + site.outputs), obs_workspace(site)),
 )
