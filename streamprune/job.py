@@ -166,6 +166,11 @@ class Job(Workplace):
             corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
+            removes=0.0
+            if self.recipe.writes_zeros(self.settings)
+            else self.budget().target / self.skeleton.block_parameters(),
+            work=lambda site, keep: self.recipe.work(self.settings, site, keep),
+            digest_work=lambda site: self.recipe.digest_work(self.settings, site),
             workspace=lambda site: self.recipe.workspace(self.settings, site),
             digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
             activations=self.activations,

@@ -10,6 +10,7 @@ device runs the model alone (`GramPlace`).
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -22,7 +23,8 @@ from .errors import ResourceError
 from .host import HEAP_KEPT
 from .machine import dtype_name
 from .maths.blocked import TILE
-from .maths.stats import GRADIENTS, Statistic
+from .maths.operations import KINDS, Kind
+from .maths.stats import GRADIENTS, PANEL, Statistic
 from .model.block import linear_shape
 from .model.skeleton import Skeleton
 from .site import Site
@@ -107,6 +109,12 @@ class Needs:
     """The head gives losses."""
     generates: bool = False
     """The model writes its calibration tokens."""
+    removes: float = 0.0
+    """Share of the blocks' parameters that is gone in the end."""
+    work: Callable[[Site, float], float] = lambda site, keep: 0.0
+    """Operations of choosing what stays of a site and re-fitting it."""
+    digest_work: Callable[[Site], float] = lambda site: 0.0
+    """Operations of a site's findings."""
     workspace: Callable[[Site], int] = lambda site: 0
     """Numbers that solving a site takes beside its W and H."""
     digest_workspace: Callable[[Site], int] = lambda site: 0
@@ -167,6 +175,8 @@ class Resources:
     """Floating-point operations."""
     phases: dict[str, int]
     """The same by phase, one entry for each of `PHASES`."""
+    operations_by_kind: dict[str, int]
+    """The same by what they are for, one entry for each of `maths.operations.KINDS`."""
     steps: int
     device_limit: int
     disk_limit: int
@@ -228,7 +238,7 @@ def forecast(
             f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
             f"fewer samples than {needs.samples}, windows shorter than {needs.length} or another --cache would do"
         )
-    phases = model.operations()
+    operations = model.operations()
     demands = model.demands(batch, backward_batch, grams)
     ahead = copies_ahead(skeleton, needs, (batch, backward_batch, grams), device_limit)
     totals = {
@@ -255,8 +265,13 @@ def forecast(
         if needs.prunes or needs.refines
         else 0,
         bytes_to_read=model.bytes_to_read(every),
-        operations=sum(phases.values()),
-        phases=phases,
+        operations=sum(round(count) for count in operations.values()),
+        phases={
+            phase: sum(round(count) for (each, _), count in operations.items() if each == phase) for phase in PHASES
+        },
+        operations_by_kind={
+            kind: sum(round(count) for (_, each), count in operations.items() if each == kind) for kind in KINDS
+        },
         steps=model.steps(),
         device_limit=device_limit,
         disk_limit=disk_limit,
@@ -287,6 +302,24 @@ def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batc
     return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
 
 
+Work = defaultdict[tuple[str, Kind], float]
+"""Operations by phase and kind."""
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Operations of a forward pass through one site."""
+
+    producers: float
+    mixing: float
+    """Attention's two products."""
+    consumer: float
+
+    @property
+    def whole(self) -> float:
+        return self.producers + self.mixing + self.consumer
+
+
 class _Together:
     """The sites of one sublayer: one, or a mixture's experts."""
 
@@ -297,6 +330,10 @@ class _Together:
         self.reached = sum(site.share for site in sites)
         """Of the sites, how many a token reaches."""
         self.parameters = sum(site.units * site.unit_parameters for site in sites)
+
+
+def _left(site: Site, left: float) -> Site:
+    return site.keeping(max(1, round(left * site.units)))
 
 
 class _Shapes:
@@ -522,13 +559,19 @@ class _Shapes:
         return max(sum(self._site_sums(site) for site in sites) for sites in self.blocks)
 
     def _site_sums(self, site: Site) -> int:
-        wanted, n, d = self.needs.survey, site.columns, self.d
-        total = n * n if wanted & {"gram", "factors"} else 0
-        total += d * d if wanted & {"gradient-gram", "factors"} else 0
+        return self.sum_item * sum(n * n for n in self._summed(site))
+
+    def _summed(self, site: Site) -> list[int]:
+        """Sizes of the Grams that the survey sums at a site."""
+        wanted, found = self.needs.survey, []
+        if wanted & {"gram", "factors"}:
+            found.append(site.columns)
+        if wanted & {"gradient-gram", "factors"}:
+            found.append(self.d)
         if "factors" in wanted:
             # The producers' input, and what each of them gives.
-            total += d * d + sum((weights // d) ** 2 for weights in site.linears[:-1])
-        return self.sum_item * total
+            found += [self.d, *(weights // self.d for weights in site.linears[:-1])]
+        return found
 
     def _widest(self) -> int:
         return max(site.columns for sites in self.blocks for site in sites)
@@ -580,48 +623,98 @@ class _Shapes:
         writing = needs.generates * (needs.length - 1) * (self.stored_all + embed + head)
         return self.stored_all + outside + needs.shots * shot + writing
 
-    def operations(self) -> dict[str, int]:
-        """By phase, over all shots; those of `Resources.phases`."""
-        needs, written = self.needs, 0
-        total = dict.fromkeys(PHASES, 0)
-        tokens = needs.samples * needs.length if needs.text else 0
-        survey = "backward" if needs.gradients else "forward"
-        for sites in self.blocks:
-            passes = 0
-            for site in sites:
-                linear = round(2 * site.units * site.unit_parameters * site.share)
-                mixing = 2 * needs.length * site.columns if site.kind == "attention" else 0
-                passes += (linear + mixing) * tokens
-                if not needs.prunes:
-                    continue
-                n, d = site.columns, self.d
-                reached = round(tokens * site.share)
-                total[survey] += 2 * self._site_sums(site) // self.sum_item * reached
-                if needs.survey & {"gram", "factors"}:
-                    total[survey] += 3 * n**3
-                if needs.gram:
-                    total["prune"] += 2 * n * n * reached + 4 * n**3  # with inverse, greedy loop and solve
-                if needs.aims and site.expert is None:
-                    total["prune"] += 2 * n * d * tokens + 2 * n * n * d
-                if needs.compensates:
-                    total["prune"] += d**3
-            if needs.compensates and needs.prunes:
-                total["prune"] += 4 * d * d * tokens * len({site.family for site in sites})
-            if needs.prunes:
-                total["forward"] += passes * bool(needs.survey)
-                total["backward"] += 3 * passes * needs.gradients
-                total["prune"] += passes * (2 * needs.gram + needs.dense_stream)
-            else:
-                total["forward"] += passes
-            a_step = 3 * passes * min(REFINE_SEQUENCES, needs.samples) // max(needs.samples, 1)
-            total["prune"] += a_step * needs.refines
-            total["correct"] += a_step * needs.corrects
-            written += needs.generates * passes
-        head = 2 * self.d * self.skeleton.vocabulary * tokens
-        total["head"] += head * (2 if needs.gradients else int(needs.scores))
-        total = {phase: count * needs.shots for phase, count in total.items()}
-        total["calibrate"] = written + needs.generates * head
+    def operations(self) -> Work:
+        """By phase and kind, over all shots; attention counts in full and a router not at all."""
+        needs = self.needs
+        total: Work = defaultdict(float)
+        fraction = min(REFINE_SEQUENCES, needs.samples) / max(needs.samples, 1)
+        head = 2 * self.d * self.skeleton.vocabulary * needs.samples * (needs.length - 1) * needs.text
+        for shot in range(1, needs.shots + 1):
+            before, after = (1 - needs.removes * done / needs.shots for done in (shot - 1, shot))
+            shapes: Counter[tuple[Site, bool, bool, bool]] = Counter()
+            for index, sublayers in enumerate(self.sublayers):
+                for position, sublayer in enumerate(sublayers):
+                    last = index == len(self.sublayers) - 1 and position == len(sublayers) - 1
+                    parted = index > 0 or position > 0
+                    for number, site in enumerate(sublayer.sites):
+                        plain = replace(site, block=0, expert=None if site.expert is None else 0)
+                        shapes[plain, parted, number == 0, not last or needs.refines > 0] += 1
+            for (site, parted, leads, goes_on), count in shapes.items():
+                work = self._survey_work(site, before)
+                if needs.prunes:
+                    work |= self._prune_work(site, before, after, parted, leads, goes_on)
+                # Forward, and gradients of inputs and of weights; or forward twice and gradients of inputs.
+                a_step = 3 * fraction * self._passes(site, after).whole
+                work["prune", "training"] += needs.refines * (shot == needs.shots) * a_step
+                work["correct", "training"] += needs.corrects * a_step
+                for place, operations in work.items():
+                    total[place] += count * operations
+            total["head", "sweeps"] += head * (2 if needs.gradients else int(needs.scores))
+            total["correct", "training"] += 2 * fraction * needs.corrects * head
+        passes = sum(self._passes(site, 1.0).whole for sites in self.blocks for site in sites)
+        total["calibrate", "writing"] = needs.generates * (passes + head)
         return total
+
+    def _passes(self, site: Site, left: float) -> _Passes:
+        """A forward pass of all tokens through what is left of a site."""
+        tokens = left * self.needs.samples * self.needs.length * self.needs.text
+        linears = [2 * weights * site.share * tokens for weights in site.linears]
+        mixing = 4 * self.needs.length * site.columns * tokens if site.kind == "attention" else 0
+        return _Passes(sum(linears[:-1]), mixing, linears[-1])
+
+    def _survey_work(self, site: Site, left: float) -> Work:
+        """What the survey takes at what is left of a site."""
+        needs, passes = self.needs, self._passes(site, left)
+        found: Work = defaultdict(float)
+        survey = "backward" if needs.gradients else "forward"
+        if needs.survey or not needs.prunes:
+            found["forward", "sweeps"] += passes.whole
+        if needs.gradients:
+            # Forward again, then gradients of inputs, not of weights; attention's takes five products to forward's two.
+            found["backward", "sweeps"] += 2 * passes.whole + 1.5 * passes.mixing
+        if needs.prunes:
+            kept, tokens = _left(site, left), needs.samples * needs.length
+            found[survey, "sums"] += 2 * tokens * site.share * sum(self._half(n) for n in self._summed(kept))
+            if "divergence" in needs.survey and site.kind == "attention":
+                found[survey, "sums"] += passes.producers + passes.mixing
+            found[survey, "solving"] += needs.digest_work(kept)
+        return found
+
+    def _prune_work(self, site: Site, before: float, after: float, parted: bool, leads: bool, goes_on: bool) -> Work:
+        """What the prune sweep takes at a site.
+
+        Args:
+            before, after: what is left of it.
+            parted: whether the streams differ before it.
+            leads: whether it is the first of its sublayer.
+            goes_on: whether anything is measured behind it.
+        """
+        needs, passes, d = self.needs, self._passes(site, before), self.d
+        n, tokens, kept = before * site.columns, needs.samples * needs.length, _left(site, before)
+        aims = needs.aims and parted and site.expert is None
+        sweeps, sums, solving = 0.0, 0.0, needs.work(kept, kept.units * after / before)
+        if needs.gram:
+            sweeps += passes.producers + passes.mixing
+            sums += 2 * tokens * site.share * self._half(n)
+            solving += 4 * d * n**2  # the output's error
+        if needs.dense_stream and (goes_on or aims):
+            sweeps += passes.whole
+        if goes_on and (needs.gram or needs.dense_stream):
+            # With refinement a block moves on as a whole, once it is refined.
+            sweeps += self._passes(site, after).whole
+        if aims:
+            sums += 2 * tokens * n * d
+            solving += n**3 / 3 + 4 * d * n**2
+        if needs.compensates and parted:
+            if leads:
+                sums += 2 * tokens * (self._half(d) + d * d)
+                solving += d**3 * (1 / 3 + 2)
+            solving += 2 * d * before * sum(site.linears[:-1])
+        return defaultdict(float, {("prune", "sweeps"): sweeps, ("prune", "sums"): sums, ("prune", "solving"): solving})
+
+    def _half(self, n: float) -> float:
+        """Of n² products, those that `Gram` computes."""
+        return n * (n + min(n, PANEL.get(self.skeleton.device.type, PANEL["cuda"]))) / 2
 
     def steps(self) -> int:
         depth = len(self.skeleton)
