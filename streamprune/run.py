@@ -55,6 +55,10 @@ class Result:
     peak_host_bytes: int
     bytes_read: int
     """From the checkpoint, by this process."""
+    waited: dict[str, float]
+    """Seconds of the whole job in which nothing was computed, waiting for what was read, written or copied."""
+    busy: dict[str, float]
+    """Seconds of the whole job in which something was read, written or copied, much of it while something was computed."""
     resumed: bool
     """Whether an earlier process had done some of the work."""
 
@@ -117,6 +121,8 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
         peak_device_bytes=device,
         peak_host_bytes=host,
         bytes_read=job.skeleton.checkpoint.bytes_read,
+        waited=report.get("waited", {}),
+        busy=report.get("busy", {}),
         resumed=job.resumed,
     )
 

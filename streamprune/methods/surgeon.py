@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..maths.blocked import inverse_work
 from ..maths.kfac import (
     column_costs,
     damped,
@@ -100,6 +101,27 @@ def findings(settings: SurgeonSettings, site: Site) -> int:
     sides = {"a": d, "a.consumer": site.columns, "g.consumer": d}
     sides |= {f"g.{i}": weights // d for i, weights in enumerate(site.linears[:-1])}
     return sum(sides[name] ** 2 for name in _needed(settings, site))
+
+
+def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
+    """Operations of `update`."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != masks.UNITS:
+        # Beside the inverses what the multipliers are spread by; the subsets' own depend on what goes.
+        return inverse_work(d) + sum(inverse_work(n) + 2 * n * d * (n + d) for n in sides)
+    gone, total = (site.units - keep) / site.units, 0.0
+    for n in sides if settings.update_rows else sides[-1:]:
+        s = gone * n
+        total += inverse_work(n) + s**3 / 3 + 2 * d * s * (s + n)
+    return total
+
+
+def digest_work(settings: SurgeonSettings, site: Site) -> float:
+    """Operations of `digest`."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != masks.UNITS:
+        return inverse_work(d) + sum(inverse_work(n) for n in sides)
+    return sum(inverse_work(n) + 2 * d * d * n + 2 * n * d * n / site.units for n in sides)
 
 
 def workspace(settings: SurgeonSettings, site: Site) -> int:
@@ -207,6 +229,8 @@ SURGEON = Recipe(
     plans_units=lambda settings, site: settings.structure == masks.UNITS,
     keeps_findings=lambda settings: True,
     findings=findings,
+    work=work,
+    digest_work=digest_work,
     workspace=workspace,
     digest_workspace=digest_workspace,
     check=masks.check_structure,
