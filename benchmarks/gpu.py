@@ -10,12 +10,11 @@ through, each in processes of its own:
 4. stream.py: the streamed forward pass beside transformers' own on the device, and by accelerate from disk.
 
 "achieved" is the least time that the counted operations could have taken, over the time that they took: model passes and Grams
-at the measured rate of products in the computing dtype, solving at that of float32. The projection keeps what was achieved: the
-measured seconds of survey and pruning of a block (the mean of all but the first, which is not compensated), times least time
-for the tokens, blocks and card wanted over least time for those measured; operations of passes and Grams grow with tokens, those of
-solving do not. On the card wanted products run at --card TFLOP/s and float32 at half of that. Below it stand the seconds that the
-disk needs to read all blocks as often as the job does, at the measured rate. Once per model: weights are checked (reading),
-the head (by tokens).
+at the measured rate of products in the computing dtype, solving at that of float32. The projection keeps what survey and pruning
+achieved: the least time of the operations that `plan` counts for the whole model (80 blocks of the real shape, 128 × 2048 tokens, the same
+recipe), over the achieved share, plus reading all weights once to check them. On the card wanted products run at --card TFLOP/s and
+float32 at half of that; what fills this device less than that card, or the other way round, is not known. Below it stands how long the
+disk takes to read all that the job reads, at the measured rate.
 
     python benchmarks/gpu.py --folder /disk/gpu                 an H200: about 8 minutes; the checkpoint stays in the folder
     python benchmarks/gpu.py --device cpu                       a sixteenth of the widths: about 5 minutes on 2 idle cores
@@ -44,7 +43,7 @@ from memory import HERE, child, measured
 
 # No torch in this process (see memory.py).
 
-TARGET = {"blocks": 80, "samples": 128, "seq_len": 2048}
+BLOCKS = 80
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cuda": {"hidden": 8192, "ffn": 28672, "heads": 64, "head_dim": 128, "vocabulary": 32000, "samples": 128}
     | {"seq_len": 2048, "limits": ["24GiB", "12GiB"]},
@@ -122,12 +121,11 @@ def stages(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def least(kinds: Mapping[str, float], rates: Mapping[str, float], dtype: str, tokens: float = 1.0) -> float:
-    """Seconds that operations take at these rates, those that grow with tokens times `tokens`."""
-    growing = sum(count for kind, count in kinds.items() if kind != "solving")
-    return float(
-        tokens * growing / rates[f"{dtype}_operations"] + kinds.get("solving", 0) / rates["float32_operations"]
-    )
+def least(kinds: Mapping[str, float], rates: Mapping[str, float], dtype: str) -> float:
+    """Seconds that operations take at these rates."""
+    solving = kinds.get("solving", 0)
+    others = sum(kinds.values()) - solving
+    return float(others / rates[f"{dtype}_operations"] + solving / rates["float32_operations"])
 
 
 def run(model: Path, out: Path, limit: str, options: argparse.Namespace, *recipe: str) -> dict[str, Any]:
@@ -173,32 +171,60 @@ def survey_alone(model: Path, out: Path, options: argparse.Namespace) -> dict[st
     return found
 
 
-def project(found: dict[str, Any], rates: Mapping[str, float], options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the wanted job on this machine and on the wanted card, by stage."""
-    blocks = TARGET["blocks"]
-    tokens = TARGET["samples"] * TARGET["seq_len"] / (options.samples * options.seq_len)
+def whole_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What `plan` says of all blocks in their real shape, with the tokens wanted; their weights are holes."""
+    shape = DEFAULTS["cuda"]
+    model = folder / "whole"
+    words = [sys.executable, HERE / "make_checkpoint.py", model, "--hollow", *shape_options(BLOCKS, shape)]
+    words += ["--text", model.with_suffix(".txt"), "--tokens", 4 * shape["seq_len"]]
+    subprocess.run(list(map(str, words)), check=True, stdout=sys.stderr)
+    job = ["--recipe", options.recipe, "--ratio", options.ratio, "--calibration", model.with_suffix(".txt")]
+    job += [
+        "--samples",
+        shape["samples"],
+        "--seq-len",
+        shape["seq_len"],
+        "--dtype",
+        options.dtype,
+        "--device",
+        options.device,
+    ]
+    plan = [sys.executable, "-m", "streamprune_cli", "plan", model, *job, "--json"]
+    # Whether it fits here does not matter.
+    found = subprocess.run(list(map(str, plan)), capture_output=True, text=True)
+    shutil.rmtree(model)
+    if not found.stdout:
+        sys.exit(found.stderr)
+    said: dict[str, Any] = json.loads(found.stdout)
+    return said
+
+
+def project(
+    found: dict[str, Any], whole: Mapping[str, Any], rates: Mapping[str, float], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds of the whole model on this machine and on the wanted card."""
+    stages = [found["stages"][name] for name in ("forward", "backward", "prune") if name in found["stages"]]
+    seconds = sum(sum(stage["seconds"]) for stage in stages)
+    achieved = sum(least(stage["kinds"], rates, options.dtype) for stage in stages) / seconds
     card = {f"{options.dtype}_operations": options.card * TFLOP, "float32_operations": options.card * TFLOP / 2}
-    here, there = {}, {}
-    for name, stage in found["stages"].items():
-        seconds, kinds = stage["seconds"], stage["kinds"]
-        floor = least(kinds, rates, options.dtype)
-        if name in ("forward", "backward", "prune"):
-            own = seconds[1:] or seconds  # the first block's prune step has nothing to compensate
-            measured_seconds = blocks * sum(own) / len(own)
-        elif name == "embed":  # with the check of all weights before it
-            measured_seconds = sum(seconds) * blocks / options.blocks
-        else:
-            measured_seconds = sum(seconds)
-        here[name] = measured_seconds * (least(kinds, rates, options.dtype, tokens) / floor if floor else 1)
-        there[name] = measured_seconds * (least(kinds, card, options.dtype, tokens) / floor if floor else 1)
-    reading = found["forecast"]["bytes_to_read"] / options.blocks * blocks / rates["disk_read_bytes"]
+    kinds, weights = whole["operations_by_kind"], whole["output_bytes"]
     return {
-        "here": here,
-        "here_seconds": sum(here.values()),
+        "achieved": achieved,
         "card_tflops": options.card,
-        "card_seconds": sum(there.values()),
-        "reading_seconds": reading,
+        **{
+            f"{name}_seconds": least(kinds, at, options.dtype) / achieved + weights / rates["disk_read_bytes"]
+            for name, at in (("here", rates), ("card", card))
+        },
+        "reading_seconds": whole["bytes_to_read"] / rates["disk_read_bytes"],
     }
+
+
+def shape_options(blocks: int, shape: Mapping[str, Any]) -> list[object]:
+    """Those of make_checkpoint.py."""
+    words: list[object] = ["--blocks", blocks, "--kv-heads", max(1, shape["heads"] // KV_SHARE), "--dtype", "bfloat16"]
+    for name in ("hidden", "ffn", "heads", "head_dim", "vocabulary"):
+        words += [f"--{name.replace('_', '-')}", shape[name]]
+    return words
 
 
 def table(result: dict[str, Any], options: argparse.Namespace) -> str:
@@ -231,9 +257,9 @@ def table(result: dict[str, Any], options: argparse.Namespace) -> str:
         source = "a CPU and narrower blocks" if options.kind == "cpu" else "this card"
         lines += [
             "",
-            f"projected from {source}: {TARGET['blocks']} blocks of this shape, {TARGET['samples']} × {TARGET['seq_len']} tokens: "
+            f"projected from {source}, {p['achieved']:.0%} achieved: the whole 70B model with 128 × 2048 tokens takes "
             f"{p['here_seconds'] / 60:.1f} min here, {p['card_seconds'] / 60:.1f} min at {p['card_tflops']:g} TFLOP/s (target: below 60); "
-            f"reading takes {p['reading_seconds'] / 60:.1f} min of it at least",
+            f"reading is {p['reading_seconds'] / 60:.1f} min at the disk's rate here",
         ]
     if result["sweeps"]:
         lines += [
@@ -309,42 +335,42 @@ def main() -> None:
 
 def benchmark(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All parts."""
-    shape = {name: getattr(options, name) for name in ("blocks", "hidden", "ffn", "heads", "head_dim", "vocabulary")}
-    shape["kv_heads"] = max(1, options.heads // KV_SHARE)
-    model = folder / "-".join(["model", *map(str, shape.values())])
+    words = shape_options(options.blocks, vars(options))
+    model = folder / "-".join(["model", *map(str, words[1::2])])
     text = model.with_suffix(".txt")
     if not (model / "model.safetensors.index.json").exists():
         shutil.rmtree(model, ignore_errors=True)
-        words = [word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        words += ["--dtype", "bfloat16", "--text", str(text), "--tokens", str(options.samples * options.seq_len)]
-        subprocess.run(
-            [sys.executable, str(HERE / "make_checkpoint.py"), str(model), *words], check=True, stdout=sys.stderr
-        )
+        command = [sys.executable, HERE / "make_checkpoint.py", model, *words, "--text", text]
+        command += ["--tokens", options.samples * options.seq_len]
+        subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
+    for left in ("out", "out.streamprune", "whole"):  # of an earlier run
+        shutil.rmtree(folder / left, ignore_errors=True)
     rates, _ = child(HERE / "rates.py", "--device", options.device, "--folder", folder, "--json")
     out = folder / "out"
-    result: dict[str, Any] = {"shape": shape, "tokens": options.samples * options.seq_len, "rates": rates}
+    result: dict[str, Any] = {"rates": rates, "options": {name: str(value) for name, value in vars(options).items()}}
     result |= {"runs": [], "sweeps": None, "forward": None}
     if "runs" not in options.skip:
+        whole = whole_model(folder, options)
         for limit in options.limits:
             row = run(model, out, limit, options, "--recipe", options.recipe)
-            row["projected"] = project(row, rates, options)
+            row["projected"] = project(row, whole, rates, options)
             result["runs"].append(row)
             print(f"{limit}: {row['seconds']:.0f} s", file=sys.stderr, flush=True)
     if "sweeps" not in options.skip:
         result["sweeps"] = survey_alone(model, out, options)
         print("sweeps done", file=sys.stderr, flush=True)
     if "forward" not in options.skip:
-        forward: list[object] = [
-            "--model",
-            model,
-            "--device",
-            options.device,
-            "--dtype",
-            options.dtype,
+        forward: list[object] = ["--model", model, "--device", options.device, "--dtype", options.dtype]
+        forward += [
             "--memory",
             options.limits[0],
+            "--samples",
+            min(options.samples, 32),
+            "--seq-len",
+            options.seq_len,
+            "--repetitions",
+            1,
         ]
-        forward += ["--samples", min(options.samples, 32), "--seq-len", options.seq_len, "--repetitions", 1]
         result["forward"], _ = child(HERE / "stream.py", *forward, "--json")
     return result
 
