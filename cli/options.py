@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,6 +157,8 @@ def begin() -> None:
     from streamprune.host import settle_malloc
 
     settle_malloc()
+    # Before anything asks for a GPU: blocks of growing and shrinking sizes leave holes otherwise.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     disable_progress_bar()  # progress is shown by `show` alone
 
 

@@ -58,6 +58,16 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def format_passes(equivalents: float, kinds: Mapping[str, int]) -> str:
+    """Operations in dense forward passes, the whole and by what they were for.
+
+    ``"6.9 dense forward passes: 3.8 in sweeps, 1.1 in sums, 2.0 in solving"``.
+    """
+    whole = max(1, sum(kinds.values()))
+    parts = [f"{equivalents * count / whole:.1f} in {kind}" for kind, count in kinds.items() if count]
+    return f"{equivalents:.1f} dense forward passes" + (f": {', '.join(parts)}" if parts else "")
+
+
 def _fixed(**options: Any) -> Any:
     """A field that decides the bytes of the result: a job under way keeps it."""
     return field(metadata={"resume": "fixed"}, **options)

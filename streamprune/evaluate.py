@@ -75,14 +75,16 @@ def evaluate(
     resources = forecast(
         skeleton,
         Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True, activations=stored),
-        device_limit=machine.device_limit(where, memory, held),
+        **machine.room(where, memory, held),
         disk_limit=files.free_bytes(parent),
-        memory_host=held,
     ).require()
     skeleton.copies_ahead = resources.copies_ahead
     if cache is not None:
         files.make_folder(cache)
-    with tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder:
+    with (
+        machine.within(where, memory),
+        tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder,
+    ):
         shape = len(windows), length, skeleton.width
         store = ActivationStore(Path(folder), shape, skeleton.dtype, where, durable=False, stored=stored, memory=held)
         progress.phase("evaluate", len(skeleton) + 2)

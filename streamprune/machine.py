@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 
 from .config import ACTIVATIONS, DTYPES, format_bytes
 from .errors import ConfigError, ResourceError
+
+_WARM = 48 << 20
 
 
 def resolve_device(name: str) -> torch.device:
@@ -96,23 +100,60 @@ def available_memory(device: torch.device) -> int:
     return int(_host_available() * 0.9)
 
 
-def device_limit(device: torch.device, asked: int | None, held: int) -> int:
-    """Bytes that the device may use: those asked for, or what is free.
+def room(device: torch.device, asked: int | None, activations: int = 0) -> dict[str, int]:
+    """How much memory a job may take, as `memory.forecast` wants to know it.
 
     Args:
-        held: bytes of host memory that activations may take besides; where the device is the host, they are not free for it.
+        asked: bytes of the device that it shall stay within; None for what is free. On the CPU that is the whole process.
+        activations: bytes of host memory that they may be held in.
+
+    Returns:
+        ``device_limit``; ``base``, what of the host's this process takes for itself; ``memory_host``, what activations may.
 
     Raises:
         ResourceError: this machine has not so much for activations.
     """
-    free = int(_host_available() * 0.9)
-    if held > free:
+    base, free = base_bytes(), available_memory(torch.device("cpu"))
+    if activations > free:
         raise ResourceError(
-            f"activations may be held in {format_bytes(held)} of host memory; {format_bytes(free)} are free"
+            f"activations may be held in {format_bytes(activations)} of host memory; {format_bytes(free)} are free"
         )
-    if asked is not None:
-        return asked
-    return free - held if device.type == "cpu" else available_memory(device)
+    if device.type == "cpu":
+        limit = asked or free + base
+    else:
+        there = available_memory(device)
+        limit = min(asked or there, there)
+    return {"device_limit": limit, "base": base, "memory_host": activations}
+
+
+@contextmanager
+def within(device: torch.device, limit: int | None) -> Iterator[None]:
+    """A context in which torch takes no more than `limit` bytes of a GPU's memory, None for all there is.
+
+    What torch keeps for itself counts; the driver's own few hundred megabytes a process do not.
+
+    Raises:
+        ResourceError: the work inside needed more than that, or than there was.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total) if limit else 1.0, device)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"{device} ran out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}"
+        ) from error
+    except RuntimeError as error:
+        # How torch's allocator on the CPU says it.
+        if not any(said in str(error) for said in ("not enough memory", "can't allocate memory")):
+            raise
+        raise ResourceError(f"{device} ran out of memory: {str(error).splitlines()[0]}") from error
+
+
+def base_bytes() -> int:
+    """Host memory that this process takes for itself: what it holds now, and libraries' pages that use will bring in."""
+    return resident_bytes() + _WARM
 
 
 def resident_bytes() -> int:
@@ -186,12 +227,37 @@ def _host_available() -> int:
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for group, limit, used in _control_groups():
         try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
+            taken = int((group / used).read_text()) - _reclaimable(group)
+            available = min(available, int((group / limit).read_text()) - taken)
+        except (OSError, ValueError):  # no limit, or none of that kind
             continue
     return max(available, 1)
+
+
+def _control_groups(
+    proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[Path, str, str]]:
+    """Folders that limit this process's memory, its own and those above it, each with the names of its limit and its use."""
+    try:
+        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in lines:
+        if controllers in ("", "memory"):
+            top = root / "memory" if controllers else root
+            files = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
+            # In a container the path may be that of the machine outside, and the root its own.
+            inside = top / path.lstrip("/")
+            for group in dict.fromkeys((inside, *inside.parents, top)):
+                if group == top or top in group.parents:
+                    yield group, *files
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of a control group that hold pieces of files, which the kernel drops when it needs room."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("inactive_file", "active_file"))

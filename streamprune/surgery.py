@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
-from .maths.linalg import accumulator, cholesky, fit, output_error, unit_columns
+from .maths.linalg import accumulator, cholesky, compensation, fit, output_error, unit_columns
+from .maths.operations import kind
 from .maths.stats import Gram
-from .memory import GRAMS_AT_ONCE
+from .memory import GRAMS_AT_ONCE, GramPlace
 from .methods.plan import Plan
 from .methods.recipe import Problem, Recipe, Survey, Target
 from .model.block import Block, Prunable, Sublayer
@@ -28,6 +29,7 @@ from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import advance, boundary
 
+CPU = torch.device("cpu")
 DENSE, PRUNED = "dense", "pruned"
 SEEN = "seen"
 """Among an expert's findings: how many tokens reached it."""
@@ -51,6 +53,7 @@ class Surgeon:
     refinement: Refinement | None
     experts_alike: bool
     """Whether all experts must end with one width."""
+    grams: GramPlace = "device"
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -165,16 +168,18 @@ class Surgeon:
             sums.add(*(owner.normed(owner.source(*each)) for owner, each in zip((sub, dense), inputs, strict=False)))
         return sums
 
+    @kind("solving")
     def _compensate(self, sub: Sublayer, inputs: Gram) -> float:
         h, c = inputs.mean()
         assert c is not None
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
         factor, damping = cholesky(h, self._compensation or 0.0, sub.name)
+        m = compensation(h, c, factor)
         for prunable in sub.prunables:
             for name in prunable.producers:
                 w = prunable.weight(name)
-                prunable.set_weight(name, fit(w, h, w @ c, factor))
+                prunable.set_weight(name, torch.addmm(w, w, m.to(w.device)))
         return damping
 
     def _shrink(self, dense: Sublayer, sub: Sublayer, here: _Place, inputs: Tensor | None) -> list[dict[str, Any]]:
@@ -196,6 +201,7 @@ class Surgeon:
         entry = self.plan[site.name]
         return entry.keep < site.units or any(entry.zeros or ())
 
+    @kind("solving")
     def _shrink_site(self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool) -> dict[str, Any]:
         site, entry = prunable.site, self.plan[prunable.site.name]
         report: dict[str, Any] = {}
@@ -207,15 +213,18 @@ class Surgeon:
                 return {**_untouched(site), **report}
         if not self._changes(site) and not aims:
             return {**_untouched(site), **report}
-        w = prunable.weight(prunable.consumer)
+        where = CPU if self.grams == "host" else self.skeleton.device
+        w = prunable.weight(prunable.consumer).to(where)
         h = None
         if sums is not None:
+            if self.grams == "parked":
+                sums.park()
             h, aim = (each if each is None else each.to(w.dtype) for each in sums.mean())
             del sums
             assert h is not None
             if aims and self._target is not None:
                 assert aim is not None
-                factor, report["target_damping"] = cholesky(h, self._target.damping, site.name)
+                factor, report["target_damping"] = cholesky(h, self._target.damping, site.name, device=where)
                 w = fit(w, h, aim, factor)
                 del factor
             del aim
@@ -225,7 +234,7 @@ class Surgeon:
         problem = Problem(
             site=site,
             w=w,
-            producers=prunable.producer_weights(),
+            read_producers=lambda: tuple(each.to(where) for each in prunable.producer_weights()),
             zeros=entry.zeros,
             h=h,
             inputs=inputs,
@@ -339,7 +348,8 @@ class Surgeon:
         return report
 
     def _gram(self, columns: int, *, cross: int) -> Gram:
-        return Gram(columns, cross=cross, device=self.skeleton.device, dtype=accumulator(self.skeleton.dtype))
+        device = CPU if self.grams == "host" else self.skeleton.device
+        return Gram(columns, cross=cross, device=device, dtype=accumulator(self.skeleton.dtype))
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,8 @@ def score(
             scores=True,
             activations=stored,
         ),
-        device_limit=machine.device_limit(skeleton.device, memory, held),
+        **machine.room(skeleton.device, memory, held),
         disk_limit=files.free_bytes(parent),
-        memory_host=held,
     ).require()
     skeleton.copies_ahead = resources.copies_ahead
     if cache is not None:

@@ -392,6 +392,7 @@ class Sublayer:
         for prunable in self.prunables:
             for name in (*prunable.producers, prunable.consumer):
                 place(self.layer.module(name), "weight", torch.empty(0, device="meta"))
+                self.layer.weights.pop(f"{name}.weight", None)  # a fused one is several sites'
 
 
 class Prunable:

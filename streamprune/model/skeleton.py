@@ -185,8 +185,10 @@ class Skeleton:
         """What a stock config says of each family of sites."""
         return {entry.family: entry for entries in self.entries for entry in entries}
 
-    def statistics(self, index: int, wanted: frozenset[Statistic]) -> list[SiteStatistics]:
-        """Empty sums for a survey of the block, in the order of its sites."""
+    def statistics(
+        self, index: int, wanted: frozenset[Statistic], device: torch.device | None = None
+    ) -> list[SiteStatistics]:
+        """Empty sums for a survey of the block, in the order of its sites, on the model's device or another."""
         found = []
         for site, entry in self.places(index):
             inputs = linear_shape(self.module(index, entry.producers[0].name))[1]
@@ -199,7 +201,7 @@ class Skeleton:
                     inputs=inputs,
                     outputs=site.outputs,
                     rows=[weights // inputs for weights in site.linears[:-1]],
-                    device=self.device,
+                    device=device or self.device,
                     dtype=accumulator(self.dtype),
                 )
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
 from ..host import return_freed_memory
+from ..maths.operations import counting, kind
 from ..maths.sampling import sample
 from ..maths.stats import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
@@ -211,8 +212,11 @@ def _observed(
         mixed = sublayer.mix(u, arguments)
     with torch.no_grad():
         maps = None
-        if stats[0].wants_maps:
-            maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
+        if (divergence := stats[0].divergence) is not None:
+            # Attention a second time: transformers' eager maps are for looking at only.
+            with kind("sums"), counting() as counter:
+                maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
+            divergence.operations += counter.total
         for number, stat in enumerate(stats):
             stat.add(mixed.of(number, u.detach()), mixed.z[number].detach(), maps, _origin(mixed, number))
     return mixed, given
