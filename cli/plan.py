@@ -47,7 +47,12 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
             format_bytes(resources.host_bytes),
             "the device's share included" if resources.device == "cpu" else "",
         ],
-        ["disk for activations", format_bytes(resources.disk_bytes), f"limit {format_bytes(resources.disk_limit)}"],
+        ["held in host memory", format_bytes(resources.held_bytes), "activations; part of the host peak"],
+        [
+            "disk for activations",
+            format_bytes(resources.disk_bytes),
+            f"in {resources.activations}, limit {format_bytes(resources.disk_limit)}",
+        ],
         ["disk for the result", f"≤ {format_bytes(resources.output_bytes)}", ""],
         ["to read", format_bytes(resources.bytes_to_read), ""],
         [
@@ -60,9 +65,9 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
         ["Grams", WHERE[resources.grams], ""],
         ["boundaries kept", f"every {resources.boundary_every}", ""],
     ]
-    steps = [["at once in", "weights", "sums", "solving", "activations", "device", "host"]]
+    steps = [["at once in", "weights", "sums", "solving", "activations", "slack", "device", "host"]]
     for name, each in sorted(resources.demands.items(), key=lambda item: -item[1]["device_bytes"]):
-        parts = ("weights", "sums", "solving", "activations", "device_bytes", "host_bytes")
+        parts = ("weights", "sums", "solving", "activations", "slack", "device_bytes", "host_bytes")
         steps.append([name, *(format_bytes(each[part]) for part in parts)])
     problems = [f"does not fit: {problem}" for problem in resources.problems]
     tables = [*show.table([["", "", ""], *rows])[1:], "", *show.table(steps), ""]

@@ -170,6 +170,7 @@ class _Evaluation:
             dtype=config.dtype,
             memory=config.memory,
             cache=config.cache,
+            memory_host=config.memory_host,
             progress=progress,
         )
         return {"perplexity": measured.perplexity, "protocol": measured.protocol}

@@ -25,7 +25,7 @@ from .journal import Entry, Journal
 from .layout import DECILM, LAYOUTS
 from .maths.operations import kind
 from .maths.stats import Statistic
-from .memory import SLACK, GramPlace, Needs, Resources, Sizes, device_peak, forecast
+from .memory import SLACK, GramPlace, Needs, Resources, Sizes, copies_ahead, device_peak, forecast
 from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
@@ -65,6 +65,8 @@ class Job(Workplace):
             raise ConfigError(f"OUT is {config.out}, the model itself")
         self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
         self.dtype = config.dtype
+        stored = self.skeleton.checkpoint.dtype
+        self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
         self.peaks = machine.Peaks(self.device)
         self.sites = self.skeleton.all_sites()
         self._check_layout()
@@ -171,6 +173,7 @@ class Job(Workplace):
             digest_work=lambda site: self.recipe.digest_work(self.settings, site),
             workspace=lambda site: self.recipe.workspace(self.settings, site),
             digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
+            activations=self.activations,
         )
 
     @property
@@ -195,6 +198,7 @@ class Job(Workplace):
                 "settings": asdict(self.settings),
                 "ratio": self.ratio,
                 "dtype": machine.dtype_name(self.skeleton.dtype),
+                "activations": machine.activations_name(self.activations, self.skeleton.dtype),
             },
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
@@ -211,13 +215,18 @@ class Job(Workplace):
         return forecast(
             self.skeleton,
             self.needs,
-            **machine.room(self.device, self.config.memory),
+            **self._room,
             disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
         )
 
+    @property
+    def _room(self) -> dict[str, int]:
+        return machine.room(self.device, self.config.memory, self.config.memory_host or 0)
+
     def first_sweep(self, sizes: Sizes) -> list[Any]:
         """All that tells the sweep of the first shot's survey, made with these sizes, from other jobs' sweeps."""
-        settings = {k: v for k, v in self.header["settings"].items() if k in ("samples", "seq_len", "seed", "dtype")}
+        deciding = ("samples", "seq_len", "seed", "dtype", "activations")
+        settings = {k: v for k, v in self.header["settings"].items() if k in deciding}
         gradients = self.needs.gradients
         labels = gradients and self.recipe.draws_labels(self.settings)
         return [gradients, labels, settings, self.header["inputs"], self.header["versions"], list(sizes)]
@@ -273,6 +282,7 @@ class Job(Workplace):
         self.grams: GramPlace = start["resources"]["grams"]
         self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
         self.boundary_every: int = start["resources"]["boundary_every"]
+        self.skeleton.copies_ahead = copies_ahead(self.skeleton, self.needs, self.sizes, self._room["device_limit"])
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
@@ -351,9 +361,9 @@ class Job(Workplace):
 
     def peak(self, needs: Needs, sizes: Sizes) -> tuple[int, int]:
         """Bytes that work with these needs and sizes holds at most, and how many it may."""
-        room = machine.room(self.device, self.config.memory)
-        held = room["held"] if self.device.type == "cpu" else 0
-        return held + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
+        room = self._room
+        base = room["base"] + room["memory_host"] if self.device.type == "cpu" else 0
+        return base + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
         """What `report.json` holds.
@@ -405,7 +415,15 @@ class Job(Workplace):
     def store(self) -> ActivationStore:
         """Block inputs, for whichever sweep is under way."""
         shape = self.config.samples, self.length, self.skeleton.width
-        return ActivationStore(self.cache, shape, self.skeleton.dtype, self.device, durable=True)
+        return ActivationStore(
+            self.cache,
+            shape,
+            self.skeleton.dtype,
+            self.device,
+            durable=True,
+            stored=self.activations,
+            memory=self.config.memory_host or 0,
+        )
 
     # What people give.
 

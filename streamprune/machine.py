@@ -6,13 +6,16 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import DTYPES
-from .errors import ConfigError
+from .config import ACTIVATIONS, DTYPES, format_bytes
+from .errors import ConfigError, ResourceError
+
+_WARM = 48 << 20
 
 
 def resolve_device(name: str) -> torch.device:
@@ -52,9 +55,42 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
     return stored if device.type == "cuda" else torch.float32
 
 
+def resolve_activations(name: str, computing: torch.dtype, stored: torch.dtype) -> torch.dtype:
+    """What activations are stored in.
+
+    ``auto`` is bfloat16 for a model that is itself stored in it, whether or not it is computed in: nothing in such a
+    model was ever more precise, and it halves what a CPU, which computes in float32, writes and reads. Any other model
+    keeps what is computed: float16 would hold no more than 65504, which residual streams exceed. So does float64.
+
+    Args:
+        computing: what blocks compute in.
+        stored: what the model's weights are stored in.
+
+    Raises:
+        ConfigError: not one of `ACTIVATIONS`, or larger than what is computed.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"activations is {name!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if name == "float8":
+        return torch.float8_e4m3fn
+    if name == "auto":
+        return torch.bfloat16 if stored == torch.bfloat16 and computing != torch.float64 else computing
+    dtype: torch.dtype = getattr(torch, name)
+    if dtype.itemsize > computing.itemsize:
+        raise ConfigError(
+            f"activations is {name!r}, which is more than the {dtype_name(computing)} they are computed in"
+        )
+    return dtype
+
+
+def activations_name(stored: torch.dtype, computing: torch.dtype) -> str:
+    """How a job's settings say what is stored: the same for all jobs that keep what they compute."""
+    return "as computed" if stored == computing else dtype_name(stored)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` → ``"float32"``."""
-    return str(dtype).removeprefix("torch.")
+    """``torch.float32`` → ``"float32"``, and one name for all that activations may be stored in."""
+    return "float8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def available_memory(device: torch.device) -> int:
@@ -64,18 +100,60 @@ def available_memory(device: torch.device) -> int:
     return int(_host_available() * 0.9)
 
 
-def room(device: torch.device, asked: int | None) -> dict[str, int]:
+def room(device: torch.device, asked: int | None, activations: int = 0) -> dict[str, int]:
     """How much memory a job may take, as `memory.forecast` wants to know it.
 
     Args:
-        asked: bytes that it shall stay within; None for what is free. On the CPU that is the whole process.
+        asked: bytes of the device that it shall stay within; None for what is free. On the CPU that is the whole process.
+        activations: bytes of host memory that they may be held in.
 
     Returns:
-        ``device_limit``, and ``held``: what of the host's this process holds already.
+        ``device_limit``; ``base``, what of the host's this process takes for itself; ``memory_host``, what activations may.
+
+    Raises:
+        ResourceError: this machine has not so much for activations.
     """
-    held = resident_bytes()
-    free = available_memory(device) + (held if device.type == "cpu" else 0)
-    return {"device_limit": asked or free, "held": held}
+    base, free = base_bytes(), available_memory(torch.device("cpu"))
+    if activations > free:
+        raise ResourceError(
+            f"activations may be held in {format_bytes(activations)} of host memory; {format_bytes(free)} are free"
+        )
+    if device.type == "cpu":
+        limit = asked or free + base
+    else:
+        there = available_memory(device)
+        limit = min(asked or there, there)
+    return {"device_limit": limit, "base": base, "memory_host": activations}
+
+
+@contextmanager
+def within(device: torch.device, limit: int | None) -> Iterator[None]:
+    """A context in which torch takes no more than `limit` bytes of a GPU's memory, None for all there is.
+
+    What torch keeps for itself counts; the driver's own few hundred megabytes a process do not.
+
+    Raises:
+        ResourceError: the work inside needed more than that, or than there was.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total) if limit else 1.0, device)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"{device} ran out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}"
+        ) from error
+    except RuntimeError as error:
+        # How torch's allocator on the CPU says it.
+        if not any(said in str(error) for said in ("not enough memory", "can't allocate memory")):
+            raise
+        raise ResourceError(f"{device} ran out of memory: {str(error).splitlines()[0]}") from error
+
+
+def base_bytes() -> int:
+    """Host memory that this process takes for itself: what it holds now, and libraries' pages that use will bring in."""
+    return resident_bytes() + _WARM
 
 
 def resident_bytes() -> int:

@@ -21,12 +21,14 @@ import torch
 from .config import format_bytes
 from .errors import ResourceError
 from .host import HEAP_KEPT
+from .machine import dtype_name
 from .maths.blocked import TILE
 from .maths.operations import KINDS, Kind
 from .maths.stats import GRADIENTS, PANEL, Statistic
 from .model.block import linear_shape
 from .model.skeleton import Skeleton
 from .site import Site
+from .stream.encoding import token_bytes
 from .stream.sweep import LOGIT_BYTES
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -40,6 +42,8 @@ GRAMS_AT_ONCE = 1 << 31
 REFINE_SEQUENCES = 8
 """A refinement step's batch."""
 
+ALLOCATOR_SHARE = 20
+"""One part in so many of what tensors take on a GPU lies idle between them, where its allocator can extend segments."""
 SLACK = 1.02
 """Processes differ a little in what they hold before any work: a job that was started within a limit may go on within it."""
 
@@ -63,13 +67,15 @@ class Demand:
     """What sites are solved with: weights in float32, factors, inverses."""
     activations: int = 0
     """Of one micro-batch, with what the next one needs."""
+    slack: int = 0
+    """What is held to no use: by a GPU's allocator between tensors, by the CPU's heap."""
     host: int = 0
     """Beside a GPU: stored weights, this block's and the next one's; what of the others is on the host."""
 
     @property
     def device(self) -> int:
         """All of it that the device holds."""
-        return self.weights + self.sums + self.solving + self.activations
+        return self.weights + self.sums + self.solving + self.activations + self.slack
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,9 @@ class Needs:
             digest_workspace=lambda site: max(self.digest_workspace(site), other.digest_workspace(site)),
         )
 
+    activations: torch.dtype | None = None
+    """What they are stored in; None for what is computed."""
+
     @property
     def gradients(self) -> bool:
         """Whether a backward sweep is made."""
@@ -145,14 +154,20 @@ class Resources:
     grams: GramPlace
     boundary_every: int
     """The survey keeps every k-th boundary and recomputes the others."""
+    copies_ahead: bool
+    """Whether the next block's weights come to the device while this one's are used."""
     device_bytes: int
     """Peak of weights, sums, solver workspace and activations; where the device is the CPU, of the whole process."""
     host_bytes: int
     """Peak of the process; where the device is the CPU, the device's share included."""
     demands: dict[str, dict[str, int]]
     """What each step holds, by its name: the parts of a `Demand`, and ``device_bytes`` and ``host_bytes`` in all."""
+    held_bytes: int
+    """Of the host's peak, activations that `memory_host` allows to be held."""
     disk_bytes: int
     """Activations."""
+    activations: str
+    """What they are stored in."""
     output_bytes: int
     """The result, at the most."""
     bytes_to_read: int
@@ -188,17 +203,21 @@ class Resources:
         return self
 
 
-def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int, held: int = 0) -> Resources:
+def forecast(
+    skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int, base: int = 0, memory_host: int = 0
+) -> Resources:
     """What the job takes, with the largest micro-batches that fit the device's limit.
 
     Args:
         device_limit: bytes; where the device is the CPU, of the whole process.
-        held: bytes of host memory that the process holds before any work.
+        base: bytes of host memory that the process takes for itself.
+        memory_host: bytes of host memory that activations may be held in.
     """
     model = _Shapes(skeleton, needs)
     problems = []
-    places = GRAM_PLACES if skeleton.device.type != "cpu" else GRAM_PLACES[:1]
-    room = device_limit - (held if skeleton.device.type == "cpu" else 0)
+    on_cpu = skeleton.device.type == "cpu"
+    places = GRAM_PLACES[:1] if on_cpu else GRAM_PLACES
+    room = device_limit - (base + memory_host if on_cpu else 0)
     grams = next((place for place in places if model.device_peak(1, 1, place) <= room), places[-1])
     least = model.device_peak(1, 1, grams)
     batch = backward_batch = 1
@@ -211,7 +230,8 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         most = max(1, min(needs.samples, BATCH_TOKENS[skeleton.device.type] // needs.length))
         batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1, grams) <= room)
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size, grams) <= room)
-    every, disk = model.boundaries(disk_limit)
+    every, disk = model.boundaries(disk_limit, memory_host)
+    held = min(memory_host, model.boundaries(disk_limit, 0)[1])
     disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # these go before boundaries come
     if disk > disk_limit:
         problems.append(
@@ -220,11 +240,11 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         )
     operations = model.operations()
     demands = model.demands(batch, backward_batch, grams)
-    on_cpu = skeleton.device.type == "cpu"
+    ahead = copies_ahead(skeleton, needs, (batch, backward_batch, grams), device_limit)
     totals = {
         name: {
-            "device_bytes": demand.device + held * on_cpu,
-            "host_bytes": held + demand.host + demand.device * on_cpu,
+            "device_bytes": demand.device + (base + held if on_cpu else ahead * model.stored_block),
+            "host_bytes": base + held + demand.host + (demand.device if on_cpu else 0),
         }
         for name, demand in demands.items()
     }
@@ -234,10 +254,13 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         backward_batch=backward_batch,
         grams=grams,
         boundary_every=every,
+        copies_ahead=ahead,
         device_bytes=max(each["device_bytes"] for each in totals.values()),
         host_bytes=max(each["host_bytes"] for each in totals.values()),
+        held_bytes=held,
         demands={name: {**asdict(demand), **totals[name]} for name, demand in demands.items()},
         disk_bytes=disk,
+        activations=dtype_name(needs.activations or skeleton.dtype),
         output_bytes=sum(skeleton.checkpoint[name].nbytes for name in skeleton.checkpoint)
         if needs.prunes or needs.refines
         else 0,
@@ -254,6 +277,12 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         disk_limit=disk_limit,
         problems=tuple(problems),
     )
+
+
+def copies_ahead(skeleton: Skeleton, needs: Needs, sizes: Sizes, limit: int) -> bool:
+    """Whether a GPU has room for the next block's stored weights besides what it holds at most."""
+    model = _Shapes(skeleton, needs)
+    return skeleton.device.type == "cuda" and model.device_peak(*sizes) + model.stored_block <= limit
 
 
 def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int, grams: GramPlace = "device") -> int:
@@ -321,6 +350,7 @@ class _Shapes:
         self.weight_item = self.item + (stored.itemsize if self.on_cpu and stored != skeleton.dtype else 0)
         self.d = skeleton.width
         self.row_bytes = needs.length * self.d * self.item
+        self.stored_row = needs.length * token_bytes(self.d, needs.activations or skeleton.dtype)
         self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
         self.sublayers = [
             [_Together(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
@@ -336,6 +366,10 @@ class _Shapes:
         ]
         self.keys_and_values, self.widest_pair = (needs.length * self.item * n for n in (sum(pairs), max(pairs)))
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.weight_item
+
+    def _passed_rows(self, batch: int) -> int:
+        """Stored micro-batches: two boundaries read and the next two coming, and two written with two waiting for each."""
+        return 10 * self.stored_row * batch
 
     # Memory: what is held at once in each step, by the step's name.
 
@@ -358,19 +392,22 @@ class _Shapes:
         """Where the planner has put sums and solving, and what passes through the host."""
         if self.on_cpu:
             # What passed through the heap in a forward pass stays with it while the solver works.
-            kept = min(HEAP_KEPT, self.passing(batch)) if demand.solving and self.needs.text else 0
-            return replace(demand, activations=max(demand.activations, kept))
+            kept = min(HEAP_KEPT, self.passing(batch)) if self.needs.text else 0
+            buffers = self._passed_rows(batch) if demand.activations else 0
+            slack = max(0, kept - demand.activations)
+            return replace(demand, activations=demand.activations + buffers, slack=slack)
         moved = demand.sums if grams == "host" or (grams == "parked" and demand.solving) else 0
         solved = demand.solving if grams == "host" else 0
         tiles = self.sum_item * self._widest() * TILE if moved else 0
-        passing = 2 * self.stored_block + 4 * self.row_bytes * batch
-        return replace(
+        passing = 2 * self.stored_block + self._passed_rows(batch)
+        placed = replace(
             demand,
             sums=demand.sums - moved,
             solving=demand.solving - solved,
             activations=demand.activations + tiles,
             host=passing + moved + solved,
         )
+        return replace(placed, slack=placed.device // ALLOCATOR_SHARE)
 
     def _steps(self, batch: int, backward_batch: int) -> Iterator[tuple[str, Demand]]:
         needs, length, block = self.needs, self.needs.length, self.block
@@ -434,14 +471,17 @@ class _Shapes:
 
     def _prune_steps(self, sublayer: _Together, batch: int) -> Iterator[tuple[str, Demand]]:
         needs, tokens, site = self.needs, batch * self.needs.length, sublayer.widest
-        # What all its sites become, beside what they are.
-        weights = self.block + sublayer.parameters * self.weight_item
+        # Compensated producers are there beside what they were; then what the sites become, beside what they are.
+        producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if needs.compensates else 0
+        weights = self.block + producers * self.weight_item
+        after = self.block + sublayer.parameters * self.weight_item
         n, d, item = site.columns, self.d, self.sum_item
         w, grams = item * n * d, self._grams(sublayer) if needs.gram else 0
         forward = tokens * self._forward_token(sublayer)
         converted = item if item != self.item else 0  # inputs of a sum, in its dtype
         solving = max(item * needs.workspace(site), w + item * n * TILE if needs.gram else 0)
         yield f"re-fitting one {site.kind} site", Demand(weights, grams, w + solving)
+        yield f"shrinking one {site.kind} site", Demand(after, grams, 2 * w)
         if needs.gram:
             sums, activations = grams, forward + tokens * converted * n
             if needs.aims and not sublayer.routed:
@@ -491,7 +531,8 @@ class _Shapes:
 
     @property
     def _stream_token(self) -> int:
-        return self.item * 4 * self.d + 8 * self.d
+        # With two micro-batches as they are stored: the next one that was read, and the last one that is being written.
+        return self.item * 4 * self.d + 8 * self.d + 2 * self.stored_row // max(self.needs.length, 1)
 
     def _inner_token(self, site: Site) -> int:
         """Bytes a token between the norm and the stream."""
@@ -537,14 +578,18 @@ class _Shapes:
 
     # Disk, reading, operations.
 
-    def boundaries(self, limit: int) -> tuple[int, int]:
-        """(k, bytes): boundaries of the survey kept at every k-th block, k the least that fits."""
+    def boundaries(self, limit: int, memory_host: int) -> tuple[int, int]:
+        """(k, bytes on the disk): boundaries of the survey kept at every k-th block, k the least that fits."""
         needs, depth = self.needs, len(self.skeleton)
         if not needs.text:
             return 1, 0
-        one = needs.samples * self.row_bytes
-        # Both streams hold a block's input, the one between its sublayers and its output until the journal has it.
-        prune = (6 if needs.dense_stream else 3) * one if needs.prunes else (4 if needs.dense_stream else 2) * one
+        one = needs.samples * self.stored_row
+        streams = 2 if needs.dense_stream else 1
+        # A stream has a block's input and its output until the journal has it and, while pruning, what is between its
+        # sublayers; of that no journal line speaks, and none of an evaluation's.
+        kept = (3 if needs.prunes else 2) * streams
+        passing = streams if needs.prunes else kept * needs.scores
+        prune = (kept - min(passing, memory_host // one)) * one
         findings = self.sum_item * needs.findings
         prune += findings
         if needs.corrects:

@@ -13,6 +13,7 @@ from .config import Config
 from .errors import ConfigError
 from .job import Job
 from .journal import Entry
+from .machine import within
 from .maths.operations import kind
 from .memory import Resources, generation_batch
 from .meter import metered
@@ -54,6 +55,10 @@ class Result:
     peak_host_bytes: int
     bytes_read: int
     """From the checkpoint, by this process."""
+    waited: dict[str, float]
+    """Seconds of the whole job in which nothing was computed, waiting for what was read, written or copied."""
+    busy: dict[str, float]
+    """Seconds of the whole job in which something was read, written or copied, much of it while something was computed."""
     resumed: bool
     """Whether an earlier process had done some of the work."""
 
@@ -74,7 +79,7 @@ def prune(
     job = Job(config, progress, alongside)
     finished = job.result_there(restart)
     if finished is None:
-        with job.opened(restart), metered(job.journal, started, job.peaks):
+        with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks):
             finished = Run(job).work()
     return _result(job, finished, time.monotonic() - started)
 
@@ -93,7 +98,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
         )
     if job.result_there(restart) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart), metered(job.journal, started, job.peaks):
+    with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks):
         Run(job).prepare()
     return job.plan_path
 
@@ -116,6 +121,8 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
         peak_device_bytes=device,
         peak_host_bytes=host,
         bytes_read=job.skeleton.checkpoint.bytes_read,
+        waited=report.get("waited", {}),
+        busy=report.get("busy", {}),
         resumed=job.resumed,
     )
 

@@ -86,7 +86,9 @@ class Shot:
         if self.number == 1:
             return self.job.skeleton
         source = self.job.shot_folder(self.number - 1)
-        return open_skeleton(source, self.job.device, self.job.dtype, layout=self.job.skeleton.layout)
+        skeleton = open_skeleton(source, self.job.device, self.job.dtype, layout=self.job.skeleton.layout)
+        skeleton.copies_ahead = self.job.skeleton.copies_ahead
+        return skeleton
 
     @cached_property
     def sites(self) -> list[Site]:

@@ -7,8 +7,8 @@ A token passes each sublayer once dense and twice pruned: once to measure, once 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,7 +270,7 @@ class Surgeon:
             write = None
             if aims and self._goes_on(here):
                 place = f"{sub.name} ({DENSE})"
-                write = stack.enter_context(self.store.writing(boundary(DENSE, *here.exit), place))
+                write = stack.enter_context(self._writing(DENSE, here, place))
             for inputs in self._read(here, streams, parallel=sub.entry.parallel):
                 x_hat, entered = inputs[0]
                 arguments = self.skeleton.arguments(x_hat.shape[0], x_hat.shape[1])[here.block]
@@ -314,7 +314,7 @@ class Surgeon:
             writers = {}
             for stream in moving:
                 place = f"{pruned.sublayers[here.position].name} ({stream})"
-                writers[stream] = stack.enter_context(self.store.writing(boundary(stream, *here.exit), place))
+                writers[stream] = stack.enter_context(self._writing(stream, here, place))
             for _, read in self.store.each(self.batch, *wanted) if moving else ():
                 arguments = self.skeleton.arguments(read[0].shape[0], read[0].shape[1])[here.block]
                 found = dict(zip(wanted, read, strict=True))
@@ -332,6 +332,11 @@ class Surgeon:
             for stream in self.streams:
                 self.store.remove(boundary(stream, *here.entry))
         return sums
+
+    def _writing(self, stream: str, here: _Place, place: str) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """Write what a sublayer gives; inside a block no journal line speaks of it."""
+        assert self.store is not None
+        return self.store.writing(boundary(stream, *here.exit), place, passing=not here.last)
 
     def _refine(self, pruned: Block, index: int) -> dict[str, Any]:
         assert self.store is not None

@@ -184,7 +184,7 @@ def test_widths_that_other_roundings_would_give(pruned: Path, monkeypatch: pytes
 
 def test_what_cannot_be_measured_is_refused(tiny: Tiny, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Limits are those of the whole process.
-    monkeypatch.setattr(machine, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(machine, "base_bytes", lambda: 0)
     for name in ("prompt_tokens", "new_tokens", "batch", "repetitions", "threads"):
         with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
             measured(pruned, **{name: 0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import streamprune
 from streamprune.config import Config
 from streamprune.journal import Journal
 from streamprune.machine import Peaks
-from streamprune.maths.linalg import _greedy_columns
+from streamprune.maths import greedy
 from streamprune.maths.operations import counted, counting, kind
 from streamprune.meter import metered, totals
 from streamprune.model.skeleton import open_skeleton
@@ -287,11 +288,17 @@ def test_a_stated_figure_stands_for_what_runs_inside() -> None:
         _ = a @ a
 
 
-def test_greedy_removal_counts_what_it_does() -> None:
-    n, count, block = 96, 64, 32
-    x = torch.randn(200, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    p, v = torch.linalg.inv(x.T @ x), torch.eye(n, dtype=torch.float64)
-    with counting() as looked_at:
-        _greedy_columns(p.clone(), v.clone(), count, block)
-    stated = 6 * n * count * (n + block // 2)
-    assert looked_at.total == pytest.approx(stated, rel=0.05)
+@pytest.mark.parametrize(("n", "width", "count", "block"), [(1500, 1, 256, 64), (960, 24, 30, 48)])
+def test_greedy_removal_counts_what_it_does(
+    n: int, width: int, count: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(n + 200, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, v = torch.linalg.inv(x.T @ x).contiguous(), torch.eye(n, dtype=torch.float64)
+    found = []
+    for looking in (False, True):
+        if looking:
+            monkeypatch.setattr(greedy, "counted", lambda stated: nullcontext())
+        with counting() as work:
+            greedy.removal(p.clone(), v.clone(), width=width, count=count, block=block, place="here")
+        found.append(work.total)
+    assert found[0] == pytest.approx(found[1], rel=0.02)

@@ -516,7 +516,7 @@ def test_auto_takes_what_fits_and_says_so(
 @needs_peft
 def test_auto_goes_by_memory(tiny: Tiny, student: Path, tuning: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     # Limits are those of the whole process.
-    monkeypatch.setattr(machine, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(machine, "base_bytes", lambda: 0)
     dense = tiny("llama")
     assert streamprune.tune(tuning(student, "a", teacher=dense)).method == "lora"
     needed = 400_000  # more than a block's training takes, less than the model's

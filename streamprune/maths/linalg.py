@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from .blocked import TILE, cholesky_, invert_, panels
-from .operations import counted
 
 _MOST_DAMPING = 10.0
 
@@ -55,7 +54,7 @@ def cholesky(
     scale = float(h.diagonal().mean()) if scale is None else scale
     if not all_finite(h):
         raise NumericalError(f"{place}: the Gram holds NaN or Inf")
-    return _factored(lambda: h.to(where, copy=True), damping, scale, place)
+    return _factored(lambda: h.to(where, copy=True, memory_format=torch.contiguous_format), damping, scale, place)
 
 
 def inverse(h: Tensor, damping: float, place: str, *, device: torch.device | None = None) -> tuple[Tensor, float]:
@@ -75,98 +74,6 @@ def _factored(copy: Callable[[], Tensor], damping: float, scale: float, place: s
         del damped
         damping = max(10 * damping, 1e-6)
     raise NumericalError(f"{place}: the Gram could not be factored with damping up to {_MOST_DAMPING:g}")
-
-
-def greedy_removal(
-    w: Tensor, h: Tensor, *, width: int, count: int, damping: float, place: str, block: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Remove `count` units one at a time, each time the one whose removal costs least (SoBP, stage 2).
-
-    ::
-
-        cost_u = tr((P_uu)⁻¹ W_uᵀ W_u)        → remove the cheapest u
-        W ← W − W_u (P_uu)⁻¹ P_u:             P ← P − P_:u (P_uu)⁻¹ P_u:
-
-    The loop needs only `P` and ``V = WᵀW``. With single columns (`width` 1) both are brought up to date
-    lazily: a step forms just the pivot's columns, and every `block` steps all of them at once by matrix
-    products. The order is that of the plain loop.
-
-    A dead column (zero diagonal of H) carries nothing, so its weights count as zero and it goes first.
-
-    Args:
-        w: (d_out, n), float32 or float64.
-        h: (n, n), mean Gram, same dtype.
-        width: columns a unit; n = units·width.
-        count: units to remove, fewer than there are.
-
-    Returns:
-        removed units in order (count,) int64, and each one's cost in output energy (count,), on the CPU.
-    """
-    units = h.shape[0] // width
-    assert 0 <= count < units
-    assert w.shape[1] == h.shape[0] == units * width
-    alive = (h.diagonal() > 0).to(w)
-    p, _ = inverse(h, damping, place, device=w.device)
-    live = w * alive
-    v = live.T @ live
-    if width == 1:
-        n = len(p)
-        # A step: three products with up to `block` vectors; a block of steps: three updates of an n × n matrix.
-        with counted(6 * n * count * (n + block // 2)):
-            return _greedy_columns(p, v, count, block)
-    return _greedy_groups(p, v, width, count)
-
-
-def _greedy_columns(p: Tensor, v: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
-    # Removing s maps W to W(I − e_s rᵀ), r = P_s:/p_ss. Hence, with z = v_s − ½ v_ss r,
-    #     V ← V − r zᵀ − z rᵀ      P ← P − c cᵀ,   c = P_:s/√p_ss
-    # C, R, Z hold the last steps' vectors, which P and V do not have in them yet.
-    n = p.shape[0]
-    c, r, z = (torch.zeros(block, n, dtype=p.dtype, device=p.device) for _ in range(3))
-    p_diagonal, v_diagonal = p.diagonal().clone(), v.diagonal().clone()
-    gone = torch.zeros(n, dtype=torch.bool, device=p.device)
-    order = torch.empty(count, dtype=torch.int64, device=p.device)
-    costs = torch.empty(count, dtype=p.dtype, device=p.device)
-    for step in range(count):
-        t = step % block
-        cost = (v_diagonal.clamp_min(0) / p_diagonal).masked_fill_(gone, torch.inf)
-        s = cost.argmin()
-        order[step], costs[step] = s, cost[s]
-        p_s = p[s] - c[:t, s] @ c[:t]
-        v_s = v[s] - z[:t, s] @ r[:t] - r[:t, s] @ z[:t]
-        c[t] = p_s / p_s[s].sqrt()
-        r[t] = p_s / p_s[s]
-        z[t] = v_s - v_s[s] / 2 * r[t]
-        p_diagonal -= c[t].square()
-        v_diagonal -= 2 * r[t] * z[t]
-        gone[s] = True
-        p_diagonal[s] = 1.0
-        if t == block - 1:
-            p.addmm_(c.T, c, alpha=-1)
-            v.addmm_(r.T, z, alpha=-1).addmm_(z.T, r, alpha=-1)
-    return order.cpu(), costs.cpu()
-
-
-def _greedy_groups(p: Tensor, v: Tensor, width: int, count: int) -> tuple[Tensor, Tensor]:
-    units = p.shape[0] // width
-    left = list(range(units))
-    order, costs = [], []
-    for _ in range(count):
-        index = torch.tensor(left, device=p.device)
-        blocks = p.view(units, width, units, width)[index, :, index]  # (left, width, width)
-        energy = v.view(units, width, units, width)[index, :, index]
-        cost = torch.linalg.solve(blocks, energy).diagonal(dim1=-2, dim2=-1).sum(-1)
-        best = int(cost.argmin())
-        u = left.pop(best)
-        order.append(u)
-        costs.append(cost[best])
-        columns = slice(u * width, (u + 1) * width)
-        r = torch.linalg.solve(p[columns, columns], p[columns])  # (width, n)
-        v_u = v[columns].clone()  # (width, n)
-        z = v_u - v_u[:, columns] @ r / 2
-        p -= p[columns].T.clone() @ r
-        v -= r.T @ z + z.T @ r
-    return torch.tensor(order), torch.stack(costs).cpu() if costs else torch.empty(0, dtype=p.dtype)
 
 
 def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tuple[Tensor, float]:

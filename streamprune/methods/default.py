@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..maths.linalg import cholesky, greedy_removal
+from ..maths.greedy import greedy_removal
+from ..maths.linalg import cholesky
 from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan

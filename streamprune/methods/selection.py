@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..maths.blocked import inverse_work
-from ..maths.linalg import greedy_removal
+from ..maths.greedy import greedy_removal
 from ..site import Site
 from .recipe import Problem
 

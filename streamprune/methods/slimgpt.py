@@ -20,7 +20,7 @@ from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
 from .recipe import Problem, Recipe, Survey, setting
 from .reconstruction import obs, obs_work, obs_workspace
-from .selection import greedy, others
+from .selection import greedy, greedy_workspace, others
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,14 @@ def batched_work(site: Site, keep: float) -> float:
     return inverse_work(site.columns) + 2 * count * left * (left + site.outputs)
 
 
+def workspace(settings: SlimGptSettings, site: Site) -> int:
+    """Numbers held at most: P and W, with the rows of the first group that goes; or what the refit takes."""
+    n, d = site.columns, site.outputs
+    group = site.width if site.kind == "attention" else min(max(settings.first_group, settings.last_group), n // 2)
+    batched = n * n + n * d + 3 * group * (n + d)
+    return max(greedy_workspace(site) if settings.exact else batched, obs_workspace(site))
+
+
 SLIMGPT = Recipe(
     name="slimgpt",
     summary="SlimGPT: ratio growing with the logarithm of depth, batched greedy pruning, OBS reconstruction",
@@ -94,7 +102,6 @@ SLIMGPT = Recipe(
     select=batched,
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
     wants_gram=lambda settings: True,
-    # P before and behind a group, W before and behind it.
     work=lambda settings, site, keep: batched_work(site, keep) + obs_work(site, keep),
-    workspace=lambda settings, site: max(2 * site.columns * (site.columns + site.outputs), obs_workspace(site)),
+    workspace=workspace,
 )
