@@ -34,7 +34,8 @@ class Group(click.Group):
 
             if not isinstance(error, StreamPruneError):
                 raise
-            click.echo(f"streamprune: {' '.join(str(error).split())}", err=True)
+            if not error.told:
+                click.echo(f"streamprune: {' '.join(str(error).split())}", err=True)
             ctx.exit(error.exit_code)
 
 

@@ -32,27 +32,33 @@ from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress
+from .ranks import ALONE, Ranks
 from .schedule import Stretch, as_entries
 from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import check_weights
 from .text import Text, builtin_text
-from .workplace import KNOWN, Workplace, text_identity
+from .workplace import KNOWN, LOCK, Workplace, first_difference, text_identity
 
 
 class Job(Workplace):
     """One job: everything that both a first and a resumed process need to know.
 
+    Args:
+        ranks: those that share it.
+
     Raises:
         StreamPruneError: whatever can be known to be wrong before any work.
     """
 
-    def __init__(self, config: Config, progress: Progress | None) -> None:
+    def __init__(self, config: Config, progress: Progress | None, ranks: Ranks = ALONE) -> None:
         if config.recipe not in RECIPES:
             raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
         self.settings = self.recipe.parse(config.settings)
-        self.device = machine.resolve_device(config.device)
+        if config.samples < ranks.size:
+            raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
+        self.device = machine.resolve_device(config.device, ranks)
         self.out_given = str(config.out)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, out=config.out.absolute())
@@ -70,7 +76,7 @@ class Job(Workplace):
         self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.given_plan is None:
             self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
-        super().__init__(config.out, config.cache, output.is_report, progress)
+        super().__init__(config.out, config.cache, output.is_report, progress, ranks)
         self.plan_path = self.folder / "plan.json"
         self.written_path = self.folder / "calibration.safetensors"
 
@@ -145,8 +151,10 @@ class Job(Workplace):
     def needs(self) -> Needs:
         """What the forecast has to count."""
         correction = self.recipe.correction(self.settings)
+        # The first rank alone writes text and corrects.
+        divided = not self.writes_text and correction is None
         return Needs(
-            samples=self.config.samples,
+            samples=self.ranks.most(self.config.samples) if divided else self.config.samples,
             length=self.length,
             text=self.needs_text,
             survey=self.statistics,
@@ -193,20 +201,26 @@ class Job(Workplace):
         )
 
     def forecast(self) -> Resources:
-        """What it takes, given what this machine has free."""
-        limit = self.config.memory or machine.available_memory(self.device)
+        """What it takes, given what this machine has free; of several ranks, what each takes, given what the poorest has."""
+        limit = self.config.memory or machine.available_memory(self.device) // self._sharing
         disk = files.free_bytes(self.cache)
+        disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.here
         return forecast(
             self.skeleton,
             self.needs,
-            device_limit=limit,
-            disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
+            device_limit=min(self.ranks.gather(limit)),
+            disk_limit=min(self.ranks.gather(disk)),
         )
+
+    @property
+    def _sharing(self) -> int:
+        """How many ranks work in this one's device memory."""
+        return self.ranks.here if self.device.type == "cpu" else 1
 
     @property
     def shared_survey(self) -> Path | None:
         """Where the findings of the first shot lie for other jobs that would find the same."""
-        if self.config.surveys is None or self.given_plan is not None:
+        if self.config.surveys is None or self.given_plan is not None or self.ranks.size > 1:
             return None
         settings = {k: v for k, v in self.header["settings"].items() if k in ("samples", "seq_len", "seed", "dtype")}
         batches = [self.batch, self.backward_batch]
@@ -244,7 +258,7 @@ class Job(Workplace):
         Raises:
             ResumeError: started with other settings, inputs or versions.
         """
-        self.journal = Journal(self.journal_path)
+        self.journal = Journal(self.journal_path, ranks=self.ranks)
         start = self.journal.header
         if start is None or restart:
             start = self._begin()
@@ -256,6 +270,10 @@ class Job(Workplace):
             if start["shots"] != self.shots:
                 raise ResumeError(
                     f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
+                )
+            if start["ranks"] != self.ranks.size:
+                raise ResumeError(
+                    f"{self.ranks.size} processes share the samples; this job was started with {start['ranks']}; --restart starts over"
                 )
             self._check_memory(start["resources"])
             self.resumed = len(list(self.journal.steps())) > 0
@@ -269,14 +287,36 @@ class Job(Workplace):
         for path in self.folder.iterdir():
             # A process that was killed may have left a file half-written.
             name = path.name.removesuffix(files.TEMPORARY)
-            if name not in known and not name.startswith(("survey-", "shot-")):
+            if name not in known and not name.startswith(("survey-", "shot-", f"{LOCK}-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
-        self.check_disk(resources.output_bytes, resources.disk_bytes)
+        self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
         if self.needs_text and not self.writes_text:
             _ = self.tokens
         header = self.header
-        check_weights(self.skeleton, self.progress)
+        self._check_agreed()
+        check_weights(self.skeleton, self.progress, self.ranks)
+        if self.ranks.first:
+            self._clear_way()
+        self.ranks.barrier()  # activations go only after the journal that speaks of them
+        files.remove_tree(self.own_cache)
+        if self.needs_text:
+            files.make_folder(self.own_cache)
+        self.journal = Journal(self.journal_path, ranks=self.ranks)
+        return self.journal.append(
+            "start",
+            job=header,
+            cache=self.cache_given,
+            plan="given" if self.given_plan else None,
+            shots=self.shots,
+            replaces=self.report_in_out() is not None,
+            ranks=self.ranks.size,
+            resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
+            schedule=as_entries(self._schedule(resources.phases)),
+        )
+
+    def _clear_way(self) -> None:
+        """Let go of what was there, the journal first, and make what this job needs."""
         files.remove(self.journal_path)
         files.sync(self.folder)
         for leftover in (self.staging, self.cache, self.folder / "replaced", *self.folder.glob("shot-*")):
@@ -285,19 +325,11 @@ class Job(Workplace):
             files.make_folder(self.shot_folder(number))
             if self.recipe.correction(self.settings) is not None:
                 files.make_folder(self.folder / f"shot-{number:02}-pruned")
-        if self.needs_text:
-            files.make_folder(self.cache)
-        self.journal = Journal(self.journal_path)
-        return self.journal.append(
-            "start",
-            job=header,
-            cache=self.cache_given,
-            plan="given" if self.given_plan else None,
-            shots=self.shots,
-            replaces=self.report_in_out() is not None,
-            resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
-            schedule=as_entries(self._schedule(resources.phases)),
-        )
+
+    def _check_agreed(self) -> None:
+        """See that all ranks were asked the same of the same model, text and versions."""
+        if difference := first_difference(self.ranks.told(lambda: self.header), self.header):
+            raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
 
     def _schedule(self, operations: Mapping[str, int]) -> list[Stretch]:
         """The steps to come, with the forecast's operations by phase."""
@@ -354,6 +386,7 @@ class Job(Workplace):
             "zeros": zeros,
             "batch": self.batch,
             "shots": self.shots,
+            "ranks": self.ranks.size,
             "plan": plan.digest(),
             "plan_given": plan.digest() if self.given_plan else None,
             "job": self.header,
@@ -378,11 +411,16 @@ class Job(Workplace):
         tokenizer = calibration.load_tokenizer(self.config.model)
         return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed)
 
+    @property
+    def part(self) -> slice:
+        """The samples that are this rank's."""
+        return self.ranks.samples(self.config.samples)
+
     @cached_property
     def store(self) -> ActivationStore:
-        """Block inputs, for whichever sweep is under way."""
-        shape = self.config.samples, self.length, self.skeleton.width
-        return ActivationStore(self.cache, shape, self.skeleton.dtype, self.device, durable=True)
+        """Inputs of blocks for this rank's samples, for whichever sweep is under way."""
+        shape = self.part.stop - self.part.start, self.length, self.skeleton.width
+        return ActivationStore(self.own_cache, shape, self.skeleton.dtype, self.device, durable=True)
 
     # What people give.
 

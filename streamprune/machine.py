@@ -12,16 +12,21 @@ import torch
 
 from .config import DTYPES
 from .errors import ConfigError
+from .ranks import ALONE, Ranks
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto`` takes CUDA where there is one, else the CPU.
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """``auto`` takes CUDA where there is one, else the CPU; of several ranks on a machine each has a GPU of its own.
 
     Raises:
         ConfigError: not a device, or one that this machine or this torch has not.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(f"device is {name!r}; with {ranks.size} processes it must be auto, cpu or cuda")
+        name = f"cuda:{ranks.local}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -14,11 +14,15 @@ from contextlib import contextmanager
 from .journal import Entry, Journal
 from .machine import Peaks
 from .maths.operations import counting
+from .ranks import ALONE, Ranks
 
 
 @contextmanager
-def metered(journal: Journal, started: float, peaks: Peaks) -> Iterator[None]:
-    """A context in which `journal.append` adds `operations`, `seconds`, from `started` (monotonic), and `memory`."""
+def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE) -> Iterator[None]:
+    """A context in which `journal.append` adds `operations`, `seconds`, from `started` (monotonic), and `memory`.
+
+    Of several ranks it is all their operations, and the most memory that one of them held.
+    """
     told_operations, told_seconds = 0, started
     peaks.lap()
     with counting() as counter:
@@ -28,10 +32,24 @@ def metered(journal: Journal, started: float, peaks: Peaks) -> Iterator[None]:
             operations, now = counter.total, time.monotonic()
             since = {"operations": operations - told_operations, "seconds": round(now - told_seconds, 3)}
             told_operations, told_seconds = operations, now
-            return {**since, "memory": peaks.lap()}
+            return _together(ranks.gather({**since, "memory": peaks.lap()}))
 
         journal.meter = spent
         yield
+
+
+def _together(spent: list[Entry]) -> Entry:
+    """What all ranks spent on a step."""
+    held = [each["memory"] for each in spent]
+    memory = {
+        name: max((each[name] for each in held if each[name] is not None), default=None)
+        for name in ("host_bytes", "device_bytes")
+    }
+    return {
+        "operations": sum(each["operations"] for each in spent),
+        "seconds": max(each["seconds"] for each in spent),
+        "memory": {**memory, "own": all(each["own"] for each in held)},
+    }
 
 
 _BLOCK = re.compile(r"shot-\d+/(forward|backward|prune)/(\d+)")

@@ -49,6 +49,7 @@ class Shot:
 
     def __init__(self, job: Job, number: int) -> None:
         self.job, self.number = job, number
+        self.ranks = job.ranks
         self.progress = job.progress
         self.last = number == job.shots
         self.folder = job.shot_folder(number)
@@ -85,7 +86,7 @@ class Shot:
         if self.correction is not None:
             self._correct(plan, self.correction)
         self.record("finished", removed=self._removed())
-        if self.correction is not None:
+        if self.correction is not None and self.ranks.first:
             files.remove_tree(self.pruned)
             files.remove_tree(self._corrections)
 
@@ -93,7 +94,8 @@ class Shot:
         """Survey and allocate, as far as that is not done."""
         if self.job.needs_text and not self.journalled("embed"):
             store, size = self.job.store, self.job.batch
-            sweep.embed(self.skeleton, self.job.tokens, store, sweep.boundary(DENSE, 0), size)
+            tokens = self.job.tokens[self.job.part]
+            sweep.embed(self.skeleton, tokens, store, sweep.boundary(DENSE, 0), size)
             self.record("embed")
         if self.job.surveys and not self.journalled("allocate"):
             self._survey()
@@ -187,7 +189,8 @@ class Shot:
                 if index % self.job.boundary_every:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"forward, block {index}")
-            sweep.head_gradient(skeleton, store, self.job.tokens, self.job.batch, uniform=self._uniform())
+            tokens = self.job.tokens[self.job.part]
+            sweep.head_gradient(skeleton, store, tokens, self.job.batch, uniform=self._uniform())
             self.record("head")
         first = depth - 1 - backward
         inputs = {sweep.boundary(DENSE, index) for index in range(max(first, 0) + 1)}
@@ -211,7 +214,7 @@ class Shot:
         if not self.job.recipe.draws_labels(self.job.settings):
             return None
         generator = torch.Generator().manual_seed(self.job.config.seed)
-        return torch.rand(self.job.tokens.shape, generator=generator, dtype=torch.float64)
+        return torch.rand(self.job.tokens.shape, generator=generator, dtype=torch.float64)[self.job.part]
 
     def _recompute(self, index: int) -> int:
         """See that a block's input is there; returns the lowest block down to which all inputs are."""
@@ -232,8 +235,10 @@ class Shot:
 
     @torch.no_grad()
     def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for prunable, stat in zip(block.prunables, stats, strict=True):
+        """The sites' findings, each dug out by its owner, in one file."""
+
+        def digest(number: int) -> tuple[list[str], list[Tensor]]:
+            prunable, stat = block.prunables[number], stats[number]
             surveyed = Surveyed(
                 site=prunable.site,
                 w=prunable.weight(prunable.consumer),
@@ -243,11 +248,20 @@ class Shot:
             findings = self.job.recipe.digest(self.job.settings, surveyed)
             if prunable.site.expert is not None and self.job.statistics:
                 findings[SEEN] = torch.tensor(stat.seen)
-            tensors |= {f"{prunable.site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
+            names = [f"{prunable.site.place}.{name}" for name in findings]
+            return names, [tensor.cpu() for tensor in findings.values()]
+
+        for number, stat in enumerate(stats):
+            stat.across(self.ranks.add_up(self.ranks.owner(number)))
+        tensors: dict[str, Tensor] = {}
+        for _, names, found in self.ranks.spread(range(len(stats)), digest, torch.device("cpu")):
+            if self.ranks.first:
+                tensors |= dict(zip(names, found, strict=True))
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"block {index}: the survey's {name} is NaN or Inf")
-        write_shard(self._survey_path(index), tensors)
+        if self.ranks.first:
+            write_shard(self._survey_path(index), tensors)
 
     # The plan.
 
@@ -264,8 +278,10 @@ class Shot:
         elif chosen is not None and chosen["given"]:
             raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
         elif chosen is None:
-            plan = job.allocate(self.sites, self._reached(), self.survey, self.budget)
-            return self._choose(plan, given=False)
+            allocated = self.ranks.told(
+                lambda: job.allocate(self.sites, self._reached(), self.survey, self.budget).to_json()
+            )
+            return self._choose(Plan.parse(allocated, "the plan"), given=False)
         plan = Plan.read(job.plan_path)
         if plan.digest() != chosen["plan"]:
             raise ResumeError(f"{job.plan_path} was changed; pass a copy of it with --plan")
@@ -295,7 +311,8 @@ class Shot:
 
     def _choose(self, plan: Plan, *, given: bool) -> Plan:
         plan.check(self.sites, "the plan")
-        files.write_text(self.job.plan_path, plan.to_json())
+        if self.ranks.first:
+            files.write_text(self.job.plan_path, plan.to_json())
         self.record("allocate", plan=plan.digest(), given=given)
         return plan
 
@@ -320,6 +337,7 @@ class Shot:
             window=job.window,
             refinement=refinement,
             experts_alike=self._experts_alike,
+            ranks=self.ranks,
         )
         self.progress.phase("prune", depth, done)
         if surgeon.store is not None:
@@ -331,7 +349,8 @@ class Shot:
             pruned, reports = surgeon.operate(block, index)
             names = skeleton.block_names(index)
             shard = self.pruned / output.block_shard(skeleton, index)
-            write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
+            if self.ranks.first:
+                write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             self.record(f"prune/{index}", sites=reports)
             del block, pruned
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
@@ -347,7 +366,12 @@ class Shot:
         return self.job.folder / f"shot-{self.number:02}-corrections"
 
     def _correct(self, plan: Plan, how: Correction) -> None:
+        """The first rank's work alone: a step takes a handful of samples."""
         job, depth = self.job, len(self.skeleton)
+        if not self.ranks.first:
+            for step in range(len(self.steps("correct/")), how.steps):
+                self.record(f"correct/{step}")
+            return
         skeleton = open_skeleton(self.pruned, job.device, job.dtype, layout=job.skeleton.layout)
         corrector = Corrector(
             skeleton,
@@ -386,6 +410,8 @@ class Shot:
         return gone
 
     def _write(self, plan: Plan, folder: Path) -> None:
+        if not self.ranks.first:
+            return
         reports = self._reports
         after = [site.keeping(report["kept"]) for site, report in zip(self.sites, reports, strict=True)]
         report = self.job.report(plan, reports, self._removed())

@@ -23,6 +23,7 @@ from .methods.plan import Plan
 from .methods.recipe import Problem, Recipe, Survey, Target
 from .model.block import Block, Prunable, Sublayer
 from .model.skeleton import Skeleton
+from .ranks import ALONE, Ranks
 from .refine import Refinement, refine
 from .site import Site
 from .stream.store import ActivationStore
@@ -51,6 +52,8 @@ class Surgeon:
     refinement: Refinement | None
     experts_alike: bool
     """Whether all experts must end with one width."""
+    ranks: Ranks = ALONE
+    """Those that measure, each on its own samples, and among which what is to be solved is dealt out."""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -88,6 +91,7 @@ class Surgeon:
             common = {}
             if self._measures_inputs(sub, here):
                 inputs = inputs or self._measure_inputs(dense, sub, here)
+                inputs.across(self.ranks.add_up())
             if self._compensates(sub, here):
                 assert inputs is not None
                 common["compensation_damping"] = self._compensate(sub, inputs)
@@ -171,10 +175,15 @@ class Surgeon:
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
         factor, damping = cholesky(h, self._compensation or 0.0, sub.name)
-        for prunable in sub.prunables:
-            for name in prunable.producers:
-                w = prunable.weight(name)
-                prunable.set_weight(name, fit(w, h, w @ c, factor))
+
+        def fitted(producer: tuple[Prunable, str]) -> tuple[None, list[Tensor]]:
+            prunable, name = producer
+            w = prunable.weight(name)
+            return None, [fit(w, h, w @ c, factor)]
+
+        producers = [(prunable, name) for prunable in sub.prunables for name in prunable.producers]
+        for (prunable, name), _, (w,) in self.ranks.spread(producers, fitted, self.skeleton.device):
+            prunable.set_weight(name, w)
         return damping
 
     def _shrink(self, dense: Sublayer, sub: Sublayer, here: _Place, inputs: Tensor | None) -> list[dict[str, Any]]:
@@ -187,16 +196,29 @@ class Surgeon:
         reports = []
         for numbers in _in_turn(sub):
             sums = self._measure(dense, sub, here, numbers, aims) if measured and (aims or any(changing)) else {}
-            for number in numbers:
+            for place, number in enumerate(numbers):
+                if number in sums:
+                    sums[number].across(self.ranks.add_up(self.ranks.owner(place)))
+                    if not self.ranks.mine(place):
+                        del sums[number]
+
+            def solved(number: int, sums: dict[int, Gram] = sums) -> tuple[Solved, list[Tensor]]:
                 # Popped, so that no sum outlives its site.
-                reports.append(self._shrink_site(sub.prunables[number], sums.pop(number, None), inputs, aims))
+                return self._solve_site(sub.prunables[number], sums.pop(number, None), inputs, aims)
+
+            for number, found, weights in self.ranks.spread(numbers, solved, self.skeleton.device):
+                self._replace(sub.prunables[number], found, weights)
+                reports.append(found.report)
         return reports
 
     def _changes(self, site: Site) -> bool:
         entry = self.plan[site.name]
         return entry.keep < site.units or any(entry.zeros or ())
 
-    def _shrink_site(self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool) -> dict[str, Any]:
+    def _solve_site(
+        self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool
+    ) -> tuple[Solved, list[Tensor]]:
+        """What is to become of a site: with the weights of its consumer, where they change, and then of its producers."""
         site, entry = prunable.site, self.plan[prunable.site.name]
         report: dict[str, Any] = {}
         seen = tokens_seen(site, self.survey) if sums is None else sums.rows
@@ -204,9 +226,9 @@ class Surgeon:
             report["tokens"] = seen
             if left_alone(site, seen, alike=self.experts_alike and self._changes(site)):
                 report |= {"left_alone": True, **({"zeros": 0} if entry.zeros is not None else {})}
-                return {**_untouched(site), **report}
+                return Solved({**_untouched(site), **report}), []
         if not self._changes(site) and not aims:
-            return {**_untouched(site), **report}
+            return Solved({**_untouched(site), **report}), []
         w = prunable.weight(prunable.consumer)
         h = None
         if sums is not None:
@@ -220,8 +242,7 @@ class Surgeon:
                 del factor
             del aim
         if not self._changes(site):
-            prunable.set_weight(prunable.consumer, w)
-            return {**_untouched(site), **report}
+            return Solved({**_untouched(site), **report}), [w]
         problem = Problem(
             site=site,
             w=w,
@@ -244,10 +265,18 @@ class Surgeon:
         refit = self.recipe.reconstruct(self.settings, problem, kept)
         columns = unit_columns(kept, site.width).to(w.device)
         error = None if h is None else output_error(w, h, refit.w, columns)
-        if refit.producers is not None:
-            prunable.set_producer_weights(refit.producers)
-        prunable.shrink(kept, refit.w)
-        return {**report, "kept": entry.keep, "error": error, "damping": refit.damping}
+        report |= {"kept": entry.keep, "error": error, "damping": refit.damping}
+        return Solved(report, kept.tolist()), [refit.w, *(refit.producers or ())]
+
+    def _replace(self, prunable: Prunable, found: Solved, weights: Sequence[Tensor]) -> None:
+        consumer, producers = weights[:1], weights[1:]
+        if producers:
+            prunable.set_producer_weights(producers)
+        for w in consumer:
+            if found.kept is None:
+                prunable.set_weight(prunable.consumer, w)
+            else:
+                prunable.shrink(torch.tensor(found.kept), w)
 
     def _measure(
         self, dense: Sublayer, sub: Sublayer, here: _Place, numbers: Sequence[int], aims: bool
@@ -328,13 +357,22 @@ class Surgeon:
         assert self.store is not None
         assert self.refinement is not None
         source, target = boundary(PRUNED, index), boundary(DENSE, index + 1)
-        report = refine(self.skeleton, pruned, index, self.store, source, target, self.refinement)
+        report = refine(self.skeleton, pruned, index, self.store, source, target, self.refinement, self.ranks)
         if self.streams_into(index + 1):
             advance(self.skeleton, pruned, index, self.store, PRUNED, self.batch)
         return report
 
     def _gram(self, columns: int, *, cross: int) -> Gram:
         return Gram(columns, cross=cross, device=self.skeleton.device, dtype=accumulator(self.skeleton.dtype))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What is to become of a site, but for its weights."""
+
+    report: dict[str, Any]
+    kept: list[int] | None = None
+    """The units that stay, ascending; None where nothing goes."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .across import AddUp, add_counts
 from .divergence import HeadDivergence
 from .linalg import accumulator
 
@@ -67,6 +68,13 @@ class Gram:
             self.c += other.c
         self.tokens += other.tokens
         self.rows += other.rows
+
+    def across(self, add_up: AddUp) -> None:
+        """Take in the other workers' sums."""
+        add_up(self.h)
+        if self.c is not None:
+            add_up(self.c)
+        self.tokens, self.rows = add_counts(add_up, self.tokens, self.rows)
 
     def mean(self) -> tuple[Tensor, Tensor | None]:
         """(H, C) per token, in place: they count as one token from then on."""
@@ -124,6 +132,12 @@ class MaskGradient:
         self.magnitudes += other.magnitudes
         self.sequences += other.sequences
 
+    def across(self, add_up: AddUp) -> None:
+        """Take in the other workers' sums."""
+        add_up(self.squares)
+        add_up(self.magnitudes)
+        (self.sequences,) = add_counts(add_up, self.sequences)
+
 
 class SiteStatistics:
     """What a survey sums at one site: whatever is wanted of `Statistic`, and nothing else.
@@ -160,6 +174,13 @@ class SiteStatistics:
         self.inputs = gram(inputs, "factors")
         self.producers = [gram(each, "factors") for each in rows]
         self.divergence = HeadDivergence(heads) if "divergence" in wanted and heads else None
+
+    def across(self, add_up: AddUp) -> None:
+        """Take in the other workers' sums of this site."""
+        for part in (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence):
+            if part is not None:
+                part.across(add_up)
+        (self.seen,) = add_counts(add_up, self.seen)
 
     @property
     def wants_producers(self) -> bool:
