@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -32,8 +34,12 @@ JOINING = timedelta(minutes=10)
 """What all ranks may take to appear."""
 WAITING = timedelta(days=1)
 """What one rank may wait for another, which may be solving a large problem; a loss is noticed long before."""
-FAILED = "streamprune/failed"
-"""Key of the store: JSON, what the first rank that failed has to say."""
+SENDING = timedelta(minutes=30)
+"""What GPUs may take to send each other a tensor."""
+FAILED, HEARD = "streamprune/failed", "streamprune/heard"
+"""Keys of the store: JSON, what the rank that failed first has to say; and how many others know."""
+HEARING = 5.0
+"""Seconds that the first rank, which may be the one that keeps the store, gives the others to look."""
 
 
 class Ranks:
@@ -45,11 +51,14 @@ class Ranks:
         local: its number among those on its machine, and so of its GPU.
         here: how many of them are on its machine.
         store: the group's key-value store.
+        gpus: the group that GPUs send in; None for the default one, which is the hosts'.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, here: int = 1, store: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, local: int = 0, here: int = 1, store: Any = None, gpus: Any = None
+    ) -> None:
         self.rank, self.size, self.local, self.here = rank, size, local, here
-        self._store = store
+        self._store, self._gpus = store, gpus
 
     # Who has what.
 
@@ -121,12 +130,12 @@ class Ranks:
         """
         if self.size == 1:
             return
-        self._assemble(tensor)
+        group = self._assemble(tensor)
         with self._meeting() as distributed:
             if owner is None:
-                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, group=group)
             else:
-                distributed.reduce(tensor, dst=owner)
+                distributed.reduce(tensor, dst=owner, group=group)
 
     def share(self, tensors: Sequence[Tensor] | None, source: int, device: torch.device) -> list[Tensor]:
         """One rank's tensors, on all.
@@ -142,11 +151,11 @@ class Ranks:
         kinds = self.told(lambda: [(tuple(tensor.shape), tensor.dtype) for tensor in own], source)
         found = own or [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds]
         for tensor in found:
-            self._assemble(tensor)
-            # As bytes, which every backend sends.
-            data = tensor.view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-            with self._meeting() as distributed:
-                distributed.broadcast(data, src=source)
+            if tensor.numel():
+                group = self._assemble(tensor)
+                with self._meeting() as distributed:
+                    # As bytes, which every backend sends.
+                    distributed.broadcast(tensor.view(-1).view(torch.uint8), src=source, group=group)
         return found
 
     def spread(
@@ -168,10 +177,12 @@ class Ranks:
                 info, tensors = own.pop() if self.mine(place) else (None, None)
                 yield item, self.told(partial(_given, info), place), self.share(tensors, place, device)
 
-    def _assemble(self, tensor: Tensor) -> None:
-        """Before GPUs meet: a rank waits for the others on the host, where it notices a loss."""
-        if tensor.is_cuda:
-            self.barrier()
+    def _assemble(self, tensor: Tensor) -> Any:
+        """The group to send it in; before GPUs meet, a rank waits for the others on the host, where it notices a loss."""
+        if not tensor.is_cuda:
+            return None
+        self.barrier()
+        return self._gpus
 
     # Ends.
 
@@ -195,9 +206,8 @@ class Ranks:
             if self._store.check([FAILED]):
                 told = json.loads(self._store.get(FAILED))
                 return ElsewhereError(told["message"], told["code"])
-        return LostError(
-            f"another process of this job was lost ({one_line(error, 80)}); run the same command again to go on"
-        )
+        reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the place in the backend's source
+        return LostError(f"another process of this job was lost ({reason}); run the same command again to go on")
 
     def announce(self, error: BaseException) -> None:
         """Tell the others why this rank ends; an error that another one has told before is marked so."""
@@ -206,8 +216,17 @@ class Ranks:
         own = json.dumps({"rank": self.rank, "message": message, "code": code})
         with suppress(RuntimeError):
             told = self._store.compare_set(FAILED, "", own).decode()
-            if isinstance(error, StreamPruneError) and told != own:
-                error.told = True
+            if told != own:
+                self._store.add(HEARD, 1)
+                if isinstance(error, StreamPruneError):
+                    error.told = True
+
+    def linger(self) -> None:
+        """Keep the store until the others have looked into it, if it is this process that keeps it."""
+        until = time.monotonic() + HEARING
+        with suppress(RuntimeError):
+            while self.first and self._store.add(HEARD, 0) < self.size - 1 and time.monotonic() < until:
+                time.sleep(0.02)
 
 
 def _given(value: Any) -> Any:
@@ -238,24 +257,25 @@ def joined() -> Iterator[Ranks]:
     import torch.distributed as distributed
     from torch.distributed.rendezvous import rendezvous
 
-    gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+    gpus = None
     try:
         store, rank, size = next(rendezvous("env://", timeout=JOINING))
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=WAITING
-        )
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
+        if torch.cuda.is_available() and distributed.is_nccl_available():
+            gpus = distributed.new_group(backend="nccl", timeout=SENDING)
     except (RuntimeError, ValueError) as error:
         raise LostError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} finds no others ({one_line(error)})"
         ) from None
-    ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store=store)
+    ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store=store, gpus=gpus)
     try:
         ranks.here = ranks.gather(socket.gethostname()).count(socket.gethostname())
         yield ranks
         ranks.barrier()
     except BaseException as error:
         ranks.announce(error)
-        if not gpus:  # NCCL would wait for the others; the end of the process does not
+        if gpus is None:  # NCCL would wait for the others; the end of the process does not
             distributed.destroy_process_group()
+            ranks.linger()
         raise
     distributed.destroy_process_group()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +163,10 @@ class Workplace:
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
         first, rank = self.ranks.first, self.ranks.rank
         new = first and not self.folder.exists()
-        if first:
-            files.make_folder(self.folder)
-        else:
-            self.ranks.barrier()  # once the first has the job's lock
-        with files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")):
-            if first:
-                self.ranks.barrier()
+        with ExitStack() as locks:
+            for _ in self.ranks.in_turn():
+                files.make_folder(self.folder)
+                locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
             try:
                 self.start(restart)
                 self.journal.rest = self._rest
