@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contents
+from conftest import ROOT, contents
 from safetensors.torch import load_file
 from streamprune_cli import main
 
@@ -403,13 +403,80 @@ def test_a_rank_waits_only_so_long_for_the_others(arguments: list[str], tmp_path
     assert ended.err.count("\n") == 1
 
 
+# How it is started.
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from streamprune.surgery import Surgeon
+from streamprune_cli import main
+
+real = Surgeon.operate
+
+def operate(self, block, index):
+    if index == 1 and os.environ["RANK"] == "1" and not Path("stopped").exists():
+        Path("stopped").touch()
+        parent = os.getppid()
+        script = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(script if sys.argv[1] == "script" else os.getpid(), signal.SIGTERM)
+    return real(self, block, index)
+
+Surgeon.operate = operate
+main(sys.argv[2:])
+"""
+"""The command, of whose second process something is asked to stop in its first life: itself, or the script around it."""
+PROGRAMS = {
+    # In both, the driver stands where the command would: behind `-m streamprune_cli`, and behind `streamprune`.
+    "torchrun": f'#!/bin/bash\nshift 6\nexec {sys.executable} -m torch.distributed.run --nproc-per-node "$PROCESSES" '
+    '--shutdown-timeout 60 driver.py script "$@"\n',
+    "streamprune": f'#!/bin/bash\n[ $1 = status ] && exec {sys.executable} -m streamprune_cli "$@"\n'
+    f'exec {sys.executable} driver.py self "$@"\n',
+    "srun": '#!/bin/bash\nshift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & done\n'
+    "wait -n; first=$?; wait -n && exit $first\n",
+    "scontrol": '#!/bin/bash\n[ "$1" = show ] && echo 127.0.0.1\n[ "$1 $2" = "requeue $SLURM_JOB_ID" ] && touch requeued\n',
+}
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """For scripts: with `PROGRAMS` on its PATH."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "bin").mkdir()
+    for name, program in PROGRAMS.items():
+        (tmp_path / "bin" / name).write_text(program)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
 @pytest.mark.slow
-def test_torchrun(arguments: list[str], configured: Make, tiny: Tiny, tmp_path: Path) -> None:
-    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "streamprune_cli"]
-    done = subprocess.run([*launched, *arguments, "--json", "--quiet"], capture_output=True, text=True, check=False)
+def test_torchrun(
+    arguments: list[str], environment: dict[str, str], configured: Make, tiny: Tiny, tmp_path: Path
+) -> None:
+    script = [str(ROOT / "examples" / "torchrun.sh"), *arguments[1:], "--json", "--quiet"]
+    environment["PROCESSES"] = "2"
+    stopped, done = (
+        subprocess.run(script, capture_output=True, text=True, check=False, env=environment) for _ in range(2)
+    )
+    assert (stopped.returncode, stopped.stdout) == (75, ""), stopped.stderr
+    assert stopped.stderr.count("streamprune: ") == stopped.stderr.count("streamprune: stopped as asked") == 1
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["parameters_after"] == report(tmp_path / "out")["parameters_after"]
+    assert json.loads(done.stdout)["resumed"] is True
     assert report(tmp_path / "out")["ranks"] == 2
     alone = configured(tiny("llama", torch.float64), "alone", recipe="default", samples=5, dtype="float64")
     streamprune.prune(alone)
     assert report(alone.out)["plan"] == report(tmp_path / "out")["plan"]
+
+
+@pytest.mark.slow
+def test_tasks_of_slurm(arguments: list[str], environment: dict[str, str], tmp_path: Path) -> None:
+    script = [str(ROOT / "examples" / "slurm-nodes.sh"), *arguments[1:]]
+    environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]"}
+    stopped, done = (
+        subprocess.run(script, capture_output=True, text=True, check=False, env=environment) for _ in range(2)
+    )
+    assert stopped.returncode == 75, stopped.stderr
+    assert stopped.stderr == "streamprune: stopped as asked; run the same command again to go on\n"
+    assert (tmp_path / "requeued").exists()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert report(tmp_path / "out")["ranks"] == 2
