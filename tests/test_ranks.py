@@ -26,6 +26,7 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune import Config, files, ranks
+from streamprune.curves import CURVES
 from streamprune.errors import NumericalError
 from streamprune.journal import Journal
 from streamprune.maths.stats import SiteStatistics
@@ -131,6 +132,12 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def report(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "report.json").read_text())
     return found
+
+
+def costs(out: Path) -> list[float]:
+    """What units cost, as the survey found it; nothing where the recipe has no curve."""
+    sites = json.loads((out / CURVES).read_text())["sites"] if (out / CURVES).exists() else {}
+    return [cost for site in sites.values() for _, cost in site]
 
 
 @pytest.fixture
@@ -255,7 +262,7 @@ def test_statistics_add_up() -> None:
     ("name", "size", "changes"),
     [
         ("llama", 2, {"recipe": "sobp"}),
-        ("llama", 3, {"recipe": "default", "refine": 3}),
+        ("llama", 3, {"recipe": "default", "settings": {"labels": "drawn"}, "refine": 3}),
         ("qwen3_moe", 2, {"recipe": "default", "samples": 24}),
         ("llama", 2, {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "2"}}),
         ("llama", 2, {"recipe": "greedy-output"}),
@@ -284,6 +291,7 @@ def test_as_one_process(
     for a, b in zip(one["sites"], many["sites"], strict=True):
         assert a["error"] == (None if b["error"] is None else pytest.approx(b["error"], rel=1e-6))
         assert a["damping"] == b["damping"]
+    assert costs(alone.out) == pytest.approx(costs(shared.out), rel=1e-5)  # six digits are written
     expected, found = weights(alone.out), weights(shared.out)
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
