@@ -1,4 +1,4 @@
-"""Writes a random llama checkpoint of any depth, never holding more than one block of it.
+"""Writes a random llama checkpoint of any depth, one block at a time: one is drawn while the one before is written.
 
 Weights are drawn from N(0, 0.02²), norms are 1; a block's weights depend on the seed and its index only,
 so a deeper checkpoint begins with the blocks of a shallower one. The tokenizer has one word a token and
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from streamprune.host import host_buffer
 from streamprune.model.checkpoint import shard_name, write_index, write_shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -72,14 +74,20 @@ def make_checkpoint(directory: Path, shape: Shape, seed: int = 0) -> None:
     directory.mkdir(parents=True)
     placed: dict[str, str] = {}
     parameters = 0
-    for number, (own, shapes) in enumerate(shape.shards(), start=1):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + own)
-        tensors = {name: _draw(size, generator, DTYPES[shape.dtype]) for name, size in shapes.items()}
-        shard = shard_name(number, shape.blocks + 2)
-        write_shard(directory / shard, tensors)
-        placed |= dict.fromkeys(tensors, shard)
-        parameters += sum(tensor.numel() for tensor in tensors.values())
-        del tensors
+    with ThreadPoolExecutor(1) as writer:
+        written: Future[None] | None = None
+        for number, (own, shapes) in enumerate(shape.shards(), start=1):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + own)
+            tensors = {name: _draw(size, generator, DTYPES[shape.dtype]) for name, size in shapes.items()}
+            shard = shard_name(number, shape.blocks + 2)
+            if written is not None:
+                written.result()
+            written = writer.submit(write_shard, directory / shard, tensors)
+            placed |= dict.fromkeys(tensors, shard)
+            parameters += sum(tensor.numel() for tensor in tensors.values())
+            del tensors
+        if written is not None:
+            written.result()
     write_index(directory, placed, parameters, parameters * DTYPES[shape.dtype].itemsize)
     _write_configs(directory, shape)
     _write_tokenizer(directory, shape)
@@ -95,7 +103,8 @@ def make_text(path: Path, vocabulary: int, tokens: int, seed: int = 0) -> None:
 def _draw(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype).normal_(0.0, 0.02, generator=generator)
+    drawn = host_buffer(torch.Size(shape).numel() * dtype.itemsize, torch.device("cpu")).view(dtype).view(shape)
+    return drawn.normal_(0.0, 0.02, generator=generator)
 
 
 def _write_configs(directory: Path, shape: Shape) -> None:

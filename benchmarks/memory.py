@@ -31,7 +31,12 @@ HERE = Path(__file__).parent
 
 def measured(*words: object) -> tuple[dict[str, Any], int]:
     """Run a streamprune command: its --json object, and the most memory its process held."""
-    command = [sys.executable, "-m", "streamprune_cli", *map(str, words), "--json"]
+    return child("-m", "streamprune_cli", *words, "--json")
+
+
+def child(*words: object) -> tuple[dict[str, Any], int]:
+    """Run Python with these arguments: the JSON object that it prints, and the most memory its process held."""
+    command = [sys.executable, *map(str, words)]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=output, stderr=errors)
         try:

@@ -9,6 +9,12 @@ import click
 
 from . import options, show
 
+WHERE = {
+    "device": "summed and solved with on the device",
+    "parked": "waiting on the host while sites are solved",
+    "host": "summed and solved with on the host",
+}
+
 
 @click.command()
 @click.argument("model", type=options.DIRECTORY)
@@ -41,16 +47,31 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
             format_bytes(resources.host_bytes),
             "the device's share included" if resources.device == "cpu" else "",
         ],
-        ["disk for activations", format_bytes(resources.disk_bytes), f"limit {format_bytes(resources.disk_limit)}"],
+        ["held in host memory", format_bytes(resources.held_bytes), "activations; part of the host peak"],
+        [
+            "disk for activations",
+            format_bytes(resources.disk_bytes),
+            f"in {resources.activations}, limit {format_bytes(resources.disk_limit)}",
+        ],
         ["disk for the result", f"≤ {format_bytes(resources.output_bytes)}", ""],
         ["to read", format_bytes(resources.bytes_to_read), ""],
-        ["operations", f"{resources.operations / 1e12:.3f} TFLOP", ""],
+        [
+            "operations",
+            f"{resources.operations / 1e12:.3f} TFLOP",
+            ", ".join(f"{n / 1e12:.3f} in {kind}" for kind, n in resources.operations_by_kind.items() if n),
+        ],
         ["steps", str(resources.steps), ""],
         ["micro-batch", f"{resources.batch} sequences", f"backward {resources.backward_batch}"],
+        ["Grams", WHERE[resources.grams], ""],
         ["boundaries kept", f"every {resources.boundary_every}", ""],
     ]
+    steps = [["at once in", "weights", "sums", "solving", "activations", "slack", "device", "host"]]
+    for name, each in sorted(resources.demands.items(), key=lambda item: -item[1]["device_bytes"]):
+        parts = ("weights", "sums", "solving", "activations", "slack", "device_bytes", "host_bytes")
+        steps.append([name, *(format_bytes(each[part]) for part in parts)])
     problems = [f"does not fit: {problem}" for problem in resources.problems]
-    lines = problems if quiet else [*show.table([["", "", ""], *rows])[1:], *(problems or ["it fits"])]
+    tables = [*show.table([["", "", ""], *rows])[1:], "", *show.table(steps), ""]
+    lines = problems if quiet else [*tables, *(problems or ["it fits"])]
     show.result(resources.as_dict(), as_json, lines)
     if resources.problems:
         click.get_current_context().exit(1)

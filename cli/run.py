@@ -52,7 +52,7 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, q
     if plan_only:
         show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
         return
-    from streamprune.config import format_bytes
+    from streamprune.config import format_bytes, format_passes
 
     shares = f"{result.ratio_blocks:.2%} of the blocks and {result.ratio_model:.2%} of the model"
     lines = [
@@ -60,7 +60,7 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, q
         if result.zeros
         else f"{result.out}: {result.parameters_before:,} → {result.parameters_after:,} parameters, "
         f"{shares} removed by {result.recipe}",
-        f"{result.seconds:.1f} s, {result.operations / 1e12:.3f} TFLOP ({result.forward_equivalents:.1f} dense forward passes), "
+        f"{result.seconds:.1f} s, {result.operations / 1e12:.3f} TFLOP ({format_passes(result.forward_equivalents, result.operations_by_kind)}), "
         f"peak {format_bytes(result.peak_host_bytes)} of host memory, "
         f"{format_bytes(result.bytes_read)} read" + (", resumed" if result.resumed else ""),
     ]

@@ -151,7 +151,7 @@ def bench(
                 f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the context of "
                 f"{skeleton.checkpoint.directory}, {skeleton.context}"
             )
-    _require_memory(skeletons, batch, prompt_tokens + new_tokens, memory or machine.available_memory(where))
+    _require_memory(skeletons, batch, prompt_tokens + new_tokens, machine.room(where, memory))
     vocabulary = min(skeleton.vocabulary for skeleton in skeletons)
     prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(where)
     with _threads(threads) as used:
@@ -300,7 +300,7 @@ def _check(**numbers: int | None) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
-def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, limit: int) -> None:
+def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room: dict[str, int]) -> None:
     """Refuse models that are not in memory together, with keys, values and what passes through."""
     sizes, passing = [], 0
     for skeleton in skeletons:
@@ -308,7 +308,8 @@ def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, limi
         sizes.append(skeleton.dtype.itemsize * (skeleton.parameters() + batch * length * pairs))
         needs = Needs(samples=batch, length=length, text=True, prunes=False)
         passing = max(passing, device_peak(skeleton, needs, batch, 1))
-    if sum(sizes) + passing > limit:
+    limit = room["device_limit"]
+    if sum(sizes) + passing + (room["base"] if skeletons[0].device.type == "cpu" else 0) > limit:
         each = " and ".join(
             f"{skeleton.checkpoint.directory} {format_bytes(size)}"
             for skeleton, size in zip(skeletons, sizes, strict=True)

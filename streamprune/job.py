@@ -23,8 +23,9 @@ from .config import DATA_FREE, Config, DataFree, format_bytes
 from .errors import ConfigError, ResourceError, ResumeError
 from .journal import Entry, Journal
 from .layout import DECILM, LAYOUTS
+from .maths.operations import kind
 from .maths.stats import Statistic
-from .memory import Needs, Resources, device_peak, forecast
+from .memory import SLACK, GramPlace, Needs, Resources, Sizes, copies_ahead, device_peak, forecast
 from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
@@ -46,12 +47,20 @@ class Job(Workplace):
 
     Args:
         ranks: those that share it.
+        alongside: jobs to come with the same `surveys`: what of their surveys the same sweep can sum is made in passing.
 
     Raises:
         StreamPruneError: whatever can be known to be wrong before any work.
     """
 
-    def __init__(self, config: Config, progress: Progress | None, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress | None,
+        alongside: Sequence[Config] = (),
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.alongside = alongside
         if config.recipe not in RECIPES:
             raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
@@ -66,6 +75,8 @@ class Job(Workplace):
             raise ConfigError(f"OUT is {config.out}, the model itself")
         self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
         self.dtype = config.dtype
+        stored = self.skeleton.checkpoint.dtype
+        self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
         self.peaks = machine.Peaks(self.device)
         self.sites = self.skeleton.all_sites()
         self._check_layout()
@@ -104,6 +115,7 @@ class Job(Workplace):
         """Those inside the window."""
         return [site for site in sites if site.block in self.window]
 
+    @kind("solving")
     def allocate(self, sites: Sequence[Site], reached: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         """The recipe's plan for those of `reached` inside the window; the other `sites` keep everything."""
         plan = self.recipe.allocate(self.settings, self.changeable(reached), survey, budget)
@@ -166,6 +178,14 @@ class Job(Workplace):
             corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
+            removes=0.0
+            if self.recipe.writes_zeros(self.settings)
+            else self.budget().target / self.skeleton.block_parameters(),
+            work=lambda site, keep: self.recipe.work(self.settings, site, keep),
+            digest_work=lambda site: self.recipe.digest_work(self.settings, site),
+            workspace=lambda site: self.recipe.workspace(self.settings, site),
+            digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
+            activations=self.activations,
         )
 
     @property
@@ -190,6 +210,7 @@ class Job(Workplace):
                 "settings": asdict(self.settings),
                 "ratio": self.ratio,
                 "dtype": machine.dtype_name(self.skeleton.dtype),
+                "activations": machine.activations_name(self.activations, self.skeleton.dtype),
             },
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
@@ -202,36 +223,32 @@ class Job(Workplace):
 
     def forecast(self) -> Resources:
         """What it takes, given what this machine has free; of several ranks, what each takes, given what the poorest has."""
-        limit = self.config.memory or machine.available_memory(self.device) // self._sharing
         disk = files.free_bytes(self.cache)
         disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.here
+        rooms = self.ranks.gather({**self._room, "disk_limit": disk})
         return forecast(
             self.skeleton,
             self.needs,
-            device_limit=min(self.ranks.gather(limit)),
-            disk_limit=min(self.ranks.gather(disk)),
+            **{name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]},
         )
 
     @property
-    def _sharing(self) -> int:
-        """How many ranks work in this one's device memory."""
-        return self.ranks.here if self.device.type == "cpu" else 1
+    def _room(self) -> dict[str, int]:
+        return machine.room(self.device, self.config.memory, self.config.memory_host or 0, self.ranks)
 
-    @property
-    def shared_survey(self) -> Path | None:
-        """Where the findings of the first shot lie for other jobs that would find the same."""
-        if self.config.surveys is None or self.given_plan is not None or self.ranks.size > 1:
+    def first_sweep(self, sizes: Sizes) -> list[Any]:
+        """All that tells the sweep of the first shot's survey, made with these sizes, from other jobs' sweeps."""
+        deciding = ("samples", "seq_len", "seed", "dtype", "activations")
+        settings = {k: v for k, v in self.header["settings"].items() if k in deciding}
+        gradients = self.needs.gradients
+        labels = gradients and self.recipe.draws_labels(self.settings)
+        return [gradients, labels, settings, self.header["inputs"], self.header["versions"], list(sizes)]
+
+    def shared_survey(self, sizes: Sizes) -> Path | None:
+        """Where the findings of the first shot, made with these sizes, lie for jobs that would find the same."""
+        if self.config.surveys is None or self.given_plan is not None or not self.surveys or self.ranks.size > 1:
             return None
-        settings = {k: v for k, v in self.header["settings"].items() if k in ("samples", "seq_len", "seed", "dtype")}
-        batches = [self.batch, self.backward_batch]
-        same = [
-            self.recipe.name,
-            asdict(self.settings),
-            settings,
-            self.header["inputs"],
-            self.header["versions"],
-            batches,
-        ]
+        same = [self.recipe.name, asdict(self.settings), *self.first_sweep(sizes)]
         key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
         return self.config.surveys.absolute() / f"{self.recipe.name}-{key}"
 
@@ -279,7 +296,10 @@ class Job(Workplace):
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
         self.backward_batch: int = start["resources"]["backward_batch"]
+        self.grams: GramPlace = start["resources"]["grams"]
+        self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
         self.boundary_every: int = start["resources"]["boundary_every"]
+        self.skeleton.copies_ahead = copies_ahead(self.skeleton, self.needs, self.sizes, self._room["device_limit"])
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
@@ -349,21 +369,30 @@ class Job(Workplace):
                 "correct": correction.steps if correction else 0,
                 "finished": 1,
             }
-            for kind, count in steps.items():
+            for step, count in steps.items():
                 # A plan, or another job's survey, makes what is missing of the survey unneeded.
-                spared_by = f"{shot}/allocate" if kind in survey or kind == "surveyed" else None
-                share = operations.get(kind, 0) // self.shots
-                found += [Stretch(f"{shot}/{kind}", count, share, spared_by)] if count else []
+                spared_by = f"{shot}/allocate" if step in survey or step == "surveyed" else None
+                share = operations.get(step, 0) // self.shots
+                found += [Stretch(f"{shot}/{step}", count, share, spared_by)] if count else []
         return [*found, Stretch("complete")]
 
-    def _check_memory(self, resources: Mapping[str, int]) -> None:
+    def _check_memory(self, resources: Mapping[str, Any]) -> None:
         """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
-        needed = device_peak(self.skeleton, self.needs, resources["batch"], resources["backward_batch"])
-        if self.config.memory is not None and self.config.memory < needed:
+        if self.config.memory is None:
+            return
+        sizes = resources["batch"], resources["backward_batch"], resources["grams"]
+        needed, limit = self.peak(self.needs, sizes)
+        if limit * SLACK < needed:
             raise ResourceError(
                 f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
-                f"{resources['batch']} and {resources['backward_batch']}, which need {format_bytes(needed)}; --restart starts over"
+                f"{sizes[0]} and {sizes[1]}, which need {format_bytes(needed)}; --restart starts over"
             )
+
+    def peak(self, needs: Needs, sizes: Sizes) -> tuple[int, int]:
+        """Bytes that work with these needs and sizes holds at most, and how many it may."""
+        room = self._room
+        base = room["base"] + room["memory_host"] if self.device.type == "cpu" else 0
+        return base + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
         """What `report.json` holds.
@@ -395,6 +424,7 @@ class Job(Workplace):
             "sites": [{**site, "units": units[site["site"]]} for site in sites],
             "blocks": by_block(self.journal),
             "forward_equivalents": round(spent["operations"] / self.forward_operations, 4),
+            "sweeps_per_shot": round(spent["operations_by_kind"]["sweeps"] / self.forward_operations / self.shots, 4),
             **spent,
             **peaks(self.journal),
         }
@@ -420,7 +450,15 @@ class Job(Workplace):
     def store(self) -> ActivationStore:
         """Inputs of blocks for this rank's samples, for whichever sweep is under way."""
         shape = self.part.stop - self.part.start, self.length, self.skeleton.width
-        return ActivationStore(self.own_cache, shape, self.skeleton.dtype, self.device, durable=True)
+        return ActivationStore(
+            self.own_cache,
+            shape,
+            self.skeleton.dtype,
+            self.device,
+            durable=True,
+            stored=self.activations,
+            memory=self.config.memory_host or 0,
+        )
 
     # What people give.
 

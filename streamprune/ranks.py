@@ -142,14 +142,16 @@ class Ranks:
 
         Args:
             tensors: those of `source`; what other ranks pass is not looked at.
-            device: where they lie, and where the others' copies come to lie.
+            device: this rank's, for its copies of what lies on a GPU; what lies on the host comes to lie there.
         """
         if self.size == 1:
             assert tensors is not None
             return list(tensors)
         own = [tensor.contiguous() for tensor in tensors or ()] if self.rank == source else []
-        kinds = self.told(lambda: [(tuple(tensor.shape), tensor.dtype) for tensor in own], source)
-        found = own or [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds]
+        kinds = self.told(lambda: [(tuple(tensor.shape), tensor.dtype, tensor.is_cuda) for tensor in own], source)
+        found = own or [
+            torch.empty(shape, dtype=dtype, device=device if on_gpu else None) for shape, dtype, on_gpu in kinds
+        ]
         for tensor in found:
             if tensor.numel():
                 group = self._assemble(tensor)
@@ -168,7 +170,8 @@ class Ranks:
 
         Args:
             items: dealt out by their place among them, see `owner`.
-            work: a small value and tensors on `device`.
+            work: a small value and tensors.
+            device: see `share`.
         """
         for start in range(0, len(items), self.size):
             together = items[start : start + self.size]

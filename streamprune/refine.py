@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from .errors import NumericalError
 from .maths.descent import Descent
 from .maths.linalg import accumulator
+from .maths.operations import kind
 from .memory import REFINE_SEQUENCES
 from .model.block import Arguments, Block
 from .model.skeleton import Skeleton
@@ -42,6 +43,7 @@ class Refinement:
     """Of the updates that are trained, one a linear; None trains all weights themselves."""
 
 
+@kind("training")
 def refine(
     skeleton: Skeleton,
     block: Block,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from .config import Config
 from .errors import ConfigError
 from .job import Job
 from .journal import Entry
+from .machine import within
+from .maths.operations import kind
 from .memory import Resources, generation_batch
 from .meter import metered
 from .model.checkpoint import write_shard
@@ -42,6 +44,10 @@ class Result:
     """Floating-point operations of the whole job, as `maths.operations` counts them."""
     forward_equivalents: float
     """The same in dense forward passes over the calibration set."""
+    operations_by_kind: Mapping[str, int]
+    """What they were for, one entry for each of `maths.operations.KINDS`; empty for a result that an older version made."""
+    sweeps_per_shot: float | None
+    """Dense forward passes that the sweeps of one shot took; None for such a result."""
     tokens: str | None
     """The calibration windows' fingerprint; None where no text was read."""
     seconds: float
@@ -50,25 +56,37 @@ class Result:
     peak_host_bytes: int
     bytes_read: int
     """From the checkpoint, by this process."""
+    waited: dict[str, float]
+    """Seconds of the whole job in which nothing was computed, waiting for what was read, written or copied."""
+    busy: dict[str, float]
+    """Seconds of the whole job in which something was read, written or copied, much of it while something was computed."""
     resumed: bool
     """Whether an earlier process had done some of the work."""
 
 
-def prune(config: Config, *, restart: bool = False, progress: Progress | None = None, ranks: Ranks = ALONE) -> Result:
+def prune(
+    config: Config,
+    *,
+    restart: bool = False,
+    progress: Progress | None = None,
+    alongside: Sequence[Config] = (),
+    ranks: Ranks = ALONE,
+) -> Result:
     """Prune a checkpoint directory into another one; a job that was interrupted goes on.
 
     Args:
         restart: throw away what an earlier job of the same `out` left, its result too.
+        alongside: jobs to come with the same folder of `surveys`: the sweep of this one's survey serves theirs too.
         ranks: the processes that share the job, all of which call this (see `joined`); the first one's progress is told.
 
     Raises:
         StreamPruneError: see `errors`; `out` is then as it was.
     """
     started = time.monotonic()
-    job = Job(config, progress, ranks)
+    job = Job(config, progress, alongside, ranks)
     finished = ranks.told(lambda: job.result_there(restart))
     if finished is None:
-        with job.opened(restart), metered(job.journal, started, job.peaks, ranks):
+        with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
             finished = Run(job).work()
     return _result(job, finished, time.monotonic() - started)
 
@@ -79,7 +97,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
     `prune` with the same config goes on from there; with `plan` set to an edited copy, by that.
     """
     started = time.monotonic()
-    job = Job(config, progress, ranks)
+    job = Job(config, progress, ranks=ranks)
     if job.shots > 1:
         raise ConfigError(
             f"recipe {job.recipe.name} takes {job.shots} shots with these settings, and every shot makes a plan "
@@ -87,7 +105,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
         )
     if ranks.told(lambda: job.result_there(restart)) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart), metered(job.journal, started, job.peaks, ranks):
+    with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
         Run(job).prepare()
     return job.plan_path
 
@@ -103,11 +121,15 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
     return Result(
         out=job.out_given,
         **{name: report[name] for name in output.FIGURES},
+        operations_by_kind=report.get("operations_by_kind", {}),
+        sweeps_per_shot=report.get("sweeps_per_shot"),
         tokens=report.get("tokens"),
         seconds=round(seconds, 3),
         peak_device_bytes=device,
         peak_host_bytes=host,
         bytes_read=job.skeleton.checkpoint.bytes_read,
+        waited=report.get("waited", {}),
+        busy=report.get("busy", {}),
         resumed=job.resumed,
     )
 
@@ -147,6 +169,7 @@ class Run:
         if self.job.writes_text and not self.job.journal.find("calibrate"):
             self._write_text()
 
+    @kind("writing")
     def _write_text(self) -> None:
         """Calibration tokens of the model's own; a killed process's are begun again, and come out the same.
 

@@ -6,7 +6,9 @@ job killed at any instant goes on from the last line and ends with the same byte
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,28 +18,49 @@ from safetensors import safe_open
 from torch import Tensor
 
 from . import files, hub, output
+from .config import format_bytes
 from .correction import Corrector
 from .curves import CURVES, write_curves
 from .errors import NumericalError, ResumeError
 from .job import Job
 from .journal import Entry
-from .maths.stats import GRADIENTS, SiteStatistics
-from .meter import totals
+from .maths.operations import KINDS, Kind, counting, kind
+from .maths.stats import GRADIENTS, SiteStatistics, Statistic
+from .meter import OWN, as_entry, share_of
 from .methods.allocation import Budget
 from .methods.plan import Plan
 from .methods.recipe import Correction, Findings, Survey, Surveyed
-from .model.block import Block
+from .model.block import Block, Prunable
 from .model.checkpoint import read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import rest
 from .refine import Refinement
 from .site import Site
 from .stream import sweep
-from .surgery import DENSE, PRUNED, SEEN, Surgeon, left_alone, tokens_seen
+from .surgery import CPU, DENSE, PRUNED, SEEN, Surgeon, left_alone, tokens_seen
 
 GRADIENT = "gradient"
 COST = "cost.json"
 """Beside a survey that is shared: what it took."""
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A job that has its first survey from another one's sweep."""
+
+    job: Job
+    shared: Path
+    """Where it will look."""
+    maker: Job
+
+    @property
+    def folder(self) -> Path:
+        """Where it is made."""
+        return self.shared.with_name(f"{self.shared.name}-{self.maker.own}{files.TEMPORARY}")
+
+    def findings(self, index: int) -> Path:
+        """Of a block."""
+        return self.folder / f"survey-{index:04}.safetensors"
 
 
 class Shot:
@@ -64,7 +87,9 @@ class Shot:
         if self.number == 1:
             return self.job.skeleton
         source = self.job.shot_folder(self.number - 1)
-        return open_skeleton(source, self.job.device, self.job.dtype, layout=self.job.skeleton.layout)
+        skeleton = open_skeleton(source, self.job.device, self.job.dtype, layout=self.job.skeleton.layout)
+        skeleton.copies_ahead = self.job.skeleton.copies_ahead
+        return skeleton
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -120,38 +145,88 @@ class Shot:
     def _survey(self) -> None:
         """The recipe's findings at every site of the model, by a forward and, for gradients, a backward sweep."""
         depth = len(self.skeleton)
-        shared = self.job.shared_survey if self.number == 1 else None
+        job = self.job
+        shared = job.shared_survey(job.sizes) if self.number == 1 else None
         if shared is not None and not self.steps("forward/") and shared.is_dir():
             for index in range(depth):
                 files.link(shared / self._survey_path(index).name, self._survey_path(index))
             self.record("surveyed", spared=read_json(shared / COST))
         if not self.journalled("surveyed"):
-            if self.job.statistics & GRADIENTS:
+            for asker in self.asking:
+                if not self.steps("forward/"):
+                    files.remove_tree(asker.folder)
+                files.make_folder(asker.folder)
+            if job.statistics & GRADIENTS:
                 self._survey_backward()
             else:
                 self._survey_forward()
             self.record("surveyed")
-            if shared is not None and not shared.is_dir():
-                self._share(shared)
+            if shared is not None:
+                own = Asker(job, shared, job)
+                self._link(own)
+                for asker in (own, *self.asking):
+                    self._share(asker)
 
-    def _share(self, shared: Path) -> None:
-        """Leave the survey for other jobs."""
-        temporary = shared.with_name(f"{shared.name}-{self.job.own}{files.TEMPORARY}")
-        files.remove_tree(temporary)
-        files.make_folder(temporary)
+    @cached_property
+    def asking(self) -> list[Asker]:
+        """Other jobs whose surveys are made in passing: those that this sweep would give to the last bit what their own would.
+
+        Where the sums for all do not fit the memory, those that would be too much survey by themselves.
+        """
+        job = self.job
+        own = job.shared_survey(job.sizes)
+        if self.number > 1 or own is None or not job.statistics or job.writes_text:
+            return []
+        found: list[Asker] = []
+        sweep_of_all, needs, taken = job.first_sweep(job.sizes), job.needs, {own}
+        for config in job.alongside:
+            other = Job(config, None)
+            sizes = other.forecast().sizes
+            shared = other.shared_survey(sizes) if other.statistics else None
+            if shared is None or shared in taken or shared.is_dir() or other.first_sweep(sizes) != sweep_of_all:
+                continue
+            taken.add(shared)
+            together = needs.surveying_with(other.needs)
+            needed, limit = job.peak(together, job.sizes)
+            if needed > limit:
+                self.progress.say(
+                    f"{config.out.name} will survey by itself: to sum for it too would need {format_bytes(needed)}, and the "
+                    f"memory limit is {format_bytes(limit)}"
+                )
+                continue
+            needs = together
+            found.append(Asker(other, shared, job))
+        return found
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What the survey sums: for this job and for those that ask."""
+        return self.job.statistics.union(*(asker.job.statistics for asker in self.asking))
+
+    def _link(self, own: Asker) -> None:
+        """Have this job's own findings among those that are shared."""
+        files.remove_tree(own.folder)
+        files.make_folder(own.folder)
         for index in range(len(self.skeleton)):
-            files.link(self._survey_path(index), temporary / self._survey_path(index).name)
-        write_json(temporary / COST, self._survey_cost())
-        try:
-            files.publish(temporary, shared)
-        except OSError:
-            if not shared.is_dir():
-                raise
-            files.remove_tree(temporary)  # another job was first
+            files.link(self._survey_path(index), own.findings(index))
 
-    def _survey_cost(self) -> Entry:
-        found = [totals(self.job.journal, f"shot-{self.number}/{part}") for part in ("forward/", "head", "backward/")]
-        return {name: sum(each[name] for each in found) for name in ("operations", "seconds")}
+    def _share(self, asker: Asker) -> None:
+        """Leave a survey for other jobs, if it is whole: a process that was killed may have made some of it for fewer."""
+        lines = [line for part in ("forward/", "head", "backward/") for line in self.steps(part)]
+        whose = OWN if asker.job is self.job else asker.shared.name
+        if not all(asker.findings(index).exists() for index in range(len(self.skeleton))) or not all(
+            whose in line["parts"] for line in lines if "parts" in line
+        ):
+            return
+        spent = [share_of(line, whose) for line in lines]
+        kinds = {kind: sum(each["operations_by_kind"][kind] for each in spent) for kind in KINDS}
+        write_json(asker.folder / COST, {**as_entry(kinds), "seconds": sum(each["seconds"] for each in spent)})
+        try:
+            files.publish(asker.folder, asker.shared)
+        except OSError:
+            if not asker.shared.is_dir():
+                raise
+            files.remove_tree(asker.folder)  # another job was first
 
     @property
     def survey(self) -> Survey:
@@ -167,12 +242,12 @@ class Shot:
         if moves:
             store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
         for index, block in sweep.blocks(skeleton, range(done, depth)):
-            stats = skeleton.statistics(index, self.job.statistics)
+            stats = self._empty_statistics(index)
             if moves:
                 sweep.survey_block(skeleton, block, index, store, stats, self.job.batch)
-            self._save_findings(index, block, stats)
+            parts = self._save_findings(index, block, stats)
             del block, stats
-            self.record(f"forward/{index}")
+            self.record(f"forward/{index}", **parts)
             if moves and index:
                 store.remove(sweep.boundary(DENSE, index))
             self.progress.step(f"block {index}")
@@ -198,16 +273,19 @@ class Shot:
         while first >= 0:
             lowest = self._recompute(first)
             for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
-                stats = skeleton.statistics(index, self.job.statistics)
+                stats = self._empty_statistics(index)
                 sweep.backward_block(skeleton, block, index, store, stats, self.job.backward_batch)
-                self._save_findings(index, block, stats)
+                parts = self._save_findings(index, block, stats)
                 del block, stats
-                self.record(f"backward/{index}")
+                self.record(f"backward/{index}", **parts)
                 store.remove(sweep.boundary(GRADIENT, index + 1))
                 if index:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"backward, block {index}")
             first = lowest - 1
+
+    def _empty_statistics(self, index: int) -> list[SiteStatistics]:
+        return self.skeleton.statistics(index, self.statistics, CPU if self.job.grams == "host" else None)
 
     def _uniform(self) -> Tensor | None:
         """What the model's own labels are drawn with, where the recipe wants them."""
@@ -223,7 +301,7 @@ class Shot:
         while sweep.boundary(DENSE, there) not in store:
             there -= 1
             if there < 0:
-                raise ResumeError(f"{self.job.cache} has lost its activations; start over with --restart")
+                raise ResumeError(f"{self.job.own_cache} has lost its activations; start over with --restart")
         for _ in sweep.forward(skeleton, store, DENSE, there, index, self.job.batch):
             pass
         while there and sweep.boundary(DENSE, there - 1) in store:
@@ -234,34 +312,65 @@ class Shot:
         return self.job.folder / f"survey-{index:04}.safetensors"
 
     @torch.no_grad()
-    def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> None:
-        """The sites' findings, each dug out by its owner, in one file."""
+    @kind("solving")
+    def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> Entry:
+        """Write what is kept of a block's sums, for this job and for those that ask; what of the step was for which."""
+        for number, statistics in enumerate(stats):
+            statistics.across(self.ranks.add_up(self.ranks.owner(number)))
+        own = {number: statistics for number, statistics in enumerate(stats) if self.ranks.mine(number)}
+        stats.clear()
+        if self.job.grams == "parked":
+            for statistics in own.values():
+                statistics.park()
+        makers = {OWN: (self.job, self._survey_path(index))}
+        makers |= {asker.shared.name: (asker.job, asker.findings(index)) for asker in self.asking}
+        kinds: dict[str, dict[Kind, int]] = {name: dict.fromkeys(("sums", "solving"), 0) for name in makers}
+        seconds = dict.fromkeys(makers, 0.0)
 
-        def digest(number: int) -> tuple[list[str], list[Tensor]]:
-            prunable, stat = block.prunables[number], stats[number]
-            surveyed = Surveyed(
-                site=prunable.site,
-                w=prunable.weight(prunable.consumer),
-                producers=prunable.producer_weights(),
-                statistics=stat,
-            )
-            findings = self.job.recipe.digest(self.job.settings, surveyed)
-            if prunable.site.expert is not None and self.job.statistics:
-                findings[SEEN] = torch.tensor(stat.seen)
-            names = [f"{prunable.site.place}.{name}" for name in findings]
-            return names, [tensor.cpu() for tensor in findings.values()]
+        def digest(number: int) -> tuple[list[tuple[str, str]], list[Tensor]]:
+            statistics = own.pop(number)  # so that no sum outlives its site
+            found: dict[tuple[str, str], Tensor] = {}
+            for name, (job, _) in makers.items():
+                started = time.monotonic()
+                kinds[name]["sums"] += statistics.operations(job.statistics)
+                with counting() as counter:
+                    part = statistics.part(job.statistics) if self.asking else statistics
+                    digested = self._digest(job, block.prunables[number], part)
+                found |= {(name, place): tensor for place, tensor in digested.items()}
+                kinds[name]["solving"] += counter.total
+                seconds[name] += time.monotonic() - started
+            return list(found), list(found.values())
 
-        for number, stat in enumerate(stats):
-            stat.across(self.ranks.add_up(self.ranks.owner(number)))
-        tensors: dict[str, Tensor] = {}
-        for _, names, found in self.ranks.spread(range(len(stats)), digest, torch.device("cpu")):
-            if self.ranks.first:
-                tensors |= dict(zip(names, found, strict=True))
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(f"block {index}: the survey's {name} is NaN or Inf")
-        if self.ranks.first:
-            write_shard(self._survey_path(index), tensors)
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in makers}
+        for _, names, found in self.ranks.spread(range(len(block.prunables)), digest, CPU):
+            for (name, place), tensor in zip(names, found, strict=True):
+                if self.ranks.first:
+                    tensors[name][place] = tensor
+        for name, (_, path) in makers.items() if self.ranks.first else ():
+            for place, tensor in tensors[name].items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NumericalError(f"block {index}: the survey's {place} is NaN or Inf")
+            write_shard(path, tensors[name])
+        if not self.asking:
+            return {}
+        return {
+            "parts": {name: {"operations_by_kind": kinds[name], "seconds": round(seconds[name], 3)} for name in makers}
+        }
+
+    def _digest(self, job: Job, prunable: Prunable, statistics: SiteStatistics) -> dict[str, Tensor]:
+        """What a job's recipe keeps of a site's sums, by its name in the file."""
+        site = prunable.site
+        where = CPU if self.job.grams == "host" else self.job.device
+        surveyed = Surveyed(
+            site=site,
+            w=prunable.weight(prunable.consumer).to(where),
+            read_producers=lambda: tuple(w.to(where) for w in prunable.producer_weights()),
+            statistics=statistics,
+        )
+        findings = job.recipe.digest(job.settings, surveyed)
+        if site.expert is not None and job.statistics:
+            findings[SEEN] = torch.tensor(statistics.seen)
+        return {f"{site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
 
     # The plan.
 
@@ -338,6 +447,7 @@ class Shot:
             refinement=refinement,
             experts_alike=self._experts_alike,
             ranks=self.ranks,
+            grams=job.grams,
         )
         self.progress.phase("prune", depth, done)
         if surgeon.store is not None:
@@ -365,6 +475,7 @@ class Shot:
     def _corrections(self) -> Path:
         return self.job.folder / f"shot-{self.number:02}-corrections"
 
+    @kind("training")
     def _correct(self, plan: Plan, how: Correction) -> None:
         """The first rank's work alone: a step takes a handful of samples."""
         job, depth = self.job, len(self.skeleton)

@@ -7,8 +7,8 @@ A token passes each sublayer once dense and twice pruned: once to measure, once 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
-from .maths.linalg import accumulator, cholesky, fit, output_error, unit_columns
+from .maths.linalg import accumulator, cholesky, compensation, fit, output_error, unit_columns
+from .maths.operations import kind
 from .maths.stats import Gram
-from .memory import GRAMS_AT_ONCE
+from .memory import GRAMS_AT_ONCE, GramPlace
 from .methods.plan import Plan
 from .methods.recipe import Problem, Recipe, Survey, Target
 from .model.block import Block, Prunable, Sublayer
@@ -29,6 +30,7 @@ from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import advance, boundary
 
+CPU = torch.device("cpu")
 DENSE, PRUNED = "dense", "pruned"
 SEEN = "seen"
 """Among an expert's findings: how many tokens reached it."""
@@ -52,6 +54,7 @@ class Surgeon:
     refinement: Refinement | None
     experts_alike: bool
     """Whether all experts must end with one width."""
+    grams: GramPlace = "device"
     ranks: Ranks = ALONE
     """Those that measure, each on its own samples, and among which what is to be solved is dealt out."""
 
@@ -169,21 +172,22 @@ class Surgeon:
             sums.add(*(owner.normed(owner.source(*each)) for owner, each in zip((sub, dense), inputs, strict=False)))
         return sums
 
+    @kind("solving")
     def _compensate(self, sub: Sublayer, inputs: Gram) -> float:
         h, c = inputs.mean()
         assert c is not None
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
-        factor, damping = cholesky(h, self._compensation or 0.0, sub.name)
 
-        def fitted(producer: tuple[Prunable, str]) -> tuple[None, list[Tensor]]:
-            prunable, name = producer
-            w = prunable.weight(name)
-            return None, [fit(w, h, w @ c, factor)]
+        def solved(name: str) -> tuple[float, list[Tensor]]:
+            factor, damping = cholesky(h, self._compensation or 0.0, name)
+            return damping, [compensation(h, c, factor)]
 
-        producers = [(prunable, name) for prunable in sub.prunables for name in prunable.producers]
-        for (prunable, name), _, (w,) in self.ranks.spread(producers, fitted, self.skeleton.device):
-            prunable.set_weight(name, w)
+        ((_, damping, (m,)),) = self.ranks.spread([sub.name], solved, self.skeleton.device)
+        for prunable in sub.prunables:
+            for name in prunable.producers:
+                w = prunable.weight(name)
+                prunable.set_weight(name, torch.addmm(w, w, m.to(w.device)))
         return damping
 
     def _shrink(self, dense: Sublayer, sub: Sublayer, here: _Place, inputs: Tensor | None) -> list[dict[str, Any]]:
@@ -215,6 +219,7 @@ class Surgeon:
         entry = self.plan[site.name]
         return entry.keep < site.units or any(entry.zeros or ())
 
+    @kind("solving")
     def _solve_site(
         self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool
     ) -> tuple[Solved, list[Tensor]]:
@@ -229,15 +234,18 @@ class Surgeon:
                 return Solved({**_untouched(site), **report}), []
         if not self._changes(site) and not aims:
             return Solved({**_untouched(site), **report}), []
-        w = prunable.weight(prunable.consumer)
+        where = CPU if self.grams == "host" else self.skeleton.device
+        w = prunable.weight(prunable.consumer).to(where)
         h = None
         if sums is not None:
+            if self.grams == "parked":
+                sums.park()
             h, aim = (each if each is None else each.to(w.dtype) for each in sums.mean())
             del sums
             assert h is not None
             if aims and self._target is not None:
                 assert aim is not None
-                factor, report["target_damping"] = cholesky(h, self._target.damping, site.name)
+                factor, report["target_damping"] = cholesky(h, self._target.damping, site.name, device=where)
                 w = fit(w, h, aim, factor)
                 del factor
             del aim
@@ -246,7 +254,7 @@ class Surgeon:
         problem = Problem(
             site=site,
             w=w,
-            producers=prunable.producer_weights(),
+            read_producers=lambda: tuple(each.to(where) for each in prunable.producer_weights()),
             zeros=entry.zeros,
             h=h,
             inputs=inputs,
@@ -290,7 +298,7 @@ class Surgeon:
             write = None
             if aims and self._goes_on(here):
                 place = f"{sub.name} ({DENSE})"
-                write = stack.enter_context(self.store.writing(boundary(DENSE, *here.exit), place))
+                write = stack.enter_context(self._writing(DENSE, here, place))
             for inputs in self._read(here, streams, parallel=sub.entry.parallel):
                 x_hat, entered = inputs[0]
                 arguments = self.skeleton.arguments(x_hat.shape[0], x_hat.shape[1])[here.block]
@@ -334,7 +342,7 @@ class Surgeon:
             writers = {}
             for stream in moving:
                 place = f"{pruned.sublayers[here.position].name} ({stream})"
-                writers[stream] = stack.enter_context(self.store.writing(boundary(stream, *here.exit), place))
+                writers[stream] = stack.enter_context(self._writing(stream, here, place))
             for _, read in self.store.each(self.batch, *wanted) if moving else ():
                 arguments = self.skeleton.arguments(read[0].shape[0], read[0].shape[1])[here.block]
                 found = dict(zip(wanted, read, strict=True))
@@ -353,6 +361,11 @@ class Surgeon:
                 self.store.remove(boundary(stream, *here.entry))
         return sums
 
+    def _writing(self, stream: str, here: _Place, place: str) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """Write what a sublayer gives; inside a block no journal line speaks of it."""
+        assert self.store is not None
+        return self.store.writing(boundary(stream, *here.exit), place, passing=not here.last)
+
     def _refine(self, pruned: Block, index: int) -> dict[str, Any]:
         assert self.store is not None
         assert self.refinement is not None
@@ -363,7 +376,8 @@ class Surgeon:
         return report
 
     def _gram(self, columns: int, *, cross: int) -> Gram:
-        return Gram(columns, cross=cross, device=self.skeleton.device, dtype=accumulator(self.skeleton.dtype))
+        device = CPU if self.grams == "host" else self.skeleton.device
+        return Gram(columns, cross=cross, device=device, dtype=accumulator(self.skeleton.dtype))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from .config import TuneConfig, TuneMethod, format_bytes
 from .curves import CURVES
 from .errors import ConfigError, ResourceError
 from .journal import Entry, Journal
-from .memory import REFINE_SEQUENCES, Needs, Resources, device_peak, forecast, in_memory_peak
+from .maths.operations import kind
+from .memory import REFINE_SEQUENCES, SLACK, Needs, Resources, copies_ahead, device_peak, forecast, in_memory_peak
 from .meter import metered, peaks, totals
 from .model.block import Block
 from .model.checkpoint import Checkpoint, read_json, write_shard
@@ -83,7 +84,7 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
     job = Tuning(config, progress, restart)
     report = job.result_there(restart)
     if report is None:
-        with job.opened(restart), metered(job.journal, started, job.peaks):
+        with job.opened(restart), machine.within(job.device, config.memory), metered(job.journal, started, job.peaks):
             report = job.work()
     tuning = report["tuning"]
     host, device = job.peaks.most()
@@ -119,6 +120,9 @@ class Tuning(Workplace):
         self.device = machine.resolve_device(config.device)
         self.peaks = machine.Peaks(self.device)
         self.student: Skeleton = open_skeleton(config.model, self.device, config.dtype)
+        self.activations = machine.resolve_activations(
+            config.activations, self.student.dtype, self.student.checkpoint.dtype
+        )
         self.source = self._source()
         if config.rank > self.student.width:
             raise ConfigError(f"rank is {config.rank}; the model's width is {self.student.width}")
@@ -170,7 +174,7 @@ class Tuning(Workplace):
         return method
 
     def _fitting(self) -> TuneMethod:
-        limit, least = self._limit, self._lora_peak(1)
+        limit, least = self._room["device_limit"], self._lora_peak(1) + self._held
         if not lora.installed():
             lacking = "peft is not installed (pip install 'streamprune[tune]')"
         elif least > limit:
@@ -215,6 +219,7 @@ class Tuning(Workplace):
                 **self.config.fixed(),
                 "rate": self.rate,
                 "dtype": machine.dtype_name(self.student.dtype),
+                "activations": machine.activations_name(self.activations, self.student.dtype),
             },
             "inputs": {
                 "model": self.student.checkpoint.identity(),
@@ -236,9 +241,14 @@ class Tuning(Workplace):
         tokenizer = calibration.load_tokenizer(config.model)
         return calibration.sample(tokenizer, self.text, vocabulary, config.samples, self.length, config.seed)
 
+    @cached_property
+    def _room(self) -> dict[str, int]:
+        return machine.room(self.device, self.config.memory, self.config.memory_host or 0)
+
     @property
-    def _limit(self) -> int:
-        return self.config.memory or machine.available_memory(self.device)
+    def _held(self) -> int:
+        """What of the memory limit is taken before any work."""
+        return self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
 
     def _needs(self, *, trains: bool = True) -> Needs:
         config = self.config
@@ -249,6 +259,7 @@ class Tuning(Workplace):
             refines=config.steps if trains else 0,
             rank=config.rank,
             prunes=False,
+            activations=self.activations,
         )
 
     def _lora_peak(self, micro: int) -> int:
@@ -263,19 +274,20 @@ class Tuning(Workplace):
 
     def _forecast(self) -> Resources:
         """What it takes, given what this machine has free."""
-        limits = {"device_limit": self._limit, "disk_limit": files.free_bytes(self.cache)}
+        limits = {**self._room, "disk_limit": files.free_bytes(self.cache)}
+        limit, work = self._room["device_limit"], self._room["device_limit"] - self._held
         found = forecast(self.student, self._needs(), **limits)
         if self.teacher is not None:
             teacher = forecast(self.teacher, self._needs(trains=False), **limits).require()
             return replace(found, batch=min(found.batch, teacher.batch))
         least = self._lora_peak(1)
-        if least > self._limit:
+        if least > work:
             raise ResourceError(
-                f"the memory limit is {format_bytes(self._limit)}; training the model in memory needs {format_bytes(least)}; "
+                f"the memory limit is {format_bytes(limit)}; training the model in memory needs {format_bytes(least + self._held)}; "
                 "--method distil with --teacher needs only a block at a time"
             )
         most = min(REFINE_SEQUENCES, self.config.samples)
-        micro = max(size for size in range(1, most + 1) if self._lora_peak(size) <= self._limit)
+        micro = max(size for size in range(1, most + 1) if self._lora_peak(size) <= work)
         return replace(found, backward_batch=micro, disk_bytes=0, problems=())
 
     # Opening and resuming.
@@ -292,8 +304,8 @@ class Tuning(Workplace):
             start = self._begin()
         else:
             self.check_same(start)
-            needed = self._peak(**start["resources"])
-            if self.config.memory is not None and self.config.memory < needed:
+            needed = self._held + self._peak(**start["resources"])
+            if self.config.memory is not None and self.config.memory * SLACK < needed:
                 raise ResourceError(
                     f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches "
                     f"that need {format_bytes(needed)}; --restart starts over"
@@ -301,6 +313,11 @@ class Tuning(Workplace):
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
         self.micro: int = start["resources"]["micro"]
+        for skeleton in self.skeletons if self.method == "distil" else ():
+            needs = self._needs(trains=skeleton is self.student)
+            skeleton.copies_ahead = copies_ahead(
+                skeleton, needs, (self.batch, self.micro, "device"), self._room["device_limit"]
+            )
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
@@ -352,7 +369,15 @@ class Tuning(Workplace):
         assert self.teacher is not None
         student, teacher, depth = self.student, self.teacher, len(self.student)
         shape = self.config.samples, self.length, student.width
-        store = ActivationStore(self.cache, shape, student.dtype, self.device, durable=True)
+        store = ActivationStore(
+            self.cache,
+            shape,
+            student.dtype,
+            self.device,
+            durable=True,
+            stored=self.activations,
+            memory=self.config.memory_host or 0,
+        )
         if self.journal.find("embed") is None:
             for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
                 sweep.embed(skeleton, self.tokens, store, sweep.boundary(stream, 0), self.batch)
@@ -383,6 +408,7 @@ class Tuning(Workplace):
         first, last = (sum(each) / depth for each in zip(*blocks, strict=True))
         return {"loss_first": first, "loss_last": last, "blocks": blocks}
 
+    @kind("training")
     def _lora(self) -> Entry:
         """End to end, in memory; then block by block into the weights."""
         config = self.config

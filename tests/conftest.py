@@ -362,10 +362,14 @@ def contents(folder: Path) -> dict[str, bytes]:
                 volatile = (
                     "seconds",
                     "operations",
+                    "operations_by_kind",
                     "forward_equivalents",
+                    "sweeps_per_shot",
                     "blocks",
                     "peak_host_bytes",
                     "peak_device_bytes",
+                    "waited",
+                    "busy",
                 )
                 for name in volatile:
                     report.pop(name, None)

@@ -244,6 +244,7 @@ def test_no_disk(run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest
 def test_no_memory(run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(run("--memory", "10KB"), "the memory limit is 9.8 KiB; ", 1, tmp_path)
     monkeypatch.setattr(machine, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(machine, "base_bytes", lambda: 0)
     refused(run(), "the memory limit is 1000 B; ", 1, tmp_path)
 
 

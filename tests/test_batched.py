@@ -9,7 +9,8 @@ from torch import Tensor
 
 from streamprune.errors import NumericalError
 from streamprune.maths.batched import batched_group_removal, cholesky_blocks, dynamic_group_removal
-from streamprune.maths.linalg import greedy_removal, unit_columns
+from streamprune.maths.greedy import greedy_removal
+from streamprune.maths.linalg import unit_columns
 
 
 def problem(n: int, d: int = 5, seed: int = 0, decay: float = 0.0) -> tuple[Tensor, Tensor]:

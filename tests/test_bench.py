@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import streamprune
+from streamprune import machine
 from streamprune.bench import CACHE_BYTES, _Runner, weight_bytes
 from streamprune.config import format_bytes
 from streamprune.errors import ConfigError, ResourceError
@@ -181,7 +182,9 @@ def test_widths_that_other_roundings_would_give(pruned: Path, monkeypatch: pytes
             assert each.prefill == each.decode == 1.0
 
 
-def test_what_cannot_be_measured_is_refused(tiny: Tiny, pruned: Path) -> None:
+def test_what_cannot_be_measured_is_refused(tiny: Tiny, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Limits are those of the whole process.
+    monkeypatch.setattr(machine, "base_bytes", lambda: 0)
     for name in ("prompt_tokens", "new_tokens", "batch", "repetitions", "threads"):
         with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
             measured(pruned, **{name: 0})

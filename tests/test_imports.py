@@ -25,6 +25,7 @@ FLOOR = {
     "layout": 1,
     "machine": 1,
     "host": 1,
+    "occupancy": 1,
     "documents": 1,
     "text": 1,
     "calibration": 1,

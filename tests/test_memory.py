@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import streamprune
+from streamprune import machine
 from streamprune.config import format_bytes, parse_bytes
 from streamprune.errors import ConfigError, ResourceError
-from streamprune.memory import Needs, forecast, in_memory_peak
+from streamprune.memory import Needs, _Shapes, forecast, in_memory_peak
 from streamprune.model.skeleton import open_skeleton
 
 NEEDS = Needs(samples=64, length=64, text=True, survey=frozenset({"mask-gradient"}), gram=True, compensates=True)
@@ -101,12 +102,12 @@ def test_disk_never_exceeds_the_forecast(
     most = 0
     real = ActivationStore.writing
 
-    def watched(self: ActivationStore, name: str, place: str):  # type: ignore[no-untyped-def]
+    def watched(self: ActivationStore, name: str, place: str, **options: bool):  # type: ignore[no-untyped-def]
         nonlocal most
         inodes = {p.stat().st_ino: p.stat().st_size for p in self.folder.iterdir()}
         # Plus the one about to be written.
         most = max(most, sum(inodes.values()) + one)
-        return real(self, name, place)
+        return real(self, name, place, **options)
 
     monkeypatch.setattr(ActivationStore, "writing", watched)
     streamprune.prune(config)
@@ -129,3 +130,47 @@ def test_not_sizes(text: str) -> None:
 
 def test_sizes_for_people() -> None:
     assert [format_bytes(b) for b in (0, 1536, 3 * 2**30, 5 * 2**41)] == ["0 B", "1.5 KiB", "3.0 GiB", "10.0 TiB"]
+
+
+def test_running_out_of_memory_is_said_not_traced() -> None:
+    device = torch.device("cpu")
+    with pytest.raises(ResourceError, match="cpu ran out of memory"), machine.within(device, None):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="something else"), machine.within(device, None):
+        raise RuntimeError("something else")
+
+
+def test_a_control_groups_own_limit_counts_without_what_the_kernel_can_drop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = machine._control_groups
+    for version, proc, top, limit, used in (
+        ("v1", "7:memory:/job/inner\n0::/x\n", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("v2", "0::/job/inner\n", "", "memory.max", "memory.current"),
+    ):
+        root = tmp_path / version
+        for path, most in (("", "max"), ("job", "900"), ("job/inner", "700")):
+            group = root / top / path
+            group.mkdir(parents=True, exist_ok=True)
+            (group / limit).write_text(f"{most}\n")
+            (group / used).write_text("600\n")
+            (group / "memory.stat").write_text("anon 100\ninactive_file 300\nactive_file 150\n")
+        (root / "cgroup").write_text(proc)
+        groups = list(real(root / "cgroup", root))
+        assert [group.name for group, _, _ in groups][:2] == ["inner", "job"]
+        monkeypatch.setattr(machine, "_control_groups", lambda groups=groups: iter(groups))
+        assert machine._host_available() == 700 - (600 - 450)
+
+
+@pytest.mark.parametrize("place", ["device", "parked", "host"])
+def test_grams_on_the_host_take_from_the_device_what_they_give_to_the_host(
+    place: str, tiny: Callable[..., Path]
+) -> None:
+    skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
+    shapes = _Shapes(skeleton, NEEDS)
+    shapes.on_cpu = False  # as for a GPU
+    whole = shapes.demands(1, 1, "device")["re-fitting one ffn site"]
+    asked = shapes.demands(1, 1, place)["re-fitting one ffn site"]  # type: ignore[arg-type]
+    moved = {"device": 0, "parked": whole.sums, "host": whole.sums + whole.solving}[place]
+    assert asked.host - whole.host == moved
+    assert asked.sums + asked.solving == whole.sums + whole.solving - moved

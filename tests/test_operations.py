@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from test_run import Make, Tiny, force_boundaries, interrupted
 from torch.utils.flop_counter import FlopCounterMode
 
 import streamprune
+from streamprune.config import Config
 from streamprune.journal import Journal
 from streamprune.machine import Peaks
-from streamprune.maths.linalg import _greedy_columns
-from streamprune.maths.operations import counted, counting
+from streamprune.maths import greedy
+from streamprune.maths.operations import counted, counting, kind
 from streamprune.meter import metered, totals
 from streamprune.model.skeleton import open_skeleton
 from streamprune.stream import sweep
@@ -112,6 +114,26 @@ def test_contexts_nest() -> None:
     assert outer.total == 630
 
 
+def test_kinds_are_told_apart_and_autograds_threads_with_them() -> None:
+    x = torch.ones(5, 7, requires_grad=True)
+
+    @kind("solving")
+    def solve() -> None:
+        A @ B
+        with kind("sums"):
+            A @ V
+        A @ B
+
+    with counting() as counter:
+        y = x @ B
+        solve()
+        with kind("training"):
+            y.sum().backward()
+        A @ V
+    assert counter.kinds == {"sweeps": 210 + 70, "sums": 70, "solving": 420, "training": 210, "writing": 0}
+    assert counter.total == 980
+
+
 def test_the_journal_adds_up(tmp_path: Path) -> None:
     for process in range(2):
         journal = Journal(tmp_path / "journal.jsonl")
@@ -121,11 +143,19 @@ def test_the_journal_adds_up(tmp_path: Path) -> None:
             A @ B
             journal.append("one")
             A @ B
-            A @ B
+            with kind("sums"):
+                A @ B
             journal.append("two")
             A @ B  # lost
     assert [step["operations"] for step in journal.steps()] == 2 * [210, 420]
     assert totals(journal)["operations"] == 4 * 315
+    assert totals(journal)["operations_by_kind"] == {
+        "sweeps": 840,
+        "sums": 420,
+        "solving": 0,
+        "training": 0,
+        "writing": 0,
+    }
     assert totals(journal)["seconds"] > 0
 
 
@@ -167,6 +197,81 @@ def test_a_job_says_what_it_took(tiny: Tiny, configured: Make, monkeypatch: pyte
     assert streamprune.prune(configured(path, "sparse")).operations > result.operations
 
 
+def closed_form(config: Config, gradients: bool, survey: bool, measures: bool, dense: bool, aims: bool) -> float:
+    """What the sweeps of one shot take: weights × tokens × passes, and attention's products over all pairs."""
+    skeleton = open_skeleton(config.model, torch.device("cpu"), "float32")
+    report = json.loads((config.out / "report.json").read_text())
+    length = config.seq_len or 0
+    tokens, total = config.samples * length, 0.0
+    sites = skeleton.all_sites()
+    for number, (site, told) in enumerate(zip(sites, report["sites"], strict=True)):
+        *producers, consumer = (2 * weights for weights in site.linears)
+        mixing = 4 * length * site.columns if site.kind == "attention" else 0
+        forward = sum(producers) + consumer + mixing
+        kept = told["kept"] / site.units
+        aimed, last = aims and number > 0, number == len(sites) - 1
+        total += forward * (survey + 2 * gradients) + 1.5 * mixing * gradients
+        if measures and (kept < 1 or aimed):
+            total += sum(producers) + mixing
+        if dense and (aimed or not last):
+            total += forward
+        if (measures or dense) and not last:
+            total += forward * kept
+    head = 2 * 2 * skeleton.width * skeleton.vocabulary * config.samples * (length - 1)
+    return total * tokens + head * gradients
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "shape"),
+    [
+        ("default", {}, (True, True, True, True, True)),
+        ("default", {"weighted": "off", "compensate": "off", "target": "own"}, (False, True, True, False, False)),
+        ("sobp", {}, (True, True, True, True, False)),
+        ("slimgpt", {}, (False, False, True, False, False)),
+        ("greedy-output", {}, (False, True, True, True, True)),
+        ("surgeon", {"shots": "1"}, (True, True, False, False, False)),
+        ("wanda-sp", {}, (False, False, True, False, False)),
+        ("random", {}, (False, False, False, False, False)),
+    ],
+)
+@pytest.mark.usefixtures("unsynced")
+def test_no_pass_is_made_twice_and_the_forecast_knows(
+    recipe: str, settings: dict[str, str], shape: tuple[bool, ...], tiny: Tiny, configured: Make
+) -> None:
+    # Enough heads for shares to be what was asked for.
+    path = tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    config = configured(path, recipe=recipe, settings=settings, round_to=1)
+    expected = streamprune.forecast_job(config)
+    result = streamprune.prune(config)
+    kinds = result.operations_by_kind
+    # What is left are rotary tables.
+    assert kinds["sweeps"] == pytest.approx(closed_form(config, *shape), rel=2e-3)
+    assert result.sweeps_per_shot is not None
+    assert result.sweeps_per_shot <= (8 if shape[0] else 4)
+    assert sum(kinds.values()) == result.operations
+    assert kinds["training"] == kinds["writing"] == 0
+    # Which sites lose nothing, and are passed by, is known afterwards.
+    for name in ("sweeps", "sums"):
+        assert expected.operations_by_kind[name] == pytest.approx(kinds[name], rel=0.15)
+    assert kinds["solving"] / 1.5 <= expected.operations_by_kind["solving"] <= kinds["solving"] * 1.5
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_training_and_writing_are_kinds_of_their_own(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    changes = {"recipe": "wanda-sp", "samples": 3, "seq_len": 8, "round_to": 1}
+    plain = streamprune.prune(configured(path, "plain", **changes)).operations_by_kind
+    config = configured(path, "more", **changes, calibration="self", refine=4)
+    expected = streamprune.forecast_job(config).operations_by_kind
+    found = streamprune.prune(config).operations_by_kind
+    # The dense stream and a refined block's own pass are sweeps.
+    assert found["sweeps"] > plain["sweeps"]
+    for name in ("training", "writing"):
+        assert plain[name] == 0
+        # Writing goes over no more keys than there are yet.
+        assert 0.8 * expected[name] < found[name] < 1.1 * expected[name]
+
+
 def test_a_recipe_without_text_computes_next_to_nothing(tiny: Tiny, configured: Make) -> None:
     result = streamprune.prune(configured(tiny("llama"), recipe="magnitude", seq_len=500))
     assert result.operations == result.forward_equivalents == 0
@@ -183,11 +288,17 @@ def test_a_stated_figure_stands_for_what_runs_inside() -> None:
         _ = a @ a
 
 
-def test_greedy_removal_counts_what_it_does() -> None:
-    n, count, block = 96, 64, 32
-    x = torch.randn(200, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    p, v = torch.linalg.inv(x.T @ x), torch.eye(n, dtype=torch.float64)
-    with counting() as looked_at:
-        _greedy_columns(p.clone(), v.clone(), count, block)
-    stated = 6 * n * count * (n + block // 2)
-    assert looked_at.total == pytest.approx(stated, rel=0.05)
+@pytest.mark.parametrize(("n", "width", "count", "block"), [(1500, 1, 256, 64), (960, 24, 30, 48)])
+def test_greedy_removal_counts_what_it_does(
+    n: int, width: int, count: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(n + 200, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, v = torch.linalg.inv(x.T @ x).contiguous(), torch.eye(n, dtype=torch.float64)
+    found = []
+    for looking in (False, True):
+        if looking:
+            monkeypatch.setattr(greedy, "counted", lambda stated: nullcontext())
+        with counting() as work:
+            greedy.removal(p.clone(), v.clone(), width=width, count=count, block=block, place="here")
+        found.append(work.total)
+    assert found[0] == pytest.approx(found[1], rel=0.02)

@@ -19,7 +19,7 @@ from test_run import Stop, stopping_after
 from torch import Tensor, nn
 
 import streamprune
-from streamprune import TuneConfig, calibration, files, lora
+from streamprune import TuneConfig, calibration, files, lora, machine
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.maths.descent import Descent, batch
 from streamprune.model.skeleton import open_skeleton
@@ -514,7 +514,9 @@ def test_auto_takes_what_fits_and_says_so(
 
 
 @needs_peft
-def test_auto_goes_by_memory(tiny: Tiny, student: Path, tuning: Make) -> None:
+def test_auto_goes_by_memory(tiny: Tiny, student: Path, tuning: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Limits are those of the whole process.
+    monkeypatch.setattr(machine, "base_bytes", lambda: 0)
     dense = tiny("llama")
     assert streamprune.tune(tuning(student, "a", teacher=dense)).method == "lora"
     needed = 400_000  # more than a block's training takes, less than the model's

@@ -2,6 +2,8 @@
 
 Notation of `linalg`; the paper's ``H⁻¹`` is our `P`. What goes is chosen by a cheap estimate of its cost;
 the update that follows is the joint one, so that what is left is always the optimum for what was removed.
+
+Beside `w` and `h` both loops take a copy of `w`, one (n, n) matrix, and some rows for each column removed at once.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linalg import cholesky, unit_columns
+from .linalg import cholesky, inverse, unit_columns
+from .symmetric import add_product, diagonal_blocks, shrink, shrink_rows, whole_rows
 
 
 def cholesky_blocks(blocks: Tensor, place: str) -> Tensor:
@@ -37,7 +40,7 @@ def batched_group_removal(
         P_uu = L Lᵀ for every head u,   estimate_u = Σ_j ‖W_:j‖² / L_jj²        → remove the cheapest u
 
     ``L_jj²`` is what ``P_jj`` comes to once the head's columns before `j` are gone; that `W_:j` moves with
-    them too is what the estimate leaves out and `linalg.greedy_removal` does not. A dead column (zero
+    them too is what the estimate leaves out and `greedy.greedy_removal` does not. A dead column (zero
     diagonal of H) carries nothing: its weights count as zero.
 
     Args:
@@ -56,18 +59,17 @@ def batched_group_removal(
     heads = h.shape[0] // width
     assert 0 <= count < heads
     assert w.shape[1] == h.shape[0] == heads * width
-    w, p = _begin(w, h, damping, place)
+    rows, p = _begin(w, h, damping, place)
     left = torch.arange(heads)
     order = torch.empty(count, dtype=torch.int64)
     energies = torch.empty(count, dtype=p.dtype)
     for step in range(count):
-        index = torch.arange(len(left), device=p.device)
-        blocks = p.view(len(left), width, len(left), width)[index, :, index]  # (left, width, width)
-        denominators = cholesky_blocks(blocks, place).diagonal(dim1=-2, dim2=-1).square()  # (left, width)
-        estimates = (w.square().sum(dim=0).view(-1, width) / denominators).sum(dim=1)
+        factors = cholesky_blocks(diagonal_blocks(p, width), place)  # (left, width, width)
+        denominators = factors.diagonal(dim1=-2, dim2=-1).square()  # (left, width)
+        estimates = (_energies(rows).view(-1, width) / denominators).sum(dim=1)
         best = int(estimates.argmin())
         order[step] = left[best]
-        w, p, energy = _remove(w, p, unit_columns(index[best : best + 1], width), place)
+        rows, p, energy = _remove(rows, p, unit_columns(torch.tensor([best], device=p.device), width), place)
         energies[step] = energy.sum()
         left = torch.cat([left[:best], left[best + 1 :]])
     return order, energies
@@ -105,40 +107,49 @@ def dynamic_group_removal(
     assert 0 <= count < n
     assert w.shape[1] == n
     assert 1 <= last <= first
-    w, p = _begin(w, h, damping, place)
+    rows, p = _begin(w, h, damping, place)
     left = torch.arange(n, device=p.device)
-    order, energies = [left[:0]], [w[:0, 0]]
+    order, energies = [left[:0]], [rows[:0, 0]]
     to_go = count
     while to_go > 0:
         take = min(to_go, max(last, min(first, to_go // 2 // last * last)))
-        estimates = w.square().sum(dim=0) / p.diagonal()
+        estimates = _energies(rows) / p.diagonal()
         cheapest = estimates.argsort(stable=True)[:take]
         order.append(left[cheapest])
         left = left[_others(cheapest, len(left))]
-        w, p, energy = _remove(w, p, cheapest, place)
+        rows, p, energy = _remove(rows, p, cheapest, place)
         energies.append(energy)
         to_go -= take
     return torch.cat(order).cpu(), torch.cat(energies).cpu()
 
 
 def _begin(w: Tensor, h: Tensor, damping: float, place: str) -> tuple[Tensor, Tensor]:
-    """W without its dead columns' weights, and P."""
-    factor, _ = cholesky(h, damping, place)
-    return w * (h.diagonal() > 0), torch.cholesky_inverse(factor)
+    """Wᵀ (n, d_out) without its dead columns' weights, and P."""
+    p, _ = inverse(h, damping, place, device=w.device)
+    rows = w.T.clone(memory_format=torch.contiguous_format)
+    rows.index_fill_(0, (h.diagonal() <= 0).nonzero()[:, 0].to(w.device), 0)
+    return rows, p
+
+
+def _energies(rows: Tensor) -> Tensor:
+    """``‖W_:j‖²`` of every column."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square()
 
 
 def _others(columns: Tensor, n: int) -> Tensor:
     return torch.ones(n, dtype=torch.bool, device=columns.device).index_fill_(0, columns, False).nonzero()[:, 0]
 
 
-def _remove(w: Tensor, p: Tensor, columns: Tensor, place: str) -> tuple[Tensor, Tensor, Tensor]:
-    """W and P of the columns that stay, and the output energy of each that goes, given those before it."""
+def _remove(rows: Tensor, p: Tensor, columns: Tensor, place: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Wᵀ and P of the columns that stay, in the same memory, and the output energy of each that goes, given those before it."""
     # With P_SS = L Lᵀ, Y = L⁻¹ P_SK and Z = L⁻¹ W_Sᵀ:   W_K ← W_K − Zᵀ Y,   P_KK ← P_KK − Yᵀ Y.
-    stay = _others(columns, p.shape[0])
-    p_s = p[columns]  # (take, n)
-    factor, _ = cholesky(p_s[:, columns], 0.0, place)
-    y = torch.linalg.solve_triangular(factor, p_s[:, stay], upper=False)  # (take, k)
-    z = torch.linalg.solve_triangular(factor, w[:, columns].T, upper=False)  # (take, d_out)
-    w = w[:, stay].addmm_(z.T, y, alpha=-1)
-    p = p[stay[:, None], stay].addmm_(y.T, y, alpha=-1)
-    return w, p, z.square().sum(dim=1)
+    stay = _others(columns, len(p))
+    p_s = whole_rows(p, columns)  # (take, n)
+    factor, _ = cholesky(p_s.index_select(1, columns), 0.0, place)
+    y = torch.linalg.solve_triangular(factor, p_s.index_select(1, stay), upper=False)  # (take, k)
+    z = torch.linalg.solve_triangular(factor, rows.index_select(0, columns), upper=False)  # (take, d_out)
+    p = shrink(p, stay)
+    add_product(p, y, y, alpha=-1)
+    rows = shrink_rows(rows, stay).addmm_(y.T, z, alpha=-1)
+    return rows, p, z.square().sum(dim=1)

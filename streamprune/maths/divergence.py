@@ -22,6 +22,8 @@ class HeadDivergence:
 
     def __init__(self, heads: int) -> None:
         self.rows = 0
+        self.operations = 0
+        """What computing the maps took, for whoever adds it."""
         self.sums = torch.zeros(heads, heads, dtype=torch.float64)
 
     def add(self, maps: Tensor) -> None:
@@ -46,6 +48,7 @@ class HeadDivergence:
         """Add another worker's sums."""
         self.sums += other.sums
         self.rows += other.rows
+        self.operations += other.operations
 
     def across(self, add_up: AddUp) -> None:
         """Take in the other workers' sums."""

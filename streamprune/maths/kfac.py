@@ -2,7 +2,7 @@
 
 Notation of the paper: `W` (R, C), ``θ`` its entries row by row, and the loss's curvature ``F = G ⊗ A``, `G`
 (R, R) of the output gradients, `A` (C, C) of the inputs. `G` and `A` are damped ones throughout (`damped`),
-and `G⁻¹`, `A⁻¹` come from `inverse`: then every update is the exact minimum of ``½ δᵀ F δ`` over the changes
+and `G⁻¹`, `A⁻¹` come from `linalg.inverse`: then every update is the exact minimum of ``½ δᵀ F δ`` over the changes
 `δ` that remove what is to go (eqs. 7 and 8).
 """
 
@@ -20,22 +20,12 @@ from .linalg import cholesky
 _BATCH_BYTES = 64 << 20
 
 
-def damped(h: Tensor, damping: float) -> Tensor:
-    """``H + damping·mean(diag H)·I`` (n, n); the mean of an all-zero H counts as 1."""
+def damped(h: Tensor, damping: float, *, device: torch.device | None = None) -> Tensor:
+    """``H + damping·mean(diag H)·I`` (n, n), on the device given or its own; the mean of an all-zero H counts as 1."""
     ridge = damping * (float(h.diagonal().mean()) or 1.0)
-    result = h.clone()
+    result = h.to(h.device if device is None else device, copy=True)
     result.diagonal().add_(ridge)
     return result
-
-
-def inverse(h: Tensor, damping: float, place: str) -> tuple[Tensor, float]:
-    """Inverse (n, n) of ``damped(H)``, and the damping that it took: see `linalg.cholesky`.
-
-    Raises:
-        NumericalError: H holds NaN or Inf, or no damping up to 10 was enough.
-    """
-    factor, used = cholesky(h, damping, place)
-    return torch.cholesky_inverse(factor), used
 
 
 def row_costs(w: Tensor, a: Tensor, g_inverse: Tensor) -> Tensor:

@@ -10,14 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
+Kind = Literal["sweeps", "sums", "solving", "training", "writing"]
+"""What operations are for.
+
+sweeps: the model's own forward and backward passes.
+sums: Grams and whatever else is summed over tokens.
+solving: factorisations, solves, removals, fits, errors: what is made of the sums.
+training: refinement, corrections and tuning, their passes included.
+writing: calibration tokens that the model writes.
+"""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 _running: list[Counter] = []
+_kinds: list[Kind] = ["sweeps"]
+"""The innermost last; for all threads, since autograd works in its own."""
 _ATEN = torch.ops.aten
 
 Formula = Callable[..., float]
@@ -33,6 +46,16 @@ def counting() -> Counter:
 
 
 @contextmanager
+def kind(name: Kind) -> Iterator[None]:
+    """A context, or a decorator, whose operations are of that kind, but for those of contexts further in."""
+    _kinds.append(name)
+    try:
+        yield
+    finally:
+        _kinds.pop()
+
+
+@contextmanager
 def counted(operations: int) -> Iterator[None]:
     """A context whose work counts as that many operations, whatever runs inside: for loops of small ones.
 
@@ -42,7 +65,7 @@ def counted(operations: int) -> Iterator[None]:
         yield
         return
     for counter in _running:
-        counter.total += operations
+        counter.add(operations)
     with _disable_current_modes():
         yield
 
@@ -52,8 +75,17 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.kinds: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        """Operations so far, by what they were for."""
+
+    @property
+    def total(self) -> int:
         """Operations so far."""
+        return sum(self.kinds.values())
+
+    def add(self, operations: int) -> None:
+        """Count operations of the kind at hand."""
+        self.kinds[_kinds[-1]] += operations
 
     def __enter__(self) -> Counter:
         _running.append(self)
@@ -71,7 +103,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = _FORMULAS.get(func.overloadpacket)
         if formula is not None:
             # Whole numbers, so that parts add up to the same sum wherever they are cut.
-            self.total += round(formula(result, *args))
+            self.add(round(formula(result, *args)))
         return result
 
 

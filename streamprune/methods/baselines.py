@@ -35,7 +35,7 @@ def magnitude_score(problem: Problem) -> Tensor:
 
 def wanda_score(problem: Problem) -> Tensor:
     """Structured Wanda: ``Σ_j∈u ‖x_j‖ · Σ_i |W_ij|``, ‖x_j‖ from the Gram's diagonal: (units,)."""
-    columns = problem.w.abs().sum(dim=0) * problem.gram.diagonal().clamp_min(0).sqrt()
+    columns = problem.w.abs().sum(dim=0) * problem.gram.diagonal().clamp_min(0).sqrt().to(problem.w)
     return columns.view(problem.site.units, -1).sum(dim=1)
 
 
@@ -99,6 +99,8 @@ MAGNITUDE = Recipe(
     allocate=_magnitude_plan,
     select=lambda settings, problem, keep: best(magnitude_score(problem), keep),
     reconstruct=_magnitude_weights,
+    workspace=lambda settings, site: 3 * sum(site.linears),
+    digest_workspace=lambda settings, site: 3 * sum(site.linears),
     check=masks.check_structure,
     check_plan=masks.check_plan,
     writes_zeros=lambda settings: settings.structure != masks.UNITS,

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..maths.linalg import cholesky, greedy_removal
+from ..maths.greedy import greedy_removal
+from ..maths.linalg import cholesky
 from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
 from .recipe import Curve, Recipe, Survey, Surveyed, Target, setting
-from .reconstruction import obs
-from .selection import greedy
+from .reconstruction import obs, obs_work, obs_workspace
+from .selection import greedy, greedy_work, greedy_workspace
 
 _RIDGE = 1e-6
 """Of G, relative: it has fewer tokens than rows in small jobs."""
@@ -60,7 +61,7 @@ def path_costs(settings: DefaultSettings, surveyed: Surveyed) -> dict[str, Tenso
         assert statistics.gradient is not None
         g = statistics.gradient.mean()[0].to(w.dtype)
         # G = L Lᵀ, and tr(Wᵀ G W) = tr((Lᵀ W)ᵀ (Lᵀ W)): the unweighted loop on Lᵀ W.
-        w = cholesky(g, _RIDGE, f"{site.name}, output gradients")[0].T @ w
+        w = cholesky(g, _RIDGE, f"{site.name}, output gradients", device=w.device)[0].T @ w
     _, costs = greedy_removal(w, h, width=site.width, count=site.units - 1, damping=settings.damping, place=site.name)
     # A unit that is cheaper once others are gone goes with them.
     marginal = (
@@ -97,5 +98,13 @@ DEFAULT = Recipe(
     wants_gram=lambda settings: True,
     compensation=lambda settings: settings.damping if settings.compensate else None,
     target=target,
+    work=lambda settings, site, keep: greedy_work(site, (site.units - keep) * site.width) + obs_work(site, keep),
+    digest_work=lambda settings, site: (
+        greedy_work(site, site.columns) + settings.weighted * (site.outputs**3 / 3 + 2 * site.outputs**2 * site.columns)
+    ),
+    workspace=lambda settings, site: max(greedy_workspace(site), obs_workspace(site)),
+    digest_workspace=lambda settings, site: (
+        greedy_workspace(site) + settings.weighted * site.outputs * (site.outputs + site.columns)
+    ),
     shots=lambda settings, ratio: settings.shots,
 )

@@ -22,7 +22,7 @@ from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
 from .recipe import Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, Target, setting
-from .reconstruction import kept_columns, obs
+from .reconstruction import kept_columns, obs, obs_work, obs_workspace
 from .selection import best, others
 
 
@@ -137,11 +137,12 @@ def second_moment(settings: GreedyOutputSettings, problem: Problem, keep: int) -
     """
     energy = problem.w.square().sum(dim=0)
     if problem.site.kind == "attention":
-        moments = (energy * problem.gram.diagonal()).view(problem.site.units, -1).sum(dim=1) / 2
+        moments = (energy * problem.gram.diagonal().to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
     else:
         assert problem.inputs is not None
         # In logarithms, since products of two moments leave float32's range.
-        each = [energy * (a @ problem.inputs).mul_(a).sum(dim=1) / 2 for a in problem.producers]
+        inputs = problem.inputs.to(energy)
+        each = [energy * (a @ inputs).mul_(a).sum(dim=1) / 2 for a in problem.producers]
         moments = torch.stack(each).clamp_min(0).log().sum(dim=0)
     return best(moments, keep)
 
@@ -163,6 +164,12 @@ GREEDY_OUTPUT = Recipe(
     reconstruct=recovered,
     wants_gram=lambda settings: settings.recover or settings.heads == "second-moment",
     wants_inputs=lambda settings: True,
+    work=lambda settings, site, keep: (
+        settings.recover * obs_work(site, keep) + (site.kind == "ffn") * 2 * site.outputs * sum(site.linears[:-1])
+    ),
+    workspace=lambda settings, site: max(
+        settings.recover * obs_workspace(site), sum(site.linears[:-1]) + max(site.linears[:-1])
+    ),
     compensation=lambda settings: settings.damping if settings.recover else None,
     target=lambda settings: Target(settings.damping, residual=False) if settings.recover else None,
     plans_units=lambda settings, site: settings.heads == "similarity" and site.kind == "attention",

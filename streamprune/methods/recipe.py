@@ -28,6 +28,7 @@ Findings = Mapping[str, Tensor]
 """What a recipe kept of one site's survey."""
 Survey = Mapping[str, Findings]
 """Findings by site name; tensors are read from the disk when they are asked for."""
+Producers = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,13 @@ class Surveyed:
     site: Site
     w: Tensor
     """The consumer's weight (d_out, n), float32 or float64."""
-    producers: tuple[Tensor, ...]
-    """The producers' weights (rows, d), same dtype; a fused one in its parts."""
+    read_producers: Producers
     statistics: SiteStatistics
+
+    @property
+    def producers(self) -> tuple[Tensor, ...]:
+        """The producers' weights (rows, d), same dtype; a fused one in its parts. Read anew each time."""
+        return self.read_producers()
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,22 @@ class Problem:
     site: Site
     w: Tensor
     """The consumer's weight (d_out, n), float32 or float64; fitted to the target already, where the recipe has one."""
-    producers: tuple[Tensor, ...]
-    """The producers' weights (rows, d), same dtype."""
+    read_producers: Producers
     zeros: tuple[int, ...] | None
     """Weights to make zero in each producer and, last, in the consumer; None where units go instead."""
     h: Tensor | None
-    """Mean Gram of the consumer's input (n, n), same dtype; None unless the recipe wants it."""
+    """Mean Gram of the consumer's input (n, n), same dtype, perhaps parked on the host; None unless the recipe wants it."""
     inputs: Tensor | None
     """Mean Gram of the producers' input (d, d), same dtype; None unless the recipe wants it."""
     findings: Findings
     """What `digest` kept of the site; empty without a survey."""
     generator: torch.Generator
     """Seeded for this site."""
+
+    @property
+    def producers(self) -> tuple[Tensor, ...]:
+        """The producers' weights (rows, d), same dtype. Read anew each time: most methods need none of them."""
+        return self.read_producers()
 
     @property
     def gram(self) -> Tensor:
@@ -149,6 +158,14 @@ class Recipe(Generic[S]):
     """Whether `reconstruct` needs the survey's findings: then a plan that is given does not spare the survey."""
     findings: Callable[[S, Site], int] = lambda settings, site: 0
     """How many numbers `digest` keeps of a site where they are too many to pass over: they wait on the disk."""
+    work: Callable[[S, Site, float], float] = lambda settings, site, keep: 0.0
+    """Operations of `select` and `reconstruct` where so many units stay, in leading terms."""
+    digest_work: Callable[[S, Site], float] = lambda settings, site: 0.0
+    """Operations of `digest`."""
+    workspace: Callable[[S, Site], int] = lambda settings, site: 0
+    """How many numbers `select` and `reconstruct` hold at most beside the site's W and H."""
+    digest_workspace: Callable[[S, Site], int] = lambda settings, site: 0
+    """How many numbers `digest` holds at most beside the site's W and statistics."""
     curve: Callable[[S], Curve | None] = lambda settings: None
     """What the survey's findings say a unit costs; None for a recipe that does not ask."""
     writes_zeros: Callable[[S], bool] = lambda settings: False

@@ -5,12 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..maths.linalg import refit, unit_columns
+from ..site import Site
 from .recipe import Problem, Refit
 
 
 def kept_columns(problem: Problem, kept: Tensor) -> Refit:
     """The kept columns as they are."""
     return Refit(problem.w[:, unit_columns(kept.to(problem.w.device), problem.site.width)])
+
+
+def obs_workspace(site: Site) -> int:
+    """Numbers that `obs` holds: the factor, the right-hand side, its solution and the sum with W."""
+    n, d = site.columns, site.outputs
+    return n * n + 3 * n * d
+
+
+def obs_work(site: Site, keep: float) -> float:
+    """Operations of `obs` that keeps so many units."""
+    n, d, k = site.columns, site.outputs, keep * site.width
+    return k**3 / 3 + 2 * d * k * (n - k) + 2 * d * k**2
 
 
 def obs(problem: Problem, kept: Tensor, damping: float) -> Refit:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..maths.linalg import greedy_removal
+from ..maths.blocked import inverse_work
+from ..maths.greedy import greedy_removal
+from ..site import Site
 from .recipe import Problem
 
 
@@ -19,6 +21,17 @@ def others(units: int, removed: Tensor) -> Tensor:
 def best(scores: Tensor, keep: int) -> Tensor:
     """The `keep` units of the highest scores (units,), ascending; of equal ones the first."""
     return scores.cpu().argsort(descending=True, stable=True)[:keep].sort().values
+
+
+def greedy_workspace(site: Site) -> int:
+    """Numbers that `greedy` holds: P and WᵀW."""
+    return 2 * site.columns**2
+
+
+def greedy_work(site: Site, count: float) -> float:
+    """Operations of `greedy` that removes so many columns."""
+    n, d = site.columns, site.outputs
+    return inverse_work(n) + 2 * d * n**2 + 6 * n**2 * count
 
 
 def greedy(problem: Problem, keep: int, damping: float) -> Tensor:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..maths.batched import batched_group_removal, dynamic_group_removal
+from ..maths.blocked import inverse_work
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
 from .recipe import Problem, Recipe, Survey, setting
-from .reconstruction import obs
-from .selection import greedy, others
+from .reconstruction import obs, obs_work, obs_workspace
+from .selection import greedy, greedy_workspace, others
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,21 @@ def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
     return others(site.units, removed)
 
 
+def batched_work(site: Site, keep: float) -> float:
+    """Operations of `batched`: P and W are brought up to date for what is left of them, group after group."""
+    count = (site.units - keep) * site.width
+    left = site.columns - count / 2
+    return inverse_work(site.columns) + 2 * count * left * (left + site.outputs)
+
+
+def workspace(settings: SlimGptSettings, site: Site) -> int:
+    """Numbers held at most: P and W, with the rows of the first group that goes; or what the refit takes."""
+    n, d = site.columns, site.outputs
+    group = site.width if site.kind == "attention" else min(max(settings.first_group, settings.last_group), n // 2)
+    batched = n * n + n * d + 3 * group * (n + d)
+    return max(greedy_workspace(site) if settings.exact else batched, obs_workspace(site))
+
+
 SLIMGPT = Recipe(
     name="slimgpt",
     summary="SlimGPT: ratio growing with the logarithm of depth, batched greedy pruning, OBS reconstruction",
@@ -86,4 +102,6 @@ SLIMGPT = Recipe(
     select=batched,
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
     wants_gram=lambda settings: True,
+    work=lambda settings, site, keep: batched_work(site, keep) + obs_work(site, keep),
+    workspace=workspace,
 )

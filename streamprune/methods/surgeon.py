@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..maths.blocked import inverse_work
 from ..maths.kfac import (
     column_costs,
     damped,
     element_costs,
     group_costs,
-    inverse,
     remove_columns,
     remove_elements,
     remove_rows,
 )
-from ..maths.linalg import unit_columns
+from ..maths.linalg import inverse, unit_columns
 from ..site import Site
 from . import masks
 from .allocation import Budget, allocate
@@ -77,13 +77,13 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
         factors[name] = gram.mean()[0]
     linears = _linears(factors, surveyed.w, surveyed.producers)
     if settings.structure != masks.UNITS:
-        costs = (element_costs(w, *_inverses(settings, g, a, site)[:2]) for w, g, a in linears)
+        costs = (element_costs(w, *_inverses(settings, w, g, a, site)[:2]) for w, g, a in linears)
         return {**factors, **masks.histograms(costs, settings.structure)}
     *producers, (w, g, a) = linears
     price = group_costs if settings.joint else _single_costs
-    cost = price(w, damped(g, settings.damping), inverse(a, settings.damping, site.name)[0], site.units)
+    cost = price(w, *_sides(settings, w, g, a, site), site.units)
     for w, g, a in producers:
-        cost = cost + price(w.T, damped(a, settings.damping), inverse(g, settings.damping, site.name)[0], site.units)
+        cost = cost + price(w.T, *_sides(settings, w, a, g, site), site.units)
     return {**{name: factors[name] for name in _needed(settings, site)}, "costs": cost.double()}
 
 
@@ -101,6 +101,41 @@ def findings(settings: SurgeonSettings, site: Site) -> int:
     sides = {"a": d, "a.consumer": site.columns, "g.consumer": d}
     sides |= {f"g.{i}": weights // d for i, weights in enumerate(site.linears[:-1])}
     return sum(sides[name] ** 2 for name in _needed(settings, site))
+
+
+def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
+    """Operations of `update`."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != masks.UNITS:
+        # Beside the inverses what the multipliers are spread by; the subsets' own depend on what goes.
+        return inverse_work(d) + sum(inverse_work(n) + 2 * n * d * (n + d) for n in sides)
+    gone, total = (site.units - keep) / site.units, 0.0
+    for n in sides if settings.update_rows else sides[-1:]:
+        s = gone * n
+        total += inverse_work(n) + s**3 / 3 + 2 * d * s * (s + n)
+    return total
+
+
+def digest_work(settings: SurgeonSettings, site: Site) -> float:
+    """Operations of `digest`."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != masks.UNITS:
+        return inverse_work(d) + sum(inverse_work(n) for n in sides)
+    return sum(inverse_work(n) + 2 * d * d * n + 2 * n * d * n / site.units for n in sides)
+
+
+def workspace(settings: SurgeonSettings, site: Site) -> int:
+    """Numbers that `update` holds: factors, their inverses and, of elements, both scaled; a unit's rows of the inverse."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != masks.UNITS:
+        return findings(settings, site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
+    return max(3 * n * n + 3 * n * d for n in (sides if settings.update_rows else sides[-1:]))
+
+
+def digest_workspace(settings: SurgeonSettings, site: Site) -> int:
+    """Numbers that `digest` holds: all weights, and of one linear the inverses and what costs are made of."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    return sum(site.linears) + max(n * n + d * d + 3 * n * d for n in sides)
 
 
 def _single_costs(w: Tensor, g: Tensor, a_inverse: Tensor, units: int) -> Tensor:
@@ -126,12 +161,16 @@ def densities(site: Site, findings: Findings) -> Tensor:
 def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
     """The correlated updates of all linears of the site."""
     site = problem.site
-    factors = {name: problem.findings[name].to(problem.w) for name in _needed(settings, site)}
     used = settings.damping
+
+    def factor(name: str) -> Tensor:
+        return problem.findings[name].to(problem.w.dtype)
+
     if problem.zeros is not None:
         weights = []
+        factors = {name: factor(name) for name in _needed(settings, site)}
         for (w, g, a), zeros in zip(_linears(factors, problem.w, problem.producers), problem.zeros, strict=True):
-            g_inverse, a_inverse, took = _inverses(settings, g, a, site)
+            g_inverse, a_inverse, took = _inverses(settings, w, g, a, site)
             used = max(used, took)
             gone = masks.mask(element_costs(w, g_inverse, a_inverse), zeros, settings.structure)
             weights.append(remove_elements(w, g_inverse, a_inverse, gone, at_most=settings.correlated, place=site.name))
@@ -139,13 +178,14 @@ def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
         return Refit(consumer, used, tuple(producers))
     removed = others(site.units, kept).to(problem.w.device)
     stays = unit_columns(kept.to(problem.w.device), site.width)
-    a_inverse, used = inverse(factors["a.consumer"], settings.damping, site.name)
+    device = problem.w.device
+    a_inverse, used = inverse(factor("a.consumer"), settings.damping, site.name, device=device)
     consumer = remove_columns(problem.w, a_inverse, unit_columns(removed, site.width), site.name)[:, stays]
     if not settings.update_rows:
         return Refit(consumer, used)
     producers = []
     for i, w in enumerate(problem.producers):
-        g_inverse, took = inverse(factors[f"g.{i}"], settings.damping, site.name)
+        g_inverse, took = inverse(factor(f"g.{i}"), settings.damping, site.name, device=device)
         used = max(used, took)
         producers.append(remove_rows(w, g_inverse, unit_columns(removed, len(w) // site.units), site.name))
     return Refit(consumer, used, tuple(producers))
@@ -160,10 +200,16 @@ def _linears(
     return [(w, g.to(w.dtype), a.to(w.dtype)) for w, g, a in linears]
 
 
-def _inverses(settings: SurgeonSettings, g: Tensor, a: Tensor, site: Site) -> tuple[Tensor, Tensor, float]:
-    """G⁻¹, A⁻¹, and the larger damping that they took."""
-    (g_inverse, one), (a_inverse, other) = (inverse(h, settings.damping, site.name) for h in (g, a))
+def _inverses(settings: SurgeonSettings, w: Tensor, g: Tensor, a: Tensor, site: Site) -> tuple[Tensor, Tensor, float]:
+    """G⁻¹, A⁻¹, where W is, and the larger damping that they took."""
+    (g_inverse, one), (a_inverse, other) = (inverse(h, settings.damping, site.name, device=w.device) for h in (g, a))
     return g_inverse, a_inverse, max(one, other)
+
+
+def _sides(settings: SurgeonSettings, w: Tensor, kept: Tensor, removed: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """What a structure costs by, where W is: the damped factor of the side that stays whole, and the other's inverse."""
+    inverted = inverse(removed, settings.damping, site.name, device=w.device)[0]
+    return damped(kept, settings.damping, device=w.device), inverted
 
 
 SURGEON = Recipe(
@@ -183,6 +229,10 @@ SURGEON = Recipe(
     plans_units=lambda settings, site: settings.structure == masks.UNITS,
     keeps_findings=lambda settings: True,
     findings=findings,
+    work=work,
+    digest_work=digest_work,
+    workspace=workspace,
+    digest_workspace=digest_workspace,
     check=masks.check_structure,
     check_plan=masks.check_plan,
     writes_zeros=lambda settings: settings.structure != masks.UNITS,

@@ -104,6 +104,8 @@ class Account:
     """None for a tuned model that was not pruned here."""
     figures: Mapping[str, float]
     """What the report says of the whole, as far as it is a number."""
+    operations: Mapping[str, int]
+    """Of pruning, by what they were for; empty where the report does not say."""
     sites: tuple[SiteAccount, ...]
     blocks: tuple[BlockAccount, ...]
     curve_label: str | None
@@ -167,12 +169,14 @@ def read_account(out: Path) -> Account:
             read.number(report, name)
     label, curves = _curves(out / CURVES)
     inputs = read.object(first, "job").get("inputs")
+    kinds = read.object(report, "operations_by_kind") if "operations_by_kind" in report else {}
     return Account(
         name=out.resolve().name,
         source=inputs.get("model") if isinstance(inputs, dict) else None,
         model=read.text(read.object(report, "model"), "name") if "model" in report else None,
         recipe=read.text(report, "recipe") if report else None,
         figures={key: float(v) for key, v in report.items() if _is_number(v)},
+        operations={name: read.whole(kinds, name) for name in kinds},
         sites=tuple(_site(read, site) for site in read.objects(report, "sites")),
         blocks=tuple(_block(read, block) for block in read.objects(report, "blocks")),
         curve_label=label,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from ..config import format_bytes, format_seconds
+from ..config import format_bytes, format_passes, format_seconds
 from ..evaluate import Evaluation
 from ..version import __version__
 from . import charts
@@ -155,7 +155,7 @@ def _facts(contents: Contents) -> str:
             (
                 "Time to prune",
                 format_seconds(figures["seconds"]),
-                f"{passes:.1f} dense forward passes" if passes else "",
+                format_passes(passes, contents.account.operations) if passes else "",
             )
         )
     for name, where in (("peak_device_bytes", "of the device"), ("peak_host_bytes", "of the host, torch included")):

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
 from ..host import return_freed_memory
+from ..maths.operations import counting, kind
 from ..maths.sampling import sample
 from ..maths.stats import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
 from ..model.skeleton import Skeleton
 from ..progress import Progress, rest
 from ..ranks import ALONE, Ranks
+from .copies import Copies, Taken
 from .prefetch import prefetch, read_ahead
 from .store import ActivationStore
 
@@ -33,10 +35,19 @@ def boundary(stream: str, block: int, sublayer: int = 0) -> str:
 
 
 def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Block]]:
-    """Blocks with weights in the order asked for, the next one's read while this one is used."""
-    for index, weights in read_ahead(skeleton.device, order, skeleton.announce_block, skeleton.read_block):
-        built = [skeleton.build_block(index, weights)]
-        del weights
+    """Blocks with weights in the order asked for, the next one's read while this one is used.
+
+    With `Skeleton.copies_ahead` they come to the device meanwhile, too.
+    """
+    copies = Copies.of(skeleton.device)
+
+    def load(index: int) -> tuple[dict[str, Tensor], Taken]:
+        weights = skeleton.read_block(index)
+        return weights, copies.inward(list(weights.values()) if skeleton.copies_ahead else [])
+
+    for index, (weights, take) in read_ahead(skeleton.device, order, skeleton.announce_block, load):
+        built = [skeleton.build_block(index, weights, dict(zip(weights, take(), strict=False)))]
+        del weights, take
         # Popped here and deleted by whoever loops, so that the old block is gone when the new one is built.
         yield index, built.pop()
         return_freed_memory()
@@ -203,8 +214,11 @@ def _observed(
         mixed = sublayer.mix(u, arguments)
     with torch.no_grad():
         maps = None
-        if stats[0].wants_maps:
-            maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
+        if (divergence := stats[0].divergence) is not None:
+            # Attention a second time: transformers' eager maps are for looking at only.
+            with kind("sums"), counting() as counter:
+                maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
+            divergence.operations += counter.total
         for number, stat in enumerate(stats):
             stat.add(mixed.of(number, u.detach()), mixed.z[number].detach(), maps, _origin(mixed, number))
     return mixed, given
