@@ -150,12 +150,16 @@ job_options = bundle(
 )
 
 
-def begin() -> None:
-    """What every command does first that works with weights."""
+def begin(*, shared: bool = False) -> None:
+    """What every command does first that works with weights; of processes started together, only some share one."""
     from transformers.utils.logging import disable_progress_bar
 
+    from streamprune.errors import ConfigError
     from streamprune.host import settle_malloc
+    from streamprune.ranks import expected
 
+    if not shared and expected() > 1:
+        raise ConfigError(f"{expected()} processes were started together (WORLD_SIZE); only run shares its work")
     settle_malloc()
     # Before anything asks for a GPU: blocks of growing and shrinking sizes leave holes otherwise.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -14,18 +14,23 @@ import torch
 
 from .config import ACTIVATIONS, DTYPES, format_bytes
 from .errors import ConfigError, ResourceError
+from .ranks import ALONE, Ranks
 
 _WARM = 48 << 20
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto`` takes CUDA where there is one, else the CPU.
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """``auto`` takes CUDA where there is one, else the CPU; of several ranks on a machine each has a GPU of its own.
 
     Raises:
         ConfigError: not a device, or one that this machine or this torch has not.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(f"device is {name!r}; with {ranks.size} processes it must be auto, cpu or cuda")
+        name = f"cuda:{ranks.local}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -100,12 +105,13 @@ def available_memory(device: torch.device) -> int:
     return int(_host_available() * 0.9)
 
 
-def room(device: torch.device, asked: int | None, activations: int = 0) -> dict[str, int]:
+def room(device: torch.device, asked: int | None, activations: int = 0, ranks: Ranks = ALONE) -> dict[str, int]:
     """How much memory a job may take, as `memory.forecast` wants to know it.
 
     Args:
         asked: bytes of the device that it shall stay within; None for what is free. On the CPU that is the whole process.
         activations: bytes of host memory that they may be held in.
+        ranks: those that share a job; each of them on this machine has an equal part of what is free of the host's.
 
     Returns:
         ``device_limit``; ``base``, what of the host's this process takes for itself; ``memory_host``, what activations may.
@@ -113,7 +119,7 @@ def room(device: torch.device, asked: int | None, activations: int = 0) -> dict[
     Raises:
         ResourceError: this machine has not so much for activations.
     """
-    base, free = base_bytes(), available_memory(torch.device("cpu"))
+    base, free = base_bytes(), available_memory(torch.device("cpu")) // ranks.here
     if activations > free:
         raise ResourceError(
             f"activations may be held in {format_bytes(activations)} of host memory; {format_bytes(free)} are free"

@@ -15,12 +15,16 @@ from .journal import Entry, Journal
 from .machine import Peaks
 from .maths.operations import KINDS, Kind, counting
 from .occupancy import difference, total, watching
+from .ranks import ALONE, Ranks
 
 
 @contextmanager
-def metered(journal: Journal, started: float, peaks: Peaks) -> Iterator[None]:
+def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE) -> Iterator[None]:
     """A context in which `journal.append` adds operations, `seconds`, from `started` (monotonic), `memory`, and in seconds
-    how long the work `waited` for what, and how long each was `busy` (see `occupancy`)."""
+    how long the work `waited` for what, and how long each was `busy` (see `occupancy`).
+
+    Of several ranks it is all their operations, the most memory that one of them held, and the first one's seconds.
+    """
     told, told_seconds = dict.fromkeys(KINDS, 0), started
     peaks.lap()
     with counting() as counter, watching() as occupancy:
@@ -33,10 +37,22 @@ def metered(journal: Journal, started: float, peaks: Peaks) -> Iterator[None]:
             seconds = round(now - told_seconds, 3)
             told, told_seconds = kinds, now
             before, told_occupancy = told_occupancy, occupancy.so_far()
-            return {**as_entry(since), "seconds": seconds, "memory": peaks.lap(), **difference(told_occupancy, before)}
+            everyone = ranks.gather((since, peaks.lap()))
+            since = {kind: sum(each[kind] for each, _ in everyone) for kind in kinds}
+            memory = _most([lap for _, lap in everyone])
+            return {**as_entry(since), "seconds": seconds, "memory": memory, **difference(told_occupancy, before)}
 
         journal.meter = spent
         yield
+
+
+def _most(laps: list[Entry]) -> Entry:
+    """The most memory that any rank held on a step."""
+    held = {
+        name: max((lap[name] for lap in laps if lap[name] is not None), default=None)
+        for name in ("host_bytes", "device_bytes")
+    }
+    return {**held, "own": all(lap["own"] for lap in laps)}
 
 
 def as_entry(kinds: Mapping[Kind, int]) -> Entry:

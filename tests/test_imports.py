@@ -13,6 +13,7 @@ FLOOR = {
     "version": 1,
     "files": 1,
     "progress": 1,
+    "ranks": 1,
     "stopping": 1,
     "log": 1,
     "schedule": 1,

@@ -20,6 +20,7 @@ from ..maths.stats import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
 from ..model.skeleton import Skeleton
 from ..progress import Progress, rest
+from ..ranks import ALONE, Ranks
 from .copies import Copies, Taken
 from .prefetch import prefetch, read_ahead
 from .store import ActivationStore
@@ -52,14 +53,15 @@ def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Bloc
         return_freed_memory()
 
 
-def check_weights(skeleton: Skeleton, progress: Progress) -> None:
-    """Read everything once and refuse NaN and Inf, before hours are spent on them.
+def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> None:
+    """Read everything once, dealt out among the ranks, and refuse NaN and Inf, before hours are spent on them.
 
     Raises:
         CheckpointError: a tensor holds either.
     """
     groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
     groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
+    groups = [group for number, group in enumerate(groups) if ranks.mine(number)]
     progress.phase("check weights", len(groups))
     names = [name for group in groups for name in group]
     left = {group[-1] for group in groups}
