@@ -29,8 +29,10 @@ class Protocol:
         """On the validation text."""
         return streamprune.evaluate(path, self.validation, seq_len=self.seq_len).perplexity
 
-    def measure(self, recipe: str, ratio: float, settings: dict[str, str] | None = None) -> dict[str, Any]:
-        """Prune into a temporary folder and measure the result."""
+    def measure(
+        self, recipe: str, ratio: float, settings: dict[str, str] | None = None, **changes: Any
+    ) -> dict[str, Any]:
+        """Prune into a temporary folder and measure the result; `changes` are further fields of `Config`."""
         with tempfile.TemporaryDirectory(prefix="streamprune-benchmark-") as folder:
             config = streamprune.Config(
                 model=self.model,
@@ -41,11 +43,13 @@ class Protocol:
                 calibration=self.calibration,
                 samples=self.samples,
                 seq_len=self.seq_len,
+                **changes,
             )
             result = streamprune.prune(config)
             row = {
                 "recipe": recipe,
                 "settings": settings or {},
+                **changes,
                 "ratio": ratio,
                 "ratio_blocks": result.ratio_blocks,
                 "perplexity": self.perplexity(config.out),

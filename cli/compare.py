@@ -51,7 +51,6 @@ def compare(
     recipes: str,
     text: str,
     settings: tuple[str, ...],
-    memory: str | None,
     disk: str | None,
     as_json: bool,
     quiet: bool,
@@ -78,10 +77,9 @@ def compare(
             ratios=_numbers(ratios),
             recipes=_variants(recipes, settings),
             text=text,
-            memory=options.size(memory, "--memory"),
             disk=options.size(disk, "--disk"),
             progress=progress,
-            **chosen,
+            **options.machine(**chosen),
         )
     lines = show.table(found.cells())
     if found.reached:

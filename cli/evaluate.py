@@ -31,12 +31,9 @@ def evaluate(
     include_path: Path | None,
     limit: int | None,
     num_fewshot: int | None,
-    device: str,
-    memory: str | None,
-    dtype: str,
-    cache: Path | None,
     as_json: bool,
     quiet: bool,
+    **chosen: Any,
 ) -> None:
     """Perplexity and tasks of MODEL, dense or pruned, a checkpoint directory or a name on the hub, streamed block by block.
 
@@ -64,12 +61,7 @@ def evaluate(
     ):
         if value is not None and needed is None:
             raise ConfigError(f"{option} {value} needs {other}")
-    machine: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "memory": options.size(memory, "--memory"),
-        "cache": cache,
-    }
+    machine = options.machine(**chosen)
     found: dict[str, Any] = {}
     lines: list[str] = []
     # A name that is none should not be noticed after hours.

@@ -34,7 +34,8 @@ class Group(click.Group):
 
             if not isinstance(error, StreamPruneError):
                 raise
-            click.echo(f"streamprune: {' '.join(str(error).split())}", err=True)
+            if not error.told:
+                click.echo(f"streamprune: {' '.join(str(error).split())}", err=True)
             ctx.exit(error.exit_code)
 
 
@@ -50,6 +51,7 @@ def main() -> None:
       streamprune run llama-70b llama-49b --ratio 0.3 --calibration text.txt
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank would be told with a stack a survivor
     if hasattr(sys.stderr, "reconfigure"):
         sys.stderr.reconfigure(line_buffering=True)
 

@@ -70,6 +70,17 @@ computing_options = bundle(
 machine_options = bundle(
     computing_options,
     click.option("--cache", type=DIRECTORY, help="Folder for activations, on a fast disk."),
+    click.option(
+        "--activations",
+        metavar="NAME",
+        help="What is stored of activations: float32, bfloat16, float16, float64, float8 (a scale a token), or auto: bfloat16 "
+        "for models stored in it, else what is computed.  [default: auto; eval: what is computed]",
+    ),
+    click.option(
+        "--memory-host",
+        metavar="SIZE",
+        help="Host memory to hold activations in, besides --memory, such as 16GiB.  [default: none]",
+    ),
 )
 
 calibration_options = bundle(
@@ -139,12 +150,16 @@ job_options = bundle(
 )
 
 
-def begin() -> None:
-    """What every command does first that works with weights."""
+def begin(*, shared: bool = False) -> None:
+    """What every command does first that works with weights; of processes started together, only some share one."""
     from transformers.utils.logging import disable_progress_bar
 
+    from streamprune.errors import ConfigError
     from streamprune.host import settle_malloc
+    from streamprune.ranks import expected
 
+    if not shared and expected() > 1:
+        raise ConfigError(f"{expected()} processes were started together (WORLD_SIZE); only run shares its work")
     settle_malloc()
     # Before anything asks for a GPU: blocks of growing and shrinking sizes leave holes otherwise.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -160,6 +175,13 @@ def size(text: str | None, option: str) -> int | None:
         return None if text is None else parse_bytes(text)
     except ConfigError as error:
         raise ConfigError(f"{option}: {error}") from None
+
+
+def machine(*, memory: str | None, memory_host: str | None, activations: str | None, **others: Any) -> dict[str, Any]:
+    """Options as settings: sizes in bytes, and what was not given left out where a setting has a default of its own."""
+    given = {} if activations is None else {"activations": activations}
+    sizes = {"memory": size(memory, "--memory"), "memory_host": size(memory_host, "--memory-host")}
+    return {**others, **sizes, **given}
 
 
 def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
@@ -182,7 +204,6 @@ def config(
     out: Path,
     *,
     settings: tuple[str, ...],
-    memory: str | None,
     disk: str | None,
     plan_file: Path | None,
     structure: str | None,
@@ -197,8 +218,7 @@ def config(
         model=model,
         out=out,
         settings=assignments(settings, "name=value"),
-        memory=size(memory, "--memory"),
         disk=size(disk, "--disk"),
         plan=plan_file,
-        **others,
+        **machine(**others),
     )

@@ -33,19 +33,25 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, q
       streamprune run llama-2-7b out --ratio 0.3 --recipe sobp --set head_weight=2
 
       streamprune run org/name@main out --ratio 0.3 --calibration code.jsonl:content=0.3 --calibration wiki.txt=0.7
+
+      torchrun --nproc-per-node 4 -m streamprune_cli run llama-70b llama-49b --ratio 0.3 --calibration wiki.txt
     """
     import streamprune
 
-    options.begin()
+    options.begin(shared=True)
 
-    config = options.config(model, out, **chosen)
+    with streamprune.joined() as ranks:
+        config = options.config(model, out, **chosen)
+        with show.progress(quiet or not ranks.first) as progress:
+            if plan_only:
+                path = streamprune.plan_only(config, restart=restart, progress=progress, ranks=ranks)
+            else:
+                result = streamprune.prune(config, restart=restart, progress=progress, ranks=ranks)
+    if not ranks.first:
+        return
     if plan_only:
-        with show.progress(quiet) as progress:
-            path = streamprune.plan_only(config, restart=restart, progress=progress)
         show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
         return
-    with show.progress(quiet) as progress:
-        result = streamprune.prune(config, restart=restart, progress=progress)
     from streamprune.config import format_bytes, format_passes
 
     shares = f"{result.ratio_blocks:.2%} of the blocks and {result.ratio_model:.2%} of the model"

@@ -44,7 +44,7 @@ from . import options, show
 @options.machine_options
 @click.option("--restart", is_flag=True, help="Throw away what an earlier job left in OUT, finished or not.")
 @options.output_options
-def tune(model: Path, out: Path, memory: str | None, restart: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
+def tune(model: Path, out: Path, restart: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Train low-rank changes of MODEL, pruned or not, a checkpoint directory or a name on the hub, into OUT.
 
     OUT appears complete or not at all, the changes absorbed into its weights. Interrupted, the same command goes on
@@ -61,7 +61,7 @@ def tune(model: Path, out: Path, memory: str | None, restart: bool, as_json: boo
 
     options.begin()
 
-    config = streamprune.TuneConfig(model=model, out=out, memory=options.size(memory, "--memory"), **chosen)
+    config = streamprune.TuneConfig(model=model, out=out, **options.machine(**chosen))
     with show.progress(quiet) as progress:
         tuned = streamprune.tune(config, restart=restart, progress=progress)
     lines = [

@@ -24,6 +24,7 @@ from .methods import RECIPES
 from .model.architecture import ARCHITECTURES
 from .model.modeling_streamprune import register
 from .progress import Callback, Event, Progress
+from .ranks import Ranks, joined
 from .report import report
 from .run import Result, forecast_job, plan_only, prune
 from .status import Status, status
@@ -47,6 +48,7 @@ __all__ = [
     "Event",
     "Exported",
     "Progress",
+    "Ranks",
     "Result",
     "Source",
     "Status",
@@ -69,6 +71,7 @@ __all__ = [
     "find_tasks",
     "forecast_job",
     "inspect",
+    "joined",
     "load",
     "plan_only",
     "prune",

@@ -309,7 +309,7 @@ def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room
         needs = Needs(samples=batch, length=length, text=True, prunes=False)
         passing = max(passing, device_peak(skeleton, needs, batch, 1))
     limit = room["device_limit"]
-    if sum(sizes) + passing + (room["held"] if skeletons[0].device.type == "cpu" else 0) > limit:
+    if sum(sizes) + passing + (room["base"] if skeletons[0].device.type == "cpu" else 0) > limit:
         each = " and ".join(
             f"{skeleton.checkpoint.directory} {format_bytes(size)}"
             for skeleton, size in zip(skeletons, sizes, strict=True)

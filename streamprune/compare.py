@@ -170,6 +170,7 @@ class _Evaluation:
             dtype=config.dtype,
             memory=config.memory,
             cache=config.cache,
+            memory_host=config.memory_host,
             progress=progress,
         )
         return {"perplexity": measured.perplexity, "protocol": measured.protocol}
@@ -262,12 +263,25 @@ class _Work:
                 raise ResumeError(f"{self.folder} holds a comparison made otherwise: {found}; --restart starts over")
 
     def _schedule(self) -> list[Stretch]:
-        """Every row's pruning and measuring, with the forecast's operations."""
+        """Every row's pruning and measuring, with the forecast's operations: what other rows spare it left out."""
         measuring = self.evaluation.operations
         found = [Stretch(f"eval/{DENSE}", 1, measuring)]
+        swept: list[Any] = []
         for candidate in self.candidates:
+            resources = candidate.job.forecast()
+            operations = resources.operations
+            if candidate.job.surveys:
+                shared = candidate.job.shared_survey(resources.sizes)
+                of_all = candidate.job.statistics and not candidate.job.writes_text
+                sweep = candidate.job.first_sweep(resources.sizes) if of_all else shared
+                if sweep in swept:
+                    phases = resources.phases
+                    operations -= sum(phases[name] for name in ("forward", "head", "backward")) // candidate.job.shots
+                finished = self.journal.find(f"prune/{candidate.name}") is not None
+                if not finished or (shared is not None and shared.is_dir()):
+                    swept.append(sweep)
             found += [
-                Stretch(f"prune/{candidate.name}", 1, candidate.job.forecast().operations),
+                Stretch(f"prune/{candidate.name}", 1, operations),
                 Stretch(f"eval/{candidate.name}", 1, measuring),
             ]
         return found

@@ -19,6 +19,7 @@ DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
 TuneMethod = Literal["auto", "lora", "distil"]
 TUNE_METHODS: tuple[TuneMethod, ...] = ("auto", "lora", "distil")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+ACTIVATIONS = (*DTYPES, "float8")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -108,6 +109,10 @@ def _check_common(config: Any) -> None:
         raise ConfigError(f"seq_len is {config.seq_len}; it must be at least 2")
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype is {config.dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if config.activations not in ACTIVATIONS:
+        raise ConfigError(f"activations is {config.activations!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if config.memory_host is not None:
+        _check_least(config, ("memory_host", 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +151,16 @@ class Config:
     """Steps of block refinement after each block was pruned; 0 for none."""
     dtype: str = _fixed(default="auto")
     """What blocks compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
+    activations: str = _fixed(default="auto")
+    """What is stored of activations: see `machine.resolve_activations`."""
     cache: Path | None = _free(default=None)
     """Folder for activations; None keeps them beside OUT."""
     device: str = _free(default="auto")
     memory: int | None = _free(default=None)
     """Bytes the device may use; None takes what is free."""
+    memory_host: int | None = _free(default=None)
+    """Bytes of host memory that activations may be held in, besides `memory`; None holds none, since the kernel keeps
+    what was written in memory that is free."""
     disk: int | None = _free(default=None)
     """Bytes of disk that activations may use; None takes what is free."""
     plan: Path | None = _free(default=None)
@@ -213,11 +223,16 @@ class TuneConfig:
     """Adam's, at the first step; it falls linearly to zero. None takes 1e-3 for `lora` and 3e-3 for `distil`."""
     dtype: str = _fixed(default="auto")
     """What blocks compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
+    activations: str = _fixed(default="auto")
+    """What is stored of activations: see `machine.resolve_activations`."""
     cache: Path | None = _free(default=None)
     """Folder for activations; None keeps them beside OUT."""
     device: str = _free(default="auto")
     memory: int | None = _free(default=None)
     """Bytes the device may use; None takes what is free."""
+    memory_host: int | None = _free(default=None)
+    """Bytes of host memory that activations may be held in, besides `memory`; None holds none, since the kernel keeps
+    what was written in memory that is free."""
 
     def __post_init__(self) -> None:
         _make_paths(self, "model", "out", "teacher", "cache")

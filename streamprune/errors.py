@@ -9,6 +9,8 @@
     ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
     ├── ResumeError             exit 1   a job under way was started with other settings or inputs
     ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
+    ├── LostError               exit 1   of several processes at one job, another one is gone
+    ├── ElsewhereError          its own  the same, and it has told why
     └── Stopped                 exit 75  nothing is wrong: somebody asked, and the same command goes on
 
 Everything else that escapes is a bug.
@@ -26,6 +28,8 @@ class StreamPruneError(Exception):
     """Base of every error that is the user's to mend; the message is one line."""
 
     exit_code = 1
+    told = False
+    """Whether another process of the same job has told it already."""
 
 
 class ConfigError(StreamPruneError):
@@ -52,6 +56,25 @@ class ResumeError(StreamPruneError):
 
 class NumericalError(StreamPruneError):
     """Numbers that cannot be worked with."""
+
+
+class LostError(StreamPruneError):
+    """Another process of the same job is gone."""
+
+
+class ElsewhereError(StreamPruneError):
+    """Another process of the same job has failed.
+
+    Args:
+        message: what it said.
+        exit_code: what it ends with.
+    """
+
+    told = True
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Stopped(StreamPruneError):

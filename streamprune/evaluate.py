@@ -39,6 +39,8 @@ def evaluate(
     dtype: str = "auto",
     memory: int | None = None,
     cache: Path | None = None,
+    activations: str | None = None,
+    memory_host: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of a checkpoint directory, dense or pruned, on a text.
@@ -50,6 +52,9 @@ def evaluate(
     Args:
         memory: bytes the device may use; None takes what is free.
         cache: folder for activations while it runs; None takes the system's temporary folder.
+        activations: what is stored of them, see `machine.resolve_activations`; None keeps what is computed, since this is
+            a measurement.
+        memory_host: bytes of host memory that they may be held in, besides `memory`; what finds room there is not written.
 
     Raises:
         CheckpointError, CalibrationError, ConfigError: unusable model, text or device.
@@ -63,22 +68,25 @@ def evaluate(
     skeleton = open_skeleton(model, where, dtype)
     windows = read_windows(skeleton, given, seq_len)
     length = windows.shape[1]
-    parent = cache or Path(tempfile.gettempdir())
+    stored = None
+    if activations is not None:
+        stored = machine.resolve_activations(activations, skeleton.dtype, skeleton.checkpoint.dtype)
+    parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
     resources = forecast(
         skeleton,
-        Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True),
-        **machine.room(where, memory),
+        Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True, activations=stored),
+        **machine.room(where, memory, held),
         disk_limit=files.free_bytes(parent),
     ).require()
+    skeleton.copies_ahead = resources.copies_ahead
     if cache is not None:
         files.make_folder(cache)
     with (
         machine.within(where, memory),
         tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder,
     ):
-        store = ActivationStore(
-            Path(folder), (len(windows), length, skeleton.width), skeleton.dtype, where, durable=False
-        )
+        shape = len(windows), length, skeleton.width
+        store = ActivationStore(Path(folder), shape, skeleton.dtype, where, durable=False, stored=stored, memory=held)
         progress.phase("evaluate", len(skeleton) + 2)
         sweep.embed(skeleton, windows, store, sweep.boundary("dense", 0), resources.batch)
         progress.step("embedding")
@@ -95,6 +103,7 @@ def evaluate(
         protocol=(
             f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
             f"mean over all {count} predicted tokens; computed in {machine.dtype_name(skeleton.dtype)}"
+            + ("" if stored in (None, skeleton.dtype) else f", activations stored in {machine.dtype_name(stored)}")
         ),
     )
 

@@ -12,21 +12,25 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ResumeError
+from .occupancy import spent
 
 TEMPORARY = ".tmp"
 LOCK_TRIES = 4
+SYNC_BYTES = 32 << 20
+"""Of a long durable file, so many are sent to the disk at once."""
 
 
 def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with spent("write"):
+            os.fsync(descriptor)
     except OSError as error:
         # Some network file systems refuse to fsync a folder; their renames are durable by themselves.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
@@ -53,6 +57,29 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def appending(path: Path, *, durable: bool) -> Iterator[Callable[[memoryview], None]]:
+    """Write a new file piece after piece, from any thread.
+
+    What shall be durable goes to the disk as it comes, so that whoever syncs the whole at the end finds little left to do.
+    """
+    with path.open("wb", buffering=0) as file:
+        waits = 0
+
+        def append(data: memoryview) -> None:
+            nonlocal waits
+            with spent("write"):
+                done = 0
+                while done < len(data):
+                    done += file.write(data[done:])
+                waits += len(data)
+                if durable and waits >= SYNC_BYTES:
+                    os.fsync(file.fileno())
+                    waits = 0
+
+        yield append
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,7 +111,7 @@ def link(source: Path, target: Path) -> None:
 def append_line(path: Path, line: str) -> None:
     """Durably append one line."""
     new = not path.exists()
-    with path.open("ab") as file:
+    with spent("write"), path.open("ab") as file:
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -136,7 +163,7 @@ def move_aside(path: Path, target: Path) -> None:
 def read_into(path: Path, offset: int, buffer: memoryview) -> int:
     """Fill `buffer` from a file's bytes at `offset`; returns how many there were."""
     done = 0
-    with path.open("rb", buffering=0) as file:
+    with spent("read"), path.open("rb", buffering=0) as file:
         file.seek(offset)
         while done < len(buffer) and (count := file.readinto(buffer[done:])):
             done += count

@@ -25,7 +25,7 @@ from .journal import Entry, Journal
 from .layout import DECILM, LAYOUTS
 from .maths.operations import kind
 from .maths.stats import Statistic
-from .memory import SLACK, GramPlace, Needs, Resources, Sizes, device_peak, forecast
+from .memory import SLACK, GramPlace, Needs, Resources, Sizes, copies_ahead, device_peak, forecast
 from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
@@ -33,31 +33,41 @@ from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import Progress
+from .ranks import ALONE, Ranks
 from .schedule import Stretch, as_entries
 from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import check_weights
 from .text import Text, builtin_text
-from .workplace import KNOWN, Workplace, text_identity
+from .workplace import KNOWN, LOCK, Workplace, first_difference, text_identity
 
 
 class Job(Workplace):
     """One job: everything that both a first and a resumed process need to know.
 
     Args:
+        ranks: those that share it.
         alongside: jobs to come with the same `surveys`: what of their surveys the same sweep can sum is made in passing.
 
     Raises:
         StreamPruneError: whatever can be known to be wrong before any work.
     """
 
-    def __init__(self, config: Config, progress: Progress | None, alongside: Sequence[Config] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress | None,
+        alongside: Sequence[Config] = (),
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.alongside = alongside
         if config.recipe not in RECIPES:
             raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
         self.settings = self.recipe.parse(config.settings)
-        self.device = machine.resolve_device(config.device)
+        if config.samples < ranks.size:
+            raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
+        self.device = machine.resolve_device(config.device, ranks)
         self.out_given = str(config.out)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, out=config.out.absolute())
@@ -65,6 +75,8 @@ class Job(Workplace):
             raise ConfigError(f"OUT is {config.out}, the model itself")
         self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
         self.dtype = config.dtype
+        stored = self.skeleton.checkpoint.dtype
+        self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
         self.peaks = machine.Peaks(self.device)
         self.sites = self.skeleton.all_sites()
         self._check_layout()
@@ -75,7 +87,7 @@ class Job(Workplace):
         self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.given_plan is None:
             self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
-        super().__init__(config.out, config.cache, output.is_report, progress)
+        super().__init__(config.out, config.cache, output.is_report, progress, ranks)
         self.plan_path = self.folder / "plan.json"
         self.written_path = self.folder / "calibration.safetensors"
 
@@ -151,8 +163,10 @@ class Job(Workplace):
     def needs(self) -> Needs:
         """What the forecast has to count."""
         correction = self.recipe.correction(self.settings)
+        # The first rank alone writes text and corrects.
+        divided = not self.writes_text and correction is None
         return Needs(
-            samples=self.config.samples,
+            samples=self.ranks.most(self.config.samples) if divided else self.config.samples,
             length=self.length,
             text=self.needs_text,
             survey=self.statistics,
@@ -164,8 +178,14 @@ class Job(Workplace):
             corrects=correction.steps if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
+            removes=0.0
+            if self.recipe.writes_zeros(self.settings)
+            else self.budget().target / self.skeleton.block_parameters(),
+            work=lambda site, keep: self.recipe.work(self.settings, site, keep),
+            digest_work=lambda site: self.recipe.digest_work(self.settings, site),
             workspace=lambda site: self.recipe.workspace(self.settings, site),
             digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
+            activations=self.activations,
         )
 
     @property
@@ -190,6 +210,7 @@ class Job(Workplace):
                 "settings": asdict(self.settings),
                 "ratio": self.ratio,
                 "dtype": machine.dtype_name(self.skeleton.dtype),
+                "activations": machine.activations_name(self.activations, self.skeleton.dtype),
             },
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
@@ -201,25 +222,31 @@ class Job(Workplace):
         )
 
     def forecast(self) -> Resources:
-        """What it takes, given what this machine has free."""
+        """What it takes, given what this machine has free; of several ranks, what each takes, given what the poorest has."""
         disk = files.free_bytes(self.cache)
+        disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.here
+        rooms = self.ranks.gather({**self._room, "disk_limit": disk})
         return forecast(
             self.skeleton,
             self.needs,
-            **machine.room(self.device, self.config.memory),
-            disk_limit=min(disk, self.config.disk) if self.config.disk else disk,
+            **{name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]},
         )
+
+    @property
+    def _room(self) -> dict[str, int]:
+        return machine.room(self.device, self.config.memory, self.config.memory_host or 0, self.ranks)
 
     def first_sweep(self, sizes: Sizes) -> list[Any]:
         """All that tells the sweep of the first shot's survey, made with these sizes, from other jobs' sweeps."""
-        settings = {k: v for k, v in self.header["settings"].items() if k in ("samples", "seq_len", "seed", "dtype")}
+        deciding = ("samples", "seq_len", "seed", "dtype", "activations")
+        settings = {k: v for k, v in self.header["settings"].items() if k in deciding}
         gradients = self.needs.gradients
         labels = gradients and self.recipe.draws_labels(self.settings)
         return [gradients, labels, settings, self.header["inputs"], self.header["versions"], list(sizes)]
 
     def shared_survey(self, sizes: Sizes) -> Path | None:
         """Where the findings of the first shot, made with these sizes, lie for jobs that would find the same."""
-        if self.config.surveys is None or self.given_plan is not None or not self.surveys:
+        if self.config.surveys is None or self.given_plan is not None or not self.surveys or self.ranks.size > 1:
             return None
         same = [self.recipe.name, asdict(self.settings), *self.first_sweep(sizes)]
         key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
@@ -248,7 +275,7 @@ class Job(Workplace):
         Raises:
             ResumeError: started with other settings, inputs or versions.
         """
-        self.journal = Journal(self.journal_path)
+        self.journal = Journal(self.journal_path, ranks=self.ranks)
         start = self.journal.header
         if start is None or restart:
             start = self._begin()
@@ -261,6 +288,10 @@ class Job(Workplace):
                 raise ResumeError(
                     f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
                 )
+            if start["ranks"] != self.ranks.size:
+                raise ResumeError(
+                    f"{self.ranks.size} processes share the samples; this job was started with {start['ranks']}; --restart starts over"
+                )
             self._check_memory(start["resources"])
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
@@ -268,6 +299,7 @@ class Job(Workplace):
         self.grams: GramPlace = start["resources"]["grams"]
         self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
         self.boundary_every: int = start["resources"]["boundary_every"]
+        self.skeleton.copies_ahead = copies_ahead(self.skeleton, self.needs, self.sizes, self._room["device_limit"])
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
@@ -275,14 +307,36 @@ class Job(Workplace):
         for path in self.folder.iterdir():
             # A process that was killed may have left a file half-written.
             name = path.name.removesuffix(files.TEMPORARY)
-            if name not in known and not name.startswith(("survey-", "shot-")):
+            if name not in known and not name.startswith(("survey-", "shot-", f"{LOCK}-")):
                 raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
         resources = self.forecast().require()
-        self.check_disk(resources.output_bytes, resources.disk_bytes)
+        self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
         if self.needs_text and not self.writes_text:
             _ = self.tokens
         header = self.header
-        check_weights(self.skeleton, self.progress)
+        self._check_agreed()
+        check_weights(self.skeleton, self.progress, self.ranks)
+        if self.ranks.first:
+            self._clear_way()
+        self.ranks.barrier()  # activations go only after the journal that speaks of them
+        files.remove_tree(self.own_cache)
+        if self.needs_text:
+            files.make_folder(self.own_cache)
+        self.journal = Journal(self.journal_path, ranks=self.ranks)
+        return self.journal.append(
+            "start",
+            job=header,
+            cache=self.cache_given,
+            plan="given" if self.given_plan else None,
+            shots=self.shots,
+            replaces=self.report_in_out() is not None,
+            ranks=self.ranks.size,
+            resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
+            schedule=as_entries(self._schedule(resources.phases)),
+        )
+
+    def _clear_way(self) -> None:
+        """Let go of what was there, the journal first, and make what this job needs."""
         files.remove(self.journal_path)
         files.sync(self.folder)
         for leftover in (self.staging, self.cache, self.folder / "replaced", *self.folder.glob("shot-*")):
@@ -291,21 +345,11 @@ class Job(Workplace):
             files.make_folder(self.shot_folder(number))
             if self.recipe.correction(self.settings) is not None:
                 files.make_folder(self.folder / f"shot-{number:02}-pruned")
-        if self.needs_text:
-            files.make_folder(self.cache)
-        self.journal = Journal(self.journal_path)
-        return self.journal.append(
-            "start",
-            job=header,
-            cache=self.cache_given,
-            plan="given" if self.given_plan else None,
-            shots=self.shots,
-            replaces=self.report_in_out() is not None,
-            resources={
-                name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
-            },
-            schedule=as_entries(self._schedule(resources.phases)),
-        )
+
+    def _check_agreed(self) -> None:
+        """See that all ranks were asked the same of the same model, text and versions."""
+        if difference := first_difference(self.ranks.told(lambda: self.header), self.header):
+            raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
 
     def _schedule(self, operations: Mapping[str, int]) -> list[Stretch]:
         """The steps to come, with the forecast's operations by phase."""
@@ -346,9 +390,9 @@ class Job(Workplace):
 
     def peak(self, needs: Needs, sizes: Sizes) -> tuple[int, int]:
         """Bytes that work with these needs and sizes holds at most, and how many it may."""
-        room = machine.room(self.device, self.config.memory)
-        held = room["held"] if self.device.type == "cpu" else 0
-        return held + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
+        room = self._room
+        base = room["base"] + room["memory_host"] if self.device.type == "cpu" else 0
+        return base + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
         """What `report.json` holds.
@@ -371,6 +415,7 @@ class Job(Workplace):
             "zeros": zeros,
             "batch": self.batch,
             "shots": self.shots,
+            "ranks": self.ranks.size,
             "plan": plan.digest(),
             "plan_given": plan.digest() if self.given_plan else None,
             "job": self.header,
@@ -396,11 +441,24 @@ class Job(Workplace):
         tokenizer = calibration.load_tokenizer(self.config.model)
         return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed)
 
+    @property
+    def part(self) -> slice:
+        """The samples that are this rank's."""
+        return self.ranks.samples(self.config.samples)
+
     @cached_property
     def store(self) -> ActivationStore:
-        """Block inputs, for whichever sweep is under way."""
-        shape = self.config.samples, self.length, self.skeleton.width
-        return ActivationStore(self.cache, shape, self.skeleton.dtype, self.device, durable=True)
+        """Inputs of blocks for this rank's samples, for whichever sweep is under way."""
+        shape = self.part.stop - self.part.start, self.length, self.skeleton.width
+        return ActivationStore(
+            self.own_cache,
+            shape,
+            self.skeleton.dtype,
+            self.device,
+            durable=True,
+            stored=self.activations,
+            memory=self.config.memory_host or 0,
+        )
 
     # What people give.
 

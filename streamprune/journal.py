@@ -15,6 +15,7 @@ from typing import Any
 
 from . import files
 from .errors import ResumeError
+from .ranks import ALONE, Ranks
 
 Entry = dict[str, Any]
 
@@ -24,17 +25,16 @@ class Journal:
 
     Args:
         repair: cut off a torn last line; False only passes over it, for looking at a job that may be running.
+        ranks: those that work by it, all of which open it and append to it together: the first reads and writes the file.
     """
 
-    def __init__(self, path: Path, *, repair: bool = True) -> None:
-        self.path, self.repair = path, repair
+    def __init__(self, path: Path, *, repair: bool = True, ranks: Ranks = ALONE) -> None:
+        self.path, self.repair, self.ranks = path, repair, ranks
         self.meter: Callable[[], Entry] = dict
         """What every further line carries besides its own data."""
         self.rest: Callable[[], None] = lambda: None
         """Called when a line is durable; may raise to end the work there."""
-        self._entries: list[Entry] = []
-        if path.exists():
-            self._read()
+        self._entries: list[Entry] = ranks.told(self._read)
 
     @property
     def header(self) -> Entry | None:
@@ -42,11 +42,10 @@ class Journal:
         return self._entries[0] if self._entries else None
 
     def append(self, step: str, **data: Any) -> Entry:
-        """Record `step` as finished, durably. Whatever it speaks of must be durable before."""
+        """Record `step` as finished, durably. Whatever it speaks of must be durable before, on every rank."""
+        self.ranks.barrier()
         entry = {"step": step, **data, **self.meter()}
-        files.append_line(self.path, _encode(entry))
-        # Through JSON and back, so that a job that never stopped sees what a resumed one reads.
-        self._entries.append(json.loads(json.dumps(entry)))
+        self._entries.append(self.ranks.told(lambda: self._write(entry)))
         self.rest()
         return self._entries[-1]
 
@@ -58,9 +57,15 @@ class Journal:
         """All finished steps whose name begins with `prefix`, in order, the header left out."""
         return (entry for entry in self._entries[1:] if entry["step"].startswith(prefix))
 
-    def _read(self) -> None:
-        good = 0
-        data = self.path.read_bytes()
+    def _write(self, entry: Entry) -> Entry:
+        files.append_line(self.path, _encode(entry))
+        # Through JSON and back, so that a job that never stopped sees what a resumed one reads.
+        written: Entry = json.loads(json.dumps(entry))
+        return written
+
+    def _read(self) -> list[Entry]:
+        good, entries = 0, list[Entry]()
+        data = self.path.read_bytes() if self.path.exists() else b""
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             entry = _decode(line)
             if entry is None:
@@ -69,8 +74,9 @@ class Journal:
                 if self.repair:
                     files.truncate(self.path, good)
                 break
-            self._entries.append(entry)
+            entries.append(entry)
             good += len(line)
+        return entries
 
 
 def _encode(entry: Entry) -> str:

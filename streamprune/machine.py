@@ -12,20 +12,25 @@ from typing import Any
 
 import torch
 
-from .config import DTYPES
+from .config import ACTIVATIONS, DTYPES, format_bytes
 from .errors import ConfigError, ResourceError
+from .ranks import ALONE, Ranks
 
 _WARM = 48 << 20
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto`` takes CUDA where there is one, else the CPU.
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """``auto`` takes CUDA where there is one, else the CPU; of several ranks on a machine each has a GPU of its own.
 
     Raises:
         ConfigError: not a device, or one that this machine or this torch has not.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(f"device is {name!r}; with {ranks.size} processes it must be auto, cpu or cuda")
+        name = f"cuda:{ranks.local}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -55,9 +60,42 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
     return stored if device.type == "cuda" else torch.float32
 
 
+def resolve_activations(name: str, computing: torch.dtype, stored: torch.dtype) -> torch.dtype:
+    """What activations are stored in.
+
+    ``auto`` is bfloat16 for a model that is itself stored in it, whether or not it is computed in: nothing in such a
+    model was ever more precise, and it halves what a CPU, which computes in float32, writes and reads. Any other model
+    keeps what is computed: float16 would hold no more than 65504, which residual streams exceed. So does float64.
+
+    Args:
+        computing: what blocks compute in.
+        stored: what the model's weights are stored in.
+
+    Raises:
+        ConfigError: not one of `ACTIVATIONS`, or larger than what is computed.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"activations is {name!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if name == "float8":
+        return torch.float8_e4m3fn
+    if name == "auto":
+        return torch.bfloat16 if stored == torch.bfloat16 and computing != torch.float64 else computing
+    dtype: torch.dtype = getattr(torch, name)
+    if dtype.itemsize > computing.itemsize:
+        raise ConfigError(
+            f"activations is {name!r}, which is more than the {dtype_name(computing)} they are computed in"
+        )
+    return dtype
+
+
+def activations_name(stored: torch.dtype, computing: torch.dtype) -> str:
+    """How a job's settings say what is stored: the same for all jobs that keep what they compute."""
+    return "as computed" if stored == computing else dtype_name(stored)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` → ``"float32"``."""
-    return str(dtype).removeprefix("torch.")
+    """``torch.float32`` → ``"float32"``, and one name for all that activations may be stored in."""
+    return "float8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def available_memory(device: torch.device) -> int:
@@ -67,18 +105,31 @@ def available_memory(device: torch.device) -> int:
     return int(_host_available() * 0.9)
 
 
-def room(device: torch.device, asked: int | None) -> dict[str, int]:
+def room(device: torch.device, asked: int | None, activations: int = 0, ranks: Ranks = ALONE) -> dict[str, int]:
     """How much memory a job may take, as `memory.forecast` wants to know it.
 
     Args:
-        asked: bytes that it shall stay within; None for what is free. On the CPU that is the whole process.
+        asked: bytes of the device that it shall stay within; None for what is free. On the CPU that is the whole process.
+        activations: bytes of host memory that they may be held in.
+        ranks: those that share a job; each of them on this machine has an equal part of what is free of the host's.
 
     Returns:
-        ``device_limit``, and ``held``: what of the host's this process takes for itself.
+        ``device_limit``; ``base``, what of the host's this process takes for itself; ``memory_host``, what activations may.
+
+    Raises:
+        ResourceError: this machine has not so much for activations.
     """
-    held = base_bytes()
-    free = available_memory(device) + (held if device.type == "cpu" else 0)
-    return {"device_limit": min(asked or free, free) if device.type == "cuda" else asked or free, "held": held}
+    base, free = base_bytes(), available_memory(torch.device("cpu")) // ranks.here
+    if activations > free:
+        raise ResourceError(
+            f"activations may be held in {format_bytes(activations)} of host memory; {format_bytes(free)} are free"
+        )
+    if device.type == "cpu":
+        limit = asked or free + base
+    else:
+        there = available_memory(device)
+        limit = min(asked or there, there)
+    return {"device_limit": limit, "base": base, "memory_host": activations}
 
 
 @contextmanager

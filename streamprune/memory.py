@@ -10,6 +10,7 @@ device runs the model alone (`GramPlace`).
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -20,11 +21,14 @@ import torch
 from .config import format_bytes
 from .errors import ResourceError
 from .host import HEAP_KEPT
+from .machine import dtype_name
 from .maths.blocked import TILE
-from .maths.stats import GRADIENTS, Statistic
+from .maths.operations import KINDS, Kind
+from .maths.stats import GRADIENTS, PANEL, Statistic
 from .model.block import linear_shape
 from .model.skeleton import Skeleton
 from .site import Site
+from .stream.encoding import token_bytes
 from .stream.sweep import LOGIT_BYTES
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -105,6 +109,12 @@ class Needs:
     """The head gives losses."""
     generates: bool = False
     """The model writes its calibration tokens."""
+    removes: float = 0.0
+    """Share of the blocks' parameters that is gone in the end."""
+    work: Callable[[Site, float], float] = lambda site, keep: 0.0
+    """Operations of choosing what stays of a site and re-fitting it."""
+    digest_work: Callable[[Site], float] = lambda site: 0.0
+    """Operations of a site's findings."""
     workspace: Callable[[Site], int] = lambda site: 0
     """Numbers that solving a site takes beside its W and H."""
     digest_workspace: Callable[[Site], int] = lambda site: 0
@@ -118,6 +128,9 @@ class Needs:
             shared=True,
             digest_workspace=lambda site: max(self.digest_workspace(site), other.digest_workspace(site)),
         )
+
+    activations: torch.dtype | None = None
+    """What they are stored in; None for what is computed."""
 
     @property
     def gradients(self) -> bool:
@@ -141,14 +154,20 @@ class Resources:
     grams: GramPlace
     boundary_every: int
     """The survey keeps every k-th boundary and recomputes the others."""
+    copies_ahead: bool
+    """Whether the next block's weights come to the device while this one's are used."""
     device_bytes: int
     """Peak of weights, sums, solver workspace and activations; where the device is the CPU, of the whole process."""
     host_bytes: int
     """Peak of the process; where the device is the CPU, the device's share included."""
     demands: dict[str, dict[str, int]]
     """What each step holds, by its name: the parts of a `Demand`, and ``device_bytes`` and ``host_bytes`` in all."""
+    held_bytes: int
+    """Of the host's peak, activations that `memory_host` allows to be held."""
     disk_bytes: int
     """Activations."""
+    activations: str
+    """What they are stored in."""
     output_bytes: int
     """The result, at the most."""
     bytes_to_read: int
@@ -156,6 +175,8 @@ class Resources:
     """Floating-point operations."""
     phases: dict[str, int]
     """The same by phase, one entry for each of `PHASES`."""
+    operations_by_kind: dict[str, int]
+    """The same by what they are for, one entry for each of `maths.operations.KINDS`."""
     steps: int
     device_limit: int
     disk_limit: int
@@ -182,17 +203,21 @@ class Resources:
         return self
 
 
-def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int, held: int = 0) -> Resources:
+def forecast(
+    skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int, base: int = 0, memory_host: int = 0
+) -> Resources:
     """What the job takes, with the largest micro-batches that fit the device's limit.
 
     Args:
         device_limit: bytes; where the device is the CPU, of the whole process.
-        held: bytes of host memory that the process holds before any work.
+        base: bytes of host memory that the process takes for itself.
+        memory_host: bytes of host memory that activations may be held in.
     """
     model = _Shapes(skeleton, needs)
     problems = []
-    places = GRAM_PLACES if skeleton.device.type != "cpu" else GRAM_PLACES[:1]
-    room = device_limit - (held if skeleton.device.type == "cpu" else 0)
+    on_cpu = skeleton.device.type == "cpu"
+    places = GRAM_PLACES[:1] if on_cpu else GRAM_PLACES
+    room = device_limit - (base + memory_host if on_cpu else 0)
     grams = next((place for place in places if model.device_peak(1, 1, place) <= room), places[-1])
     least = model.device_peak(1, 1, grams)
     batch = backward_batch = 1
@@ -205,20 +230,21 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         most = max(1, min(needs.samples, BATCH_TOKENS[skeleton.device.type] // needs.length))
         batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1, grams) <= room)
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size, grams) <= room)
-    every, disk = model.boundaries(disk_limit)
+    every, disk = model.boundaries(disk_limit, memory_host)
+    held = min(memory_host, model.boundaries(disk_limit, 0)[1])
     disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # these go before boundaries come
     if disk > disk_limit:
         problems.append(
             f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
             f"fewer samples than {needs.samples}, windows shorter than {needs.length} or another --cache would do"
         )
-    phases = model.operations()
+    operations = model.operations()
     demands = model.demands(batch, backward_batch, grams)
-    on_cpu = skeleton.device.type == "cpu"
+    ahead = copies_ahead(skeleton, needs, (batch, backward_batch, grams), device_limit)
     totals = {
         name: {
-            "device_bytes": demand.device + held * on_cpu,
-            "host_bytes": held + demand.host + demand.device * on_cpu,
+            "device_bytes": demand.device + (base + held if on_cpu else ahead * model.stored_block),
+            "host_bytes": base + held + demand.host + (demand.device if on_cpu else 0),
         }
         for name, demand in demands.items()
     }
@@ -228,21 +254,35 @@ def forecast(skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit:
         backward_batch=backward_batch,
         grams=grams,
         boundary_every=every,
+        copies_ahead=ahead,
         device_bytes=max(each["device_bytes"] for each in totals.values()),
         host_bytes=max(each["host_bytes"] for each in totals.values()),
+        held_bytes=held,
         demands={name: {**asdict(demand), **totals[name]} for name, demand in demands.items()},
         disk_bytes=disk,
+        activations=dtype_name(needs.activations or skeleton.dtype),
         output_bytes=sum(skeleton.checkpoint[name].nbytes for name in skeleton.checkpoint)
         if needs.prunes or needs.refines
         else 0,
         bytes_to_read=model.bytes_to_read(every),
-        operations=sum(phases.values()),
-        phases=phases,
+        operations=sum(round(count) for count in operations.values()),
+        phases={
+            phase: sum(round(count) for (each, _), count in operations.items() if each == phase) for phase in PHASES
+        },
+        operations_by_kind={
+            kind: sum(round(count) for (_, each), count in operations.items() if each == kind) for kind in KINDS
+        },
         steps=model.steps(),
         device_limit=device_limit,
         disk_limit=disk_limit,
         problems=tuple(problems),
     )
+
+
+def copies_ahead(skeleton: Skeleton, needs: Needs, sizes: Sizes, limit: int) -> bool:
+    """Whether a GPU has room for the next block's stored weights besides what it holds at most."""
+    model = _Shapes(skeleton, needs)
+    return skeleton.device.type == "cuda" and model.device_peak(*sizes) + model.stored_block <= limit
 
 
 def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int, grams: GramPlace = "device") -> int:
@@ -262,6 +302,24 @@ def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batc
     return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
 
 
+Work = defaultdict[tuple[str, Kind], float]
+"""Operations by phase and kind."""
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Operations of a forward pass through one site."""
+
+    producers: float
+    mixing: float
+    """Attention's two products."""
+    consumer: float
+
+    @property
+    def whole(self) -> float:
+        return self.producers + self.mixing + self.consumer
+
+
 class _Together:
     """The sites of one sublayer: one, or a mixture's experts."""
 
@@ -272,6 +330,10 @@ class _Together:
         self.reached = sum(site.share for site in sites)
         """Of the sites, how many a token reaches."""
         self.parameters = sum(site.units * site.unit_parameters for site in sites)
+
+
+def _left(site: Site, left: float) -> Site:
+    return site.keeping(max(1, round(left * site.units)))
 
 
 class _Shapes:
@@ -288,6 +350,7 @@ class _Shapes:
         self.weight_item = self.item + (stored.itemsize if self.on_cpu and stored != skeleton.dtype else 0)
         self.d = skeleton.width
         self.row_bytes = needs.length * self.d * self.item
+        self.stored_row = needs.length * token_bytes(self.d, needs.activations or skeleton.dtype)
         self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
         self.sublayers = [
             [_Together(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
@@ -303,6 +366,10 @@ class _Shapes:
         ]
         self.keys_and_values, self.widest_pair = (needs.length * self.item * n for n in (sum(pairs), max(pairs)))
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.weight_item
+
+    def _passed_rows(self, batch: int) -> int:
+        """Stored micro-batches: two boundaries read and the next two coming, and two written with two waiting for each."""
+        return 10 * self.stored_row * batch
 
     # Memory: what is held at once in each step, by the step's name.
 
@@ -326,11 +393,13 @@ class _Shapes:
         if self.on_cpu:
             # What passed through the heap in a forward pass stays with it while the solver works.
             kept = min(HEAP_KEPT, self.passing(batch)) if self.needs.text else 0
-            return replace(demand, slack=max(0, kept - demand.activations))
+            buffers = self._passed_rows(batch) if demand.activations else 0
+            slack = max(0, kept - demand.activations)
+            return replace(demand, activations=demand.activations + buffers, slack=slack)
         moved = demand.sums if grams == "host" or (grams == "parked" and demand.solving) else 0
         solved = demand.solving if grams == "host" else 0
         tiles = self.sum_item * self._widest() * TILE if moved else 0
-        passing = 2 * self.stored_block + 4 * self.row_bytes * batch
+        passing = 2 * self.stored_block + self._passed_rows(batch)
         placed = replace(
             demand,
             sums=demand.sums - moved,
@@ -462,7 +531,8 @@ class _Shapes:
 
     @property
     def _stream_token(self) -> int:
-        return self.item * 4 * self.d + 8 * self.d
+        # With two micro-batches as they are stored: the next one that was read, and the last one that is being written.
+        return self.item * 4 * self.d + 8 * self.d + 2 * self.stored_row // max(self.needs.length, 1)
 
     def _inner_token(self, site: Site) -> int:
         """Bytes a token between the norm and the stream."""
@@ -489,27 +559,37 @@ class _Shapes:
         return max(sum(self._site_sums(site) for site in sites) for sites in self.blocks)
 
     def _site_sums(self, site: Site) -> int:
-        wanted, n, d = self.needs.survey, site.columns, self.d
-        total = n * n if wanted & {"gram", "factors"} else 0
-        total += d * d if wanted & {"gradient-gram", "factors"} else 0
+        return self.sum_item * sum(n * n for n in self._summed(site))
+
+    def _summed(self, site: Site) -> list[int]:
+        """Sizes of the Grams that the survey sums at a site."""
+        wanted, found = self.needs.survey, []
+        if wanted & {"gram", "factors"}:
+            found.append(site.columns)
+        if wanted & {"gradient-gram", "factors"}:
+            found.append(self.d)
         if "factors" in wanted:
             # The producers' input, and what each of them gives.
-            total += d * d + sum((weights // d) ** 2 for weights in site.linears[:-1])
-        return self.sum_item * total
+            found += [self.d, *(weights // self.d for weights in site.linears[:-1])]
+        return found
 
     def _widest(self) -> int:
         return max(site.columns for sites in self.blocks for site in sites)
 
     # Disk, reading, operations.
 
-    def boundaries(self, limit: int) -> tuple[int, int]:
-        """(k, bytes): boundaries of the survey kept at every k-th block, k the least that fits."""
+    def boundaries(self, limit: int, memory_host: int) -> tuple[int, int]:
+        """(k, bytes on the disk): boundaries of the survey kept at every k-th block, k the least that fits."""
         needs, depth = self.needs, len(self.skeleton)
         if not needs.text:
             return 1, 0
-        one = needs.samples * self.row_bytes
-        # Both streams hold a block's input, the one between its sublayers and its output until the journal has it.
-        prune = (6 if needs.dense_stream else 3) * one if needs.prunes else (4 if needs.dense_stream else 2) * one
+        one = needs.samples * self.stored_row
+        streams = 2 if needs.dense_stream else 1
+        # A stream has a block's input and its output until the journal has it and, while pruning, what is between its
+        # sublayers; of that no journal line speaks, and none of an evaluation's.
+        kept = (3 if needs.prunes else 2) * streams
+        passing = streams if needs.prunes else kept * needs.scores
+        prune = (kept - min(passing, memory_host // one)) * one
         findings = self.sum_item * needs.findings
         prune += findings
         if needs.corrects:
@@ -543,48 +623,98 @@ class _Shapes:
         writing = needs.generates * (needs.length - 1) * (self.stored_all + embed + head)
         return self.stored_all + outside + needs.shots * shot + writing
 
-    def operations(self) -> dict[str, int]:
-        """By phase, over all shots; those of `Resources.phases`."""
-        needs, written = self.needs, 0
-        total = dict.fromkeys(PHASES, 0)
-        tokens = needs.samples * needs.length if needs.text else 0
-        survey = "backward" if needs.gradients else "forward"
-        for sites in self.blocks:
-            passes = 0
-            for site in sites:
-                linear = round(2 * site.units * site.unit_parameters * site.share)
-                mixing = 2 * needs.length * site.columns if site.kind == "attention" else 0
-                passes += (linear + mixing) * tokens
-                if not needs.prunes:
-                    continue
-                n, d = site.columns, self.d
-                reached = round(tokens * site.share)
-                total[survey] += 2 * self._site_sums(site) // self.sum_item * reached
-                if needs.survey & {"gram", "factors"}:
-                    total[survey] += 3 * n**3
-                if needs.gram:
-                    total["prune"] += 2 * n * n * reached + 4 * n**3  # with inverse, greedy loop and solve
-                if needs.aims and site.expert is None:
-                    total["prune"] += 2 * n * d * tokens + 2 * n * n * d
-                if needs.compensates:
-                    total["prune"] += d**3
-            if needs.compensates and needs.prunes:
-                total["prune"] += 4 * d * d * tokens * len({site.family for site in sites})
-            if needs.prunes:
-                total["forward"] += passes * bool(needs.survey)
-                total["backward"] += 3 * passes * needs.gradients
-                total["prune"] += passes * (2 * needs.gram + needs.dense_stream)
-            else:
-                total["forward"] += passes
-            a_step = 3 * passes * min(REFINE_SEQUENCES, needs.samples) // max(needs.samples, 1)
-            total["prune"] += a_step * needs.refines
-            total["correct"] += a_step * needs.corrects
-            written += needs.generates * passes
-        head = 2 * self.d * self.skeleton.vocabulary * tokens
-        total["head"] += head * (2 if needs.gradients else int(needs.scores))
-        total = {phase: count * needs.shots for phase, count in total.items()}
-        total["calibrate"] = written + needs.generates * head
+    def operations(self) -> Work:
+        """By phase and kind, over all shots; attention counts in full and a router not at all."""
+        needs = self.needs
+        total: Work = defaultdict(float)
+        fraction = min(REFINE_SEQUENCES, needs.samples) / max(needs.samples, 1)
+        head = 2 * self.d * self.skeleton.vocabulary * needs.samples * (needs.length - 1) * needs.text
+        for shot in range(1, needs.shots + 1):
+            before, after = (1 - needs.removes * done / needs.shots for done in (shot - 1, shot))
+            shapes: Counter[tuple[Site, bool, bool, bool]] = Counter()
+            for index, sublayers in enumerate(self.sublayers):
+                for position, sublayer in enumerate(sublayers):
+                    last = index == len(self.sublayers) - 1 and position == len(sublayers) - 1
+                    parted = index > 0 or position > 0
+                    for number, site in enumerate(sublayer.sites):
+                        plain = replace(site, block=0, expert=None if site.expert is None else 0)
+                        shapes[plain, parted, number == 0, not last or needs.refines > 0] += 1
+            for (site, parted, leads, goes_on), count in shapes.items():
+                work = self._survey_work(site, before)
+                if needs.prunes:
+                    work |= self._prune_work(site, before, after, parted, leads, goes_on)
+                # Forward, and gradients of inputs and of weights; or forward twice and gradients of inputs.
+                a_step = 3 * fraction * self._passes(site, after).whole
+                work["prune", "training"] += needs.refines * (shot == needs.shots) * a_step
+                work["correct", "training"] += needs.corrects * a_step
+                for place, operations in work.items():
+                    total[place] += count * operations
+            total["head", "sweeps"] += head * (2 if needs.gradients else int(needs.scores))
+            total["correct", "training"] += 2 * fraction * needs.corrects * head
+        passes = sum(self._passes(site, 1.0).whole for sites in self.blocks for site in sites)
+        total["calibrate", "writing"] = needs.generates * (passes + head)
         return total
+
+    def _passes(self, site: Site, left: float) -> _Passes:
+        """A forward pass of all tokens through what is left of a site."""
+        tokens = left * self.needs.samples * self.needs.length * self.needs.text
+        linears = [2 * weights * site.share * tokens for weights in site.linears]
+        mixing = 4 * self.needs.length * site.columns * tokens if site.kind == "attention" else 0
+        return _Passes(sum(linears[:-1]), mixing, linears[-1])
+
+    def _survey_work(self, site: Site, left: float) -> Work:
+        """What the survey takes at what is left of a site."""
+        needs, passes = self.needs, self._passes(site, left)
+        found: Work = defaultdict(float)
+        survey = "backward" if needs.gradients else "forward"
+        if needs.survey or not needs.prunes:
+            found["forward", "sweeps"] += passes.whole
+        if needs.gradients:
+            # Forward again, then gradients of inputs, not of weights; attention's takes five products to forward's two.
+            found["backward", "sweeps"] += 2 * passes.whole + 1.5 * passes.mixing
+        if needs.prunes:
+            kept, tokens = _left(site, left), needs.samples * needs.length
+            found[survey, "sums"] += 2 * tokens * site.share * sum(self._half(n) for n in self._summed(kept))
+            if "divergence" in needs.survey and site.kind == "attention":
+                found[survey, "sums"] += passes.producers + passes.mixing
+            found[survey, "solving"] += needs.digest_work(kept)
+        return found
+
+    def _prune_work(self, site: Site, before: float, after: float, parted: bool, leads: bool, goes_on: bool) -> Work:
+        """What the prune sweep takes at a site.
+
+        Args:
+            before, after: what is left of it.
+            parted: whether the streams differ before it.
+            leads: whether it is the first of its sublayer.
+            goes_on: whether anything is measured behind it.
+        """
+        needs, passes, d = self.needs, self._passes(site, before), self.d
+        n, tokens, kept = before * site.columns, needs.samples * needs.length, _left(site, before)
+        aims = needs.aims and parted and site.expert is None
+        sweeps, sums, solving = 0.0, 0.0, needs.work(kept, kept.units * after / before)
+        if needs.gram:
+            sweeps += passes.producers + passes.mixing
+            sums += 2 * tokens * site.share * self._half(n)
+            solving += 4 * d * n**2  # the output's error
+        if needs.dense_stream and (goes_on or aims):
+            sweeps += passes.whole
+        if goes_on and (needs.gram or needs.dense_stream):
+            # With refinement a block moves on as a whole, once it is refined.
+            sweeps += self._passes(site, after).whole
+        if aims:
+            sums += 2 * tokens * n * d
+            solving += n**3 / 3 + 4 * d * n**2
+        if needs.compensates and parted:
+            if leads:
+                sums += 2 * tokens * (self._half(d) + d * d)
+                solving += d**3 * (1 / 3 + 2)
+            solving += 2 * d * before * sum(site.linears[:-1])
+        return defaultdict(float, {("prune", "sweeps"): sweeps, ("prune", "sums"): sums, ("prune", "solving"): solving})
+
+    def _half(self, n: float) -> float:
+        """Of n² products, those that `Gram` computes."""
+        return n * (n + min(n, PANEL.get(self.skeleton.device.type, PANEL["cuda"]))) / 2
 
     def steps(self) -> int:
         depth = len(self.skeleton)

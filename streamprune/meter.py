@@ -14,25 +14,45 @@ from contextlib import contextmanager
 from .journal import Entry, Journal
 from .machine import Peaks
 from .maths.operations import KINDS, Kind, counting
+from .occupancy import difference, total, watching
+from .ranks import ALONE, Ranks
 
 
 @contextmanager
-def metered(journal: Journal, started: float, peaks: Peaks) -> Iterator[None]:
-    """A context in which `journal.append` adds operations, `seconds`, from `started` (monotonic), and `memory`."""
+def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE) -> Iterator[None]:
+    """A context in which `journal.append` adds operations, `seconds`, from `started` (monotonic), `memory`, and in seconds
+    how long the work `waited` for what, and how long each was `busy` (see `occupancy`).
+
+    Of several ranks it is all their operations, the most memory that one of them held, and the first one's seconds.
+    """
     told, told_seconds = dict.fromkeys(KINDS, 0), started
     peaks.lap()
-    with counting() as counter:
+    with counting() as counter, watching() as occupancy:
+        told_occupancy = occupancy.so_far()
 
         def spent() -> Entry:
-            nonlocal told, told_seconds
+            nonlocal told, told_seconds, told_occupancy
             kinds, now = dict(counter.kinds), time.monotonic()
             since = {kind: count - told[kind] for kind, count in kinds.items()}
             seconds = round(now - told_seconds, 3)
             told, told_seconds = kinds, now
-            return {**as_entry(since), "seconds": seconds, "memory": peaks.lap()}
+            before, told_occupancy = told_occupancy, occupancy.so_far()
+            everyone = ranks.gather((since, peaks.lap()))
+            since = {kind: sum(each[kind] for each, _ in everyone) for kind in kinds}
+            memory = _most([lap for _, lap in everyone])
+            return {**as_entry(since), "seconds": seconds, "memory": memory, **difference(told_occupancy, before)}
 
         journal.meter = spent
         yield
+
+
+def _most(laps: list[Entry]) -> Entry:
+    """The most memory that any rank held on a step."""
+    held = {
+        name: max((lap[name] for lap in laps if lap[name] is not None), default=None)
+        for name in ("host_bytes", "device_bytes")
+    }
+    return {**held, "own": all(lap["own"] for lap in laps)}
 
 
 def as_entry(kinds: Mapping[Kind, int]) -> Entry:
@@ -89,7 +109,7 @@ def peaks(journal: Journal) -> Entry:
 
 
 def totals(journal: Journal, prefix: str = "") -> Entry:
-    """Operations and seconds of all finished steps whose name begins with `prefix`, and of what they were spared.
+    """Operations, seconds and occupancy of all finished steps whose name begins with `prefix`, and of what they were spared.
 
     A step that several jobs had a part in counts with what was for this one (see `share_of`). A step that took over another job's work says under "spared" what that work had cost: whoever compares methods
     wants to know what a method takes, not which of them came first.
@@ -100,4 +120,5 @@ def totals(journal: Journal, prefix: str = "") -> Entry:
     return {
         **as_entry({kind: sum(each.get(kind, 0) for each in kinds) for kind in KINDS}),
         "seconds": round(sum(each.get("seconds", 0.0) for each in spent), 3),
+        **total(spent),
     }

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 from .errors import Stopped
 
+STOPPED = "stopped as asked; run the same command again to go on"
+
 
 class Progress(Protocol):
     """Receives phases and steps; every method returns at once.
@@ -100,4 +102,4 @@ def rest(progress: Progress) -> None:
         Stopped: whoever watches wants the work to end.
     """
     if progress.stopping():
-        raise Stopped("stopped as asked; run the same command again to go on")
+        raise Stopped(STOPPED)

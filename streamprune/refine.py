@@ -23,6 +23,7 @@ from .maths.operations import kind
 from .memory import REFINE_SEQUENCES
 from .model.block import Arguments, Block
 from .model.skeleton import Skeleton
+from .ranks import ALONE, Ranks
 from .stream.store import ActivationStore
 
 
@@ -44,12 +45,20 @@ class Refinement:
 
 @kind("training")
 def refine(
-    skeleton: Skeleton, block: Block, index: int, store: ActivationStore, source: str, target: str, how: Refinement
+    skeleton: Skeleton,
+    block: Block,
+    index: int,
+    store: ActivationStore,
+    source: str,
+    target: str,
+    how: Refinement,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train a block in float32 or better; its masters get what came out, in their stored dtype.
 
     Args:
         source, target: boundaries with its inputs and with the outputs it should give.
+        ranks: those that train it together, each with its own samples in its store; gradients are added up every step.
 
     Returns:
         For the report: the mean squared errors of the first and of the last tenth of the steps.
@@ -58,16 +67,18 @@ def refine(
         NumericalError: the loss is no longer finite.
     """
     dtype = accumulator(skeleton.dtype)
-    samples = store.shape[0]
+    shares = ranks.gather(store.shape[0])
+    samples, before = sum(shares), sum(shares[: ranks.rank])
     size = min(REFINE_SEQUENCES, samples)
     generator = torch.Generator().manual_seed((how.seed * 1_000_003 + index) % 2**63)
     losses: list[float] = []
     with _trained(block, dtype, how.rank, generator) as weights, torch.enable_grad():
         descent = Descent(weights, steps=how.steps, rate=how.rate)
         for step in range(how.steps):
-            chosen = torch.randperm(samples, generator=generator)[:size].tolist()
+            drawn = torch.randperm(samples, generator=generator)[:size].tolist()
+            chosen = [row - before for row in drawn if 0 <= row - before < store.shape[0]]
             total = 0.0
-            for begin in range(0, size, how.batch):
+            for begin in range(0, len(chosen), how.batch):
                 rows = chosen[begin : begin + how.batch]
                 x, y = (
                     torch.cat([store.read(name, slice(r, r + 1)) for r in rows]).to(dtype) for name in (source, target)
@@ -76,6 +87,11 @@ def refine(
                 loss = F.mse_loss(block(x, arguments), y) * (len(rows) / size)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
+            total = sum(ranks.gather(total))
+            for weight in weights.values() if ranks.size > 1 else ():
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                ranks.sum(weight.grad)
             if not torch.isfinite(torch.tensor(total)):
                 raise NumericalError(f"block {index}: the refinement's loss is {total} at step {step}")
             if how.keeps_zeros:
@@ -84,6 +100,9 @@ def refine(
                         weight.grad.masked_fill_(weight == 0, 0)
             descent.step()
             losses.append(total)
+        # Ranks on unlike machines may have come to differ in the last digits.
+        for weight in weights.values():
+            weight.data = ranks.share([weight.data], 0, weight.device)[0]
     return {"refinement": ends(losses)}
 
 

@@ -19,6 +19,7 @@ from .memory import Resources, generation_batch
 from .meter import metered
 from .model.checkpoint import write_shard
 from .progress import Progress
+from .ranks import ALONE, Ranks
 from .shot import Shot
 from .stream.generate import generate
 
@@ -55,46 +56,56 @@ class Result:
     peak_host_bytes: int
     bytes_read: int
     """From the checkpoint, by this process."""
+    waited: dict[str, float]
+    """Seconds of the whole job in which nothing was computed, waiting for what was read, written or copied."""
+    busy: dict[str, float]
+    """Seconds of the whole job in which something was read, written or copied, much of it while something was computed."""
     resumed: bool
     """Whether an earlier process had done some of the work."""
 
 
 def prune(
-    config: Config, *, restart: bool = False, progress: Progress | None = None, alongside: Sequence[Config] = ()
+    config: Config,
+    *,
+    restart: bool = False,
+    progress: Progress | None = None,
+    alongside: Sequence[Config] = (),
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Prune a checkpoint directory into another one; a job that was interrupted goes on.
 
     Args:
         restart: throw away what an earlier job of the same `out` left, its result too.
         alongside: jobs to come with the same folder of `surveys`: the sweep of this one's survey serves theirs too.
+        ranks: the processes that share the job, all of which call this (see `joined`); the first one's progress is told.
 
     Raises:
         StreamPruneError: see `errors`; `out` is then as it was.
     """
     started = time.monotonic()
-    job = Job(config, progress, alongside)
-    finished = job.result_there(restart)
+    job = Job(config, progress, alongside, ranks)
+    finished = ranks.told(lambda: job.result_there(restart))
     if finished is None:
-        with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks):
+        with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
             finished = Run(job).work()
     return _result(job, finished, time.monotonic() - started)
 
 
-def plan_only(config: Config, *, restart: bool = False, progress: Progress | None = None) -> Path:
+def plan_only(config: Config, *, restart: bool = False, progress: Progress | None = None, ranks: Ranks = ALONE) -> Path:
     """Do what comes before the prune sweep and stop: returns the plan file, inside the job's folder.
 
     `prune` with the same config goes on from there; with `plan` set to an edited copy, by that.
     """
     started = time.monotonic()
-    job = Job(config, progress)
+    job = Job(config, progress, ranks=ranks)
     if job.shots > 1:
         raise ConfigError(
             f"recipe {job.recipe.name} takes {job.shots} shots with these settings, and every shot makes a plan "
             "of its own; --plan-only needs one shot"
         )
-    if job.result_there(restart) is not None:
+    if ranks.told(lambda: job.result_there(restart)) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks):
+    with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
         Run(job).prepare()
     return job.plan_path
 
@@ -117,6 +128,8 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
         peak_device_bytes=device,
         peak_host_bytes=host,
         bytes_read=job.skeleton.checkpoint.bytes_read,
+        waited=report.get("waited", {}),
+        busy=report.get("busy", {}),
         resumed=job.resumed,
     )
 
@@ -138,7 +151,7 @@ class Run:
                     if job.shots > 1:
                         job.progress.say(f"shot {number} of {job.shots}")
                     shot.work()
-                if number > 1:
+                if number > 1 and job.ranks.first:
                     files.remove_tree(job.shot_folder(number - 1))
             job.journal.append("complete")
         return job.publish()
@@ -158,10 +171,14 @@ class Run:
 
     @kind("writing")
     def _write_text(self) -> None:
-        """Calibration tokens of the model's own; a killed process's are begun again, and come out the same."""
+        """Calibration tokens of the model's own; a killed process's are begun again, and come out the same.
+
+        One generator draws them, so they are the first rank's work alone.
+        """
         job = self.job
-        batch = generation_batch(job.skeleton, job.needs, job.batch, job.backward_batch)
-        folder, samples = job.cache / "generate", job.config.samples
-        tokens = generate(job.skeleton, samples, job.length, job.config.seed, folder, batch, job.progress)
-        write_shard(job.written_path, {"tokens": tokens})
+        if job.ranks.first:
+            batch = generation_batch(job.skeleton, job.needs, job.batch, job.backward_batch)
+            folder, samples = job.cache / "generate", job.config.samples
+            tokens = generate(job.skeleton, samples, job.length, job.config.seed, folder, batch, job.progress)
+            write_shard(job.written_path, {"tokens": tokens})
         job.journal.append("calibrate")

@@ -72,6 +72,7 @@ class Shot:
 
     def __init__(self, job: Job, number: int) -> None:
         self.job, self.number = job, number
+        self.ranks = job.ranks
         self.progress = job.progress
         self.last = number == job.shots
         self.folder = job.shot_folder(number)
@@ -86,7 +87,9 @@ class Shot:
         if self.number == 1:
             return self.job.skeleton
         source = self.job.shot_folder(self.number - 1)
-        return open_skeleton(source, self.job.device, self.job.dtype, layout=self.job.skeleton.layout)
+        skeleton = open_skeleton(source, self.job.device, self.job.dtype, layout=self.job.skeleton.layout)
+        skeleton.copies_ahead = self.job.skeleton.copies_ahead
+        return skeleton
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -108,7 +111,7 @@ class Shot:
         if self.correction is not None:
             self._correct(plan, self.correction)
         self.record("finished", removed=self._removed())
-        if self.correction is not None:
+        if self.correction is not None and self.ranks.first:
             files.remove_tree(self.pruned)
             files.remove_tree(self._corrections)
 
@@ -116,7 +119,8 @@ class Shot:
         """Survey and allocate, as far as that is not done."""
         if self.job.needs_text and not self.journalled("embed"):
             store, size = self.job.store, self.job.batch
-            sweep.embed(self.skeleton, self.job.tokens, store, sweep.boundary(DENSE, 0), size)
+            tokens = self.job.tokens[self.job.part]
+            sweep.embed(self.skeleton, tokens, store, sweep.boundary(DENSE, 0), size)
             self.record("embed")
         if self.job.surveys and not self.journalled("allocate"):
             self._survey()
@@ -260,7 +264,8 @@ class Shot:
                 if index % self.job.boundary_every:
                     store.remove(sweep.boundary(DENSE, index))
                 self.progress.step(f"forward, block {index}")
-            sweep.head_gradient(skeleton, store, self.job.tokens, self.job.batch, uniform=self._uniform())
+            tokens = self.job.tokens[self.job.part]
+            sweep.head_gradient(skeleton, store, tokens, self.job.batch, uniform=self._uniform())
             self.record("head")
         first = depth - 1 - backward
         inputs = {sweep.boundary(DENSE, index) for index in range(max(first, 0) + 1)}
@@ -287,7 +292,7 @@ class Shot:
         if not self.job.recipe.draws_labels(self.job.settings):
             return None
         generator = torch.Generator().manual_seed(self.job.config.seed)
-        return torch.rand(self.job.tokens.shape, generator=generator, dtype=torch.float64)
+        return torch.rand(self.job.tokens.shape, generator=generator, dtype=torch.float64)[self.job.part]
 
     def _recompute(self, index: int) -> int:
         """See that a block's input is there; returns the lowest block down to which all inputs are."""
@@ -296,7 +301,7 @@ class Shot:
         while sweep.boundary(DENSE, there) not in store:
             there -= 1
             if there < 0:
-                raise ResumeError(f"{self.job.cache} has lost its activations; start over with --restart")
+                raise ResumeError(f"{self.job.own_cache} has lost its activations; start over with --restart")
         for _ in sweep.forward(skeleton, store, DENSE, there, index, self.job.batch):
             pass
         while there and sweep.boundary(DENSE, there - 1) in store:
@@ -307,29 +312,41 @@ class Shot:
         return self.job.folder / f"survey-{index:04}.safetensors"
 
     @torch.no_grad()
-    @torch.no_grad()
     @kind("solving")
     def _save_findings(self, index: int, block: Block, stats: list[SiteStatistics]) -> Entry:
         """Write what is kept of a block's sums, for this job and for those that ask; what of the step was for which."""
+        for number, statistics in enumerate(stats):
+            statistics.across(self.ranks.add_up(self.ranks.owner(number)))
+        own = {number: statistics for number, statistics in enumerate(stats) if self.ranks.mine(number)}
+        stats.clear()
         if self.job.grams == "parked":
-            for stat in stats:
-                stat.park()
+            for statistics in own.values():
+                statistics.park()
         makers = {OWN: (self.job, self._survey_path(index))}
         makers |= {asker.shared.name: (asker.job, asker.findings(index)) for asker in self.asking}
-        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in makers}
         kinds: dict[str, dict[Kind, int]] = {name: dict.fromkeys(("sums", "solving"), 0) for name in makers}
         seconds = dict.fromkeys(makers, 0.0)
-        for prunable in block.prunables:
-            statistics = stats.pop(0)  # so that no sum outlives its site
+
+        def digest(number: int) -> tuple[list[tuple[str, str]], list[Tensor]]:
+            statistics = own.pop(number)  # so that no sum outlives its site
+            found: dict[tuple[str, str], Tensor] = {}
             for name, (job, _) in makers.items():
                 started = time.monotonic()
                 kinds[name]["sums"] += statistics.operations(job.statistics)
                 with counting() as counter:
                     part = statistics.part(job.statistics) if self.asking else statistics
-                    tensors[name] |= self._digest(job, prunable, part)
+                    digested = self._digest(job, block.prunables[number], part)
+                found |= {(name, place): tensor for place, tensor in digested.items()}
                 kinds[name]["solving"] += counter.total
                 seconds[name] += time.monotonic() - started
-        for name, (_, path) in makers.items():
+            return list(found), list(found.values())
+
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in makers}
+        for _, names, found in self.ranks.spread(range(len(block.prunables)), digest, CPU):
+            for (name, place), tensor in zip(names, found, strict=True):
+                if self.ranks.first:
+                    tensors[name][place] = tensor
+        for name, (_, path) in makers.items() if self.ranks.first else ():
             for place, tensor in tensors[name].items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise NumericalError(f"block {index}: the survey's {place} is NaN or Inf")
@@ -370,8 +387,10 @@ class Shot:
         elif chosen is not None and chosen["given"]:
             raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
         elif chosen is None:
-            plan = job.allocate(self.sites, self._reached(), self.survey, self.budget)
-            return self._choose(plan, given=False)
+            allocated = self.ranks.told(
+                lambda: job.allocate(self.sites, self._reached(), self.survey, self.budget).to_json()
+            )
+            return self._choose(Plan.parse(allocated, "the plan"), given=False)
         plan = Plan.read(job.plan_path)
         if plan.digest() != chosen["plan"]:
             raise ResumeError(f"{job.plan_path} was changed; pass a copy of it with --plan")
@@ -401,7 +420,8 @@ class Shot:
 
     def _choose(self, plan: Plan, *, given: bool) -> Plan:
         plan.check(self.sites, "the plan")
-        files.write_text(self.job.plan_path, plan.to_json())
+        if self.ranks.first:
+            files.write_text(self.job.plan_path, plan.to_json())
         self.record("allocate", plan=plan.digest(), given=given)
         return plan
 
@@ -426,6 +446,7 @@ class Shot:
             window=job.window,
             refinement=refinement,
             experts_alike=self._experts_alike,
+            ranks=self.ranks,
             grams=job.grams,
         )
         self.progress.phase("prune", depth, done)
@@ -438,7 +459,8 @@ class Shot:
             pruned, reports = surgeon.operate(block, index)
             names = skeleton.block_names(index)
             shard = self.pruned / output.block_shard(skeleton, index)
-            write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
+            if self.ranks.first:
+                write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             self.record(f"prune/{index}", sites=reports)
             del block, pruned
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
@@ -455,7 +477,12 @@ class Shot:
 
     @kind("training")
     def _correct(self, plan: Plan, how: Correction) -> None:
+        """The first rank's work alone: a step takes a handful of samples."""
         job, depth = self.job, len(self.skeleton)
+        if not self.ranks.first:
+            for step in range(len(self.steps("correct/")), how.steps):
+                self.record(f"correct/{step}")
+            return
         skeleton = open_skeleton(self.pruned, job.device, job.dtype, layout=job.skeleton.layout)
         corrector = Corrector(
             skeleton,
@@ -494,6 +521,8 @@ class Shot:
         return gone
 
     def _write(self, plan: Plan, folder: Path) -> None:
+        if not self.ranks.first:
+            return
         reports = self._reports
         after = [site.keeping(report["kept"]) for site, report in zip(self.sites, reports, strict=True)]
         report = self.job.report(plan, reports, self._removed())

@@ -7,8 +7,8 @@ A token passes each sublayer once dense and twice pruned: once to measure, once 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from .methods.plan import Plan
 from .methods.recipe import Problem, Recipe, Survey, Target
 from .model.block import Block, Prunable, Sublayer
 from .model.skeleton import Skeleton
+from .ranks import ALONE, Ranks
 from .refine import Refinement, refine
 from .site import Site
 from .stream.store import ActivationStore
@@ -54,6 +55,8 @@ class Surgeon:
     experts_alike: bool
     """Whether all experts must end with one width."""
     grams: GramPlace = "device"
+    ranks: Ranks = ALONE
+    """Those that measure, each on its own samples, and among which what is to be solved is dealt out."""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -91,6 +94,7 @@ class Surgeon:
             common = {}
             if self._measures_inputs(sub, here):
                 inputs = inputs or self._measure_inputs(dense, sub, here)
+                inputs.across(self.ranks.add_up())
             if self._compensates(sub, here):
                 assert inputs is not None
                 common["compensation_damping"] = self._compensate(sub, inputs)
@@ -174,8 +178,12 @@ class Surgeon:
         assert c is not None
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
-        factor, damping = cholesky(h, self._compensation or 0.0, sub.name)
-        m = compensation(h, c, factor)
+
+        def solved(name: str) -> tuple[float, list[Tensor]]:
+            factor, damping = cholesky(h, self._compensation or 0.0, name)
+            return damping, [compensation(h, c, factor)]
+
+        ((_, damping, (m,)),) = self.ranks.spread([sub.name], solved, self.skeleton.device)
         for prunable in sub.prunables:
             for name in prunable.producers:
                 w = prunable.weight(name)
@@ -192,9 +200,19 @@ class Surgeon:
         reports = []
         for numbers in _in_turn(sub):
             sums = self._measure(dense, sub, here, numbers, aims) if measured and (aims or any(changing)) else {}
-            for number in numbers:
+            for place, number in enumerate(numbers):
+                if number in sums:
+                    sums[number].across(self.ranks.add_up(self.ranks.owner(place)))
+                    if not self.ranks.mine(place):
+                        del sums[number]
+
+            def solved(number: int, sums: dict[int, Gram] = sums) -> tuple[Solved, list[Tensor]]:
                 # Popped, so that no sum outlives its site.
-                reports.append(self._shrink_site(sub.prunables[number], sums.pop(number, None), inputs, aims))
+                return self._solve_site(sub.prunables[number], sums.pop(number, None), inputs, aims)
+
+            for number, found, weights in self.ranks.spread(numbers, solved, self.skeleton.device):
+                self._replace(sub.prunables[number], found, weights)
+                reports.append(found.report)
         return reports
 
     def _changes(self, site: Site) -> bool:
@@ -202,7 +220,10 @@ class Surgeon:
         return entry.keep < site.units or any(entry.zeros or ())
 
     @kind("solving")
-    def _shrink_site(self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool) -> dict[str, Any]:
+    def _solve_site(
+        self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, aims: bool
+    ) -> tuple[Solved, list[Tensor]]:
+        """What is to become of a site: with the weights of its consumer, where they change, and then of its producers."""
         site, entry = prunable.site, self.plan[prunable.site.name]
         report: dict[str, Any] = {}
         seen = tokens_seen(site, self.survey) if sums is None else sums.rows
@@ -210,9 +231,9 @@ class Surgeon:
             report["tokens"] = seen
             if left_alone(site, seen, alike=self.experts_alike and self._changes(site)):
                 report |= {"left_alone": True, **({"zeros": 0} if entry.zeros is not None else {})}
-                return {**_untouched(site), **report}
+                return Solved({**_untouched(site), **report}), []
         if not self._changes(site) and not aims:
-            return {**_untouched(site), **report}
+            return Solved({**_untouched(site), **report}), []
         where = CPU if self.grams == "host" else self.skeleton.device
         w = prunable.weight(prunable.consumer).to(where)
         h = None
@@ -229,8 +250,7 @@ class Surgeon:
                 del factor
             del aim
         if not self._changes(site):
-            prunable.set_weight(prunable.consumer, w)
-            return {**_untouched(site), **report}
+            return Solved({**_untouched(site), **report}), [w]
         problem = Problem(
             site=site,
             w=w,
@@ -253,10 +273,18 @@ class Surgeon:
         refit = self.recipe.reconstruct(self.settings, problem, kept)
         columns = unit_columns(kept, site.width).to(w.device)
         error = None if h is None else output_error(w, h, refit.w, columns)
-        if refit.producers is not None:
-            prunable.set_producer_weights(refit.producers)
-        prunable.shrink(kept, refit.w)
-        return {**report, "kept": entry.keep, "error": error, "damping": refit.damping}
+        report |= {"kept": entry.keep, "error": error, "damping": refit.damping}
+        return Solved(report, kept.tolist()), [refit.w, *(refit.producers or ())]
+
+    def _replace(self, prunable: Prunable, found: Solved, weights: Sequence[Tensor]) -> None:
+        consumer, producers = weights[:1], weights[1:]
+        if producers:
+            prunable.set_producer_weights(producers)
+        for w in consumer:
+            if found.kept is None:
+                prunable.set_weight(prunable.consumer, w)
+            else:
+                prunable.shrink(torch.tensor(found.kept), w)
 
     def _measure(
         self, dense: Sublayer, sub: Sublayer, here: _Place, numbers: Sequence[int], aims: bool
@@ -270,7 +298,7 @@ class Surgeon:
             write = None
             if aims and self._goes_on(here):
                 place = f"{sub.name} ({DENSE})"
-                write = stack.enter_context(self.store.writing(boundary(DENSE, *here.exit), place))
+                write = stack.enter_context(self._writing(DENSE, here, place))
             for inputs in self._read(here, streams, parallel=sub.entry.parallel):
                 x_hat, entered = inputs[0]
                 arguments = self.skeleton.arguments(x_hat.shape[0], x_hat.shape[1])[here.block]
@@ -314,7 +342,7 @@ class Surgeon:
             writers = {}
             for stream in moving:
                 place = f"{pruned.sublayers[here.position].name} ({stream})"
-                writers[stream] = stack.enter_context(self.store.writing(boundary(stream, *here.exit), place))
+                writers[stream] = stack.enter_context(self._writing(stream, here, place))
             for _, read in self.store.each(self.batch, *wanted) if moving else ():
                 arguments = self.skeleton.arguments(read[0].shape[0], read[0].shape[1])[here.block]
                 found = dict(zip(wanted, read, strict=True))
@@ -333,11 +361,16 @@ class Surgeon:
                 self.store.remove(boundary(stream, *here.entry))
         return sums
 
+    def _writing(self, stream: str, here: _Place, place: str) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """Write what a sublayer gives; inside a block no journal line speaks of it."""
+        assert self.store is not None
+        return self.store.writing(boundary(stream, *here.exit), place, passing=not here.last)
+
     def _refine(self, pruned: Block, index: int) -> dict[str, Any]:
         assert self.store is not None
         assert self.refinement is not None
         source, target = boundary(PRUNED, index), boundary(DENSE, index + 1)
-        report = refine(self.skeleton, pruned, index, self.store, source, target, self.refinement)
+        report = refine(self.skeleton, pruned, index, self.store, source, target, self.refinement, self.ranks)
         if self.streams_into(index + 1):
             advance(self.skeleton, pruned, index, self.store, PRUNED, self.batch)
         return report
@@ -345,6 +378,15 @@ class Surgeon:
     def _gram(self, columns: int, *, cross: int) -> Gram:
         device = CPU if self.grams == "host" else self.skeleton.device
         return Gram(columns, cross=cross, device=device, dtype=accumulator(self.skeleton.dtype))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What is to become of a site, but for its weights."""
+
+    report: dict[str, Any]
+    kept: list[int] | None = None
+    """The units that stay, ascending; None where nothing goes."""
 
 
 @dataclass(frozen=True)

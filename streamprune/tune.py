@@ -25,7 +25,7 @@ from .curves import CURVES
 from .errors import ConfigError, ResourceError
 from .journal import Entry, Journal
 from .maths.operations import kind
-from .memory import REFINE_SEQUENCES, SLACK, Needs, Resources, device_peak, forecast, in_memory_peak
+from .memory import REFINE_SEQUENCES, SLACK, Needs, Resources, copies_ahead, device_peak, forecast, in_memory_peak
 from .meter import metered, peaks, totals
 from .model.block import Block
 from .model.checkpoint import Checkpoint, read_json, write_shard
@@ -120,6 +120,9 @@ class Tuning(Workplace):
         self.device = machine.resolve_device(config.device)
         self.peaks = machine.Peaks(self.device)
         self.student: Skeleton = open_skeleton(config.model, self.device, config.dtype)
+        self.activations = machine.resolve_activations(
+            config.activations, self.student.dtype, self.student.checkpoint.dtype
+        )
         self.source = self._source()
         if config.rank > self.student.width:
             raise ConfigError(f"rank is {config.rank}; the model's width is {self.student.width}")
@@ -216,6 +219,7 @@ class Tuning(Workplace):
                 **self.config.fixed(),
                 "rate": self.rate,
                 "dtype": machine.dtype_name(self.student.dtype),
+                "activations": machine.activations_name(self.activations, self.student.dtype),
             },
             "inputs": {
                 "model": self.student.checkpoint.identity(),
@@ -239,12 +243,12 @@ class Tuning(Workplace):
 
     @cached_property
     def _room(self) -> dict[str, int]:
-        return machine.room(self.device, self.config.memory)
+        return machine.room(self.device, self.config.memory, self.config.memory_host or 0)
 
     @property
     def _held(self) -> int:
         """What of the memory limit is taken before any work."""
-        return self._room["held"] if self.device.type == "cpu" else 0
+        return self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
 
     def _needs(self, *, trains: bool = True) -> Needs:
         config = self.config
@@ -255,6 +259,7 @@ class Tuning(Workplace):
             refines=config.steps if trains else 0,
             rank=config.rank,
             prunes=False,
+            activations=self.activations,
         )
 
     def _lora_peak(self, micro: int) -> int:
@@ -308,6 +313,11 @@ class Tuning(Workplace):
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
         self.micro: int = start["resources"]["micro"]
+        for skeleton in self.skeletons if self.method == "distil" else ():
+            needs = self._needs(trains=skeleton is self.student)
+            skeleton.copies_ahead = copies_ahead(
+                skeleton, needs, (self.batch, self.micro, "device"), self._room["device_limit"]
+            )
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
@@ -359,7 +369,15 @@ class Tuning(Workplace):
         assert self.teacher is not None
         student, teacher, depth = self.student, self.teacher, len(self.student)
         shape = self.config.samples, self.length, student.width
-        store = ActivationStore(self.cache, shape, student.dtype, self.device, durable=True)
+        store = ActivationStore(
+            self.cache,
+            shape,
+            student.dtype,
+            self.device,
+            durable=True,
+            stored=self.activations,
+            memory=self.config.memory_host or 0,
+        )
         if self.journal.find("embed") is None:
             for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
                 sweep.embed(skeleton, self.tokens, store, sweep.boundary(stream, 0), self.batch)

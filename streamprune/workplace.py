@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 
 from . import files, output
 from .config import format_bytes
-from .errors import CheckpointError, ConfigError, ResourceError, ResumeError
+from .errors import CheckpointError, ConfigError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
 from .log import NAME as LOG
 from .log import Log
 from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton
-from .progress import Progress, rest
+from .progress import STOPPED, Progress, Silent
+from .ranks import ALONE, Ranks
 from .text import Text
 
 JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
@@ -43,12 +44,21 @@ class Workplace:
         cache: folder for activations; None keeps them in the job's own.
         is_ours: whether a `report.json` is of this kind of job.
         progress: who is told, besides the log.
+        ranks: those that share the job. The first holds its lock, journal and log, and alone changes what is for all.
     """
 
     def __init__(
-        self, out: Path, cache: Path | None, is_ours: Callable[[Any], bool], progress: Progress | None
+        self,
+        out: Path,
+        cache: Path | None,
+        is_ours: Callable[[Any], bool],
+        progress: Progress | None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.progress = Log(progress)
+        self.ranks = ranks
+        self._log = Log(progress)
+        self._asked = self._log.stopping
+        self.progress: Progress = self._log if ranks.first else Silent()
         self._out, self._cache, self._is_ours = out, cache, is_ours
         self.folder = job_folder(out)
         self.staging = self.folder / STAGING
@@ -77,6 +87,11 @@ class Workplace:
         if self._cache is None:
             return self.folder / "cache"
         return self._cache.absolute() / f"{self.folder.name}-{self.own}"
+
+    @property
+    def own_cache(self) -> Path:
+        """Where this rank's own go."""
+        return self.cache if self.ranks.size == 1 else self.cache / f"rank-{self.ranks.rank}"
 
     @property
     def own(self) -> str:
@@ -146,17 +161,25 @@ class Workplace:
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
-        new = not self.folder.exists()
-        files.make_folder(self.folder)
-        with files.locked(self.folder / LOCK):
+        first, rank = self.ranks.first, self.ranks.rank
+        new = first and not self.folder.exists()
+        with ExitStack() as locks:
+            for _ in self.ranks.in_turn():
+                files.make_folder(self.folder)
+                locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
             try:
                 self.start(restart)
-                self.journal.rest = lambda: rest(self.progress)
-                with self.progress.opened(self.folder, resumed=self.resumed):
+                self.journal.rest = self._rest
+                with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
                     yield
             finally:
                 if new and not self.journal_path.exists() and self.folder.is_dir():
                     files.remove_tree(self.folder)  # refused before it began: leave nothing behind
+
+    def _rest(self) -> None:
+        """Where all ranks rest if one was asked to."""
+        if any(self.ranks.gather(self._asked())):
+            raise Stopped(STOPPED)
 
     def check_same(self, start: Entry) -> None:
         """Hold what the job was started with against what is asked now.
@@ -189,13 +212,20 @@ class Workplace:
         Raises:
             ConfigError: OUT holds something that was not there, or not ours, when the job began.
         """
+        report = self.ranks.told(self._publish)
+        for _ in self.ranks.in_turn():
+            files.remove_tree(self.cache)  # each machine may have a disk of its own
+        if self.ranks.first:
+            self.clear()
+        return report
+
+    def _publish(self) -> Entry:
         there = self.staging.is_dir()
         report = read_json((self.staging if there else self._out) / output.REPORT)
         if there:
             self._make_way()
-            self.progress.finish(self.staging)
+            self._log.finish(self.staging)
             files.publish(self.staging, self._out)
-        self.clear()
         return report
 
     def _make_way(self) -> None:

@@ -368,6 +368,8 @@ def contents(folder: Path) -> dict[str, bytes]:
                     "blocks",
                     "peak_host_bytes",
                     "peak_device_bytes",
+                    "waited",
+                    "busy",
                 )
                 for name in volatile:
                     report.pop(name, None)

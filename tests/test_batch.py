@@ -581,7 +581,7 @@ def shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-@pytest.mark.parametrize("name", ["slurm.sh", "sweep.sh"])
+@pytest.mark.parametrize("name", ["slurm.sh", "slurm-nodes.sh", "sweep.sh", "torchrun.sh"])
 def test_the_scripts_are_shell(name: str) -> None:
     script = ROOT / "examples" / name
     assert os.access(script, os.X_OK)

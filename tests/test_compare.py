@@ -25,6 +25,7 @@ from streamprune import progress as progress_module
 from streamprune.comparison import Row, ratio_at, reach
 from streamprune.config import Config
 from streamprune.errors import ConfigError, ResumeError
+from streamprune.journal import Journal
 from streamprune.maths.stats import SiteStatistics, Statistic
 from streamprune.methods.allocation import largest_step
 from streamprune.model.skeleton import Skeleton
@@ -141,9 +142,9 @@ def count_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
     """What each block's backward pass is asked to sum, from now on."""
     real, seen = Skeleton.statistics, []
 
-    def statistics(self: Skeleton, index: int, wanted: frozenset[Statistic]) -> list[SiteStatistics]:
+    def statistics(self: Skeleton, index: int, wanted: frozenset[Statistic], *where: Any) -> list[SiteStatistics]:
         seen.append(wanted)
-        return real(self, index, wanted)
+        return real(self, index, wanted, *where)
 
     monkeypatch.setattr(Skeleton, "statistics", statistics)
     return seen
@@ -159,6 +160,9 @@ def test_recipes_share_sweeps_and_each_gets_what_it_would_have_had_alone(
     # Drawn labels are another sweep; and of those that share one, none is asked twice.
     union = frozenset({"mask-gradient", "factors", "gram", "gradient-gram"})
     assert seen == [union] * 3 + [frozenset({"gram", "gradient-gram"})] * 3
+    asked = Journal(tmp_path / "out" / "journal.jsonl", repair=False).find("asked")
+    assert asked is not None
+    planned = {entry["name"]: entry["operations"] for entry in asked["schedule"]}
     for row in found.rows[1:]:
         alone = Config(
             model=tiny("llama"),
@@ -168,6 +172,12 @@ def test_recipes_share_sweeps_and_each_gets_what_it_would_have_had_alone(
             settings=row.settings,
             calibration=text,
             **SHARED,  # type: ignore[arg-type]
+        )
+        # The time left does not count on surveys that another row makes.
+        phases = streamprune.forecast_job(alone).phases
+        spared = row.label in ("kfac", "text")
+        assert planned[f"prune/{row.label}-0.4"] == phases["prune"] + (
+            0 if spared else phases["forward"] + phases["head"] + phases["backward"]
         )
         result = streamprune.prune(alone)
         assert row.out is not None

@@ -102,12 +102,12 @@ def test_disk_never_exceeds_the_forecast(
     most = 0
     real = ActivationStore.writing
 
-    def watched(self: ActivationStore, name: str, place: str):  # type: ignore[no-untyped-def]
+    def watched(self: ActivationStore, name: str, place: str, **options: bool):  # type: ignore[no-untyped-def]
         nonlocal most
         inodes = {p.stat().st_ino: p.stat().st_size for p in self.folder.iterdir()}
         # Plus the one about to be written.
         most = max(most, sum(inodes.values()) + one)
-        return real(self, name, place)
+        return real(self, name, place, **options)
 
     monkeypatch.setattr(ActivationStore, "writing", watched)
     streamprune.prune(config)

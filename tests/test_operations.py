@@ -15,6 +15,7 @@ from test_run import Make, Tiny, force_boundaries, interrupted
 from torch.utils.flop_counter import FlopCounterMode
 
 import streamprune
+from streamprune.config import Config
 from streamprune.journal import Journal
 from streamprune.machine import Peaks
 from streamprune.maths import greedy
@@ -194,6 +195,81 @@ def test_a_job_says_what_it_took(tiny: Tiny, configured: Make, monkeypatch: pyte
     # Boundaries that are computed again are work too.
     force_boundaries(monkeypatch, 3)
     assert streamprune.prune(configured(path, "sparse")).operations > result.operations
+
+
+def closed_form(config: Config, gradients: bool, survey: bool, measures: bool, dense: bool, aims: bool) -> float:
+    """What the sweeps of one shot take: weights × tokens × passes, and attention's products over all pairs."""
+    skeleton = open_skeleton(config.model, torch.device("cpu"), "float32")
+    report = json.loads((config.out / "report.json").read_text())
+    length = config.seq_len or 0
+    tokens, total = config.samples * length, 0.0
+    sites = skeleton.all_sites()
+    for number, (site, told) in enumerate(zip(sites, report["sites"], strict=True)):
+        *producers, consumer = (2 * weights for weights in site.linears)
+        mixing = 4 * length * site.columns if site.kind == "attention" else 0
+        forward = sum(producers) + consumer + mixing
+        kept = told["kept"] / site.units
+        aimed, last = aims and number > 0, number == len(sites) - 1
+        total += forward * (survey + 2 * gradients) + 1.5 * mixing * gradients
+        if measures and (kept < 1 or aimed):
+            total += sum(producers) + mixing
+        if dense and (aimed or not last):
+            total += forward
+        if (measures or dense) and not last:
+            total += forward * kept
+    head = 2 * 2 * skeleton.width * skeleton.vocabulary * config.samples * (length - 1)
+    return total * tokens + head * gradients
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "shape"),
+    [
+        ("default", {}, (True, True, True, True, True)),
+        ("default", {"weighted": "off", "compensate": "off", "target": "own"}, (False, True, True, False, False)),
+        ("sobp", {}, (True, True, True, True, False)),
+        ("slimgpt", {}, (False, False, True, False, False)),
+        ("greedy-output", {}, (False, True, True, True, True)),
+        ("surgeon", {"shots": "1"}, (True, True, False, False, False)),
+        ("wanda-sp", {}, (False, False, True, False, False)),
+        ("random", {}, (False, False, False, False, False)),
+    ],
+)
+@pytest.mark.usefixtures("unsynced")
+def test_no_pass_is_made_twice_and_the_forecast_knows(
+    recipe: str, settings: dict[str, str], shape: tuple[bool, ...], tiny: Tiny, configured: Make
+) -> None:
+    # Enough heads for shares to be what was asked for.
+    path = tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    config = configured(path, recipe=recipe, settings=settings, round_to=1)
+    expected = streamprune.forecast_job(config)
+    result = streamprune.prune(config)
+    kinds = result.operations_by_kind
+    # What is left are rotary tables.
+    assert kinds["sweeps"] == pytest.approx(closed_form(config, *shape), rel=2e-3)
+    assert result.sweeps_per_shot is not None
+    assert result.sweeps_per_shot <= (8 if shape[0] else 4)
+    assert sum(kinds.values()) == result.operations
+    assert kinds["training"] == kinds["writing"] == 0
+    # Which sites lose nothing, and are passed by, is known afterwards.
+    for name in ("sweeps", "sums"):
+        assert expected.operations_by_kind[name] == pytest.approx(kinds[name], rel=0.15)
+    assert kinds["solving"] / 1.5 <= expected.operations_by_kind["solving"] <= kinds["solving"] * 1.5
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_training_and_writing_are_kinds_of_their_own(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    changes = {"recipe": "wanda-sp", "samples": 3, "seq_len": 8, "round_to": 1}
+    plain = streamprune.prune(configured(path, "plain", **changes)).operations_by_kind
+    config = configured(path, "more", **changes, calibration="self", refine=4)
+    expected = streamprune.forecast_job(config).operations_by_kind
+    found = streamprune.prune(config).operations_by_kind
+    # The dense stream and a refined block's own pass are sweeps.
+    assert found["sweeps"] > plain["sweeps"]
+    for name in ("training", "writing"):
+        assert plain[name] == 0
+        # Writing goes over no more keys than there are yet.
+        assert 0.8 * expected[name] < found[name] < 1.1 * expected[name]
 
 
 def test_a_recipe_without_text_computes_next_to_nothing(tiny: Tiny, configured: Make) -> None:

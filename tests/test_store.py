@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from streamprune import files
 from streamprune.errors import NumericalError, ResumeError
 from streamprune.host import host_copy
+from streamprune.stream.encoding import FLOAT8
 from streamprune.stream.store import ActivationStore
 
 CPU = torch.device("cpu")
@@ -92,3 +97,136 @@ def test_a_link_takes_its_targets_place_at_once(tmp_path: Path, monkeypatch: pyt
         files.link(source, target)
         assert target.samefile(source)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def filled(store: ActivationStore, name: str, size: int = 2, **options: bool) -> torch.Tensor:
+    """Write a boundary of random numbers."""
+    value = torch.randn(store.shape, generator=torch.Generator().manual_seed(len(name))).to(store.dtype)
+    with store.writing(name, "here", **options) as write:
+        for batch in store.batches(size):
+            write(value[batch])
+    return value
+
+
+@pytest.mark.parametrize("memory", [0, 10**6])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, FLOAT8])
+def test_what_is_read_is_what_the_stored_dtype_holds(stored: torch.dtype, memory: int, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True, stored=stored, memory=memory)
+    value = filled(store, "a")
+    expected = store.encoding.decode(store.encoding.encode(value))
+    assert expected.dtype == torch.float32
+    for size in (1, 3, 5):  # whatever it was written by
+        for batch, (found,) in store.each(size, "a"):
+            assert torch.equal(found, expected[batch])
+            assert torch.equal(store.read("a", batch), expected[batch])
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_size == 5 * store.row_bytes == 5 * 3 * (4 * stored.itemsize + 4 * (stored == FLOAT8))
+
+
+def test_more_than_the_stored_dtype_holds_is_said(tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, (1, 1, 4), torch.float32, CPU, durable=False, stored=torch.float16)
+    with pytest.raises(NumericalError, match="more than the 65504"), store.writing("a", "here") as write:
+        write(torch.full((1, 1, 4), 7e4))
+    with store.writing("a", "here") as write:
+        write(torch.full((1, 1, 4), 6e4))
+
+
+@pytest.mark.parametrize("memory", [0, 10**6])
+def test_an_error_of_the_writer_reaches_whoever_writes(
+    memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True, memory=memory)
+    older = filled(store, "a")
+
+    @contextmanager
+    def full(path: Path, *, durable: bool) -> Iterator[Callable[[memoryview], None]]:
+        def append(data: memoryview) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        path.write_bytes(b"half")
+        yield append
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "appending", full)
+        with pytest.raises(OSError, match="No space"):
+            filled(store, "a", size=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.activations"]
+    assert torch.equal(store.read("a", slice(0, 5)), older)
+    assert store.held_bytes == (memory and 5 * 3 * 4 * 4)
+
+
+ONE = 5 * 3 * 4 * 4
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 4])
+def test_memory_holds_the_youngest_and_no_more_than_it_may(room: int, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True, memory=room * ONE + ONE - 1)
+    values = {}
+    for name in ("a", "bb", "ccc"):
+        values[name] = filled(store, name)
+        assert store.held_bytes <= store.memory
+    assert store.held_bytes == min(room, 3) * ONE
+    # All are on the disk; what is held is read from the memory.
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "bb", "ccc"]
+    for name, value in values.items():
+        assert torch.equal(store.read(name, slice(0, 5)), value)
+    held = [name for name in values if not damaged(store, tmp_path / f"{name}.activations", values[name])]
+    assert held == ["a", "bb", "ccc"][3 - min(room, 3) :]
+
+
+def damaged(store: ActivationStore, path: Path, value: torch.Tensor) -> bool:
+    """Whether what is read changes when the file does."""
+    path.write_bytes(bytes(path.stat().st_size))
+    return not torch.equal(store.read(path.stem, slice(0, 5)), value)
+
+
+def test_what_passes_stays_in_memory_and_is_not_thrown_out(tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True, memory=2 * ONE)
+    kept = filled(store, "kept")
+    passing = {name: filled(store, name, passing=True) for name in ("p", "pp")}
+    assert "p" in store
+    assert [path.stem for path in tmp_path.iterdir()] == ["kept"]
+    more = filled(store, "more"), filled(store, "passing too", passing=True)  # no room but on the disk
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["kept", "more", "passing too"]
+    assert store.held_bytes == 2 * ONE
+    for name, value in {**passing, "kept": kept, "more": more[0], "passing too": more[1]}.items():
+        assert torch.equal(store.read(name, slice(0, 5)), value)
+    store.remove("p")
+    assert "p" not in store
+    assert store.held_bytes == ONE
+    # An older file of what is held now would be read by whoever comes after.
+    assert torch.equal(filled(store, "passing too", passing=True), store.read("passing too", slice(0, 5)))
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["kept", "more"]
+    store.keep_only({"pp"})
+    assert store.held_bytes == ONE
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("memory", [0, 10**6])
+def test_a_second_name_is_the_same_boundary(memory: int, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True, memory=memory)
+    value = filled(store, "a")
+    filled(store, "other")
+    store.link("a", "other")
+    store.link("a", "new")
+    store.remove("a")
+    assert "a" not in store
+    for name in ("other", "new"):
+        assert torch.equal(store.read(name, slice(0, 5)), value)
+        assert (tmp_path / f"{name}.activations").stat().st_size == ONE
+    assert store.held_bytes == (memory and ONE)
+
+
+def test_what_lasts_goes_to_the_disk_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what passes is never waited for."""
+    monkeypatch.setattr(files, "SYNC_BYTES", 100)
+    sizes: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda d: (sizes.append(os.fstat(d).st_size), real(d))[1])
+    store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True)
+    sizes.clear()
+    filled(store, "a", size=1)
+    assert sizes[:3] == [3 * 48, 5 * 48, sizes[2]]  # at 144 bytes, at the end, the folder
+    sizes.clear()
+    filled(store, "b", passing=True)
+    assert sizes == []

@@ -66,6 +66,8 @@ def score(
     *,
     memory: int | None = None,
     cache: Path | None = None,
+    activations: str | None = None,
+    memory_host: int | None = None,
     progress: Progress,
 ) -> list[Score]:
     """Score all queries, in their order. Queries that read the same are computed once.
@@ -73,6 +75,7 @@ def score(
     Args:
         memory: bytes the device may use; None takes what is free.
         cache: folder for activations while it runs; None takes the system's temporary folder.
+        activations, memory_host: as in `evaluate`.
 
     Raises:
         ResourceError: too little memory or disk.
@@ -83,19 +86,25 @@ def score(
         return []
     places, groups = _grouped(queries, skeleton.context)
     longest = max(groups)
-    parent = cache or Path(tempfile.gettempdir())
+    stored = None
+    if activations is not None:
+        stored = machine.resolve_activations(activations, skeleton.dtype, skeleton.checkpoint.dtype)
+    parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
+    tokens_in_all = sum(length * len(rows) for length, rows in groups.items())
     resources = forecast(
         skeleton,
         Needs(
-            samples=-(-sum(length * len(rows) for length, rows in groups.items()) // longest),
+            samples=-(-tokens_in_all // longest),
             length=longest,
             text=True,
             prunes=False,
             scores=True,
+            activations=stored,
         ),
-        **machine.room(skeleton.device, memory),
+        **machine.room(skeleton.device, memory, held),
         disk_limit=files.free_bytes(parent),
     ).require()
+    skeleton.copies_ahead = resources.copies_ahead
     if cache is not None:
         files.make_folder(cache)
     with tempfile.TemporaryDirectory(prefix="streamprune-score-", dir=parent) as folder:
@@ -105,7 +114,15 @@ def score(
             for row, inputs in enumerate(rows):
                 tokens[row, : len(inputs)] = torch.tensor(inputs)
             shape = (len(rows), length, skeleton.width)
-            store = ActivationStore(Path(folder) / str(length), shape, skeleton.dtype, skeleton.device, durable=False)
+            store = ActivationStore(
+                Path(folder) / str(length),
+                shape,
+                skeleton.dtype,
+                skeleton.device,
+                durable=False,
+                stored=stored,
+                memory=held * length * len(rows) // tokens_in_all,
+            )
             # As many tokens a micro-batch as with the longest sequences, for which the forecast was made.
             buckets[length] = Bucket(tokens, store, max(1, resources.batch * longest // length))
         _sweep(skeleton, list(buckets.values()), progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -25,14 +24,15 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
     Everything before the model is as in lm_eval's `HFLM` with its defaults: special tokens as the tokenizer adds them, none
     where the text begins with the beginning-of-sequence token, that token before an empty context, and what is too long cut
     off on the left. Everything after it is in float32 or better.
+
+    Args:
+        machine: `score`'s other options.
     """
 
-    def __init__(
-        self, skeleton: Skeleton, tokenizer: Any, *, memory: int | None, cache: Path | None, progress: Progress
-    ) -> None:
+    def __init__(self, skeleton: Skeleton, tokenizer: Any, *, progress: Progress, **machine: Any) -> None:
         super().__init__()
         self.skeleton, self.tokenizer = skeleton, tokenizer
-        self.memory, self.cache, self.progress = memory, cache, progress
+        self.progress, self._machine = progress, machine
         self._device = skeleton.device
 
     @property
@@ -108,7 +108,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding would give it) of continuations after contexts, both as token ids."""
         queries = [self._query(context, continuation) for context, continuation in pairs]
-        scores = score(self.skeleton, queries, memory=self.memory, cache=self.cache, progress=self.progress)
+        scores = score(self.skeleton, queries, progress=self.progress, **self._machine)
         return [(each.loglikelihood, each.greedy) for each in scores]
 
     def _query(self, context: list[int], continuation: list[int]) -> Query:

@@ -112,6 +112,8 @@ def evaluate_tasks(
     dtype: str = "auto",
     memory: int | None = None,
     cache: Path | None = None,
+    activations: str | None = None,
+    memory_host: int | None = None,
     progress: Progress | None = None,
 ) -> TaskScores:
     """Score a checkpoint directory, dense or pruned, on tasks of lm-evaluation-harness, streamed block by block.
@@ -123,6 +125,7 @@ def evaluate_tasks(
         tasks: names, or what `find_tasks` made of them.
         memory: bytes the device may use; None takes what is free.
         cache: folder for activations while it runs; None takes the system's temporary folder.
+        activations, memory_host: as in `evaluate`.
 
     Raises:
         CheckpointError, CalibrationError, ConfigError: unusable model, task or device.
@@ -138,7 +141,15 @@ def evaluate_tasks(
 
     from .streamed import StreamedModel
 
-    streamed = StreamedModel(skeleton, tokenizer, memory=memory, cache=cache, progress=progress or Silent())
+    streamed = StreamedModel(
+        skeleton,
+        tokenizer,
+        memory=memory,
+        cache=cache,
+        activations=activations,
+        memory_host=memory_host,
+        progress=progress or Silent(),
+    )
     with _quietly():
         outcome = simple_evaluate(
             model=streamed,

@@ -20,6 +20,11 @@ def panels(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def inverse_work(n: int) -> float:
+    """Operations of a factorisation and an inverse, in leading terms: n³ where it is cut into many panels and tiles."""
+    return n**3 * (1 + 2 * min(1, PANEL / n))
+
+
 def cholesky_(a: Tensor) -> bool:
     """Overwrite a symmetric matrix with its lower factor, ``A = L Lᵀ``, zeros above the diagonal.
 

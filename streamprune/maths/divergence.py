@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .across import AddUp, add_counts
 from .linalg import accumulator
 
 
@@ -48,6 +49,11 @@ class HeadDivergence:
         self.sums += other.sums
         self.rows += other.rows
         self.operations += other.operations
+
+    def across(self, add_up: AddUp) -> None:
+        """Take in the other workers' sums."""
+        add_up(self.sums)
+        (self.rows,) = add_counts(add_up, self.rows)
 
     def mean(self) -> Tensor:
         """D (heads, heads), float64, on the CPU: symmetric, zero diagonal, rounding below zero cut off."""

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .across import AddUp, add_counts
 from .blocked import mirror_, panels
 from .divergence import HeadDivergence
 from .linalg import accumulator
@@ -110,6 +111,13 @@ class Gram:
         """Have H wait on the host, so that the device has room for what is made of it."""
         self.h = self.h.cpu()
 
+    def across(self, add_up: AddUp) -> None:
+        """Take in the other workers' sums."""
+        add_up(self.h)
+        if self.c is not None:
+            add_up(self.c)
+        self.tokens, self.rows = add_counts(add_up, self.tokens, self.rows)
+
     def mean(self) -> tuple[Tensor, Tensor | None]:
         """(H, C) per token, H symmetric to the last bit, in place: they count as one token from then on."""
         tokens, self.tokens = self.tokens, 1
@@ -187,6 +195,12 @@ class MaskGradient:
         self.magnitudes += other.magnitudes
         self.sequences += other.sequences
 
+    def across(self, add_up: AddUp) -> None:
+        """Take in the other workers' sums."""
+        add_up(self.squares)
+        add_up(self.magnitudes)
+        (self.sequences,) = add_counts(add_up, self.sequences)
+
 
 _USERS: dict[str, frozenset[Statistic]] = {
     "mask": frozenset({"mask-gradient"}),
@@ -256,6 +270,13 @@ class SiteStatistics:
         sums += [("inputs", self.inputs), *(("producers", each) for each in self.producers)]
         sums += [("divergence", self.divergence)]
         return sum(each.operations for name, each in sums if each is not None and wanted & _USERS[name])
+
+    def across(self, add_up: AddUp) -> None:
+        """Take in the other workers' sums of this site."""
+        for part in (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence):
+            if part is not None:
+                part.across(add_up)
+        (self.seen,) = add_counts(add_up, self.seen)
 
     @property
     def wants_producers(self) -> bool:

@@ -28,6 +28,11 @@ def add_product(s: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
         s[tile, : tile.stop].addmm_(a[:, tile].T, b[:, : tile.stop], alpha=alpha)
 
 
+def product_work(n: float, k: float) -> float:
+    """Operations of `add_product`."""
+    return k * n * (n + min(n, _PRODUCT_ROWS))
+
+
 def whole_rows(s: Tensor, index: Tensor) -> Tensor:
     """The rows (k, n) of `s` (n, n) at `index` (k,) int64: up to the diagonal as they lie, the rest from the columns."""
     lower = torch.arange(len(s), device=s.device) <= index[:, None]

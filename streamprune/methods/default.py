@@ -25,8 +25,8 @@ from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
 from .recipe import Curve, Recipe, Survey, Surveyed, Target, setting
-from .reconstruction import obs, obs_workspace
-from .selection import greedy, greedy_workspace
+from .reconstruction import obs, obs_work, obs_workspace
+from .selection import greedy, greedy_work, greedy_workspace
 
 _RIDGE = 1e-6
 """Of G, relative: it has fewer tokens than rows in small jobs."""
@@ -98,6 +98,10 @@ DEFAULT = Recipe(
     wants_gram=lambda settings: True,
     compensation=lambda settings: settings.damping if settings.compensate else None,
     target=target,
+    work=lambda settings, site, keep: greedy_work(site, (site.units - keep) * site.width) + obs_work(site, keep),
+    digest_work=lambda settings, site: (
+        greedy_work(site, site.columns) + settings.weighted * (site.outputs**3 / 3 + 2 * site.outputs**2 * site.columns)
+    ),
     workspace=lambda settings, site: max(greedy_workspace(site), obs_workspace(site)),
     digest_workspace=lambda settings, site: (
         greedy_workspace(site) + settings.weighted * site.outputs * (site.outputs + site.columns)

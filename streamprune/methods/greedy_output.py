@@ -22,7 +22,7 @@ from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
 from .recipe import Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, Target, setting
-from .reconstruction import kept_columns, obs, obs_workspace
+from .reconstruction import kept_columns, obs, obs_work, obs_workspace
 from .selection import best, others
 
 
@@ -164,6 +164,9 @@ GREEDY_OUTPUT = Recipe(
     reconstruct=recovered,
     wants_gram=lambda settings: settings.recover or settings.heads == "second-moment",
     wants_inputs=lambda settings: True,
+    work=lambda settings, site, keep: (
+        settings.recover * obs_work(site, keep) + (site.kind == "ffn") * 2 * site.outputs * sum(site.linears[:-1])
+    ),
     workspace=lambda settings, site: max(
         settings.recover * obs_workspace(site), sum(site.linears[:-1]) + max(site.linears[:-1])
     ),

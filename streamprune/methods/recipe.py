@@ -158,6 +158,10 @@ class Recipe(Generic[S]):
     """Whether `reconstruct` needs the survey's findings: then a plan that is given does not spare the survey."""
     findings: Callable[[S, Site], int] = lambda settings, site: 0
     """How many numbers `digest` keeps of a site where they are too many to pass over: they wait on the disk."""
+    work: Callable[[S, Site, float], float] = lambda settings, site, keep: 0.0
+    """Operations of `select` and `reconstruct` where so many units stay, in leading terms."""
+    digest_work: Callable[[S, Site], float] = lambda settings, site: 0.0
+    """Operations of `digest`."""
     workspace: Callable[[S, Site], int] = lambda settings, site: 0
     """How many numbers `select` and `reconstruct` hold at most beside the site's W and H."""
     digest_workspace: Callable[[S, Site], int] = lambda settings, site: 0

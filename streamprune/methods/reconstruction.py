@@ -20,6 +20,12 @@ def obs_workspace(site: Site) -> int:
     return n * n + 3 * n * d
 
 
+def obs_work(site: Site, keep: float) -> float:
+    """Operations of `obs` that keeps so many units."""
+    n, d, k = site.columns, site.outputs, keep * site.width
+    return k**3 / 3 + 2 * d * k * (n - k) + 2 * d * k**2
+
+
 def obs(problem: Problem, kept: Tensor, damping: float) -> Refit:
     """The OBS update of the kept columns, by one Cholesky factorisation."""
     columns = unit_columns(kept.to(problem.w.device), problem.site.width)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..maths.blocked import inverse_work
 from ..maths.greedy import greedy_removal, workspace
+from ..maths.symmetric import product_work
 from ..site import Site
 from .recipe import Problem
 
@@ -25,6 +27,13 @@ def best(scores: Tensor, keep: int) -> Tensor:
 def greedy_workspace(site: Site) -> int:
     """Numbers that `greedy` holds."""
     return workspace(site.columns, site.width)
+
+
+def greedy_work(site: Site, count: float) -> float:
+    """Operations of `greedy` that removes so many columns."""
+    n, d = site.columns, site.outputs
+    left = (n**2 - n * count + count**2 / 3) ** 0.5  # columns, in the mean of squares
+    return inverse_work(n) + product_work(n, d) + 3 * product_work(left, count)
 
 
 def greedy(problem: Problem, keep: int, damping: float) -> Tensor:

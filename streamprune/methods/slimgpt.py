@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..maths.batched import batched_group_removal, dynamic_group_removal, workspace
+from ..maths.batched import batched_group_removal, dynamic_group_removal
+from ..maths.batched import workspace as removal_workspace
+from ..maths.blocked import inverse_work
+from ..maths.symmetric import product_work
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
 from .recipe import Problem, Recipe, Survey, setting
-from .reconstruction import obs, obs_workspace
+from .reconstruction import obs, obs_work, obs_workspace
 from .selection import greedy, greedy_workspace, others
 
 
@@ -55,12 +58,6 @@ def schedule(settings: SlimGptSettings, sites: Sequence[Site], survey: Survey, b
     return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
 
 
-def batched_workspace(settings: SlimGptSettings, site: Site) -> int:
-    """Numbers that batched greedy pruning holds."""
-    first = min(max(settings.first_group, settings.last_group), site.columns // 2)
-    return workspace(site.columns, site.outputs, site.width if site.kind == "attention" else first)
-
-
 def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
     """Batched greedy pruning: (keep,) ascending."""
     site, damping = problem.site, settings.damping
@@ -84,6 +81,21 @@ def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
     return others(site.units, removed)
 
 
+def batched_work(site: Site, keep: float) -> float:
+    """Operations of `batched`: P and W are brought up to date for what is left of them, group after group."""
+    count = (site.units - keep) * site.width
+    left = site.columns - count / 2
+    return inverse_work(site.columns) + product_work(left, count) + 2 * count * left * site.outputs
+
+
+def workspace(settings: SlimGptSettings, site: Site) -> int:
+    """Numbers held at most: P and W, with the rows of the first group that goes; or what the refit takes."""
+    n, d = site.columns, site.outputs
+    group = site.width if site.kind == "attention" else min(max(settings.first_group, settings.last_group), n // 2)
+    removal = greedy_workspace(site) if settings.exact else removal_workspace(n, d, group)
+    return max(removal, obs_workspace(site))
+
+
 SLIMGPT = Recipe(
     name="slimgpt",
     summary="SlimGPT: ratio growing with the logarithm of depth, batched greedy pruning, OBS reconstruction",
@@ -92,8 +104,6 @@ SLIMGPT = Recipe(
     select=batched,
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
     wants_gram=lambda settings: True,
-    workspace=lambda settings, site: max(
-        greedy_workspace(site) if settings.exact else batched_workspace(settings, site),
-        obs_workspace(site),
-    ),
+    work=lambda settings, site, keep: batched_work(site, keep) + obs_work(site, keep),
+    workspace=workspace,
 )

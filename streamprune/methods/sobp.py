@@ -21,8 +21,8 @@ from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
 from .recipe import Curve, Problem, Recipe, Refit, Survey, Surveyed, setting
-from .reconstruction import kept_columns, obs, obs_workspace
-from .selection import best, greedy, greedy_workspace
+from .reconstruction import kept_columns, obs, obs_work, obs_workspace
+from .selection import best, greedy, greedy_work, greedy_workspace
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ SOBP = Recipe(
     wants_gram=lambda settings: settings.refine or settings.reconstruct,
     compensation=lambda settings: settings.compensation_damping if settings.compensate else None,
     plans_units=lambda settings, site: not settings.refine,
+    work=lambda settings, site, keep: (
+        settings.refine * greedy_work(site, (site.units - keep) * site.width)
+        + settings.reconstruct * obs_work(site, keep)
+    ),
     workspace=lambda settings, site: max(
         settings.refine * greedy_workspace(site), settings.reconstruct * obs_workspace(site)
     ),

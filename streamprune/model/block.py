@@ -30,6 +30,7 @@ class Layer:
         modules: transformers' block on the meta device, with experts apart; taken over.
         weights: stored tensors by name inside the block.
         entries: what the block is made of.
+        there: those of the weights that are on the device already.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class Layer:
         entries: Sequence[SublayerEntry],
         device: torch.device,
         dtype: torch.dtype,
+        there: Mapping[str, Tensor],
     ) -> None:
         self.device, self.dtype = device, dtype
         self.weights = weights
         for name, tensor in weights.items():
-            place(modules, name, self._computing(tensor))
+            place(modules, name, there[name].to(dtype) if name in there else self._computing(tensor))
         # The mixers run with their consumer taken out, so that what they return is the consumer's input; experts
         # are run by themselves, on the tokens that the router sends them.
         apart: dict[str, nn.Module] = {}

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import files
 from ..errors import CheckpointError, ResourceError
 from ..host import host_buffer, tensor_bytes
+from ..occupancy import spent
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -97,6 +98,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
             raise CheckpointError(f"{entry.shard}: ended inside tensor {name!r}")
         self.bytes_read += entry.nbytes
         return buffer.view(entry.dtype).view(entry.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in, by the first of them."""
+        return next((entry.dtype for entry in self.values() if entry.numel), torch.float32)
 
     def announce(self, name: str) -> None:
         """Have the kernel fetch a tensor that will be read soon."""
@@ -202,7 +208,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     try:
-        with files.replacing(path) as temporary, temporary.open("wb") as file:
+        with spent("write"), files.replacing(path) as temporary, temporary.open("wb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for _, tensor in ordered:
                 file.write(tensor_bytes(tensor))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -52,6 +52,8 @@ class Skeleton:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype, self.layout = checkpoint, device, dtype, layout
+        self.copies_ahead = False
+        """Whether the next block's weights come to the device while this one's are used: see `memory.copies_ahead`."""
         where = str(checkpoint.directory)
         if checkpoint.config.get("quantization_config") is not None:
             raise CheckpointError(f"{where}: the config has a quantization_config; quantised models cannot be pruned")
@@ -278,10 +280,10 @@ class Skeleton:
         """The block's stored tensors by their names inside it."""
         return {name: self.checkpoint.read(full, self.device) for name, full in self.block_names(index).items()}
 
-    def build_block(self, index: int, weights: dict[str, Tensor]) -> Block:
-        """A block with weights that `read_block` gave."""
+    def build_block(self, index: int, weights: dict[str, Tensor], there: Mapping[str, Tensor] | None = None) -> Block:
+        """A block with weights that `read_block` gave; `there` are those of them that have come to the device already."""
         entries, places = self.entries[index], iter(self.places(index))
-        layer = Layer(copy.deepcopy(self._templates[index]), weights, entries, self.device, self.dtype)
+        layer = Layer(copy.deepcopy(self._templates[index]), weights, entries, self.device, self.dtype, there or {})
         sublayers = []
         for entry in entries:
             number = len(layer.experts) if entry.experts else 1
@@ -447,8 +449,7 @@ class Skeleton:
 def open_skeleton(model: Path, device: torch.device, dtype: str, *, layout: Layout = FREE) -> Skeleton:
     """The skeleton of a checkpoint directory, computing in `dtype` (``auto``: see `resolve_dtype`)."""
     checkpoint = Checkpoint(model)
-    stored = next((entry.dtype for entry in checkpoint.values() if entry.numel), torch.float32)
-    return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, stored), layout=layout)
+    return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, checkpoint.dtype), layout=layout)
 
 
 class _Past:

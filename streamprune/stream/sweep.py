@@ -20,6 +20,8 @@ from ..maths.stats import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
 from ..model.skeleton import Skeleton
 from ..progress import Progress, rest
+from ..ranks import ALONE, Ranks
+from .copies import Copies, Taken
 from .prefetch import prefetch, read_ahead
 from .store import ActivationStore
 
@@ -33,23 +35,33 @@ def boundary(stream: str, block: int, sublayer: int = 0) -> str:
 
 
 def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Block]]:
-    """Blocks with weights in the order asked for, the next one's read while this one is used."""
-    for index, weights in read_ahead(skeleton.device, order, skeleton.announce_block, skeleton.read_block):
-        built = [skeleton.build_block(index, weights)]
-        del weights
+    """Blocks with weights in the order asked for, the next one's read while this one is used.
+
+    With `Skeleton.copies_ahead` they come to the device meanwhile, too.
+    """
+    copies = Copies.of(skeleton.device)
+
+    def load(index: int) -> tuple[dict[str, Tensor], Taken]:
+        weights = skeleton.read_block(index)
+        return weights, copies.inward(list(weights.values()) if skeleton.copies_ahead else [])
+
+    for index, (weights, take) in read_ahead(skeleton.device, order, skeleton.announce_block, load):
+        built = [skeleton.build_block(index, weights, dict(zip(weights, take(), strict=False)))]
+        del weights, take
         # Popped here and deleted by whoever loops, so that the old block is gone when the new one is built.
         yield index, built.pop()
         return_freed_memory()
 
 
-def check_weights(skeleton: Skeleton, progress: Progress) -> None:
-    """Read everything once and refuse NaN and Inf, before hours are spent on them.
+def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> None:
+    """Read everything once, dealt out among the ranks, and refuse NaN and Inf, before hours are spent on them.
 
     Raises:
         CheckpointError: a tensor holds either.
     """
     groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
     groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
+    groups = [group for number, group in enumerate(groups) if ranks.mine(number)]
     progress.phase("check weights", len(groups))
     names = [name for group in groups for name in group]
     left = {group[-1] for group in groups}

@@ -1,0 +1,34 @@
+#!/bin/bash
+# One streamprune run on all GPUs of this machine, or in PROCESSES processes:
+#
+#   examples/torchrun.sh MODEL OUT --ratio 0.3 --calibration text.txt
+#   PROCESSES=2 OMP_NUM_THREADS=8 examples/torchrun.sh MODEL OUT --ratio 0.3 --device cpu
+#
+# It exits like `streamprune run`: SIGTERM or Ctrl-C finishes the step under way and ends with 75 (torchrun itself knows
+# 0 and 1 only), and the same command, with as many processes, goes on. GRACE seconds (3600) are given to that step.
+
+set -u
+
+if [ $# -lt 2 ]; then
+    echo 'usage: torchrun.sh MODEL OUT [options of streamprune run]' >&2
+    exit 2
+fi
+out=$2
+INTERRUPTED=75
+
+torchrun --nproc-per-node "${PROCESSES:-gpu}" --shutdown-timeout "${GRACE:-3600}" -m streamprune_cli run "$@" &
+launcher=$!
+asked=
+trap 'asked=1; kill -TERM "$launcher" 2>/dev/null' TERM INT
+wait "$launcher"
+code=$?
+while kill -0 "$launcher" 2>/dev/null; do # a signal ends a wait
+    wait "$launcher"
+    code=$?
+done
+[ "$code" -eq 0 ] && exit 0
+if [ -n "$asked" ]; then
+    streamprune status "$out" >/dev/null
+    [ $? -eq "$INTERRUPTED" ] && exit "$INTERRUPTED"
+fi
+exit "$code"
