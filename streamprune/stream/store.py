@@ -96,8 +96,9 @@ class ActivationStore:
                     files.announce(self._path(name), batch.start * self.row_bytes, length)
 
         for batch, take in read_ahead(self.device, self.batches(size), announce, load):
-            yield batch, [self.encoding.decode(raw) for raw in take()]
+            tensors = [[self.encoding.decode(raw) for raw in take()]]
             del take
+            yield batch, tensors.pop()
 
     @contextmanager
     def writing(self, name: str, place: str, *, passing: bool = False) -> Iterator[Callable[[Tensor], None]]:
