@@ -331,7 +331,9 @@ class Job(Workplace):
             shots=self.shots,
             replaces=self.report_in_out() is not None,
             ranks=self.ranks.size,
-            resources={name: getattr(resources, name) for name in ("batch", "backward_batch", "boundary_every")},
+            resources={
+                name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
+            },
             schedule=as_entries(self._schedule(resources.phases)),
         )
 

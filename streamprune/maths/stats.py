@@ -116,7 +116,8 @@ class Gram:
         add_up(self.h)
         if self.c is not None:
             add_up(self.c)
-        self.tokens, self.rows = add_counts(add_up, self.tokens, self.rows)
+        counts = add_counts(add_up, self.tokens, self.rows, self.operations)
+        self.tokens, self.rows, self.operations = counts
 
     def mean(self) -> tuple[Tensor, Tensor | None]:
         """(H, C) per token, H symmetric to the last bit, in place: they count as one token from then on."""
