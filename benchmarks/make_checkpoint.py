@@ -11,6 +11,7 @@ needs no network; `make_text` writes text that it turns into tokens drawn at ran
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from streamprune.host import host_buffer
-from streamprune.model.checkpoint import shard_name, write_index, write_shard
+from streamprune.model.checkpoint import NAMES, shard_name, write_index, write_shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNKNOWN = "<unk>"
@@ -93,6 +94,28 @@ def make_checkpoint(directory: Path, shape: Shape, seed: int = 0) -> None:
     _write_tokenizer(directory, shape)
 
 
+def make_hollow(directory: Path, shape: Shape) -> None:
+    """Write a checkpoint whose weights are holes in sparse files, which take no room: for `streamprune plan`."""
+    directory.mkdir(parents=True)
+    placed: dict[str, str] = {}
+    item, parameters = DTYPES[shape.dtype].itemsize, 0
+    for number, (_, shapes) in enumerate(shape.shards(), start=1):
+        header, end = {}, 0
+        for name, size in shapes.items():
+            begin, end = end, end + torch.Size(size).numel() * item
+            header[name] = {"dtype": NAMES[DTYPES[shape.dtype]], "shape": size, "data_offsets": [begin, end]}
+        raw = json.dumps(header).encode()
+        shard = shard_name(number, shape.blocks + 2)
+        with (directory / shard).open("wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + end)
+        placed |= dict.fromkeys(shapes, shard)
+        parameters += end // item
+    write_index(directory, placed, parameters, parameters * item)
+    _write_configs(directory, shape)
+    _write_tokenizer(directory, shape)
+
+
 def make_text(path: Path, vocabulary: int, tokens: int, seed: int = 0) -> None:
     """Write a text that the checkpoint's tokenizer turns into `tokens` tokens drawn evenly, none unknown."""
     generator = torch.Generator().manual_seed(seed)
@@ -148,13 +171,17 @@ def main() -> None:
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=getattr(Shape, name), help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default=Shape.dtype, help="default: %(default)s")
+    parser.add_argument("--hollow", action="store_true", help="holes for weights, which take no room: for `plan`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, metavar="FILE", help="also write a random text here")
     parser.add_argument("--tokens", type=int, default=10_000, help="of that text; default: %(default)s")
     arguments = vars(parser.parse_args())
-    out, seed, text, tokens = (arguments.pop(name) for name in ("out", "seed", "text", "tokens"))
+    out, seed, text, tokens, hollow = (arguments.pop(name) for name in ("out", "seed", "text", "tokens", "hollow"))
     shape = Shape(**arguments)
-    make_checkpoint(out, shape, seed)
+    if hollow:
+        make_hollow(out, shape)
+    else:
+        make_checkpoint(out, shape, seed)
     if text is not None:
         make_text(text, shape.vocabulary, tokens, seed)
     print(f"{out}: {shape.blocks} blocks of {shape.block_bytes / 1e6:.1f} MB")

@@ -7,7 +7,7 @@ One random llama checkpoint in float32, the same tokens, the same micro-batches,
 - in memory: transformers' forward of the whole model, its weights in memory beforehand;
 - offload: the same, its weights on disk by `accelerate.disk_offload`, read again for every micro-batch.
 
-All on the CPU, each in a process of its own, interleaved: each repetition runs all three in turn, each time in
+All on one device, each in a process of its own, interleaved: each repetition runs all three in turn, each time in
 another order, the first does not count. Opening the model is left out of all three. The files are in the page
 cache, so what is measured is the work of streaming, not the disk. This is done for micro-batches of one window, as
 on a machine with little memory, and for those that `streamprune eval` would take here. A pass takes 16384 tokens;
@@ -15,11 +15,14 @@ with fewer, the reading of a block weighs more (--samples 8: a fourth of them).
 
 Targets, by the median of the repetitions' ratios: speed streamed / in memory at least 0.85, streamed / offload
 above 1; beside it stands the ratio of the least seconds, which suffers less where other processes run. The three
-losses must agree to a relative 1e-5, or the exit code is 1. Where a core is busy with something else, torch's
+losses must agree to a relative 1e-5 (bfloat16: 1e-2), or the exit code is 1. Where a core is busy with something else, torch's
 threads wait for each other at every operation and the figures say little: leave that core out with --threads.
 
     python benchmarks/stream.py            about 7 minutes on 2 idle cores, 1 GB of temporary disk
     python benchmarks/stream.py --json
+    python benchmarks/stream.py --model FOLDER --device cuda --dtype bfloat16 --memory 24GiB --samples 64 --seq-len 2048
+
+With --model a llama that is there; --memory limits only the streamed way, whose micro-batches the others take too.
 
 Needs accelerate: pip install -e '.[bench]'
 """
@@ -36,6 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,8 +49,9 @@ import torch.nn.functional as F
 from make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 
+from streamprune.config import parse_bytes
 from streamprune.host import settle_malloc
-from streamprune.machine import available_memory
+from streamprune.machine import resolve_device, room, within
 from streamprune.memory import Needs, forecast
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.stream import sweep
@@ -54,8 +59,7 @@ from streamprune.stream.store import ActivationStore
 
 WAYS = ["streamed", "in memory", "offload"]
 TARGETS = {"in memory": 0.85, "offload": 1.0}
-AGREEMENT = 1e-5
-CPU = torch.device("cpu")
+AGREEMENT = {"float32": 1e-5, "bfloat16": 1e-2}
 
 Way = Callable[[Tensor, int], float]
 """Windows (samples, tokens) and the windows a micro-batch → mean loss in nats."""
@@ -66,7 +70,7 @@ def streamed(skeleton: Skeleton, folder: Path, windows: Tensor, size: int) -> fl
     shape = windows.shape[0], windows.shape[1], skeleton.width
     depth = len(skeleton)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        store = ActivationStore(Path(cache), shape, skeleton.dtype, CPU, durable=False)
+        store = ActivationStore(Path(cache), shape, skeleton.dtype, skeleton.device, durable=False)
         sweep.embed(skeleton, windows, store, sweep.boundary("dense", 0), size)
         for index in sweep.forward(skeleton, store, "dense", 0, depth, size):
             store.remove(sweep.boundary("dense", index))
@@ -86,30 +90,50 @@ def whole(model: Any, windows: Tensor, size: int) -> float:
     return total / count
 
 
-def opened(name: str, folder: Path) -> Way:
+@dataclass(frozen=True)
+class Job:
+    """What all ways do."""
+
+    model: Path
+    folder: Path
+    """For what is written."""
+    device: torch.device
+    dtype: str
+    memory: int | None
+    """Bytes that the streamed way may take."""
+
+
+def opened(name: str, job: Job) -> Way:
     """One way with everything before its forward pass done, as a process of its own would do it."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     if name == "streamed":
         settle_malloc()
-        skeleton = open_skeleton(folder / "model", CPU, "float32")
-        return lambda windows, size: streamed(skeleton, folder, windows, size)
+        skeleton = open_skeleton(job.model, job.device, job.dtype)
+
+        def run(windows: Tensor, size: int) -> float:
+            with within(job.device, job.memory):
+                return streamed(skeleton, job.folder, windows, size)
+
+        return run
     disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+        job.model, dtype=getattr(torch, job.dtype), attn_implementation="sdpa"
     ).eval()
     if name == "offload":
         from accelerate import disk_offload
 
-        model = disk_offload(model, str(folder / "offload"), execution_device=CPU)
-    return lambda windows, size: whole(model, windows, size)
+        model = disk_offload(model, str(job.folder / "offload"), execution_device=job.device)
+    else:
+        model = model.to(job.device)
+    return lambda windows, size: whole(model, windows.to(job.device), size)
 
 
-def work(name: str, folder: Path, windows: Tensor, threads: int, connection: Connection) -> None:
+def work(name: str, job: Job, windows: Tensor, threads: int, connection: Connection) -> None:
     """The process of one way: gets micro-batch sizes, answers with seconds and loss, until the other end closes."""
     torch.set_num_threads(threads)
-    way = opened(name, folder)
+    way = opened(name, job)
     with suppress(EOFError, ConnectionError):
         while True:
             size = connection.recv()
@@ -119,14 +143,14 @@ def work(name: str, folder: Path, windows: Tensor, threads: int, connection: Con
 
 
 @contextmanager
-def workers(folder: Path, windows: Tensor, threads: int) -> Iterator[dict[str, Connection]]:
+def workers(job: Job, windows: Tensor, threads: int) -> Iterator[dict[str, Connection]]:
     """A process for each way, waiting for its turn."""
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         ends = {}
         for name in WAYS:
             ends[name], other = context.Pipe()
-            process = context.Process(target=work, args=(name, folder, windows, threads, other), daemon=True)
+            process = context.Process(target=work, args=(name, job, windows, threads, other), daemon=True)
             process.start()
             other.close()
             stack.callback(process.join)
@@ -134,14 +158,14 @@ def workers(folder: Path, windows: Tensor, threads: int) -> Iterator[dict[str, C
         yield ends
 
 
-def own_size(model: Path, windows: Tensor) -> int:
+def own_size(job: Job, windows: Tensor) -> int:
     """The windows a micro-batch that `streamprune eval` would take."""
-    needs = Needs(samples=len(windows), length=windows.shape[1], text=True, prunes=False)
-    skeleton = open_skeleton(model, CPU, "float32")
-    return forecast(skeleton, needs, device_limit=available_memory(CPU), disk_limit=1 << 50).require().batch
+    needs = Needs(samples=len(windows), length=windows.shape[1], text=True, prunes=False, scores=True)
+    skeleton = open_skeleton(job.model, job.device, job.dtype)
+    return forecast(skeleton, needs, **room(job.device, job.memory), disk_limit=1 << 50).require().batch
 
 
-def measure(ends: dict[str, Connection], size: int, repetitions: int) -> dict[str, Any]:
+def measure(ends: dict[str, Connection], size: int, repetitions: int, agreement: float) -> dict[str, Any]:
     """One micro-batch size: seconds of each repetition and the loss by way, and what follows from them."""
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     losses: dict[str, float] = {}
@@ -162,7 +186,7 @@ def measure(ends: dict[str, Connection], size: int, repetitions: int) -> dict[st
         "seconds": seconds,
         "losses": losses,
         "losses_differ": max(abs(loss - right) / right for loss in losses.values()),
-        "losses_agree": all(abs(loss - right) <= AGREEMENT * right for loss in losses.values()),  # NaN does not
+        "losses_agree": all(abs(loss - right) <= agreement * right for loss in losses.values()),  # NaN does not
         "speed_ratios": {
             name: statistics.median(a / b for a, b in zip(seconds[name], seconds["streamed"], strict=True))
             for name in TARGETS
@@ -205,6 +229,12 @@ def main() -> None:
     )
     parser.add_argument("--repetitions", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="torch's threads; default: what torch takes")
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="a llama's checkpoint; default: a random one is made"
+    )
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=AGREEMENT, default="float32", help="default: %(default)s")
+    parser.add_argument("--memory", metavar="SIZE", help="the streamed way's; default: what is free")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes
@@ -213,18 +243,25 @@ def main() -> None:
     except ImportError:
         sys.exit("benchmarks/stream.py needs accelerate: pip install -e '.[bench]'")
     threads = options.threads or torch.get_num_threads()
-    shape = Shape(blocks=options.blocks, hidden=options.hidden, ffn=options.ffn)
     generator = torch.Generator().manual_seed(0)
-    windows = torch.randint(shape.vocabulary, (options.samples, options.seq_len), generator=generator)
     with tempfile.TemporaryDirectory(prefix="streamprune-stream-") as name:
-        folder = Path(name)
-        make_checkpoint(folder / "model", shape)
-        sizes = options.batch or [1, own_size(folder / "model", windows)]
-        with workers(folder, windows, threads) as ends:
-            rows = [measure(ends, size, options.repetitions) for size in sizes]
+        model = options.model
+        if model is None:
+            model = Path(name) / "model"
+            make_checkpoint(model, Shape(blocks=options.blocks, hidden=options.hidden, ffn=options.ffn))
+        memory = None if options.memory is None else parse_bytes(options.memory)
+        job = Job(model, Path(name), resolve_device(options.device), options.dtype, memory)
+        skeleton = open_skeleton(model, job.device, options.dtype)
+        windows = torch.randint(skeleton.vocabulary, (options.samples, options.seq_len), generator=generator)
+        sizes = options.batch or [1, own_size(job, windows)]
+        with workers(job, windows, threads) as ends:
+            rows = [measure(ends, size, options.repetitions, AGREEMENT[options.dtype]) for size in sizes]
     result = {
-        "blocks": shape.blocks,
-        "block_bytes": shape.block_bytes,
+        "blocks": len(skeleton),
+        "block_bytes": sum(skeleton.checkpoint[name].nbytes for name in skeleton.block_names(0).values()),
+        "device": str(job.device),
+        "dtype": options.dtype,
+        "forward_operations": skeleton.forward_operations(options.samples, options.seq_len),
         "tokens": windows.numel(),
         "seq_len": options.seq_len,
         "threads": threads,

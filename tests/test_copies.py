@@ -83,10 +83,13 @@ class Simulated:
                 self.go_on()
         tensor.fill_(float("nan"))
 
+    def able(self) -> list[Stream]:
+        """The streams that can go on."""
+        return [s for s in self.streams if s.given and not (isinstance(s.given[0], tuple) and s.given[0][0].at is None)]
+
     def go_on(self) -> None:
         """One piece of one stream that can."""
-        able = [s for s in self.streams if s.given and not (isinstance(s.given[0], tuple) and s.given[0][0].at is None)]
-        piece = self.random.choice(able).given.pop(0)
+        piece = self.random.choice(self.able()).given.pop(0)
         self.clock += 1
         if isinstance(piece, Event):
             piece.at = self.clock
@@ -122,3 +125,16 @@ def test_on_the_host_nothing_is_copied() -> None:
     copies, x = Copies.of(torch.device("cpu")), torch.ones(2)
     assert copies.inward([x])()[0] is x
     assert copies.outward([x])()[0] is x
+
+
+def test_what_comes_in_is_not_held_up_by_what_goes_out() -> None:
+    """Which waits for the device to compute it."""
+    device = Simulated(0)
+    copies = Copies(device)
+    device.wait(device.computing, Event())  # it is busy for as long as we look
+    copies.outward([torch.zeros(3)])
+    copies.inward([torch.ones(3)])
+    while device.able():
+        device.go_on()
+    ((_, arrived),) = copies._timed
+    assert device.happened(arrived)

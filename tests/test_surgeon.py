@@ -26,7 +26,7 @@ from streamprune import Config
 from streamprune.errors import ConfigError
 from streamprune.job import Job
 from streamprune.journal import Journal
-from streamprune.methods import masks
+from streamprune.methods import masks, surgeon
 from streamprune.methods.allocation import Budget
 from streamprune.methods.plan import Plan, SitePlan
 from streamprune.methods.surgeon import SurgeonSettings, shots
@@ -294,6 +294,23 @@ def test_a_bounded_number_of_weights_is_compensated_jointly(tiny: Tiny, configur
             multipliers = torch.linalg.solve(g[r[s]][:, r[s]] * a[c[s]][:, c[s]], w[r[s], c[s]])
             expected -= g[:, r[s]] * multipliers @ a[c[s]]
         torch.testing.assert_close(new, expected.masked_fill(zero, 0), rtol=1e-8, atol=1e-10)
+
+
+def test_producers_share_the_inverse_of_what_they_read(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, places = surgeon.inverse, []
+
+    def inverse(h: Tensor, damping: float, place: str, **options: Any) -> tuple[Tensor, float]:
+        places.append(place)
+        return real(h, damping, place, **options)
+
+    monkeypatch.setattr(surgeon, "inverse", inverse)
+    config = configured(tiny("llama"), recipe="surgeon", settings={"structure": "unstructured", "shots": "1"}, samples=2)
+    streamprune.prune(config)
+    # G of q, k, v and o, A of what the three read and of o's input; gate, up and down likewise. To cost and to update.
+    assert places.count("blocks.1.attention") == 2 * (4 + 2)
+    assert places.count("blocks.1.ffn") == 2 * (3 + 2)
 
 
 @pytest.mark.parametrize(("structure", "m", "n"), [("2:4", 2, 4), ("4:8", 4, 8)])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from .blocked import TILE, cholesky_, invert_, panels
+from .blocked import PANEL, TILE, cholesky_, invert_, panels
 
 _MOST_DAMPING = 10.0
 
@@ -144,9 +144,17 @@ def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:
     """``tr(E H Eᵀ) / tr(W H Wᵀ)``, E the change of W: the share of output energy lost on this input."""
     change = w.clone()
     change[:, kept] -= w_kept
-    before, after = 0.0, 0.0
-    for panel in panels(h.shape[1], TILE):
-        columns = h[:, panel].to(w.device)
-        before += float((w @ columns).mul_(w[:, panel]).sum(dtype=torch.float64))
-        after += float((change @ columns).mul_(change[:, panel]).sum(dtype=torch.float64))
+    before, after = _energy(w, h), _energy(change, h)
     return max(after, 0.0) / before if before > 0 else 0.0
+
+
+def _energy(w: Tensor, h: Tensor) -> float:
+    """``tr(W H Wᵀ)`` by the lower half of H: what lies below the diagonal counts twice."""
+    total = 0.0
+    for panel in panels(h.shape[1], PANEL):
+        below = w.new_empty(0) if panel.stop == len(h) else w[:, panel.stop :] @ h[panel.stop :, panel].to(w.device)
+        product = w[:, panel] @ h[panel, panel].to(w.device)
+        if len(below):
+            product.add_(below, alpha=2)
+        total += float(product.mul_(w[:, panel]).sum(dtype=torch.float64))
+    return total

@@ -11,7 +11,7 @@ The factors that the updates need wait on the disk until the threshold is known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,7 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
         factors[name] = gram.mean()[0]
     linears = _linears(factors, surveyed.w, surveyed.producers)
     if settings.structure != masks.UNITS:
-        costs = (element_costs(w, *_inverses(settings, w, g, a, site)[:2]) for w, g, a in linears)
+        costs = (element_costs(w, g, a) for w, g, a, _ in _inverses(settings, linears, site))
         return {**factors, **masks.histograms(costs, settings.structure)}
     *producers, (w, g, a) = linears
     price = group_costs if settings.joint else _single_costs
@@ -108,7 +108,7 @@ def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
     if settings.structure != masks.UNITS:
         # Beside the inverses what the multipliers are spread by; the subsets' own depend on what goes.
-        return inverse_work(d) + sum(inverse_work(n) + 2 * n * d * (n + d) for n in sides)
+        return 2 * inverse_work(d) + sum(inverse_work(n) + 2 * n * d * (n + d) for n in sides)
     gone, total = (site.units - keep) / site.units, 0.0
     for n in sides if settings.update_rows else sides[-1:]:
         s = gone * n
@@ -120,7 +120,7 @@ def digest_work(settings: SurgeonSettings, site: Site) -> float:
     """Operations of `digest`."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
     if settings.structure != masks.UNITS:
-        return inverse_work(d) + sum(inverse_work(n) for n in sides)
+        return 2 * inverse_work(d) + sum(inverse_work(n) for n in sides)
     return sum(inverse_work(n) + 2 * d * d * n + 2 * n * d * n / site.units for n in sides)
 
 
@@ -169,8 +169,9 @@ def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
     if problem.zeros is not None:
         weights = []
         factors = {name: factor(name) for name in _needed(settings, site)}
-        for (w, g, a), zeros in zip(_linears(factors, problem.w, problem.producers), problem.zeros, strict=True):
-            g_inverse, a_inverse, took = _inverses(settings, w, g, a, site)
+        linears = _linears(factors, problem.w, problem.producers)
+        each = zip(_inverses(settings, linears, site), problem.zeros, strict=True)
+        for (w, g_inverse, a_inverse, took), zeros in each:
             used = max(used, took)
             gone = masks.mask(element_costs(w, g_inverse, a_inverse), zeros, settings.structure)
             weights.append(remove_elements(w, g_inverse, a_inverse, gone, at_most=settings.correlated, place=site.name))
@@ -195,15 +196,21 @@ def _linears(
     factors: Mapping[str, Tensor], consumer: Tensor, producers: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(W, G, A) of each linear, the consumer last."""
+    factors = {name: factor.to(consumer.dtype) for name, factor in factors.items()}
     each = [(w, factors[f"g.{i}"], factors["a"]) for i, w in enumerate(producers)]
-    linears = [*each, (consumer, factors["g.consumer"], factors["a.consumer"])]
-    return [(w, g.to(w.dtype), a.to(w.dtype)) for w, g, a in linears]
+    return [*each, (consumer, factors["g.consumer"], factors["a.consumer"])]
 
 
-def _inverses(settings: SurgeonSettings, w: Tensor, g: Tensor, a: Tensor, site: Site) -> tuple[Tensor, Tensor, float]:
-    """G⁻¹, A⁻¹, where W is, and the larger damping that they took."""
-    (g_inverse, one), (a_inverse, other) = (inverse(h, settings.damping, site.name, device=w.device) for h in (g, a))
-    return g_inverse, a_inverse, max(one, other)
+def _inverses(
+    settings: SurgeonSettings, linears: Sequence[tuple[Tensor, Tensor, Tensor]], site: Site
+) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """(W, G⁻¹, A⁻¹) of each linear, where W is, and the larger damping that they took; producers share one A⁻¹."""
+    of: Tensor | None = None
+    for w, g, a in linears:
+        if a is not of:
+            of, (a_inverse, other) = a, inverse(a, settings.damping, site.name, device=w.device)
+        g_inverse, one = inverse(g, settings.damping, site.name, device=w.device)
+        yield w, g_inverse, a_inverse, max(one, other)
 
 
 def _sides(settings: SurgeonSettings, w: Tensor, kept: Tensor, removed: Tensor, site: Site) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,100 @@
+"""What a machine can do: matrix products, copies between host and device, reading and writing a file.
+
+Products are square, of the size that the largest Grams and linears have here; copies are of pinned memory (on the CPU, of memory);
+the file's pages are dropped from the cache before it is read. The best of several repetitions, each of which is waited for.
+
+    python benchmarks/rates.py                         half a minute on 2 cores
+    python benchmarks/rates.py --device cuda --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from streamprune.machine import resolve_device
+
+SIZES = {"cpu": 4096, "cuda": 16384}
+"""Of matrices."""
+COPIED = 1 << 30
+REPETITIONS = 4
+
+
+def fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Least seconds of some repetitions after a first one."""
+    seconds = []
+    for _ in range(REPETITIONS + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def products(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product, as torch does it by default (float32 without TF32)."""
+    n = SIZES[device.type]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    c = torch.empty_like(a)
+    return 2 * n**3 / fastest(lambda: torch.mm(a, b, out=c), device)
+
+
+def copies(device: torch.device) -> dict[str, float]:
+    """Bytes a second to the device and back."""
+    host = torch.ones(COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    return {
+        "to_device": COPIED / fastest(lambda: there.copy_(host, non_blocking=True), device),
+        "from_device": COPIED / fastest(lambda: host.copy_(there, non_blocking=True), device),
+    }
+
+
+def disk(folder: Path) -> dict[str, float]:
+    """Bytes a second of writing a file with fsync, and of reading it into memory that is there already."""
+    data = memoryview(bytearray(os.urandom(1 << 20) * (COPIED >> 20)))
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        written = time.perf_counter() - started
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        started = time.perf_counter()
+        assert os.preadv(file.fileno(), [data[: COPIED // 2]], 0) == COPIED // 2
+        assert os.preadv(file.fileno(), [data[COPIED // 2 :]], COPIED // 2) == COPIED // 2
+        read = time.perf_counter() - started
+    return {"disk_write": COPIED / written, "disk_read": COPIED / read}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's temporary one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    device = resolve_device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rates = {f"{dtype}_operations": products(device, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+    rates |= {f"{kind}_bytes": rate for kind, rate in {**copies(device), **disk(options.folder)}.items()}
+    if options.json:
+        print(json.dumps({"device": name, **rates}))
+        return
+    print(name)
+    for kind, rate in rates.items():
+        unit = "TFLOP/s" if kind.endswith("operations") else "GB/s"
+        print(f"{kind:22}{rate / (1e12 if unit == 'TFLOP/s' else 1e9):10.2f} {unit}")
+
+
+if __name__ == "__main__":
+    main()
