@@ -193,7 +193,7 @@ def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: 
     assert after.operations > before.operations
     tight = forecast(skeleton, needs, device_limit=2**40, disk_limit=cached * 100 - 1)
     assert "activations need" in tight.problems[0]
-    sizes = [generation_batch(skeleton, needs, batch, 1) for batch in (1, 64, 128, 10_000)]
+    sizes = [generation_batch(skeleton, needs, batch, 1) for batch in (1, 16, 64, 10_000)]
     assert 1 <= sizes[0] < sizes[1] < sizes[2] < sizes[3] == 600
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import NumericalError
+from streamprune.maths import linalg
 from streamprune.maths.linalg import cholesky, compensation, fit, output_error, refit, unit_columns
 
 
@@ -64,7 +65,9 @@ def test_compensation_equals_ridge_regression() -> None:
     assert float((x_hat @ fitted.T - x @ w.T).square().sum()) < float(before)
 
 
-def test_output_error_is_the_share_of_energy_lost() -> None:
+@pytest.mark.parametrize("panel", [2, 3, 512])
+def test_output_error_is_the_share_of_energy_lost(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "PANEL", panel)
     w, x, h = problem(7)
     kept = torch.tensor([0, 1, 4, 6])
     fitted, _ = refit(w, h, kept, 0.01, "here")

@@ -205,8 +205,8 @@ def test_a_later_block_reads_what_the_refined_one_gives(
     config = configured(path, recipe="default", dtype="float64", samples=8, refine=2)
 
     def first_only(skeleton: Any, block: Any, index: int, *rest: Any) -> Any:
-        *streams, how = rest
-        return refine(skeleton, block, index, *streams, replace(how, rate=0.0 if index else 1e-2))
+        *streams, how, ranks = rest
+        return refine(skeleton, block, index, *streams, replace(how, rate=0.0 if index else 1e-2), ranks)
 
     monkeypatch.setattr(surgery, "refine", first_only)
     streamprune.prune(config)

@@ -116,8 +116,7 @@ class Gram:
         add_up(self.h)
         if self.c is not None:
             add_up(self.c)
-        counts = add_counts(add_up, self.tokens, self.rows, self.operations)
-        self.tokens, self.rows, self.operations = counts
+        self.tokens, self.rows, self.operations = add_counts(add_up, self.tokens, self.rows, self.operations)
 
     def mean(self) -> tuple[Tensor, Tensor | None]:
         """(H, C) per token, H symmetric to the last bit, in place: they count as one token from then on."""
