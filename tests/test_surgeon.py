@@ -306,7 +306,9 @@ def test_producers_share_the_inverse_of_what_they_read(
         return real(h, damping, place, **options)
 
     monkeypatch.setattr(surgeon, "inverse", inverse)
-    config = configured(tiny("llama"), recipe="surgeon", settings={"structure": "unstructured", "shots": "1"}, samples=2)
+    config = configured(
+        tiny("llama"), recipe="surgeon", settings={"structure": "unstructured", "shots": "1"}, samples=2
+    )
     streamprune.prune(config)
     # G of q, k, v and o, A of what the three read and of o's input; gate, up and down likewise. To cost and to update.
     assert places.count("blocks.1.attention") == 2 * (4 + 2)

@@ -30,8 +30,11 @@ def greedy_workspace(site: Site) -> int:
 
 def greedy_work(site: Site, count: float) -> float:
     """Operations of `greedy` that removes so many columns."""
-    n, d = site.columns, site.outputs
-    return inverse_work(n) + 2 * d * n**2 + 6 * n**2 * count
+    n, d, k = site.columns, site.outputs, site.columns - count
+    half = (1 + min(1, 512 / n)) / 2  # of symmetric products, what is computed
+    steps = count * (n + k) / 2 * (3 * 64 + 12 * site.width)
+    updates = 6 * max(0.0, count - 64) * (n * n + n * k + k * k) / 3 * half  # of P and V, as far as they are left
+    return inverse_work(n) + 2 * d * n * n * half + steps + updates
 
 
 def greedy(problem: Problem, keep: int, damping: float) -> Tensor:
