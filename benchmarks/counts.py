@@ -23,7 +23,7 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "sobp": ("sobp", {}),
     "slimgpt": ("slimgpt", {}),
     "greedy-output": ("greedy-output", {}),
-    "surgeon": ("surgeon", {"shots": "3"}),
+    "surgeon": ("surgeon", {"shots": "2"}),
     "surgeon, `structure=unstructured`": ("surgeon", {"shots": "1", "structure": "unstructured"}),
     "wanda-sp": ("wanda-sp", {}),
     "magnitude, random": ("magnitude", {}),

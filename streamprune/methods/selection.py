@@ -31,9 +31,10 @@ def greedy_workspace(site: Site) -> int:
 
 def greedy_work(site: Site, count: float) -> float:
     """Operations of `greedy` that removes so many columns."""
-    n, d = site.columns, site.outputs
+    n, d, k = site.columns, site.outputs, site.columns - count
     left = (n**2 - n * count + count**2 / 3) ** 0.5  # columns, in the mean of squares
-    return inverse_work(n) + product_work(n, d) + 3 * product_work(left, count)
+    steps = count * (n + k) / 2 * (3 * 64 + 12 * site.width)
+    return inverse_work(n) + product_work(n, d) + steps + 3 * product_work(left, max(0.0, count - 64))
 
 
 def greedy(problem: Problem, keep: int, damping: float) -> Tensor:
