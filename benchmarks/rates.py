@@ -21,9 +21,9 @@ import torch
 
 from streamprune.machine import resolve_device
 
-SIZES = {"cpu": 4096, "cuda": 16384}
+SIZES = {"cpu": 2048, "cuda": 16384}
 """Of matrices."""
-COPIED = 1 << 30
+COPIED = 1 << 29
 REPETITIONS = 4
 
 
