@@ -23,6 +23,7 @@ from .errors import ResourceError
 from .host import HEAP_KEPT
 from .machine import dtype_name
 from .maths.blocked import TILE
+from .maths.linalg import output_error_work
 from .maths.operations import KINDS, Kind
 from .maths.stats import GRADIENTS, PANEL, Statistic
 from .model.block import linear_shape
@@ -696,7 +697,7 @@ class _Shapes:
         if needs.gram:
             sweeps += passes.producers + passes.mixing
             sums += 2 * tokens * site.share * self._half(n)
-            solving += 4 * d * n**2  # the output's error
+            solving += output_error_work(d, n, after * site.columns)
         if needs.dense_stream and (goes_on or aims):
             sweeps += passes.whole
         if goes_on and (needs.gram or needs.dense_stream):

@@ -75,6 +75,21 @@ def test_output_error_is_the_share_of_energy_lost(panel: int, monkeypatch: pytes
     assert output_error(w, h, fitted, kept) == pytest.approx(float(lost))
 
 
+def test_output_error_of_many_rows_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 40, generator=generator, dtype=torch.float64)
+    # Rows of very different size: what matters may be one of them.
+    w = torch.randn(1000, 40, generator=generator, dtype=torch.float64)
+    w *= torch.linspace(-4, 4, 1000, dtype=torch.float64).exp()[:, None]
+    h, kept = x.T @ x / 400, torch.arange(0, 40, 2)
+    fitted, _ = refit(w, h, kept, 0.01, "here")
+    estimated = output_error(w, h, fitted, kept)
+    monkeypatch.setattr(linalg, "SKETCH", 1000)
+    exact = output_error(w, h, fitted, kept)
+    assert estimated != exact
+    assert estimated == pytest.approx(exact, rel=0.1)
+
+
 def test_all_dead_is_no_error() -> None:
     w, h = torch.ones(2, 4), torch.zeros(4, 4)
     assert torch.equal(refit(w, h, torch.tensor([2, 3]), 0.01, "here")[0], w[:, 2:])
