@@ -24,6 +24,7 @@ from .curves import CURVES, write_curves
 from .errors import NumericalError, ResumeError
 from .job import Job
 from .journal import Entry
+from .maths.linalg import all_finite
 from .maths.operations import KINDS, Kind, counting, kind
 from .maths.stats import GRADIENTS, SiteStatistics, Statistic
 from .meter import OWN, as_entry, share_of
@@ -348,7 +349,7 @@ class Shot:
                     tensors[name][place] = tensor
         for name, (_, path) in makers.items() if self.ranks.first else ():
             for place, tensor in tensors[name].items():
-                if not bool(torch.isfinite(tensor).all()):
+                if not all_finite(tensor):
                     raise NumericalError(f"block {index}: the survey's {place} is NaN or Inf")
             write_shard(path, tensors[name])
         if not self.asking:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import NumericalError
 from ..host import host_copy
-from ..maths.linalg import accumulator, unit_columns
+from ..maths.linalg import accumulator, all_finite, unit_columns
 from ..site import Site
 from .architecture import SublayerEntry
 from .modeling_streamprune import Experts, count, set_count
@@ -180,7 +180,7 @@ class Block:
         yield trained
         for name, weight in weights.items():
             layer.set(name, weight.detach())
-            if not bool(torch.isfinite(layer.weights[name]).all()):
+            if not all_finite(layer.weights[name]):
                 raise NumericalError(f"{self.prunables[0].site.name}: {name} is not finite after training")
 
     def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
@@ -443,7 +443,7 @@ class Prunable:
             NumericalError: not finite, or no longer so in the stored dtype.
         """
         self.layer.set(f"{name}.weight", self._turned(name, weight).contiguous())
-        if not bool(torch.isfinite(self.layer.weights[f"{name}.weight"]).all()):
+        if not all_finite(self.layer.weights[f"{name}.weight"]):
             raise NumericalError(f"{self.site.name}: the new weights of {name} are not finite in their stored dtype")
 
     def shrink(self, kept: Tensor, consumer_weight: Tensor) -> None:

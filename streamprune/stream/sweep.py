@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError, NumericalError
 from ..host import return_freed_memory
 from ..maths.operations import counting, kind
+from ..maths.linalg import all_finite
 from ..maths.sampling import sample
 from ..maths.stats import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
@@ -66,7 +67,7 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     names = [name for group in groups for name in group]
     left = {group[-1] for group in groups}
     for name, tensor in prefetch(names, skeleton.checkpoint.read):
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise CheckpointError(f"{skeleton.checkpoint.directory}: tensor {name!r} holds NaN or Inf")
         if name in left:
             progress.step(name)
