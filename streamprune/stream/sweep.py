@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
 from ..host import return_freed_memory
-from ..maths.operations import counting, kind
 from ..maths.linalg import all_finite
+from ..maths.operations import counting, kind
 from ..maths.sampling import sample
 from ..maths.stats import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
