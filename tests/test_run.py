@@ -21,7 +21,7 @@ import torch
 from conftest import TINY, contents, edit_tensors, make_tiny
 
 import streamprune
-from streamprune import Config, calibration, files
+from streamprune import Config, calibration, files, memory
 from streamprune.errors import CalibrationError, ConfigError, ResourceError, ResumeError
 from streamprune.job import Job
 from streamprune.journal import Journal
@@ -695,3 +695,20 @@ def test_without_calibration_the_built_in_sample_is_used_and_said(configured: Ma
     config = configured(EXAMPLE, calibration=None, samples=2, recipe="wanda-sp")
     streamprune.prune(config, progress=streamprune.Callback(lambda event: said.append(event.message)))
     assert any("built-in English sample" in message for message in said)
+
+
+@pytest.mark.parametrize("recipe", ["default", "surgeon", "greedy-output", "wanda-sp"])
+def test_where_grams_are_changes_nothing_where_the_device_is_the_host(
+    recipe: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama")
+    settings = {"shots": "1"} if recipe == "surgeon" else {}
+    results = []
+    for place in memory.GRAM_PLACES:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "GRAM_PLACES", (place,))
+            config = configured(path, place, recipe=recipe, settings=settings)
+            assert streamprune.forecast_job(config).grams == place
+            streamprune.prune(config)
+        results.append({name: data for name, data in contents(config.out).items() if name.endswith(".safetensors")})
+    assert results[0] == results[1] == results[2]
