@@ -50,10 +50,11 @@ from make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 
 from streamprune.config import parse_bytes
+from streamprune.forecast import forecast
 from streamprune.host import settle_malloc
 from streamprune.machine import resolve_device, room, within
-from streamprune.memory import Needs, forecast
 from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.needs import Needs
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore
 

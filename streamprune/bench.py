@@ -22,9 +22,10 @@ from .config import format_bytes
 from .errors import ConfigError, ResourceError
 from .hub import resolve_model
 from .maths.operations import counting
-from .memory import Needs, device_peak
+from .memory import device_peak
 from .model.skeleton import Skeleton, open_skeleton
 from .model.whole import load_whole
+from .needs import Needs
 from .progress import Progress, Silent
 
 MULTIPLES = (8, 16, 32, 64, 128, 256)

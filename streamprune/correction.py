@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from . import files
 from .maths.descent import Descent, batch
 from .maths.linalg import accumulator
-from .memory import REFINE_SEQUENCES
 from .methods.recipe import Correction
 from .model.block import Block
 from .model.checkpoint import write_shard
 from .model.skeleton import Skeleton
+from .needs import REFINE_SEQUENCES
 from .stream import sweep
 from .stream.store import ActivationStore
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import calibration, files, hub, machine
 from .errors import ConfigError
-from .memory import Needs, forecast
+from .forecast import forecast
 from .model.skeleton import Skeleton, open_skeleton
+from .needs import Needs
 from .progress import Progress, Silent, rest
 from .stream import sweep
 from .stream.store import ActivationStore

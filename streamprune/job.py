@@ -21,17 +21,19 @@ from torch import Tensor
 from . import calibration, files, hub, machine, output
 from .config import DATA_FREE, Config, DataFree, format_bytes
 from .errors import ConfigError, ResourceError, ResumeError
+from .forecast import Resources, forecast
 from .journal import Entry, Journal
 from .layout import DECILM, LAYOUTS
 from .maths.operations import kind
 from .maths.stats import Statistic
-from .memory import SLACK, GramPlace, Needs, Resources, Sizes, copies_ahead, device_peak, forecast
+from .memory import SLACK, GramPlace, Sizes, copies_ahead, device_peak
 from .meter import by_block, peaks, totals
 from .methods import RECIPES
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
 from .model.skeleton import Skeleton, open_skeleton
+from .needs import Needs
 from .progress import Progress
 from .ranks import ALONE, Ranks
 from .schedule import Stretch, as_entries

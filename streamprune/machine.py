@@ -106,7 +106,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def room(device: torch.device, asked: int | None, activations: int = 0, ranks: Ranks = ALONE) -> dict[str, int]:
-    """How much memory a job may take, as `memory.forecast` wants to know it.
+    """How much memory a job may take, as `forecast` wants to know it.
 
     Args:
         asked: bytes of the device that it shall stay within; None for what is free. On the CPU that is the whole process.

@@ -1,7 +1,7 @@
-"""What each step needs, and the micro-batch that fits.
+"""What each step holds.
 
 The figures are sums of what the code holds at each step, part by part; activations are counted a token from the
-widths of the sublayer at hand. `benchmarks/memory.py` holds them to within a tenth of what is measured.
+widths of the sublayer at hand. `benchmarks/forecast.py` holds them to within a tenth of what is measured.
 
 Less memory than is comfortable costs speed, not the job: micro-batches get smaller first; then, where the device is a
 GPU, a site's Gram waits on the host while it is solved; then Grams are summed and sites solved on the host, and the
@@ -10,39 +10,21 @@ device runs the model alone (`GramPlace`).
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import torch
-
-from .config import format_bytes
-from .errors import ResourceError
 from .host import HEAP_KEPT
-from .machine import dtype_name
 from .maths.blocked import TILE
-from .maths.linalg import output_error_work
-from .maths.operations import KINDS, Kind
-from .maths.stats import GRADIENTS, PANEL, Statistic
 from .model.block import linear_shape
 from .model.skeleton import Skeleton
+from .needs import REFINE_SEQUENCES, Needs
+from .shapes import Shapes, Together
 from .site import Site
-from .stream.encoding import token_bytes
 from .stream.sweep import LOGIT_BYTES
-
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""More tokens a micro-batch than this make nothing faster."""
-
-PHASES = ("calibrate", "forward", "head", "backward", "prune", "correct")
-"""What operations are forecast for; refinement belongs to ``prune``, whichever job it is."""
 
 GRAMS_AT_ONCE = 1 << 31
 """Bytes of Grams of one block's experts that are summed in one pass."""
-REFINE_SEQUENCES = 8
-"""A refinement step's batch."""
-
 ALLOCATOR_SHARE = 20
 """One part in so many of what tensors take on a GPU lies idle between them, where its allocator can extend segments."""
 SLACK = 1.02
@@ -79,294 +61,31 @@ class Demand:
         return self.weights + self.sums + self.solving + self.activations + self.slack
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a job will do, as far as resources go."""
-
-    samples: int
-    length: int
-    text: bool
-    """Activations move at all."""
-    survey: frozenset[Statistic] = frozenset()
-    shared: bool = False
-    """Several recipes make something of the survey's sums."""
-    findings: int = 0
-    """Numbers that wait on the disk between survey and prune sweep."""
-    gram: bool = False
-    compensates: bool = False
-    """Sums the producers' inputs."""
-    aims: bool = False
-    """Fits consumers to a target."""
-    refines: int = 0
-    """Steps of block refinement."""
-    corrects: int = 0
-    """Low-rank steps after each shot."""
-    shots: int = 1
-    rank: int | None = None
-    """Of the updates that refinement trains; None for whole weights."""
-    prunes: bool = True
-    """False for evaluation and tuning."""
-    scores: bool = False
-    """The head gives losses."""
-    generates: bool = False
-    """The model writes its calibration tokens."""
-    removes: float = 0.0
-    """Share of the blocks' parameters that is gone in the end."""
-    work: Callable[[Site, float], float] = lambda site, keep: 0.0
-    """Operations of choosing what stays of a site and re-fitting it."""
-    digest_work: Callable[[Site], float] = lambda site: 0.0
-    """Operations of a site's findings."""
-    workspace: Callable[[Site], int] = lambda site: 0
-    """Numbers that solving a site takes beside its W and H."""
-    digest_workspace: Callable[[Site], int] = lambda site: 0
-    """Numbers that a site's findings take beside its W and statistics."""
-
-    def surveying_with(self, other: Needs) -> Needs:
-        """Those of a survey that serves another job as well."""
-        return replace(
-            self,
-            survey=self.survey | other.survey,
-            shared=True,
-            digest_workspace=lambda site: max(self.digest_workspace(site), other.digest_workspace(site)),
-        )
-
-    activations: torch.dtype | None = None
-    """What they are stored in; None for what is computed."""
-
-    @property
-    def gradients(self) -> bool:
-        """Whether a backward sweep is made."""
-        return bool(self.survey & GRADIENTS)
-
-    @property
-    def dense_stream(self) -> bool:
-        """Whether the dense stream moves along in the prune sweep."""
-        return self.compensates or self.aims or self.refines > 0
-
-
-@dataclass(frozen=True)
-class Resources:
-    """A job's forecast."""
-
-    device: str
-    batch: int
-    """Sequences a micro-batch, forward."""
-    backward_batch: int
-    grams: GramPlace
-    boundary_every: int
-    """The survey keeps every k-th boundary and recomputes the others."""
-    copies_ahead: bool
-    """Whether the next block's weights come to the device while this one's are used."""
-    device_bytes: int
-    """Peak of weights, sums, solver workspace and activations; where the device is the CPU, of the whole process."""
-    host_bytes: int
-    """Peak of the process; where the device is the CPU, the device's share included."""
-    demands: dict[str, dict[str, int]]
-    """What each step holds, by its name: the parts of a `Demand`, and ``device_bytes`` and ``host_bytes`` in all."""
-    held_bytes: int
-    """Of the host's peak, activations that `memory_host` allows to be held."""
-    disk_bytes: int
-    """Activations."""
-    activations: str
-    """What they are stored in."""
-    output_bytes: int
-    """The result, at the most."""
-    bytes_to_read: int
-    operations: int
-    """Floating-point operations."""
-    phases: dict[str, int]
-    """The same by phase, one entry for each of `PHASES`."""
-    operations_by_kind: dict[str, int]
-    """The same by what they are for, one entry for each of `maths.operations.KINDS`."""
-    steps: int
-    device_limit: int
-    disk_limit: int
-    problems: tuple[str, ...]
-    """Why it does not fit, and what would; empty when it does."""
-
-    @property
-    def sizes(self) -> Sizes:
-        """Those that were chosen."""
-        return self.batch, self.backward_batch, self.grams
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "problems": list(self.problems), "fits": not self.problems}
-
-    def require(self) -> Resources:
-        """Itself, if it fits.
-
-        Raises:
-            ResourceError: it does not.
-        """
-        if self.problems:
-            raise ResourceError("; ".join(self.problems))
-        return self
-
-
-def forecast(
-    skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int, base: int = 0, memory_host: int = 0
-) -> Resources:
-    """What the job takes, with the largest micro-batches that fit the device's limit.
-
-    Args:
-        device_limit: bytes; where the device is the CPU, of the whole process.
-        base: bytes of host memory that the process takes for itself.
-        memory_host: bytes of host memory that activations may be held in.
-    """
-    model = _Shapes(skeleton, needs)
-    problems = []
-    on_cpu = skeleton.device.type == "cpu"
-    places = GRAM_PLACES[:1] if on_cpu else GRAM_PLACES
-    room = device_limit - (base + memory_host if on_cpu else 0)
-    grams = next((place for place in places if model.device_peak(1, 1, place) <= room), places[-1])
-    least = model.device_peak(1, 1, grams)
-    batch = backward_batch = 1
-    if least > room:
-        problems.append(
-            f"the memory limit is {format_bytes(device_limit)}; {model.tightest(1, 1, grams)} needs "
-            f"{format_bytes(least + device_limit - room)} even with one sequence of {needs.length} tokens at a time"
-        )
-    elif needs.text:
-        most = max(1, min(needs.samples, BATCH_TOKENS[skeleton.device.type] // needs.length))
-        batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1, grams) <= room)
-        backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size, grams) <= room)
-    every, disk = model.boundaries(disk_limit, memory_host)
-    held = min(memory_host, model.boundaries(disk_limit, 0)[1])
-    disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # these go before boundaries come
-    if disk > disk_limit:
-        problems.append(
-            f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
-            f"fewer samples than {needs.samples}, windows shorter than {needs.length} or another --cache would do"
-        )
-    operations = model.operations()
-    demands = model.demands(batch, backward_batch, grams)
-    ahead = copies_ahead(skeleton, needs, (batch, backward_batch, grams), device_limit)
-    totals = {
-        name: {
-            "device_bytes": demand.device + (base + held if on_cpu else ahead * model.stored_block),
-            "host_bytes": base + held + demand.host + (demand.device if on_cpu else 0),
-        }
-        for name, demand in demands.items()
-    }
-    return Resources(
-        device=str(skeleton.device),
-        batch=batch,
-        backward_batch=backward_batch,
-        grams=grams,
-        boundary_every=every,
-        copies_ahead=ahead,
-        device_bytes=max(each["device_bytes"] for each in totals.values()),
-        host_bytes=max(each["host_bytes"] for each in totals.values()),
-        held_bytes=held,
-        demands={name: {**asdict(demand), **totals[name]} for name, demand in demands.items()},
-        disk_bytes=disk,
-        activations=dtype_name(needs.activations or skeleton.dtype),
-        output_bytes=sum(skeleton.checkpoint[name].nbytes for name in skeleton.checkpoint)
-        if needs.prunes or needs.refines
-        else 0,
-        bytes_to_read=model.bytes_to_read(every),
-        operations=sum(round(count) for count in operations.values()),
-        phases={
-            phase: sum(round(count) for (each, _), count in operations.items() if each == phase) for phase in PHASES
-        },
-        operations_by_kind={
-            kind: sum(round(count) for (_, each), count in operations.items() if each == kind) for kind in KINDS
-        },
-        steps=model.steps(),
-        device_limit=device_limit,
-        disk_limit=disk_limit,
-        problems=tuple(problems),
-    )
-
-
 def copies_ahead(skeleton: Skeleton, needs: Needs, sizes: Sizes, limit: int) -> bool:
     """Whether a GPU has room for the next block's stored weights besides what it holds at most."""
-    model = _Shapes(skeleton, needs)
+    model = Memory(skeleton, needs)
     return skeleton.device.type == "cuda" and model.device_peak(*sizes) + model.stored_block <= limit
 
 
 def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int, grams: GramPlace = "device") -> int:
     """Bytes that work on the device holds at most with micro-batches of these sizes."""
-    return _Shapes(skeleton, needs).device_peak(batch, backward_batch, grams)
+    return Memory(skeleton, needs).device_peak(batch, backward_batch, grams)
 
 
 def in_memory_peak(skeleton: Skeleton, needs: Needs, batch: int) -> int:
     """Bytes that the device holds while updates of the whole model are trained end to end, nothing streamed."""
-    return _Shapes(skeleton, needs).in_memory(batch)
+    return Memory(skeleton, needs).in_memory(batch)
 
 
 def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
     """Sequences a micro-batch while calibration tokens are written: as many as other steps leave room for."""
-    model = _Shapes(skeleton, needs)
+    model = Memory(skeleton, needs)
     room = model.device_peak(batch, backward_batch, "device") - model.decoding(0)
     return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
 
 
-Work = defaultdict[tuple[str, Kind], float]
-"""Operations by phase and kind."""
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """Operations of a forward pass through one site."""
-
-    producers: float
-    mixing: float
-    """Attention's two products."""
-    consumer: float
-
-    @property
-    def whole(self) -> float:
-        return self.producers + self.mixing + self.consumer
-
-
-class _Together:
-    """The sites of one sublayer: one, or a mixture's experts."""
-
-    def __init__(self, sites: list[Site]) -> None:
-        self.sites = sites
-        self.widest = max(sites, key=lambda site: site.columns)
-        self.routed = self.widest.expert is not None
-        self.reached = sum(site.share for site in sites)
-        """Of the sites, how many a token reaches."""
-        self.parameters = sum(site.units * site.unit_parameters for site in sites)
-
-
-def _left(site: Site, left: float) -> Site:
-    return site.keeping(max(1, round(left * site.units)))
-
-
-class _Shapes:
-    """Bytes and operations of one model under one job."""
-
-    def __init__(self, skeleton: Skeleton, needs: Needs) -> None:
-        self.skeleton, self.needs = skeleton, needs
-        checkpoint = skeleton.checkpoint
-        self.item = skeleton.dtype.itemsize
-        self.sum_item = 8 if skeleton.dtype == torch.float64 else 4
-        stored = next((entry.dtype for entry in checkpoint.values() if entry.numel), skeleton.dtype)
-        self.on_cpu = skeleton.device.type == "cpu"
-        # On a CPU a block computes with its stored weights, or with a copy beside them.
-        self.weight_item = self.item + (stored.itemsize if self.on_cpu and stored != skeleton.dtype else 0)
-        self.d = skeleton.width
-        self.row_bytes = needs.length * self.d * self.item
-        self.stored_row = needs.length * token_bytes(self.d, needs.activations or skeleton.dtype)
-        self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
-        self.sublayers = [
-            [_Together(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
-        ]
-        counts = [[checkpoint[n] for n in skeleton.block_names(i).values()] for i in range(len(skeleton))]
-        self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
-        self.block = max(sum(entry.numel for entry in block) for block in counts) * self.weight_item
-        self.stored_all = sum(entry.nbytes for block in counts for entry in block)
-        self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.weight_item
-        pairs = [
-            sum(2 * (site.heads if entry.repeats else site.units) * site.head_width for site, entry in places)
-            for places in map(skeleton.places, range(len(skeleton)))
-        ]
-        self.keys_and_values, self.widest_pair = (needs.length * self.item * n for n in (sum(pairs), max(pairs)))
-        self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.weight_item
+class Memory(Shapes):
+    """Bytes that a job holds, on the device, on the host and on the disk."""
 
     def _passed_rows(self, batch: int) -> int:
         """Stored micro-batches: two boundaries read and the next two coming, and two written with two waiting for each."""
@@ -399,7 +118,7 @@ class _Shapes:
             return replace(demand, activations=demand.activations + buffers, slack=slack)
         moved = demand.sums if grams == "host" or (grams == "parked" and demand.solving) else 0
         solved = demand.solving if grams == "host" else 0
-        tiles = self.sum_item * self._widest() * TILE if moved else 0
+        tiles = self.sum_item * self.widest() * TILE if moved else 0
         passing = 2 * self.stored_block + self._passed_rows(batch)
         placed = replace(
             demand,
@@ -453,7 +172,7 @@ class _Shapes:
             solving = 3 * self.sum_item * (self.block // self.weight_item)
             yield "correcting one block", Demand(block, solving=solving, activations=backward)
         if needs.prunes:
-            for sublayer in self._all_sublayers():
+            for sublayer in self.all_sublayers():
                 yield from self._prune_steps(sublayer, batch)
 
     def _digests(self) -> Iterator[tuple[int, int]]:
@@ -467,10 +186,7 @@ class _Shapes:
                 yield left, copied + self.sum_item * numbers
                 left -= self._site_sums(site)
 
-    def _all_sublayers(self) -> Iterator[_Together]:
-        return (sublayer for sublayers in self.sublayers for sublayer in sublayers)
-
-    def _prune_steps(self, sublayer: _Together, batch: int) -> Iterator[tuple[str, Demand]]:
+    def _prune_steps(self, sublayer: Together, batch: int) -> Iterator[tuple[str, Demand]]:
         needs, tokens, site = self.needs, batch * self.needs.length, sublayer.widest
         # Compensated producers are there beside what they were; then what the sites become, beside what they are.
         producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if needs.compensates else 0
@@ -499,7 +215,7 @@ class _Shapes:
             solving = inputs + 3 * item * d * d + 2 * item * rows * d
             yield "input compensation", Demand(weights, solving=solving)
 
-    def _grams(self, sublayer: _Together) -> int:
+    def _grams(self, sublayer: Together) -> int:
         """Bytes of the Grams that are summed at once."""
         one = self.sum_item * sublayer.widest.columns**2
         return max(one, min(GRAMS_AT_ONCE, len(sublayer.sites) * one))
@@ -513,20 +229,20 @@ class _Shapes:
         """All weights, what is trained with its gradients and moments, all activations, and logits with their gradient."""
         weights = self.weight_item * self.skeleton.block_parameters() + self.head
         trained = 4 * self.sum_item * sum(self._update_parameters(index) for index in range(len(self.blocks)))
-        a_token = sum(self._backward_token(sublayer) for sublayer in self._all_sublayers())
+        a_token = sum(self._backward_token(sublayer) for sublayer in self.all_sublayers())
         return weights + trained + batch * self.needs.length * (a_token + 4 * 4 * self.skeleton.vocabulary)
 
     def passing(self, batch: int) -> int:
         """Bytes of activations while one sublayer runs forward."""
-        return batch * self.needs.length * max(self._forward_token(sublayer) for sublayer in self._all_sublayers())
+        return batch * self.needs.length * max(self._forward_token(sublayer) for sublayer in self.all_sublayers())
 
-    def _forward_token(self, sublayer: _Together) -> int:
+    def _forward_token(self, sublayer: Together) -> int:
         """Bytes a token while one sublayer runs forward: stream, norm in float32, and what is inside."""
         # What an expert gives is held until the last one has run.
         given = self.item * (sublayer.widest.columns + self.d) if sublayer.routed else 0
         return self._stream_token + self._inner_token(sublayer.widest) + round(sublayer.reached * given)
 
-    def _backward_token(self, sublayer: _Together) -> int:
+    def _backward_token(self, sublayer: Together) -> int:
         """Bytes a token that one sublayer keeps for its backward pass, and its gradients."""
         return 2 * (self._stream_token + round(sublayer.reached * self._inner_token(sublayer.widest)))
 
@@ -560,24 +276,9 @@ class _Shapes:
         return max(sum(self._site_sums(site) for site in sites) for sites in self.blocks)
 
     def _site_sums(self, site: Site) -> int:
-        return self.sum_item * sum(n * n for n in self._summed(site))
+        return self.sum_item * sum(n * n for n in self.summed(site))
 
-    def _summed(self, site: Site) -> list[int]:
-        """Sizes of the Grams that the survey sums at a site."""
-        wanted, found = self.needs.survey, []
-        if wanted & {"gram", "factors"}:
-            found.append(site.columns)
-        if wanted & {"gradient-gram", "factors"}:
-            found.append(self.d)
-        if "factors" in wanted:
-            # The producers' input, and what each of them gives.
-            found += [self.d, *(weights // self.d for weights in site.linears[:-1])]
-        return found
-
-    def _widest(self) -> int:
-        return max(site.columns for sites in self.blocks for site in sites)
-
-    # Disk, reading, operations.
+    # Disk.
 
     def boundaries(self, limit: int, memory_host: int) -> tuple[int, int]:
         """(k, bytes on the disk): boundaries of the survey kept at every k-th block, k the least that fits."""
@@ -607,117 +308,3 @@ class _Shapes:
             every = min(range(1, depth + 1), key=lambda k: (depth - 1) // k + k)
             disk = max(prune, ((depth - 1) // every + 1 + every + 2) * one + findings)
         return every, disk
-
-    def bytes_to_read(self, every: int) -> int:
-        checkpoint, needs = self.skeleton.checkpoint, self.needs
-        outside = sum(checkpoint[name].nbytes for name in {*self.skeleton.embed_names(), *self.skeleton.head_names()})
-        if not needs.prunes:
-            return self.stored_all + outside
-        embed = sum(checkpoint[name].nbytes for name in self.skeleton.embed_names())
-        head = sum(checkpoint[name].nbytes for name in self.skeleton.head_names()) + (
-            embed if self.skeleton.tied else 0
-        )
-        # All of it to check and to prune; with gradients forward and backward too, and to recompute boundaries.
-        survey = 2 + (every > 1) if needs.gradients else 1 if needs.survey else 0
-        survey += 2 * needs.corrects + bool(needs.corrects)
-        shot = (1 + survey) * self.stored_all + outside + needs.text * embed + needs.gradients * head
-        writing = needs.generates * (needs.length - 1) * (self.stored_all + embed + head)
-        return self.stored_all + outside + needs.shots * shot + writing
-
-    def operations(self) -> Work:
-        """By phase and kind, over all shots; attention counts in full and a router not at all."""
-        needs = self.needs
-        total: Work = defaultdict(float)
-        fraction = min(REFINE_SEQUENCES, needs.samples) / max(needs.samples, 1)
-        head = 2 * self.d * self.skeleton.vocabulary * needs.samples * (needs.length - 1) * needs.text
-        for shot in range(1, needs.shots + 1):
-            before, after = (1 - needs.removes * done / needs.shots for done in (shot - 1, shot))
-            shapes: Counter[tuple[Site, bool, bool, bool]] = Counter()
-            for index, sublayers in enumerate(self.sublayers):
-                for position, sublayer in enumerate(sublayers):
-                    last = index == len(self.sublayers) - 1 and position == len(sublayers) - 1
-                    parted = index > 0 or position > 0
-                    for number, site in enumerate(sublayer.sites):
-                        plain = replace(site, block=0, expert=None if site.expert is None else 0)
-                        shapes[plain, parted, number == 0, not last or needs.refines > 0] += 1
-            for (site, parted, leads, goes_on), count in shapes.items():
-                work = self._survey_work(site, before)
-                if needs.prunes:
-                    work |= self._prune_work(site, before, after, parted, leads, goes_on)
-                # Forward, and gradients of inputs and of weights; or forward twice and gradients of inputs.
-                a_step = 3 * fraction * self._passes(site, after).whole
-                work["prune", "training"] += needs.refines * (shot == needs.shots) * a_step
-                work["correct", "training"] += needs.corrects * a_step
-                for place, operations in work.items():
-                    total[place] += count * operations
-            total["head", "sweeps"] += head * (2 if needs.gradients else int(needs.scores))
-            total["correct", "training"] += 2 * fraction * needs.corrects * head
-        passes = sum(self._passes(site, 1.0).whole for sites in self.blocks for site in sites)
-        total["calibrate", "writing"] = needs.generates * (passes + head)
-        return total
-
-    def _passes(self, site: Site, left: float) -> _Passes:
-        """A forward pass of all tokens through what is left of a site."""
-        tokens = left * self.needs.samples * self.needs.length * self.needs.text
-        linears = [2 * weights * site.share * tokens for weights in site.linears]
-        mixing = 4 * self.needs.length * site.columns * tokens if site.kind == "attention" else 0
-        return _Passes(sum(linears[:-1]), mixing, linears[-1])
-
-    def _survey_work(self, site: Site, left: float) -> Work:
-        """What the survey takes at what is left of a site."""
-        needs, passes = self.needs, self._passes(site, left)
-        found: Work = defaultdict(float)
-        survey = "backward" if needs.gradients else "forward"
-        if needs.survey or not needs.prunes:
-            found["forward", "sweeps"] += passes.whole
-        if needs.gradients:
-            # Forward again, then gradients of inputs, not of weights; attention's takes five products to forward's two.
-            found["backward", "sweeps"] += 2 * passes.whole + 1.5 * passes.mixing
-        if needs.prunes:
-            kept, tokens = _left(site, left), needs.samples * needs.length
-            found[survey, "sums"] += 2 * tokens * site.share * sum(self._half(n) for n in self._summed(kept))
-            if "divergence" in needs.survey and site.kind == "attention":
-                found[survey, "sums"] += passes.producers + passes.mixing
-            found[survey, "solving"] += needs.digest_work(kept)
-        return found
-
-    def _prune_work(self, site: Site, before: float, after: float, parted: bool, leads: bool, goes_on: bool) -> Work:
-        """What the prune sweep takes at a site.
-
-        Args:
-            before, after: what is left of it.
-            parted: whether the streams differ before it.
-            leads: whether it is the first of its sublayer.
-            goes_on: whether anything is measured behind it.
-        """
-        needs, passes, d = self.needs, self._passes(site, before), self.d
-        n, tokens, kept = before * site.columns, needs.samples * needs.length, _left(site, before)
-        aims = needs.aims and parted and site.expert is None
-        sweeps, sums, solving = 0.0, 0.0, needs.work(kept, kept.units * after / before)
-        if needs.gram:
-            sweeps += passes.producers + passes.mixing
-            sums += 2 * tokens * site.share * self._half(n)
-            solving += output_error_work(d, n, after * site.columns)
-        if needs.dense_stream and (goes_on or aims):
-            sweeps += passes.whole
-        if goes_on and (needs.gram or needs.dense_stream):
-            # With refinement a block moves on as a whole, once it is refined.
-            sweeps += self._passes(site, after).whole
-        if aims:
-            sums += 2 * tokens * n * d
-            solving += n**3 / 3 + 4 * d * n**2
-        if needs.compensates and parted:
-            if leads:
-                sums += 2 * tokens * (self._half(d) + d * d)
-                solving += d**3 * (1 / 3 + 2)
-            solving += 2 * d * before * sum(site.linears[:-1])
-        return defaultdict(float, {("prune", "sweeps"): sweeps, ("prune", "sums"): sums, ("prune", "solving"): solving})
-
-    def _half(self, n: float) -> float:
-        """Of n² products, those that `Gram` computes."""
-        return n * (n + min(n, PANEL.get(self.skeleton.device.type, PANEL["cuda"]))) / 2
-
-    def steps(self) -> int:
-        depth = len(self.skeleton)
-        survey = 2 * depth + 1 if self.needs.gradients else depth if self.needs.survey else 0
-        return self.needs.shots * (depth + survey + 3) + 1 + self.needs.generates * self.needs.length

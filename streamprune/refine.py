@@ -20,9 +20,9 @@ from .errors import NumericalError
 from .maths.descent import Descent
 from .maths.linalg import accumulator
 from .maths.operations import kind
-from .memory import REFINE_SEQUENCES
 from .model.block import Arguments, Block
 from .model.skeleton import Skeleton
+from .needs import REFINE_SEQUENCES
 from .ranks import ALONE, Ranks
 from .stream.store import ActivationStore
 

@@ -11,11 +11,12 @@ from typing import Any
 from . import files, output
 from .config import Config
 from .errors import ConfigError
+from .forecast import Resources
 from .job import Job
 from .journal import Entry
 from .machine import within
 from .maths.operations import kind
-from .memory import Resources, generation_batch
+from .memory import generation_batch
 from .meter import metered
 from .model.checkpoint import write_shard
 from .progress import Progress

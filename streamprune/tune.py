@@ -23,13 +23,15 @@ from . import calibration, files, hub, lora, machine, output
 from .config import TuneConfig, TuneMethod, format_bytes
 from .curves import CURVES
 from .errors import ConfigError, ResourceError
+from .forecast import Resources, forecast
 from .journal import Entry, Journal
 from .maths.operations import kind
-from .memory import REFINE_SEQUENCES, SLACK, Needs, Resources, copies_ahead, device_peak, forecast, in_memory_peak
+from .memory import SLACK, copies_ahead, device_peak, in_memory_peak
 from .meter import metered, peaks, totals
 from .model.block import Block
 from .model.checkpoint import Checkpoint, read_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
+from .needs import REFINE_SEQUENCES, Needs
 from .progress import Progress, rest
 from .refine import Refinement, ends, refine
 from .schedule import Stretch, as_entries

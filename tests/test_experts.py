@@ -18,8 +18,9 @@ from test_run import windows
 import streamprune
 from streamprune import Config, TuneConfig, lora, surgery
 from streamprune.errors import CalibrationError
-from streamprune.memory import Needs, device_peak, in_memory_peak
+from streamprune.memory import device_peak, in_memory_peak
 from streamprune.model.skeleton import open_skeleton
+from streamprune.needs import Needs
 from streamprune.workplace import job_folder
 
 Make = Callable[..., Config]

@@ -20,10 +20,12 @@ from test_run import Stop, interrupted
 import streamprune
 from streamprune import Config, calibration, files, run
 from streamprune.errors import CalibrationError, ConfigError, NumericalError, ResumeError
+from streamprune.forecast import forecast
 from streamprune.job import Job
 from streamprune.maths.sampling import sample
-from streamprune.memory import Needs, forecast, generation_batch
+from streamprune.memory import generation_batch
 from streamprune.model.skeleton import open_skeleton
+from streamprune.needs import Needs
 from streamprune.progress import Silent
 from streamprune.stream import generate as generating
 from streamprune.stream import sweep

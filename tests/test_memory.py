@@ -13,8 +13,10 @@ import streamprune
 from streamprune import machine
 from streamprune.config import format_bytes, parse_bytes
 from streamprune.errors import ConfigError, ResourceError
-from streamprune.memory import Needs, _Shapes, forecast, in_memory_peak
+from streamprune.forecast import forecast
+from streamprune.memory import Memory, in_memory_peak
 from streamprune.model.skeleton import open_skeleton
+from streamprune.needs import Needs
 
 NEEDS = Needs(samples=64, length=64, text=True, survey=frozenset({"mask-gradient"}), gram=True, compensates=True)
 
@@ -167,7 +169,7 @@ def test_grams_on_the_host_take_from_the_device_what_they_give_to_the_host(
     place: str, tiny: Callable[..., Path]
 ) -> None:
     skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
-    shapes = _Shapes(skeleton, NEEDS)
+    shapes = Memory(skeleton, NEEDS)
     shapes.on_cpu = False  # as for a GPU
     whole = shapes.demands(1, 1, "device")["re-fitting one ffn site"]
     asked = shapes.demands(1, 1, place)["re-fitting one ffn site"]  # type: ignore[arg-type]

@@ -20,9 +20,9 @@ import streamprune
 from streamprune import Config, shot, surgery
 from streamprune.errors import NumericalError
 from streamprune.job import Job
-from streamprune.memory import REFINE_SEQUENCES
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.needs import REFINE_SEQUENCES
 from streamprune.refine import Refinement, refine
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore

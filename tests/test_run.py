@@ -21,7 +21,7 @@ import torch
 from conftest import TINY, contents, edit_tensors, make_tiny
 
 import streamprune
-from streamprune import Config, calibration, files, memory
+from streamprune import Config, calibration, files, forecast
 from streamprune.errors import CalibrationError, ConfigError, ResourceError, ResumeError
 from streamprune.job import Job
 from streamprune.journal import Journal
@@ -704,9 +704,9 @@ def test_where_grams_are_changes_nothing_where_the_device_is_the_host(
     path = tiny("llama")
     settings = {"shots": "1"} if recipe == "surgeon" else {}
     results = []
-    for place in memory.GRAM_PLACES:
+    for place in forecast.GRAM_PLACES:
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "GRAM_PLACES", (place,))
+            patch.setattr(forecast, "GRAM_PLACES", (place,))
             config = configured(path, place, recipe=recipe, settings=settings)
             assert streamprune.forecast_job(config).grams == place
             streamprune.prune(config)

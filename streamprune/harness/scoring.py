@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import files, machine
 from ..errors import NumericalError
+from ..forecast import forecast
 from ..maths.linalg import accumulator
-from ..memory import Needs, forecast
 from ..model.skeleton import Skeleton
+from ..needs import Needs
 from ..progress import Progress, rest
 from ..stream import sweep
 from ..stream.store import ActivationStore
