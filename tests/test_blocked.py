@@ -50,3 +50,12 @@ def test_what_is_not_positive_definite_is_told(place: int) -> None:
 def test_panels_cover_everything_once() -> None:
     assert [list(range(10))[each] for each in blocked.panels(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert blocked.panels(0, 4) == []
+
+
+@pytest.mark.parametrize("columns", [1, 7, 20])
+def test_solving_in_place(columns: int) -> None:
+    h, b = positive(30), torch.randn(30, columns, dtype=torch.float64)
+    expected = torch.linalg.solve(h, b)
+    solved = blocked.solve_(torch.linalg.cholesky(h), b)
+    assert solved is b
+    torch.testing.assert_close(b, expected)

@@ -66,6 +66,17 @@ def invert_(factor: Tensor) -> Tensor:
     return factor
 
 
+def solve_(factor: Tensor, b: Tensor) -> Tensor:
+    """Overwrite `b` (n, m) with ``(L Lᵀ)⁻¹ b``, a panel of columns at a time; returns it.
+
+    `torch.cholesky_solve` copies the factor and all of `b`.
+    """
+    for panel in panels(b.shape[1], PANEL):
+        half = torch.linalg.solve_triangular(factor, b[:, panel], upper=False)
+        b[:, panel] = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return b
+
+
 def mirror_(a: Tensor) -> Tensor:
     """Copy the lower triangle over the upper one; returns `a` (n, n)."""
     for panel in panels(len(a), TILE):

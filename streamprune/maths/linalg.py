@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from .blocked import PANEL, TILE, cholesky_, invert_, panels
+from .blocked import PANEL, TILE, cholesky_, invert_, panels, solve_
 
 _MOST_DAMPING = 10.0
 SKETCH = 512
@@ -101,7 +101,7 @@ def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tup
     right = w.new_empty(len(kept), w.shape[0])
     for panel in panels(len(kept), TILE):
         right[panel] = h[stays[panel, None], goes].to(w.device) @ w_s
-    return w[:, kept] + torch.cholesky_solve(right, factor).T, used
+    return w[:, kept].add_(solve_(factor, right).T), used
 
 
 def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
@@ -121,8 +121,8 @@ def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
     """
     for panel in panels(h.shape[1], TILE):
         aim[:, panel].addmm_(w, h[:, panel].to(w.device), alpha=-1)
-    for panel in panels(len(w), TILE):
-        aim[panel] = w[panel] + torch.cholesky_solve(aim[panel].T, factor).T
+    for panel in panels(len(w), PANEL):
+        aim[panel] = w[panel] + solve_(factor, aim[panel].T.contiguous()).T
     return aim
 
 
@@ -139,7 +139,7 @@ def compensation(h: Tensor, c: Tensor, factor: Tensor) -> Tensor:
     Returns:
         M (d, d).
     """
-    return torch.cholesky_solve((c - h).T, factor).T
+    return solve_(factor, (c - h).T.contiguous()).T
 
 
 def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:

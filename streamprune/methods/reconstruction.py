@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..maths.blocked import TILE
 from ..maths.linalg import refit, unit_columns
 from ..site import Site
 from .recipe import Problem, Refit
@@ -15,9 +16,9 @@ def kept_columns(problem: Problem, kept: Tensor) -> Refit:
 
 
 def obs_workspace(site: Site) -> int:
-    """Numbers that `obs` holds: the factor, the right-hand side, its solution and the sum with W."""
+    """Numbers that `obs` holds: the factor, the right-hand side, which becomes the solution, and the sum with W."""
     n, d = site.columns, site.outputs
-    return n * n + 3 * n * d
+    return n * n + 2 * n * d + 2 * TILE * n
 
 
 def obs_work(site: Site, keep: float) -> float:
