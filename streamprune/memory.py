@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .host import HEAP_KEPT
-from .maths.blocked import TILE
+from .maths.blocked import PANEL, TILE
+from .maths.linalg import SKETCH
 from .model.block import linear_shape
 from .model.skeleton import Skeleton
 from .needs import REFINE_SEQUENCES, Needs
@@ -196,7 +197,8 @@ class Memory(Shapes):
         w, grams = item * n * d, self._grams(sublayer) if needs.gram else 0
         forward = tokens * self._forward_token(sublayer)
         converted = item if item != self.item else 0  # inputs of a sum, in its dtype
-        solving = max(item * needs.workspace(site), w + item * n * TILE if needs.gram else 0)
+        error = item * n * (2 * min(d, SKETCH) + PANEL) if needs.gram else 0
+        solving = max(item * needs.workspace(site), error)
         yield f"re-fitting one {site.kind} site", Demand(weights, grams, w + solving)
         yield f"shrinking one {site.kind} site", Demand(after, grams, 2 * w)
         if needs.gram:
@@ -204,7 +206,7 @@ class Memory(Shapes):
             if needs.aims and not sublayer.routed:
                 sums += w
                 activations += forward + tokens * (item + converted) * d
-                solving = 2 * w + item * n * n + min(w, item * TILE * n)
+                solving = 2 * w + item * n * n + 3 * item * n * PANEL
                 yield f"aiming one {site.kind} site", Demand(weights, grams, solving)
             yield f"the Gram of one {site.kind} site", Demand(weights, sums, activations=activations)
         if needs.compensates:
