@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .host import HEAP_KEPT
 from .maths.blocked import PANEL, TILE
 from .maths.linalg import SKETCH
 from .model.block import linear_shape
@@ -26,8 +25,8 @@ from .stream.sweep import LOGIT_BYTES
 
 GRAMS_AT_ONCE = 1 << 31
 """Bytes of Grams of one block's experts that are summed in one pass."""
-ALLOCATOR_SHARE = 20
-"""One part in so many of what tensors take on a GPU lies idle between them, where its allocator can extend segments."""
+IDLE_SHARE = 16
+"""One part in so many of what tensors take lies idle between them: in a GPU's allocator, in the CPU's heap, in a library's buffers."""
 SLACK = 1.02
 """Processes differ a little in what they hold before any work: a job that was started within a limit may go on within it."""
 
@@ -52,7 +51,7 @@ class Demand:
     activations: int = 0
     """Of one micro-batch, with what the next one needs."""
     slack: int = 0
-    """What is held to no use: by a GPU's allocator between tensors, by the CPU's heap."""
+    """What allocators hold between tensors."""
     host: int = 0
     """Beside a GPU: stored weights, this block's and the next one's; what of the others is on the host."""
 
@@ -112,11 +111,9 @@ class Memory(Shapes):
     def _placed(self, demand: Demand, grams: GramPlace, batch: int) -> Demand:
         """Where the planner has put sums and solving, and what passes through the host."""
         if self.on_cpu:
-            # What passed through the heap in a forward pass stays with it while the solver works.
-            kept = min(HEAP_KEPT, self.passing(batch)) if self.needs.text else 0
             buffers = self._passed_rows(batch) if demand.activations else 0
-            slack = max(0, kept - demand.activations)
-            return replace(demand, activations=demand.activations + buffers, slack=slack)
+            placed = replace(demand, activations=demand.activations + buffers)
+            return replace(placed, slack=placed.device // IDLE_SHARE)
         moved = demand.sums if grams == "host" or (grams == "parked" and demand.solving) else 0
         solved = demand.solving if grams == "host" else 0
         tiles = self.sum_item * self.widest() * TILE if moved else 0
@@ -128,7 +125,7 @@ class Memory(Shapes):
             activations=demand.activations + tiles,
             host=passing + moved + solved,
         )
-        return replace(placed, slack=placed.device // ALLOCATOR_SHARE)
+        return replace(placed, slack=placed.device // IDLE_SHARE)
 
     def _steps(self, batch: int, backward_batch: int) -> Iterator[tuple[str, Demand]]:
         needs, length, block = self.needs, self.needs.length, self.block

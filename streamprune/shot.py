@@ -22,6 +22,7 @@ from .config import format_bytes
 from .correction import Corrector
 from .curves import CURVES, write_curves
 from .errors import NumericalError, ResumeError
+from .host import return_freed_memory
 from .job import Job
 from .journal import Entry
 from .maths.linalg import all_finite
@@ -323,6 +324,7 @@ class Shot:
         if self.job.grams == "parked":
             for statistics in own.values():
                 statistics.park()
+        return_freed_memory()  # of the sweep
         makers = {OWN: (self.job, self._survey_path(index))}
         makers |= {asker.shared.name: (asker.job, asker.findings(index)) for asker in self.asking}
         kinds: dict[str, dict[Kind, int]] = {name: dict.fromkeys(("sums", "solving"), 0) for name in makers}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .host import return_freed_memory
 from .maths.linalg import accumulator, cholesky, compensation, fit, output_error, unit_columns
 from .maths.operations import kind
 from .maths.stats import Gram
@@ -205,6 +206,8 @@ class Surgeon:
                     sums[number].across(self.ranks.add_up(self.ranks.owner(place)))
                     if not self.ranks.mine(place):
                         del sums[number]
+
+            return_freed_memory()  # of the sweep: what solves needs more, in larger pieces
 
             def solved(number: int, sums: dict[int, Gram] = sums) -> tuple[Solved, list[Tensor]]:
                 # Popped, so that no sum outlives its site.

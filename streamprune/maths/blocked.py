@@ -66,6 +66,11 @@ def invert_(factor: Tensor) -> Tensor:
     return factor
 
 
+def inverse_workspace(n: int) -> int:
+    """Numbers that a factorisation and inverse take beside the matrix: panels, and as many that the heap keeps of them."""
+    return 8 * min(PANEL, n) * n
+
+
 def solve_(factor: Tensor, b: Tensor) -> Tensor:
     """Overwrite `b` (n, m) with ``(L Lᵀ)⁻¹ b``, a panel of columns at a time; returns it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..maths.blocked import inverse_work
+from ..maths.blocked import inverse_work, inverse_workspace
 from ..maths.greedy import greedy_removal, workspace
 from ..maths.symmetric import product_work
 from ..site import Site
@@ -26,7 +26,7 @@ def best(scores: Tensor, keep: int) -> Tensor:
 
 def greedy_workspace(site: Site) -> int:
     """Numbers that `greedy` holds."""
-    return workspace(site.columns, site.width)
+    return workspace(site.columns, site.width) + inverse_workspace(site.columns)
 
 
 def greedy_work(site: Site, count: float) -> float:
