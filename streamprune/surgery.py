@@ -239,7 +239,7 @@ class Surgeon:
             return Solved({**_untouched(site), **report}), []
         where = CPU if self.grams == "host" else self.skeleton.device
         w = prunable.weight(prunable.consumer).to(where)
-        h = None
+        h, factors = None, dict[float, Tensor]()
         if sums is not None:
             if self.grams == "parked":
                 sums.park()
@@ -248,9 +248,9 @@ class Surgeon:
             assert h is not None
             if aims and self._target is not None:
                 assert aim is not None
-                factor, report["target_damping"] = cholesky(h, self._target.damping, site.name, device=where)
-                w = fit(w, h, aim, factor)
-                del factor
+                damping = self._target.damping
+                factors[damping], report["target_damping"] = cholesky(h, damping, site.name, device=where)
+                w = fit(w, h, aim, factors[damping])
             del aim
         if not self._changes(site):
             return Solved({**_untouched(site), **report}), [w]
@@ -263,6 +263,7 @@ class Surgeon:
             inputs=inputs,
             findings=self.survey.get(site.name, {}),
             generator=_generator(self.seed, site),
+            factors=factors,
         )
         if entry.keep == site.units:
             kept = torch.arange(site.units)
@@ -271,6 +272,7 @@ class Surgeon:
             kept = torch.tensor(entry.units)
         else:
             kept = self.recipe.select(self.settings, problem, entry.keep)
+        factors.clear()
         assert kept.numel() == entry.keep
         assert bool((kept.diff() > 0).all())
         refit = self.recipe.reconstruct(self.settings, problem, kept)

@@ -16,7 +16,7 @@ from streamprune.errors import NumericalError
 from streamprune.maths import batched, blocked, symmetric
 from streamprune.maths.batched import batched_group_removal, dynamic_group_removal
 from streamprune.maths.greedy import greedy_removal, removal, workspace
-from streamprune.maths.linalg import refit, unit_columns
+from streamprune.maths.linalg import cholesky, refit, unit_columns
 
 
 @pytest.fixture(autouse=True)
@@ -240,3 +240,14 @@ def test_a_step_waits_for_no_answer_of_the_device() -> None:
         removal(p, v, width=1, count=39, block=8, place="here")
     assert "_local_scalar_dense" not in watch.ran
     assert "argmin" in watch.ran
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_factor_that_is_at_hand_changes_no_bit(width: int) -> None:
+    w, h = problem(40)
+    factor, _ = cholesky(h, 0.01, "here")
+    alone, given = (
+        greedy_removal(w, h, width=width, count=7, damping=0.01, place="here", factor=f) for f in (None, factor)
+    )
+    assert torch.equal(alone[0], given[0])
+    assert torch.equal(alone[1], given[1])

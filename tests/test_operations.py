@@ -18,7 +18,7 @@ import streamprune
 from streamprune.config import Config
 from streamprune.journal import Journal
 from streamprune.machine import Peaks
-from streamprune.maths import greedy
+from streamprune.maths import greedy, linalg
 from streamprune.maths.operations import counted, counting, kind
 from streamprune.meter import metered, totals
 from streamprune.model.skeleton import open_skeleton
@@ -302,3 +302,27 @@ def test_greedy_removal_counts_what_it_does(
             greedy.removal(p.clone(), v.clone(), width=width, count=count, block=block, place="here")
         found.append(work.total)
     assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+def test_the_default_recipe_factors_each_gram_once(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = linalg.cholesky_, list[int]()
+
+    def watched(a: torch.Tensor) -> bool:
+        sizes.append(len(a))
+        return real(a)
+
+    path = tiny("llama")
+    widths = {
+        site.columns for site in open_skeleton(path, torch.device("cpu"), "float32").all_sites() if site.kind == "ffn"
+    }
+    (width,) = widths
+    config = configured(path, recipe="default", ratio=0.3)
+    monkeypatch.setattr(linalg, "cholesky_", watched)
+    result = streamprune.prune(config)
+    report = json.loads((Path(result.out) / "report.json").read_text())
+    ffn = [site for site in report["sites"] if site["site"].endswith("ffn")]
+    assert all(site["kept"] < width for site in ffn)
+    # For the costs of the survey, and for the target and what goes together; re-fitting factors what is left.
+    assert sizes.count(width) == 2 * len(ffn)

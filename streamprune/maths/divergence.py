@@ -17,7 +17,7 @@ class HeadDivergence:
     """Eq. 1: ``D_ij = mean over sequences and rows of JS(P_i ‖ P_j)``, `P_i` a row of head i's attention map.
 
     With the entropy ``E(P) = −Σ p log p`` (0 log 0 = 0): ``JS(P ‖ Q) = E((P + Q)/2) − (E(P) + E(Q))/2``.
-    Kept is the sum over rows, float64, on the CPU; two workers' halves add up by `merge`.
+    Kept is the sum over rows, float64, on the CPU; several workers' add up by `across`.
     """
 
     def __init__(self, heads: int) -> None:
@@ -43,12 +43,6 @@ class HeadDivergence:
                 sums[i, j] = _entropy((p + maps[:, j]).div_(2)) - (entropy[i] + entropy[j]) / 2
         self.sums += (sums + sums.T).cpu()
         self.rows += maps.shape[0] * maps.shape[2]
-
-    def merge(self, other: HeadDivergence) -> None:
-        """Add another worker's sums."""
-        self.sums += other.sums
-        self.rows += other.rows
-        self.operations += other.operations
 
     def across(self, add_up: AddUp) -> None:
         """Take in the other workers' sums."""

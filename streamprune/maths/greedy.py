@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from .batched import cholesky_blocks
+from .blocked import invert_
 from .linalg import inverse, unit_columns
 from .operations import counted
 from .symmetric import add_product, diagonal_blocks, shrink, whole_rows
@@ -35,7 +36,15 @@ _SPARSE = 16
 
 
 def greedy_removal(
-    w: Tensor, h: Tensor, *, width: int, count: int, damping: float, place: str, block: int = 64
+    w: Tensor,
+    h: Tensor,
+    *,
+    width: int,
+    count: int,
+    damping: float,
+    place: str,
+    block: int = 64,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Remove `count` units one at a time, each time the one whose removal costs least (SoBP, stage 2).
 
@@ -55,6 +64,7 @@ def greedy_removal(
         width: columns a unit; n = units·width.
         count: units to remove, fewer than there are.
         block: columns removed between two updates of all of P and V, at least a unit's.
+        factor: what `linalg.cholesky` made of `h` and `damping`, on w's device, where it is at hand; its contents are lost.
 
     Returns:
         removed units in order (count,) int64, and each one's cost in output energy (count,), on the CPU.
@@ -69,7 +79,7 @@ def greedy_removal(
     add_product(v, w, w)
     dead = (h.diagonal() <= 0).nonzero()[:, 0].to(w.device)
     v.index_fill_(0, dead, 0).index_fill_(1, dead, 0)
-    p, _ = inverse(h, damping, place, device=w.device)
+    p = inverse(h, damping, place, device=w.device)[0] if factor is None else invert_(factor)
     order, costs = removal(p, v, width=width, count=count, block=block, place=place)
     if not bool(torch.isfinite(costs).all()):
         raise NumericalError(f"{place}: the costs of the greedy removal are no numbers; its weights hold NaN or Inf")

@@ -171,9 +171,8 @@ def _energy(w: Tensor, h: Tensor) -> float:
     """``tr(W H Wᵀ)`` by the lower half of H: what lies below the diagonal counts twice."""
     total = 0.0
     for panel in panels(h.shape[1], PANEL):
-        below = w.new_empty(0) if panel.stop == len(h) else w[:, panel.stop :] @ h[panel.stop :, panel].to(w.device)
         product = w[:, panel] @ h[panel, panel].to(w.device)
-        if len(below):
-            product.add_(below, alpha=2)
+        if panel.stop < len(h):
+            product.addmm_(w[:, panel.stop :], h[panel.stop :, panel].to(w.device), alpha=2)
         total += float(product.mul_(w[:, panel]).sum(dtype=torch.float64))
     return total

@@ -1,6 +1,6 @@
-"""Running sums of one site: fed micro-batch by micro-batch, mergeable, savable.
+"""Running sums of one site: fed micro-batch by micro-batch.
 
-Two workers' halves of the same site add up by `merge`.
+Several workers' sums of the same site add up by `across`.
 """
 
 from __future__ import annotations
@@ -92,15 +92,6 @@ class Gram:
         halves = flat.dtype in (torch.bfloat16, torch.float16) and self.h.dtype == torch.float32
         return flat if halves and _multiplies_halves(flat.device, flat.dtype) else flat.to(self.h.dtype)
 
-    def merge(self, other: Gram) -> None:
-        """Add another worker's sums."""
-        self.h += other.h
-        if self.c is not None and other.c is not None:
-            self.c += other.c
-        self.tokens += other.tokens
-        self.rows += other.rows
-        self.operations += other.operations
-
     def copy(self) -> Gram:
         """One of its own, for somebody who may use it up."""
         other = copy(self)
@@ -188,12 +179,6 @@ class MaskGradient:
         self.squares += g.square().sum(dim=0)
         self.magnitudes += g.abs().sum(dim=0)
         self.sequences += g.shape[0]
-
-    def merge(self, other: MaskGradient) -> None:
-        """Add another worker's sums."""
-        self.squares += other.squares
-        self.magnitudes += other.magnitudes
-        self.sequences += other.sequences
 
     def across(self, add_up: AddUp) -> None:
         """Take in the other workers' sums."""

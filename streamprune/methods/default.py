@@ -81,6 +81,12 @@ def target(settings: DefaultSettings) -> Target | None:
     return None if settings.target == "own" else Target(settings.damping, residual=settings.target == "residual")
 
 
+def work(settings: DefaultSettings, site: Site, keep: float) -> float:
+    """Operations of selection and reconstruction; the factor is the target's, where there is one."""
+    shared = 0.0 if settings.target == "own" or site.expert is not None else site.columns**3 / 3
+    return greedy_work(site, (site.units - keep) * site.width) + obs_work(site, keep) - shared
+
+
 DEFAULT = Recipe(
     name="default",
     summary="greedy cost paths in units of loss, one threshold, fits to the dense output with residual correction",
@@ -98,7 +104,7 @@ DEFAULT = Recipe(
     wants_gram=lambda settings: True,
     compensation=lambda settings: settings.damping if settings.compensate else None,
     target=target,
-    work=lambda settings, site, keep: greedy_work(site, (site.units - keep) * site.width) + obs_work(site, keep),
+    work=work,
     digest_work=lambda settings, site: (
         greedy_work(site, site.columns) + settings.weighted * (site.outputs**3 / 3 + 2 * site.outputs**2 * site.columns)
     ),

@@ -65,6 +65,8 @@ class Problem:
     """What `digest` kept of the site; empty without a survey."""
     generator: torch.Generator
     """Seeded for this site."""
+    factors: dict[float, Tensor] = field(default_factory=dict)
+    """Factors of H_λ that were made on the way here, by the damping asked for: to be popped and overwritten by `select`."""
 
     @property
     def producers(self) -> tuple[Tensor, ...]:

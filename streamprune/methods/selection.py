@@ -41,6 +41,12 @@ def greedy(problem: Problem, keep: int, damping: float) -> Tensor:
     """What exact greedy removal on the site's own Gram leaves: (keep,) ascending."""
     site = problem.site
     removed, _ = greedy_removal(
-        problem.w, problem.gram, width=site.width, count=site.units - keep, damping=damping, place=site.name
+        problem.w,
+        problem.gram,
+        width=site.width,
+        count=site.units - keep,
+        damping=damping,
+        place=site.name,
+        factor=problem.factors.pop(damping, None),
     )
     return others(site.units, removed)
