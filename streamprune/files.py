@@ -11,9 +11,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import ResumeError
@@ -21,6 +23,7 @@ from .occupancy import spent
 
 TEMPORARY = ".tmp"
 LOCK_TRIES = 4
+SCRATCH_LOCK = "lock"
 SYNC_BYTES = 32 << 20
 """Of a long durable file, so many are sent to the disk at once."""
 
@@ -211,7 +214,11 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ResumeError: another live process holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:  # its folder has just been removed
+        raise _finished(path) from None
+    there = False
     try:
         for left in reversed(range(LOCK_TRIES)):
             try:
@@ -221,11 +228,17 @@ def locked(path: Path) -> Iterator[None]:
                 if not left:
                     raise ResumeError(f"another process is working on this job ({path} is locked)") from None
                 time.sleep(0.05)  # it may be somebody who only looks
-        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-            raise ResumeError(f"another process has just finished this job ({path} is gone)")
+        with suppress(FileNotFoundError):
+            there = path.stat().st_ino == os.fstat(descriptor).st_ino
+        if not there:
+            raise _finished(path)
         yield
     finally:
         os.close(descriptor)
+
+
+def _finished(lock: Path) -> ResumeError:
+    return ResumeError(f"another process has just finished this job ({lock} is gone)")
 
 
 def is_locked(path: Path) -> bool:
@@ -248,3 +261,57 @@ def append_text(path: Path, text: str) -> None:
     """Append to a file that nothing rests on: what a power cut takes of it is not missed."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def empty(folder: Path, keep: str) -> None:
+    """Remove all that a folder holds but what has a name that begins with `keep`."""
+    for path in folder.iterdir():
+        if path.name.startswith(keep):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            remove(path)
+
+
+def remove_locked(folder: Path, lock: str) -> None:
+    """Remove a folder of which this process holds the lock: the lock last, since whoever finds none may begin there.
+
+    The folder itself stays if somebody has come in behind the lock.
+
+    Args:
+        lock: name of the lock's file; those of other processes at the same work have names that begin with it.
+    """
+    empty(folder, lock)
+    for path in sorted(folder.glob(f"{lock}*"), reverse=True):
+        remove(path)
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+
+
+@contextmanager
+def scratch(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder below `parent`, gone at the end; what killed processes of this user left of such goes first.
+
+    Args:
+        parent: is there, and may be anybody's, such as the system's temporary folder.
+        prefix: of the name, by which they are known.
+    """
+    for path in parent.glob(f"{prefix}*"):
+        with suppress(OSError, ResumeError):
+            found = path.lstat()
+            # A link or a folder of somebody else's would have the lock made, and files removed, where it likes.
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                with locked(path / SCRATCH_LOCK):
+                    remove_locked(path, SCRATCH_LOCK)
+    with ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            with suppress(ResumeError):  # another process took it for one that was left, and removes it
+                stack.enter_context(locked(folder / SCRATCH_LOCK))
+                break
+        stack.callback(remove_locked, folder, SCRATCH_LOCK)
+        yield folder

@@ -488,3 +488,28 @@ def test_tasks_of_slurm(arguments: list[str], environment: dict[str, str], tmp_p
     assert (tmp_path / "requeued").exists()
     assert (done.returncode, done.stderr) == (0, "")
     assert report(tmp_path / "out")["ranks"] == 2
+
+
+def test_a_rank_is_asked_to_stop_once_its_launcher_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setattr(ranks, "WATCHING", 0.01)
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        if not os.fork():
+            asked: list[int] = []
+            signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+            with ranks._launched():
+                time.sleep(0.1)  # the launcher is there
+                os.write(writing, b"asked early" if asked else b"working, ")
+                os.kill(os.getppid(), signal.SIGKILL)
+                until = time.monotonic() + LIMIT
+                while not asked and time.monotonic() < until:
+                    time.sleep(0.01)
+                os.write(writing, b"asked" if asked else b"forgotten")
+            os._exit(0)
+        signal.pause()
+    os.close(writing)
+    assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == -signal.SIGKILL
+    with open(reading, "rb") as told:
+        assert told.read() == b"working, asked"
