@@ -446,6 +446,11 @@ class Job(Workplace):
         return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed)
 
     @property
+    def published(self) -> bool:
+        """Whether the result has its final name."""
+        return not self.staging.is_dir() and self.report_in_out() is not None
+
+    @property
     def part(self) -> slice:
         """The samples that are this rank's."""
         return self.ranks.samples(self.config.samples)

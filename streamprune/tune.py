@@ -38,7 +38,7 @@ from .schedule import Stretch, as_entries
 from .stream import sweep
 from .stream.store import ActivationStore
 from .text import Text
-from .workplace import KNOWN, Workplace, text_identity
+from .workplace import KNOWN, Lost, Workplace, text_identity
 
 STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
@@ -360,31 +360,55 @@ class Tuning(Workplace):
 
     def work(self) -> Entry:
         """Train, write, publish; returns the report."""
+        self.go_back(self._lost)
         if self.journal.find("complete") is None:
             figures = self._lora() if self.method == "lora" else self._distil()
             self._write(figures)
             self.journal.append("complete")
         return self.publish()
 
-    def _distil(self) -> Entry:
-        """Block by block, from the tuned stream's input to the teacher's output."""
-        assert self.teacher is not None
-        student, teacher, depth = self.student, self.teacher, len(self.student)
-        shape = self.config.samples, self.length, student.width
-        store = ActivationStore(
+    def _lost(self) -> Lost | None:
+        """Something of what this or an earlier step left; the first block's inputs are embedded again."""
+        if self.journal.find("complete") is not None and not self.staging.is_dir():
+            return None
+        blocks, states = (list(self.journal.steps(name)) for name in ("block/", "steps/"))
+        for index, line in enumerate(blocks):
+            shard = self.staging / output.block_shard(self.student, index)
+            if not files.holds(shard, line["sha256"]):
+                return Lost(shard, "block/")
+        if states:
+            state = self._state_path(int(states[-1]["step"].removeprefix("steps/")))
+            if not files.holds(state, states[-1]["sha256"]):
+                return Lost(state, "steps/")
+        for stream in (STUDENT, TEACHER) if 0 < len(blocks) < len(self.student) else ():
+            if not self._store.intact(name := sweep.boundary(stream, len(blocks))):
+                return Lost(self._store.path(name), "block/")
+        return None
+
+    @cached_property
+    def _store(self) -> ActivationStore:
+        """Both streams of a distillation."""
+        shape = self.config.samples, self.length, self.student.width
+        return ActivationStore(
             self.cache,
             shape,
-            student.dtype,
+            self.student.dtype,
             self.device,
             durable=True,
             stored=self.activations,
             memory=self.config.memory_host or 0,
         )
-        if self.journal.find("embed") is None:
-            for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
-                sweep.embed(skeleton, self.tokens, store, sweep.boundary(stream, 0), self.batch)
-            self.journal.append("embed")
+
+    def _distil(self) -> Entry:
+        """Block by block, from the tuned stream's input to the teacher's output."""
+        assert self.teacher is not None
+        student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
         done = len(list(self.journal.steps("block/")))
+        for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
+            if not done and not store.intact(name := sweep.boundary(stream, 0)):
+                sweep.embed(skeleton, self.tokens, store, name, self.batch)
+        if self.journal.find("embed") is None:
+            self.journal.append("embed")
         store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})
         self.progress.phase("distil", depth, done)
         how = Refinement(
@@ -400,9 +424,9 @@ class Tuning(Workplace):
             losses = refine(student, block, index, store, source, target, how)["refinement"]
             if index + 1 < depth:
                 sweep.advance(student, block, index, store, STUDENT, self.batch)
-            self._write_block(block, index)
+            digest = self._write_block(block, index)
             del block
-            self.journal.append(f"block/{index}", losses=losses)
+            self.journal.append(f"block/{index}", losses=losses, sha256=digest)
             for stream in (STUDENT, TEACHER):
                 store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: {losses[0]:.3g} → {losses[1]:.3g}")
@@ -420,8 +444,8 @@ class Tuning(Workplace):
 
         def save(state: dict[str, Tensor], losses: list[float]) -> None:
             reached = int(state["step"])
-            write_shard(self._state_path(reached), state)
-            self.journal.append(f"steps/{reached}", losses=losses)
+            digest = write_shard(self._state_path(reached), state)
+            self.journal.append(f"steps/{reached}", losses=losses, sha256=digest)
             self._keep_state(reached)
 
         if done < config.steps:
@@ -454,10 +478,10 @@ class Tuning(Workplace):
             if step is None or path != self._state_path(step):
                 files.remove(path)
 
-    def _write_block(self, block: Block, index: int) -> None:
+    def _write_block(self, block: Block, index: int) -> str:
         names = self.student.block_names(index)
         shard = self.staging / output.block_shard(self.student, index)
-        write_shard(shard, {full: block.weights[name] for name, full in names.items()})
+        return write_shard(shard, {full: block.weights[name] for name, full in names.items()})
 
     def _write(self, figures: Mapping[str, Any]) -> None:
         student, config = self.student, self.config

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from . import files, output
 from .config import format_bytes
-from .errors import CheckpointError, ConfigError, ResourceError, ResumeError, Stopped
+from .errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
 from .log import NAME as LOG
 from .log import Log
@@ -34,6 +35,15 @@ KNOWN = {JOURNAL, LOCK, STAGING, LOG, "cache", "replaced"}
 def job_folder(out: Path) -> Path:
     """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
     return out.absolute().parent / f"{out.absolute().name}.streamprune"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Something that a job kept for itself to go on from, and has no longer, or not as it was written."""
+
+    path: Path
+    step: str
+    """How the name of the first step begins that is to be taken again, with all behind it."""
 
 
 class Workplace:
@@ -172,6 +182,10 @@ class Workplace:
                 self.journal.rest = self._rest
                 with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
                     yield
+            except DiskError as error:
+                if not self.journal_path.exists():
+                    raise
+                raise DiskError(f"{error}; run the same command again to go on") from error
             finally:
                 if new and not self.journal_path.exists() and self.folder.is_dir():
                     files.remove_tree(self.folder)  # refused before it began: leave nothing behind
@@ -180,6 +194,17 @@ class Workplace:
         """Where all ranks rest if one was asked to."""
         if any(self.ranks.gather(self._asked())):
             raise Stopped(STOPPED)
+
+    def go_back(self, lost: Callable[[], Lost | None]) -> None:
+        """Take steps back, if an earlier process left any, until nothing is lost of what the next one needs.
+
+        Args:
+            lost: the first thing that is, as far as this rank is to know.
+        """
+        while self.resumed and any(found := self.ranks.gather(lost())):
+            first = next(each for each in found if each is not None)
+            self.progress.say(f"{first.path} is missing, or not what was written there; going back to {first.step}")
+            self.journal.rewind(first.step)
 
     def check_same(self, start: Entry) -> None:
         """Hold what the job was started with against what is asked now.

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError, ResourceError
+from ..errors import CheckpointError
 from ..host import host_buffer, tensor_bytes
-from ..occupancy import spent
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -189,14 +189,17 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number:05}-of-{total:05}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write one shard durably; equal tensors give equal bytes.
 
     By hand, since safetensors' own writer (0.8) goes by way of a randomly named file beside the target, which only its
     owner may read and which a killed process leaves behind.
 
+    Returns:
+        The SHA-256 in hex of what was to be written.
+
     Raises:
-        ResourceError: it could not be written, on a full disk for one.
+        DiskError: it could not be written, on a full disk for one.
     """
     # Widest elements first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -207,15 +210,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    try:
-        with spent("write"), files.replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for _, tensor in ordered:
-                file.write(tensor_bytes(tensor))
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror or error}; run the same command again to go on"
-        ) from error
+    digest = hashlib.sha256()
+    with files.replacing(path) as append:
+        head: list[bytes | memoryview] = [len(raw).to_bytes(8, "little") + raw]
+        for data in chain(head, (tensor_bytes(tensor) for _, tensor in ordered)):
+            digest.update(data)
+            append(data)
+    return digest.hexdigest()
 
 
 def data_bytes(path: Path) -> int:
@@ -240,10 +241,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read_bytes(path).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
