@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import files
@@ -20,7 +19,7 @@ from .maths.descent import Descent, batch
 from .maths.linalg import accumulator
 from .methods.recipe import Correction
 from .model.block import Block
-from .model.checkpoint import write_shard
+from .model.checkpoint import load_shard, write_shard
 from .model.skeleton import Skeleton
 from .needs import REFINE_SEQUENCES
 from .stream import sweep
@@ -36,6 +35,7 @@ class Corrector:
         skeleton: the checkpoint to correct.
         tokens: calibration windows (samples, length).
         folder: for states and activations, a folder of its own.
+        digests: of the states that the last finished step left, by file name.
         micro: sequences whose activations are held at once.
         window: the blocks that may change.
         keep_zeros: weights that are zero stay zero.
@@ -47,6 +47,7 @@ class Corrector:
         tokens: Tensor,
         folder: Path,
         how: Correction,
+        digests: Mapping[str, str],
         *,
         window: range,
         seed: int,
@@ -54,18 +55,23 @@ class Corrector:
         keep_zeros: bool,
     ) -> None:
         self.skeleton, self.tokens, self.folder, self.how = skeleton, tokens, folder, how
+        self._digests = digests
         self.window, self.seed, self.micro, self.keep_zeros = window, seed, micro, keep_zeros
         self.size = min(REFINE_SEQUENCES, len(tokens))
         shape = self.size, tokens.shape[1], skeleton.width
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
 
-    def steps(self, done: int) -> Iterator[int]:
-        """Steps from `done` on; yields each one's number once its state is durable."""
+    def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:
+        """Steps from `done` on; yields each one's number and its states' digests once they are durable.
+
+        Raises:
+            DamageError: a state is not on the disk as it was written.
+        """
         for step in range(done, self.how.steps):
             files.remove_tree(self._state(step + 1))
             files.make_folder(self._state(step + 1))
-            self._step(step)
-            yield step
+            self._digests = self._step(step)
+            yield step, self._digests
             files.remove_tree(self._state(step))
 
     def absorb(self, block: Block, index: int) -> None:
@@ -73,7 +79,9 @@ class Corrector:
         if index in self.window:
             block.absorb(self._read(self.how.steps, index, block)[0], keep_zeros=self.keep_zeros)
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> dict[str, str]:
+        """Returns the new states' digests."""
+        digests = {}
         skeleton, store, depth = self.skeleton, self._store, len(self.skeleton)
         tokens = self.tokens[batch(len(self.tokens), self.size, self.seed, step)]
         sweep.embed(skeleton, tokens, store, sweep.boundary(STREAM, 0), self.micro)
@@ -91,8 +99,10 @@ class Corrector:
                 descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, state=state)
                 descent.step()
                 moved = {name: update.detach().cpu() for name, update in updates.items()}
-                write_shard(self._file(step + 1, index), {**moved, **descent.state()})
+                path = self._file(step + 1, index)
+                digests[path.name] = write_shard(path, {**moved, **descent.state()})
             store.remove(sweep.boundary(GRADIENT, index + 1))
+        return digests
 
     def _updated(self, block: Block, index: int, updates: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
         return block.updated(updates, keep_zeros=self.keep_zeros) if index in self.window else nullcontext()
@@ -126,7 +136,8 @@ class Corrector:
         updates = block.updates(self.how.rank, dtype, generator)
         if not step:
             return updates, None
-        state = load_file(self._file(step, index))
+        path = self._file(step, index)
+        state = load_shard(path, self._digests[path.name])
         return {name: nn.Parameter(state.pop(name).to(self.skeleton.device)) for name in updates}, state
 
     def _state(self, step: int) -> Path:

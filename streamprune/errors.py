@@ -9,6 +9,7 @@
     ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
     ├── ResumeError             exit 1   a job under way was started with other settings or inputs
     ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
+    ├── DamageError             exit 1   the disk does not hold what was written
     ├── LostError               exit 1   of several processes at one job, another one is gone
     ├── ElsewhereError          its own  the same, and it has told why
     └── Stopped                 exit 75  nothing is wrong: somebody asked, and the same command goes on
@@ -17,6 +18,8 @@ Everything else that escapes is a bug.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
@@ -56,6 +59,18 @@ class ResumeError(StreamPruneError):
 
 class NumericalError(StreamPruneError):
     """Numbers that cannot be worked with."""
+
+
+class DamageError(StreamPruneError):
+    """Files that are not on the disk as they were written.
+
+    Args:
+        files: their names.
+    """
+
+    def __init__(self, message: str, files: Iterable[str]) -> None:
+        super().__init__(message)
+        self.files = frozenset(files)
 
 
 class LostError(StreamPruneError):

@@ -82,16 +82,26 @@ def appending(path: Path, *, durable: bool) -> Iterator[Callable[[memoryview], N
         yield append
 
 
-def write_text(path: Path, text: str) -> None:
-    """Durably replace `path` by `text` in UTF-8."""
+def write_text(path: Path, text: str) -> str:
+    """Durably replace `path` by `text` in UTF-8; returns the SHA-256 in hex of what was to be written."""
+    data = text.encode()
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
 
 
-def copy(source: Path, target: Path) -> None:
-    """Durably copy one file's bytes, links followed; permissions and times are not copied."""
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
+def copy(source: Path, target: Path) -> str:
+    """Durably copy one file's bytes, links followed; permissions and times are not copied.
+
+    Returns:
+        The SHA-256 in hex of what was to be written.
+    """
+    digest = hashlib.sha256()
+    with source.open("rb") as read, replacing(target) as temporary, temporary.open("wb") as write:
+        while chunk := read.read(1 << 20):
+            digest.update(chunk)
+            write.write(chunk)
+    return digest.hexdigest()
 
 
 def link(source: Path, target: Path) -> None:
@@ -248,3 +258,13 @@ def append_text(path: Path, text: str) -> None:
     """Append to a file that nothing rests on: what a power cut takes of it is not missed."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def forget(path: Path) -> None:
+    """Have the kernel drop what it keeps of a file, where it listens, so that what is read next comes from the disk.
+
+    It drops what is on the disk already, and what no process has mapped.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,18 @@ class Journal:
         self._entries.append(self.ranks.told(lambda: self._write(entry)))
         self.rest()
         return self._entries[-1]
+
+    def take_back(self, steps: Sequence[str]) -> None:
+        """Have finished steps not be finished, at once and durably, since what they made is damaged.
+
+        For the rank that writes, which ends with it: the others learn of it when the job goes on.
+
+        Args:
+            steps: names, or beginnings of names.
+        """
+        start, *others = self._entries
+        self._entries = [start, *(entry for entry in others if not entry["step"].startswith(tuple(steps)))]
+        files.write_text(self.path, "".join(f"{_encode(entry)}\n" for entry in self._entries))
 
     def find(self, step: str) -> Entry | None:
         """The last entry of that step, or None if it is not finished."""

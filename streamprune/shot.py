@@ -108,7 +108,12 @@ class Shot:
         plan = self.prepare()
         if not self.journalled("pruned"):
             self._prune(plan)
-            self._write(plan, self.pruned)
+            shards = {
+                output.block_shard(self.skeleton, index): step["sha256"]
+                for index, step in enumerate(self.steps("prune/"))
+            }
+            with self.job.taking_back(self._named("embed"), self._named("prune/"), shards=shards):
+                self._write(plan, self.pruned, shards)
             self.record("pruned")
         if self.correction is not None:
             self._correct(plan, self.correction)
@@ -132,15 +137,18 @@ class Shot:
 
     def record(self, step: str, **data: Any) -> Entry:
         """Record a step of this shot as finished."""
-        return self.job.journal.append(f"shot-{self.number}/{step}", **data)
+        return self.job.journal.append(self._named(step), **data)
 
     def journalled(self, step: str) -> Entry | None:
         """A finished step of this shot."""
-        return self.job.journal.find(f"shot-{self.number}/{step}")
+        return self.job.journal.find(self._named(step))
 
     def steps(self, prefix: str) -> list[Entry]:
         """All finished steps of this shot whose name begins with `prefix`."""
-        return list(self.job.journal.steps(f"shot-{self.number}/{prefix}"))
+        return list(self.job.journal.steps(self._named(prefix)))
+
+    def _named(self, step: str) -> str:
+        return f"shot-{self.number}/{step}"
 
     # The survey.
 
@@ -461,10 +469,10 @@ class Shot:
         for index, block in sweep.blocks(skeleton, range(done, depth)):
             pruned, reports = surgeon.operate(block, index)
             names = skeleton.block_names(index)
-            shard = self.pruned / output.block_shard(skeleton, index)
+            shard, digest = self.pruned / output.block_shard(skeleton, index), None
             if self.ranks.first:
-                write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
-            self.record(f"prune/{index}", sites=reports)
+                digest = write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
+            self.record(f"prune/{index}", sites=reports, sha256=digest)
             del block, pruned
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
@@ -487,29 +495,34 @@ class Shot:
                 self.record(f"correct/{step}")
             return
         skeleton = open_skeleton(self.pruned, job.device, job.dtype, layout=job.skeleton.layout)
+        journalled = self.steps("correct/")
+        done = len(journalled)
         corrector = Corrector(
             skeleton,
             job.tokens,
             self._corrections,
             how,
+            journalled[-1]["sha256"] if journalled else {},
             window=job.window,
             seed=job.config.seed,
             micro=job.backward_batch,
             keep_zeros=job.recipe.writes_zeros(job.settings),
         )
-        done = len(self.steps("correct/"))
         self.progress.phase("correct", how.steps, done)
-        for step in corrector.steps(done):
-            self.record(f"correct/{step}")
-            self.progress.step(f"step {step}")
-        for index, block in sweep.blocks(skeleton, range(depth)):
-            names = skeleton.block_names(index)
-            corrector.absorb(block, index)
-            shard = self.folder / output.block_shard(skeleton, index)
-            write_shard(shard, {full: block.weights[name] for name, full in names.items()})
-            del block
-            rest(self.progress)
-        self._write(plan, self.folder)
+        shards = {}
+        with job.taking_back(self._named("correct/")):
+            for step, digests in corrector.steps(done):
+                self.record(f"correct/{step}", sha256=digests)
+                self.progress.step(f"step {step}")
+            for index, block in sweep.blocks(skeleton, range(depth)):
+                names = skeleton.block_names(index)
+                corrector.absorb(block, index)
+                shard = output.block_shard(skeleton, index)
+                tensors = {full: block.weights[name] for name, full in names.items()}
+                shards[shard] = write_shard(self.folder / shard, tensors)
+                del block, tensors
+                rest(self.progress)
+        self._write(plan, self.folder, shards)
 
     @property
     def _reports(self) -> list[dict[str, Any]]:
@@ -523,19 +536,21 @@ class Shot:
             gone += (site.units - report["kept"]) * site.unit_parameters + report.get("zeros", 0)
         return gone
 
-    def _write(self, plan: Plan, folder: Path) -> None:
+    def _write(self, plan: Plan, folder: Path, shards: Mapping[str, str]) -> None:
+        """Make a folder with the blocks' shards, whose digests are given by name, a checkpoint."""
         if not self.ranks.first:
             return
         reports = self._reports
         after = [site.keeping(report["kept"]) for site, report in zip(self.sites, reports, strict=True)]
         report = self.job.report(plan, reports, self._removed())
-        output.write_outside(self.skeleton, folder)
+        digests = {**shards, **output.write_outside(self.skeleton, folder)}
         card = output.pruning_card(report, hub.title(self.job.config.model), len(self.skeleton))
         curve = self.job.recipe.curve(self.job.settings) if self.last and self.job.surveys else None
         if curve is not None:
             dense = {site.name: site.units for site in self.job.sites}
-            write_curves(folder / CURVES, curve, self.job.changeable(self.sites), self.survey, plan, dense)
-        output.finish(self.skeleton, folder, after, report, card, self.skeleton.layout)
+            changeable = self.job.changeable(self.sites)
+            digests[CURVES] = write_curves(folder / CURVES, curve, changeable, self.survey, plan, dense)
+        output.finish(self.skeleton, folder, after, report, card, self.skeleton.layout, digests, self.progress)
 
 
 class SurveyFiles(Mapping[str, Findings]):

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import files, output
+from . import files, manifest, output
 from .config import format_bytes
-from .errors import CheckpointError, ConfigError, ResourceError, ResumeError, Stopped
+from .errors import CheckpointError, ConfigError, DamageError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
 from .log import NAME as LOG
 from .log import Log
@@ -206,6 +206,21 @@ class Workplace:
                 f"{what} may need {format_bytes(needed)}; {self.folder.parent} has {format_bytes(free)} free"
             )
 
+    @contextmanager
+    def taking_back(self, *steps: str, shards: Collection[str] | None = None) -> Iterator[None]:
+        """A context in which what turns out damaged takes back the finished steps that made it: the same command does them again.
+
+        Args:
+            steps: names of journal lines, or beginnings of names.
+            shards: files that those steps made, where others may be damaged as well, which no line speaks of.
+        """
+        try:
+            yield
+        except DamageError as error:
+            if shards is None or not error.files.isdisjoint(shards):
+                self.journal.take_back(steps)
+            raise
+
     def publish(self) -> Entry:
         """Have the finished result appear as OUT, if it has not, and clear up; returns its report.
 
@@ -223,8 +238,9 @@ class Workplace:
         there = self.staging.is_dir()
         report = read_json((self.staging if there else self._out) / output.REPORT)
         if there:
+            self._log.finish()
+            manifest.add(self.staging, LOG, files.copy(self.folder / LOG, self.staging / LOG))
             self._make_way()
-            self._log.finish(self.staging)
             files.publish(self.staging, self._out)
         return report
 

@@ -12,15 +12,17 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError, ResourceError
+from ..errors import CheckpointError, DamageError, ResourceError
 from ..host import host_buffer, tensor_bytes
 from ..occupancy import spent
 
@@ -189,11 +191,14 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number:05}-of-{total:05}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write one shard durably; equal tensors give equal bytes.
 
     By hand, since safetensors' own writer (0.8) goes by way of a randomly named file beside the target, which only its
     owner may read and which a killed process leaves behind.
+
+    Returns:
+        The SHA-256 in hex of what was to be written.
 
     Raises:
         ResourceError: it could not be written, on a full disk for one.
@@ -207,15 +212,32 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
+    beginning: list[bytes | memoryview] = [len(raw).to_bytes(8, "little"), raw]
+    digest = hashlib.sha256()
     try:
         with spent("write"), files.replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for _, tensor in ordered:
-                file.write(tensor_bytes(tensor))
+            for data in chain(beginning, (tensor_bytes(tensor) for _, tensor in ordered)):
+                digest.update(data)
+                file.write(data)
     except OSError as error:
         raise ResourceError(
             f"cannot write {path}: {error.strerror or error}; run the same command again to go on"
         ) from error
+    return digest.hexdigest()
+
+
+def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
+    """All tensors of a shard whose digest `write_shard` gave.
+
+    Raises:
+        DamageError: it is no longer what was written.
+    """
+    if not path.is_file() or files.sha256(path) != digest:
+        raise DamageError(
+            f"{path} is not on the disk as it was written; run the same command again, which makes it anew", [path.name]
+        )
+    found: dict[str, Tensor] = load_file(path)
+    return found
 
 
 def data_bytes(path: Path) -> int:
@@ -224,13 +246,13 @@ def data_bytes(path: Path) -> int:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
-def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> None:
-    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes."""
+def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> str:
+    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes. Returns its digest."""
     index = {
         "metadata": {"total_parameters": parameters, "total_size": size},
         "weight_map": dict(sorted(placed.items())),
     }
-    write_json(directory / INDEX, index)
+    return write_json(directory / INDEX, index)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -259,6 +281,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file durably, indented."""
-    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON file durably, indented; returns its digest."""
+    return files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
