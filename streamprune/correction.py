@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import files
@@ -20,7 +19,7 @@ from .maths.descent import Descent, batch
 from .maths.linalg import accumulator
 from .methods.recipe import Correction
 from .model.block import Block
-from .model.checkpoint import write_shard
+from .model.checkpoint import load_shard, write_shard
 from .model.skeleton import Skeleton
 from .needs import REFINE_SEQUENCES
 from .stream import sweep
@@ -37,6 +36,7 @@ class Corrector:
         tokens: calibration windows (samples, length).
         folder: for states and activations, a folder of its own.
         micro: sequences whose activations are held at once.
+        digests: of the files that the last step left, by name.
         window: the blocks that may change.
         keep_zeros: weights that are zero stay zero.
     """
@@ -47,6 +47,7 @@ class Corrector:
         tokens: Tensor,
         folder: Path,
         how: Correction,
+        digests: Mapping[str, str],
         *,
         window: range,
         seed: int,
@@ -54,17 +55,23 @@ class Corrector:
         keep_zeros: bool,
     ) -> None:
         self.skeleton, self.tokens, self.folder, self.how = skeleton, tokens, folder, how
+        self._digests = digests
         self.window, self.seed, self.micro, self.keep_zeros = window, seed, micro, keep_zeros
         self.size = min(REFINE_SEQUENCES, len(tokens))
         shape = self.size, tokens.shape[1], skeleton.width
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
 
-    def steps(self, done: int) -> Iterator[tuple[int, dict[str, str]]]:
-        """Steps from `done` on; yields each one's number, and the digests of its files by name, once its state is durable."""
+    def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:
+        """Steps from `done` on; yields each one's number, and the digests of its files by name, once its state is durable.
+
+        Raises:
+            DamageError: a state is not on the disk as it was written.
+        """
         for step in range(done, self.how.steps):
             files.remove_tree(state(self.folder, step + 1))
             files.make_folder(state(self.folder, step + 1))
-            yield step, self._step(step)
+            self._digests = self._step(step)
+            yield step, self._digests
             files.remove_tree(state(self.folder, step))
 
     def absorb(self, block: Block, index: int) -> None:
@@ -128,7 +135,8 @@ class Corrector:
         updates = block.updates(self.how.rank, dtype, generator)
         if not step:
             return updates, None
-        state = load_file(self._file(step, index))
+        path = self._file(step, index)
+        state = load_shard(path, self._digests[path.name])
         return {name: nn.Parameter(state.pop(name).to(self.skeleton.device)) for name in updates}, state
 
     def _file(self, step: int, index: int) -> Path:

@@ -8,7 +8,7 @@
     ├── CalibrationError        exit 1   the text is missing, unreadable or too short
     ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
     ├── DiskError               exit 1   a file cannot be read or written: says which, and why
-    ├── DamagedError            exit 1   a file that a job keeps for itself is not what it wrote: computed anew by the same command
+    ├── DamageError             exit 1   the disk does not hold what was written: made anew by the same command
     ├── ResumeError             exit 1   a job under way was started with other settings or inputs
     ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
     ├── LostError               exit 1   of several processes at one job, another one is gone
@@ -19,8 +19,6 @@ Everything else that escapes is a bug.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
@@ -58,17 +56,8 @@ class DiskError(StreamPruneError):
     """A file that cannot be read or written."""
 
 
-class DamagedError(StreamPruneError):
-    """A file that a job keeps for itself is missing, or not what was written there.
-
-    Args:
-        path: which one.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(
-            f"{path} is missing, or not what was written there; run the same command again: it is computed anew"
-        )
+class DamageError(StreamPruneError):
+    """A file that is not on the disk as it was written."""
 
 
 class ResumeError(StreamPruneError):

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -120,22 +120,28 @@ def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Durably replace `path` by `data`."""
+def write(path: Path, pieces: Iterable[Any]) -> str:
+    """Durably replace `path` by pieces of bytes, one after the other.
+
+    Returns:
+        The SHA-256 in hex of what was to be written, taken before the disk has it.
+    """
+    digest = hashlib.sha256()
     with replacing(path) as append:
-        append(data)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Durably replace `path` by `text` in UTF-8."""
-    write_bytes(path, text.encode())
-
-
-def copy(source: Path, target: Path) -> None:
-    """Durably copy one file's bytes, links followed; permissions and times are not copied."""
-    with replacing(target) as append:
-        for piece in _pieces(source):
+        for piece in pieces:
+            digest.update(piece)
             append(piece)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> str:
+    """Durably replace `path` by `text` in UTF-8; returns the digest, see `write`."""
+    return write(path, [text.encode()])
+
+
+def copy(source: Path, target: Path) -> str:
+    """Durably copy one file's bytes, links followed; permissions and times are not copied. Returns the digest, see `write`."""
+    return write(target, _pieces(source))
 
 
 def link(source: Path, target: Path) -> None:
@@ -260,6 +266,16 @@ def announce(path: Path, offset: int, length: int) -> None:
             # In pieces, since Linux takes no more than a device's own read-ahead of each.
             for begin in range(offset, offset + length, 1 << 17):
                 os.posix_fadvise(file.fileno(), begin, min(1 << 17, offset + length - begin), os.POSIX_FADV_WILLNEED)
+
+
+def forget(path: Path) -> None:
+    """Have the kernel drop what it keeps of a file, where it listens, so that what is read next comes from the disk.
+
+    It drops what is on the disk already, and what no process has mapped.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def free_bytes(folder: Path) -> int:

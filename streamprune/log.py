@@ -67,12 +67,10 @@ class Log:
         finally:
             self._path = None
 
-    def finish(self, folder: Path | None = None) -> None:
-        """Write the last line and leave a copy in `folder`, which is about to be the result."""
+    def finish(self) -> None:
+        """Write the last line."""
         assert self._path is not None
         self._write("finished")
-        if folder is not None:
-            files.copy(self._path, folder / NAME)
 
     def _write(self, text: object) -> None:
         if self._path is None:

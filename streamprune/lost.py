@@ -6,7 +6,7 @@ read in the same process is checked as it is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import correction, files, output
@@ -36,15 +36,17 @@ def lost(job: Job) -> Lost | None:
 
 def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
     """What is needed before shot `number` goes on: its digest, None for a plan, and how the step begins that it comes from."""
+    shards = [output.block_shard(job.skeleton, index) for index in range(len(job.skeleton))]
     if (written := job.journal.find("calibrate")) is not None:
         yield job.written_path, written["sha256"], "calibrate"
     if number > 1 and not (number > job.shots and job.published):
         done = Shot(job, number - 1)
         entry = done.finished
         assert entry is not None
-        digests = entry.get("sha256") or [line["sha256"] for line in done.steps("prune/")]
-        # With more shots, what it was made from is gone as well.
-        yield from _shards(job, done.folder, digests, done.named("prune/" if job.shots == 1 else ""))
+        for name, digest in entry["sha256"].items():
+            # With more shots, what it was made from is gone as well.
+            step = "" if job.shots > 1 else "prune/" if name in shards else "pruned"
+            yield done.folder / name, digest, done.named(step)
     if number > job.shots:
         return
     shot = Shot(job, number)
@@ -56,7 +58,9 @@ def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
             yield shot.survey_path(index), digest, shot.named("surveyed")
     for line in shot.survey_lines if job.surveys else ():
         yield shot.survey_path(int(line["step"].rpartition("/")[2])), line["sha256"], shot.named("forward/")
-    yield from _shards(job, shot.pruned, [line["sha256"] for line in shot.steps("prune/")], shot.named("prune/"))
+    made = dict(zip(shards, (line["sha256"] for line in shot.steps("prune/")), strict=False))
+    for name, digest in (shot.journalled("pruned") or {"sha256": made})["sha256"].items():
+        yield shot.pruned / name, digest, shot.named("prune/" if name in shards else "pruned")
     if corrected := shot.steps("correct/"):
         state = correction.state(shot.corrections, len(corrected))
         for name, digest in corrected[-1]["sha256"].items():
@@ -70,11 +74,6 @@ def _is_plan(path: Path) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _shards(job: Job, folder: Path, digests: Sequence[str], step: str) -> Iterator[tuple[Path, str, str]]:
-    for index, digest in enumerate(digests):
-        yield folder / output.block_shard(job.skeleton, index), digest, step
 
 
 def _boundary(shot: Shot) -> Lost | None:

@@ -156,7 +156,9 @@ class Run:
                     shot.work()
                 if number > 1 and job.ranks.first:
                     files.remove_tree(job.shot_folder(number - 1))
-            job.journal.append("complete")
+            finished = Shot(job, job.shots).finished
+            assert finished is not None
+            job.journal.append("complete", sha256=finished["sha256"])
         return job.publish()
 
     def prepare(self) -> None:

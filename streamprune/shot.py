@@ -108,10 +108,13 @@ class Shot:
         plan = self.prepare()
         if not self.journalled("pruned"):
             self._prune(plan)
-            self._write(plan, self.pruned)
-            self.record("pruned")
-        corrected = {} if self.correction is None else {"sha256": self._correct(plan, self.correction)}
-        self.record("finished", removed=self._removed(), **corrected)
+            lines = enumerate(self.steps("prune/"))
+            shards = {output.block_shard(self.skeleton, index): line["sha256"] for index, line in lines}
+            self.record("pruned", sha256=self._write(plan, self.pruned, shards))
+        pruned = self.journalled("pruned")
+        assert pruned is not None
+        digests = pruned["sha256"] if self.correction is None else self._correct(plan, self.correction)
+        self.record("finished", removed=self._removed(), sha256=digests)
         if self.correction is not None and self.ranks.first:
             files.remove_tree(self.pruned)
             files.remove_tree(self.corrections)
@@ -496,6 +499,8 @@ class Shot:
             ranks=self.ranks,
             grams=job.grams,
         )
+        if self.ranks.first:
+            files.make_folder(self.pruned)
         self.progress.phase("prune", depth, done)
         if surgeon.store is not None:
             first = {sweep.boundary(DENSE, 0)} if done == 0 else set()
@@ -526,39 +531,41 @@ class Shot:
         return self.job.folder / f"shot-{self.number:02}-corrections"
 
     @kind("training")
-    def _correct(self, plan: Plan, how: Correction) -> list[str]:
-        """The first rank's work alone, since a step takes a handful of samples; returns the digests of its shards."""
+    def _correct(self, plan: Plan, how: Correction) -> dict[str, str]:
+        """The first rank's work alone, since a step takes a handful of samples; returns the digests of what it wrote."""
         job, depth = self.job, len(self.skeleton)
         if not self.ranks.first:
             for step in range(len(self.steps("correct/")), how.steps):
                 self.record(f"correct/{step}")
-            return []
+            return {}
+        files.make_folder(self.folder)
         skeleton = open_skeleton(self.pruned, job.device, job.dtype, layout=job.skeleton.layout)
+        journalled = self.steps("correct/")
         corrector = Corrector(
             skeleton,
             job.tokens,
             self.corrections,
             how,
+            journalled[-1]["sha256"] if journalled else {},
             window=job.window,
             seed=job.config.seed,
             micro=job.backward_batch,
             keep_zeros=job.recipe.writes_zeros(job.settings),
         )
-        done = len(self.steps("correct/"))
-        self.progress.phase("correct", how.steps, done)
-        for step, digests in corrector.steps(done):
+        self.progress.phase("correct", how.steps, len(journalled))
+        for step, digests in corrector.steps(len(journalled)):
             self.record(f"correct/{step}", sha256=digests)
             self.progress.step(f"step {step}")
-        shards: list[str] = []
+        shards = {}
         for index, block in sweep.blocks(skeleton, range(depth)):
             names = skeleton.block_names(index)
             corrector.absorb(block, index)
-            shard = self.folder / output.block_shard(skeleton, index)
-            shards.append(write_shard(shard, {full: block.weights[name] for name, full in names.items()}))
-            del block
+            shard = output.block_shard(skeleton, index)
+            tensors = {full: block.weights[name] for name, full in names.items()}
+            shards[shard] = write_shard(self.folder / shard, tensors)
+            del block, tensors
             rest(self.progress)
-        self._write(plan, self.folder)
-        return shards
+        return self._write(plan, self.folder, shards)
 
     @property
     def _reports(self) -> list[dict[str, Any]]:
@@ -572,19 +579,21 @@ class Shot:
             gone += (site.units - report["kept"]) * site.unit_parameters + report.get("zeros", 0)
         return gone
 
-    def _write(self, plan: Plan, folder: Path) -> None:
+    def _write(self, plan: Plan, folder: Path, shards: Mapping[str, str]) -> dict[str, str]:
+        """Make a folder with the blocks' shards, whose digests are given by name, a checkpoint; returns all files' digests."""
         if not self.ranks.first:
-            return
+            return {}
         reports = self._reports
         after = [site.keeping(report["kept"]) for site, report in zip(self.sites, reports, strict=True)]
         report = self.job.report(plan, reports, self._removed())
-        output.write_outside(self.skeleton, folder)
+        digests = {**shards, **output.write_outside(self.skeleton, folder)}
         card = output.pruning_card(report, hub.title(self.job.config.model), len(self.skeleton))
         curve = self.job.recipe.curve(self.job.settings) if self.last and self.job.surveys else None
         if curve is not None:
             dense = {site.name: site.units for site in self.job.sites}
-            write_curves(folder / CURVES, curve, self.job.changeable(self.sites), self.survey, plan, dense)
-        output.finish(self.skeleton, folder, after, report, card, self.skeleton.layout)
+            changeable = self.job.changeable(self.sites)
+            digests[CURVES] = write_curves(folder / CURVES, curve, changeable, self.survey, plan, dense)
+        return output.finish(self.skeleton, folder, after, report, card, self.skeleton.layout, digests, self.progress)
 
 
 class SurveyFiles(Mapping[str, Findings]):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import files, output
+from . import files, manifest, output
 from .config import format_bytes
 from .errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
@@ -248,8 +248,12 @@ class Workplace:
         there = self.staging.is_dir()
         report = read_json((self.staging if there else self._out) / output.REPORT)
         if there:
+            self._log.finish()
+            complete = self.journal.find("complete")
+            assert complete is not None
+            log = files.copy(self.folder / LOG, self.staging / LOG)
+            manifest.write(self.staging, {**complete["sha256"], LOG: log})
             self._make_way()
-            self._log.finish(self.staging)
             files.publish(self.staging, self._out)
         return report
 

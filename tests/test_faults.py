@@ -21,7 +21,7 @@ from faulty import AT, FAULTS, Fault, FaultyDisk, Stopped
 
 import streamprune
 from streamprune import disk, files
-from streamprune.errors import DamagedError, DiskError, ResumeError, StreamPruneError
+from streamprune.errors import DamageError, DiskError, ResumeError, StreamPruneError
 from streamprune.tune import TuneConfig
 
 QUICK = 6
@@ -219,7 +219,7 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
                     scenario.run()
                 victim.unlink(missing_ok=True)
             # What is noticed only when it is read is made anew the next time.
-            with suppress(DamagedError):
+            with suppress(DamageError):
                 scenario.run()
             scenario.run()
             assert scenario.result() == expected, where

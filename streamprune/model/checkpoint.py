@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DamageError
 from ..host import host_buffer, tensor_bytes
 
 CONFIG = "config.json"
@@ -210,13 +211,22 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    with files.replacing(path) as append:
-        head: list[bytes | memoryview] = [len(raw).to_bytes(8, "little") + raw]
-        for data in chain(head, (tensor_bytes(tensor) for _, tensor in ordered)):
-            digest.update(data)
-            append(data)
-    return digest.hexdigest()
+    return files.write(path, chain([len(raw).to_bytes(8, "little"), raw], (tensor_bytes(t) for _, t in ordered)))
+
+
+def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
+    """All tensors of a shard whose digest `write_shard` gave.
+
+    Raises:
+        DamageError: it is no longer what was written.
+    """
+    data = files.read_bytes(path) if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DamageError(
+            f"{path} is missing, or not what was written there; run the same command again: it is made anew"
+        )
+    found: dict[str, Tensor] = load(data)
+    return found
 
 
 def data_bytes(path: Path) -> int:
@@ -225,13 +235,13 @@ def data_bytes(path: Path) -> int:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
-def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> None:
-    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes."""
+def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> str:
+    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes. Returns its digest."""
     index = {
         "metadata": {"total_parameters": parameters, "total_size": size},
         "weight_map": dict(sorted(placed.items())),
     }
-    write_json(directory / INDEX, index)
+    return write_json(directory / INDEX, index)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -260,6 +270,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file durably, indented."""
-    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON file durably, indented; returns its digest."""
+    return files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..errors import DamagedError, NumericalError
+from ..errors import DamageError, NumericalError
 from ..host import host_buffer
 from ..occupancy import spent
 from .background import Background
@@ -29,6 +29,12 @@ CPU = torch.device("cpu")
 def file_bytes(samples: int, row_bytes: int) -> int:
     """A boundary's, of so many samples of so many bytes."""
     return samples * row_bytes + (samples + 1) * SUM.itemsize
+
+
+def _damaged(path: Path) -> DamageError:
+    return DamageError(
+        f"{path} is missing, or not what was written there; run the same command again: it is computed anew"
+    )
 
 
 class ActivationStore:
@@ -93,7 +99,7 @@ class ActivationStore:
         try:
             for batch in self.batches(1):
                 self._read(name, batch)
-        except DamagedError:
+        except DamageError:
             return False
         return True
 
@@ -253,20 +259,20 @@ class ActivationStore:
         """One micro-batch's bytes from the disk.
 
         Raises:
-            DamagedError: they are not what was written.
+            DamageError: they are not what was written.
         """
         if name not in self._sums:
             sums = np.zeros(self.shape[0] + 1, SUM)
             self._fill(name, self.shape[0] * self.row_bytes, sums)
             if zlib.crc32(sums[:-1].data) != sums[-1]:
-                raise DamagedError(self.path(name))
+                raise _damaged(self.path(name))
             self._sums[name] = sums[:-1]
         buffer = self._buffer(batch)
         rows = buffer.numpy().reshape(-1, self.row_bytes)
         self._fill(name, batch.start * self.row_bytes, rows)
         with spent("read"):
             if any(zlib.crc32(row.data) != check for row, check in zip(rows, self._sums[name][batch], strict=True)):
-                raise DamagedError(self.path(name))
+                raise _damaged(self.path(name))
         return buffer
 
     def _fill(self, name: str, begin: int, array: np.ndarray) -> None:
@@ -276,7 +282,7 @@ class ActivationStore:
         except FileNotFoundError:
             done = 0
         if done < len(view):
-            raise DamagedError(path)
+            raise _damaged(path)
 
 
 class _Held:
