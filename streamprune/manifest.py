@@ -26,7 +26,7 @@ def write(folder: Path, digests: Mapping[str, str]) -> None:
     """
     path = folder / NAME
     digest = files.write_text(path, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
-    _hold(path, digest)
+    hold(path, digest)
 
 
 def read(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -50,8 +50,12 @@ def read(folder: Path) -> tuple[dict[str, str], list[str]]:
     return digests, wrong
 
 
-def _hold(path: Path, digest: str) -> None:
-    """See that the disk has a file as it was written."""
+def hold(path: Path, digest: str) -> None:
+    """See that the disk has a file as it was written.
+
+    Raises:
+        DamageError: it has something else.
+    """
     files.forget(path)
     if files.sha256(path) != digest:
         raise DamageError(

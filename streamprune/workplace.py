@@ -252,6 +252,7 @@ class Workplace:
             complete = self.journal.find("complete")
             assert complete is not None
             log = files.copy(self.folder / LOG, self.staging / LOG)
+            manifest.hold(self.staging / LOG, log)
             manifest.write(self.staging, {**complete["sha256"], LOG: log})
             self._make_way()
             files.publish(self.staging, self._out)

@@ -21,7 +21,7 @@ from faulty import AT, FAULTS, Fault, FaultyDisk, Stopped
 
 import streamprune
 from streamprune import disk, files
-from streamprune.errors import DamageError, DiskError, ResumeError, StreamPruneError
+from streamprune.errors import DamageError, ResumeError, StreamPruneError
 from streamprune.tune import TuneConfig
 
 QUICK = 6
@@ -145,7 +145,7 @@ def test_whatever_fails_the_same_command_ends_with_the_same_bytes(scenario: Scen
                 scenario.run()
         except Stopped:
             pass
-        except DiskError as error:
+        except StreamPruneError as error:
             told = "No space left on device" if fault == "full" else "Input/output error"
             if told not in str(error):
                 raise AssertionError(f"{where}: {error}") from error

@@ -24,7 +24,7 @@ from test_run import Stop, stopping_after
 
 import streamprune
 from streamprune import Config, TuneConfig, Verification, files, lora, verification
-from streamprune.errors import CheckpointError, DamageError, NumericalError, Stopped
+from streamprune.errors import CheckpointError, DamageError, DiskError, NumericalError, Stopped
 from streamprune.progress import Callback, Event
 from streamprune.verification import Fault
 from streamprune.workplace import job_folder
@@ -390,7 +390,7 @@ def test_a_disk_that_cannot_be_read(made: Callable[[str], Path], monkeypatch: py
 
     def read(path: Path, offset: int, buffer: memoryview) -> int:
         if path.name == bad and offset:
-            raise OSError(5, "Input/output error", str(path))
+            raise DiskError("Input/output error")
         return real(path, offset, buffer)
 
     monkeypatch.setattr(files, "read_into", read)
