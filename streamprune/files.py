@@ -14,9 +14,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from .errors import ResumeError
+from .errors import ResourceError, ResumeError
 from .occupancy import spent
 
 TEMPORARY = ".tmp"
@@ -248,3 +249,58 @@ def append_text(path: Path, text: str) -> None:
     """Append to a file that nothing rests on: what a power cut takes of it is not missed."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def probe(folder: Path, name: str, remedy: str) -> None:
+    """See that a folder's file system does what the crash rule rests on, by doing it there.
+
+    Hard links are not asked for, since `link` copies where there are none.
+
+    Args:
+        folder: need not be there yet; then the nearest parent that is.
+        name: what is made in it and removed again is called so, and so is what a killed process left of this.
+        remedy: what the user shall do about it.
+
+    Raises:
+        ResourceError: what the file system does not do.
+    """
+    place = _existing(folder) / name
+    one, full, empty = place / "file", place / "full", place / "empty"
+    tried = partial(trying, folder=place.parent, remedy=remedy)
+    try:
+        with tried("making a folder"):
+            remove_tree(place)
+            make_folder(place)
+        with tried("writing a file and syncing it"):
+            write_text(one, "older")
+        with tried("replacing a file by a rename"):
+            write_text(one, "newer")
+            if one.read_text(encoding="utf-8") != "newer":
+                raise OSError("the older one is still there")
+        with tried("renaming a folder to where an empty one is"):
+            make_folder(full)
+            make_folder(empty)
+            write_text(full / one.name, "full")
+            publish(full, empty)
+        with tried("locking a file"), locked(one):
+            if not is_locked(one):
+                raise OSError("another process would not see it")
+        with tried("removing a folder"):
+            remove_tree(place)
+    except BaseException:
+        with suppress(OSError):
+            remove_tree(place)
+        raise
+
+
+@contextmanager
+def trying(operation: str, folder: Path, remedy: str) -> Iterator[None]:
+    """A context in which a failure is one of the file system that holds `folder`, told with what to do about it.
+
+    Raises:
+        ResourceError: instead of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"{folder}: {operation} fails there ({error.strerror or error}); {remedy}") from error

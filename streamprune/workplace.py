@@ -29,6 +29,8 @@ from .text import Text
 JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
 KNOWN = {JOURNAL, LOCK, STAGING, LOG, "cache", "replaced"}
 """What every job's folder may hold."""
+PROBE = "probe"
+ELSEWHERE = "OUT must be a folder elsewhere"
 
 
 def job_folder(out: Path) -> Path:
@@ -161,13 +163,25 @@ class Workplace:
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
+        if self._out.is_mount():
+            raise ConfigError(
+                f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"
+            )
         first, rank = self.ranks.first, self.ranks.rank
         new = first and not self.folder.exists()
         with ExitStack() as locks:
-            for _ in self.ranks.in_turn():
-                files.make_folder(self.folder)
-                locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
             try:
+                for _ in self.ranks.in_turn():
+                    with files.trying("making a folder and locking a file in it", self.folder.parent, ELSEWHERE):
+                        files.make_folder(self.folder)
+                        locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+            except ResourceError:
+                if new:
+                    files.remove_tree(self.folder)  # where nothing can be locked, nobody else works
+                raise
+            try:
+                for _ in self.ranks.in_turn():
+                    self._probe()
                 self.start(restart)
                 self.journal.rest = self._rest
                 with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
@@ -175,6 +189,20 @@ class Workplace:
             finally:
                 if new and not self.journal_path.exists() and self.folder.is_dir():
                     files.remove_tree(self.folder)  # refused before it began: leave nothing behind
+
+    def _probe(self) -> None:
+        """See that the file systems are ones to rest on, before any work.
+
+        Raises:
+            ResourceError: which is not, and why.
+        """
+        if not files.same_file_system(self.folder, self.folder.parent):
+            raise ResourceError(
+                f"{self.folder} lies on another file system than {self.folder.parent}, to where the result is renamed; {ELSEWHERE}"
+            )
+        files.probe(self.folder, PROBE, ELSEWHERE)
+        if self._cache is not None:
+            files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", "--cache must be a folder elsewhere")
 
     def _rest(self) -> None:
         """Where all ranks rest if one was asked to."""
