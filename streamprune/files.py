@@ -139,6 +139,33 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def clear_folder(path: Path) -> None:
+    """Remove whatever is in a folder that may be gone already.
+
+    The folder stays, for `remove_empty`: NFS and FUSE keep a hidden name in it for a removed file that somebody has open, such
+    as a lock.
+    """
+    for entry in list(path.iterdir()) if path.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            remove(entry)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder that may be gone already, or that somebody may have put something into."""
+    for left in reversed(range(LOCK_TRIES)):
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if left:
+                time.sleep(0.05)  # FUSE lets go of a closed file a little later
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents; the new entry is durable."""
     if not path.is_dir():

@@ -130,6 +130,7 @@ class Workplace:
         if self.folder.is_dir():
             with files.locked(self.folder / LOCK):
                 self.clear()
+            self._remove_folder()
         self.resumed = True
         return report
 
@@ -167,28 +168,42 @@ class Workplace:
             raise ConfigError(
                 f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"
             )
-        first, rank = self.ranks.first, self.ranks.rank
-        new = first and not self.folder.exists()
-        with ExitStack() as locks:
-            try:
-                for _ in self.ranks.in_turn():
-                    with files.trying("making a folder and locking a file in it", self.folder.parent, ELSEWHERE):
-                        files.make_folder(self.folder)
-                        locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
-            except ResourceError:
-                if new:
-                    files.remove_tree(self.folder)  # where nothing can be locked, nobody else works
-                raise
+        with self._claimed() as new:
             try:
                 for _ in self.ranks.in_turn():
                     self._probe()
                 self.start(restart)
                 self.journal.rest = self._rest
-                with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
+                with self._log.opened(self.folder, resumed=self.resumed) if self.ranks.first else nullcontext():
                     yield
             finally:
-                if new and not self.journal_path.exists() and self.folder.is_dir():
-                    files.remove_tree(self.folder)  # refused before it began: leave nothing behind
+                if new and not self.journal_path.exists():
+                    files.clear_folder(self.folder)  # refused before it began: leave nothing behind
+
+    @contextmanager
+    def _claimed(self) -> Iterator[bool]:
+        """A context in which the folder is there and this rank's lock in it held: whether this process made it.
+
+        Raises:
+            ResourceError: it cannot be made there, or not locked.
+            ResumeError: another process has the lock.
+        """
+        first, rank = self.ranks.first, self.ranks.rank
+        new = first and not self.folder.exists()
+        try:
+            with ExitStack() as locks:
+                try:
+                    for _ in self.ranks.in_turn():
+                        with files.trying("making a folder and locking a file in it", self.folder.parent, ELSEWHERE):
+                            files.make_folder(self.folder)
+                            locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+                except ResourceError:
+                    if new:
+                        files.clear_folder(self.folder)  # where nothing can be locked, nobody else works
+                    raise
+                yield new
+        finally:
+            self._remove_folder()
 
     def _probe(self) -> None:
         """See that the file systems are ones to rest on, before any work.
@@ -268,9 +283,14 @@ class Workplace:
         files.move_aside(self._out, self.folder / "replaced")
 
     def clear(self) -> None:
-        """Remove the job's folder and its activations."""
+        """Remove what is in the job's folder, and its activations."""
         files.remove_tree(self.cache)
-        files.remove_tree(self.folder)
+        files.clear_folder(self.folder)
+
+    def _remove_folder(self) -> None:
+        """Remove the job's folder once its lock is let go of, if no job is in it."""
+        if self.folder.is_dir() and not self.journal_path.exists():
+            files.remove_empty(self.folder)
 
 
 def text_identity(text: Text, model: Path) -> dict[str, Any]:

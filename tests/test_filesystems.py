@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,33 @@ def test_a_job_folder_on_another_file_system_is_refused(
     monkeypatch.setattr(files, "same_file_system", lambda one, other: False)
     refused(run(tmp_path), f"{tmp_path / 'out.streamprune'} lies on another file system than {tmp_path}")
     assert not entries(tmp_path)
+
+
+def test_a_removed_lock_that_keeps_a_name_while_it_is_open_is_no_obstacle(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS and FUSE, whose folders are not empty until such a file is closed."""
+    lock, hidden = tmp_path / "out.streamprune" / "lock", tmp_path / "out.streamprune" / ".hidden"
+    locked, remove, seen = files.locked, files.remove, False
+
+    @contextmanager
+    def letting_go(path: Path) -> Iterator[None]:
+        with locked(path):
+            yield
+        if path == lock:
+            hidden.unlink(missing_ok=True)
+
+    def hiding(path: Path) -> None:
+        nonlocal seen
+        if path != lock:
+            remove(path)
+            return
+        seen = True
+        path.rename(hidden)
+
+    monkeypatch.setattr(files, "locked", letting_go)
+    monkeypatch.setattr(files, "remove", hiding)
+    result = run(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert seen
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
