@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from . import bench, compare, evaluate, export, inspect, plan, report, run, status, tune
+from . import bench, compare, evaluate, export, inspect, plan, report, run, status, tune, verify
 
 
 class Group(click.Group):
@@ -65,6 +65,7 @@ for command in (
     export.export,
     bench.bench,
     status.status,
+    verify.verify,
     report.report,
     inspect.inspect,
 ):

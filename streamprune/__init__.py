@@ -31,6 +31,8 @@ from .status import Status, status
 from .stopping import asked_by_signals
 from .text import Source
 from .tune import Tuned, tune
+from .verification import Verification
+from .verify import verify
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ __all__ = [
     "TuneConfig",
     "Tuned",
     "Variant",
+    "Verification",
     "Width",
     "__version__",
     "asked_by_signals",
@@ -79,6 +82,7 @@ __all__ = [
     "resolve_model",
     "status",
     "tune",
+    "verify",
 ]
 
 for _model_type in ARCHITECTURES:

@@ -7,6 +7,8 @@
     ├── CheckpointError         exit 1   the model directory is not what it should be
     ├── CalibrationError        exit 1   the text is missing, unreadable or too short
     ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
+    ├── DiskError               exit 1   a file cannot be read or written: says which, and why
+    ├── DamageError             exit 1   the disk does not hold what was written: made anew by the same command
     ├── ResumeError             exit 1   a job under way was started with other settings or inputs
     ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
     ├── LostError               exit 1   of several processes at one job, another one is gone
@@ -48,6 +50,14 @@ class CalibrationError(StreamPruneError):
 
 class ResourceError(StreamPruneError):
     """Too little memory or disk."""
+
+
+class DiskError(StreamPruneError):
+    """A file that cannot be read or written."""
+
+
+class DamageError(StreamPruneError):
+    """A file that is not on the disk as it was written."""
 
 
 class ResumeError(StreamPruneError):

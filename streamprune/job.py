@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration, files, hub, machine, output
@@ -32,6 +31,7 @@ from .methods import RECIPES
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
+from .model.checkpoint import load_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .needs import Needs
 from .progress import Progress
@@ -340,15 +340,11 @@ class Job(Workplace):
         )
 
     def _clear_way(self) -> None:
-        """Let go of what was there, the journal first, and make what this job needs."""
+        """Let go of what was there, the journal first."""
         files.remove(self.journal_path)
         files.sync(self.folder)
         for leftover in (self.staging, self.cache, self.folder / "replaced", *self.folder.glob("shot-*")):
             files.remove_tree(leftover)
-        for number in range(1, self.shots + 1):
-            files.make_folder(self.shot_folder(number))
-            if self.recipe.correction(self.settings) is not None:
-                files.make_folder(self.folder / f"shot-{number:02}-pruned")
 
     def _check_agreed(self) -> None:
         """See that all ranks were asked the same of the same model, text and versions."""
@@ -437,13 +433,19 @@ class Job(Workplace):
     def tokens(self) -> Tensor:
         """Calibration windows (samples, length); those that the model writes are there once they are journalled."""
         if self.text == "self":
-            written: Tensor = load_file(self.written_path)["tokens"]
-            return written
+            line = self.journal.find("calibrate")
+            assert line is not None
+            return load_shard(self.written_path, line["sha256"])["tokens"]
         vocabulary, samples, seed = self.skeleton.vocabulary, self.config.samples, self.config.seed
         if self.text == "random-tokens":
             return calibration.random_windows(vocabulary, samples, self.length, seed)
         tokenizer = calibration.load_tokenizer(self.config.model)
         return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed)
+
+    @property
+    def published(self) -> bool:
+        """Whether the result has its final name."""
+        return not self.staging.is_dir() and self.report_in_out() is not None
 
     @property
     def part(self) -> slice:

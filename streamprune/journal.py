@@ -49,6 +49,16 @@ class Journal:
         self.rest()
         return self._entries[-1]
 
+    def rewind(self, prefix: str) -> None:
+        """Take back, durably, the first step whose name begins with `prefix` and all that came behind it."""
+        kept = next(number for number, entry in enumerate(self._entries) if entry["step"].startswith(prefix))
+        self.ranks.barrier()
+        if self.ranks.first:
+            lines = files.read_bytes(self.path).splitlines(keepends=True)
+            files.truncate(self.path, sum(map(len, lines[:kept])))
+        self.ranks.barrier()
+        del self._entries[kept:]
+
     def find(self, step: str) -> Entry | None:
         """The last entry of that step, or None if it is not finished."""
         return next((entry for entry in reversed(self._entries) if entry["step"] == step), None)
@@ -65,7 +75,7 @@ class Journal:
 
     def _read(self) -> list[Entry]:
         good, entries = 0, list[Entry]()
-        data = self.path.read_bytes() if self.path.exists() else b""
+        data = files.read_bytes(self.path) if self.path.exists() else b""
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             entry = _decode(line)
             if entry is None:

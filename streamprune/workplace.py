@@ -9,14 +9,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import files, output
+from . import files, manifest, output
 from .config import format_bytes
-from .errors import CheckpointError, ConfigError, ResourceError, ResumeError, Stopped
+from .errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
 from .log import NAME as LOG
 from .log import Log
@@ -30,12 +31,22 @@ JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
 KNOWN = {JOURNAL, LOCK, STAGING, LOG, "cache", "replaced"}
 """What every job's folder may hold."""
 PROBE = "probe"
-ELSEWHERE = "OUT must be a folder elsewhere"
+OTHER_OUT = "mend that, or take an OUT elsewhere"
+OTHER_CACHE = "mend that, or take a --cache elsewhere"
 
 
 def job_folder(out: Path) -> Path:
     """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
     return out.absolute().parent / f"{out.absolute().name}.streamprune"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Something that a job kept for itself to go on from, and has no longer, or not as it was written."""
+
+    path: Path
+    step: str
+    """How the name of the first step begins that is to be taken again, with all behind it."""
 
 
 class Workplace:
@@ -170,12 +181,14 @@ class Workplace:
             )
         with self._claimed() as new:
             try:
-                for _ in self.ranks.in_turn():
-                    self._probe()
                 self.start(restart)
                 self.journal.rest = self._rest
                 with self._log.opened(self.folder, resumed=self.resumed) if self.ranks.first else nullcontext():
                     yield
+            except DiskError as error:
+                if not self.journal_path.exists():
+                    raise
+                raise DiskError(f"{error}; run the same command again to go on") from error
             finally:
                 if new and not self.journal_path.exists():
                     files.clear_folder(self.folder)  # refused before it began: leave nothing behind
@@ -185,7 +198,7 @@ class Workplace:
         """A context in which the folder is there and this rank's lock in it held: whether this process made it.
 
         Raises:
-            ResourceError: it cannot be made there, or not locked.
+            DiskError: a file system does not do what a job rests on.
             ResumeError: another process has the lock.
         """
         first, rank = self.ranks.first, self.ranks.rank
@@ -194,10 +207,11 @@ class Workplace:
             with ExitStack() as locks:
                 try:
                     for _ in self.ranks.in_turn():
-                        with files.trying("making a folder and locking a file in it", self.folder.parent, ELSEWHERE):
+                        with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
                             files.make_folder(self.folder)
                             locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
-                except ResourceError:
+                        self._probe()
+                except DiskError:
                     if new:
                         files.clear_folder(self.folder)  # where nothing can be locked, nobody else works
                     raise
@@ -209,20 +223,31 @@ class Workplace:
         """See that the file systems are ones to rest on, before any work.
 
         Raises:
-            ResourceError: which is not, and why.
+            DiskError: which is not, and why.
         """
         if not files.same_file_system(self.folder, self.folder.parent):
-            raise ResourceError(
-                f"{self.folder} lies on another file system than {self.folder.parent}, to where the result is renamed; {ELSEWHERE}"
+            raise DiskError(
+                f"{self.folder} lies on another file system than {self.folder.parent}, to where the result is renamed; {OTHER_OUT}"
             )
-        files.probe(self.folder, PROBE, ELSEWHERE)
+        files.probe(self.folder, PROBE, OTHER_OUT)
         if self._cache is not None:
-            files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", "--cache must be a folder elsewhere")
+            files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
 
     def _rest(self) -> None:
         """Where all ranks rest if one was asked to."""
         if any(self.ranks.gather(self._asked())):
             raise Stopped(STOPPED)
+
+    def go_back(self, lost: Callable[[], Lost | None]) -> None:
+        """Take steps back, if an earlier process left any, until nothing is lost of what the next one needs.
+
+        Args:
+            lost: the first thing that is, as far as this rank is to know.
+        """
+        while self.resumed and any(found := self.ranks.gather(lost())):
+            first = next(each for each in found if each is not None)
+            self.progress.say(f"{first.path} is missing, or not what was written there; going back to {first.step}")
+            self.journal.rewind(first.step)
 
     def check_same(self, start: Entry) -> None:
         """Hold what the job was started with against what is asked now.
@@ -266,8 +291,12 @@ class Workplace:
         there = self.staging.is_dir()
         report = read_json((self.staging if there else self._out) / output.REPORT)
         if there:
+            self._log.finish()
+            complete = self.journal.find("complete")
+            assert complete is not None
+            log = files.copy(self.folder / LOG, self.staging / LOG)
+            manifest.write(self.staging, {**complete["sha256"], LOG: log})
             self._make_way()
-            self._log.finish(self.staging)
             files.publish(self.staging, self._out)
         return report
 

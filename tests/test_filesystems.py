@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from click.testing import CliRunner, Result
 from streamprune_cli import main
 
 import streamprune
-from streamprune import files
-from streamprune.errors import ConfigError, ResourceError
+from streamprune import disk, files
+from streamprune.disk import Disk
+from streamprune.errors import ConfigError, DiskError
 from streamprune.workplace import job_folder
 
 Tiny = Callable[..., Path]
@@ -73,44 +73,63 @@ def test_a_good_folder_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 FAILURES = [
-    ("making a folder", "streamprune.files.make_folder", 1, errno.EROFS),
-    ("writing a file and syncing it", "os.fsync", 2, errno.EIO),
-    ("writing a file and syncing it", "os.replace", 1, errno.EPERM),
-    ("replacing a file by a rename", "os.replace", 2, errno.EEXIST),
-    ("renaming a folder to where an empty one is", "os.rename", 1, errno.ENOTEMPTY),
-    ("locking a file", "fcntl.flock", 1, errno.ENOLCK),
+    ("making a folder", "make_folder", 1, errno.EROFS),
+    ("making a folder", "sync_folder", 1, errno.EIO),
+    ("writing a file and syncing it", "write", 1, errno.ENOSPC),
+    ("writing a file and syncing it", "sync", 1, errno.EIO),
+    ("writing a file and syncing it", "rename", 1, errno.EPERM),
+    ("replacing a file by a rename", "rename", 2, errno.EEXIST),
+    ("renaming a folder to where an empty one is", "rename", 4, errno.ENOTEMPTY),
+    ("removing a folder", "remove_folder", 2, errno.EBUSY),
 ]
 
 
+class Failing(Disk):
+    """Refuses one operation when it is asked for the n-th time."""
+
+    def __init__(self, operation: str, number: int, code: int) -> None:
+        self.calls = 0
+        real = getattr(self, operation)
+
+        def refuse(*arguments: Any) -> Any:
+            self.calls += 1
+            if self.calls == number:
+                raise OSError(code, os.strerror(code))
+            return real(*arguments)
+
+        setattr(self, operation, refuse)
+
+
 @pytest.mark.parametrize(("operation", "name", "number", "code"), FAILURES)
-def test_each_operation_is_tried(
-    operation: str, name: str, number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, function = (
-        {"os": os, "fcntl": fcntl, "streamprune.files": files}[name.rpartition(".")[0]],
-        name.split(".")[-1],
-    )
-    real, calls = getattr(module, function), 0
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            raise OSError(code, os.strerror(code))
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(module, function, failing)
-    with pytest.raises(ResourceError) as caught:
+def test_each_operation_is_tried(operation: str, name: str, number: int, code: int, tmp_path: Path) -> None:
+    with disk.using(Failing(name, number, code)), pytest.raises(DiskError) as caught:
         files.probe(tmp_path, "probe", "go elsewhere")
     assert str(caught.value) == f"{tmp_path}: {operation} fails there ({os.strerror(code)}); go elsewhere"
     assert not entries(tmp_path)
 
 
-def test_an_older_file_that_stays_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda one, other: os.unlink(one) if Path(other).exists() else real(one, other))
-    with pytest.raises(
-        ResourceError, match=r"replacing a file by a rename fails there \(the older one is still there\)"
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(DiskError, match=r"locking a file fails there \(No locks available\); go elsewhere"):
+        files.probe(tmp_path, "probe", "go elsewhere")
+    assert not entries(tmp_path)
+
+
+def no_locks(descriptor: int, how: int) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_an_older_file_that_stays_is_noticed(tmp_path: Path) -> None:
+    class Keeping(Disk):
+        def rename(self, source: Path, target: Path) -> None:
+            if target.exists():
+                source.unlink()
+            else:
+                super().rename(source, target)
+
+    with (
+        disk.using(Keeping()),
+        pytest.raises(DiskError, match=r"by a rename fails there \(the older one is still there"),
     ):
         files.probe(tmp_path, "probe", "go elsewhere")
     assert not entries(tmp_path)
@@ -118,36 +137,24 @@ def test_an_older_file_that_stays_is_noticed(tmp_path: Path, monkeypatch: pytest
 
 def test_a_lock_that_nobody_sees_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda descriptor, how: None)
-    with pytest.raises(ResourceError, match=r"locking a file fails there \(another process would not see it\)"):
+    with pytest.raises(DiskError, match=r"locking a file fails there \(another process would not see it\)"):
         files.probe(tmp_path, "probe", "go elsewhere")
     assert not entries(tmp_path)
 
 
-def test_a_folder_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(path: Path) -> None:
-        raise OSError(errno.ENOTEMPTY, "Directory not empty")
-
-    monkeypatch.setattr(shutil, "rmtree", failing)
-    with pytest.raises(ResourceError, match=r"removing a folder fails there \(Directory not empty\)"):
-        files.probe(tmp_path, "probe", "go elsewhere")
-
-
 def test_a_read_only_folder_is_refused_for_out(run: Run, read_only: Path, tmp_path: Path) -> None:
-    refused(run(read_only), str(read_only), "making a folder", "OUT must be a folder elsewhere")
+    refused(run(read_only), str(read_only), "making a folder", "take an OUT elsewhere")
     assert entries(tmp_path) == {"read-only"}
 
 
 def test_a_read_only_folder_is_refused_for_the_cache(run: Run, read_only: Path, tmp_path: Path) -> None:
     cache = read_only / "not" / "there"
-    refused(run(tmp_path, "--cache", str(cache)), f"{read_only}: making a folder", "--cache must be a folder elsewhere")
+    refused(run(tmp_path, "--cache", str(cache)), f"{read_only}: making a folder", "take a --cache elsewhere")
     assert entries(tmp_path) == {"read-only"}
 
 
 def test_a_file_system_without_locks_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(descriptor: int, how: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", failing)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     refused(run(tmp_path), str(tmp_path), "locking a file", "No locks available")
     assert not entries(tmp_path)
 
@@ -164,10 +171,10 @@ def test_the_probe_comes_before_any_work(
     def failing(folder: Path, name: str, remedy: str) -> None:
         asked.append(folder)
         if folder != job_folder(config.out):
-            raise ResourceError("no good")
+            raise DiskError("no good")
 
     monkeypatch.setattr(files, "probe", failing)
-    with pytest.raises(ResourceError, match="no good"):
+    with pytest.raises(DiskError, match="no good"):
         streamprune.prune(config)
     assert asked[0] == job_folder(config.out)
     assert asked[1].parent == tmp_path / "cache"
@@ -214,7 +221,7 @@ def test_a_removed_lock_that_keeps_a_name_while_it_is_open_is_no_obstacle(
 ) -> None:
     """As on NFS and FUSE, whose folders are not empty until such a file is closed."""
     lock, hidden = tmp_path / "out.streamprune" / "lock", tmp_path / "out.streamprune" / ".hidden"
-    locked, remove, seen = files.locked, files.remove, False
+    locked, seen = files.locked, False
 
     @contextmanager
     def letting_go(path: Path) -> Iterator[None]:
@@ -223,17 +230,18 @@ def test_a_removed_lock_that_keeps_a_name_while_it_is_open_is_no_obstacle(
         if path == lock:
             hidden.unlink(missing_ok=True)
 
-    def hiding(path: Path) -> None:
-        nonlocal seen
-        if path != lock:
-            remove(path)
-            return
-        seen = True
-        path.rename(hidden)
+    class Hiding(Disk):
+        def unlink(self, path: Path) -> None:
+            nonlocal seen
+            if path == lock:
+                seen = True
+                path.rename(hidden)
+            else:
+                super().unlink(path)
 
     monkeypatch.setattr(files, "locked", letting_go)
-    monkeypatch.setattr(files, "remove", hiding)
-    result = run(tmp_path)
+    with disk.using(Hiding()):
+        result = run(tmp_path)
     assert result.exit_code == 0, result.output
     assert seen
     assert {path.name for path in tmp_path.iterdir()} == {"out"}

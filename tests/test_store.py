@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from streamprune import files
-from streamprune.errors import NumericalError, ResumeError
+from streamprune.errors import DamageError, NumericalError
 from streamprune.host import host_copy
 from streamprune.stream.encoding import FLOAT8
-from streamprune.stream.store import ActivationStore
+from streamprune.stream.store import ActivationStore, file_bytes
 
 CPU = torch.device("cpu")
 
@@ -59,12 +59,33 @@ def test_what_is_not_finite_is_refused_and_nothing_stays(bad: list[float], tmp_p
 
 def test_a_boundary_that_is_missing_or_cut_short_is_said(tmp_path: Path) -> None:
     store = store_of(tmp_path, torch.float32)
-    with pytest.raises(ResumeError, match="missing or cut short"):
+    with pytest.raises(DamageError, match=r"a\.activations is missing, or not what was written"):
         list(store.each(2, "a"))
     with store.writing("a", "here") as write:
         write(torch.zeros(4, 3, 4))
-    with pytest.raises(ResumeError, match="missing or cut short"):
+    with pytest.raises(DamageError, match=r"a\.activations is missing, or not what was written"):
         list(store.each(2, "a"))
+
+
+@pytest.mark.parametrize("place", [0, 50, -1, -5, -17, "short", "long", "gone"])
+def test_a_boundary_that_was_altered_is_not_used(place: int | str, tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True)
+    filled(store, "a")
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    if isinstance(place, int):
+        data[place] ^= 1
+        path.write_bytes(data)
+    elif place == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] if place == "short" else data[:60] + data)
+    for other in (store, ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True)):
+        # What a footer says is not asked of what this process wrote itself.
+        if other is not store or place in (0, 50, "long", "gone"):
+            assert not other.intact("a")
+            with pytest.raises(DamageError, match="computed anew"):
+                list(other.each(2, "a"))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3,), (1024, 700)])
@@ -120,7 +141,8 @@ def test_what_is_read_is_what_the_stored_dtype_holds(stored: torch.dtype, memory
             assert torch.equal(found, expected[batch])
             assert torch.equal(store.read("a", batch), expected[batch])
     (path,) = tmp_path.iterdir()
-    assert path.stat().st_size == 5 * store.row_bytes == 5 * 3 * (4 * stored.itemsize + 4 * (stored == FLOAT8))
+    assert store.row_bytes == 3 * (4 * stored.itemsize + 4 * (stored == FLOAT8))
+    assert path.stat().st_size == file_bytes(5, store.row_bytes) == 5 * store.row_bytes + 6 * 4
 
 
 def test_more_than_the_stored_dtype_holds_is_said(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from test_run import Stop, stopping_after
 from torch import Tensor, nn
 
 import streamprune
-from streamprune import TuneConfig, calibration, files, lora, machine
+from streamprune import TuneConfig, calibration, lora, machine
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.maths.descent import Descent, batch
 from streamprune.model.skeleton import open_skeleton
@@ -456,7 +456,7 @@ def test_stopped_at_any_rename_the_bytes_are_the_same(
                     raise Stop
 
             with monkeypatch.context() as patch:
-                patch.setattr(files.os, "replace", replace_or_stop)
+                patch.setattr(os, "replace", replace_or_stop)
                 try:
                     streamprune.tune(config)
                 except Stop:

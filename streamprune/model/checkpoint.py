@@ -12,17 +12,18 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError, ResourceError
+from ..errors import CheckpointError, DamageError
 from ..host import host_buffer, tensor_bytes
-from ..occupancy import spent
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -189,14 +190,17 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number:05}-of-{total:05}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write one shard durably; equal tensors give equal bytes.
 
     By hand, since safetensors' own writer (0.8) goes by way of a randomly named file beside the target, which only its
     owner may read and which a killed process leaves behind.
 
+    Returns:
+        The SHA-256 in hex of what was to be written.
+
     Raises:
-        ResourceError: it could not be written, on a full disk for one.
+        DiskError: it could not be written, on a full disk for one.
     """
     # Widest elements first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -207,15 +211,22 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    try:
-        with spent("write"), files.replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for _, tensor in ordered:
-                file.write(tensor_bytes(tensor))
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror or error}; run the same command again to go on"
-        ) from error
+    return files.write(path, chain([len(raw).to_bytes(8, "little"), raw], (tensor_bytes(t) for _, t in ordered)))
+
+
+def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
+    """All tensors of a shard whose digest `write_shard` gave.
+
+    Raises:
+        DamageError: it is no longer what was written.
+    """
+    data = files.read_bytes(path) if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DamageError(
+            f"{path} is missing, or not what was written there; run the same command again: it is made anew"
+        )
+    found: dict[str, Tensor] = load(data)
+    return found
 
 
 def data_bytes(path: Path) -> int:
@@ -224,13 +235,13 @@ def data_bytes(path: Path) -> int:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
-def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> None:
-    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes."""
+def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> str:
+    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes. Returns its digest."""
     index = {
         "metadata": {"total_parameters": parameters, "total_size": size},
         "weight_map": dict(sorted(placed.items())),
     }
-    write_json(directory / INDEX, index)
+    return write_json(directory / INDEX, index)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -240,10 +251,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read_bytes(path).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -259,6 +270,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file durably, indented."""
-    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON file durably, indented; returns its digest."""
+    return files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -40,6 +40,7 @@ class Skeleton:
         device: where blocks go.
         dtype: what they compute in.
         layout: what the widths of its sites must stay like.
+        check: whether to refuse what `layout_faults` finds.
 
     Raises:
         CheckpointError: unknown architecture, a config that transformers refuses, a tensor that is
@@ -47,7 +48,13 @@ class Skeleton:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, layout: Layout = FREE
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: Layout = FREE,
+        check: bool = True,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -95,7 +102,8 @@ class Skeleton:
         model.set_submodule(self.architecture.base, _Passed())
         self._head = model
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
-        self._check_layout()
+        for name, what in self.layout_faults() if check else ():
+            raise CheckpointError(f"{where}: tensor {name!r} {what}")
 
     def __len__(self) -> int:
         """How many blocks there are."""
@@ -418,8 +426,9 @@ class Skeleton:
     def _names(self, modules: dict[str, nn.Module]) -> list[str]:
         return [self.stored_name(f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
 
-    def _check_layout(self) -> None:
-        model, where = self.architecture.model_type, self.checkpoint.directory
+    def layout_faults(self) -> Iterator[tuple[str, str]]:
+        """Tensors that are missing, unexpected, or of another shape than the config says: name, and what is wrong with it."""
+        model = self.architecture.model_type
         expected: dict[str, tuple[int, ...]] = {}
         for index, layer in enumerate(self._templates):
             state = layer.state_dict()
@@ -428,22 +437,17 @@ class Skeleton:
             expected |= {
                 self.stored_name(f"{path}.{leaf}"): tuple(tensor.shape) for leaf, tensor in module.state_dict().items()
             }
-        if self._embedding_weight in self.checkpoint and self.tied:
+        # To tell a head that is stored from the embedding takes both.
+        if (self._head_weight not in self.checkpoint or self._embedding_weight in self.checkpoint) and self.tied:
             expected.pop(self._head_weight)
         for name, shape in expected.items():
             if name not in self.checkpoint:
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} is missing; the config says a {model} model that has it"
-                )
-            if self.checkpoint[name].shape != shape:
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
-                )
+                yield name, f"is missing; the config says a {model} model that has it"
+            elif self.checkpoint[name].shape != shape:
+                yield name, f"has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
         for name in self.checkpoint:
             if name not in expected and name != self._head_weight and not name.endswith(UNREAD):
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} has no place in the {model} model that the config says"
-                )
+                yield name, f"has no place in the {model} model that the config says"
 
 
 def open_skeleton(model: Path, device: torch.device, dtype: str, *, layout: Layout = FREE) -> Skeleton:

@@ -72,8 +72,7 @@ class KeysAndValues:
         """Append one token's (sequences, heads, 1, head_dim); returns all tokens' (sequences, heads, tokens, head_dim)."""
         token = torch.stack((keys, values))[..., 0, :]
         path = self.folder / f"{layer_idx:04}-{self.number}"
-        with path.open("ab") as file:
-            file.write(tensor_bytes(token.cpu()))
+        files.append_bytes(path, tensor_bytes(token.cpu()))
         buffer = host_buffer(path.stat().st_size, token.device)
         files.read_into(path, 0, buffer.numpy().data)
         tokens = buffer.to(token.device, non_blocking=True).view(token.dtype).view(-1, *token.shape)
