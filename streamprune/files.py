@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
@@ -207,6 +208,34 @@ def _remove_all(path: Path) -> None:
         disk().remove_folder(path)
 
 
+def clear_folder(path: Path) -> None:
+    """Remove whatever is in a folder that may be gone already; a power cut does not bring it back.
+
+    The folder stays, for `remove_empty`: NFS and FUSE keep a hidden name in it for a removed file that somebody has open, such
+    as a lock.
+    """
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            _remove_all(entry)
+        sync(path)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder that may be gone already, or into which somebody may have put something."""
+    with suppress(FileNotFoundError), _told("remove", path):
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                disk().remove_folder(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if left:
+                    time.sleep(0.05)  # FUSE lets go of a closed file a little later
+            else:
+                sync(path.parent)
+                break
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents; the new names are durable."""
     if path.is_dir():
@@ -345,3 +374,59 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def probe(folder: Path, name: str, remedy: str) -> None:
+    """See that a folder's file system does what the crash rule rests on, by doing it there.
+
+    Hard links are not asked for, since `link` copies where there are none.
+
+    Args:
+        folder: need not be there yet; then the nearest parent that is.
+        name: what is made in it and removed again is called so, and so is what a killed process left of this.
+        remedy: what the user shall do about it.
+
+    Raises:
+        DiskError: what the file system does not do.
+    """
+    place = _existing(folder) / name
+    one, full, empty = place / "file", place / "full", place / "empty"
+    tried = partial(trying, folder=place.parent, remedy=remedy)
+    try:
+        with tried("making a folder"):
+            remove_tree(place)
+            make_folder(place)
+        with tried("writing a file and syncing it"):
+            write_text(one, "older")
+        with tried("replacing a file by a rename"):
+            write_text(one, "newer")
+            if read_bytes(one) != b"newer":
+                raise OSError("the older one is still there")
+        with tried("renaming a folder to where an empty one is"):
+            make_folder(full)
+            make_folder(empty)
+            write_text(full / one.name, "full")
+            publish(full, empty)
+        with tried("locking a file"), locked(one):
+            if not is_locked(one):
+                raise OSError("another process would not see it")
+        with tried("removing a folder"):
+            remove_tree(place)
+    except BaseException:
+        with suppress(OSError, DiskError):
+            remove_tree(place)
+        raise
+
+
+@contextmanager
+def trying(operation: str, folder: Path, remedy: str) -> Iterator[None]:
+    """A context in which a failure is one of the file system that holds `folder`, told with what to do about it.
+
+    Raises:
+        DiskError: instead of any other and of any OSError.
+    """
+    try:
+        yield
+    except (OSError, DiskError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        raise DiskError(f"{folder}: {operation} fails there ({reason}); {remedy}") from error

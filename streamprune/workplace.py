@@ -30,6 +30,9 @@ from .text import Text
 JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
 KNOWN = {JOURNAL, LOCK, STAGING, LOG, "cache", "replaced"}
 """What every job's folder may hold."""
+PROBE = "probe"
+OTHER_OUT = "mend that, or take an OUT elsewhere"
+OTHER_CACHE = "mend that, or take a --cache elsewhere"
 
 
 def job_folder(out: Path) -> Path:
@@ -138,6 +141,7 @@ class Workplace:
         if self.folder.is_dir():
             with files.locked(self.folder / LOCK):
                 self.clear()
+            self._remove_folder()
         self.resumed = True
         return report
 
@@ -171,24 +175,63 @@ class Workplace:
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
-        first, rank = self.ranks.first, self.ranks.rank
-        new = first and not self.folder.exists()
-        with ExitStack() as locks:
-            for _ in self.ranks.in_turn():
-                files.make_folder(self.folder)
-                locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+        if self._out.is_mount():
+            raise ConfigError(
+                f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"
+            )
+        with self._claimed() as new:
             try:
                 self.start(restart)
                 self.journal.rest = self._rest
-                with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
+                with self._log.opened(self.folder, resumed=self.resumed) if self.ranks.first else nullcontext():
                     yield
             except DiskError as error:
                 if not self.journal_path.exists():
                     raise
                 raise DiskError(f"{error}; run the same command again to go on") from error
             finally:
-                if new and not self.journal_path.exists() and self.folder.is_dir():
-                    files.remove_tree(self.folder)  # refused before it began: leave nothing behind
+                if new and not self.journal_path.exists():
+                    files.clear_folder(self.folder)  # refused before it began: leave nothing behind
+
+    @contextmanager
+    def _claimed(self) -> Iterator[bool]:
+        """A context in which the folder is there and this rank's lock in it held: whether this process made it.
+
+        Raises:
+            DiskError: a file system does not do what a job rests on.
+            ResumeError: another process has the lock.
+        """
+        first, rank = self.ranks.first, self.ranks.rank
+        new = first and not self.folder.exists()
+        try:
+            with ExitStack() as locks:
+                try:
+                    for _ in self.ranks.in_turn():
+                        with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
+                            files.make_folder(self.folder)
+                            locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+                        self._probe()
+                except DiskError:
+                    if new:
+                        files.clear_folder(self.folder)  # where nothing can be locked, nobody else works
+                    raise
+                yield new
+        finally:
+            self._remove_folder()
+
+    def _probe(self) -> None:
+        """See that the file systems are ones to rest on, before any work.
+
+        Raises:
+            DiskError: which is not, and why.
+        """
+        if not files.same_file_system(self.folder, self.folder.parent):
+            raise DiskError(
+                f"{self.folder} lies on another file system than {self.folder.parent}, to where the result is renamed; {OTHER_OUT}"
+            )
+        files.probe(self.folder, PROBE, OTHER_OUT)
+        if self._cache is not None:
+            files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
 
     def _rest(self) -> None:
         """Where all ranks rest if one was asked to."""
@@ -270,9 +313,14 @@ class Workplace:
         files.move_aside(self._out, self.folder / "replaced")
 
     def clear(self) -> None:
-        """Remove the job's folder and its activations."""
+        """Remove what is in the job's folder, and its activations."""
         files.remove_tree(self.cache)
-        files.remove_tree(self.folder)
+        files.clear_folder(self.folder)
+
+    def _remove_folder(self) -> None:
+        """Remove the job's folder once its lock is let go of, if no job is in it."""
+        if self.folder.is_dir() and not self.journal_path.exists():
+            files.remove_empty(self.folder)
 
 
 def text_identity(text: Text, model: Path) -> dict[str, Any]:
