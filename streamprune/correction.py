@@ -95,7 +95,8 @@ class Corrector:
             self._gather(block, index, updates)
             del block
             if updates:
-                descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, state=state)
+                place = f"the correction of block {index}"
+                descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, place=place, state=state)
                 descent.step()
                 moved = {name: update.detach().cpu() for name, update in updates.items()}
                 path = self._file(step + 1, index)

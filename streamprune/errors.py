@@ -11,6 +11,7 @@
     ├── DamageError             exit 1   the disk does not hold what was written: made anew by the same command
     ├── ResumeError             exit 1   a job under way was started with other settings or inputs
     ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
+    │   └── SingularError       exit 1   the latter, which more damping may mend on the way
     ├── LostError               exit 1   of several processes at one job, another one is gone
     ├── ElsewhereError          its own  the same, and it has told why
     └── Stopped                 exit 75  nothing is wrong: somebody asked, and the same command goes on
@@ -66,6 +67,10 @@ class ResumeError(StreamPruneError):
 
 class NumericalError(StreamPruneError):
     """Numbers that cannot be worked with."""
+
+
+class SingularError(NumericalError):
+    """A matrix that is not positive definite to its dtype, or no longer after what was taken from it."""
 
 
 class LostError(StreamPruneError):

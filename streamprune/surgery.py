@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError
+from .errors import CalibrationError, NumericalError
 from .host import return_freed_memory
-from .maths.linalg import accumulator, cholesky, compensation, fit, output_error, unit_columns
+from .maths.linalg import accumulator, all_finite, cholesky, compensation, fit, output_error, unit_columns
 from .maths.operations import kind
 from .maths.stats import Gram
 from .memory import GRAMS_AT_ONCE, GramPlace
@@ -101,7 +101,9 @@ class Surgeon:
                 assert inputs is not None
                 common["compensation_damping"] = self._compensate(sub, inputs)
             producers_input = (
-                inputs.mean()[0] if inputs is not None and self.recipe.wants_inputs(self.settings) else None
+                inputs.mean(_inputs_of(sub))[0]
+                if inputs is not None and self.recipe.wants_inputs(self.settings)
+                else None
             )
             inputs = None
             counts = [self._counts(each.site) for each in sub.prunables]
@@ -176,7 +178,7 @@ class Surgeon:
 
     @kind("solving")
     def _compensate(self, sub: Sublayer, inputs: Gram) -> float:
-        h, c = inputs.mean()
+        h, c = inputs.mean(_inputs_of(sub))
         assert c is not None
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
@@ -244,7 +246,7 @@ class Surgeon:
         if sums is not None:
             if self.grams == "parked":
                 sums.park()
-            h, aim = (each if each is None else each.to(w.dtype) for each in sums.mean())
+            h, aim = (each if each is None else each.to(w.dtype) for each in sums.mean(site.name))
             del sums
             assert h is not None
             if aims and self._target is not None:
@@ -252,12 +254,15 @@ class Surgeon:
                 damping = self._target.damping
                 factors[damping], report["target_damping"] = cholesky(h, damping, site.name, device=where)
                 w = fit(w, h, aim, factors[damping])
+                if not all_finite(w):
+                    raise NumericalError(f"{site.name}: the fit to the target is not finite")
             del aim
         if not self._changes(site):
             return Solved({**_untouched(site), **report}), [w]
         problem = Problem(
             site=site,
             w=w,
+            stored=prunable.stored,
             read_producers=lambda: tuple(each.to(where) for each in prunable.producer_weights()),
             zeros=entry.zeros,
             h=h,
@@ -280,6 +285,7 @@ class Surgeon:
         columns = unit_columns(kept, site.width).to(w.device)
         error = None if h is None else output_error(w, h, refit.w, columns)
         report |= {"kept": entry.keep, "error": error, "damping": refit.damping}
+        report |= {"step": refit.step} if refit.step < 1 else {}
         return Solved(report, kept.tolist()), [refit.w, *(refit.producers or ())]
 
     def _replace(self, prunable: Prunable, found: Solved, weights: Sequence[Tensor]) -> None:
@@ -422,6 +428,11 @@ class _Place:
 
 def _read_by(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:
     return sublayer.normed(sublayer.source(x, entered))
+
+
+def _inputs_of(sub: Sublayer) -> str:
+    """How messages call what its producers read."""
+    return f"{sub.name}, inputs"
 
 
 def _in_turn(sub: Sublayer) -> Iterator[range]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import files
 from ..errors import NumericalError
 from ..host import host_buffer, tensor_bytes
+from ..maths.linalg import advice
 from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
 from ..progress import Progress, rest
@@ -96,4 +97,4 @@ def _next_tokens(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator)
 
 def _check_finite(tensor: Tensor, place: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
-        raise NumericalError(f"{place} gives NaN or Inf")
+        raise NumericalError(f"{place} gives NaN or Inf{advice(tensor.dtype)}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import files
 from ..errors import DamageError, NumericalError
 from ..host import host_buffer
+from ..maths.linalg import advice
 from ..occupancy import spent
 from .background import Background
 from .copies import Copies, Taken
@@ -225,11 +226,11 @@ class ActivationStore:
 
     @property
     def _range(self) -> str:
-        """What a message says of a stored dtype that holds less than was computed."""
+        """What a message says of a dtype that ends early: as stored, or as computed."""
         largest = torch.finfo(self.encoding.stored).max
-        if self.encoding.stored.itemsize == 1 or largest >= torch.finfo(self.dtype).max:
-            return ""
-        return f", or more than the {largest:g} that activations are stored up to"
+        if self.encoding.stored.itemsize > 1 and largest < torch.finfo(self.dtype).max:
+            return f", or more than the {largest:g} that activations are stored up to"
+        return advice(self.dtype)
 
     def _room(self, size: int) -> _Held | None:
         """Host memory for one boundary, for which the oldest that are on the disk as well make way; None where there is none."""
