@@ -11,9 +11,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -25,6 +27,7 @@ from .occupancy import spent
 
 TEMPORARY = ".tmp"
 LOCK_TRIES = 4
+SCRATCH_LOCK = "lock"
 SYNC_BYTES = 32 << 20
 """Of a long durable file, so many are sent to the disk at once."""
 COPY_BYTES = 1 << 20
@@ -208,16 +211,30 @@ def _remove_all(path: Path) -> None:
         disk().remove_folder(path)
 
 
-def clear_folder(path: Path) -> None:
+def empty(path: Path, keep: str | None = None) -> None:
     """Remove whatever is in a folder that may be gone already; a power cut does not bring it back.
 
     The folder stays, for `remove_empty`: NFS and FUSE keep a hidden name in it for a removed file that somebody has open, such
     as a lock.
+
+    Args:
+        keep: but for what has a name that begins with this.
     """
     if path.is_dir():
         for entry in sorted(path.iterdir()):
-            _remove_all(entry)
+            if keep is None or not entry.name.startswith(keep):
+                _remove_all(entry)
         sync(path)
+
+
+def empty_locked(folder: Path, lock: str) -> None:
+    """Remove whatever is in a folder of which this process holds the lock: the lock last, since whoever finds none may begin there.
+
+    Args:
+        lock: name of the lock's file; those of other processes at the same work have names that begin with it.
+    """
+    empty(folder, lock)
+    empty(folder)
 
 
 def remove_empty(path: Path) -> None:
@@ -343,7 +360,11 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ResumeError: another live process holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:  # its folder has just been removed
+        raise _finished(path) from None
+    there = False
     try:
         for left in reversed(range(LOCK_TRIES)):
             try:
@@ -353,11 +374,17 @@ def locked(path: Path) -> Iterator[None]:
                 if not left:
                     raise ResumeError(f"another process is working on this job ({path} is locked)") from None
                 time.sleep(0.05)  # it may be somebody who only looks
-        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-            raise ResumeError(f"another process has just finished this job ({path} is gone)")
+        with suppress(FileNotFoundError):
+            there = path.stat().st_ino == os.fstat(descriptor).st_ino
+        if not there:
+            raise _finished(path)
         yield
     finally:
         os.close(descriptor)
+
+
+def _finished(lock: Path) -> ResumeError:
+    return ResumeError(f"another process has just finished this job ({lock} is gone)")
 
 
 def is_locked(path: Path) -> bool:
@@ -430,3 +457,30 @@ def trying(operation: str, folder: Path, remedy: str) -> Iterator[None]:
     except (OSError, DiskError) as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error
         raise DiskError(f"{folder}: {operation} fails there ({reason}); {remedy}") from error
+
+
+@contextmanager
+def scratch(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder below `parent`, gone at the end; what killed processes of this user left of such goes first.
+
+    Args:
+        parent: is there, and may be anybody's, such as the system's temporary folder.
+        prefix: of the name, by which they are known.
+    """
+    for path in parent.glob(f"{prefix}*"):
+        with suppress(OSError, ResumeError):
+            found = path.lstat()
+            # A link or a folder of somebody else's would have the lock made, and files removed, where it likes.
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                with locked(path / SCRATCH_LOCK):
+                    empty_locked(path, SCRATCH_LOCK)
+                remove_empty(path)
+    with ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            stack.callback(remove_empty, folder)
+            with suppress(ResumeError):  # another process took it for one that was left, and removes it
+                stack.enter_context(locked(folder / SCRATCH_LOCK))
+                break
+        stack.callback(empty_locked, folder, SCRATCH_LOCK)
+        yield folder

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import check_weights
 from .text import Text, builtin_text
-from .workplace import KNOWN, LOCK, Workplace, first_difference, text_identity
+from .workplace import Workplace, first_difference, text_identity
+
+PLAN, WRITTEN = "plan.json", "calibration.safetensors"
 
 
 class Job(Workplace):
@@ -54,6 +56,9 @@ class Job(Workplace):
     Raises:
         StreamPruneError: whatever can be known to be wrong before any work.
     """
+
+    known: ClassVar = Workplace.known | {PLAN, WRITTEN}
+    known_prefixes: ClassVar = (*Workplace.known_prefixes, "survey-", "shot-")
 
     def __init__(
         self,
@@ -90,8 +95,8 @@ class Job(Workplace):
         if self.given_plan is None:
             self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
         super().__init__(config.out, config.cache, output.is_report, progress, ranks)
-        self.plan_path = self.folder / "plan.json"
-        self.written_path = self.folder / "calibration.safetensors"
+        self.plan_path = self.folder / PLAN
+        self.written_path = self.folder / WRITTEN
 
     # What the job is.
 
@@ -305,12 +310,7 @@ class Job(Workplace):
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
-        known = KNOWN | {self.plan_path.name, self.written_path.name}
-        for path in self.folder.iterdir():
-            # A process that was killed may have left a file half-written.
-            name = path.name.removesuffix(files.TEMPORARY)
-            if name not in known and not name.startswith(("survey-", "shot-", f"{LOCK}-")):
-                raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+        self.check_folder()
         resources = self.forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
         if self.needs_text and not self.writes_text:
@@ -318,12 +318,9 @@ class Job(Workplace):
         header = self.header
         self._check_agreed()
         check_weights(self.skeleton, self.progress, self.ranks)
-        if self.ranks.first:
-            self._clear_way()
-        self.ranks.barrier()  # activations go only after the journal that speaks of them
-        files.remove_tree(self.own_cache)
+        self.let_go()
         if self.needs_text:
-            files.make_folder(self.own_cache)
+            self.make_cache()
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         return self.journal.append(
             "start",
@@ -338,13 +335,6 @@ class Job(Workplace):
             },
             schedule=as_entries(self._schedule(resources.phases)),
         )
-
-    def _clear_way(self) -> None:
-        """Let go of what was there, the journal first."""
-        files.remove(self.journal_path)
-        files.sync(self.folder)
-        for leftover in (self.staging, self.cache, self.folder / "replaced", *self.folder.glob("shot-*")):
-            files.remove_tree(leftover)
 
     def _check_agreed(self) -> None:
         """See that all ranks were asked the same of the same model, text and versions."""

@@ -90,6 +90,8 @@ def prune(
     if finished is None:
         with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
             finished = Run(job).work()
+    else:
+        job.tidy()
     return _result(job, finished, time.monotonic() - started)
 
 

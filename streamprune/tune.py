@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from .schedule import Stretch, as_entries
 from .stream import sweep
 from .stream.store import ActivationStore
 from .text import Text
-from .workplace import KNOWN, Lost, Workplace, text_identity
+from .workplace import Lost, Workplace, text_identity
 
 STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
@@ -87,6 +87,8 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
     if report is None:
         with job.opened(restart), machine.within(job.device, config.memory), metered(job.journal, started, job.peaks):
             report = job.work()
+    else:
+        job.tidy()
     tuning = report["tuning"]
     host, device = job.peaks.most()
     return Tuned(
@@ -109,6 +111,8 @@ class Tuning(Workplace):
     Raises:
         StreamPruneError: whatever can be known to be wrong before any work.
     """
+
+    known_prefixes: ClassVar = (*Workplace.known_prefixes, STATE)
 
     def __init__(self, config: TuneConfig, progress: Progress | None, restart: bool) -> None:
         teacher = config.teacher and hub.resolve_model(config.teacher, progress)
@@ -322,21 +326,17 @@ class Tuning(Workplace):
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
-        for path in self.folder.iterdir():
-            if path.name not in KNOWN and not path.name.startswith(STATE):
-                raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+        self.check_folder()
         resources = self._forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes)
         _ = self.tokens
         header = self.header
         for skeleton in self.skeletons:
             sweep.check_weights(skeleton, self.progress)
-        files.remove(self.journal_path)
-        files.sync(self.folder)
-        for leftover in (self.staging, self.cache, self.folder / "replaced"):
-            files.remove_tree(leftover)
-        self._keep_state(None)
+        self.let_go()
         files.make_folder(self.staging)
+        if self.method == "distil":
+            self.make_cache()
         self.journal = Journal(self.journal_path)
         return self.journal.append(
             "start",
@@ -481,10 +481,10 @@ class Tuning(Workplace):
     def _state_path(self, step: int) -> Path:
         return self.folder / f"{STATE}{step:06}.safetensors"
 
-    def _keep_state(self, step: int | None) -> None:
+    def _keep_state(self, step: int) -> None:
         """Remove every state but that of `step`, and what a killed process left half-written."""
         for path in self.folder.glob(f"{STATE}*"):
-            if step is None or path != self._state_path(step):
+            if path != self._state_path(step):
                 files.remove(path)
 
     def _write_block(self, block: Block, index: int) -> str:

@@ -5,17 +5,17 @@ OUT appears by one rename when all is done; what it held before goes only then, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from . import files, manifest, output
+from . import caches, files, manifest, output
+from .caches import Caches
 from .config import format_bytes
 from .errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
@@ -28,8 +28,8 @@ from .ranks import ALONE, Ranks
 from .text import Text
 
 JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
-KNOWN = {JOURNAL, LOCK, STAGING, LOG, "cache", "replaced"}
-"""What every job's folder may hold."""
+WORK = ".streamprune"
+"""What the name of a job's folder ends with."""
 PROBE = "probe"
 OTHER_OUT = "mend that, or take an OUT elsewhere"
 OTHER_CACHE = "mend that, or take a --cache elsewhere"
@@ -37,7 +37,7 @@ OTHER_CACHE = "mend that, or take a --cache elsewhere"
 
 def job_folder(out: Path) -> Path:
     """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
-    return out.absolute().parent / f"{out.absolute().name}.streamprune"
+    return out.absolute().parent / f"{out.absolute().name}{WORK}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Workplace:
         ranks: those that share the job. The first holds its lock, journal and log, and alone changes what is for all.
     """
 
+    known: ClassVar[set[str]] = {JOURNAL, LOCK, STAGING, LOG, caches.NOTE, "cache", "replaced"}
+    """What the job's folder may hold."""
+    known_prefixes: ClassVar[tuple[str, ...]] = (f"{LOCK}-",)
+    """How the names of what else it may hold begin."""
+
     def __init__(
         self,
         out: Path,
@@ -74,6 +79,7 @@ class Workplace:
         self.progress: Progress = self._log if ranks.first else Silent()
         self._out, self._cache, self._is_ours = out, cache, is_ours
         self.folder = job_folder(out)
+        self._caches = Caches(self.folder, cache)
         self.staging = self.folder / STAGING
         self.journal_path = self.folder / JOURNAL
         self.resumed = False
@@ -97,9 +103,7 @@ class Workplace:
     @property
     def cache(self) -> Path:
         """Where activations go: a folder of this job's own."""
-        if self._cache is None:
-            return self.folder / "cache"
-        return self._cache.absolute() / f"{self.folder.name}-{self.own}"
+        return self._caches.own
 
     @property
     def own_cache(self) -> Path:
@@ -109,7 +113,7 @@ class Workplace:
     @property
     def own(self) -> str:
         """What tells this job's files from another's where both lie in one folder."""
-        return hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+        return caches.key(self.folder)
 
     @property
     def places(self) -> dict[str, Path]:
@@ -138,12 +142,23 @@ class Workplace:
             raise ConfigError(
                 f"OUT is {self._out}, a finished result that was damaged: {error}; --restart replaces it"
             ) from None
-        if self.folder.is_dir():
-            with files.locked(self.folder / LOCK):
-                self.clear()
-            self._remove_folder()
         self.resumed = True
         return report
+
+    def tidy(self) -> None:
+        """Clear up after a process that ended behind the result it published; all ranks call this."""
+        if self.ranks.told(lambda: self.folder.is_dir() and self._is_own()):
+            with files.locked(self.folder / LOCK) if self.ranks.first else nullcontext():
+                self.clear()
+            if self.ranks.first:
+                self._remove_folder()
+
+    def _is_own(self) -> bool:
+        """Whether the folder is this job's and not that of one, with other settings, which is to replace OUT."""
+        start = Journal(self.journal_path, repair=False).header
+        if start is None:
+            return self._stranger() is None
+        return first_difference(start["job"], self.header) is None
 
     def report_in_out(self) -> Entry | None:
         """The report of a result of ours in OUT; None when OUT is empty or not there.
@@ -179,19 +194,29 @@ class Workplace:
             raise ConfigError(
                 f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"
             )
+        first = self.ranks.first
         with self._claimed() as new:
             try:
+                if first and not restart and self.report_in_out() is not None and not self._replacing():
+                    raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
                 self.start(restart)
                 self.journal.rest = self._rest
-                with self._log.opened(self.folder, resumed=self.resumed) if self.ranks.first else nullcontext():
+                with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
                     yield
-            except DiskError as error:
-                if not self.journal_path.exists():
-                    raise
-                raise DiskError(f"{error}; run the same command again to go on") from error
-            finally:
-                if new and not self.journal_path.exists():
-                    files.clear_folder(self.folder)  # refused before it began: leave nothing behind
+            except BaseException as error:
+                if first and not self.journal_path.exists():
+                    self._leave(new)
+                elif isinstance(error, DiskError):
+                    raise DiskError(f"{error}; run the same command again to go on") from error
+                raise
+
+    def _leave(self, new: bool) -> None:
+        """Refused before it began: leave nothing behind, unless the folder holds what was there before."""
+        if self.folder.is_dir() and (new or all(path.name.startswith(LOCK) for path in self.folder.iterdir())):
+            self._caches.remove()
+            files.empty(self.folder)
+        else:
+            files.remove(self.folder / LOCK)
 
     @contextmanager
     def _claimed(self) -> Iterator[bool]:
@@ -213,7 +238,7 @@ class Workplace:
                         self._probe()
                 except DiskError:
                     if new:
-                        files.clear_folder(self.folder)  # where nothing can be locked, nobody else works
+                        files.empty(self.folder)  # where nothing can be locked, nobody else works
                     raise
                 yield new
         finally:
@@ -263,6 +288,23 @@ class Workplace:
                 "--restart starts over"
             )
 
+    def check_folder(self) -> None:
+        """See that the job's folder, which is about to be emptied, holds nothing but what such jobs make.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if (path := self._stranger()) is not None:
+            raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+
+    def _stranger(self) -> Path | None:
+        for path in sorted(self.folder.iterdir()):
+            # A process that was killed may have left a file half-written.
+            name = path.name.removesuffix(files.TEMPORARY)
+            if name not in self.known and not name.startswith(self.known_prefixes):
+                return path
+        return None
+
     def check_disk(self, result: int, activations: int) -> None:
         """The result's room in bytes, with the activations' where both lie on one file system."""
         free = files.free_bytes(self.folder)
@@ -281,10 +323,7 @@ class Workplace:
             ConfigError: OUT holds something that was not there, or not ours, when the job began.
         """
         report = self.ranks.told(self._publish)
-        for _ in self.ranks.in_turn():
-            files.remove_tree(self.cache)  # each machine may have a disk of its own
-        if self.ranks.first:
-            self.clear()
+        self.clear()
         return report
 
     def _publish(self) -> Entry:
@@ -313,14 +352,39 @@ class Workplace:
         files.move_aside(self._out, self.folder / "replaced")
 
     def clear(self) -> None:
-        """Remove what is in the job's folder, and its activations."""
-        files.remove_tree(self.cache)
-        files.clear_folder(self.folder)
+        """Remove the job's activations, and then all in its folder, the lock that is held last; all ranks call this."""
+        self._remove_caches()
+        if self.ranks.first:
+            files.empty_locked(self.folder, LOCK)
 
     def _remove_folder(self) -> None:
         """Remove the job's folder once its lock is let go of, if no job is in it."""
         if self.folder.is_dir() and not self.journal_path.exists():
             files.remove_empty(self.folder)
+
+    def let_go(self) -> None:
+        """Remove what an earlier job left but for the locks, the journal first, since it speaks of the rest; all ranks call this."""
+        if self.ranks.first:
+            files.remove(self.journal_path)
+            files.sync(self.folder)
+        self._remove_caches()
+        if self.ranks.first:
+            files.empty(self.folder, LOCK)
+
+    def make_cache(self) -> None:
+        """Make the folder of this rank's activations."""
+        if self.ranks.first:
+            self._caches.note()
+        self.ranks.barrier()
+        files.make_folder(self.own_cache)
+
+    def _remove_caches(self) -> None:
+        """Of all ranks, each of which may have a disk of its own; what says where they lie goes last."""
+        for _ in self.ranks.in_turn():
+            for path in self._caches.everywhere():
+                files.remove_tree(path)
+        if self.ranks.first:
+            self._caches.remove()
 
 
 def text_identity(text: Text, model: Path) -> dict[str, Any]:

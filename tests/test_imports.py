@@ -53,6 +53,7 @@ FLOOR = {
     "export": 3,
     "harness": 3,
     "bench": 3,
+    "caches": 3,
     "workplace": 3,
     "job": 3,
     "run": 3,

@@ -108,7 +108,7 @@ def score(
     skeleton.copies_ahead = resources.copies_ahead
     if cache is not None:
         files.make_folder(cache)
-    with tempfile.TemporaryDirectory(prefix="streamprune-score-", dir=parent) as folder:
+    with files.scratch(parent, "streamprune-score-") as folder:
         buckets = {}
         for length, rows in groups.items():
             tokens = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -116,7 +116,7 @@ def score(
                 tokens[row, : len(inputs)] = torch.tensor(inputs)
             shape = (len(rows), length, skeleton.width)
             store = ActivationStore(
-                Path(folder) / str(length),
+                folder / str(length),
                 shape,
                 skeleton.dtype,
                 skeleton.device,
