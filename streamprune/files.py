@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     replacement is atomic but not fsynced, for data that no journal line will speak of.
     """
     temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)  # what stands there may be a link to somebody else's file
     try:
         yield temporary
         if durable:
@@ -248,3 +250,30 @@ def append_text(path: Path, text: str) -> None:
     """Append to a file that nothing rests on: what a power cut takes of it is not missed."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A regular file's bytes: no waiting for the other end of a pipe, no reading of a device for ever.
+
+    Raises:
+        OSError: not there, not readable, or no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def first_link(folder: Path) -> Path | None:
+    """The folder itself if it is a symbolic link, or the first one in it, however deep; None where there is none."""
+    if folder.is_symlink():
+        return folder
+    for place, folders, names in os.walk(folder):
+        for name in sorted((*folders, *names)):
+            if os.path.islink(os.path.join(place, name)):
+                return Path(place, name)
+    return None

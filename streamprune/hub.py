@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .curves import CURVES
 from .errors import CheckpointError, one_line
-from .model.checkpoint import CONFIG, INDEX, SINGLE, read_json
+from .model.checkpoint import CONFIG, INDEX, SINGLE, read_index
 from .output import COMPANIONS, REPORT
 from .progress import Progress, Silent
 
@@ -98,6 +98,8 @@ def _fetched(repo: str, revision: str | None) -> Path:
         folder = fetch(list(_SMALL))
         if lacking := _lacking(folder):
             folder = fetch(lacking)
+    except CheckpointError:
+        raise
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated: accept its terms on the hub and log in (`hf auth login`, or HF_TOKEN)"
@@ -122,12 +124,14 @@ def _fetched(repo: str, revision: str | None) -> Path:
 
 
 def _lacking(folder: Path) -> list[str]:
-    """Files of weights that a checkpoint directory should have and has not."""
+    """Files of weights that a checkpoint directory should have and has not.
+
+    Raises:
+        CheckpointError: the index names what is no shard: a pattern, for one, would fetch whatever it matches.
+    """
     if not (folder / INDEX).is_file():
         return [] if (folder / SINGLE).is_file() else [SINGLE]
-    placed = read_json(folder / INDEX).get("weight_map")
-    shards = {shard for shard in placed.values() if isinstance(shard, str)} if isinstance(placed, dict) else set()
-    return sorted(shard for shard in shards if not (folder / shard).is_file())
+    return sorted(shard for shard in read_index(folder / INDEX) if not (folder / shard).is_file())
 
 
 def _lack(repo: str, folder: Path, lacking: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from . import comparison, files, log
 from .compare import ASKED, ROWS
 from .errors import ConfigError
-from .journal import Journal
+from .journal import Journal, as_written
 from .model.checkpoint import read_json
 from .output import REPORT, is_report, is_tuning
 from .schedule import Schedule, from_entries, seconds_spent
@@ -65,9 +65,9 @@ def status(out: str | Path) -> Status:
         ResumeError: its journal is damaged.
     """
     path = Path(out)
-    if (path / JOURNAL).is_file() or (path / LOCK).is_file():
-        return _comparison(path, str(out))
-    return _job(path, str(out))
+    of_comparison = (path / JOURNAL).is_file() or (path / LOCK).is_file()
+    with as_written(path):
+        return _comparison(path, str(out)) if of_comparison else _job(path, str(out))
 
 
 def read_journal(out: Path) -> Journal | None:

@@ -161,6 +161,9 @@ class Workplace:
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
+        for place in (self.folder, self.cache):
+            if link := files.first_link(place):
+                raise ConfigError(f"{link} is a symbolic link, where the work would lie; a job follows none")
         first, rank = self.ranks.first, self.ranks.rank
         new = first and not self.folder.exists()
         with ExitStack() as locks:
