@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -20,8 +19,9 @@ MULTIPLE = 64
 FLOOR = 64 << 20
 """Bytes that any input may cost."""
 SECONDS = 10
-"""Of computing, for one input."""
+"""Of computing, for one input, unless told otherwise."""
 
+_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGING = {"os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"}
 _NEVER = {
@@ -49,10 +49,11 @@ class Guard:
 
     Args:
         home: the only folder that may be written to.
+        seconds: of computing, for one input.
     """
 
-    def __init__(self, home: Path) -> None:
-        self._home = os.path.realpath(home)
+    def __init__(self, home: Path, seconds: float = SECONDS) -> None:
+        self._home, self._seconds = os.path.realpath(home), seconds
         self._watching = False
         self._seen: list[str] = []
         sys.addaudithook(self._hear)
@@ -64,9 +65,9 @@ class Guard:
         Raises:
             Fault: another error than ours, a write elsewhere, or more time or memory than there should be.
         """
-        before = _peak()
+        before = _begin()
         self._seen, self._watching = [], True
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, self._seconds)
         try:
             function(data)
             taken = True
@@ -75,7 +76,7 @@ class Guard:
             if "\n" in str(error) or not str(error):
                 raise Fault(f"a message that is not one line: {str(error)!r}") from error
         except _Endless:
-            raise Fault(f"more than {SECONDS} s of computing") from None
+            raise Fault(f"more than {self._seconds} s of computing") from None
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -114,8 +115,16 @@ def make_home() -> Path:
     return Path(tempfile.mkdtemp(prefix="streamprune-fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
 
 
+def _begin() -> int:
+    """Bytes of memory that are taken, from which on the peak counts."""
+    _PEAK.write_text("5")
+    return _peak()
+
+
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    """The most bytes of memory since `_begin`."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10
 
 
 def _end(*_: Any) -> None:

@@ -149,7 +149,7 @@ def tokenizer(home: Path) -> Target:
     pairs = json.loads(plain)
     pieces = pairs["model"]["vocab"]
     pairs["model"] = {"type": "BPE", "vocab": {**pieces, "th": 33}, "merges": [["t", "h"]], "byte_fallback": False}
-    pairs["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    pairs["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     pairs["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "_"}]}
     scores = json.loads(plain)
     scores["model"] = {"type": "Unigram", "unk_id": 1, "vocab": [[piece, -1.0] for piece in pieces]}
@@ -324,7 +324,7 @@ def table(home: Path) -> Target:
 
     turns = [[{"role": "user", "content": "some words, many words"}]] * 5
     seeds = (written([WORDS] * 5, row_group_size=2), written(turns), written([WORDS] * 40, compression="gzip"))
-    return Target(seeds, mutation.binary, read, 150, 8_000)
+    return Target(seeds, mutation.as_table, read, 150, 8_000)
 
 
 def source(home: Path) -> Target:
@@ -349,7 +349,7 @@ def source(home: Path) -> Target:
             os.chdir(here)
             documents._load = fetched
 
-    seeds = (b"t.txt", b"t.jsonl:text=0.5\nt.txt=2", b"a:b.txt=1e3", b"hf:org/name#part@train[:5%]:text=3")
+    seeds = (b"t.txt", b"t.jsonl:text=0.5\nt.txt=2", b"a:b.txt=1e1\nt.jsonl=2=9", b"./t.jsonl:text=2")
     return Target(seeds, mutation.as_words, read, 300, 15_000)
 
 
