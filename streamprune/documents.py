@@ -331,7 +331,10 @@ class Dataset:
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         for number in numbers:
             first = number * ROWS
-            values = self._rows[first : first + ROWS][self.field]
+            try:
+                values = self._rows[first : first + ROWS][self.field]
+            except Exception as error:
+                raise CalibrationError(f"{self._place} cannot be read: {one_line(error)}") from error
             yield number, [self._document(value, first + offset + 1) for offset, value in enumerate(values)]
 
     def _document(self, value: Any, row: int) -> Document:

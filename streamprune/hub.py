@@ -6,6 +6,7 @@ share, and read from there; ``HF_HUB_OFFLINE=1`` and ``HF_HOME`` mean what they 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
         CheckpointError: neither a directory nor to be had from the hub or its cache.
     """
     path, progress = Path(model), progress or Silent()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     match = _NAME.fullmatch(str(model))
-    if match is None or path.exists():
+    if match is None or os.path.exists(path):
         raise CheckpointError(
             f"{model} is not a directory with a model in it, nor a name on the hub (org/name or org/name@revision)"
         )
@@ -54,7 +55,7 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
 
 def is_name(model: str | Path) -> bool:
     """Whether this may be a model on the hub: it reads like a name, and nothing of that name is here."""
-    return _NAME.fullmatch(str(model)) is not None and not Path(model).exists()
+    return _NAME.fullmatch(str(model)) is not None and not os.path.exists(model)
 
 
 def commit(model: Path) -> str | None:

@@ -18,15 +18,16 @@ from typing import Any
 
 SPACE = 16 << 30
 """Bytes of addresses for a target, so that a bomb ends itself and not the machine."""
-SHARE = 0.6
-"""Of the inputs, those that a target's own form makes; libFuzzer's bytes are the rest."""
+OWN, AFRESH = 0.7, 0.5
+"""Of the inputs, those that a target's own form makes, and of these, those made of a valid file and not of an input that
+reached something; libFuzzer's bytes are the rest."""
 
 
 def main() -> int:
     """Fuzz the named targets, or all; 1 if there was a fault."""
     parser = argparse.ArgumentParser(prog="scripts/fuzz", description=main.__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="all by default")
-    parser.add_argument("--inputs", type=int, help="of each target; without it, 130,000 in all")
+    parser.add_argument("--inputs", type=int, help="of each target; without it, 140,000 in all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=Path, default=Path(tempfile.gettempdir()) / "streamprune-faults")
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
@@ -118,9 +119,10 @@ def fuzz(name: str, inputs: int | None, seed: int, home: Path, faults: Path) -> 
 
     def mutate(data: bytes, most: int, number: int) -> bytes:
         random = Random(number)
-        if random.random() > SHARE:
+        if random.random() > OWN:
             return bytes(atheris.Mutate(data, most))
-        return target.form(bytes(data), random)[:most]
+        start = random.choice(target.seeds) if random.random() < AFRESH else bytes(data)
+        return target.form(start, random)[:most]
 
     options = [
         f"-runs={wanted}",

@@ -15,12 +15,14 @@ from typing import Any
 
 import mutation
 import torch
+from click.testing import CliRunner
 from conftest import make_tiny, write_tokenizer
 from mutation import Form
 from safetensors.torch import load_file, save
+from streamprune_cli import main
 
-from streamprune import calibration, documents, hub, inspect, status
-from streamprune.errors import CalibrationError
+from streamprune import Config, calibration, documents, hub, inspect, prune, status
+from streamprune.errors import CalibrationError, CheckpointError
 from streamprune.journal import Journal
 from streamprune.methods.plan import Plan
 from streamprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, write_index, write_shard
@@ -129,7 +131,7 @@ def config(home: Path) -> Target:
         assert inspect(folders[kind])["model"] is not None
         calibration.load_tokenizer(folders[kind])
 
-    return Target(seeds, mutation.as_json, read, 120, 4_000)
+    return Target(seeds, mutation.as_json, read, 300, 12_000)
 
 
 def _tokenized(folder: Path, text: Path) -> None:
@@ -168,7 +170,7 @@ def tokenizer(home: Path) -> Target:
         _tokenized(folder, text)
 
     seeds = (plain, json.dumps(pairs).encode(), json.dumps(scores).encode())
-    return Target(seeds, mutation.as_json, read, 120, 6_000)
+    return Target(seeds, mutation.as_json, read, 200, 6_000)
 
 
 def settings(home: Path) -> Target:
@@ -189,7 +191,7 @@ def settings(home: Path) -> Target:
         path.write_bytes(data)
         _tokenized(folder, text)
 
-    return Target((path.read_bytes(), json.dumps(asked).encode()), mutation.as_json, read, 100, 5_000)
+    return Target((path.read_bytes(), json.dumps(asked).encode()), mutation.as_json, read, 200, 5_000)
 
 
 def vocabulary(home: Path) -> Target:
@@ -250,6 +252,33 @@ def journal(home: Path) -> Target:
     texts = [json.dumps(entry).encode() for entry in entries]
     seed = b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
     return Target((seed,), mutation.as_journal, read, 300, 10_000)
+
+
+def report(home: Path) -> Target:
+    """What a finished job, or somebody in its name, wrote down, as `inspect` prints it."""
+    (home / "report.txt").write_text(WORDS)
+    config = Config(
+        model=make_model(home / "reported"),
+        out=home / "reported-out",
+        recipe="wanda-sp",
+        ratio=0.3,
+        calibration=home / "report.txt",
+        samples=2,
+        seq_len=16,
+        round_to=1,
+    )
+    prune(config)
+    path = config.out / "report.json"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        result = CliRunner().invoke(main, ["inspect", str(config.out)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        if result.exit_code:
+            raise CheckpointError(result.stderr.strip())
+
+    return Target((path.read_bytes(),), mutation.as_json, read, 150, 6_000)
 
 
 class _Read:
@@ -364,6 +393,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         vocabulary,
         plan,
         journal,
+        report,
         text,
         lines,
         packed,
