@@ -443,10 +443,14 @@ def _message(message: Any, field: str, where: Callable[[], str]) -> dict[str, An
 def _reading(path: Path) -> Iterator[BinaryIO]:
     """An open file, unpacked if it is gzipped, whose errors are the project's own."""
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
             yield cast(BinaryIO, file)
     except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(f"cannot read the text {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _is_packed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
 
 
 def _unpacked(file: BinaryIO, path: Path) -> int:
@@ -455,7 +459,7 @@ def _unpacked(file: BinaryIO, path: Path) -> int:
     Raises:
         CalibrationError: a small file unpacks to more than any text would.
     """
-    if not isinstance(file, gzip.GzipFile):
+    if not _is_packed(path):
         size = file.seek(0, 2)
         file.seek(0)
         return size
