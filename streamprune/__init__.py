@@ -92,10 +92,13 @@ for _model_type in ARCHITECTURES:
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
     """A checkpoint directory or a name on the hub, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
 
+    Neither code of the checkpoint's own nor pickles are loaded, unless `options` ask for it.
+
     Raises:
         CheckpointError: `path` is neither.
     """
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve_model(path), **options)
+    careful = {"trust_remote_code": False, "use_safetensors": True, **options}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve_model(path), **careful)
     return model

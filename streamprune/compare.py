@@ -227,6 +227,9 @@ class _Work:
             ResumeError: rows asked for were begun with other settings, inputs or versions.
         """
         files.make_folder(self.folder)
+        for place in map(self.folder.joinpath, KNOWN):
+            if link := files.first_link(place):
+                raise ConfigError(f"{link} is a symbolic link, where the work would lie; a comparison follows none")
         with files.locked(self.folder / LOCK):
             if restart:
                 self._let_go()

@@ -22,8 +22,8 @@ class Disk:
     """The machine's own. Every method raises the OSError that it meets."""
 
     def open(self, path: Path, mode: Mode) -> FileIO:
-        """A file without a buffer."""
-        return FileIO(path, mode)
+        """A file without a buffer; a pipe is not waited for."""
+        return FileIO(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
 
     def read(self, file: FileIO, buffer: memoryview) -> int:
         """As many bytes as there are, up to the buffer's length."""

@@ -110,6 +110,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Append]:
 def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """`replacing` for somebody who writes a file by himself: yields its temporary path."""
     temporary = path.with_name(path.name + TEMPORARY)
+    if os.path.lexists(temporary):
+        remove(temporary)  # it may be a link to somebody else's file
     try:
         yield temporary
         with _told("write", path):
@@ -294,12 +296,19 @@ def read_into(path: Path, offset: int, buffer: memoryview) -> int:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of a file."""
+    """A regular file's bytes: no waiting for the other end of a pipe, no reading of a device for ever.
+
+    Raises:
+        DiskError: it cannot be read, or is no regular file.
+        FileNotFoundError: it is not there.
+    """
     return b"".join(_pieces(path))
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
     with _told("read", path), _opened(path, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file")
         buffer = bytearray(COPY_BYTES)
         while count := disk().read(file, memoryview(buffer)):
             yield bytes(buffer[:count])
@@ -484,3 +493,14 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
                 break
         stack.callback(empty_locked, folder, SCRATCH_LOCK)
         yield folder
+
+
+def first_link(folder: Path) -> Path | None:
+    """The folder itself if it is a symbolic link, or the first one in it, however deep; None where there is none."""
+    if folder.is_symlink():
+        return folder
+    for place, folders, names in os.walk(folder):
+        for name in sorted((*folders, *names)):
+            if os.path.islink(os.path.join(place, name)):
+                return Path(place, name)
+    return None

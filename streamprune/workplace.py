@@ -190,6 +190,9 @@ class Workplace:
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
+        for place in (self.folder, self.cache):
+            if link := files.first_link(place):
+                raise ConfigError(f"{link} is a symbolic link, where the work would lie; a job follows none")
         if self._out.is_mount():
             raise ConfigError(
                 f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"

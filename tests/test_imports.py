@@ -29,6 +29,7 @@ FLOOR = {
     "machine": 1,
     "host": 1,
     "occupancy": 1,
+    "json_text": 1,
     "documents": 1,
     "text": 1,
     "calibration": 1,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -22,8 +22,10 @@ from safetensors.torch import load
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError, DamageError
+from ..errors import CheckpointError, DamageError, DiskError, one_line
 from ..host import host_buffer, tensor_bytes
+from ..json_text import parse, read_text
+from .directory import check_links
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -31,7 +33,17 @@ SINGLE = "model.safetensors"
 CPU = torch.device("cpu")
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of buffers that old checkpoints carry and no model reads any more."""
+ADAPTER = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
+"""A name that is no path, and no pattern either: the hub is asked for it."""
+_PACKED = (
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
+    (re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|quant_state\..*)$"), "bitsandbytes"),
+    (re.compile(r"\.(weight_packed|weight_shape|weight_scale|weight_zero_point|input_scale)$"), "compressed-tensors"),
+    (re.compile(r"\.weight_scale_inv$|_proj_(blocks|scales)$"), "block-scaled float"),
+)
+"""Endings of the names of tensors that only packed weights have, and whose they are."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored in."""
@@ -61,12 +73,18 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     Raises:
         CheckpointError: not a checkpoint, pickles only, a shard that is missing, cut short or corrupt, an
-            index that names a file outside the directory or a tensor its shard lacks, a packed dtype.
+            index that names a file outside the directory or a tensor its shard lacks, a packed dtype, a link
+            that leads out of the directory, an adapter that is not merged.
     """
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory with a model in it")
+        check_links(directory)
+        if (directory / ADAPTER).exists():
+            raise CheckpointError(
+                f"{directory} has an adapter ({ADAPTER}) beside its weights; merge it first, or take the file away"
+            )
         self.directory = directory
         self.config = read_json(directory / CONFIG)
         self.bytes_read = 0
@@ -144,45 +162,72 @@ class Checkpoint(Mapping[str, TensorEntry]):
                     f"{self.directory} has only pickled weights, which are never opened; convert them to safetensors first"
                 )
             raise CheckpointError(f"{self.directory} has neither {SINGLE} nor {INDEX}")
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map")
-        shards: dict[str, set[str] | None] = {}
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or shard in ("", ".", "..") or os.path.basename(shard) != shard:
-                raise CheckpointError(f"{index} places {name!r} in {shard!r}, which is not a file of this directory")
-            held = shards.setdefault(shard, set())
-            assert held is not None
-            held.add(name)
-        return shards
+        return {**read_index(index)}
 
     def _open(self, path: Path, wanted: set[str] | None) -> None:
         if not path.is_file():
-            raise CheckpointError(f"shard {path} is missing")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"shard {path} is corrupt or cut short: {error}") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            raw = file.read(length)
+            raise CheckpointError(f"shard {path} is {'not a regular file' if path.exists() else 'missing'}")
+        length, raw = read_header(path)
         self.headers[path.name] = hashlib.sha256(raw).hexdigest()
-        header = {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
+        try:
+            header = {name: value for name, value in parse(raw.decode("utf-8")).items() if name != "__metadata__"}
+        except ValueError as error:
+            raise CheckpointError(f"shard {path} is corrupt: {one_line(error)}") from error
         if missing := sorted((wanted or set()) - header.keys()):
             raise CheckpointError(f"shard {path} lacks {missing[0]!r}, which the index places there")
         for name in header if wanted is None else sorted(wanted):
             begin, end = header[name]["data_offsets"]
             dtype = header[name]["dtype"]
-            if dtype not in DTYPES:
-                if name.endswith(UNREAD):
-                    continue  # Pythia's masks are truth values
+            maker = next((maker for ending, maker in _PACKED if ending.search(name)), None)
+            if dtype not in DTYPES and name.endswith(UNREAD):
+                continue  # Pythia's masks are truth values
+            if dtype not in DTYPES or maker is not None:
+                packed = f" ({maker})" if maker else ""
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} has dtype {dtype}; quantised or packed weights cannot be pruned, only {', '.join(DTYPES)}"
+                    f"{path}: tensor {name!r} has dtype {dtype}; quantised or packed weights{packed} cannot be pruned, "
+                    f"only {', '.join(DTYPES)}"
                 )
             self._entries[name] = TensorEntry(
                 path, DTYPES[dtype], tuple(header[name]["shape"]), 8 + length + begin, end - begin
             )
+
+
+def read_header(path: Path) -> tuple[int, bytes]:
+    """A shard's header: its length and its JSON text, once `safetensors` has found all of it true.
+
+    That checks the length against the file, that tensors follow each other without gaps or overlaps up to the end of
+    the file, and that each has as many bytes as its shape and dtype say.
+
+    Raises:
+        CheckpointError: the shard is corrupt or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"shard {path} is corrupt or cut short: {one_line(error)}") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return length, file.read(length)
+
+
+def read_index(path: Path) -> dict[str, set[str]]:
+    """Shard file names, each with the tensors that an index says it holds.
+
+    Raises:
+        CheckpointError: not an index, or a shard that is no safetensors file of the same directory.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{path} places {name!r} in {shard!r}, which is not a file of this directory (NAME.safetensors)"
+            )
+        shards.setdefault(shard, set()).add(name)
+    return shards
 
 
 def shard_name(number: int, total: int) -> str:
@@ -248,14 +293,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: missing, unreadable, or not an object.
+        CheckpointError: missing, unreadable, not an object, or nothing that `json_text` takes.
     """
     try:
-        value = json.loads(files.read_bytes(path).decode())
+        value = parse(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    except DiskError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
@@ -271,5 +318,5 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> str:
-    """Write a JSON file durably, indented; returns its digest."""
-    return files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file durably, indented; `finite`, so that `read_json` takes it. Returns its digest."""
+    return files.write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")

@@ -26,10 +26,11 @@ from ..machine import resolve_dtype
 from ..maths.linalg import accumulator
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
-from .architecture import SublayerEntry, architecture_of, is_stock
+from .architecture import SublayerEntry, is_stock
 from .block import Arguments, Block, Layer, Sublayer, linear_shape, place
 from .checkpoint import UNREAD, Checkpoint
-from .modeling_streamprune import PREFIX, Experts, separate_experts
+from .configuration import read_configuration
+from .modeling_streamprune import Experts, separate_experts
 
 
 class Skeleton:
@@ -43,8 +44,8 @@ class Skeleton:
         check: whether to refuse what `layout_faults` finds.
 
     Raises:
-        CheckpointError: unknown architecture, a config that transformers refuses, a tensor that is
-            missing, unexpected, or of another shape than the config says.
+        CheckpointError: what `read_configuration` refuses, a tensor that is missing, unexpected, or of another
+            shape than the config says, and sizes that the shards do not hold.
     """
 
     def __init__(
@@ -56,54 +57,48 @@ class Skeleton:
         layout: Layout = FREE,
         check: bool = True,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.checkpoint, self.device, self.dtype, self.layout = checkpoint, device, dtype, layout
         self.copies_ahead = False
         """Whether the next block's weights come to the device while this one's are used: see `memory.copies_ahead`."""
-        where = str(checkpoint.directory)
-        if checkpoint.config.get("quantization_config") is not None:
-            raise CheckpointError(f"{where}: the config has a quantization_config; quantised models cannot be pruned")
-        declared = checkpoint.config.get("model_type")
-        self.architecture = architecture_of(declared.removeprefix(PREFIX) if isinstance(declared, str) else None, where)
+        self.architecture, self.config = read_configuration(checkpoint)
+        self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
         try:
-            self.config = AutoConfig.from_pretrained(
-                checkpoint.directory, local_files_only=True, trust_remote_code=False
-            )
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config).eval()
+            self._build(check)
+            # What the blocks are made of and called with comes from the config too: see that it can be had.
+            self.all_sites()
+            self.arguments(1, 1)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(
-                f"{where}/config.json: transformers cannot build this model ({one_line(error, 400)})"
+                f"{checkpoint.directory}/config.json: transformers cannot build this model ({one_line(error, 400)})"
             ) from error
-        architecture_of(self.config.model_type.removeprefix(PREFIX), where)
-        if getattr(self.config, "output_router_logits", False):
-            self.config.output_router_logits = False  # wanted for training only
-        checkpoint.complete_names(self.architecture.blocks.partition(".")[0], self.architecture.head)
 
+    def _build(self, check: bool) -> None:
+        """Take the model apart, on the meta device, and hold it against the shards before anything takes memory."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).eval()
         self._base = model.get_submodule(self.architecture.base)
         blocks = model.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._templates: list[nn.Module] = list(blocks.children())
         self.entries = [self.architecture.sublayers(self.config, index) for index in range(len(self._templates))]
         """Each block's sublayers, as the table has them."""
-        for template, entries in zip(self._templates, self.entries, strict=True):
-            for entry in entries:
-                if entry.experts and not isinstance(template.get_submodule(entry.experts), Experts):
-                    separate_experts(template, entry.experts)
+        self._separate_experts()
         self._slots = [_Slot(template) for template in self._templates]
         model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
         self._embed = _present(model, self.architecture.embed)
         self._after = _present(model, (*self.architecture.final, self.architecture.head))
+        for name, what in self.layout_faults() if check else ():
+            raise CheckpointError(f"{self.checkpoint.directory}: tensor {name!r} {what}")
         for name in list(self._after)[:-1]:
             model.set_submodule(name, nn.Identity())
         self._rebuild_buffers(model)
         # What is left of the model is its head, with whatever it does to logits.
         model.set_submodule(self.architecture.base, _Passed())
         self._head = model
-        self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
-        for name, what in self.layout_faults() if check else ():
-            raise CheckpointError(f"{where}: tensor {name!r} {what}")
 
     def __len__(self) -> int:
         """How many blocks there are."""
@@ -412,8 +407,30 @@ class Skeleton:
             for (module, leaf, _), tensor in zip(names, before, strict=True):
                 place(module, leaf, tensor)
 
+    def _separate_experts(self) -> None:
+        """Give every expert modules of its own, unless they are more than the shards have tensors."""
+        counted = 0
+        for template, entries in zip(self._templates, self.entries, strict=True):
+            for name in (entry.experts for entry in entries if entry.experts):
+                experts: Any = template.get_submodule(name)
+                counted += len(experts) if isinstance(experts, Experts) else experts.down_proj.shape[0]
+                if counted > len(self.checkpoint):
+                    raise CheckpointError(
+                        f"{self.checkpoint.directory}/config.json: it says {counted} experts or more; the shards hold "
+                        f"{len(self.checkpoint)} tensors"
+                    )
+                if not isinstance(experts, Experts):
+                    separate_experts(template, name)
+
     def _rebuild_buffers(self, model: nn.Module) -> None:
         """Rotary tables and their like are computed, not stored: build those for real (DESIGN, fact 3)."""
+        numbers = sum(buffer.numel() for buffer in model.buffers() if buffer.is_meta)
+        weights = sum(entry.numel for entry in self.checkpoint.values())
+        if numbers > weights:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}/config.json: it asks for tables of {numbers} numbers; the model has "
+                f"{weights} weights"
+            )
         for name, module in list(model.named_modules()):
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 with torch.device(self.device):
