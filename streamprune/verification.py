@@ -142,7 +142,8 @@ class _Reading:
             skeleton = Skeleton(checkpoint, device=CPU, dtype=torch.float32, check=False)
             found = list(skeleton.layout_faults())
         except (CheckpointError, DiskError) as error:
-            self._fault("layout", CONFIG, None, self._within(error, CONFIG))
+            if not checkpoint.faults:  # else it may be for what does not open
+                self._fault("layout", CONFIG, None, self._within(error, CONFIG))
             return
         index = INDEX if (self.folder / INDEX).is_file() else SINGLE
         for name, what in found:
