@@ -168,7 +168,8 @@ class _Reading:
         rest(self.progress)
 
     def _read_pieces(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
-        digest, wrong = hashlib.sha256(), dict[str, None]()
+        digest, expected = hashlib.sha256(), self.digests.get(path.name)
+        wrong: dict[str, None] = {}
         files.forget(path)
 
         def load(piece: _Piece) -> Tensor:
@@ -176,14 +177,14 @@ class _Reading:
             data = buffer.numpy().data
             if files.read_into(path, piece.begin, data) < piece.length:
                 raise OSError(errno.EIO, "it was cut short meanwhile")
-            digest.update(data)
+            if expected is not None:
+                digest.update(data)
             return buffer
 
         for piece, buffer in prefetch(_pieces(path.stat().st_size, entries), load):
             self.bytes += piece.length
             if piece.tensor is not None and not all_finite(buffer.view(entries[piece.tensor].dtype)):
                 wrong[piece.tensor] = None
-        expected = self.digests.get(path.name)
         if expected is not None and digest.hexdigest() != expected:
             message = f"{path.name} has checksum {digest.hexdigest()[:SHOWN]}…; it was written with {expected[:SHOWN]}…"
             self._fault("file", path.name, None, message)
