@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import click
 
-from . import bench, compare, evaluate, export, inspect, plan, report, run, status, tune, verify
+from . import bench, compare, evaluate, export, inspect, plan, report, run, status, streams, tune, verify
 
 
 class Group(click.Group):
@@ -52,8 +51,7 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank would be told with a stack a survivor
-    if hasattr(sys.stderr, "reconfigure"):
-        sys.stderr.reconfigure(line_buffering=True)
+    streams.settle()
 
 
 for command in (

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from . import comparison, files, hub, machine
+from . import caches, comparison, files, hub, machine
+from .caches import Caches
 from .comparison import DENSE, Comparison, Row
 from .config import Config
 from .errors import ConfigError, ResumeError
@@ -36,12 +37,15 @@ from .progress import Progress
 from .run import prune
 from .schedule import Stretch, as_entries, seconds_spent
 from .text import Source, Spec, Text, source
-from .workplace import JOURNAL, LOCK, first_difference
+from .workplace import JOURNAL, LOCK, WORK, first_difference
 
 ROWS, SURVEYS = "rows", "surveys"
 ASKED = "asked"
 """The line with the rows that the last command wanted."""
-KNOWN = {JOURNAL, LOCK, LOG, ROWS, SURVEYS, comparison.JSON, comparison.CSV, comparison.MARKDOWN, comparison.PLOT}
+KNOWN = {
+    *(JOURNAL, LOCK, LOG, ROWS, SURVEYS, caches.NOTE, "cache"),
+    *(comparison.JSON, comparison.CSV, comparison.MARKDOWN, comparison.PLOT),
+}
 """What the folder of a comparison holds."""
 
 
@@ -159,8 +163,8 @@ class _Evaluation:
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         }
 
-    def measure(self, model: Path, progress: Progress) -> Entry:
-        """Perplexity and protocol."""
+    def measure(self, model: Path, cache: Path, progress: Progress) -> Entry:
+        """Perplexity and protocol, with activations in `cache`."""
         config = self.config
         measured = evaluate(
             model,
@@ -169,7 +173,7 @@ class _Evaluation:
             device=config.device,
             dtype=config.dtype,
             memory=config.memory,
-            cache=config.cache,
+            cache=cache,
             memory_host=config.memory_host,
             progress=progress,
         )
@@ -212,6 +216,7 @@ class _Work:
     ) -> None:
         self.folder, self.candidates, self.evaluation = folder, candidates, evaluation
         self.keep, self.progress = keep, progress
+        self.caches = Caches(folder, candidates[0].config.cache)
         self.journal: Journal
 
     @contextmanager
@@ -223,19 +228,16 @@ class _Work:
         """
         files.make_folder(self.folder)
         with files.locked(self.folder / LOCK):
-            path = self.folder / JOURNAL
             if restart:
-                # The journal first: rows without one are nothing.
-                files.remove(path)
-                files.sync(self.folder)
-                for name in KNOWN - {JOURNAL, LOCK, LOG, ROWS, SURVEYS}:
-                    files.remove(self.folder / name)
-                for name in (ROWS, SURVEYS):
-                    files.remove_tree(self.folder / name)
-            self.journal = Journal(path)
+                self._let_go()
+            self.journal = Journal(self.folder / JOURNAL)
             if self.journal.header is None:
                 self.journal.append("start", evaluation=self.evaluation.header)
             self._compare_with_before()
+            files.remove_tree(self.caches.own)  # of an evaluation that was killed
+            for path in self.folder.glob(f"*{files.TEMPORARY}"):
+                files.remove(path)
+            self.caches.note()
             resumed = any(self.journal.steps())
             schedule = as_entries(self._schedule())
             asked = self.journal.find(ASKED)
@@ -245,10 +247,21 @@ class _Work:
             with self.progress.log.opened(self.folder, resumed=resumed):
                 yield
                 self.progress.log.finish()
+            self.caches.remove()
             files.remove_tree(self.folder / SURVEYS)
             if not any((self.folder / ROWS).iterdir()):
                 files.remove_tree(self.folder / ROWS)
             files.remove(self.folder / LOCK)
+
+    def _let_go(self) -> None:
+        """Remove what an earlier comparison left: the journal first, since rows without one are nothing, and activations, wherever
+        they are, before what says so."""
+        files.remove(self.folder / JOURNAL)
+        files.sync(self.folder)
+        for job in (self.folder / ROWS).glob(f"*{WORK}"):
+            Caches(job, None).remove()
+        self.caches.remove()
+        files.empty(self.folder, LOCK)
 
     def _compare_with_before(self) -> None:
         header = self.journal.header
@@ -380,7 +393,7 @@ class _Work:
         line = self.journal.find(f"eval/{name}")
         if line is None:
             started = time.monotonic()
-            measured = self.evaluation.measure(model, self.progress)
+            measured = self.evaluation.measure(model, self.caches.own, self.progress)
             seconds = round(time.monotonic() - started, 3)
             line = self.journal.append(f"eval/{name}", **measured, keep=self.keep, seconds=seconds)
         return line

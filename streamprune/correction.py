@@ -35,8 +35,8 @@ class Corrector:
         skeleton: the checkpoint to correct.
         tokens: calibration windows (samples, length).
         folder: for states and activations, a folder of its own.
-        digests: of the states that the last finished step left, by file name.
         micro: sequences whose activations are held at once.
+        digests: of the files that the last step left, by name.
         window: the blocks that may change.
         keep_zeros: weights that are zero stay zero.
     """
@@ -62,17 +62,17 @@ class Corrector:
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
 
     def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:
-        """Steps from `done` on; yields each one's number and its states' digests once they are durable.
+        """Steps from `done` on; yields each one's number, and the digests of its files by name, once its state is durable.
 
         Raises:
             DamageError: a state is not on the disk as it was written.
         """
         for step in range(done, self.how.steps):
-            files.remove_tree(self._state(step + 1))
-            files.make_folder(self._state(step + 1))
+            files.remove_tree(state(self.folder, step + 1))
+            files.make_folder(state(self.folder, step + 1))
             self._digests = self._step(step)
             yield step, self._digests
-            files.remove_tree(self._state(step))
+            files.remove_tree(state(self.folder, step))
 
     def absorb(self, block: Block, index: int) -> None:
         """Put what the last step left into the block's weights."""
@@ -80,8 +80,6 @@ class Corrector:
             block.absorb(self._read(self.how.steps, index, block)[0], keep_zeros=self.keep_zeros)
 
     def _step(self, step: int) -> dict[str, str]:
-        """Returns the new states' digests."""
-        digests = {}
         skeleton, store, depth = self.skeleton, self._store, len(self.skeleton)
         tokens = self.tokens[batch(len(self.tokens), self.size, self.seed, step)]
         sweep.embed(skeleton, tokens, store, sweep.boundary(STREAM, 0), self.micro)
@@ -90,13 +88,15 @@ class Corrector:
                 sweep.advance(skeleton, block, index, store, STREAM, self.micro)
             del block
         sweep.head_gradient(skeleton, store, tokens, self.micro)
+        digests = {}
         # Below the window nothing asks for the gradient.
         for index, block in sweep.blocks(skeleton, range(depth - 1, self.window.start - 1, -1)):
             updates, state = self._read(step, index, block)
             self._gather(block, index, updates)
             del block
             if updates:
-                descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, state=state)
+                place = f"the correction of block {index}"
+                descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, place=place, state=state)
                 descent.step()
                 moved = {name: update.detach().cpu() for name, update in updates.items()}
                 path = self._file(step + 1, index)
@@ -140,8 +140,10 @@ class Corrector:
         state = load_shard(path, self._digests[path.name])
         return {name: nn.Parameter(state.pop(name).to(self.skeleton.device)) for name in updates}, state
 
-    def _state(self, step: int) -> Path:
-        return self.folder / f"step-{step:06}"
-
     def _file(self, step: int, index: int) -> Path:
-        return self._state(step) / f"block-{index:04}.safetensors"
+        return state(self.folder, step) / f"block-{index:04}.safetensors"
+
+
+def state(folder: Path, step: int) -> Path:
+    """Where the state lies that so many steps left."""
+    return folder / f"step-{step:06}"

@@ -7,9 +7,11 @@
     ├── CheckpointError         exit 1   the model directory is not what it should be
     ├── CalibrationError        exit 1   the text is missing, unreadable or too short
     ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
+    ├── DiskError               exit 1   a file cannot be read or written: says which, and why
+    ├── DamageError             exit 1   the disk does not hold what was written: made anew by the same command
     ├── ResumeError             exit 1   a job under way was started with other settings or inputs
     ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
-    ├── DamageError             exit 1   the disk does not hold what was written
+    │   └── SingularError       exit 1   the latter, which more damping may mend on the way
     ├── LostError               exit 1   of several processes at one job, another one is gone
     ├── ElsewhereError          its own  the same, and it has told why
     └── Stopped                 exit 75  nothing is wrong: somebody asked, and the same command goes on
@@ -18,8 +20,6 @@ Everything else that escapes is a bug.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
@@ -53,6 +53,14 @@ class ResourceError(StreamPruneError):
     """Too little memory or disk."""
 
 
+class DiskError(StreamPruneError):
+    """A file that cannot be read or written."""
+
+
+class DamageError(StreamPruneError):
+    """A file that is not on the disk as it was written."""
+
+
 class ResumeError(StreamPruneError):
     """A job under way that does not fit what is asked now."""
 
@@ -61,16 +69,8 @@ class NumericalError(StreamPruneError):
     """Numbers that cannot be worked with."""
 
 
-class DamageError(StreamPruneError):
-    """Files that are not on the disk as they were written.
-
-    Args:
-        files: their names.
-    """
-
-    def __init__(self, message: str, files: Iterable[str]) -> None:
-        super().__init__(message)
-        self.files = frozenset(files)
+class SingularError(NumericalError):
+    """A matrix that is not positive definite to its dtype, or no longer after what was taken from it."""
 
 
 class LostError(StreamPruneError):

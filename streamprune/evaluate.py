@@ -84,10 +84,10 @@ def evaluate(
         files.make_folder(cache)
     with (
         machine.within(where, memory),
-        tempfile.TemporaryDirectory(prefix="streamprune-eval-", dir=parent) as folder,
+        files.scratch(parent, "streamprune-eval-") as folder,
     ):
         shape = len(windows), length, skeleton.width
-        store = ActivationStore(Path(folder), shape, skeleton.dtype, where, durable=False, stored=stored, memory=held)
+        store = ActivationStore(folder, shape, skeleton.dtype, where, durable=False, stored=stored, memory=held)
         progress.phase("evaluate", len(skeleton) + 2)
         sweep.embed(skeleton, windows, store, sweep.boundary("dense", 0), resources.batch)
         progress.step("embedding")

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration, files, hub, machine, output
@@ -32,6 +31,7 @@ from .methods import RECIPES
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
+from .model.checkpoint import load_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .needs import Needs
 from .progress import Progress
@@ -41,7 +41,9 @@ from .site import Site
 from .stream.store import ActivationStore
 from .stream.sweep import check_weights
 from .text import Text, builtin_text
-from .workplace import KNOWN, LOCK, Workplace, first_difference, text_identity
+from .workplace import Workplace, first_difference, text_identity
+
+PLAN, WRITTEN = "plan.json", "calibration.safetensors"
 
 
 class Job(Workplace):
@@ -54,6 +56,9 @@ class Job(Workplace):
     Raises:
         StreamPruneError: whatever can be known to be wrong before any work.
     """
+
+    known: ClassVar = Workplace.known | {PLAN, WRITTEN}
+    known_prefixes: ClassVar = (*Workplace.known_prefixes, "survey-", "shot-")
 
     def __init__(
         self,
@@ -90,8 +95,8 @@ class Job(Workplace):
         if self.given_plan is None:
             self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
         super().__init__(config.out, config.cache, output.is_report, progress, ranks)
-        self.plan_path = self.folder / "plan.json"
-        self.written_path = self.folder / "calibration.safetensors"
+        self.plan_path = self.folder / PLAN
+        self.written_path = self.folder / WRITTEN
 
     # What the job is.
 
@@ -305,12 +310,7 @@ class Job(Workplace):
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
-        known = KNOWN | {self.plan_path.name, self.written_path.name}
-        for path in self.folder.iterdir():
-            # A process that was killed may have left a file half-written.
-            name = path.name.removesuffix(files.TEMPORARY)
-            if name not in known and not name.startswith(("survey-", "shot-", f"{LOCK}-")):
-                raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+        self.check_folder()
         resources = self.forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
         if self.needs_text and not self.writes_text:
@@ -318,12 +318,9 @@ class Job(Workplace):
         header = self.header
         self._check_agreed()
         check_weights(self.skeleton, self.progress, self.ranks)
-        if self.ranks.first:
-            self._clear_way()
-        self.ranks.barrier()  # activations go only after the journal that speaks of them
-        files.remove_tree(self.own_cache)
+        self.let_go()
         if self.needs_text:
-            files.make_folder(self.own_cache)
+            self.make_cache()
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         return self.journal.append(
             "start",
@@ -338,17 +335,6 @@ class Job(Workplace):
             },
             schedule=as_entries(self._schedule(resources.phases)),
         )
-
-    def _clear_way(self) -> None:
-        """Let go of what was there, the journal first, and make what this job needs."""
-        files.remove(self.journal_path)
-        files.sync(self.folder)
-        for leftover in (self.staging, self.cache, self.folder / "replaced", *self.folder.glob("shot-*")):
-            files.remove_tree(leftover)
-        for number in range(1, self.shots + 1):
-            files.make_folder(self.shot_folder(number))
-            if self.recipe.correction(self.settings) is not None:
-                files.make_folder(self.folder / f"shot-{number:02}-pruned")
 
     def _check_agreed(self) -> None:
         """See that all ranks were asked the same of the same model, text and versions."""
@@ -437,13 +423,19 @@ class Job(Workplace):
     def tokens(self) -> Tensor:
         """Calibration windows (samples, length); those that the model writes are there once they are journalled."""
         if self.text == "self":
-            written: Tensor = load_file(self.written_path)["tokens"]
-            return written
+            line = self.journal.find("calibrate")
+            assert line is not None
+            return load_shard(self.written_path, line["sha256"])["tokens"]
         vocabulary, samples, seed = self.skeleton.vocabulary, self.config.samples, self.config.seed
         if self.text == "random-tokens":
             return calibration.random_windows(vocabulary, samples, self.length, seed)
         tokenizer = calibration.load_tokenizer(self.config.model)
         return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed)
+
+    @property
+    def published(self) -> bool:
+        """Whether the result has its final name."""
+        return not self.staging.is_dir() and self.report_in_out() is not None
 
     @property
     def part(self) -> slice:

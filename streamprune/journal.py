@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,15 @@ class Journal:
         self.rest()
         return self._entries[-1]
 
-    def take_back(self, steps: Sequence[str]) -> None:
-        """Have finished steps not be finished, at once and durably, since what they made is damaged.
-
-        For the rank that writes, which ends with it: the others learn of it when the job goes on.
-
-        Args:
-            steps: names, or beginnings of names.
-        """
-        start, *others = self._entries
-        self._entries = [start, *(entry for entry in others if not entry["step"].startswith(tuple(steps)))]
-        files.write_text(self.path, "".join(f"{_encode(entry)}\n" for entry in self._entries))
+    def rewind(self, prefix: str) -> None:
+        """Take back, durably, the first step whose name begins with `prefix` and all that came behind it."""
+        kept = next(number for number, entry in enumerate(self._entries) if entry["step"].startswith(prefix))
+        self.ranks.barrier()
+        if self.ranks.first:
+            lines = files.read_bytes(self.path).splitlines(keepends=True)
+            files.truncate(self.path, sum(map(len, lines[:kept])))
+        self.ranks.barrier()
+        del self._entries[kept:]
 
     def find(self, step: str) -> Entry | None:
         """The last entry of that step, or None if it is not finished."""
@@ -77,7 +75,7 @@ class Journal:
 
     def _read(self) -> list[Entry]:
         good, entries = 0, list[Entry]()
-        data = self.path.read_bytes() if self.path.exists() else b""
+        data = files.read_bytes(self.path) if self.path.exists() else b""
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             entry = _decode(line)
             if entry is None:

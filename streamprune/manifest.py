@@ -26,20 +26,7 @@ def write(folder: Path, digests: Mapping[str, str]) -> None:
     """
     path = folder / NAME
     digest = files.write_text(path, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
-    _hold(path, digest)
-
-
-def add(folder: Path, name: str, digest: str) -> None:
-    """Take a file into a manifest that is there; see that the disk has both.
-
-    Raises:
-        DamageError: it has something else.
-    """
-    digests, wrong = read(folder)
-    if wrong:
-        raise DamageError(f"{folder}: {wrong[0]}; --restart starts over", [NAME])
-    _hold(folder / name, digest)
-    write(folder, {**digests, name: digest})
+    hold(path, digest)
 
 
 def read(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -63,12 +50,15 @@ def read(folder: Path) -> tuple[dict[str, str], list[str]]:
     return digests, wrong
 
 
-def _hold(path: Path, digest: str) -> None:
-    """See that the disk has a file as it was written."""
+def hold(path: Path, digest: str) -> None:
+    """See that the disk has a file as it was written.
+
+    Raises:
+        DamageError: it has something else.
+    """
     files.forget(path)
     if files.sha256(path) != digest:
         raise DamageError(
             f"{path} is not on the disk as it was written: something is wrong with the disk or the memory; "
-            "run the same command again to go on",
-            [path.name],
+            "run the same command again to go on"
         )

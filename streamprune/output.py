@@ -117,7 +117,7 @@ def finish(
     layout: Layout,
     digests: Mapping[str, str],
     progress: Progress,
-) -> None:
+) -> dict[str, str]:
     """Write everything but the shards and, last, the manifest; then read it all back.
 
     Args:
@@ -125,6 +125,9 @@ def finish(
         layout: what they were kept to; if the stock config can say their widths, it is stock whatever the layout.
         report: what `report.json` holds; "parameters_after" is in it.
         digests: of the files that are written already, all the shards among them, by name.
+
+    Returns:
+        The digests of all files but the manifest.
 
     Raises:
         DamageError: the disk does not hold what was written.
@@ -138,7 +141,7 @@ def finish(
         placed |= {name: block_shard(skeleton, index) for name in skeleton.block_names(index).values()}
     source = skeleton.checkpoint
     if lost := [shard for shard in sorted(set(placed.values())) if not (folder / shard).is_file()]:
-        raise DamageError(f"{folder}: {lost[0]} is missing; {AGAIN}", lost)
+        raise DamageError(f"{folder}: {lost[0]} is missing; {AGAIN}")
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
     digests[INDEX] = write_index(folder, placed, report["parameters_after"], size)
     stock = is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
@@ -158,6 +161,7 @@ def finish(
     digests[REPORT] = write_json(folder / REPORT, report)
     manifest.write(folder, digests)
     _hold(folder, digests, progress)
+    return digests
 
 
 def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
@@ -173,7 +177,7 @@ def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
     first = (damaged or found.faults)[0]
     message = f"{folder}: {first}" + (f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else "")
     if damaged:
-        raise DamageError(f"{message}; {AGAIN}", (fault.file for fault in damaged))
+        raise DamageError(f"{message}; {AGAIN}")
     if first.kind == "values":
         raise NumericalError(f"{message}, as it was computed; other settings may do better, such as --dtype float32")
     raise CheckpointError(message)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +42,8 @@ FAILED, HEARD = "streamprune/failed", "streamprune/heard"
 """Keys of the store: JSON, what the rank that failed first has to say; and how many others know."""
 HEARING = 5.0
 """Seconds that the first rank, which may be the one that keeps the store, gives the others to look."""
+WATCHING = 1.0
+"""Seconds between two looks at whether the launcher is there."""
 
 
 class Ranks:
@@ -273,7 +277,8 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store=store, gpus=gpus)
     try:
         ranks.here = ranks.gather(socket.gethostname()).count(socket.gethostname())
-        yield ranks
+        with _launched():
+            yield ranks
         ranks.barrier()
     except BaseException as error:
         ranks.announce(error)
@@ -282,3 +287,29 @@ def joined() -> Iterator[Ranks]:
             ranks.linger()
         raise
     distributed.destroy_process_group()
+
+
+@contextmanager
+def _launched() -> Iterator[None]:
+    """A context in which this process is asked to stop, by SIGTERM, once the `torchrun` that started it is gone.
+
+    Nobody else would: it would go on and keep the job locked, while another launcher starts the same command again.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    launcher, over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCHING):
+            if os.getppid() != launcher:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watching = threading.Thread(target=watch, name="launcher", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from .workplace import JOURNAL, LOCK, STAGING, job_folder
 State = Literal["not started", "running", "interrupted", "failed", "finished"]
 EXIT_CODES: dict[State, int] = {"finished": 0, "failed": 1, "not started": 3, "running": 4, "interrupted": 75}
 """Of `streamprune status`; 75 is what a stopped job itself exits with."""
+LOOKS = 3
+"""Jobs that end meanwhile: the rows of a comparison, and it."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,16 @@ def status(out: str | Path) -> Status:
         ConfigError: `out` is something else.
         ResumeError: its journal is damaged.
     """
-    path = Path(out)
-    if (path / JOURNAL).is_file() or (path / LOCK).is_file():
-        return _comparison(path, str(out))
-    return _job(path, str(out))
+    for _ in range(LOOKS - 1):
+        with suppress(FileNotFoundError):  # a job ended between two looks, and took its folder along
+            return _look(Path(out), str(out))
+    return _look(Path(out), str(out))
+
+
+def _look(out: Path, given: str) -> Status:
+    if (out / JOURNAL).is_file() or (out / LOCK).is_file():
+        return _comparison(out, given)
+    return _job(out, given)
 
 
 def read_journal(out: Path) -> Journal | None:

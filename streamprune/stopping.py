@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
 """Those that ask, as far as this system has them."""
+HANGUPS = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
+"""That of a terminal that is closed, which comes from the kernel and from the shell: it asks, however often it comes."""
 
 
 @contextmanager
 def asked_by_signals(tell: Callable[[], object]) -> Iterator[Callable[[], bool]]:
-    """A context in which the first such signal only asks to stop and the second does what it always did.
+    """A context in which the first of `SIGNALS` or `HANGUPS` only asks to stop; a second of `SIGNALS` does what it always did.
 
     Args:
         tell: called in the signal's handler, so it may do no more than write to a descriptor.
@@ -25,22 +27,24 @@ def asked_by_signals(tell: Callable[[], object]) -> Iterator[Callable[[], bool]]
     asked = False
     before: dict[int, Any] = {}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def restore(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            signal.signal(number, before[number])
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if asked:
+            return
         asked = True
-        restore()
+        restore(before.keys() - set(HANGUPS))
         with suppress(OSError):
             tell()
 
-    for number in SIGNALS:
+    for number in SIGNALS + HANGUPS:
         # What a parent had ignored stays so: `nohup`, or a shell's background job.
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, ask)
     try:
         yield lambda: asked
     finally:
-        restore()
+        restore(before)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from .schedule import Stretch, as_entries
 from .stream import sweep
 from .stream.store import ActivationStore
 from .text import Text
-from .workplace import KNOWN, Workplace, text_identity
+from .workplace import Lost, Workplace, text_identity
 
 STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
@@ -87,6 +87,8 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
     if report is None:
         with job.opened(restart), machine.within(job.device, config.memory), metered(job.journal, started, job.peaks):
             report = job.work()
+    else:
+        job.tidy()
     tuning = report["tuning"]
     host, device = job.peaks.most()
     return Tuned(
@@ -109,6 +111,8 @@ class Tuning(Workplace):
     Raises:
         StreamPruneError: whatever can be known to be wrong before any work.
     """
+
+    known_prefixes: ClassVar = (*Workplace.known_prefixes, STATE)
 
     def __init__(self, config: TuneConfig, progress: Progress | None, restart: bool) -> None:
         teacher = config.teacher and hub.resolve_model(config.teacher, progress)
@@ -322,21 +326,17 @@ class Tuning(Workplace):
 
     def _begin(self) -> Entry:
         """Check whatever can be known beforehand; then, and only then, let go of what was there."""
-        for path in self.folder.iterdir():
-            if path.name not in KNOWN and not path.name.startswith(STATE):
-                raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+        self.check_folder()
         resources = self._forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes)
         _ = self.tokens
         header = self.header
         for skeleton in self.skeletons:
             sweep.check_weights(skeleton, self.progress)
-        files.remove(self.journal_path)
-        files.sync(self.folder)
-        for leftover in (self.staging, self.cache, self.folder / "replaced"):
-            files.remove_tree(leftover)
-        self._keep_state(None)
+        self.let_go()
         files.make_folder(self.staging)
+        if self.method == "distil":
+            self.make_cache()
         self.journal = Journal(self.journal_path)
         return self.journal.append(
             "start",
@@ -359,33 +359,58 @@ class Tuning(Workplace):
 
     def work(self) -> Entry:
         """Train, write, publish; returns the report."""
+        self.go_back(self._lost)
         if self.journal.find("complete") is None:
             figures, shards = self._lora() if self.method == "lora" else self._distil()
-            steps = () if self.method == "lora" else ("embed", "block/")
-            with self.taking_back(*steps, shards=shards):
-                self._write(figures, shards)
-            self.journal.append("complete")
+            self.journal.append("complete", sha256=self._write(figures, shards))
         return self.publish()
 
-    def _distil(self) -> tuple[Entry, dict[str, str]]:
-        """Block by block, from the tuned stream's input to the teacher's output; returns figures, and digests of the shards."""
-        assert self.teacher is not None
-        student, teacher, depth = self.student, self.teacher, len(self.student)
-        shape = self.config.samples, self.length, student.width
-        store = ActivationStore(
+    def _lost(self) -> Lost | None:
+        """Something of what this or an earlier step left; the first block's inputs are embedded again."""
+        complete = self.journal.find("complete")
+        if complete is not None and not self.staging.is_dir():
+            return None
+        for name, digest in (complete or {"sha256": {}})["sha256"].items():
+            if not files.holds(self.staging / name, digest):
+                return Lost(self.staging / name, "complete")
+        blocks, states = (list(self.journal.steps(name)) for name in ("block/", "steps/"))
+        for index, line in enumerate(blocks):
+            shard = self.staging / output.block_shard(self.student, index)
+            if not files.holds(shard, line["sha256"]):
+                return Lost(shard, "block/")
+        if states:
+            state = self._state_path(int(states[-1]["step"].removeprefix("steps/")))
+            if not files.holds(state, states[-1]["sha256"]):
+                return Lost(state, "steps/")
+        for stream in (STUDENT, TEACHER) if 0 < len(blocks) < len(self.student) else ():
+            if not self._store.intact(name := sweep.boundary(stream, len(blocks))):
+                return Lost(self._store.path(name), "block/")
+        return None
+
+    @cached_property
+    def _store(self) -> ActivationStore:
+        """Both streams of a distillation."""
+        shape = self.config.samples, self.length, self.student.width
+        return ActivationStore(
             self.cache,
             shape,
-            student.dtype,
+            self.student.dtype,
             self.device,
             durable=True,
             stored=self.activations,
             memory=self.config.memory_host or 0,
         )
-        if self.journal.find("embed") is None:
-            for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
-                sweep.embed(skeleton, self.tokens, store, sweep.boundary(stream, 0), self.batch)
-            self.journal.append("embed")
+
+    def _distil(self) -> tuple[Entry, dict[str, str]]:
+        """Block by block, from the tuned stream's input to the teacher's output; returns figures, and digests of the shards."""
+        assert self.teacher is not None
+        student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
         done = len(list(self.journal.steps("block/")))
+        for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
+            if not done and not store.intact(name := sweep.boundary(stream, 0)):
+                sweep.embed(skeleton, self.tokens, store, name, self.batch)
+        if self.journal.find("embed") is None:
+            self.journal.append("embed")
         store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})
         self.progress.phase("distil", depth, done)
         how = Refinement(
@@ -407,10 +432,10 @@ class Tuning(Workplace):
             for stream in (STUDENT, TEACHER):
                 store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: {losses[0]:.3g} → {losses[1]:.3g}")
-        steps = list(self.journal.steps("block/"))
-        blocks = [step["losses"] for step in steps]
+        blocks = [step["losses"] for step in self.journal.steps("block/")]
+        lines = enumerate(self.journal.steps("block/"))
+        shards = {output.block_shard(student, index): line["sha256"] for index, line in lines}
         first, last = (sum(each) / depth for each in zip(*blocks, strict=True))
-        shards = {output.block_shard(student, index): step["sha256"] for index, step in enumerate(steps)}
         return {"loss_first": first, "loss_last": last, "blocks": blocks}, shards
 
     @kind("training")
@@ -451,16 +476,15 @@ class Tuning(Workplace):
     def _state(self, step: int) -> dict[str, Tensor]:
         line = self.journal.find(f"steps/{step}")
         assert line is not None
-        with self.taking_back("steps/"):
-            return load_shard(self._state_path(step), line["sha256"])
+        return load_shard(self._state_path(step), line["sha256"])
 
     def _state_path(self, step: int) -> Path:
         return self.folder / f"{STATE}{step:06}.safetensors"
 
-    def _keep_state(self, step: int | None) -> None:
+    def _keep_state(self, step: int) -> None:
         """Remove every state but that of `step`, and what a killed process left half-written."""
         for path in self.folder.glob(f"{STATE}*"):
-            if step is None or path != self._state_path(step):
+            if path != self._state_path(step):
                 files.remove(path)
 
     def _write_block(self, block: Block, index: int) -> str:
@@ -469,7 +493,8 @@ class Tuning(Workplace):
         shard = self.staging / output.block_shard(self.student, index)
         return write_shard(shard, {full: block.weights[name] for name, full in names.items()})
 
-    def _write(self, figures: Mapping[str, Any], shards: Mapping[str, str]) -> None:
+    def _write(self, figures: Mapping[str, Any], shards: Mapping[str, str]) -> dict[str, str]:
+        """What surrounds the blocks' shards, whose digests are given; returns all files' digests."""
         student, config = self.student, self.config
         report = {
             "tuning": {
@@ -493,4 +518,4 @@ class Tuning(Workplace):
             digests[CURVES] = files.copy(config.model / CURVES, self.staging / CURVES)
         card = output.tuning_card(report, hub.title(config.model))
         sites, layout = student.all_sites(), output.layout_of(student)
-        output.finish(student, self.staging, sites, report, card, layout, digests, self.progress)
+        return output.finish(student, self.staging, sites, report, card, layout, digests, self.progress)

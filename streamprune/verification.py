@@ -6,7 +6,6 @@ listed, not only what comes first.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from . import files, manifest
-from .errors import CheckpointError
+from .errors import CheckpointError, DiskError, one_line
 from .host import host_buffer
 from .maths.linalg import all_finite
 from .model.checkpoint import CONFIG, CPU, INDEX, SINGLE, UNREAD, Checkpoint, TensorEntry
@@ -126,7 +125,7 @@ class _Reading:
             files.forget(self.folder / name)
         try:
             checkpoint = _Opened(self.folder)
-        except CheckpointError as error:
+        except (CheckpointError, DiskError) as error:
             if (self.folder / CONFIG).is_file():
                 name = CONFIG if CONFIG in str(error) else INDEX
                 self._fault("layout", name, None, self._within(error, name))
@@ -142,7 +141,7 @@ class _Reading:
         try:
             skeleton = Skeleton(checkpoint, device=CPU, dtype=torch.float32, check=False)
             found = list(skeleton.layout_faults())
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, DiskError) as error:
             self._fault("layout", CONFIG, None, self._within(error, CONFIG))
             return
         index = INDEX if (self.folder / INDEX).is_file() else SINGLE
@@ -162,8 +161,8 @@ class _Reading:
         else:
             try:
                 self._read_pieces(path, entries)
-            except OSError as error:
-                self._fault("file", name, None, f"{name} cannot be read: {error.strerror or error}")
+            except (DiskError, FileNotFoundError) as error:
+                self._fault("file", name, None, f"{name} cannot be read: {one_line(error)}")
         self.progress.step(name)
         rest(self.progress)
 
@@ -176,7 +175,7 @@ class _Reading:
             buffer = host_buffer(piece.length, CPU)
             data = buffer.numpy().data
             if files.read_into(path, piece.begin, data) < piece.length:
-                raise OSError(errno.EIO, "it was cut short meanwhile")
+                raise DiskError("it was cut short meanwhile")
             if expected is not None:
                 digest.update(data)
             return buffer
@@ -234,7 +233,7 @@ class _Opened(Checkpoint):
     def _open(self, path: Path, wanted: set[str] | None) -> None:
         try:
             super()._open(path, wanted)
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, DiskError) as error:
             self.faults.append((path.name, str(error)))
             self._lost |= wanted or set()
             self._all_lost |= wanted is None

@@ -5,18 +5,19 @@ OUT appears by one rename when all is done; what it held before goes only then, 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from . import files, manifest, output
+from . import caches, files, manifest, output
+from .caches import Caches
 from .config import format_bytes
-from .errors import CheckpointError, ConfigError, DamageError, ResourceError, ResumeError, Stopped
+from .errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
 from .log import NAME as LOG
 from .log import Log
@@ -27,13 +28,25 @@ from .ranks import ALONE, Ranks
 from .text import Text
 
 JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
-KNOWN = {JOURNAL, LOCK, STAGING, LOG, "cache", "replaced"}
-"""What every job's folder may hold."""
+WORK = ".streamprune"
+"""What the name of a job's folder ends with."""
+PROBE = "probe"
+OTHER_OUT = "mend that, or take an OUT elsewhere"
+OTHER_CACHE = "mend that, or take a --cache elsewhere"
 
 
 def job_folder(out: Path) -> Path:
     """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
-    return out.absolute().parent / f"{out.absolute().name}.streamprune"
+    return out.absolute().parent / f"{out.absolute().name}{WORK}"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Something that a job kept for itself to go on from, and has no longer, or not as it was written."""
+
+    path: Path
+    step: str
+    """How the name of the first step begins that is to be taken again, with all behind it."""
 
 
 class Workplace:
@@ -46,6 +59,11 @@ class Workplace:
         progress: who is told, besides the log.
         ranks: those that share the job. The first holds its lock, journal and log, and alone changes what is for all.
     """
+
+    known: ClassVar[set[str]] = {JOURNAL, LOCK, STAGING, LOG, caches.NOTE, "cache", "replaced"}
+    """What the job's folder may hold."""
+    known_prefixes: ClassVar[tuple[str, ...]] = (f"{LOCK}-",)
+    """How the names of what else it may hold begin."""
 
     def __init__(
         self,
@@ -61,6 +79,7 @@ class Workplace:
         self.progress: Progress = self._log if ranks.first else Silent()
         self._out, self._cache, self._is_ours = out, cache, is_ours
         self.folder = job_folder(out)
+        self._caches = Caches(self.folder, cache)
         self.staging = self.folder / STAGING
         self.journal_path = self.folder / JOURNAL
         self.resumed = False
@@ -84,9 +103,7 @@ class Workplace:
     @property
     def cache(self) -> Path:
         """Where activations go: a folder of this job's own."""
-        if self._cache is None:
-            return self.folder / "cache"
-        return self._cache.absolute() / f"{self.folder.name}-{self.own}"
+        return self._caches.own
 
     @property
     def own_cache(self) -> Path:
@@ -96,7 +113,7 @@ class Workplace:
     @property
     def own(self) -> str:
         """What tells this job's files from another's where both lie in one folder."""
-        return hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+        return caches.key(self.folder)
 
     @property
     def places(self) -> dict[str, Path]:
@@ -125,11 +142,23 @@ class Workplace:
             raise ConfigError(
                 f"OUT is {self._out}, a finished result that was damaged: {error}; --restart replaces it"
             ) from None
-        if self.folder.is_dir():
-            with files.locked(self.folder / LOCK):
-                self.clear()
         self.resumed = True
         return report
+
+    def tidy(self) -> None:
+        """Clear up after a process that ended behind the result it published; all ranks call this."""
+        if self.ranks.told(lambda: self.folder.is_dir() and self._is_own()):
+            with files.locked(self.folder / LOCK) if self.ranks.first else nullcontext():
+                self.clear()
+            if self.ranks.first:
+                self._remove_folder()
+
+    def _is_own(self) -> bool:
+        """Whether the folder is this job's and not that of one, with other settings, which is to replace OUT."""
+        start = Journal(self.journal_path, repair=False).header
+        if start is None:
+            return self._stranger() is None
+        return first_difference(start["job"], self.header) is None
 
     def report_in_out(self) -> Entry | None:
         """The report of a result of ours in OUT; None when OUT is empty or not there.
@@ -161,25 +190,89 @@ class Workplace:
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
-        first, rank = self.ranks.first, self.ranks.rank
-        new = first and not self.folder.exists()
-        with ExitStack() as locks:
-            for _ in self.ranks.in_turn():
-                files.make_folder(self.folder)
-                locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+        if self._out.is_mount():
+            raise ConfigError(
+                f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"
+            )
+        first = self.ranks.first
+        with self._claimed() as new:
             try:
+                if first and not restart and self.report_in_out() is not None and not self._replacing():
+                    raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
                 self.start(restart)
                 self.journal.rest = self._rest
                 with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
                     yield
-            finally:
-                if new and not self.journal_path.exists() and self.folder.is_dir():
-                    files.remove_tree(self.folder)  # refused before it began: leave nothing behind
+            except BaseException as error:
+                if first and not self.journal_path.exists():
+                    self._leave(new)
+                elif isinstance(error, DiskError):
+                    raise DiskError(f"{error}; run the same command again to go on") from error
+                raise
+
+    def _leave(self, new: bool) -> None:
+        """Refused before it began: leave nothing behind, unless the folder holds what was there before."""
+        if self.folder.is_dir() and (new or all(path.name.startswith(LOCK) for path in self.folder.iterdir())):
+            self._caches.remove()
+            files.empty(self.folder)
+        else:
+            files.remove(self.folder / LOCK)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[bool]:
+        """A context in which the folder is there and this rank's lock in it held: whether this process made it.
+
+        Raises:
+            DiskError: a file system does not do what a job rests on.
+            ResumeError: another process has the lock.
+        """
+        first, rank = self.ranks.first, self.ranks.rank
+        new = first and not self.folder.exists()
+        try:
+            with ExitStack() as locks:
+                try:
+                    for _ in self.ranks.in_turn():
+                        with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
+                            files.make_folder(self.folder)
+                            locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+                        self._probe()
+                except DiskError:
+                    if new:
+                        files.empty(self.folder)  # where nothing can be locked, nobody else works
+                    raise
+                yield new
+        finally:
+            self._remove_folder()
+
+    def _probe(self) -> None:
+        """See that the file systems are ones to rest on, before any work.
+
+        Raises:
+            DiskError: which is not, and why.
+        """
+        if not files.same_file_system(self.folder, self.folder.parent):
+            raise DiskError(
+                f"{self.folder} lies on another file system than {self.folder.parent}, to where the result is renamed; {OTHER_OUT}"
+            )
+        files.probe(self.folder, PROBE, OTHER_OUT)
+        if self._cache is not None:
+            files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
 
     def _rest(self) -> None:
         """Where all ranks rest if one was asked to."""
         if any(self.ranks.gather(self._asked())):
             raise Stopped(STOPPED)
+
+    def go_back(self, lost: Callable[[], Lost | None]) -> None:
+        """Take steps back, if an earlier process left any, until nothing is lost of what the next one needs.
+
+        Args:
+            lost: the first thing that is, as far as this rank is to know.
+        """
+        while self.resumed and any(found := self.ranks.gather(lost())):
+            first = next(each for each in found if each is not None)
+            self.progress.say(f"{first.path} is missing, or not what was written there; going back to {first.step}")
+            self.journal.rewind(first.step)
 
     def check_same(self, start: Entry) -> None:
         """Hold what the job was started with against what is asked now.
@@ -195,6 +288,23 @@ class Workplace:
                 "--restart starts over"
             )
 
+    def check_folder(self) -> None:
+        """See that the job's folder, which is about to be emptied, holds nothing but what such jobs make.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if (path := self._stranger()) is not None:
+            raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+
+    def _stranger(self) -> Path | None:
+        for path in sorted(self.folder.iterdir()):
+            # A process that was killed may have left a file half-written.
+            name = path.name.removesuffix(files.TEMPORARY)
+            if name not in self.known and not name.startswith(self.known_prefixes):
+                return path
+        return None
+
     def check_disk(self, result: int, activations: int) -> None:
         """The result's room in bytes, with the activations' where both lie on one file system."""
         free = files.free_bytes(self.folder)
@@ -206,21 +316,6 @@ class Workplace:
                 f"{what} may need {format_bytes(needed)}; {self.folder.parent} has {format_bytes(free)} free"
             )
 
-    @contextmanager
-    def taking_back(self, *steps: str, shards: Collection[str] | None = None) -> Iterator[None]:
-        """A context in which what turns out damaged takes back the finished steps that made it: the same command does them again.
-
-        Args:
-            steps: names of journal lines, or beginnings of names.
-            shards: files that those steps made, where others may be damaged as well, which no line speaks of.
-        """
-        try:
-            yield
-        except DamageError as error:
-            if shards is None or not error.files.isdisjoint(shards):
-                self.journal.take_back(steps)
-            raise
-
     def publish(self) -> Entry:
         """Have the finished result appear as OUT, if it has not, and clear up; returns its report.
 
@@ -228,10 +323,7 @@ class Workplace:
             ConfigError: OUT holds something that was not there, or not ours, when the job began.
         """
         report = self.ranks.told(self._publish)
-        for _ in self.ranks.in_turn():
-            files.remove_tree(self.cache)  # each machine may have a disk of its own
-        if self.ranks.first:
-            self.clear()
+        self.clear()
         return report
 
     def _publish(self) -> Entry:
@@ -239,7 +331,11 @@ class Workplace:
         report = read_json((self.staging if there else self._out) / output.REPORT)
         if there:
             self._log.finish()
-            manifest.add(self.staging, LOG, files.copy(self.folder / LOG, self.staging / LOG))
+            complete = self.journal.find("complete")
+            assert complete is not None
+            log = files.copy(self.folder / LOG, self.staging / LOG)
+            manifest.hold(self.staging / LOG, log)
+            manifest.write(self.staging, {**complete["sha256"], LOG: log})
             self._make_way()
             files.publish(self.staging, self._out)
         return report
@@ -256,9 +352,39 @@ class Workplace:
         files.move_aside(self._out, self.folder / "replaced")
 
     def clear(self) -> None:
-        """Remove the job's folder and its activations."""
-        files.remove_tree(self.cache)
-        files.remove_tree(self.folder)
+        """Remove the job's activations, and then all in its folder, the lock that is held last; all ranks call this."""
+        self._remove_caches()
+        if self.ranks.first:
+            files.empty_locked(self.folder, LOCK)
+
+    def _remove_folder(self) -> None:
+        """Remove the job's folder once its lock is let go of, if no job is in it."""
+        if self.folder.is_dir() and not self.journal_path.exists():
+            files.remove_empty(self.folder)
+
+    def let_go(self) -> None:
+        """Remove what an earlier job left but for the locks, the journal first, since it speaks of the rest; all ranks call this."""
+        if self.ranks.first:
+            files.remove(self.journal_path)
+            files.sync(self.folder)
+        self._remove_caches()
+        if self.ranks.first:
+            files.empty(self.folder, LOCK)
+
+    def make_cache(self) -> None:
+        """Make the folder of this rank's activations."""
+        if self.ranks.first:
+            self._caches.note()
+        self.ranks.barrier()
+        files.make_folder(self.own_cache)
+
+    def _remove_caches(self) -> None:
+        """Of all ranks, each of which may have a disk of its own; what says where they lie goes last."""
+        for _ in self.ranks.in_turn():
+            for path in self._caches.everywhere():
+                files.remove_tree(path)
+        if self.ranks.first:
+            self._caches.remove()
 
 
 def text_identity(text: Text, model: Path) -> dict[str, Any]:

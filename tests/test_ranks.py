@@ -426,13 +426,16 @@ def operate(self, block, index):
         Path("stopped").touch()
         parent = os.getppid()
         script = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(script if sys.argv[1] == "script" else os.getpid(), signal.SIGTERM)
+        if sys.argv[1] == "script":
+            os.killpg(script, getattr(signal, os.environ["SENT"]))
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
     return real(self, block, index)
 
 Surgeon.operate = operate
 main(sys.argv[2:])
 """
-"""The command, of whose second process something is asked to stop in its first life: itself, or the script around it."""
+"""The command, of whose second process something is asked to stop in its first life: itself, or the script around it with its group."""
 PROGRAMS = {
     # In both, the driver stands where the command would: behind `-m streamprune_cli`, and behind `streamprune`.
     "torchrun": f'#!/bin/bash\nshift 6\nexec {sys.executable} -m torch.distributed.run --nproc-per-node "$PROCESSES" '
@@ -458,13 +461,24 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_torchrun(
-    arguments: list[str], environment: dict[str, str], configured: Make, tiny: Tiny, tmp_path: Path
+    sent: str, arguments: list[str], environment: dict[str, str], configured: Make, tiny: Tiny, tmp_path: Path
 ) -> None:
     script = [str(ROOT / "examples" / "torchrun.sh"), *arguments[1:], "--json", "--quiet"]
-    environment["PROCESSES"] = "2"
+    environment |= {"PROCESSES": "2", "SENT": sent}
     stopped, done = (
-        subprocess.run(script, capture_output=True, text=True, check=False, env=environment) for _ in range(2)
+        subprocess.run(
+            script,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            start_new_session=True,
+            # A shell cannot trap what whoever runs the tests has ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        for _ in range(2)
     )
     assert (stopped.returncode, stopped.stdout) == (75, ""), stopped.stderr
     assert stopped.stderr.count("streamprune: ") == stopped.stderr.count("streamprune: stopped as asked") == 1
@@ -488,3 +502,28 @@ def test_tasks_of_slurm(arguments: list[str], environment: dict[str, str], tmp_p
     assert (tmp_path / "requeued").exists()
     assert (done.returncode, done.stderr) == (0, "")
     assert report(tmp_path / "out")["ranks"] == 2
+
+
+def test_a_rank_is_asked_to_stop_once_its_launcher_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setattr(ranks, "WATCHING", 0.01)
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        if not os.fork():
+            asked: list[int] = []
+            signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+            with ranks._launched():
+                time.sleep(0.1)  # the launcher is there
+                os.write(writing, b"asked early" if asked else b"working, ")
+                os.kill(os.getppid(), signal.SIGKILL)
+                until = time.monotonic() + LIMIT
+                while not asked and time.monotonic() < until:
+                    time.sleep(0.01)
+                os.write(writing, b"asked" if asked else b"forgotten")
+            os._exit(0)
+        signal.pause()
+    os.close(writing)
+    assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == -signal.SIGKILL
+    with open(reading, "rb") as told:
+        assert told.read() == b"working, asked"

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError, DamageError, ResourceError
+from ..errors import CheckpointError, DamageError
 from ..host import host_buffer, tensor_bytes
-from ..occupancy import spent
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -201,7 +200,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
         The SHA-256 in hex of what was to be written.
 
     Raises:
-        ResourceError: it could not be written, on a full disk for one.
+        DiskError: it could not be written, on a full disk for one.
     """
     # Widest elements first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -212,18 +211,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    beginning: list[bytes | memoryview] = [len(raw).to_bytes(8, "little"), raw]
-    digest = hashlib.sha256()
-    try:
-        with spent("write"), files.replacing(path) as temporary, temporary.open("wb") as file:
-            for data in chain(beginning, (tensor_bytes(tensor) for _, tensor in ordered)):
-                digest.update(data)
-                file.write(data)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror or error}; run the same command again to go on"
-        ) from error
-    return digest.hexdigest()
+    return files.write(path, chain([len(raw).to_bytes(8, "little"), raw], (tensor_bytes(t) for _, t in ordered)))
 
 
 def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
@@ -232,11 +220,12 @@ def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
     Raises:
         DamageError: it is no longer what was written.
     """
-    if not path.is_file() or files.sha256(path) != digest:
+    data = files.read_bytes(path) if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != digest:
         raise DamageError(
-            f"{path} is not on the disk as it was written; run the same command again, which makes it anew", [path.name]
+            f"{path} is missing, or not what was written there; run the same command again: it is made anew"
         )
-    found: dict[str, Tensor] = load_file(path)
+    found: dict[str, Tensor] = load(data)
     return found
 
 
@@ -262,10 +251,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read_bytes(path).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
 from ..host import return_freed_memory
-from ..maths.linalg import all_finite
+from ..maths.linalg import advice, all_finite
 from ..maths.operations import counting, kind
 from ..maths.sampling import sample
 from ..maths.stats import Origin, SiteStatistics
@@ -58,7 +58,7 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     """Read everything once, dealt out among the ranks, and refuse NaN and Inf, before hours are spent on them.
 
     Raises:
-        CheckpointError: a tensor holds either.
+        CheckpointError: a tensor holds either, or what the computing dtype cannot.
     """
     groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
     groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
@@ -69,6 +69,12 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     for name, tensor in prefetch(names, skeleton.checkpoint.read):
         if not all_finite(tensor):
             raise CheckpointError(f"{skeleton.checkpoint.directory}: tensor {name!r} holds NaN or Inf")
+        most = torch.finfo(skeleton.dtype).max
+        if torch.finfo(tensor.dtype).max > most and not all_finite(tensor.to(skeleton.dtype)):
+            raise CheckpointError(
+                f"{skeleton.checkpoint.directory}: tensor {name!r} holds more than {most:g}, where "
+                f"{str(skeleton.dtype).removeprefix('torch.')} ends, which is computed in{advice(skeleton.dtype)}"
+            )
         if name in left:
             progress.step(name)
             rest(progress)
@@ -107,7 +113,7 @@ def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor
                 total += float(F.cross_entropy(_precise(head(h)), y, reduction="sum").double())
                 count += y.numel()
     if total != total or total == float("inf"):
-        raise NumericalError("the head gives NaN or Inf")
+        raise NumericalError(f"the head gives NaN or Inf{advice(skeleton.dtype)}")
     return total, count
 
 

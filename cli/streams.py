@@ -1,0 +1,36 @@
+"""The standard streams as others leave them: closed from the start, or read by nobody any more."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+
+class Lasting(io.FileIO):
+    """A descriptor for what is said in passing: what cannot be written is lost, and the work goes on."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def settle() -> None:
+    """Open to the null device what is closed, since a file of ours would get its number and what libraries say; let stderr last.
+
+    A stream that is not this process's own, such as a test's, stays as it is.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is sys.__stderr__:
+        encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
+        raw = io.BufferedWriter(Lasting(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True)

@@ -1,0 +1,227 @@
+"""Whole jobs on a disk that fails: at every operation, with every fault, the same command ends with the same bytes.
+
+`scripts/faults` goes through all operations; otherwise a few are drawn of each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import contents
+from faulty import AT, FAULTS, Fault, FaultyDisk, Stopped
+
+import streamprune
+from streamprune import disk, files
+from streamprune.errors import DamageError, ResumeError, StreamPruneError
+from streamprune.tune import TuneConfig
+
+QUICK = 6
+"""Operations of each scenario and fault, where not all are asked for."""
+
+Make = Callable[..., Any]
+Tiny = Callable[..., Path]
+SMALL: dict[str, Any] = {"samples": 3, "seq_len": 8}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "sobp": {},
+    "sobp, uniform": {"layout": "uniform"},
+    "default, refined": {"recipe": "default", "refine": 2},
+    "surgeon, 3 shots": {"recipe": "surgeon", "settings": {"shots": "3"}},
+    "surgeon, corrected": {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "2"}},
+    "slimgpt, own text": {"recipe": "slimgpt", "calibration": "self"},
+    "magnitude": {"recipe": "magnitude"},
+    "tune, distil": {},
+    "tune, lora": {},
+    "compare": {},
+}
+
+
+class Scenario:
+    """A job below a folder of its own, as often as asked for, with its result's bytes."""
+
+    def __init__(self, name: str, folder: Path, tiny: Tiny, configured: Make, text: Path) -> None:
+        self.name, self.folder = name, folder
+        self.graveyard = folder.with_name("graveyard")
+        model = tiny("llama", num_hidden_layers=2)
+        self.out = folder / "out"
+        if name.startswith("tune"):
+            # Two weights directories of one shape are all that matters here.
+            self.config: Any = TuneConfig(
+                model=model,
+                out=self.out,
+                text=text,
+                method=name.rpartition(" ")[2],
+                teacher=model if "distil" in name else None,
+                samples=4,
+                seq_len=8,
+                steps=3,
+                rank=2,
+            )
+        elif name != "compare":
+            self.config = replace(configured(model, **{**SMALL, **SCENARIOS[name]}), out=self.out)
+        self.model, self.text = model, text
+
+    def run(self) -> None:
+        """The whole job, or what is left of it."""
+        if self.name.startswith("tune"):
+            streamprune.tune(self.config)
+        elif self.name == "compare":
+            common = {**SMALL, "calibration": self.text, "round_to": 4}
+            arguments = {"ratios": [0.2, 0.4], "recipes": ["sobp", "wanda-sp"], "text": self.text, "out": self.out}
+            streamprune.compare(self.model, **arguments, eval_seq_len=8, keep=True, **common)
+        else:
+            streamprune.prune(self.config)
+
+    def result(self) -> dict[str, bytes]:
+        """Every file's bytes, what a job spent taken out."""
+        found = contents(self.out)
+        if self.name == "compare":
+            rows = json.loads(found["compare.json"])["rows"]
+            kept = {name: data for name, data in found.items() if name.startswith("rows/")}
+            return {
+                **kept,
+                "rows": json.dumps([(row["label"], row["ratio"], row["perplexity"]) for row in rows]).encode(),
+            }
+        return found
+
+    def fresh(self) -> None:
+        """As if nothing had been done."""
+        for folder in (self.folder, self.graveyard):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+
+    def left_behind(self) -> list[str]:
+        """What there is beside the result."""
+        return sorted(path.name for path in self.folder.iterdir() if path != self.out)
+
+    def faulty(self, fault: Fault | None = None, at: int = 0) -> FaultyDisk:
+        """A disk for this job."""
+        return FaultyDisk(self.folder, self.graveyard, fault, at)
+
+
+@pytest.fixture
+def scenario(
+    request: pytest.FixtureRequest, tiny: Tiny, configured: Make, text: Path, tmp_path: Path
+) -> Iterator[Scenario]:
+    found = Scenario(request.param, tmp_path / "work", tiny, configured, text)
+    found.fresh()
+    yield found
+    for folder in (found.folder, found.graveyard):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def places(whole: FaultyDisk, fault: Fault, name: str) -> list[int]:
+    """Every operation where the fault makes a difference, or a few drawn among them."""
+    found = [n for n, operation in enumerate(whole.operations, start=1) if operation.split()[0] in AT[fault]]
+    if os.environ.get("STREAMPRUNE_FAULTS"):
+        return found
+    return sorted(random.Random(name).sample(found, min(QUICK, len(found))))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, indirect=True)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_fails_the_same_command_ends_with_the_same_bytes(scenario: Scenario, fault: Fault) -> None:
+    whole = scenario.faulty()
+    with disk.using(whole):
+        scenario.run()
+    expected = scenario.result()
+    assert expected
+    assert scenario.left_behind() == []
+    happened = 0
+    for at in places(whole, fault, f"{scenario.name} {fault}"):
+        scenario.fresh()
+        faulty = scenario.faulty(fault, at)
+        where = f"{fault} at {at} of {whole.count}: {whole.operations[at - 1]}"
+        try:
+            with disk.using(faulty):
+                scenario.run()
+        except Stopped:
+            pass
+        except StreamPruneError as error:
+            told = "No space left on device" if fault == "full" else "Input/output error"
+            if told not in str(error):
+                raise AssertionError(f"{where}: {error}") from error
+        happened += faulty.happened
+        try:
+            scenario.run()
+        except StreamPruneError as error:
+            raise AssertionError(f"{where}: then {error}") from error
+        assert scenario.result() == expected, where
+        assert scenario.left_behind() == [], where
+    print(f"\n{scenario.name}: {fault} at {happened} of {whole.count} operations, all survived")
+
+
+# What lies on the disk is altered between two processes.
+
+
+def stopped(scenario: Scenario, at: int) -> None:
+    """The job, killed before that operation."""
+    scenario.fresh()
+    with suppress(Stopped), disk.using(scenario.faulty("stop", at)):
+        scenario.run()
+
+
+def kept_for_itself(scenario: Scenario) -> list[Path]:
+    """Files that the job would go on from: whole ones, and not the lock or the log."""
+    found = [path for path in sorted(scenario.folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    names = ("lock", "log.txt", "journal.jsonl")
+    return [path for path in found if path.name not in names and not path.name.endswith(files.TEMPORARY)]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 4
+    path.unlink()  # linked files have others' names as well
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[: len(data) // 2])
+
+
+HARMS: dict[str, Callable[[Path], None]] = {"vanished": Path.unlink, "flipped": flip, "cut short": cut_short}
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "compare"], indirect=True)
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str) -> None:
+    whole = scenario.faulty()
+    with disk.using(whole):
+        scenario.run()
+    expected = scenario.result()
+    lines = [n for n, operation in enumerate(whole.operations, start=1) if operation == "open journal.jsonl"]
+    if not os.environ.get("STREAMPRUNE_FAULTS"):
+        lines = sorted(random.Random(f"{scenario.name} {harm}").sample(lines, min(3, len(lines))))
+    altered = 0
+    for at in lines:
+        stopped(scenario, at)
+        victims = kept_for_itself(scenario)
+        if not os.environ.get("STREAMPRUNE_FAULTS"):
+            victims = random.Random(at).sample(victims, min(4, len(victims)))
+        for victim in victims:
+            stopped(scenario, at)
+            HARMS[harm](victim)
+            altered += 1
+            where = f"{victim.relative_to(scenario.folder)} {harm} before {at} of {whole.count}"
+            if victim.name == "plan.json":
+                # One that can be read is people's to edit, and not to be thrown away.
+                with suppress(ResumeError):
+                    scenario.run()
+                victim.unlink(missing_ok=True)
+            # What is noticed only when it is read is made anew the next time.
+            with suppress(DamageError):
+                scenario.run()
+            scenario.run()
+            assert scenario.result() == expected, where
+            assert scenario.left_behind() == [], where
+    print(f"\n{scenario.name}: {altered} files {harm}, all made anew")
