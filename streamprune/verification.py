@@ -7,7 +7,7 @@ listed, not only what comes first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -168,7 +168,8 @@ class _Reading:
         rest(self.progress)
 
     def _read_pieces(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
-        digest, wrong = hashlib.sha256(), dict[str, None]()
+        digest, expected = hashlib.sha256(), self.digests.get(path.name)
+        wrong: dict[str, None] = {}
         files.forget(path)
 
         def load(piece: _Piece) -> Tensor:
@@ -176,14 +177,14 @@ class _Reading:
             data = buffer.numpy().data
             if files.read_into(path, piece.begin, data) < piece.length:
                 raise DiskError("it was cut short meanwhile")
-            digest.update(data)
+            if expected is not None:
+                digest.update(data)
             return buffer
 
         for piece, buffer in prefetch(_pieces(path.stat().st_size, entries), load):
             self.bytes += piece.length
             if piece.tensor is not None and not all_finite(buffer.view(entries[piece.tensor].dtype)):
                 wrong[piece.tensor] = None
-        expected = self.digests.get(path.name)
         if expected is not None and digest.hexdigest() != expected:
             message = f"{path.name} has checksum {digest.hexdigest()[:SHOWN]}…; it was written with {expected[:SHOWN]}…"
             self._fault("file", path.name, None, message)
@@ -225,6 +226,10 @@ class _Opened(Checkpoint):
     def shards(self) -> set[str]:
         """File names of all, whether or not they open."""
         return {*self.headers, *(shard for shard, _ in self.faults)}
+
+    @property
+    def claimed(self) -> Set[str]:
+        return super().claimed | self._lost
 
     def had(self, name: str) -> bool:
         """Whether the tensor may be in a shard that does not open."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -108,6 +108,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
+
+    @property
+    def claimed(self) -> Set[str]:
+        """Names of all tensors that there ought to be."""
+        return self._entries.keys()
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
         """One tensor on the host in its stored dtype, in memory of its own, ready to go to `device`."""

@@ -108,7 +108,7 @@ def _check_depth(
 ) -> None:
     """Hold the number of blocks against the shards before anything counts up to it."""
     prefix = f"{architecture.blocks}."
-    held = len({name[len(prefix) :].partition(".")[0] for name in checkpoint if name.startswith(prefix)})
+    held = len({name[len(prefix) :].partition(".")[0] for name in checkpoint.claimed if name.startswith(prefix)})
     for name in ("num_hidden_layers", stock.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
         claimed = fields.get(name)
         if isinstance(claimed, int | float) and claimed > held:

@@ -64,9 +64,10 @@ class Skeleton:
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
         try:
             self._build(check)
-            # What the blocks are made of and called with comes from the config too: see that it can be had.
-            self.all_sites()
-            self.arguments(1, 1)
+            if check:
+                # What the blocks are made of and called with comes from the config too: see that it can be had.
+                self.all_sites()
+                self.arguments(1, 1)
         except CheckpointError:
             raise
         except Exception as error:
