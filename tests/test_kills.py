@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kills.campaign import Campaign
+from kills.campaign import Campaign, left_behind
 from kills.life import Forked, Torchrun, send
 from kills.scenario import SCENARIOS, Inputs
 
@@ -66,6 +66,17 @@ def test_two_processes_stop_when_their_launcher_is_gone(inputs: Inputs, tmp_path
     ended = life.wait()
     assert "streamprune: stopped as asked; run the same command again to go on\n" in ended.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_by_itself(inputs: Inputs, tmp_path: Path) -> None:
+    life = Torchrun(SCENARIOS["torchrun"].arguments(inputs), tmp_path, "--max-restarts", "1")
+    life.ready()
+    send(life.targets()["rank 1"], signal.SIGKILL)
+    ended = life.wait()
+    assert ended.code == 0, ended.err
+    assert ended.err.count("streamprune: another process of this job was lost (") == 1
+    assert left_behind(tmp_path, set()) == []
 
 
 def test_a_life_begins_as_the_command_does(inputs: Inputs, tmp_path: Path) -> None:

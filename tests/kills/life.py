@@ -102,9 +102,9 @@ class Forked(Life):
 class Torchrun(Life):
     """The command in two processes that torchrun starts."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(self, arguments: Sequence[str], folder: Path, *options: str) -> None:
         super().__init__(folder)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
         with (self._streams / "out").open("w") as out, (self._streams / "err").open("w") as err:
             self._process = subprocess.Popen(
                 [*launcher, "-m", "streamprune_cli", *arguments],
