@@ -39,7 +39,6 @@ from .ranks import ALONE, Ranks
 from .schedule import Stretch, as_entries
 from .site import Site
 from .stream.store import ActivationStore
-from .stream.sweep import check_weights
 from .text import Text, builtin_text
 from .workplace import Workplace, first_difference, text_identity
 
@@ -128,6 +127,10 @@ class Job(Workplace):
         plan = self.recipe.allocate(self.settings, self.changeable(reached), survey, budget)
         whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
         return Plan(whole, plan.ratio)
+
+    @property
+    def sources(self) -> list[Skeleton]:
+        return [self.skeleton]
 
     @property
     def surveys(self) -> bool:
@@ -317,7 +320,7 @@ class Job(Workplace):
             _ = self.tokens
         header = self.header
         self._check_agreed()
-        check_weights(self.skeleton, self.progress, self.ranks)
+        sources = self.read_sources()
         self.let_go()
         if self.needs_text:
             self.make_cache()
@@ -325,6 +328,7 @@ class Job(Workplace):
         return self.journal.append(
             "start",
             job=header,
+            sources=sources,
             cache=self.cache_given,
             plan="given" if self.given_plan else None,
             shots=self.shots,

@@ -158,6 +158,8 @@ class Run:
                     shot.work()
                 if number > 1 and job.ranks.first:
                     files.remove_tree(job.shot_folder(number - 1))
+            assert job.journal.header is not None
+            job.check_sources(job.journal.header)
             finished = Shot(job, job.shots).finished
             assert finished is not None
             job.journal.append("complete", sha256=finished["sha256"])

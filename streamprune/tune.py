@@ -100,7 +100,7 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
         seconds=round(time.monotonic() - started, 3),
         peak_device_bytes=device,
         peak_host_bytes=host,
-        bytes_read=sum(skeleton.checkpoint.bytes_read for skeleton in job.skeletons),
+        bytes_read=sum(skeleton.checkpoint.bytes_read for skeleton in job.sources),
         resumed=job.resumed,
     )
 
@@ -137,7 +137,7 @@ class Tuning(Workplace):
         self.teacher = self._teacher() if self.method == "distil" else None
 
     @property
-    def skeletons(self) -> list[Skeleton]:
+    def sources(self) -> list[Skeleton]:
         """All models that are read."""
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
@@ -318,7 +318,7 @@ class Tuning(Workplace):
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
         self.micro: int = start["resources"]["micro"]
-        for skeleton in self.skeletons if self.method == "distil" else ():
+        for skeleton in self.sources if self.method == "distil" else ():
             needs = self._needs(trains=skeleton is self.student)
             skeleton.copies_ahead = copies_ahead(
                 skeleton, needs, (self.batch, self.micro, "device"), self._room["device_limit"]
@@ -331,8 +331,7 @@ class Tuning(Workplace):
         self.check_disk(resources.output_bytes, resources.disk_bytes)
         _ = self.tokens
         header = self.header
-        for skeleton in self.skeletons:
-            sweep.check_weights(skeleton, self.progress)
+        sources = self.read_sources()
         self.let_go()
         files.make_folder(self.staging)
         if self.method == "distil":
@@ -341,6 +340,7 @@ class Tuning(Workplace):
         return self.journal.append(
             "start",
             job=header,
+            sources=sources,
             cache=self.cache_given,
             replaces=self.report_in_out() is not None,
             resources={"batch": resources.batch, "micro": resources.backward_batch},
@@ -362,6 +362,8 @@ class Tuning(Workplace):
         self.go_back(self._lost)
         if self.journal.find("complete") is None:
             figures, shards = self._lora() if self.method == "lora" else self._distil()
+            assert self.journal.header is not None
+            self.check_sources(self.journal.header)
             self.journal.append("complete", sha256=self._write(figures, shards))
         return self.publish()
 

@@ -6,7 +6,7 @@ OUT appears by one rename when all is done; what it held before goes only then, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton
 from .progress import STOPPED, Progress, Silent
 from .ranks import ALONE, Ranks
+from .stream.sweep import check_weights
 from .text import Text
 
 JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
@@ -89,6 +90,11 @@ class Workplace:
     @property
     def header(self) -> dict[str, Any]:
         """What must be the same for a job to go on."""
+        raise NotImplementedError
+
+    @property
+    def sources(self) -> Sequence[Skeleton]:
+        """The models that are read."""
         raise NotImplementedError
 
     def differs(self, report: Entry) -> str | None:
@@ -290,6 +296,29 @@ class Workplace:
                 f"cache is {self.cache_given or 'not given'}; this job was started with {start['cache'] or 'none'}; "
                 "--restart starts over"
             )
+        self.check_sources(start)
+
+    def read_sources(self) -> list[Entry]:
+        """Read all weights once, refusing what cannot be worked with; returns what tells them from changed ones, for the journal."""
+        found = []
+        for skeleton in self.sources:
+            stamps = skeleton.checkpoint.stamps()
+            parts = self.ranks.gather(check_weights(skeleton, self.progress, self.ranks))
+            found.append({"stamps": stamps, "sums": {name: check for part in parts for name, check in part.items()}})
+        return found
+
+    def check_sources(self, start: Entry) -> None:
+        """Hold the weights that are read against those that the job was started with, where files were written to since.
+
+        Raises:
+            ResumeError: a tensor is another.
+        """
+        for skeleton, then in zip(self.sources, start["sources"], strict=True):
+            checkpoint = skeleton.checkpoint
+            if name := self.ranks.told(lambda c=checkpoint, then=then: c.changed(**then)):  # type: ignore[misc]
+                raise ResumeError(
+                    f"{checkpoint[name].shard}: tensor {name!r} is not what it was when the job was started; --restart starts over"
+                )
 
     def check_folder(self) -> None:
         """See that the job's folder, which is about to be emptied, holds nothing but what such jobs make.

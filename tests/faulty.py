@@ -180,7 +180,7 @@ class FaultyDisk(Disk):
 
     def _bury(self, path: Path) -> Path:
         self._graves += 1
-        grave = self.graveyard / str(self._graves)
+        grave = self.graveyard / f"{id(self):x}-{self._graves}"
         os.link(path, grave)
         return grave
 

@@ -22,6 +22,7 @@ from faulty import AT, FAULTS, Fault, FaultyDisk, Stopped
 import streamprune
 from streamprune import disk, files
 from streamprune.errors import DamageError, ResumeError, StreamPruneError
+from streamprune.journal import Journal
 from streamprune.tune import TuneConfig
 
 QUICK = 6
@@ -225,3 +226,71 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
             assert scenario.result() == expected, where
             assert scenario.left_behind() == [], where
     print(f"\n{scenario.name}: {altered} files {harm}, all made anew")
+
+
+def largest_shard(model: Path) -> Path:
+    return max(model.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+
+
+def test_a_source_that_changes_underneath_is_noticed(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    """Wherever in the weights, also where the samples that tell models apart do not look."""
+    model = Path(shutil.copytree(tiny("llama", num_hidden_layers=2), tmp_path / "model"))
+    graves, shard = tmp_path / "graves", largest_shard(model)
+    graves.mkdir()
+    config = configured(model, **SMALL)
+    before = shard.read_bytes()
+    whole = FaultyDisk(config.out.parent, graves)
+    with disk.using(whole):
+        streamprune.prune(config)
+    expected = contents(config.out)
+    for number, part in enumerate((0.3, 0.5, 0.77, 0.999)):
+        config = replace(config, out=tmp_path / f"stopped{number}")
+        with suppress(Stopped), disk.using(FaultyDisk(config.out, graves, "stop", whole.count // 2)):
+            streamprune.prune(config)
+        data = bytearray(before)
+        data[int(part * len(data))] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(ResumeError, match=rf"{shard.name}.* was|is not what it was when the job was started"):
+            streamprune.prune(config)
+        # A copy of what it was has another time, and the same bytes.
+        shard.write_bytes(before)
+        assert streamprune.prune(config).resumed
+        assert contents(config.out) == expected
+        shutil.rmtree(graves)
+        graves.mkdir()
+
+
+def test_a_source_that_changes_while_it_is_used_gives_no_result(
+    tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(tiny("llama", num_hidden_layers=2), tmp_path / "model"))
+    config = configured(model, **SMALL)
+    real = Journal.append
+
+    def append(self: Journal, step: str, **data: Any) -> Any:
+        if step == "shot-1/prune/0":
+            flip(largest_shard(model))
+        return real(self, step, **data)
+
+    monkeypatch.setattr(Journal, "append", append)
+    with pytest.raises(ResumeError, match="is not what it was when the job was started"):
+        streamprune.prune(config)
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize("recipe", ["sobp", "default", "surgeon"])
+def test_no_more_disk_than_the_plan_said(recipe: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    model = tiny("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=6)
+    config = configured(
+        model, recipe=recipe, samples=48, seq_len=48, **({"settings": {"shots": "3"}} if recipe == "surgeon" else {})
+    )
+    planned = streamprune.forecast_job(config)
+    work, graves = tmp_path / "work", tmp_path / "graves"
+    work.mkdir()
+    graves.mkdir()
+    watched = FaultyDisk(work, graves)
+    with disk.using(watched):
+        streamprune.prune(replace(config, out=work / "out"))
+    told = planned.disk_bytes + planned.output_bytes
+    # Journal, log, plan, and what is copied beside the weights.
+    assert told / 2 < watched.most < told + 200_000, (watched.most, planned.disk_bytes, planned.output_bytes)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
@@ -155,6 +156,25 @@ class Checkpoint(Mapping[str, TensorEntry]):
             for name, header in self.headers.items()
         }
         return {"config": digest, "shards": shards}
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Of every shard's file what changes when it is written to or exchanged: size, time of the last write, inode."""
+        found = {name: (self.directory / name).stat() for name in self.headers}
+        return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found.items()}
+
+    def changed(self, stamps: Mapping[str, list[int]], sums: Mapping[str, int]) -> str | None:
+        """A tensor that is no longer what it was; None if there is none.
+
+        Args:
+            stamps: of then: only files that have others now are read.
+            sums: CRC-32 of the tensors' bytes of then, by name.
+        """
+        now = self.stamps()
+        suspects = {name for name in now if stamps.get(name) != now[name]}
+        for name, check in sums.items():
+            if self[name].shard.name in suspects and zlib.crc32(tensor_bytes(self.read(name))) != check:
+                return name
+        return None
 
     def _shards(self) -> dict[str, set[str] | None]:
         """Shard file names, each with the tensors that the index says it holds (None: whatever it holds)."""

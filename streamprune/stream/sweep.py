@@ -6,6 +6,7 @@ model, `dense-0003-1` what enters its second sublayer.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
-from ..host import return_freed_memory
+from ..host import return_freed_memory, tensor_bytes
 from ..maths.linalg import advice, all_finite
 from ..maths.operations import counting, kind
 from ..maths.sampling import sample
@@ -54,8 +55,11 @@ def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Bloc
         return_freed_memory()
 
 
-def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> None:
+def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> dict[str, int]:
     """Read everything once, dealt out among the ranks, and refuse NaN and Inf, before hours are spent on them.
+
+    Returns:
+        Checksums of the tensors that this rank read, as `Checkpoint.changed` takes them.
 
     Raises:
         CheckpointError: a tensor holds either, or what the computing dtype cannot.
@@ -66,7 +70,9 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     progress.phase("check weights", len(groups))
     names = [name for group in groups for name in group]
     left = {group[-1] for group in groups}
+    sums = {}
     for name, tensor in prefetch(names, skeleton.checkpoint.read):
+        sums[name] = zlib.crc32(tensor_bytes(tensor))
         if not all_finite(tensor):
             raise CheckpointError(f"{skeleton.checkpoint.directory}: tensor {name!r} holds NaN or Inf")
         most = torch.finfo(skeleton.dtype).max
@@ -78,6 +84,7 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
         if name in left:
             progress.step(name)
             rest(progress)
+    return sums
 
 
 def embed(skeleton: Skeleton, tokens: Tensor, store: ActivationStore, name: str, size: int) -> None:

@@ -47,6 +47,8 @@ class Life:
         for name in ("streams", "temporary"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._streams = Path(tempfile.mkdtemp(dir=folder / "streams"))
+        for name in ("out", "err"):  # it may be killed before it opens them
+            (self._streams / name).touch()
 
     def ready(self) -> None:
         """Wait until signals are worth sending."""
