@@ -81,7 +81,7 @@ class Log:
 
 def last_line(path: Path) -> str | None:
     """The last thing that a log tells, without its time; None if there is no log."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = files.read_bytes(path).decode().splitlines() if path.is_file() else []
     return lines[-1].partition(" ")[2] if lines else None
 
 

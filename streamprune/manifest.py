@@ -36,7 +36,7 @@ def read(folder: Path) -> tuple[dict[str, str], list[str]]:
     """
     digests: dict[str, str] = {}
     wrong = []
-    lines = (folder / NAME).read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
+    lines = files.read_bytes(folder / NAME).decode(errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         match = _LINE.fullmatch(line)
         if match is None:

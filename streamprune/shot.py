@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from . import files, hub, output
@@ -33,7 +32,7 @@ from .methods.allocation import Budget
 from .methods.plan import Plan
 from .methods.recipe import Correction, Findings, Survey, Surveyed
 from .model.block import Block, Prunable
-from .model.checkpoint import read_json, write_json, write_shard
+from .model.checkpoint import Shard, read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import rest
 from .refine import Refinement
@@ -616,19 +615,16 @@ class SurveyFiles(Mapping[str, Findings]):
 
 class _FindingsFile(Mapping[str, Tensor]):
     def __init__(self, path: Path, prefix: str) -> None:
-        self._path, self._prefix = path, prefix
+        self._shard, self._prefix = Shard(path), prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self._prefix + name)
-        return tensor
+        return self._shard[self._prefix + name]
 
     def __iter__(self) -> Iterator[str]:
-        with safe_open(self._path, framework="pt") as file:
-            return iter([n.removeprefix(self._prefix) for n in file.keys() if n.startswith(self._prefix)])  # noqa: SIM118
+        return (name.removeprefix(self._prefix) for name in self._shard if name.startswith(self._prefix))
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in list(iter(self))
+        return f"{self._prefix}{name}" in self._shard

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import manifest
+from .errors import DiskError
 from .hub import resolve_model
 from .progress import Progress, Silent
 from .verification import Fault, Verification, check
@@ -29,8 +30,8 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> Verificatio
     if (folder / manifest.NAME).exists():
         try:
             digests, wrong = manifest.read(folder)
-        except OSError as error:
-            wrong = [f"{manifest.NAME} cannot be read: {error.strerror or error}"]
+        except DiskError as error:
+            wrong = [f"{manifest.NAME} cannot be read: {error}"]
     found = check(folder, digests, progress)
     own = tuple(Fault("file", manifest.NAME, None, message) for message in wrong)
     return replace(found, path=str(path), faults=(*own, *found.faults))

@@ -274,7 +274,9 @@ def test_a_manifest_without_the_files_that_matter_is_no_manifest(copied: Callabl
     assert not streamprune.verify(out).sound
     (out / MANIFEST).unlink()
     (out / MANIFEST).mkdir()
-    assert [str(fault) for fault in streamprune.verify(out).faults] == ["SHA256SUMS cannot be read: Is a directory"]
+    (fault,) = map(str, streamprune.verify(out).faults)
+    assert fault.startswith("SHA256SUMS cannot be read: cannot read ")
+    assert fault.endswith("SHA256SUMS: Is a directory")
 
 
 def test_endless_files_are_not_read(copied: Callable[..., Path]) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -231,9 +231,11 @@ def read_header(path: Path) -> tuple[int, bytes]:
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"shard {path} is corrupt or cut short: {one_line(error)}") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return length, file.read(length)
+    beginning = bytearray(8)
+    files.read_into(path, 0, memoryview(beginning))
+    raw = bytearray(int.from_bytes(beginning, "little"))
+    files.read_into(path, len(beginning), memoryview(raw))
+    return len(raw), bytes(raw)
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
@@ -299,10 +301,38 @@ def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
     return found
 
 
+class Shard(Mapping[str, Tensor]):
+    """What `write_shard` wrote; a tensor is read when it is asked for.
+
+    Raises:
+        CheckpointError: the shard is corrupt or cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        length, raw = read_header(path)
+        self._path, self._begin = path, 8 + length
+        self._header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        buffer = host_buffer(end - begin, CPU)
+        files.read_into(self._path, self._begin + begin, buffer.numpy().data)
+        dtype = next(dtype for dtype, code in NAMES.items() if code == entry["dtype"])
+        return buffer.view(dtype).view(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+
 def data_bytes(path: Path) -> int:
     """Bytes of the tensors in a shard, its header left out."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    beginning = bytearray(8)
+    files.read_into(path, 0, memoryview(beginning))
+    return path.stat().st_size - len(beginning) - int.from_bytes(beginning, "little")
 
 
 def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> str:
