@@ -28,9 +28,11 @@ def lost(job: Job) -> Lost | None:
     number = next((n for n in range(1, job.shots + 1) if Shot(job, n).finished is None), job.shots + 1)
     shot = Shot(job, min(number, job.shots))
     candidates = [*_files(job, number)] if job.ranks.first else []
+    job.progress.phase("look over", len(candidates))
     for path, digest, step in candidates:
         if not (_is_plan(path) if digest is None else files.holds(path, digest)):
             return Lost(path, step)
+        job.progress.step(path.name)
     return _boundary(shot) if number <= job.shots else None
 
 

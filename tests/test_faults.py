@@ -228,6 +228,31 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
     print(f"\n{scenario.name}: {altered} files {harm}, all made anew")
 
 
+@pytest.mark.parametrize("scenario", ["compare"], indirect=True)
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_row_that_was_altered_before_it_was_measured_is_pruned_again(
+    scenario: Scenario, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario.run()
+    expected = scenario.result()
+    scenario.fresh()
+    real = Journal.append
+
+    def append(self: Journal, step: str, **data: Any) -> Any:
+        found = real(self, step, **data)
+        if step == "prune/sobp-0.4":
+            raise Stopped
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", append)
+        with pytest.raises(Stopped):
+            scenario.run()
+    HARMS[harm](largest_shard(scenario.out / "rows" / "sobp-0.4"))
+    scenario.run()
+    assert scenario.result() == expected
+
+
 def largest_shard(model: Path) -> Path:
     return max(model.glob("*.safetensors"), key=lambda path: path.stat().st_size)
 
