@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import bench, compare, evaluate, export, inspect, plan, report, run, status, streams, tune
+from . import bench, compare, evaluate, export, inspect, plan, report, run, status, streams, tune, verify
 
 
 class Group(click.Group):
@@ -34,8 +34,14 @@ class Group(click.Group):
             if not isinstance(error, StreamPruneError):
                 raise
             if not error.told:
-                click.echo(f"streamprune: {' '.join(str(error).split())}", err=True)
+                click.echo(f"streamprune: {_printable(str(error))}", err=True)
             ctx.exit(error.exit_code)
+
+
+def _printable(message: str) -> str:
+    """One line that commands no terminal: messages quote names out of files that anybody may have made."""
+    line = " ".join(message.split())
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -63,6 +69,7 @@ for command in (
     export.export,
     bench.bench,
     status.status,
+    verify.verify,
     report.report,
     inspect.inspect,
 ):

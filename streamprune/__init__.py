@@ -31,6 +31,8 @@ from .status import Status, status
 from .stopping import asked_by_signals
 from .text import Source
 from .tune import Tuned, tune
+from .verification import Verification
+from .verify import verify
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ __all__ = [
     "TuneConfig",
     "Tuned",
     "Variant",
+    "Verification",
     "Width",
     "__version__",
     "asked_by_signals",
@@ -79,6 +82,7 @@ __all__ = [
     "resolve_model",
     "status",
     "tune",
+    "verify",
 ]
 
 for _model_type in ARCHITECTURES:
@@ -88,10 +92,13 @@ for _model_type in ARCHITECTURES:
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
     """A checkpoint directory or a name on the hub, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
 
+    Neither code of the checkpoint's own nor pickles are loaded, unless `options` ask for it.
+
     Raises:
         CheckpointError: `path` is neither.
     """
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve_model(path), **options)
+    careful = {"trust_remote_code": False, "use_safetensors": True, **options}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve_model(path), **careful)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from .documents import Conversation, Documents
 from .errors import CalibrationError, CheckpointError, one_line
+from .model.checkpoint import read_json
+from .model.directory import check_links
 from .text import Source, Spec, Text, source
 
 DEFAULT_LENGTH = 2048
@@ -27,14 +30,32 @@ def load_tokenizer(directory: Path) -> Any:
     """The model's own tokenizer.
 
     Raises:
-        CheckpointError: there is none, or transformers cannot read it.
+        CheckpointError: there is none, it wants code of its own, or transformers cannot read it.
     """
     from transformers import AutoTokenizer
 
+    check_links(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with panics_as_errors():
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        settings = directory / "tokenizer_config.json"
+        if settings.is_file() and read_json(settings).get("auto_map") is not None:
+            raise CheckpointError(
+                f"{directory}: its tokenizer wants code that it brings along (auto_map), which is never run"
+            ) from error
         raise CheckpointError(f"{directory}: no tokenizer that transformers can read ({one_line(error)})") from error
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """A context in which a panic of the tokenizers library, which is no `Exception`, is a RuntimeError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"its tokenizer panics: {one_line(error)}") from error
 
 
 def tokenize(tokenizer: Any, text: Spec, vocabulary: int) -> Tensor:
@@ -140,7 +161,12 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _encode(tokenizer: Any, text: str, vocabulary: int, given: Source) -> Tensor:
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    try:
+        with panics_as_errors():
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = torch.tensor(ids, dtype=torch.int64)
+    except Exception as error:
+        raise CalibrationError(f"{given}: the model's tokenizer cannot read it ({one_line(error)})") from error
     if not tokens.numel():
         raise CalibrationError(f"the tokenizer makes no tokens of {given}; are the model's tokenizer files there?")
     if int(tokens.max()) >= vocabulary:

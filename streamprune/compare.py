@@ -37,6 +37,7 @@ from .progress import Progress
 from .run import prune
 from .schedule import Stretch, as_entries, seconds_spent
 from .text import Source, Spec, Text, source
+from .verify import verify
 from .workplace import JOURNAL, LOCK, WORK, first_difference
 
 ROWS, SURVEYS = "rows", "surveys"
@@ -227,6 +228,9 @@ class _Work:
             ResumeError: rows asked for were begun with other settings, inputs or versions.
         """
         files.make_folder(self.folder)
+        for place in map(self.folder.joinpath, KNOWN):
+            if link := files.first_link(place):
+                raise ConfigError(f"{link} is a symbolic link, where the work would lie; a comparison follows none")
         with files.locked(self.folder / LOCK):
             if restart:
                 self._let_go()
@@ -364,6 +368,8 @@ class _Work:
     def _pruned(self, candidate: _Candidate) -> tuple[Entry, bool]:
         """Figures of the row's pruning, and whether its peak of host memory is its own."""
         line = self.journal.find(f"prune/{candidate.name}")
+        if line is not None and self.journal.find(f"eval/{candidate.name}") is None:
+            self._hold(candidate)
         if line is None:
             if self.journal.find(f"begin/{candidate.name}") is None:
                 self.journal.append(f"begin/{candidate.name}", job=candidate.job.header)
@@ -387,6 +393,14 @@ class _Work:
                 seconds=round(time.monotonic() - started, 3),
             )
         return line["figures"], line["own_peak"]
+
+    def _hold(self, candidate: _Candidate) -> None:
+        """See that what an earlier process pruned, and nobody has measured, is as it was written."""
+        out = candidate.config.out
+        if not out.is_dir() or not verify(out, progress=self.progress).sound:
+            self.progress.say(f"{out} is missing, or not what was written there; pruning again")
+            files.remove_tree(out)
+            prune(candidate.config, progress=self.progress)
 
     def _measured(self, name: str, model: Path) -> Entry:
         """Perplexity, protocol, and whether the checkpoint is to stay."""

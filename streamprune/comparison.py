@@ -120,7 +120,7 @@ class Comparison:
         files.write_text(folder / CSV, self._csv())
         files.write_text(folder / MARKDOWN, self._markdown())
         if plot:
-            with files.replacing(folder / PLOT) as temporary:
+            with files.replacing_file(folder / PLOT) as temporary:
                 self._plot(temporary)
 
     def _csv(self) -> str:

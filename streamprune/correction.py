@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import files
@@ -20,7 +19,7 @@ from .maths.descent import Descent, batch
 from .maths.linalg import accumulator
 from .methods.recipe import Correction
 from .model.block import Block
-from .model.checkpoint import write_shard
+from .model.checkpoint import load_shard, write_shard
 from .model.skeleton import Skeleton
 from .needs import REFINE_SEQUENCES
 from .stream import sweep
@@ -37,6 +36,7 @@ class Corrector:
         tokens: calibration windows (samples, length).
         folder: for states and activations, a folder of its own.
         micro: sequences whose activations are held at once.
+        digests: of the files that the last step left, by name.
         window: the blocks that may change.
         keep_zeros: weights that are zero stay zero.
     """
@@ -47,6 +47,7 @@ class Corrector:
         tokens: Tensor,
         folder: Path,
         how: Correction,
+        digests: Mapping[str, str],
         *,
         window: range,
         seed: int,
@@ -54,26 +55,31 @@ class Corrector:
         keep_zeros: bool,
     ) -> None:
         self.skeleton, self.tokens, self.folder, self.how = skeleton, tokens, folder, how
+        self._digests = digests
         self.window, self.seed, self.micro, self.keep_zeros = window, seed, micro, keep_zeros
         self.size = min(REFINE_SEQUENCES, len(tokens))
         shape = self.size, tokens.shape[1], skeleton.width
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
 
-    def steps(self, done: int) -> Iterator[int]:
-        """Steps from `done` on; yields each one's number once its state is durable."""
+    def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:
+        """Steps from `done` on; yields each one's number, and the digests of its files by name, once its state is durable.
+
+        Raises:
+            DamageError: a state is not on the disk as it was written.
+        """
         for step in range(done, self.how.steps):
-            files.remove_tree(self._state(step + 1))
-            files.make_folder(self._state(step + 1))
-            self._step(step)
-            yield step
-            files.remove_tree(self._state(step))
+            files.remove_tree(state(self.folder, step + 1))
+            files.make_folder(state(self.folder, step + 1))
+            self._digests = self._step(step)
+            yield step, self._digests
+            files.remove_tree(state(self.folder, step))
 
     def absorb(self, block: Block, index: int) -> None:
         """Put what the last step left into the block's weights."""
         if index in self.window:
             block.absorb(self._read(self.how.steps, index, block)[0], keep_zeros=self.keep_zeros)
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> dict[str, str]:
         skeleton, store, depth = self.skeleton, self._store, len(self.skeleton)
         tokens = self.tokens[batch(len(self.tokens), self.size, self.seed, step)]
         sweep.embed(skeleton, tokens, store, sweep.boundary(STREAM, 0), self.micro)
@@ -82,17 +88,21 @@ class Corrector:
                 sweep.advance(skeleton, block, index, store, STREAM, self.micro)
             del block
         sweep.head_gradient(skeleton, store, tokens, self.micro)
+        digests = {}
         # Below the window nothing asks for the gradient.
         for index, block in sweep.blocks(skeleton, range(depth - 1, self.window.start - 1, -1)):
             updates, state = self._read(step, index, block)
             self._gather(block, index, updates)
             del block
             if updates:
-                descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, state=state)
+                place = f"the correction of block {index}"
+                descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, place=place, state=state)
                 descent.step()
                 moved = {name: update.detach().cpu() for name, update in updates.items()}
-                write_shard(self._file(step + 1, index), {**moved, **descent.state()})
+                path = self._file(step + 1, index)
+                digests[path.name] = write_shard(path, {**moved, **descent.state()})
             store.remove(sweep.boundary(GRADIENT, index + 1))
+        return digests
 
     def _updated(self, block: Block, index: int, updates: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
         return block.updated(updates, keep_zeros=self.keep_zeros) if index in self.window else nullcontext()
@@ -126,11 +136,14 @@ class Corrector:
         updates = block.updates(self.how.rank, dtype, generator)
         if not step:
             return updates, None
-        state = load_file(self._file(step, index))
+        path = self._file(step, index)
+        state = load_shard(path, self._digests[path.name])
         return {name: nn.Parameter(state.pop(name).to(self.skeleton.device)) for name in updates}, state
 
-    def _state(self, step: int) -> Path:
-        return self.folder / f"step-{step:06}"
-
     def _file(self, step: int, index: int) -> Path:
-        return self._state(step) / f"block-{index:04}.safetensors"
+        return state(self.folder, step) / f"block-{index:04}.safetensors"
+
+
+def state(folder: Path, step: int) -> Path:
+    """Where the state lies that so many steps left."""
+    return folder / f"step-{step:06}"

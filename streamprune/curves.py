@@ -25,12 +25,15 @@ POINTS = 64
 
 def write_curves(
     path: Path, curve: Curve, sites: Sequence[Site], survey: Survey, plan: Plan, dense: Mapping[str, int]
-) -> None:
+) -> str:
     """Write ``{"format", "label", "sites": {name: [[gone, cost], ...]}}``: with `gone` units away, the next costs that.
 
     Args:
         sites: those that were weighed, as the survey found them.
         dense: units by site name before any went, in earlier shots too.
+
+    Returns:
+        The file's digest.
     """
     lines = []
     for site in sites:
@@ -41,7 +44,7 @@ def write_curves(
             lines.append(f"    {json.dumps(site.name)}: {json.dumps([[gone + k, cost] for k, cost in points])}")
     body = ",\n".join(lines)
     head = f'  "format": {json.dumps(FORMAT)},\n  "label": {json.dumps(curve.label)}'
-    files.write_text(path, f'{{\n{head},\n  "sites": {{\n{body}\n  }}\n}}\n')
+    return files.write_text(path, f'{{\n{head},\n  "sites": {{\n{body}\n  }}\n}}\n')
 
 
 def sample(costs: Tensor, cut: int) -> list[tuple[int, float]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import sys
 import zlib
@@ -39,6 +40,14 @@ _SPLIT = "train"
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 _LOOK_AHEAD = 1 << 12
 _PROBES = 256
+LINE = 1 << 24
+"""Bytes that one row of a file may have: four times what is read of a whole source by default."""
+UNPACKED = 1 << 26
+"""Bytes that any packed file may unpack to,"""
+PACKED = 200
+"""and times its size that a larger one may; text packs to a tenth, a bomb to a thousandth."""
+CROWDED = 8
+"""Rows that a table may have for each byte of its file."""
 
 Conversation = list[dict[str, Any]]
 Document = str | Conversation
@@ -77,13 +86,13 @@ def open_documents(place: str, field: str | None) -> Documents:
         CalibrationError: not there, not readable, or without the field.
         ConfigError: a field where there are none, or a library that is not installed.
     """
-    if place.startswith(DATASET) and not Path(place).exists():
+    if place.startswith(DATASET) and not os.path.exists(place):
         return Dataset(place, field)
     path = Path(place)
-    if path.is_dir():
+    if os.path.isdir(path):
         return Dataset(DATASET + place, field)
-    if not path.is_file():
-        reason = "not a file" if path.exists() else "No such file or directory"
+    if not os.path.isfile(path):
+        reason = "not a file" if os.path.exists(path) else "No such file or directory"
         raise CalibrationError(f"cannot read the text {place}: {reason}")
     name = path.name.lower()
     if name.endswith(JSON_LINES):
@@ -141,11 +150,12 @@ class JsonLines:
     def __init__(self, path: Path, field: str | None) -> None:
         self._path = path
         with _reading(self._path) as file:
-            self._size = file.seek(0, 2)
-            file.seek(0)
+            self._size = _unpacked(file, path)
             names: list[str] = []
-            while (line := file.readline()) and not names:
-                names = list(self._row(line, file.tell() - len(line)) or ())
+            place = 0
+            while (line := self._line(file, place)) and not names:
+                names = list(self._row(line, place) or ())
+                place += len(line)
         if not names:
             raise CalibrationError(f"{path} is empty")
         self.field: str = _field(field, names, str(path))
@@ -159,17 +169,24 @@ class JsonLines:
                 place, stop = number * BLOCK, (number + 1) * BLOCK
                 if place:
                     file.seek(place - 1)
-                    place += len(file.readline()) - 1
+                    place += len(self._line(file, place - 1)) - 1
                 else:
                     file.seek(0)
                 found = []
-                while place < stop and (line := file.readline()):
+                while place < stop and (line := self._line(file, place)):
                     if (row := self._row(line, place)) is not None:
                         if self.field not in row:
                             raise CalibrationError(f"{self._where(place)}: no field {self.field!r}; {_listed(row)}")
                         found.append(_document(row[self.field], self.field, partial(self._where, place)))
                     place += len(line)
                 yield number, found
+
+    def _line(self, file: BinaryIO, place: int) -> bytes:
+        """The line that the file, which stands at `place`, has next; empty at its end."""
+        line = file.readline(LINE + 1)
+        if len(line) > LINE:
+            raise CalibrationError(f"{self._where(place)}: longer than {LINE >> 20} MiB, which no document is")
+        return line
 
     def _row(self, line: bytes, place: int) -> dict[str, Any] | None:
         """A line's object; None for a blank line."""
@@ -203,10 +220,9 @@ class Parquet:
 
     def __init__(self, path: Path, field: str | None) -> None:
         self._path = path
-        with self._opened() as file:
+        with self._opened() as file, self._refusing():
             self.field: str = _field(field, file.schema_arrow.names, str(path))
-            metadata = file.metadata
-            groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            groups = self._groups(file.metadata)
         # Per block: its row group, its first row in that, and its first row in the file.
         self._blocks: list[tuple[int, int, int]] = []
         before = 0
@@ -228,11 +244,36 @@ class Parquet:
                     if first in wanted:
                         number = wanted.pop(first)
                         begin = self._blocks[number][2] + 1
-                        yield number, [self._document(v, begin + offset) for offset, v in enumerate(values.to_pylist())]
+                        yield number, [self._document(value, begin + offset) for offset, value in enumerate(values)]
                     if not wanted:
                         break
+                if wanted:
+                    raise CalibrationError(f"{self._path} has fewer rows than it says, in row group {group}")
 
-    def _rows(self, file: Any, group: int) -> Iterator[tuple[int, Any]]:
+    def _groups(self, metadata: Any) -> list[int]:
+        """Rows of each row group, as the file has them at its end, and as they may be."""
+        size = self._path.stat().st_size
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        rows = [group.num_rows for group in groups]
+        if any(count < 0 for count in rows) or sum(rows) > CROWDED * size:
+            raise CalibrationError(f"{self._path} says that it has {sum(rows)} rows in {size} bytes; it cannot")
+        unpacked = sum(group.total_byte_size for group in groups)
+        if unpacked > max(UNPACKED, PACKED * size):
+            raise CalibrationError(f"{self._path} says that its {size} bytes unpack to {unpacked}; it is no text")
+        return rows
+
+    def _rows(self, file: Any, group: int) -> Iterator[tuple[int, list[Any]]]:
+        """A row group's column in slices of `ROWS`: (first row, values)."""
+        slices = self._slices(file, group)
+        while True:
+            with self._refusing():
+                found = next(slices, None)
+                values = None if found is None else found[1].to_pylist()
+            if found is None or values is None:
+                return
+            yield found[0], values
+
+    def _slices(self, file: Any, group: int) -> Iterator[tuple[int, Any]]:
         """A row group's column in slices of `ROWS`, however the library cuts it: (first row, values)."""
         import pyarrow
 
@@ -252,14 +293,21 @@ class Parquet:
 
     def _opened(self) -> Any:
         try:
-            from pyarrow import ArrowException
-            from pyarrow.parquet import ParquetFile
+            import pyarrow.parquet
         except ImportError:
             raise ConfigError(f"{self._path} needs pyarrow: {EXTRA}") from None
-        try:
+        with self._refusing():
             # Column chunks, which may be large, are read through a small buffer.
-            return ParquetFile(self._path, buffer_size=1 << 20)
-        except (ArrowException, OSError) as error:
+            return pyarrow.parquet.ParquetFile(self._path, buffer_size=1 << 20)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """A context in which whatever the library says of a broken file is ours."""
+        try:
+            yield
+        except CalibrationError:
+            raise
+        except Exception as error:
             raise CalibrationError(f"{self._path} cannot be read as parquet: {one_line(error)}") from error
 
     def identity(self) -> dict[str, Any]:
@@ -283,7 +331,10 @@ class Dataset:
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         for number in numbers:
             first = number * ROWS
-            values = self._rows[first : first + ROWS][self.field]
+            try:
+                values = self._rows[first : first + ROWS][self.field]
+            except Exception as error:
+                raise CalibrationError(f"{self._place} cannot be read: {one_line(error)}") from error
             yield number, [self._document(value, first + offset + 1) for offset, value in enumerate(values)]
 
     def _document(self, value: Any, row: int) -> Document:
@@ -359,13 +410,23 @@ def _document(value: Any, field: str, where: Callable[[], str]) -> Document:
         where: says the row's place, if it must be said.
 
     Raises:
-        CalibrationError: it is neither.
+        CalibrationError: it is neither, or no Unicode.
     """
     if value is None or isinstance(value, str):
-        return value or ""
+        return _whole_text(value or "", field, where)
     if isinstance(value, list):
         return [_message(message, field, where) for message in value]
     raise CalibrationError(f"{where()}: field {field!r} is neither text nor a list of messages")
+
+
+def _whole_text(text: str, field: str, where: Callable[[], str]) -> str:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{where()}: field {field!r} has half a surrogate pair at character {error.start}, which is no text"
+        ) from None
+    return text
 
 
 def _message(message: Any, field: str, where: Callable[[], str]) -> dict[str, Any]:
@@ -373,7 +434,8 @@ def _message(message: Any, field: str, where: Callable[[], str]) -> dict[str, An
         if "role" in message and "content" in message:
             return message
         if "from" in message and "value" in message:
-            return {"role": _SPEAKERS.get(message["from"], message["from"]), "content": message["value"]}
+            speaker = message["from"]
+            return {"role": _SPEAKERS.get(str(speaker), speaker), "content": message["value"]}
     raise CalibrationError(f"{where()}: field {field!r} has a message without role and content (or from and value)")
 
 
@@ -381,7 +443,30 @@ def _message(message: Any, field: str, where: Callable[[], str]) -> dict[str, An
 def _reading(path: Path) -> Iterator[BinaryIO]:
     """An open file, unpacked if it is gzipped, whose errors are the project's own."""
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
             yield cast(BinaryIO, file)
     except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(f"cannot read the text {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _is_packed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+def _unpacked(file: BinaryIO, path: Path) -> int:
+    """Bytes of a file that stands at its beginning, unpacked; it stands there again.
+
+    Raises:
+        CalibrationError: a small file unpacks to more than any text would.
+    """
+    if not _is_packed(path):
+        size = file.seek(0, 2)
+        file.seek(0)
+        return size
+    most, size = max(UNPACKED, PACKED * path.stat().st_size), 0
+    while chunk := file.read(1 << 20):
+        size += len(chunk)
+        if size > most:
+            raise CalibrationError(f"{path} unpacks to more than {PACKED} times its size; it is no text")
+    file.seek(0)
+    return size

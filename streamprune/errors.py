@@ -7,8 +7,11 @@
     ├── CheckpointError         exit 1   the model directory is not what it should be
     ├── CalibrationError        exit 1   the text is missing, unreadable or too short
     ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
+    ├── DiskError               exit 1   a file cannot be read or written: says which, and why
+    ├── DamageError             exit 1   the disk does not hold what was written: made anew by the same command
     ├── ResumeError             exit 1   a job under way was started with other settings or inputs
     ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
+    │   └── SingularError       exit 1   the latter, which more damping may mend on the way
     ├── LostError               exit 1   of several processes at one job, another one is gone
     ├── ElsewhereError          its own  the same, and it has told why
     └── Stopped                 exit 75  nothing is wrong: somebody asked, and the same command goes on
@@ -50,12 +53,24 @@ class ResourceError(StreamPruneError):
     """Too little memory or disk."""
 
 
+class DiskError(StreamPruneError):
+    """A file that cannot be read or written."""
+
+
+class DamageError(StreamPruneError):
+    """A file that is not on the disk as it was written."""
+
+
 class ResumeError(StreamPruneError):
     """A job under way that does not fit what is asked now."""
 
 
 class NumericalError(StreamPruneError):
     """Numbers that cannot be worked with."""
+
+
+class SingularError(NumericalError):
+    """A matrix that is not positive definite to its dtype, or no longer after what was taken from it."""
 
 
 class LostError(StreamPruneError):

@@ -1,7 +1,7 @@
 """Every durable write, rename and removal of the project.
 
-The rule: temporary name → write → fsync → rename → fsync of the folder. Nothing else in the
-project renames, links or fsyncs, so a fault can be injected here and nowhere else.
+The rule: temporary name → write → fsync → rename → fsync of the folder. The operations themselves are `disk`'s, and nothing
+but this file asks for them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from io import FileIO
 from pathlib import Path
+from typing import Any, Literal
 
-from .errors import ResumeError
+from .disk import Mode, disk
+from .errors import DiskError, ResumeError
 from .occupancy import spent
 
 TEMPORARY = ".tmp"
@@ -26,125 +30,243 @@ LOCK_TRIES = 4
 SCRATCH_LOCK = "lock"
 SYNC_BYTES = 32 << 20
 """Of a long durable file, so many are sent to the disk at once."""
+COPY_BYTES = 1 << 20
+"""Of a file that is copied or digested, so many are in memory at once."""
+
+Append = Callable[[Any], None]
+"""Takes bytes, or whatever has a buffer of them."""
+
+
+@contextmanager
+def _told(does: Literal["read", "write", "make", "remove"], path: Path) -> Iterator[None]:
+    """A context whose OSErrors say what could not be done; what is not there cannot be read or removed, and is its user's to tell."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and does in ("read", "remove"):
+            raise
+        raise DiskError(f"cannot {does} {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _opened(path: Path, mode: Mode) -> Iterator[FileIO]:
+    file = disk().open(path, mode)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with spent("write"):
-            os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems refuse to fsync a folder; their renames are durable by themselves.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
-            raise
-    finally:
-        os.close(descriptor)
+    """Make a file's bytes, or a folder's names, durable.
+
+    Raises:
+        DiskError: it cannot be done.
+    """
+    with spent("write"), _told("write", path):
+        if not path.is_dir():
+            with _opened(path, "rb") as file:
+                disk().sync(file)
+            return
+        try:
+            disk().sync_folder(path)
+        except OSError as error:
+            # Some network file systems refuse to fsync a folder; their renames are durable by themselves.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise
 
 
 @contextmanager
-def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it takes the place of `path` at once.
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Append]:
+    """Write a file piece after piece, from any thread; when all is there it takes the place of `path` at once.
 
     On an exception `path` is as it was and the temporary file is gone. With ``durable=False`` the
     replacement is atomic but not fsynced, for data that no journal line will speak of.
+
+    Raises:
+        DiskError: it cannot be written.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        yield temporary
-        if durable:
-            sync(temporary)
-        os.replace(temporary, path)
-        if durable:
-            sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing_file(path, durable=durable) as temporary:
+        with _told("write", path):
+            file = disk().open(temporary, "wb")
+        waits = 0
+
+        def append(data: Any) -> None:
+            nonlocal waits
+            view = memoryview(data).cast("B")
+            with spent("write"), _told("write", path):
+                disk().write(file, view)
+                waits += len(view)
+                # What shall be durable goes to the disk as it comes, so that little is left to do at the end.
+                if durable and waits >= SYNC_BYTES:
+                    disk().sync(file)
+                    waits = 0
+
+        with file:
+            yield append
 
 
 @contextmanager
-def appending(path: Path, *, durable: bool) -> Iterator[Callable[[memoryview], None]]:
-    """Write a new file piece after piece, from any thread.
+def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """`replacing` for somebody who writes a file by himself: yields its temporary path."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    if os.path.lexists(temporary):
+        remove(temporary)  # it may be a link to somebody else's file
+    try:
+        yield temporary
+        with _told("write", path):
+            if durable:
+                sync(temporary)
+            disk().rename(temporary, path)
+            if durable:
+                sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            disk().unlink(temporary)
+        raise
 
-    What shall be durable goes to the disk as it comes, so that whoever syncs the whole at the end finds little left to do.
+
+def write(path: Path, pieces: Iterable[Any]) -> str:
+    """Durably replace `path` by pieces of bytes, one after the other.
+
+    Returns:
+        The SHA-256 in hex of what was to be written, taken before the disk has it.
     """
-    with path.open("wb", buffering=0) as file:
-        waits = 0
-
-        def append(data: memoryview) -> None:
-            nonlocal waits
-            with spent("write"):
-                done = 0
-                while done < len(data):
-                    done += file.write(data[done:])
-                waits += len(data)
-                if durable and waits >= SYNC_BYTES:
-                    os.fsync(file.fileno())
-                    waits = 0
-
-        yield append
+    digest = hashlib.sha256()
+    with replacing(path) as append:
+        for piece in pieces:
+            digest.update(piece)
+            append(piece)
+    return digest.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Durably replace `path` by `text` in UTF-8."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str) -> str:
+    """Durably replace `path` by `text` in UTF-8; returns the digest, see `write`."""
+    return write(path, [text.encode()])
 
 
-def copy(source: Path, target: Path) -> None:
-    """Durably copy one file's bytes, links followed; permissions and times are not copied."""
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
+def copy(source: Path, target: Path) -> str:
+    """Durably copy one file's bytes, links followed; permissions and times are not copied. Returns the digest, see `write`."""
+    return write(target, _pieces(source))
 
 
 def link(source: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the file system has no hard links; an older target goes at once."""
     temporary = target.with_name(target.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
+    remove(temporary)
     try:
-        os.link(source, temporary)
+        disk().link(source, temporary)
+    except FileNotFoundError:
+        raise
     except OSError:
         copy(source, target)
         return
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+    with _told("write", target):
+        disk().rename(temporary, target)
+    remove(temporary)  # a rename between two names of one file does nothing
     sync(target.parent)
 
 
 def append_line(path: Path, line: str) -> None:
     """Durably append one line."""
     new = not path.exists()
-    with spent("write"), path.open("ab") as file:
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with spent("write"), _told("write", path), _opened(path, "ab") as file:
+        disk().write(file, memoryview(line.encode() + b"\n"))
+        disk().sync(file)
     if new:
         sync(path.parent)
 
 
+def append_bytes(path: Path, data: Any) -> None:
+    """Append to a file that nothing rests on: what a power cut takes of it is not missed."""
+    with _told("write", path), _opened(path, "ab") as file:
+        disk().write(file, memoryview(data).cast("B"))
+
+
 def truncate(path: Path, length: int) -> None:
     """Durably cut a file to its first `length` bytes."""
-    with path.open("r+b") as file:
-        file.truncate(length)
-        file.flush()
-        os.fsync(file.fileno())
+    with _told("write", path), _opened(path, "r+b") as file:
+        disk().truncate(file, length)
+        disk().sync(file)
 
 
 def remove(path: Path) -> None:
     """Remove a file that may be gone already."""
-    path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError), _told("remove", path):
+        disk().unlink(path)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder that may be gone already."""
-    if path.exists():
-        shutil.rmtree(path)
+    """Remove a folder that may be gone already; a power cut does not bring it back."""
+    if path.is_symlink() or path.exists():
+        _remove_all(path)
+        sync(path.parent)
+
+
+def _remove_all(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        remove(path)
+        return
+    with suppress(FileNotFoundError), _told("remove", path):
+        for entry in sorted(path.iterdir()):
+            _remove_all(entry)
+        disk().remove_folder(path)
+
+
+def empty(path: Path, keep: str | None = None) -> None:
+    """Remove whatever is in a folder that may be gone already; a power cut does not bring it back.
+
+    The folder stays, for `remove_empty`: NFS and FUSE keep a hidden name in it for a removed file that somebody has open, such
+    as a lock.
+
+    Args:
+        keep: but for what has a name that begins with this.
+    """
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            if keep is None or not entry.name.startswith(keep):
+                _remove_all(entry)
+        sync(path)
+
+
+def empty_locked(folder: Path, lock: str) -> None:
+    """Remove whatever is in a folder of which this process holds the lock: the lock last, since whoever finds none may begin there.
+
+    Args:
+        lock: name of the lock's file; those of other processes at the same work have names that begin with it.
+    """
+    empty(folder, lock)
+    empty(folder)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder that may be gone already, or into which somebody may have put something."""
+    with suppress(FileNotFoundError), _told("remove", path):
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                disk().remove_folder(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if left:
+                    time.sleep(0.05)  # FUSE lets go of a closed file a little later
+            else:
+                sync(path.parent)
+                break
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; the new entry is durable."""
-    if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
+    """Create a folder and its parents; the new names are durable."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    with _told("make", path):
+        try:
+            disk().make_folder(path)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
         sync(path.parent)
 
 
@@ -153,24 +275,43 @@ def publish(staging: Path, target: Path) -> None:
     for path in sorted(staging.rglob("*")):
         sync(path)
     sync(staging)
-    os.rename(staging, target)
-    sync(target.parent)
+    move_aside(staging, target)
 
 
 def move_aside(path: Path, target: Path) -> None:
-    """Rename a folder out of the way."""
-    os.rename(path, target)
-    sync(target.parent)
+    """Durably rename a folder to where nothing but an empty one may be."""
+    with _told("make", target):
+        disk().rename(path, target)
+        sync(target.parent)
 
 
 def read_into(path: Path, offset: int, buffer: memoryview) -> int:
     """Fill `buffer` from a file's bytes at `offset`; returns how many there were."""
     done = 0
-    with spent("read"), path.open("rb", buffering=0) as file:
+    with spent("read"), _told("read", path), _opened(path, "rb") as file:
         file.seek(offset)
-        while done < len(buffer) and (count := file.readinto(buffer[done:])):
+        while done < len(buffer) and (count := disk().read(file, buffer[done:])):
             done += count
     return done
+
+
+def read_bytes(path: Path) -> bytes:
+    """A regular file's bytes: no waiting for the other end of a pipe, no reading of a device for ever.
+
+    Raises:
+        DiskError: it cannot be read, or is no regular file.
+        FileNotFoundError: it is not there.
+    """
+    return b"".join(_pieces(path))
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with _told("read", path), _opened(path, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file")
+        buffer = bytearray(COPY_BYTES)
+        while count := disk().read(file, memoryview(buffer)):
+            yield bytes(buffer[:count])
 
 
 def announce(path: Path, offset: int, length: int) -> None:
@@ -180,6 +321,16 @@ def announce(path: Path, offset: int, length: int) -> None:
             # In pieces, since Linux takes no more than a device's own read-ahead of each.
             for begin in range(offset, offset + length, 1 << 17):
                 os.posix_fadvise(file.fileno(), begin, min(1 << 17, offset + length - begin), os.POSIX_FADV_WILLNEED)
+
+
+def forget(path: Path) -> None:
+    """Have the kernel drop what it keeps of a file, where it listens, so that what is read next comes from the disk.
+
+    It drops what is on the disk already, and what no process has mapped.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def free_bytes(folder: Path) -> int:
@@ -201,10 +352,14 @@ def _existing(folder: Path) -> Path:
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for piece in _pieces(path):
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def holds(path: Path, digest: str) -> bool:
+    """Whether a file is there and has that SHA-256."""
+    return path.is_file() and sha256(path) == digest
 
 
 @contextmanager
@@ -257,39 +412,60 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def append_text(path: Path, text: str) -> None:
-    """Append to a file that nothing rests on: what a power cut takes of it is not missed."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+def probe(folder: Path, name: str, remedy: str) -> None:
+    """See that a folder's file system does what the crash rule rests on, by doing it there.
 
-
-def empty(folder: Path, keep: str) -> None:
-    """Remove all that a folder holds but what has a name that begins with `keep`."""
-    for path in folder.iterdir():
-        if path.name.startswith(keep):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            remove(path)
-
-
-def remove_locked(folder: Path, lock: str) -> None:
-    """Remove a folder of which this process holds the lock: the lock last, since whoever finds none may begin there.
-
-    The folder itself stays if somebody has come in behind the lock.
+    Hard links are not asked for, since `link` copies where there are none.
 
     Args:
-        lock: name of the lock's file; those of other processes at the same work have names that begin with it.
+        folder: need not be there yet; then the nearest parent that is.
+        name: what is made in it and removed again is called so, and so is what a killed process left of this.
+        remedy: what the user shall do about it.
+
+    Raises:
+        DiskError: what the file system does not do.
     """
-    empty(folder, lock)
-    for path in sorted(folder.glob(f"{lock}*"), reverse=True):
-        remove(path)
+    place = _existing(folder) / name
+    one, full, empty = place / "file", place / "full", place / "empty"
+    tried = partial(trying, folder=place.parent, remedy=remedy)
     try:
-        folder.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-            raise
+        with tried("making a folder"):
+            remove_tree(place)
+            make_folder(place)
+        with tried("writing a file and syncing it"):
+            write_text(one, "older")
+        with tried("replacing a file by a rename"):
+            write_text(one, "newer")
+            if read_bytes(one) != b"newer":
+                raise OSError("the older one is still there")
+        with tried("renaming a folder to where an empty one is"):
+            make_folder(full)
+            make_folder(empty)
+            write_text(full / one.name, "full")
+            publish(full, empty)
+        with tried("locking a file"), locked(one):
+            if not is_locked(one):
+                raise OSError("another process would not see it")
+        with tried("removing a folder"):
+            remove_tree(place)
+    except BaseException:
+        with suppress(OSError, DiskError):
+            remove_tree(place)
+        raise
+
+
+@contextmanager
+def trying(operation: str, folder: Path, remedy: str) -> Iterator[None]:
+    """A context in which a failure is one of the file system that holds `folder`, told with what to do about it.
+
+    Raises:
+        DiskError: instead of any other and of any OSError.
+    """
+    try:
+        yield
+    except (OSError, DiskError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        raise DiskError(f"{folder}: {operation} fails there ({reason}); {remedy}") from error
 
 
 @contextmanager
@@ -306,12 +482,25 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
             # A link or a folder of somebody else's would have the lock made, and files removed, where it likes.
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
                 with locked(path / SCRATCH_LOCK):
-                    remove_locked(path, SCRATCH_LOCK)
+                    empty_locked(path, SCRATCH_LOCK)
+                remove_empty(path)
     with ExitStack() as stack:
         while True:
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            stack.callback(remove_empty, folder)
             with suppress(ResumeError):  # another process took it for one that was left, and removes it
                 stack.enter_context(locked(folder / SCRATCH_LOCK))
                 break
-        stack.callback(remove_locked, folder, SCRATCH_LOCK)
+        stack.callback(empty_locked, folder, SCRATCH_LOCK)
         yield folder
+
+
+def first_link(folder: Path) -> Path | None:
+    """The folder itself if it is a symbolic link, or the first one in it, however deep; None where there is none."""
+    if folder.is_symlink():
+        return folder
+    for place, folders, names in os.walk(folder):
+        for name in sorted((*folders, *names)):
+            if os.path.islink(os.path.join(place, name)):
+                return Path(place, name)
+    return None

@@ -6,6 +6,7 @@ share, and read from there; ``HF_HUB_OFFLINE=1`` and ``HF_HOME`` mean what they 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from .curves import CURVES
 from .errors import CheckpointError, one_line
-from .model.checkpoint import CONFIG, INDEX, SINGLE, read_json
+from .model.checkpoint import CONFIG, INDEX, SINGLE, read_index
 from .output import COMPANIONS, REPORT
 from .progress import Progress, Silent
 
@@ -39,10 +40,10 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
         CheckpointError: neither a directory nor to be had from the hub or its cache.
     """
     path, progress = Path(model), progress or Silent()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     match = _NAME.fullmatch(str(model))
-    if match is None or path.exists():
+    if match is None or os.path.exists(path):
         raise CheckpointError(
             f"{model} is not a directory with a model in it, nor a name on the hub (org/name or org/name@revision)"
         )
@@ -54,7 +55,7 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
 
 def is_name(model: str | Path) -> bool:
     """Whether this may be a model on the hub: it reads like a name, and nothing of that name is here."""
-    return _NAME.fullmatch(str(model)) is not None and not Path(model).exists()
+    return _NAME.fullmatch(str(model)) is not None and not os.path.exists(model)
 
 
 def commit(model: Path) -> str | None:
@@ -98,6 +99,8 @@ def _fetched(repo: str, revision: str | None) -> Path:
         folder = fetch(list(_SMALL))
         if lacking := _lacking(folder):
             folder = fetch(lacking)
+    except CheckpointError:
+        raise
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated: accept its terms on the hub and log in (`hf auth login`, or HF_TOKEN)"
@@ -122,12 +125,14 @@ def _fetched(repo: str, revision: str | None) -> Path:
 
 
 def _lacking(folder: Path) -> list[str]:
-    """Files of weights that a checkpoint directory should have and has not."""
+    """Files of weights that a checkpoint directory should have and has not.
+
+    Raises:
+        CheckpointError: the index names what is no shard: a pattern, for one, would fetch whatever it matches.
+    """
     if not (folder / INDEX).is_file():
         return [] if (folder / SINGLE).is_file() else [SINGLE]
-    placed = read_json(folder / INDEX).get("weight_map")
-    shards = {shard for shard in placed.values() if isinstance(shard, str)} if isinstance(placed, dict) else set()
-    return sorted(shard for shard in shards if not (folder / shard).is_file())
+    return sorted(shard for shard in read_index(folder / INDEX) if not (folder / shard).is_file())
 
 
 def _lack(repo: str, folder: Path, lacking: list[str]) -> str:

@@ -11,6 +11,7 @@ from . import hub, machine
 from .comparison import JSON, MARKDOWN
 from .curves import CURVES
 from .errors import CheckpointError
+from .journal import as_written
 from .model.checkpoint import CONFIG, read_json
 from .model.skeleton import open_skeleton
 from .output import REPORT, is_report, is_tuning
@@ -97,12 +98,13 @@ def _job(out: Path) -> dict[str, Any] | None:
         return None
     if journal.header is None:
         return {"state": "starting"}
-    pruned = [step for step in journal.steps() if "/prune/" in step["step"]]
-    shot = pruned[-1]["step"].partition("/")[0] if pruned else ""
-    reports = [report for step in pruned if step["step"].startswith(f"{shot}/") for report in step["sites"]]
-    return {
-        "state": status(out).state,
-        "settings": journal.header["job"]["settings"],
-        "finished": [step["step"] for step in journal.steps()],
-        "sites": reports,
-    }
+    with as_written(out):
+        pruned = [step for step in journal.steps() if "/prune/" in step["step"]]
+        shot = pruned[-1]["step"].partition("/")[0] if pruned else ""
+        reports = [report for step in pruned if step["step"].startswith(f"{shot}/") for report in step["sites"]]
+        return {
+            "state": status(out).state,
+            "settings": journal.header["job"]["settings"],
+            "finished": [step["step"] for step in journal.steps()],
+            "sites": reports,
+        }

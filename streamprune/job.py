@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration, files, hub, machine, output
@@ -32,6 +31,7 @@ from .methods import RECIPES
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
+from .model.checkpoint import load_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .needs import Needs
 from .progress import Progress
@@ -39,7 +39,6 @@ from .ranks import ALONE, Ranks
 from .schedule import Stretch, as_entries
 from .site import Site
 from .stream.store import ActivationStore
-from .stream.sweep import check_weights
 from .text import Text, builtin_text
 from .workplace import Workplace, first_difference, text_identity
 
@@ -128,6 +127,10 @@ class Job(Workplace):
         plan = self.recipe.allocate(self.settings, self.changeable(reached), survey, budget)
         whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
         return Plan(whole, plan.ratio)
+
+    @property
+    def sources(self) -> list[Skeleton]:
+        return [self.skeleton]
 
     @property
     def surveys(self) -> bool:
@@ -317,16 +320,15 @@ class Job(Workplace):
             _ = self.tokens
         header = self.header
         self._check_agreed()
-        check_weights(self.skeleton, self.progress, self.ranks)
+        sources = self.read_sources()
         self.let_go()
-        if self.ranks.first:
-            self._make_folders()
         if self.needs_text:
             self.make_cache()
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         return self.journal.append(
             "start",
             job=header,
+            sources=sources,
             cache=self.cache_given,
             plan="given" if self.given_plan else None,
             shots=self.shots,
@@ -337,13 +339,6 @@ class Job(Workplace):
             },
             schedule=as_entries(self._schedule(resources.phases)),
         )
-
-    def _make_folders(self) -> None:
-        """Make what the shots write to."""
-        for number in range(1, self.shots + 1):
-            files.make_folder(self.shot_folder(number))
-            if self.recipe.correction(self.settings) is not None:
-                files.make_folder(self.folder / f"shot-{number:02}-pruned")
 
     def _check_agreed(self) -> None:
         """See that all ranks were asked the same of the same model, text and versions."""
@@ -432,13 +427,19 @@ class Job(Workplace):
     def tokens(self) -> Tensor:
         """Calibration windows (samples, length); those that the model writes are there once they are journalled."""
         if self.text == "self":
-            written: Tensor = load_file(self.written_path)["tokens"]
-            return written
+            line = self.journal.find("calibrate")
+            assert line is not None
+            return load_shard(self.written_path, line["sha256"])["tokens"]
         vocabulary, samples, seed = self.skeleton.vocabulary, self.config.samples, self.config.seed
         if self.text == "random-tokens":
             return calibration.random_windows(vocabulary, samples, self.length, seed)
         tokenizer = calibration.load_tokenizer(self.config.model)
         return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed)
+
+    @property
+    def published(self) -> bool:
+        """Whether the result has its final name."""
+        return not self.staging.is_dir() and self.report_in_out() is not None
 
     @property
     def part(self) -> slice:

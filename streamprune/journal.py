@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import files
-from .errors import ResumeError
+from .errors import ResumeError, one_line
 from .ranks import ALONE, Ranks
 
 Entry = dict[str, Any]
@@ -49,6 +50,16 @@ class Journal:
         self.rest()
         return self._entries[-1]
 
+    def rewind(self, prefix: str) -> None:
+        """Take back, durably, the first step whose name begins with `prefix` and all that came behind it."""
+        kept = next(number for number, entry in enumerate(self._entries) if entry["step"].startswith(prefix))
+        self.ranks.barrier()
+        if self.ranks.first:
+            lines = files.read_bytes(self.path).splitlines(keepends=True)
+            files.truncate(self.path, sum(map(len, lines[:kept])))
+        self.ranks.barrier()
+        del self._entries[kept:]
+
     def find(self, step: str) -> Entry | None:
         """The last entry of that step, or None if it is not finished."""
         return next((entry for entry in reversed(self._entries) if entry["step"] == step), None)
@@ -65,7 +76,7 @@ class Journal:
 
     def _read(self) -> list[Entry]:
         good, entries = 0, list[Entry]()
-        data = self.path.read_bytes() if self.path.exists() else b""
+        data = files.read_bytes(self.path) if self.path.exists() else b""
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             entry = _decode(line)
             if entry is None:
@@ -79,6 +90,20 @@ class Journal:
         return entries
 
 
+@contextmanager
+def as_written(out: Path) -> Iterator[None]:
+    """A context that reads the lines of a job of `out` for what jobs write into them.
+
+    Raises:
+        ResumeError: they hold something else. Each has its checksum, so that no accident can have done it.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        message = f"{out}: its journal holds what no job writes ({one_line(error)}); start over with --restart"
+        raise ResumeError(message) from error
+
+
 def _encode(entry: Entry) -> str:
     text = json.dumps(entry)
     return f"{zlib.crc32(text.encode()):08x} {text}"
@@ -88,5 +113,8 @@ def _decode(line: bytes) -> Entry | None:
     check, _, text = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or check != f"{zlib.crc32(text):08x}".encode():
         return None
-    entry: Entry = json.loads(text)
-    return entry
+    try:
+        entry = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), str) else None

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import files
-from .errors import Stopped, StreamPruneError
+from .errors import DiskError, Stopped, StreamPruneError
 from .progress import Callback, Progress, Silent
 from .version import __version__
 
@@ -52,7 +52,7 @@ class Log:
         """A context in which lines go to the log in `folder`, behind those of earlier processes, its own end at last."""
         self._path = folder / NAME
         begin = f"streamprune {__version__} {'goes on' if resumed else 'begins'}"
-        files.append_text(self._path, "".join([*self._waiting, _line(begin)]))
+        files.append_bytes(self._path, "".join([*self._waiting, _line(begin)]).encode())
         self._waiting = []
         try:
             yield
@@ -61,29 +61,27 @@ class Log:
             raise
         except Exception as error:
             message = str(error) if isinstance(error, StreamPruneError) else f"{type(error).__name__}: {error}"
-            with suppress(OSError):  # the error may be the full disk's
+            with suppress(DiskError):  # the error may be the full disk's
                 self._write(f"{FAILED}{message}")
             raise
         finally:
             self._path = None
 
-    def finish(self, folder: Path | None = None) -> None:
-        """Write the last line and leave a copy in `folder`, which is about to be the result."""
+    def finish(self) -> None:
+        """Write the last line."""
         assert self._path is not None
         self._write("finished")
-        if folder is not None:
-            files.copy(self._path, folder / NAME)
 
     def _write(self, text: object) -> None:
         if self._path is None:
             self._waiting.append(_line(text))
         else:
-            files.append_text(self._path, _line(text))
+            files.append_bytes(self._path, _line(text).encode())
 
 
 def last_line(path: Path) -> str | None:
     """The last thing that a log tells, without its time; None if there is no log."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = files.read_bytes(path).decode().splitlines() if path.is_file() else []
     return lines[-1].partition(" ")[2] if lines else None
 
 

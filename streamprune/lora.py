@@ -7,6 +7,7 @@ written by the same hand as every other.
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import NumericalError
 from .maths.descent import Descent, batch
-from .maths.linalg import accumulator
+from .maths.linalg import accumulator, advice, all_finite
 from .model.modeling_streamprune import Experts, separate_experts
 from .model.skeleton import Skeleton
 from .model.whole import load_whole
@@ -71,7 +72,7 @@ def train(
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(state[name])
-    descent = Descent(weights, steps=how.steps, rate=how.rate, state=state)
+    descent = Descent(weights, steps=how.steps, rate=how.rate, place="lora", state=state)
     losses: list[float] = []
     while descent.done < how.steps:
         chosen = tokens[batch(len(tokens), how.size, how.seed, descent.done)]
@@ -80,8 +81,11 @@ def train(
             loss = _loss(model, part.to(skeleton.device)) * (len(part) / len(chosen))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        if not torch.isfinite(torch.tensor(total)):
-            raise NumericalError(f"the loss is {total} at step {descent.done}")
+        if not math.isfinite(total):
+            place = _first_not_finite(model, skeleton, chosen[: how.micro])
+            raise NumericalError(
+                f"{place} gives NaN or Inf: the loss is {total} at step {descent.done}{advice(skeleton.dtype)}"
+            )
         descent.step()
         losses.append(total)
         if descent.done % SAVE_EVERY == 0 or descent.done == how.steps:
@@ -122,6 +126,27 @@ def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter
         for leaf, module in (("u", linear.lora_B["default"]), ("v", linear.lora_A["default"])):
             weights[f"{name}.{leaf}"] = module.weight
     return model, weights
+
+
+def _first_not_finite(model: Any, skeleton: Skeleton, tokens: Tensor) -> str:
+    """Which part of the model gives NaN or Inf first."""
+    found = []
+
+    def watch(index: int) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not all_finite(hidden):
+                found.append(f"block {index}")
+
+        return look
+
+    blocks = model.base_model.model.get_submodule(skeleton.architecture.blocks)
+    hooks = [block.register_forward_hook(watch(index)) for index, block in enumerate(blocks)]
+    with torch.no_grad():
+        model(input_ids=tokens.to(skeleton.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else "the head"
 
 
 def _loss(model: Any, tokens: Tensor) -> Tensor:

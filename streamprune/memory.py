@@ -21,6 +21,7 @@ from .model.skeleton import Skeleton
 from .needs import REFINE_SEQUENCES, Needs
 from .shapes import Shapes, Together
 from .site import Site
+from .stream.store import file_bytes
 from .stream.sweep import LOGIT_BYTES
 
 GRAMS_AT_ONCE = 1 << 31
@@ -284,7 +285,7 @@ class Memory(Shapes):
         needs, depth = self.needs, len(self.skeleton)
         if not needs.text:
             return 1, 0
-        one = needs.samples * self.stored_row
+        one = file_bytes(needs.samples, self.stored_row)
         streams = 2 if needs.dense_stream else 1
         # A stream has a block's input and its output until the journal has it and, while pruning, what is between its
         # sublayers; of that no journal line speaks, and none of an evaluation's.

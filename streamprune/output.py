@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import files
+from . import files, manifest
 from .calibration import load_tokenizer
+from .errors import CheckpointError, DamageError, NumericalError
 from .layout import DECILM, FREE, Layout
 from .model import modeling_streamprune as modeling
 from .model.architecture import is_stock, stock_config
 from .model.block import module_rows
 from .model.checkpoint import (
     CONFIG,
-    Checkpoint,
+    INDEX,
     data_bytes,
     read_json,
     shard_name,
@@ -26,12 +25,19 @@ from .model.checkpoint import (
     write_shard,
 )
 from .model.skeleton import Skeleton
+from .progress import Progress
 from .site import Site
+from .verification import check
 
 REPORT = "report.json"
 CARD = "README.md"
 BLOCK_CONFIGS = "block_configs"
 """DeciLM's field."""
+AGAIN = (
+    "something is wrong with the disk or the memory, or another program was at work there; "
+    "run the same command again, which makes it anew"
+)
+"""What can be said of damage."""
 FIGURES = (
     "recipe",
     "ratio_requested",
@@ -44,11 +50,12 @@ FIGURES = (
     "forward_equivalents",
 )
 """What a report says of the whole."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -81,12 +88,15 @@ def block_shard(skeleton: Skeleton, index: int) -> str:
     return shard_name(index + 2, _shards(skeleton))
 
 
-def write_outside(skeleton: Skeleton, folder: Path) -> None:
-    """Write the shards of what surrounds the blocks, unchanged."""
+def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
+    """Write the shards of what surrounds the blocks, unchanged; returns their digests by file name."""
     checkpoint, total = skeleton.checkpoint, _shards(skeleton)
+    digests = {}
     for number, names in ((1, skeleton.embed_names()), (total, skeleton.head_names())):
         if names:
-            write_shard(folder / shard_name(number, total), {name: checkpoint.read(name) for name in names})
+            shard = shard_name(number, total)
+            digests[shard] = write_shard(folder / shard, {name: checkpoint.read(name) for name in names})
+    return digests
 
 
 @dataclass(frozen=True)
@@ -99,36 +109,78 @@ class Card:
 
 
 def finish(
-    skeleton: Skeleton, folder: Path, sites: Sequence[Site], report: dict[str, Any], card: Card, layout: Layout
-) -> None:
-    """Write everything but the shards, and hold the result against its own config.
+    skeleton: Skeleton,
+    folder: Path,
+    sites: Sequence[Site],
+    report: dict[str, Any],
+    card: Card,
+    layout: Layout,
+    digests: Mapping[str, str],
+    progress: Progress,
+) -> dict[str, str]:
+    """Write everything but the shards and, last, the manifest; then read it all back.
 
     Args:
         sites: of the pruned model, in order.
         layout: what they were kept to; if the stock config can say their widths, it is stock whatever the layout.
         report: what `report.json` holds; "parameters_after" is in it.
+        digests: of the files that are written already, all the shards among them, by name.
+
+    Returns:
+        The digests of all files but the manifest.
+
+    Raises:
+        DamageError: the disk does not hold what was written.
+        NumericalError: a tensor that was written holds NaN or Inf.
+        CheckpointError: the tensors are not those of the config.
     """
+    digests = dict(digests)
     placed = {name: shard_name(1, _shards(skeleton)) for name in skeleton.embed_names()}
     placed |= {name: shard_name(_shards(skeleton), _shards(skeleton)) for name in skeleton.head_names()}
     for index in range(len(skeleton)):
         placed |= {name: block_shard(skeleton, index) for name in skeleton.block_names(index).values()}
     source = skeleton.checkpoint
+    if lost := [shard for shard in sorted(set(placed.values())) if not (folder / shard).is_file()]:
+        raise DamageError(f"{folder}: {lost[0]} is missing; {AGAIN}")
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
-    write_index(folder, placed, report["parameters_after"], size)
+    digests[INDEX] = write_index(folder, placed, report["parameters_after"], size)
     stock = is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
     config = uniform_config if stock else decilm_config if layout is DECILM else free_config
-    write_json(folder / CONFIG, config(skeleton, sites))
+    digests[CONFIG] = write_json(folder / CONFIG, config(skeleton, sites))
+    copies = {name: source.directory / name for name in COMPANIONS}
     if not stock:
-        files.copy(Path(modeling.__file__), folder / Path(modeling.__file__).name)
-    for name in COMPANIONS:
-        if (source.directory / name).is_file():
-            files.copy(source.directory / name, folder / name)
-    if not stock:
-        _name_tokenizer(source.directory, folder)
-    files.write_text(folder / CARD, _card(card, stock))
-    write_json(folder / REPORT, report)
-    # Reading it back: every tensor present, shapes as the config says, in transformers' own model.
-    Skeleton(Checkpoint(folder), device=torch.device("cpu"), dtype=torch.float32)
+        path = Path(modeling.__file__)
+        copies[path.name] = path
+        if (named := _named_tokenizer(source.directory)) is not None:
+            del copies[TOKENIZER_CONFIG]
+            digests[TOKENIZER_CONFIG] = write_json(folder / TOKENIZER_CONFIG, named)
+    for name, path in copies.items():
+        if path.is_file():
+            digests[name] = files.copy(path, folder / name)
+    digests[CARD] = files.write_text(folder / CARD, _card(card, stock))
+    digests[REPORT] = write_json(folder / REPORT, report)
+    manifest.write(folder, digests)
+    _hold(folder, digests, progress)
+    return digests
+
+
+def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
+    """See that the disk has what was written, and that this is a checkpoint."""
+    found = check(folder, digests, progress)
+    for name in found.unlisted:
+        progress.say(
+            f"{name} lies in {folder}, and will in the result: it is no part of it, nor of its {manifest.NAME}"
+        )
+    if found.sound:
+        return
+    damaged = [fault for fault in found.faults if fault.kind == "file"]
+    first = (damaged or found.faults)[0]
+    message = f"{folder}: {first}" + (f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else "")
+    if damaged:
+        raise DamageError(f"{message}; {AGAIN}")
+    if first.kind == "values":
+        raise NumericalError(f"{message}, as it was computed; other settings may do better, such as --dtype float32")
+    raise CheckpointError(message)
 
 
 def uniform_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
@@ -207,15 +259,14 @@ def layout_of(skeleton: Skeleton) -> Layout:
     return DECILM if BLOCK_CONFIGS in skeleton.checkpoint.config else FREE
 
 
-def _name_tokenizer(source: Path, folder: Path) -> None:
-    """Write down the tokenizer's class, which transformers otherwise takes from a model_type it knows."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        return
+def _named_tokenizer(source: Path) -> dict[str, Any] | None:
+    """The tokenizer's config with its class, which transformers otherwise takes from a model_type it knows; None if it is there."""
+    path = source / TOKENIZER_CONFIG
+    if not any((source / name).is_file() for name in (TOKENIZER_CONFIG, "tokenizer.json", "vocab.json")):
+        return None
     name = type(load_tokenizer(source)).__name__
     config = read_json(path) if path.is_file() else {}
-    if config.get("tokenizer_class") != name:
-        write_json(path, {**config, "tokenizer_class": name})
+    return None if config.get("tokenizer_class") == name else {**config, "tokenizer_class": name}
 
 
 def _plain_config(skeleton: Skeleton) -> dict[str, Any]:

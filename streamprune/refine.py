@@ -73,7 +73,7 @@ def refine(
     generator = torch.Generator().manual_seed((how.seed * 1_000_003 + index) % 2**63)
     losses: list[float] = []
     with _trained(block, dtype, how.rank, generator) as weights, torch.enable_grad():
-        descent = Descent(weights, steps=how.steps, rate=how.rate)
+        descent = Descent(weights, steps=how.steps, rate=how.rate, place=f"block {index}")
         for step in range(how.steps):
             drawn = torch.randperm(samples, generator=generator)[:size].tolist()
             chosen = [row - before for row in drawn if 0 <= row - before < store.shape[0]]

@@ -14,6 +14,7 @@ from .errors import ConfigError
 from .forecast import Resources
 from .job import Job
 from .journal import Entry
+from .lost import lost
 from .machine import within
 from .maths.operations import kind
 from .memory import generation_batch
@@ -146,6 +147,7 @@ class Run:
     def work(self) -> Entry:
         """Shot after shot to the finished OUT; returns the report."""
         job = self.job
+        self.job.go_back(lambda: lost(self.job))
         if job.journal.find("complete") is None:
             self._prepare()
             for number in range(1, job.shots + 1):
@@ -156,11 +158,16 @@ class Run:
                     shot.work()
                 if number > 1 and job.ranks.first:
                     files.remove_tree(job.shot_folder(number - 1))
-            job.journal.append("complete")
+            assert job.journal.header is not None
+            job.check_sources(job.journal.header)
+            finished = Shot(job, job.shots).finished
+            assert finished is not None
+            job.journal.append("complete", sha256=finished["sha256"])
         return job.publish()
 
     def prepare(self) -> None:
         """What comes before the prune sweep."""
+        self.job.go_back(lambda: lost(self.job))
         self._prepare()
         Shot(self.job, 1).prepare()
 
@@ -183,5 +190,5 @@ class Run:
             batch = generation_batch(job.skeleton, job.needs, job.batch, job.backward_batch)
             folder, samples = job.cache / "generate", job.config.samples
             tokens = generate(job.skeleton, samples, job.length, job.config.seed, folder, batch, job.progress)
-            write_shard(job.written_path, {"tokens": tokens})
-        job.journal.append("calibrate")
+            digest = write_shard(job.written_path, {"tokens": tokens})
+        job.journal.append("calibrate", sha256=digest)

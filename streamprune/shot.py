@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from . import files, hub, output
 from .config import format_bytes
 from .correction import Corrector
 from .curves import CURVES, write_curves
-from .errors import NumericalError, ResumeError
+from .errors import DiskError, NumericalError, ResumeError
 from .host import return_freed_memory
 from .job import Job
 from .journal import Entry
@@ -33,17 +32,17 @@ from .methods.allocation import Budget
 from .methods.plan import Plan
 from .methods.recipe import Correction, Findings, Survey, Surveyed
 from .model.block import Block, Prunable
-from .model.checkpoint import read_json, write_json, write_shard
+from .model.checkpoint import Shard, read_json, write_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .progress import rest
 from .refine import Refinement
 from .site import Site
 from .stream import sweep
-from .surgery import CPU, DENSE, PRUNED, SEEN, Surgeon, left_alone, tokens_seen
+from .surgery import CPU, DENSE, PRUNED, SEEN, Streams, Surgeon, left_alone, tokens_seen
 
 GRADIENT = "gradient"
-COST = "cost.json"
-"""Beside a survey that is shared: what it took."""
+COST, DIGESTS = "cost.json", "sha256"
+"""Beside a survey that is shared: what it took, and the files' digests among that."""
 
 
 @dataclass(frozen=True)
@@ -108,51 +107,69 @@ class Shot:
         plan = self.prepare()
         if not self.journalled("pruned"):
             self._prune(plan)
-            self._write(plan, self.pruned)
-            self.record("pruned")
-        if self.correction is not None:
-            self._correct(plan, self.correction)
-        self.record("finished", removed=self._removed())
+            lines = enumerate(self.steps("prune/"))
+            shards = {output.block_shard(self.skeleton, index): line["sha256"] for index, line in lines}
+            self.record("pruned", sha256=self._write(plan, self.pruned, shards))
+        pruned = self.journalled("pruned")
+        assert pruned is not None
+        digests = pruned["sha256"] if self.correction is None else self._correct(plan, self.correction)
+        self.record("finished", removed=self._removed(), sha256=digests)
         if self.correction is not None and self.ranks.first:
             files.remove_tree(self.pruned)
-            files.remove_tree(self._corrections)
+            files.remove_tree(self.corrections)
 
     def prepare(self) -> Plan:
         """Survey and allocate, as far as that is not done."""
         if self.job.needs_text and not self.journalled("embed"):
-            store, size = self.job.store, self.job.batch
-            tokens = self.job.tokens[self.job.part]
-            sweep.embed(self.skeleton, tokens, store, sweep.boundary(DENSE, 0), size)
+            self._embed()
             self.record("embed")
         if self.job.surveys and not self.journalled("allocate"):
             self._survey()
         return self._allocate()
 
+    def _embed(self) -> None:
+        job = self.job
+        sweep.embed(self.skeleton, job.tokens[job.part], job.store, sweep.boundary(DENSE, 0), job.batch)
+
+    def _embed_again(self) -> None:
+        """See that the first block's input is there, which nothing is gone back for."""
+        if not self.job.store.intact(sweep.boundary(DENSE, 0)):
+            self._embed()
+
+    @cached_property
+    def streams(self) -> Streams:
+        """Those of the prune sweep."""
+        recipe, settings = self.job.recipe, self.job.settings
+        apart = recipe.compensation(settings) is not None or recipe.target(settings) is not None
+        moving = (PRUNED, DENSE) if apart or (self.last and self.job.config.refine) else (PRUNED,)
+        return Streams(moving if self.job.streams else (), self.job.window)
+
     # The journal, as far as it speaks of this shot.
+
+    def named(self, step: str) -> str:
+        """What the journal calls a step of this shot."""
+        return f"shot-{self.number}/{step}"
 
     def record(self, step: str, **data: Any) -> Entry:
         """Record a step of this shot as finished."""
-        return self.job.journal.append(f"shot-{self.number}/{step}", **data)
+        return self.job.journal.append(self.named(step), **data)
 
     def journalled(self, step: str) -> Entry | None:
         """A finished step of this shot."""
-        return self.job.journal.find(f"shot-{self.number}/{step}")
+        return self.job.journal.find(self.named(step))
 
     def steps(self, prefix: str) -> list[Entry]:
         """All finished steps of this shot whose name begins with `prefix`."""
-        return list(self.job.journal.steps(f"shot-{self.number}/{prefix}"))
+        return list(self.job.journal.steps(self.named(prefix)))
 
     # The survey.
 
     def _survey(self) -> None:
         """The recipe's findings at every site of the model, by a forward and, for gradients, a backward sweep."""
-        depth = len(self.skeleton)
         job = self.job
         shared = job.shared_survey(job.sizes) if self.number == 1 else None
         if shared is not None and not self.steps("forward/") and shared.is_dir():
-            for index in range(depth):
-                files.link(shared / self._survey_path(index).name, self._survey_path(index))
-            self.record("surveyed", spared=read_json(shared / COST))
+            self._take(shared)
         if not self.journalled("surveyed"):
             for asker in self.asking:
                 if not self.steps("forward/"):
@@ -168,6 +185,17 @@ class Shot:
                 self._link(own)
                 for asker in (own, *self.asking):
                     self._share(asker)
+
+    def _take(self, shared: Path) -> None:
+        """Have another job's findings for this one's, if they are as they were written."""
+        cost = read_json(shared / COST)
+        digests = cost.pop(DIGESTS)
+        for index, digest in enumerate(digests):
+            if not files.holds(shared / self.survey_path(index).name, digest):
+                files.remove_tree(shared)
+                return
+            files.link(shared / self.survey_path(index).name, self.survey_path(index))
+        self.record("surveyed", spared=cost, sha256=digests)
 
     @cached_property
     def asking(self) -> list[Asker]:
@@ -210,7 +238,7 @@ class Shot:
         files.remove_tree(own.folder)
         files.make_folder(own.folder)
         for index in range(len(self.skeleton)):
-            files.link(self._survey_path(index), own.findings(index))
+            files.link(self.survey_path(index), own.findings(index))
 
     def _share(self, asker: Asker) -> None:
         """Leave a survey for other jobs, if it is whole: a process that was killed may have made some of it for fewer."""
@@ -220,20 +248,28 @@ class Shot:
             whose in line["parts"] for line in lines if "parts" in line
         ):
             return
+        digests = [line["parts"][whose]["sha256"] if "parts" in line else line["sha256"] for line in self.survey_lines]
         spent = [share_of(line, whose) for line in lines]
         kinds = {kind: sum(each["operations_by_kind"][kind] for each in spent) for kind in KINDS}
-        write_json(asker.folder / COST, {**as_entry(kinds), "seconds": sum(each["seconds"] for each in spent)})
+        cost = {**as_entry(kinds), "seconds": sum(each["seconds"] for each in spent)}
+        write_json(asker.folder / COST, {**cost, DIGESTS: digests})
         try:
             files.publish(asker.folder, asker.shared)
-        except OSError:
+        except DiskError:
             if not asker.shared.is_dir():
                 raise
             files.remove_tree(asker.folder)  # another job was first
 
     @property
+    def survey_lines(self) -> list[Entry]:
+        """The steps that left findings, a block's each, in the order of blocks."""
+        lines = [line for part in ("forward/", "backward/") for line in self.steps(part) if "sha256" in line]
+        return sorted(lines, key=lambda line: int(line["step"].rpartition("/")[2]))
+
+    @property
     def survey(self) -> Survey:
         """The findings on the disk; empty where there was no survey."""
-        return SurveyFiles(self.skeleton, self._survey_path) if self.job.surveys else {}
+        return SurveyFiles(self.skeleton, self.survey_path) if self.job.surveys else {}
 
     def _survey_forward(self) -> None:
         skeleton, depth = self.skeleton, len(self.skeleton)
@@ -243,6 +279,8 @@ class Shot:
         self.progress.phase("survey", depth, done)
         if moves:
             store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
+            if not done:
+                self._embed_again()
         for index, block in sweep.blocks(skeleton, range(done, depth)):
             stats = self._empty_statistics(index)
             if moves:
@@ -261,6 +299,8 @@ class Shot:
         if not self.journalled("head"):
             kept = {i for i in range(forward + 1) if i % self.job.boundary_every == 0 or i == forward}
             store.keep_only({sweep.boundary(DENSE, i) for i in kept})
+            if not forward:
+                self._embed_again()
             for index in sweep.forward(skeleton, store, DENSE, forward, depth, self.job.batch):
                 self.record(f"forward/{index}")
                 if index % self.job.boundary_every:
@@ -300,17 +340,18 @@ class Shot:
         """See that a block's input is there; returns the lowest block down to which all inputs are."""
         skeleton, store = self.skeleton, self.job.store
         there = index
-        while sweep.boundary(DENSE, there) not in store:
+        while there and not store.intact(sweep.boundary(DENSE, there)):
             there -= 1
-            if there < 0:
-                raise ResumeError(f"{self.job.own_cache} has lost its activations; start over with --restart")
+        if not there:
+            self._embed_again()
         for _ in sweep.forward(skeleton, store, DENSE, there, index, self.job.batch):
             pass
-        while there and sweep.boundary(DENSE, there - 1) in store:
+        while there and store.intact(sweep.boundary(DENSE, there - 1)):
             there -= 1
         return there
 
-    def _survey_path(self, index: int) -> Path:
+    def survey_path(self, index: int) -> Path:
+        """Where the findings of a block lie."""
         return self.job.folder / f"survey-{index:04}.safetensors"
 
     @torch.no_grad()
@@ -325,7 +366,7 @@ class Shot:
             for statistics in own.values():
                 statistics.park()
         return_freed_memory()  # of the sweep
-        makers = {OWN: (self.job, self._survey_path(index))}
+        makers = {OWN: (self.job, self.survey_path(index))}
         makers |= {asker.shared.name: (asker.job, asker.findings(index)) for asker in self.asking}
         kinds: dict[str, dict[Kind, int]] = {name: dict.fromkeys(("sums", "solving"), 0) for name in makers}
         seconds = dict.fromkeys(makers, 0.0)
@@ -349,16 +390,19 @@ class Shot:
             for (name, place), tensor in zip(names, found, strict=True):
                 if self.ranks.first:
                     tensors[name][place] = tensor
+        digests: dict[str, str] = {}
         for name, (_, path) in makers.items() if self.ranks.first else ():
             for place, tensor in tensors[name].items():
                 if not all_finite(tensor):
                     raise NumericalError(f"block {index}: the survey's {place} is NaN or Inf")
-            write_shard(path, tensors[name])
+            digests[name] = write_shard(path, tensors[name])
         if not self.asking:
-            return {}
-        return {
-            "parts": {name: {"operations_by_kind": kinds[name], "seconds": round(seconds[name], 3)} for name in makers}
+            return {"sha256": digests.get(OWN)}
+        parts = {
+            name: {"operations_by_kind": kinds[name], "seconds": round(seconds[name], 3), "sha256": digests[name]}
+            for name in makers
         }
+        return {"parts": parts, "sha256": digests[OWN]}
 
     def _digest(self, job: Job, prunable: Prunable, statistics: SiteStatistics) -> dict[str, Tensor]:
         """What a job's recipe keeps of a site's sums, by its name in the file."""
@@ -396,7 +440,9 @@ class Shot:
             return self._choose(Plan.parse(allocated, "the plan"), given=False)
         plan = Plan.read(job.plan_path)
         if plan.digest() != chosen["plan"]:
-            raise ResumeError(f"{job.plan_path} was changed; pass a copy of it with --plan")
+            raise ResumeError(
+                f"{job.plan_path} was changed; pass a copy of it with --plan, or remove it to have it made anew"
+            )
         return plan
 
     def _reached(self) -> list[Site]:
@@ -446,25 +492,29 @@ class Shot:
             store=job.store if job.streams else None,
             batch=job.batch,
             seed=job.config.seed,
-            window=job.window,
+            streams=self.streams,
             refinement=refinement,
             experts_alike=self._experts_alike,
             ranks=self.ranks,
             grams=job.grams,
         )
+        if self.ranks.first:
+            files.make_folder(self.pruned)
         self.progress.phase("prune", depth, done)
         if surgeon.store is not None:
             first = {sweep.boundary(DENSE, 0)} if done == 0 else set()
-            surgeon.store.keep_only(first | {sweep.boundary(stream, done) for stream in surgeon.streams_into(done)})
+            surgeon.store.keep_only(first | {sweep.boundary(stream, done) for stream in self.streams.into(done)})
             if done == 0:
+                self._embed_again()
                 surgeon.store.link(sweep.boundary(DENSE, 0), sweep.boundary(PRUNED, 0))
         for index, block in sweep.blocks(skeleton, range(done, depth)):
             pruned, reports = surgeon.operate(block, index)
             names = skeleton.block_names(index)
             shard = self.pruned / output.block_shard(skeleton, index)
+            digest = None
             if self.ranks.first:
-                write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
-            self.record(f"prune/{index}", sites=reports)
+                digest = write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
+            self.record(f"prune/{index}", sites=reports, sha256=digest)
             del block, pruned
             for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
@@ -475,41 +525,46 @@ class Shot:
             self.progress.step(f"block {index}: {shares}")
 
     @property
-    def _corrections(self) -> Path:
+    def corrections(self) -> Path:
+        """Where the correction keeps its states."""
         return self.job.folder / f"shot-{self.number:02}-corrections"
 
     @kind("training")
-    def _correct(self, plan: Plan, how: Correction) -> None:
-        """The first rank's work alone: a step takes a handful of samples."""
+    def _correct(self, plan: Plan, how: Correction) -> dict[str, str]:
+        """The first rank's work alone, since a step takes a handful of samples; returns the digests of what it wrote."""
         job, depth = self.job, len(self.skeleton)
         if not self.ranks.first:
             for step in range(len(self.steps("correct/")), how.steps):
                 self.record(f"correct/{step}")
-            return
+            return {}
+        files.make_folder(self.folder)
         skeleton = open_skeleton(self.pruned, job.device, job.dtype, layout=job.skeleton.layout)
+        journalled = self.steps("correct/")
         corrector = Corrector(
             skeleton,
             job.tokens,
-            self._corrections,
+            self.corrections,
             how,
+            journalled[-1]["sha256"] if journalled else {},
             window=job.window,
             seed=job.config.seed,
             micro=job.backward_batch,
             keep_zeros=job.recipe.writes_zeros(job.settings),
         )
-        done = len(self.steps("correct/"))
-        self.progress.phase("correct", how.steps, done)
-        for step in corrector.steps(done):
-            self.record(f"correct/{step}")
+        self.progress.phase("correct", how.steps, len(journalled))
+        for step, digests in corrector.steps(len(journalled)):
+            self.record(f"correct/{step}", sha256=digests)
             self.progress.step(f"step {step}")
+        shards = {}
         for index, block in sweep.blocks(skeleton, range(depth)):
             names = skeleton.block_names(index)
             corrector.absorb(block, index)
-            shard = self.folder / output.block_shard(skeleton, index)
-            write_shard(shard, {full: block.weights[name] for name, full in names.items()})
-            del block
+            shard = output.block_shard(skeleton, index)
+            tensors = {full: block.weights[name] for name, full in names.items()}
+            shards[shard] = write_shard(self.folder / shard, tensors)
+            del block, tensors
             rest(self.progress)
-        self._write(plan, self.folder)
+        return self._write(plan, self.folder, shards)
 
     @property
     def _reports(self) -> list[dict[str, Any]]:
@@ -523,19 +578,21 @@ class Shot:
             gone += (site.units - report["kept"]) * site.unit_parameters + report.get("zeros", 0)
         return gone
 
-    def _write(self, plan: Plan, folder: Path) -> None:
+    def _write(self, plan: Plan, folder: Path, shards: Mapping[str, str]) -> dict[str, str]:
+        """Make a folder with the blocks' shards, whose digests are given by name, a checkpoint; returns all files' digests."""
         if not self.ranks.first:
-            return
+            return {}
         reports = self._reports
         after = [site.keeping(report["kept"]) for site, report in zip(self.sites, reports, strict=True)]
         report = self.job.report(plan, reports, self._removed())
-        output.write_outside(self.skeleton, folder)
+        digests = {**shards, **output.write_outside(self.skeleton, folder)}
         card = output.pruning_card(report, hub.title(self.job.config.model), len(self.skeleton))
         curve = self.job.recipe.curve(self.job.settings) if self.last and self.job.surveys else None
         if curve is not None:
             dense = {site.name: site.units for site in self.job.sites}
-            write_curves(folder / CURVES, curve, self.job.changeable(self.sites), self.survey, plan, dense)
-        output.finish(self.skeleton, folder, after, report, card, self.skeleton.layout)
+            changeable = self.job.changeable(self.sites)
+            digests[CURVES] = write_curves(folder / CURVES, curve, changeable, self.survey, plan, dense)
+        return output.finish(self.skeleton, folder, after, report, card, self.skeleton.layout, digests, self.progress)
 
 
 class SurveyFiles(Mapping[str, Findings]):
@@ -558,19 +615,16 @@ class SurveyFiles(Mapping[str, Findings]):
 
 class _FindingsFile(Mapping[str, Tensor]):
     def __init__(self, path: Path, prefix: str) -> None:
-        self._path, self._prefix = path, prefix
+        self._shard, self._prefix = Shard(path), prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self._prefix + name)
-        return tensor
+        return self._shard[self._prefix + name]
 
     def __iter__(self) -> Iterator[str]:
-        with safe_open(self._path, framework="pt") as file:
-            return iter([n.removeprefix(self._prefix) for n in file.keys() if n.startswith(self._prefix)])  # noqa: SIM118
+        return (name.removeprefix(self._prefix) for name in self._shard if name.startswith(self._prefix))
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in list(iter(self))
+        return f"{self._prefix}{name}" in self._shard

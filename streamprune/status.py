@@ -11,7 +11,7 @@ from typing import Any, Literal
 from . import comparison, files, log
 from .compare import ASKED, ROWS
 from .errors import ConfigError
-from .journal import Journal
+from .journal import Journal, as_written
 from .model.checkpoint import read_json
 from .output import REPORT, is_report, is_tuning
 from .schedule import Schedule, from_entries, seconds_spent
@@ -74,9 +74,9 @@ def status(out: str | Path) -> Status:
 
 
 def _look(out: Path, given: str) -> Status:
-    if (out / JOURNAL).is_file() or (out / LOCK).is_file():
-        return _comparison(out, given)
-    return _job(out, given)
+    of_comparison = (out / JOURNAL).is_file() or (out / LOCK).is_file()
+    with as_written(out):
+        return _comparison(out, given) if of_comparison else _job(out, given)
 
 
 def read_journal(out: Path) -> Journal | None:

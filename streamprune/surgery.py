@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError
+from .errors import CalibrationError, NumericalError
 from .host import return_freed_memory
-from .maths.linalg import accumulator, cholesky, compensation, fit, output_error, unit_columns
+from .maths.linalg import accumulator, all_finite, cholesky, compensation, fit, output_error, unit_columns
 from .maths.operations import kind
 from .maths.stats import Gram
 from .memory import GRAMS_AT_ONCE, GramPlace
@@ -38,6 +38,21 @@ SEEN = "seen"
 
 
 @dataclass(frozen=True)
+class Streams:
+    """Which streams the prune sweep moves, and through which blocks."""
+
+    moving: tuple[str, ...]
+    window: range
+    """The blocks that may change; those before only pass the stream on, those behind are not even run."""
+
+    def into(self, index: int) -> tuple[str, ...]:
+        """Those that a block needs to have in store: they part at the window's first block."""
+        if index >= self.window.stop:
+            return ()
+        return self.moving if index > self.window.start else self.moving[:1]
+
+
+@dataclass(frozen=True)
 class Surgeon:
     """What pruning a block takes, the same for all blocks."""
 
@@ -50,8 +65,7 @@ class Surgeon:
     """The streams; None for a recipe that measures nothing."""
     batch: int
     seed: int
-    window: range
-    """The blocks that may change; those before only pass the stream on, those behind are not even run."""
+    streams: Streams
     refinement: Refinement | None
     experts_alike: bool
     """Whether all experts must end with one width."""
@@ -59,31 +73,18 @@ class Surgeon:
     ranks: Ranks = ALONE
     """Those that measure, each on its own samples, and among which what is to be solved is dealt out."""
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The streams that move."""
-        if self.store is None:
-            return ()
-        return (PRUNED, DENSE) if self._compensation is not None or self._target or self.refinement else (PRUNED,)
-
-    def streams_into(self, index: int) -> tuple[str, ...]:
-        """The streams that a block needs to have in store: they part at the window's first block."""
-        if index >= self.window.stop:
-            return ()
-        return self.streams if index > self.window.start else self.streams[:1]
-
     @torch.no_grad()
     def operate(self, block: Block, index: int) -> tuple[Block, list[dict[str, Any]]]:
         """The pruned block, and what happened at each of its sites.
 
         The streams that the next block needs are in the store afterwards.
         """
-        if index not in self.window:
-            if self.streams_into(index + 1):
+        if index not in self.streams.window:
+            if self.streams.into(index + 1):
                 assert self.store is not None
                 advance(self.skeleton, block, index, self.store, PRUNED, self.batch)
             return block, [self._counts(each.site) | _untouched(each.site) for each in block.prunables]
-        if index == self.window.start and DENSE in self.streams:
+        if index == self.streams.window.start and DENSE in self.streams.moving:
             assert self.store is not None
             self.store.link(boundary(PRUNED, index), boundary(DENSE, index))
         pruned = block.twin()
@@ -100,7 +101,9 @@ class Surgeon:
                 assert inputs is not None
                 common["compensation_damping"] = self._compensate(sub, inputs)
             producers_input = (
-                inputs.mean()[0] if inputs is not None and self.recipe.wants_inputs(self.settings) else None
+                inputs.mean(_inputs_of(sub))[0]
+                if inputs is not None and self.recipe.wants_inputs(self.settings)
+                else None
             )
             inputs = None
             counts = [self._counts(each.site) for each in sub.prunables]
@@ -136,11 +139,11 @@ class Surgeon:
 
     def _parted(self, here: _Place) -> bool:
         """Whether the streams differ before a sublayer."""
-        return here.block > self.window.start or here.position > 0
+        return here.block > self.streams.window.start or here.position > 0
 
     def _compensates(self, sub: Sublayer, here: _Place) -> bool:
         """Whether the producers are fitted to their input: it must differ from the dense one."""
-        reads = here.block > self.window.start or (here.position > 0 and not sub.entry.parallel)
+        reads = here.block > self.streams.window.start or (here.position > 0 and not sub.entry.parallel)
         return self._compensation is not None and reads
 
     def _measures_inputs(self, sub: Sublayer, here: _Place) -> bool:
@@ -148,9 +151,9 @@ class Surgeon:
 
     def _goes_on(self, here: _Place) -> bool:
         """Whether anything will still be measured behind this sublayer."""
-        if not self.streams:
+        if not self.streams.moving:
             return False
-        return not here.last or self.refinement is not None or bool(self.streams_into(here.block + 1))
+        return not here.last or self.refinement is not None or bool(self.streams.into(here.block + 1))
 
     # The steps.
 
@@ -175,7 +178,7 @@ class Surgeon:
 
     @kind("solving")
     def _compensate(self, sub: Sublayer, inputs: Gram) -> float:
-        h, c = inputs.mean()
+        h, c = inputs.mean(_inputs_of(sub))
         assert c is not None
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
@@ -243,7 +246,7 @@ class Surgeon:
         if sums is not None:
             if self.grams == "parked":
                 sums.park()
-            h, aim = (each if each is None else each.to(w.dtype) for each in sums.mean())
+            h, aim = (each if each is None else each.to(w.dtype) for each in sums.mean(site.name))
             del sums
             assert h is not None
             if aims and self._target is not None:
@@ -251,12 +254,15 @@ class Surgeon:
                 damping = self._target.damping
                 factors[damping], report["target_damping"] = cholesky(h, damping, site.name, device=where)
                 w = fit(w, h, aim, factors[damping])
+                if not all_finite(w):
+                    raise NumericalError(f"{site.name}: the fit to the target is not finite")
             del aim
         if not self._changes(site):
             return Solved({**_untouched(site), **report}), [w]
         problem = Problem(
             site=site,
             w=w,
+            stored=prunable.stored,
             read_producers=lambda: tuple(each.to(where) for each in prunable.producer_weights()),
             zeros=entry.zeros,
             h=h,
@@ -279,6 +285,7 @@ class Surgeon:
         columns = unit_columns(kept, site.width).to(w.device)
         error = None if h is None else output_error(w, h, refit.w, columns)
         report |= {"kept": entry.keep, "error": error, "damping": refit.damping}
+        report |= {"step": refit.step} if refit.step < 1 else {}
         return Solved(report, kept.tolist()), [refit.w, *(refit.producers or ())]
 
     def _replace(self, prunable: Prunable, found: Solved, weights: Sequence[Tensor]) -> None:
@@ -328,7 +335,7 @@ class Surgeon:
         owners = {PRUNED: pruned, DENSE: block}
         # A refined block moves its stream on when it is refined.
         waits = {PRUNED} if here.last and self.refinement is not None else set()
-        moving = [s for s in self.streams if boundary(s, *here.exit) not in self.store and s not in waits]
+        moving = [s for s in self.streams.moving if boundary(s, *here.exit) not in self.store and s not in waits]
         sums, streams = None, tuple[str, ...]()
         if not here.last:
             next_place, following = here.next, pruned.sublayers[here.position + 1]
@@ -362,7 +369,7 @@ class Surgeon:
                         *(_read_by(owners[s].sublayers[here.position + 1], outputs[s], entered[s]) for s in streams)
                     )
         if here.position:
-            for stream in self.streams:
+            for stream in self.streams.moving:
                 self.store.remove(boundary(stream, *here.entry))
         return sums
 
@@ -376,7 +383,7 @@ class Surgeon:
         assert self.refinement is not None
         source, target = boundary(PRUNED, index), boundary(DENSE, index + 1)
         report = refine(self.skeleton, pruned, index, self.store, source, target, self.refinement, self.ranks)
-        if self.streams_into(index + 1):
+        if self.streams.into(index + 1):
             advance(self.skeleton, pruned, index, self.store, PRUNED, self.batch)
         return report
 
@@ -421,6 +428,11 @@ class _Place:
 
 def _read_by(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:
     return sublayer.normed(sublayer.source(x, entered))
+
+
+def _inputs_of(sub: Sublayer) -> str:
+    """How messages call what its producers read."""
+    return f"{sub.name}, inputs"
 
 
 def _in_turn(sub: Sublayer) -> Iterator[range]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from .errors import CalibrationError, ConfigError
 
 _WEIGHT = re.compile(r"(?P<place>.+)=(?P<weight>[^=:/]*)", re.DOTALL)
 _FIELD = re.compile(r"(?P<place>.+):(?P<field>[^:/=\[\]]+)", re.DOTALL)
+HEAVIEST = 1e12
+"""A weight, so that sums and products of weights stay numbers."""
 
 
 def builtin_text() -> Path:
@@ -27,7 +30,7 @@ class Source:
     """One source of text.
 
     Raises:
-        ConfigError: the weight is not positive and finite.
+        ConfigError: the weight is not positive, or beyond `HEAVIEST`.
     """
 
     place: str
@@ -39,8 +42,8 @@ class Source:
     """Its part of the windows, against the other sources' weights."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ConfigError(f"{self.place}: the weight is {self.weight:g}; it must be positive and finite")
+        if not 0 < self.weight <= HEAVIEST:
+            raise ConfigError(f"{self.place}: the weight is {self.weight:g}; it must be positive, at most {HEAVIEST:g}")
 
     @classmethod
     def parse(cls, text: str) -> Source:
@@ -50,15 +53,15 @@ class Source:
             CalibrationError: there is no such file.
             ConfigError: the weight is not a positive number.
         """
-        if Path(text).exists():
+        if os.path.exists(text):
             return cls(text)
         place, weight = text, 1.0
         if match := _WEIGHT.fullmatch(text):
             place, weight = match["place"], _number(match["weight"], text)
-        if Path(place).exists():
+        if os.path.exists(place):
             return cls(place, weight=weight)
         match = _FIELD.fullmatch(place)
-        if match and (match["place"].startswith(DATASET) or Path(match["place"]).exists()):
+        if match and (match["place"].startswith(DATASET) or os.path.exists(match["place"])):
             return cls(match["place"], match["field"], weight)
         if place.startswith(DATASET):
             return cls(place, weight=weight)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration, files, hub, lora, machine, output
@@ -29,7 +28,7 @@ from .maths.operations import kind
 from .memory import SLACK, copies_ahead, device_peak, in_memory_peak
 from .meter import metered, peaks, totals
 from .model.block import Block
-from .model.checkpoint import Checkpoint, read_json, write_shard
+from .model.checkpoint import Checkpoint, load_shard, read_json, write_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .needs import REFINE_SEQUENCES, Needs
 from .progress import Progress, rest
@@ -38,7 +37,7 @@ from .schedule import Stretch, as_entries
 from .stream import sweep
 from .stream.store import ActivationStore
 from .text import Text
-from .workplace import Workplace, text_identity
+from .workplace import Lost, Workplace, text_identity
 
 STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
@@ -101,7 +100,7 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
         seconds=round(time.monotonic() - started, 3),
         peak_device_bytes=device,
         peak_host_bytes=host,
-        bytes_read=sum(skeleton.checkpoint.bytes_read for skeleton in job.skeletons),
+        bytes_read=sum(skeleton.checkpoint.bytes_read for skeleton in job.sources),
         resumed=job.resumed,
     )
 
@@ -138,7 +137,7 @@ class Tuning(Workplace):
         self.teacher = self._teacher() if self.method == "distil" else None
 
     @property
-    def skeletons(self) -> list[Skeleton]:
+    def sources(self) -> list[Skeleton]:
         """All models that are read."""
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
@@ -319,7 +318,7 @@ class Tuning(Workplace):
             self.resumed = len(list(self.journal.steps())) > 0
         self.batch: int = start["resources"]["batch"]
         self.micro: int = start["resources"]["micro"]
-        for skeleton in self.skeletons if self.method == "distil" else ():
+        for skeleton in self.sources if self.method == "distil" else ():
             needs = self._needs(trains=skeleton is self.student)
             skeleton.copies_ahead = copies_ahead(
                 skeleton, needs, (self.batch, self.micro, "device"), self._room["device_limit"]
@@ -332,8 +331,7 @@ class Tuning(Workplace):
         self.check_disk(resources.output_bytes, resources.disk_bytes)
         _ = self.tokens
         header = self.header
-        for skeleton in self.skeletons:
-            sweep.check_weights(skeleton, self.progress)
+        sources = self.read_sources()
         self.let_go()
         files.make_folder(self.staging)
         if self.method == "distil":
@@ -342,6 +340,7 @@ class Tuning(Workplace):
         return self.journal.append(
             "start",
             job=header,
+            sources=sources,
             cache=self.cache_given,
             replaces=self.report_in_out() is not None,
             resources={"batch": resources.batch, "micro": resources.backward_batch},
@@ -360,31 +359,60 @@ class Tuning(Workplace):
 
     def work(self) -> Entry:
         """Train, write, publish; returns the report."""
+        self.go_back(self._lost)
         if self.journal.find("complete") is None:
-            figures = self._lora() if self.method == "lora" else self._distil()
-            self._write(figures)
-            self.journal.append("complete")
+            figures, shards = self._lora() if self.method == "lora" else self._distil()
+            assert self.journal.header is not None
+            self.check_sources(self.journal.header)
+            self.journal.append("complete", sha256=self._write(figures, shards))
         return self.publish()
 
-    def _distil(self) -> Entry:
-        """Block by block, from the tuned stream's input to the teacher's output."""
-        assert self.teacher is not None
-        student, teacher, depth = self.student, self.teacher, len(self.student)
-        shape = self.config.samples, self.length, student.width
-        store = ActivationStore(
+    def _lost(self) -> Lost | None:
+        """Something of what this or an earlier step left; the first block's inputs are embedded again."""
+        complete = self.journal.find("complete")
+        if complete is not None and not self.staging.is_dir():
+            return None
+        for name, digest in (complete or {"sha256": {}})["sha256"].items():
+            if not files.holds(self.staging / name, digest):
+                return Lost(self.staging / name, "complete")
+        blocks, states = (list(self.journal.steps(name)) for name in ("block/", "steps/"))
+        for index, line in enumerate(blocks):
+            shard = self.staging / output.block_shard(self.student, index)
+            if not files.holds(shard, line["sha256"]):
+                return Lost(shard, "block/")
+        if states:
+            state = self._state_path(int(states[-1]["step"].removeprefix("steps/")))
+            if not files.holds(state, states[-1]["sha256"]):
+                return Lost(state, "steps/")
+        for stream in (STUDENT, TEACHER) if 0 < len(blocks) < len(self.student) else ():
+            if not self._store.intact(name := sweep.boundary(stream, len(blocks))):
+                return Lost(self._store.path(name), "block/")
+        return None
+
+    @cached_property
+    def _store(self) -> ActivationStore:
+        """Both streams of a distillation."""
+        shape = self.config.samples, self.length, self.student.width
+        return ActivationStore(
             self.cache,
             shape,
-            student.dtype,
+            self.student.dtype,
             self.device,
             durable=True,
             stored=self.activations,
             memory=self.config.memory_host or 0,
         )
-        if self.journal.find("embed") is None:
-            for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
-                sweep.embed(skeleton, self.tokens, store, sweep.boundary(stream, 0), self.batch)
-            self.journal.append("embed")
+
+    def _distil(self) -> tuple[Entry, dict[str, str]]:
+        """Block by block, from the tuned stream's input to the teacher's output; returns figures, and digests of the shards."""
+        assert self.teacher is not None
+        student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
         done = len(list(self.journal.steps("block/")))
+        for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
+            if not done and not store.intact(name := sweep.boundary(stream, 0)):
+                sweep.embed(skeleton, self.tokens, store, name, self.batch)
+        if self.journal.find("embed") is None:
+            self.journal.append("embed")
         store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})
         self.progress.phase("distil", depth, done)
         how = Refinement(
@@ -400,19 +428,21 @@ class Tuning(Workplace):
             losses = refine(student, block, index, store, source, target, how)["refinement"]
             if index + 1 < depth:
                 sweep.advance(student, block, index, store, STUDENT, self.batch)
-            self._write_block(block, index)
+            digest = self._write_block(block, index)
             del block
-            self.journal.append(f"block/{index}", losses=losses)
+            self.journal.append(f"block/{index}", losses=losses, sha256=digest)
             for stream in (STUDENT, TEACHER):
                 store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: {losses[0]:.3g} → {losses[1]:.3g}")
         blocks = [step["losses"] for step in self.journal.steps("block/")]
+        lines = enumerate(self.journal.steps("block/"))
+        shards = {output.block_shard(student, index): line["sha256"] for index, line in lines}
         first, last = (sum(each) / depth for each in zip(*blocks, strict=True))
-        return {"loss_first": first, "loss_last": last, "blocks": blocks}
+        return {"loss_first": first, "loss_last": last, "blocks": blocks}, shards
 
     @kind("training")
-    def _lora(self) -> Entry:
-        """End to end, in memory; then block by block into the weights."""
+    def _lora(self) -> tuple[Entry, dict[str, str]]:
+        """End to end, in memory; then block by block into the weights; returns figures, and digests of the shards."""
         config = self.config
         saved = [step["step"].removeprefix("steps/") for step in self.journal.steps("steps/")]
         done = int(saved[-1]) if saved else 0
@@ -420,30 +450,35 @@ class Tuning(Workplace):
 
         def save(state: dict[str, Tensor], losses: list[float]) -> None:
             reached = int(state["step"])
-            write_shard(self._state_path(reached), state)
-            self.journal.append(f"steps/{reached}", losses=losses)
+            digest = write_shard(self._state_path(reached), state)
+            self.journal.append(f"steps/{reached}", losses=losses, sha256=digest)
             self._keep_state(reached)
 
         if done < config.steps:
             how = lora.Lora(config.rank, config.steps, self.rate, config.seed, REFINE_SEQUENCES, self.micro)
-            state = load_file(self._state_path(done)) if done else None
+            state = self._state(done) if done else None
             self.progress.phase("lora", config.steps, done)
             for loss in lora.train(self.student, self.tokens, how, state, save):
                 self.progress.step(f"loss {loss:.4f}")
-        updates = load_file(self._state_path(config.steps))
+        updates, shards = self._state(config.steps), {}
         self.progress.phase("write", len(self.student))
         for index, block in sweep.blocks(self.student, range(len(self.student))):
             prefix = f"{index}."
             block.absorb(
                 {n.removeprefix(prefix): t.to(self.device) for n, t in updates.items() if n.startswith(prefix)}
             )
-            self._write_block(block, index)
+            shards[output.block_shard(self.student, index)] = self._write_block(block, index)
             del block
             self.progress.step(f"block {index}")
             rest(self.progress)
         losses = [loss for step in self.journal.steps("steps/") for loss in step["losses"]]
         first, last = ends(losses)
-        return {"loss_first": first, "loss_last": last, "losses": losses}
+        return {"loss_first": first, "loss_last": last, "losses": losses}, shards
+
+    def _state(self, step: int) -> dict[str, Tensor]:
+        line = self.journal.find(f"steps/{step}")
+        assert line is not None
+        return load_shard(self._state_path(step), line["sha256"])
 
     def _state_path(self, step: int) -> Path:
         return self.folder / f"{STATE}{step:06}.safetensors"
@@ -454,12 +489,14 @@ class Tuning(Workplace):
             if path != self._state_path(step):
                 files.remove(path)
 
-    def _write_block(self, block: Block, index: int) -> None:
+    def _write_block(self, block: Block, index: int) -> str:
+        """Returns the shard's digest."""
         names = self.student.block_names(index)
         shard = self.staging / output.block_shard(self.student, index)
-        write_shard(shard, {full: block.weights[name] for name, full in names.items()})
+        return write_shard(shard, {full: block.weights[name] for name, full in names.items()})
 
-    def _write(self, figures: Mapping[str, Any]) -> None:
+    def _write(self, figures: Mapping[str, Any], shards: Mapping[str, str]) -> dict[str, str]:
+        """What surrounds the blocks' shards, whose digests are given; returns all files' digests."""
         student, config = self.student, self.config
         report = {
             "tuning": {
@@ -478,8 +515,9 @@ class Tuning(Workplace):
             **totals(self.journal),
             **peaks(self.journal),
         }
-        output.write_outside(student, self.staging)
+        digests = {**shards, **output.write_outside(student, self.staging)}
         if (config.model / CURVES).is_file():
-            files.copy(config.model / CURVES, self.staging / CURVES)
+            digests[CURVES] = files.copy(config.model / CURVES, self.staging / CURVES)
         card = output.tuning_card(report, hub.title(config.model))
-        output.finish(student, self.staging, student.all_sites(), report, card, output.layout_of(student))
+        sites, layout = student.all_sites(), output.layout_of(student)
+        return output.finish(student, self.staging, sites, report, card, layout, digests, self.progress)

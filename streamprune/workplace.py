@@ -6,17 +6,18 @@ OUT appears by one rename when all is done; what it held before goes only then, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from . import caches, files, output
+from . import caches, files, manifest, output
 from .caches import Caches
 from .config import format_bytes
-from .errors import CheckpointError, ConfigError, ResourceError, ResumeError, Stopped
+from .errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
 from .log import NAME as LOG
 from .log import Log
@@ -24,16 +25,29 @@ from .model.checkpoint import Checkpoint, read_json
 from .model.skeleton import Skeleton
 from .progress import STOPPED, Progress, Silent
 from .ranks import ALONE, Ranks
+from .stream.sweep import check_weights
 from .text import Text
 
 JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
 WORK = ".streamprune"
 """What the name of a job's folder ends with."""
+PROBE = "probe"
+OTHER_OUT = "mend that, or take an OUT elsewhere"
+OTHER_CACHE = "mend that, or take a --cache elsewhere"
 
 
 def job_folder(out: Path) -> Path:
     """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
     return out.absolute().parent / f"{out.absolute().name}{WORK}"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Something that a job kept for itself to go on from, and has no longer, or not as it was written."""
+
+    path: Path
+    step: str
+    """How the name of the first step begins that is to be taken again, with all behind it."""
 
 
 class Workplace:
@@ -76,6 +90,11 @@ class Workplace:
     @property
     def header(self) -> dict[str, Any]:
         """What must be the same for a job to go on."""
+        raise NotImplementedError
+
+    @property
+    def sources(self) -> Sequence[Skeleton]:
+        """The models that are read."""
         raise NotImplementedError
 
     def differs(self, report: Entry) -> str | None:
@@ -137,6 +156,8 @@ class Workplace:
         if self.ranks.told(lambda: self.folder.is_dir() and self._is_own()):
             with files.locked(self.folder / LOCK) if self.ranks.first else nullcontext():
                 self.clear()
+            if self.ranks.first:
+                self._remove_folder()
 
     def _is_own(self) -> bool:
         """Whether the folder is this job's and not that of one, with other settings, which is to replace OUT."""
@@ -175,36 +196,92 @@ class Workplace:
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
-        first, rank = self.ranks.first, self.ranks.rank
-        new = first and not self.folder.exists()
-        with ExitStack() as locks:
-            for _ in self.ranks.in_turn():
-                files.make_folder(self.folder)
-                locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+        for place in (self.folder, self.cache):
+            if link := files.first_link(place):
+                raise ConfigError(f"{link} is a symbolic link, where the work would lie; a job follows none")
+        if self._out.is_mount():
+            raise ConfigError(
+                f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"
+            )
+        first = self.ranks.first
+        with self._claimed() as new:
             try:
                 if first and not restart and self.report_in_out() is not None and not self._replacing():
                     raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
                 self.start(restart)
-            except BaseException:
+                self.journal.rest = self._rest
+                with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
+                    yield
+            except BaseException as error:
                 if first and not self.journal_path.exists():
                     self._leave(new)
+                elif isinstance(error, DiskError):
+                    raise DiskError(f"{error}; run the same command again to go on") from error
                 raise
-            self.journal.rest = self._rest
-            with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
-                yield
 
     def _leave(self, new: bool) -> None:
         """Refused before it began: leave nothing behind, unless the folder holds what was there before."""
-        if new or all(path.name.startswith(LOCK) for path in self.folder.iterdir()):
+        if self.folder.is_dir() and (new or all(path.name.startswith(LOCK) for path in self.folder.iterdir())):
             self._caches.remove()
-            files.remove_locked(self.folder, LOCK)
+            files.empty(self.folder)
         else:
             files.remove(self.folder / LOCK)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[bool]:
+        """A context in which the folder is there and this rank's lock in it held: whether this process made it.
+
+        Raises:
+            DiskError: a file system does not do what a job rests on.
+            ResumeError: another process has the lock.
+        """
+        first, rank = self.ranks.first, self.ranks.rank
+        new = first and not self.folder.exists()
+        try:
+            with ExitStack() as locks:
+                try:
+                    for _ in self.ranks.in_turn():
+                        with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
+                            files.make_folder(self.folder)
+                            locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+                        self._probe()
+                except DiskError:
+                    if new:
+                        files.empty(self.folder)  # where nothing can be locked, nobody else works
+                    raise
+                yield new
+        finally:
+            self._remove_folder()
+
+    def _probe(self) -> None:
+        """See that the file systems are ones to rest on, before any work.
+
+        Raises:
+            DiskError: which is not, and why.
+        """
+        if not files.same_file_system(self.folder, self.folder.parent):
+            raise DiskError(
+                f"{self.folder} lies on another file system than {self.folder.parent}, to where the result is renamed; {OTHER_OUT}"
+            )
+        files.probe(self.folder, PROBE, OTHER_OUT)
+        if self._cache is not None:
+            files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
 
     def _rest(self) -> None:
         """Where all ranks rest if one was asked to."""
         if any(self.ranks.gather(self._asked())):
             raise Stopped(STOPPED)
+
+    def go_back(self, lost: Callable[[], Lost | None]) -> None:
+        """Take steps back, if an earlier process left any, until nothing is lost of what the next one needs.
+
+        Args:
+            lost: the first thing that is, as far as this rank is to know.
+        """
+        while self.resumed and any(found := self.ranks.gather(lost())):
+            first = next(each for each in found if each is not None)
+            self.progress.say(f"{first.path} is missing, or not what was written there; going back to {first.step}")
+            self.journal.rewind(first.step)
 
     def check_same(self, start: Entry) -> None:
         """Hold what the job was started with against what is asked now.
@@ -219,6 +296,29 @@ class Workplace:
                 f"cache is {self.cache_given or 'not given'}; this job was started with {start['cache'] or 'none'}; "
                 "--restart starts over"
             )
+        self.check_sources(start)
+
+    def read_sources(self) -> list[Entry]:
+        """Read all weights once, refusing what cannot be worked with; returns what tells them from changed ones, for the journal."""
+        found = []
+        for skeleton in self.sources:
+            stamps = skeleton.checkpoint.stamps()
+            parts = self.ranks.gather(check_weights(skeleton, self.progress, self.ranks))
+            found.append({"stamps": stamps, "sums": {name: check for part in parts for name, check in part.items()}})
+        return found
+
+    def check_sources(self, start: Entry) -> None:
+        """Hold the weights that are read against those that the job was started with, where files were written to since.
+
+        Raises:
+            ResumeError: a tensor is another.
+        """
+        for skeleton, then in zip(self.sources, start["sources"], strict=True):
+            checkpoint = skeleton.checkpoint
+            if name := self.ranks.told(lambda c=checkpoint, then=then: c.changed(**then)):  # type: ignore[misc]
+                raise ResumeError(
+                    f"{checkpoint[name].shard}: tensor {name!r} is not what it was when the job was started; --restart starts over"
+                )
 
     def check_folder(self) -> None:
         """See that the job's folder, which is about to be emptied, holds nothing but what such jobs make.
@@ -262,8 +362,13 @@ class Workplace:
         there = self.staging.is_dir()
         report = read_json((self.staging if there else self._out) / output.REPORT)
         if there:
+            self._log.finish()
+            complete = self.journal.find("complete")
+            assert complete is not None
+            log = files.copy(self.folder / LOG, self.staging / LOG)
+            manifest.hold(self.staging / LOG, log)
+            manifest.write(self.staging, {**complete["sha256"], LOG: log})
             self._make_way()
-            self._log.finish(self.staging)
             files.publish(self.staging, self._out)
         return report
 
@@ -279,10 +384,15 @@ class Workplace:
         files.move_aside(self._out, self.folder / "replaced")
 
     def clear(self) -> None:
-        """Remove the job's activations, and then its folder with the lock that is held; all ranks call this."""
+        """Remove the job's activations, and then all in its folder, the lock that is held last; all ranks call this."""
         self._remove_caches()
         if self.ranks.first:
-            files.remove_locked(self.folder, LOCK)
+            files.empty_locked(self.folder, LOCK)
+
+    def _remove_folder(self) -> None:
+        """Remove the job's folder once its lock is let go of, if no job is in it."""
+        if self.folder.is_dir() and not self.journal_path.exists():
+            files.remove_empty(self.folder)
 
     def let_go(self) -> None:
         """Remove what an earlier job left but for the locks, the journal first, since it speaks of the rest; all ranks call this."""

@@ -136,8 +136,8 @@ def test_an_evaluation_that_finds_room_writes_nothing(
     from streamprune import files
 
     written = []
-    real = files.appending
-    monkeypatch.setattr(files, "appending", lambda path, **o: (written.append(path), real(path, **o))[1])
+    real = files.replacing
+    monkeypatch.setattr(files, "replacing", lambda path, **o: (written.append(path), real(path, **o))[1])
     path = tiny("llama")
     measured = streamprune.evaluate(path, text, seq_len=24, memory_host=memory_host)
     assert bool(written) == (memory_host is None)

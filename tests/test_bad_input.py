@@ -12,9 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import edit_tensors, make_tiny
+from faulty import FaultyDisk
 from streamprune_cli import main
 
-from streamprune import files, machine
+from streamprune import disk, files, machine
 
 
 @pytest.fixture
@@ -248,21 +249,13 @@ def test_no_memory(run: Callable[..., Result], tmp_path: Path, monkeypatch: pyte
     refused(run(), "the memory limit is 1000 B; ", 1, tmp_path)
 
 
-def test_disk_full_on_the_way(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real, count = files.sync, 0
-
-    def full(path: Path) -> None:
-        nonlocal count
-        count += 1
-        if count == 12:
-            raise OSError(28, "No space left on device", str(path))
-        real(path)
-
-    monkeypatch.setattr(files, "sync", full)
-    result = run()
+def test_disk_full_on_the_way(
+    run: Callable[..., Result], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with disk.using(FaultyDisk(tmp_path, tmp_path_factory.mktemp("graves"), "full", 200)):
+        result = run()
     assert result.exit_code == 1
     assert "No space left on device; run the same command again to go on" in result.stderr
-    monkeypatch.undo()
     assert run("--json").exit_code == 0
 
 
@@ -288,10 +281,11 @@ def test_what_appears_in_out_meanwhile_is_left_alone(
 
     real = output.finish
 
-    def finish(*arguments: Any) -> None:
-        real(*arguments)
+    def finish(*arguments: Any) -> Any:
+        digests = real(*arguments)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("all of it")
+        return digests
 
     monkeypatch.setattr(output, "finish", finish)
     result = run()

@@ -72,7 +72,7 @@ class Impatient(Callback):
     def _stops(self) -> bool:
         event = self._event
         last = event.total > 0 and event.done == event.total
-        return not last and event.phase not in ("check weights", "generate", "write")
+        return not last and event.phase not in ("check weights", "generate", "write", "verify")
 
 
 # Signals.

@@ -185,7 +185,8 @@ def test_all_dead_is_no_error() -> None:
 def test_a_block_that_cannot_be_factored_takes_a_ridge_and_leaves_the_others_alone() -> None:
     good = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     singular = torch.tensor([[1.0, 1.0], [1.0, 1.0]]) - 1e-6 * torch.eye(2)
-    factors = cholesky_blocks(torch.stack([good, singular, good]), "here")
+    factors, ridge = cholesky_blocks(torch.stack([good, singular, good]), "here")
+    assert 0 < ridge < 1e-4
     assert torch.equal(factors[0], torch.linalg.cholesky(good))
     assert torch.equal(factors[2], factors[0])
     torch.testing.assert_close(factors[1] @ factors[1].T, singular, rtol=1e-4, atol=1e-4)

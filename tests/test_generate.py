@@ -18,7 +18,7 @@ from streamprune_cli import main
 from test_run import Stop, interrupted
 
 import streamprune
-from streamprune import Config, calibration, files, run
+from streamprune import Config, calibration, run
 from streamprune.errors import CalibrationError, ConfigError, NumericalError, ResumeError
 from streamprune.forecast import forecast
 from streamprune.job import Job
@@ -172,7 +172,7 @@ def test_the_disk_that_keys_and_values_take(
 
 
 def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton = open_skeleton(tiny("llama"), CPU, "float32")
+    skeleton = open_skeleton(tiny("llama", num_hidden_layers=4), CPU, "float32")
     most, real = 0, generating.KeysAndValues.update
 
     def watched(self: Any, *arguments: Any) -> Any:
@@ -183,7 +183,7 @@ def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(generating.KeysAndValues, "update", watched)
     generate(skeleton, 6, 24, 0, tmp_path / "generate", 4, Silent())
-    cached = 6 * 24 * 3 * 2 * 16 * 4  # samples, tokens, blocks, keys and values, their width, float32
+    cached = 6 * 24 * 4 * 2 * 16 * 4  # samples, tokens, blocks, keys and values, their width, float32
     assert most == cached * 23 // 24  # nothing is asked of the last token
     plain = Needs(samples=600, length=24, text=True, gram=True)
     needs = Needs(samples=600, length=24, text=True, gram=True, generates=True)
@@ -272,7 +272,7 @@ def test_stopped_around_the_tokens_being_kept(tiny: Tiny, configured: Make, monk
             raise Stop
 
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", replace_or_stop)
+            patch.setattr(os, "replace", replace_or_stop)
             with pytest.raises(Stop):
                 streamprune.prune(config)
     interrupted(config, monkeypatch, appends=1)  # the line about them

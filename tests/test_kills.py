@@ -84,5 +84,5 @@ def test_a_life_begins_as_the_command_does(inputs: Inputs, tmp_path: Path) -> No
     life = Forked(["plan", str(inputs.model), "--ratio", "2"], tmp_path)
     ended = life.wait()
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "streamprune: ratio is 2; it must lie strictly between 0 and 1\n"
+    assert ended.err == "streamprune: ratio is 2; it must be in (0, 1)\n"
     assert sorted(os.listdir()) == before

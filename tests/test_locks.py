@@ -262,7 +262,7 @@ def test_scratch_that_another_process_takes_for_the_dead_is_made_again(
 def test_a_refused_job_leaves_no_folder(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
     config = configured(tiny("llama"), cache=tmp_path / "cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "_make_folders", lambda self: 1 / 0)
+        patch.setattr(Job, "make_cache", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             streamprune.prune(config)
     assert not list(tmp_path.iterdir())

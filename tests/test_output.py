@@ -333,6 +333,7 @@ def test_out_holds_what_a_checkpoint_needs(tiny: Tiny, configured: Make) -> None
     names = set(contents(config.out))
     assert {
         "README.md",
+        "SHA256SUMS",
         "config.json",
         "generation_config.json",
         *(f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)),

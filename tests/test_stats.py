@@ -23,7 +23,7 @@ def test_gram_is_the_mean_outer_product_however_it_is_fed() -> None:
     sums.add(x_hat[:1], x[:1])
     sums.add(x_hat[1:4], x[1:4])
     sums.add(x_hat[4:], x[4:])
-    h, c = sums.mean()
+    h, c = sums.mean("here")
     assert c is not None
     flat_hat, flat = x_hat.reshape(30, 4), x.reshape(30, 4)
     torch.testing.assert_close(h, flat_hat.T @ flat_hat / 30)
@@ -39,11 +39,11 @@ def test_half_of_a_wide_gram_is_summed_and_all_of_it_is_there() -> None:
         sums.add(x[rows], y[rows])
         single.add(x[rows])
     spare = single.copy()
-    for h in (sums.mean()[0], single.mean()[0]):
+    for h in (sums.mean("here")[0], single.mean("here")[0]):
         assert torch.equal(h, h.T)
         torch.testing.assert_close(h.double(), x.flatten(0, 1).T @ x.flatten(0, 1) / 63, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.h, x.flatten(0, 1).T @ x.flatten(0, 1) / 63)
-    assert torch.equal(single.mean()[0], spare.mean()[0])  # a mean stays one
+    assert torch.equal(single.mean("here")[0], spare.mean("here")[0])  # a mean stays one
     assert spare.h.data_ptr() != single.h.data_ptr()
 
 
@@ -80,7 +80,7 @@ def test_where_the_device_can_halves_are_multiplied_as_they_are(monkeypatch: pyt
         sums = Gram(300, cross=4, device=CPU, dtype=torch.float32)
         sums.add(x, y)
         sums.add(x, y)
-        return sums.mean()
+        return sums.mean("here")
 
     converted = fed()
     assert not stats._multiplies_halves(CPU, torch.bfloat16)

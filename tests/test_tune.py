@@ -19,7 +19,7 @@ from test_run import Stop, stopping_after
 from torch import Tensor, nn
 
 import streamprune
-from streamprune import TuneConfig, calibration, files, lora, machine
+from streamprune import TuneConfig, calibration, lora, machine
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.maths.descent import Descent, batch
 from streamprune.model.skeleton import open_skeleton
@@ -164,7 +164,7 @@ def test_descent_goes_on_where_it_was_put_away() -> None:
 
     start = torch.randn(5, generator=torch.Generator().manual_seed(0))
     whole, plain = weights(start), weights(start)
-    steps(Descent(whole, steps=6, rate=0.1), 6)
+    steps(Descent(whole, steps=6, rate=0.1, place="here"), 6)
     adam = torch.optim.AdamW(plain.values(), lr=0.1, betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / 6)
     for step in range(6):
@@ -174,10 +174,10 @@ def test_descent_goes_on_where_it_was_put_away() -> None:
         schedule.step()
     torch.testing.assert_close(whole["w"], plain["w"])
     first = weights(start)
-    descent = Descent(first, steps=6, rate=0.1)
+    descent = Descent(first, steps=6, rate=0.1, place="here")
     steps(descent, 4)
     again = weights(first["w"].detach())
-    steps(Descent(again, steps=6, rate=0.1, state=descent.state()), 2)
+    steps(Descent(again, steps=6, rate=0.1, place="here", state=descent.state()), 2)
     assert torch.equal(again["w"], whole["w"])
 
 
@@ -456,7 +456,7 @@ def test_stopped_at_any_rename_the_bytes_are_the_same(
                     raise Stop
 
             with monkeypatch.context() as patch:
-                patch.setattr(files.os, "replace", replace_or_stop)
+                patch.setattr(os, "replace", replace_or_stop)
                 try:
                     streamprune.tune(config)
                 except Stop:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import files, machine
 from ..errors import NumericalError
 from ..forecast import forecast
-from ..maths.linalg import accumulator
+from ..maths.linalg import accumulator, advice
 from ..model.skeleton import Skeleton
 from ..needs import Needs
 from ..progress import Progress, rest
@@ -193,7 +193,7 @@ def _scores(
                     total.index_add_(0, numbers, found.double().cpu())
                     missed.index_add_(0, numbers, (first != targets).long())
     if not bool(torch.isfinite(total).all()):
-        raise NumericalError("the head gives NaN or Inf")
+        raise NumericalError(f"the head gives NaN or Inf{advice(skeleton.dtype)}")
     return [Score(value, not misses) for value, misses in zip(total.tolist(), missed.tolist(), strict=True)]
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linalg import cholesky, inverse, unit_columns
+from ..errors import NumericalError
+from .linalg import all_finite, cholesky, enough, inverse, unit_columns
 from .symmetric import add_product, diagonal_blocks, shrink, shrink_rows, whole_rows
 
 
@@ -19,8 +20,8 @@ def workspace(columns: int, outputs: int, most: int) -> int:
     return columns * (columns + outputs) + most * (5 * columns + outputs + most)
 
 
-def cholesky_blocks(blocks: Tensor, place: str) -> Tensor:
-    """Lower factors (batch, m, m) of positive definite `blocks` (batch, m, m), by one batched call.
+def cholesky_blocks(blocks: Tensor, place: str) -> tuple[Tensor, float]:
+    """Lower factors (batch, m, m) of positive definite `blocks` (batch, m, m), by one batched call, and the largest ridge taken.
 
     A block that its dtype cannot factor takes the least relative ridge that `linalg.cholesky` finds for it.
 
@@ -29,9 +30,11 @@ def cholesky_blocks(blocks: Tensor, place: str) -> Tensor:
     """
     factors: Tensor
     factors, info = torch.linalg.cholesky_ex(blocks)
+    most = 0.0
     for b in info.nonzero()[:, 0].tolist():
-        factors[b], _ = cholesky(blocks[b], 0.0, place)
-    return factors
+        factors[b], ridge = cholesky(blocks[b], 0.0, place)
+        most = max(most, ridge)
+    return factors, most
 
 
 def batched_group_removal(
@@ -58,25 +61,29 @@ def batched_group_removal(
         The energies are those of the updates, not the estimates, and add up to ``err(S)``.
 
     Raises:
-        NumericalError: H holds NaN or Inf, or cannot be factored.
+        NumericalError: W or H hold NaN or Inf, or no damping up to 10 was enough.
     """
     heads = h.shape[0] // width
     assert 0 <= count < heads
     assert w.shape[1] == h.shape[0] == heads * width
-    rows, p = _begin(w, h, damping, place)
-    left = torch.arange(heads)
-    order = torch.empty(count, dtype=torch.int64)
-    energies = torch.empty(count, dtype=p.dtype)
-    for step in range(count):
-        factors = cholesky_blocks(diagonal_blocks(p, width), place)  # (left, width, width)
-        denominators = factors.diagonal(dim1=-2, dim2=-1).square()  # (left, width)
-        estimates = (_energies(rows).view(-1, width) / denominators).sum(dim=1)
-        best = int(estimates.argmin())
-        order[step] = left[best]
-        rows, p, energy = _remove(rows, p, unit_columns(torch.tensor([best], device=p.device), width), place)
-        energies[step] = energy.sum()
-        left = torch.cat([left[:best], left[best + 1 :]])
-    return order, energies
+
+    def attempt(damping: float) -> tuple[Tensor, Tensor]:
+        rows, p = _begin(w, h, damping, place)
+        left = torch.arange(heads)
+        order = torch.empty(count, dtype=torch.int64)
+        energies = torch.empty(count, dtype=p.dtype)
+        for step in range(count):
+            factors, _ = cholesky_blocks(diagonal_blocks(p, width), place)  # (left, width, width)
+            denominators = factors.diagonal(dim1=-2, dim2=-1).square()  # (left, width)
+            estimates = (_energies(rows).view(-1, width) / denominators).sum(dim=1)
+            best = int(estimates.argmin())
+            order[step] = left[best]
+            rows, p, energy = _remove(rows, p, unit_columns(torch.tensor([best], device=p.device), width), place)
+            energies[step] = energy.sum()
+            left = torch.cat([left[:best], left[best + 1 :]])
+        return order, energies
+
+    return enough(damping, attempt)
 
 
 def dynamic_group_removal(
@@ -105,26 +112,30 @@ def dynamic_group_removal(
         The energies are those of the updates, not the estimates, and add up to ``err(S)``.
 
     Raises:
-        NumericalError: H holds NaN or Inf, or cannot be factored.
+        NumericalError: W or H hold NaN or Inf, or no damping up to 10 was enough.
     """
     n = h.shape[0]
     assert 0 <= count < n
     assert w.shape[1] == n
     assert 1 <= last <= first
-    rows, p = _begin(w, h, damping, place)
-    left = torch.arange(n, device=p.device)
-    order, energies = [left[:0]], [rows[:0, 0]]
-    to_go = count
-    while to_go > 0:
-        take = min(to_go, max(last, min(first, to_go // 2 // last * last)))
-        estimates = _energies(rows) / p.diagonal()
-        cheapest = estimates.argsort(stable=True)[:take]
-        order.append(left[cheapest])
-        left = left[_others(cheapest, len(left))]
-        rows, p, energy = _remove(rows, p, cheapest, place)
-        energies.append(energy)
-        to_go -= take
-    return torch.cat(order).cpu(), torch.cat(energies).cpu()
+
+    def attempt(damping: float) -> tuple[Tensor, Tensor]:
+        rows, p = _begin(w, h, damping, place)
+        left = torch.arange(n, device=p.device)
+        order, energies = [left[:0]], [rows[:0, 0]]
+        to_go = count
+        while to_go > 0:
+            take = min(to_go, max(last, min(first, to_go // 2 // last * last)))
+            estimates = _energies(rows) / p.diagonal()
+            cheapest = estimates.argsort(stable=True)[:take]
+            order.append(left[cheapest])
+            left = left[_others(cheapest, len(left))]
+            rows, p, energy = _remove(rows, p, cheapest, place)
+            energies.append(energy)
+            to_go -= take
+        return torch.cat(order).cpu(), torch.cat(energies).cpu()
+
+    return enough(damping, attempt)
 
 
 def _begin(w: Tensor, h: Tensor, damping: float, place: str) -> tuple[Tensor, Tensor]:
@@ -132,6 +143,8 @@ def _begin(w: Tensor, h: Tensor, damping: float, place: str) -> tuple[Tensor, Te
     p, _ = inverse(h, damping, place, device=w.device)
     rows = w.T.clone(memory_format=torch.contiguous_format)
     rows.index_fill_(0, (h.diagonal() <= 0).nonzero()[:, 0].to(w.device), 0)
+    if not all_finite(_energies(rows)):
+        raise NumericalError(f"{place}: the weights hold NaN or Inf, or what {w.dtype} cannot square")
     return rows, p
 
 

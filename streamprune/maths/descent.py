@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import NumericalError
+from .linalg import all_finite
 
 _BETAS = (0.9, 0.95)
 
@@ -17,13 +21,20 @@ class Descent:
         weights: what is trained, by name.
         steps: after which the rate is zero.
         rate: at the first step.
+        place: where the weights are, for messages.
         state: what `state` gave, to go on from there.
     """
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], *, steps: int, rate: float, state: Mapping[str, Tensor] | None = None
+        self,
+        weights: Mapping[str, nn.Parameter],
+        *,
+        steps: int,
+        rate: float,
+        place: str,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.weights, self.steps, self.rate, self.done = weights, steps, rate, 0
+        self.weights, self.steps, self.rate, self.place, self.done = weights, steps, rate, place, 0
         self._adam = torch.optim.Adam(weights.values(), lr=rate, betas=_BETAS)
         if state is not None:
             self.done = int(state["step"])
@@ -33,7 +44,16 @@ class Descent:
                 self._adam.state[weight] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
     def step(self) -> None:
-        """One step by the gradients that have been gathered, which begin anew then."""
+        """One step by the gradients that have been gathered, which begin anew then.
+
+        Raises:
+            NumericalError: a gradient holds NaN or Inf.
+        """
+        gathered = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+        sums = torch.stack([gradient.sum() for gradient in gathered.values()])  # one answer of the device for all
+        for (name, gradient), total in zip(gathered.items(), sums.tolist(), strict=True):
+            if not math.isfinite(total) and not all_finite(gradient):
+                raise NumericalError(f"{self.place}: the gradient of {name} holds NaN or Inf at step {self.done}")
         for group in self._adam.param_groups:
             group["lr"] = self.rate * (1 - self.done / self.steps)
         self._adam.step()

@@ -24,10 +24,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import NumericalError
+from ..errors import NumericalError, SingularError
 from .batched import cholesky_blocks
 from .blocked import invert_
-from .linalg import inverse, unit_columns
+from .linalg import all_finite, enough, inverse, unit_columns
 from .operations import counted
 from .symmetric import add_product, diagonal_blocks, shrink, whole_rows
 
@@ -53,7 +53,8 @@ def greedy_removal(
         cost_u = tr((P_uu)⁻¹ W_uᵀ W_u)        → remove the cheapest u
         W ← W − W_u (P_uu)⁻¹ P_u:             P ← P − P_:u (P_uu)⁻¹ P_u:
 
-    The order is that of this loop as written; of equal costs the first unit goes. A dead column (zero diagonal of H)
+    The order is that of this loop as written; of equal costs the first unit goes. Where `P` loses its positive diagonal to rounding
+    on the way, the loop begins anew with ten times the damping. A dead column (zero diagonal of H)
     carries nothing, so its weights count as zero and it goes first.
 
     Beside `w` and `h` it takes two (n, n) matrices and some of (n, max(`width`, `block`)): see `workspace`.
@@ -64,26 +65,41 @@ def greedy_removal(
         width: columns a unit; n = units·width.
         count: units to remove, fewer than there are.
         block: columns removed between two updates of all of P and V, at least a unit's.
-        factor: what `linalg.cholesky` made of `h` and `damping`, on w's device, where it is at hand; its contents are lost.
+        factor: what `linalg.cholesky` made of `h` with `damping`, on w's device, where it is at hand; its contents are lost.
 
     Returns:
         removed units in order (count,) int64, and each one's cost in output energy (count,), on the CPU.
 
     Raises:
-        NumericalError: H holds NaN or Inf, cannot be factored, or the costs are no numbers.
+        NumericalError: W or H hold NaN or Inf, or no damping up to 10 was enough.
     """
     units = h.shape[0] // width
     assert 0 <= count < units
     assert w.shape[1] == h.shape[0] == units * width
+    ready = [] if factor is None else [factor]
+    del factor
+
+    def attempt(damping: float) -> tuple[Tensor, Tensor]:
+        v = _energies(w, h, place)
+        p = invert_(ready.pop()) if ready else inverse(h, damping, place, device=w.device)[0]
+        order, costs = removal(p, v, width=width, count=count, block=block, place=place)
+        # Where rounding has brought a diagonal entry of P to zero or below, costs are negative, infinite or NaN.
+        if not bool((costs >= 0).all()) or not all_finite(costs):
+            raise SingularError(f"{place}: no unit could be told from others with damping up to 10")
+        return order, costs
+
+    return enough(damping, attempt)
+
+
+def _energies(w: Tensor, h: Tensor, place: str) -> Tensor:
+    """``V = WᵀW`` (n, n), its lower half, dead columns' entries zero."""
     v = w.new_zeros(h.shape)
     add_product(v, w, w)
     dead = (h.diagonal() <= 0).nonzero()[:, 0].to(w.device)
     v.index_fill_(0, dead, 0).index_fill_(1, dead, 0)
-    p = inverse(h, damping, place, device=w.device)[0] if factor is None else invert_(factor)
-    order, costs = removal(p, v, width=width, count=count, block=block, place=place)
-    if not bool(torch.isfinite(costs).all()):
-        raise NumericalError(f"{place}: the costs of the greedy removal are no numbers; its weights hold NaN or Inf")
-    return order, costs
+    if not all_finite(v.diagonal()):
+        raise NumericalError(f"{place}: the weights hold NaN or Inf, or what {v.dtype} cannot square")
+    return v
 
 
 def workspace(columns: int, width: int, block: int = 64) -> int:
@@ -171,6 +187,6 @@ class _State:
         if self.width == 1:
             cost = self.v_blocks.clamp_min(0) / self.p_blocks
             return self.p_blocks.rsqrt(), cost[:, 0, 0]
-        factors = torch.linalg.solve_triangular(cholesky_blocks(self.p_blocks, place), self.identity, upper=False)
+        factors = torch.linalg.solve_triangular(cholesky_blocks(self.p_blocks, place)[0], self.identity, upper=False)
         cost = (factors @ self.v_blocks).mul_(factors).sum(dim=(1, 2))
         return factors, cost.clamp_min_(0)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .batched import cholesky_blocks
-from .linalg import cholesky
+from .linalg import cholesky, signs
 
 _BATCH_BYTES = 64 << 20
+_SKETCH = 64
+"""Sums of rows from which `best_step` estimates."""
 
 
 def damped(h: Tensor, damping: float, *, device: torch.device | None = None) -> Tensor:
@@ -57,8 +59,10 @@ def element_costs(w: Tensor, g_inverse: Tensor, a_inverse: Tensor) -> Tensor:
     return w.square() / (2 * g_inverse.diagonal()[:, None] * a_inverse.diagonal())
 
 
-def remove_columns(w: Tensor, a_inverse: Tensor, removed: Tensor, place: str) -> Tensor:
+def remove_columns(w: Tensor, a_inverse: Tensor, removed: Tensor, place: str) -> tuple[Tensor, float]:
     """Remove columns `S` jointly: ``W − W_S ([A⁻¹]_SS)⁻¹ [A⁻¹]_S:`` (eq. 12, by a Cholesky solve).
+
+    With Wᵀ and G⁻¹ in the place of W and A⁻¹ it removes rows.
 
     Args:
         w: (R, C), float32 or float64.
@@ -66,27 +70,22 @@ def remove_columns(w: Tensor, a_inverse: Tensor, removed: Tensor, place: str) ->
         removed: (k,) int64.
 
     Returns:
-        W (R, C), the removed columns exactly zero.
+        W (R, C), the removed columns exactly zero, and the relative ridge that `[A⁻¹]_SS` took to be factored.
 
     Raises:
         NumericalError: `[A⁻¹]_SS` could not be factored, even with a ridge.
     """
     if not len(removed):
-        return w.clone()
+        return w.clone(), 0.0
     a_s = a_inverse[removed]  # (k, C)
-    factor, _ = cholesky(a_s[:, removed], 0.0, place)
+    factor, ridge = cholesky(a_s[:, removed], 0.0, place)
     multipliers = torch.cholesky_solve(w[:, removed].T, factor).T  # (R, k)
-    return torch.addmm(w, multipliers, a_s, alpha=-1).index_fill_(1, removed, 0)
-
-
-def remove_rows(w: Tensor, g_inverse: Tensor, removed: Tensor, place: str) -> Tensor:
-    """Remove rows `S` jointly: ``W − [G⁻¹]_:S ([G⁻¹]_SS)⁻¹ W_S`` (eq. 12); otherwise as `remove_columns`."""
-    return remove_columns(w.T, g_inverse, removed, place).T.contiguous()
+    return torch.addmm(w, multipliers, a_s, alpha=-1).index_fill_(1, removed, 0), ridge
 
 
 def remove_elements(
     w: Tensor, g_inverse: Tensor, a_inverse: Tensor, mask: Tensor, *, at_most: int, place: str
-) -> Tensor:
+) -> tuple[Tensor, float]:
     """Remove the elements `mask` marks, at most `at_most` of them jointly (eq. 11 and what follows it).
 
     ::
@@ -109,7 +108,7 @@ def remove_elements(
         at_most: most elements in one subset, at least 1.
 
     Returns:
-        W (R, C), the marked elements exactly zero.
+        W (R, C), the marked elements exactly zero, and the largest ridge that a subset took.
 
     Raises:
         NumericalError: a subset could not be factored, even with a ridge.
@@ -121,14 +120,40 @@ def remove_elements(
     g_unit = g_inverse * g_scale[:, None] * g_scale
     a_unit = a_inverse * a_scale[:, None] * a_scale
     scaled = (w * g_scale[:, None] * a_scale).flatten()
-    multipliers = torch.zeros_like(scaled)
+    multipliers, most = torch.zeros_like(scaled), 0.0
     for elements in _subsets(mask, at_most, w.element_size()):  # (batch, m)
         r, c = elements // columns, elements % columns
         blocks = g_unit[r[:, :, None], r[:, None, :]].mul_(a_unit[c[:, :, None], c[:, None, :]])
-        factors = cholesky_blocks(blocks, place)
+        factors, ridge = cholesky_blocks(blocks, place)
+        most = max(most, ridge)
         multipliers[elements] = torch.cholesky_solve(scaled[elements][:, :, None], factors)[:, :, 0]
     m = multipliers.view_as(w).mul_(g_scale[:, None]).mul_(a_scale)
-    return torch.addmm(w, g_inverse @ m, a_inverse, alpha=-1).masked_fill_(mask, 0)
+    return torch.addmm(w, g_inverse @ m, a_inverse, alpha=-1).masked_fill_(mask, 0), most
+
+
+def best_step(w: Tensor, updated: Tensor, mask: Tensor, g: Tensor, a: Tensor) -> tuple[Tensor, float]:
+    """As much of an update as adds least to the loss, and how much that is: all of it where it adds no more than none does.
+
+    Each subset of `remove_elements` makes good its own loss as if the others stayed, so that together they may do too much. With `E`
+    the change of W by zeros alone and `D` what the update adds to it, ``½ tr(G (E + sD) A (E + sD)ᵀ)`` is least at
+    ``s = − tr(G E A Dᵀ) / tr(G D A Dᵀ)``. Both are estimated from sums of rows with random signs (Hutchinson).
+
+    Args:
+        updated: what `remove_elements` made of `w` (R, C) and `mask`.
+        g: G (R, R), not damped, on any device.
+        a: A (C, C), likewise.
+    """
+    zeroed = w.masked_fill(mask, 0)
+    change = updated - zeroed
+    z = signs(_SKETCH, w)
+    weighted, moved = z @ g.to(w.device), z @ change
+    slope, curvature = (
+        float((weighted @ each @ a.to(w.device)).mul_(moved).sum(dtype=torch.float64)) for each in (zeroed - w, change)
+    )
+    if 2 * slope + curvature <= 0:
+        return updated, 1.0
+    step = min(max(-slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+    return zeroed.add_(change, alpha=step), step
 
 
 def _subsets(mask: Tensor, at_most: int, itemsize: int) -> Iterator[Tensor]:

@@ -9,16 +9,21 @@ it beside what is made of it: results are on W's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import NumericalError
+from ..errors import NumericalError, SingularError
 from .blocked import PANEL, TILE, cholesky_, invert_, panels, solve_
+
+Result = TypeVar("Result")
 
 _MOST_DAMPING = 10.0
 SKETCH = 512
 """Rows from which output energies of a wider layer are estimated."""
+_TRIED = 8
+"""Rows on which a re-fit of a wider layer is tried."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -36,6 +41,11 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
+def advice(dtype: torch.dtype) -> str:
+    """What a message about NaN or Inf adds where numbers computed in `dtype` end early."""
+    return "; float16 ends at 65504, and --dtype bfloat16 or float32 far beyond" if dtype == torch.float16 else ""
+
+
 def cholesky(
     h: Tensor, damping: float, place: str, *, scale: float | None = None, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
@@ -50,7 +60,8 @@ def cholesky(
         device: where the factor is to be; None for where `h` lies.
 
     Raises:
-        NumericalError: H holds NaN or Inf, or no damping up to 10 was enough.
+        NumericalError: H holds NaN or Inf.
+        SingularError: no damping up to 10 was enough.
     """
     where = h.device if device is None else device
     scale = float(h.diagonal().mean()) if scale is None else scale
@@ -74,8 +85,28 @@ def _factored(copy: Callable[[], Tensor], damping: float, scale: float, place: s
         if cholesky_(damped):
             return damped, damping
         del damped
-        damping = max(10 * damping, 1e-6)
-    raise NumericalError(f"{place}: the Gram could not be factored with damping up to {_MOST_DAMPING:g}")
+        damping = raised(damping)
+    raise SingularError(f"{place}: the Gram could not be factored with damping up to {_MOST_DAMPING:g}")
+
+
+def raised(damping: float) -> float:
+    """The damping to try where `damping` was too little."""
+    return max(10 * damping, 1e-6)
+
+
+def enough(damping: float, attempt: Callable[[float], Result]) -> Result:
+    """What `attempt` gives with `damping`, or with the least of its tenfolds with which it finds no matrix singular.
+
+    Raises:
+        SingularError: it does up to 10.
+    """
+    while True:
+        try:
+            return attempt(damping)
+        except SingularError:
+            damping = raised(damping)
+            if damping > _MOST_DAMPING:
+                raise
 
 
 def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tuple[Tensor, float]:
@@ -102,6 +133,47 @@ def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tup
     for panel in panels(len(kept), TILE):
         right[panel] = h[stays[panel, None], goes].to(w.device) @ w_s
     return w[:, kept].add_(solve_(factor, right).T), used
+
+
+def refit_as_stored(
+    w: Tensor, h: Tensor, kept: Tensor, damping: float, stored: torch.dtype, place: str
+) -> tuple[Tensor, float | None]:
+    """`refit` with the damping, or more, with which the weights that are stored are better than those of `w`.
+
+    Beside a channel that is far larger than others, rounding can cost more than a re-fit gains.
+
+    Returns:
+        W'_K (d_out, k), and the damping that it took; None where none was enough, and W'_K is W_K.
+    """
+    while damping <= _MOST_DAMPING:
+        fitted, used = refit(w, h, kept, damping, place)
+        if lowers_error(w, h, fitted, kept, stored):
+            return fitted, used
+        damping = raised(used)
+    return w[:, kept], None
+
+
+def lowers_error(w: Tensor, h: Tensor, fitted: Tensor, kept: Tensor, stored: torch.dtype) -> bool:
+    """Whether re-fitted weights leave no more output error than the kept columns of `w` do, both as they are stored.
+
+    With δ the difference of the two and `E` the change of W by removal alone, the error's energy changes by
+    ``tr(δ H δᵀ) + 2 tr(E H δᵀ)``. The exact solution takes away ``tr(δ H δᵀ)`` and more, row by row and in any sum of rows,
+    so a few such sums tell it from one that rounding has spoilt.
+
+    Args:
+        fitted: W'_K (d_out, k).
+        stored: the dtype that it will be rounded to.
+    """
+    mixing = signs(_TRIED, w)
+    lost = (mixing @ w).index_fill_(1, kept, 0)  # −E
+    change = torch.zeros_like(lost)
+    for panel in panels(len(w), PANEL):
+        plain = w[panel][:, kept]
+        before, after = (each.to(stored).to(w.dtype) for each in (plain, fitted[panel]))
+        lost[:, kept] += mixing[:, panel] @ (plain - before)
+        change[:, kept] += mixing[:, panel] @ (after - before)
+    gained = torch.cat([lost @ h[:, panel].to(w.device) for panel in panels(h.shape[1], TILE)], dim=1).mul_(change)
+    return _energy(change, h) <= 2 * float(gained.sum(dtype=torch.float64))
 
 
 def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
@@ -151,13 +223,12 @@ def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:
     """
     d = len(w)
     if d > SKETCH:
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (SKETCH, d), generator=generator).to(w) * 2 - 1
-        w, w_kept = signs @ w, signs @ w_kept
+        mixing = signs(SKETCH, w)
+        w, w_kept = mixing @ w, mixing @ w_kept
     change = w.clone()
     change[:, kept] -= w_kept
     before, after = _energy(w, h), _energy(change, h)
-    return max(after, 0.0) / before if before > 0 else 0.0
+    return 0.0 if before <= 0 else max(after, 0.0) / before
 
 
 def output_error_work(d: int, n: float, k: float) -> float:
@@ -165,6 +236,14 @@ def output_error_work(d: int, n: float, k: float) -> float:
     rows = min(d, SKETCH)
     mixing = 2 * rows * d * (n + k) if d > SKETCH else 0
     return mixing + 2 * rows * n * (n + min(n, PANEL))
+
+
+def signs(count: int, rows: Tensor) -> Tensor:
+    """(count, d) of ±1 to mix `rows` (d, n) with, the same ones every time; where they are no more than that, the identity (d, d)."""
+    if len(rows) <= count:
+        return torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2, (count, len(rows)), generator=generator).to(rows) * 2 - 1
 
 
 def _energy(w: Tensor, h: Tensor) -> float:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import NumericalError
+from .linalg import advice, all_finite
+
 
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token a row from softmax(logits), by inverting its distribution function.
@@ -15,8 +18,13 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
 
     Returns:
         (rows,) int64: the first token at which the distribution function exceeds `uniform`.
+
+    Raises:
+        NumericalError: logits of a row are NaN or Inf.
     """
     precise = logits if logits.dtype == torch.float64 else logits.float()
     distribution = precise.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # It ends near 1, not at it.
-    return torch.searchsorted(distribution, uniform[:, None] * distribution[:, -1:], right=True)[:, 0]
+    ends = distribution[:, -1:]  # near 1, not at it
+    if not all_finite(ends):
+        raise NumericalError(f"the head gives NaN or Inf{advice(logits.dtype)}")
+    return torch.searchsorted(distribution, uniform[:, None] * ends, right=True)[:, 0]

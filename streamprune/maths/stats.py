@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import NumericalError
 from .across import AddUp, add_counts
 from .blocked import mirror_, panels
 from .divergence import HeadDivergence
-from .linalg import accumulator
+from .linalg import accumulator, advice, all_finite
 from .operations import counted, kind
 
 Statistic = Literal["mask-gradient", "gram", "gradient-gram", "factors", "divergence"]
@@ -57,6 +58,8 @@ class Gram:
         """As they were fed."""
         self.operations = 0
         """What adding them took."""
+        self.fed = dtype
+        """What `add` was given last."""
         self.h = torch.zeros(columns, columns, device=device, dtype=dtype)
         self.c = torch.zeros(cross, columns, device=device, dtype=dtype) if cross else None
 
@@ -73,6 +76,7 @@ class Gram:
                 some of them, `mean` is still one of all tokens, so that sites compare.
         """
         assert (y is None) == (self.c is None)
+        self.fed = x.dtype
         flat = self._factor(x)
         rows = panels(flat.shape[1], PANEL.get(x.device.type, PANEL["cuda"]))
         products = sum((panel.stop - panel.start) * panel.stop for panel in rows)
@@ -109,8 +113,18 @@ class Gram:
             add_up(self.c)
         self.tokens, self.rows, self.operations = add_counts(add_up, self.tokens, self.rows, self.operations)
 
-    def mean(self) -> tuple[Tensor, Tensor | None]:
-        """(H, C) per token, H symmetric to the last bit, in place: they count as one token from then on."""
+    def mean(self, place: str) -> tuple[Tensor, Tensor | None]:
+        """(H, C) per token, H symmetric to the last bit, in place: they count as one token from then on.
+
+        Args:
+            place: where the sums are from, for messages.
+
+        Raises:
+            NumericalError: they hold NaN or Inf.
+        """
+        # An input that is neither finite, or too large to be squared and summed, shows on the diagonal.
+        if not all_finite(self.h.diagonal()) or not (self.c is None or all_finite(self.c)):
+            raise NumericalError(f"{place}: the Gram holds NaN or Inf{advice(self.fed)}")
         tokens, self.tokens = self.tokens, 1
         return mirror_(self.h.div_(tokens)), None if self.c is None else self.c.div_(tokens)
 

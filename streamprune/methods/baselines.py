@@ -67,7 +67,7 @@ def _magnitude_weights(settings: MagnitudeSettings, problem: Problem, kept: Tens
     if problem.zeros is None:
         return kept_columns(problem, kept)
     gone = [
-        masks.mask(costs, zeros, settings.structure)
+        masks.mask(costs, zeros, settings.structure, problem.site.name)
         for costs, zeros in zip(_squares(problem), problem.zeros, strict=True)
     ]
     *producers, w = (w.masked_fill(m, 0.0) for w, m in zip((*problem.producers, problem.w), gone, strict=True))
@@ -76,7 +76,7 @@ def _magnitude_weights(settings: MagnitudeSettings, problem: Problem, kept: Tens
 
 def _baseline(name: str, summary: str, score: Score, *, gram: bool = False) -> Recipe[NoSettings]:
     def select(settings: NoSettings, problem: Problem, keep: int) -> Tensor:
-        return best(score(problem), keep)
+        return best(score(problem), keep, problem.site.name)
 
     return Recipe(
         name=name,
@@ -95,9 +95,9 @@ MAGNITUDE = Recipe(
     summary="units of least squared weight, the same share everywhere; or weights, by one threshold",
     settings=MagnitudeSettings,
     statistics=lambda settings: None if settings.structure == masks.UNITS else frozenset(),
-    digest=lambda settings, surveyed: masks.histograms(_squares(surveyed), settings.structure),
+    digest=lambda settings, surveyed: masks.histograms(_squares(surveyed), settings.structure, surveyed.site.name),
     allocate=_magnitude_plan,
-    select=lambda settings, problem, keep: best(magnitude_score(problem), keep),
+    select=lambda settings, problem, keep: best(magnitude_score(problem), keep, problem.site.name),
     reconstruct=_magnitude_weights,
     workspace=lambda settings, site: sum(site.linears) if settings.structure == masks.UNITS else 3 * sum(site.linears),
     digest_workspace=lambda settings, site: 3 * sum(site.linears),

@@ -56,12 +56,13 @@ def path_costs(settings: DefaultSettings, surveyed: Surveyed) -> dict[str, Tenso
     """Cost a parameter of each further unit (units,), ascending, of which the last never goes."""
     site, statistics = surveyed.site, surveyed.statistics
     assert statistics.gram is not None
-    h, w = statistics.gram.mean()[0].to(surveyed.w.dtype), surveyed.w
+    h, w = statistics.gram.mean(site.name)[0].to(surveyed.w.dtype), surveyed.w
     if settings.weighted:
         assert statistics.gradient is not None
-        g = statistics.gradient.mean()[0].to(w.dtype)
+        place = f"{site.name}, output gradients"
+        g = statistics.gradient.mean(place)[0].to(w.dtype)
         # G = L Lᵀ, and tr(Wᵀ G W) = tr((Lᵀ W)ᵀ (Lᵀ W)): the unweighted loop on Lᵀ W.
-        w = cholesky(g, _RIDGE, f"{site.name}, output gradients", device=w.device)[0].T @ w
+        w = cholesky(g, _RIDGE, place, device=w.device)[0].T @ w
     _, costs = greedy_removal(w, h, width=site.width, count=site.units - 1, damping=settings.damping, place=site.name)
     # A unit that is cheaper once others are gone goes with them.
     marginal = (

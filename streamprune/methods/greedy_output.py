@@ -144,7 +144,7 @@ def second_moment(settings: GreedyOutputSettings, problem: Problem, keep: int) -
         inputs = problem.inputs.to(energy)
         each = [energy * (a @ inputs).mul_(a).sum(dim=1) / 2 for a in problem.producers]
         moments = torch.stack(each).clamp_min(0).log().sum(dim=0)
-    return best(moments, keep)
+    return best(moments, keep, problem.site.name)
 
 
 def recovered(settings: GreedyOutputSettings, problem: Problem, kept: Tensor) -> Refit:

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NumericalError
 from ..maths.kfac import pattern_costs, pattern_mask
+from ..maths.linalg import all_finite
 from ..site import Site
 from .allocation import Budget, check_budget
 from .plan import Plan, SitePlan, units_only
@@ -111,14 +112,23 @@ def _check_widths(structure: str, sites: Sequence[Site]) -> None:
                 )
 
 
-def histograms(costs: Iterable[Tensor], structure: str) -> dict[str, Tensor]:
+def histograms(costs: Iterable[Tensor], structure: str, place: str) -> dict[str, Tensor]:
     """What a survey keeps of a site's linears: which bins of cost hold how many weights, or groups, (2, bins) int64.
 
     Args:
         costs: of each weight of each linear, (rows, columns), the producers' in order and the consumer's last;
             taken one at a time.
+
+    Raises:
+        NumericalError: they hold NaN or Inf.
     """
-    return {f"histogram.{i}": _histogram(cost, structure) for i, cost in enumerate(costs)}
+    return {f"histogram.{i}": _histogram(_checked(cost, place), structure) for i, cost in enumerate(costs)}
+
+
+def _checked(costs: Tensor, place: str) -> Tensor:
+    if not all_finite(costs):
+        raise NumericalError(f"{place}: the weights' costs hold NaN or Inf")
+    return costs
 
 
 def _histogram(costs: Tensor, structure: str) -> Tensor:
@@ -163,11 +173,15 @@ def _read(findings: Findings) -> Iterator[tuple[Tensor, Tensor]]:
         yield bins, counts
 
 
-def mask(costs: Tensor, zeros: int, structure: str) -> Tensor:
+def mask(costs: Tensor, zeros: int, structure: str, place: str) -> Tensor:
     """The weights (rows, columns) that go, True, so many as the plan says: the cheapest, or the cheapest groups'.
 
     Of equal ones the first go.
+
+    Raises:
+        NumericalError: the costs hold NaN or Inf.
     """
+    _checked(costs, place)
     m, n = pattern(structure)
     if n == 1:
         return _cheapest(costs, zeros)

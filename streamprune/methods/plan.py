@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from .. import json_text
+from ..errors import ConfigError, DiskError, one_line
 from ..site import Site
 
 FORMAT = "streamprune-plan-1"
@@ -71,9 +72,10 @@ class Plan(Mapping[str, SitePlan]):
             ConfigError: unreadable, or not a plan.
         """
         try:
-            return cls.parse(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the plan {path}: {error}") from error
+            text = json_text.read_text(path)
+        except (FileNotFoundError, DiskError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the plan {path}: {one_line(error)}") from error
+        return cls.parse(text, str(path))
 
     @classmethod
     def parse(cls, text: str, where: str) -> Plan:
@@ -83,9 +85,9 @@ class Plan(Mapping[str, SitePlan]):
             ConfigError: not a plan.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where} is not JSON: {error}") from error
+            data = json_text.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{where} is not JSON: {one_line(error)}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("sites"), dict):
             raise ConfigError(f'{where} is not a plan: it needs "format": "{FORMAT}" and "sites"')
         ratio = data.get("ratio")

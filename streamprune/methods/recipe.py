@@ -54,6 +54,8 @@ class Problem:
     site: Site
     w: Tensor
     """The consumer's weight (d_out, n), float32 or float64; fitted to the target already, where the recipe has one."""
+    stored: torch.dtype
+    """What it will be stored in."""
     read_producers: Producers
     zeros: tuple[int, ...] | None
     """Weights to make zero in each producer and, last, in the consumer; None where units go instead."""
@@ -107,9 +109,11 @@ class Refit:
     w: Tensor
     """The consumer's, (d_out, k)."""
     damping: float | None = None
-    """Relative damping that it took; None where nothing was solved."""
+    """Relative damping that it took; None where nothing was solved, or no re-fit was better than none."""
     producers: tuple[Tensor, ...] | None = None
     """The producers', all rows, (rows, d) each; None leaves them as they are."""
+    step: float = 1.0
+    """The least part of a linear's update that was taken, where all of it would have done harm."""
 
 
 @dataclass(frozen=True)

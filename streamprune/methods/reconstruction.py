@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..maths.blocked import TILE
-from ..maths.linalg import refit, unit_columns
+from ..maths.linalg import refit_as_stored, unit_columns
 from ..site import Site
 from .recipe import Problem, Refit
 
@@ -30,4 +30,4 @@ def obs_work(site: Site, keep: float) -> float:
 def obs(problem: Problem, kept: Tensor, damping: float) -> Refit:
     """The OBS update of the kept columns, by one Cholesky factorisation."""
     columns = unit_columns(kept.to(problem.w.device), problem.site.width)
-    return Refit(*refit(problem.w, problem.gram, columns, damping, problem.site.name))
+    return Refit(*refit_as_stored(problem.w, problem.gram, columns, damping, problem.stored, problem.site.name))

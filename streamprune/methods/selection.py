@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import NumericalError
 from ..maths.blocked import inverse_work, inverse_workspace
 from ..maths.greedy import greedy_removal, workspace
 from ..maths.symmetric import product_work
@@ -19,8 +20,14 @@ def others(units: int, removed: Tensor) -> Tensor:
     return stays.nonzero()[:, 0]
 
 
-def best(scores: Tensor, keep: int) -> Tensor:
-    """The `keep` units of the highest scores (units,), ascending; of equal ones the first."""
+def best(scores: Tensor, keep: int, place: str) -> Tensor:
+    """The `keep` units of the highest scores (units,), ascending; of equal ones the first. A score may be −∞.
+
+    Raises:
+        NumericalError: one is NaN or ∞, which would be taken for the highest.
+    """
+    if not bool((scores < torch.inf).all()):
+        raise NumericalError(f"{place}: the units' scores hold NaN or Inf")
     return scores.cpu().argsort(descending=True, stable=True)[:keep].sort().values
 
 

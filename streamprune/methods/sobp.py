@@ -60,7 +60,7 @@ def global_selection(settings: SobpSettings, sites: Sequence[Site], survey: Surv
     kept = {}
     for site in sites:
         # With refinement the plan says how many, and the site's own Gram which.
-        units = None if settings.refine else tuple(best(scores[site.name], keep[site.name]).tolist())
+        units = None if settings.refine else tuple(best(scores[site.name], keep[site.name], site.name).tolist())
         kept[site.name] = SitePlan(keep[site.name], units)
     return Plan(kept, budget.ratio)
 

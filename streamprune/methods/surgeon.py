@@ -12,22 +12,24 @@ The factors that the updates need wait on the disk until the threshold is known.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import SingularError
 from ..maths.blocked import inverse_work
 from ..maths.kfac import (
+    best_step,
     column_costs,
     damped,
     element_costs,
     group_costs,
     remove_columns,
     remove_elements,
-    remove_rows,
 )
-from ..maths.linalg import inverse, unit_columns
+from ..maths.linalg import enough, inverse, lowers_error, refit_as_stored, unit_columns
 from ..site import Site
 from . import masks
 from .allocation import Budget, allocate
@@ -74,11 +76,11 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
     factors = {}
     for name, gram in grams.items():
         assert gram is not None
-        factors[name] = gram.mean()[0]
+        factors[name] = gram.mean(f"{site.name}, {name}")[0]
     linears = _linears(factors, surveyed.w, surveyed.producers)
     if settings.structure != masks.UNITS:
-        costs = (element_costs(w, g, a) for w, g, a, _ in _inverses(settings, linears, site))
-        return {**factors, **masks.histograms(costs, settings.structure)}
+        costs = (element_costs(w, g, a) for w, g, a, _ in _inverses(settings.damping, linears, site.name))
+        return {**factors, **masks.histograms(costs, settings.structure, site.name)}
     *producers, (w, g, a) = linears
     price = group_costs if settings.joint else _single_costs
     cost = price(w, *_sides(settings, w, g, a, site), site.units)
@@ -149,7 +151,8 @@ def threshold(settings: SurgeonSettings, sites: Sequence[Site], survey: Survey, 
     costs = {site.name: survey[site.name]["costs"] for site in sites}
     keep = allocate(sites, {site.name: densities(site, survey[site.name]) for site in sites}, budget)
     return Plan(
-        {name: SitePlan(units, tuple(best(costs[name], units).tolist())) for name, units in keep.items()}, budget.ratio
+        {name: SitePlan(units, tuple(best(costs[name], units, name).tolist())) for name, units in keep.items()},
+        budget.ratio,
     )
 
 
@@ -161,35 +164,60 @@ def densities(site: Site, findings: Findings) -> Tensor:
 def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
     """The correlated updates of all linears of the site."""
     site = problem.site
-    used = settings.damping
 
     def factor(name: str) -> Tensor:
         return problem.findings[name].to(problem.w.dtype)
 
     if problem.zeros is not None:
-        weights = []
         factors = {name: factor(name) for name in _needed(settings, site)}
         linears = _linears(factors, problem.w, problem.producers)
-        each = zip(_inverses(settings, linears, site), problem.zeros, strict=True)
-        for (w, g_inverse, a_inverse, took), zeros in each:
-            used = max(used, took)
-            gone = masks.mask(element_costs(w, g_inverse, a_inverse), zeros, settings.structure)
-            weights.append(remove_elements(w, g_inverse, a_inverse, gone, at_most=settings.correlated, place=site.name))
-        *producers, consumer = weights
-        return Refit(consumer, used, tuple(producers))
-    removed = others(site.units, kept).to(problem.w.device)
-    stays = unit_columns(kept.to(problem.w.device), site.width)
-    device = problem.w.device
-    a_inverse, used = inverse(factor("a.consumer"), settings.damping, site.name, device=device)
-    consumer = remove_columns(problem.w, a_inverse, unit_columns(removed, site.width), site.name)[:, stays]
+        return enough(settings.damping, lambda damping: _without_elements(settings, problem, linears, damping))
+    consumer, damping = _updated(settings, problem, problem.w, factor("a.consumer"), kept)
     if not settings.update_rows:
-        return Refit(consumer, used)
-    producers = []
+        return Refit(consumer, damping)
+    producers, dampings = [], [damping]
     for i, w in enumerate(problem.producers):
-        g_inverse, took = inverse(factor(f"g.{i}"), settings.damping, site.name, device=device)
-        used = max(used, took)
-        producers.append(remove_rows(w, g_inverse, unit_columns(removed, len(w) // site.units), site.name))
-    return Refit(consumer, used, tuple(producers))
+        rows, took = _updated(settings, problem, w.T, factor(f"g.{i}"), kept)
+        stays = unit_columns(kept.to(w.device), len(w) // site.units)
+        producers.append(torch.zeros_like(w).index_copy_(0, stays, rows.T))
+        dampings.append(took)
+    return Refit(consumer, max((each for each in dampings if each is not None), default=None), tuple(producers))
+
+
+def _without_elements(
+    settings: SurgeonSettings, problem: Problem, linears: Sequence[tuple[Tensor, Tensor, Tensor]], damping: float
+) -> Refit:
+    """The correlated updates of single weights, of all linears."""
+    assert problem.zeros is not None
+    place, used, weights, steps = problem.site.name, damping, [], []
+    each = zip(linears, _inverses(damping, linears, place), problem.zeros, strict=True)
+    for (_, g, a), (w, g_inverse, a_inverse, took), zeros in each:
+        gone = masks.mask(element_costs(w, g_inverse, a_inverse), zeros, settings.structure, place)
+        updated, ridge = remove_elements(w, g_inverse, a_inverse, gone, at_most=settings.correlated, place=place)
+        updated, step = best_step(w, updated, gone, g, a)
+        weights.append(updated)
+        steps.append(step)
+        used = max(used, took, ridge)
+    *producers, consumer = weights
+    return Refit(consumer, used, tuple(producers), step=min(steps))
+
+
+def _updated(
+    settings: SurgeonSettings, problem: Problem, w: Tensor, factor: Tensor, kept: Tensor
+) -> tuple[Tensor, float | None]:
+    """The columns of `w` that stay, after the correlated update, and the damping that it took."""
+    site, device = problem.site, w.device
+    width = len(factor) // site.units
+    removed, stays = (unit_columns(each.to(device), width) for each in (others(site.units, kept), kept))
+    inverted, used = inverse(factor, settings.damping, site.name, device=device)
+    with suppress(SingularError):
+        updated, ridge = remove_columns(w, inverted, removed, site.name)
+        updated = updated[:, stays]
+        if not ridge and lowers_error(w, factor, updated, stays, problem.stored):
+            return updated, used
+    del inverted
+    # The same update from a factor of what stays, without an inverse: rounding does it less harm.
+    return refit_as_stored(w, factor, stays, used, problem.stored, site.name)
 
 
 def _linears(
@@ -202,14 +230,14 @@ def _linears(
 
 
 def _inverses(
-    settings: SurgeonSettings, linears: Sequence[tuple[Tensor, Tensor, Tensor]], site: Site
+    damping: float, linears: Sequence[tuple[Tensor, Tensor, Tensor]], place: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
     """(W, G⁻¹, A⁻¹) of each linear, where W is, and the larger damping that they took; producers share one A⁻¹."""
     of: Tensor | None = None
     for w, g, a in linears:
         if a is not of:
-            of, (a_inverse, other) = a, inverse(a, settings.damping, site.name, device=w.device)
-        g_inverse, one = inverse(g, settings.damping, site.name, device=w.device)
+            of, (a_inverse, other) = a, inverse(a, damping, place, device=w.device)
+        g_inverse, one = inverse(g, damping, place, device=w.device)
         yield w, g_inverse, a_inverse, max(one, other)
 
 

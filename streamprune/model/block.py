@@ -418,6 +418,11 @@ class Prunable:
         stored = self.layer.weights[f"{name}.weight"].to(self.layer.device)
         return self._turned(name, stored.to(accumulator(stored.dtype)))
 
+    @property
+    def stored(self) -> torch.dtype:
+        """What the consumer's weight is stored in."""
+        return self.layer.weights[f"{self.consumer}.weight"].dtype
+
     def split(self, producer: int, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
         """What belongs to each part of a producer, where its rows lie along `dim`."""
         return torch.split(rows, self.entry.producers[producer].stretches(self.site, rows.shape[dim]), dim=dim)

@@ -9,20 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError, ResourceError
+from ..errors import CheckpointError, DamageError, DiskError, one_line
 from ..host import host_buffer, tensor_bytes
-from ..occupancy import spent
+from ..json_text import parse, read_text
+from .directory import check_links
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -30,7 +34,17 @@ SINGLE = "model.safetensors"
 CPU = torch.device("cpu")
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of buffers that old checkpoints carry and no model reads any more."""
+ADAPTER = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
+"""A name that is no path, and no pattern either: the hub is asked for it."""
+_PACKED = (
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
+    (re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|quant_state\..*)$"), "bitsandbytes"),
+    (re.compile(r"\.(weight_packed|weight_shape|weight_scale|weight_zero_point|input_scale)$"), "compressed-tensors"),
+    (re.compile(r"\.weight_scale_inv$|_proj_(blocks|scales)$"), "block-scaled float"),
+)
+"""Endings of the names of tensors that only packed weights have, and whose they are."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored in."""
@@ -60,12 +74,18 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     Raises:
         CheckpointError: not a checkpoint, pickles only, a shard that is missing, cut short or corrupt, an
-            index that names a file outside the directory or a tensor its shard lacks, a packed dtype.
+            index that names a file outside the directory or a tensor its shard lacks, a packed dtype, a link
+            that leads out of the directory, an adapter that is not merged.
     """
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory with a model in it")
+        check_links(directory)
+        if (directory / ADAPTER).exists():
+            raise CheckpointError(
+                f"{directory} has an adapter ({ADAPTER}) beside its weights; merge it first, or take the file away"
+            )
         self.directory = directory
         self.config = read_json(directory / CONFIG)
         self.bytes_read = 0
@@ -89,6 +109,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
+
+    @property
+    def claimed(self) -> Set[str]:
+        """Names of all tensors that there ought to be."""
+        return self._entries.keys()
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
         """One tensor on the host in its stored dtype, in memory of its own, ready to go to `device`."""
@@ -132,6 +157,25 @@ class Checkpoint(Mapping[str, TensorEntry]):
         }
         return {"config": digest, "shards": shards}
 
+    def stamps(self) -> dict[str, list[int]]:
+        """Of every shard's file what changes when it is written to or exchanged: size, time of the last write, inode."""
+        found = {name: (self.directory / name).stat() for name in self.headers}
+        return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found.items()}
+
+    def changed(self, stamps: Mapping[str, list[int]], sums: Mapping[str, int]) -> str | None:
+        """A tensor that is no longer what it was; None if there is none.
+
+        Args:
+            stamps: of then: only files that have others now are read.
+            sums: CRC-32 of the tensors' bytes of then, by name.
+        """
+        now = self.stamps()
+        suspects = {name for name in now if stamps.get(name) != now[name]}
+        for name, check in sums.items():
+            if self[name].shard.name in suspects and zlib.crc32(tensor_bytes(self.read(name))) != check:
+                return name
+        return None
+
     def _shards(self) -> dict[str, set[str] | None]:
         """Shard file names, each with the tensors that the index says it holds (None: whatever it holds)."""
         index = self.directory / INDEX
@@ -143,45 +187,74 @@ class Checkpoint(Mapping[str, TensorEntry]):
                     f"{self.directory} has only pickled weights, which are never opened; convert them to safetensors first"
                 )
             raise CheckpointError(f"{self.directory} has neither {SINGLE} nor {INDEX}")
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map")
-        shards: dict[str, set[str] | None] = {}
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or shard in ("", ".", "..") or os.path.basename(shard) != shard:
-                raise CheckpointError(f"{index} places {name!r} in {shard!r}, which is not a file of this directory")
-            held = shards.setdefault(shard, set())
-            assert held is not None
-            held.add(name)
-        return shards
+        return {**read_index(index)}
 
     def _open(self, path: Path, wanted: set[str] | None) -> None:
         if not path.is_file():
-            raise CheckpointError(f"shard {path} is missing")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"shard {path} is corrupt or cut short: {error}") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            raw = file.read(length)
+            raise CheckpointError(f"shard {path} is {'not a regular file' if path.exists() else 'missing'}")
+        length, raw = read_header(path)
         self.headers[path.name] = hashlib.sha256(raw).hexdigest()
-        header = {name: value for name, value in json.loads(raw).items() if name != "__metadata__"}
+        try:
+            header = {name: value for name, value in parse(raw.decode("utf-8")).items() if name != "__metadata__"}
+        except ValueError as error:
+            raise CheckpointError(f"shard {path} is corrupt: {one_line(error)}") from error
         if missing := sorted((wanted or set()) - header.keys()):
             raise CheckpointError(f"shard {path} lacks {missing[0]!r}, which the index places there")
         for name in header if wanted is None else sorted(wanted):
             begin, end = header[name]["data_offsets"]
             dtype = header[name]["dtype"]
-            if dtype not in DTYPES:
-                if name.endswith(UNREAD):
-                    continue  # Pythia's masks are truth values
+            maker = next((maker for ending, maker in _PACKED if ending.search(name)), None)
+            if dtype not in DTYPES and name.endswith(UNREAD):
+                continue  # Pythia's masks are truth values
+            if dtype not in DTYPES or maker is not None:
+                packed = f" ({maker})" if maker else ""
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} has dtype {dtype}; quantised or packed weights cannot be pruned, only {', '.join(DTYPES)}"
+                    f"{path}: tensor {name!r} has dtype {dtype}; quantised or packed weights{packed} cannot be pruned, "
+                    f"only {', '.join(DTYPES)}"
                 )
             self._entries[name] = TensorEntry(
                 path, DTYPES[dtype], tuple(header[name]["shape"]), 8 + length + begin, end - begin
             )
+
+
+def read_header(path: Path) -> tuple[int, bytes]:
+    """A shard's header: its length and its JSON text, once `safetensors` has found all of it true.
+
+    That checks the length against the file, that tensors follow each other without gaps or overlaps up to the end of
+    the file, and that each has as many bytes as its shape and dtype say.
+
+    Raises:
+        CheckpointError: the shard is corrupt or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"shard {path} is corrupt or cut short: {one_line(error)}") from error
+    beginning = bytearray(8)
+    files.read_into(path, 0, memoryview(beginning))
+    raw = bytearray(int.from_bytes(beginning, "little"))
+    files.read_into(path, len(beginning), memoryview(raw))
+    return len(raw), bytes(raw)
+
+
+def read_index(path: Path) -> dict[str, set[str]]:
+    """Shard file names, each with the tensors that an index says it holds.
+
+    Raises:
+        CheckpointError: not an index, or a shard that is no safetensors file of the same directory.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{path} places {name!r} in {shard!r}, which is not a file of this directory (NAME.safetensors)"
+            )
+        shards.setdefault(shard, set()).add(name)
+    return shards
 
 
 def shard_name(number: int, total: int) -> str:
@@ -189,14 +262,17 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number:05}-of-{total:05}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write one shard durably; equal tensors give equal bytes.
 
     By hand, since safetensors' own writer (0.8) goes by way of a randomly named file beside the target, which only its
     owner may read and which a killed process leaves behind.
 
+    Returns:
+        The SHA-256 in hex of what was to be written.
+
     Raises:
-        ResourceError: it could not be written, on a full disk for one.
+        DiskError: it could not be written, on a full disk for one.
     """
     # Widest elements first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -207,44 +283,81 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    try:
-        with spent("write"), files.replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for _, tensor in ordered:
-                file.write(tensor_bytes(tensor))
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror or error}; run the same command again to go on"
-        ) from error
+    return files.write(path, chain([len(raw).to_bytes(8, "little"), raw], (tensor_bytes(t) for _, t in ordered)))
+
+
+def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
+    """All tensors of a shard whose digest `write_shard` gave.
+
+    Raises:
+        DamageError: it is no longer what was written.
+    """
+    data = files.read_bytes(path) if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DamageError(
+            f"{path} is missing, or not what was written there; run the same command again: it is made anew"
+        )
+    found: dict[str, Tensor] = load(data)
+    return found
+
+
+class Shard(Mapping[str, Tensor]):
+    """What `write_shard` wrote; a tensor is read when it is asked for.
+
+    Raises:
+        CheckpointError: the shard is corrupt or cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        length, raw = read_header(path)
+        self._path, self._begin = path, 8 + length
+        self._header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        buffer = host_buffer(end - begin, CPU)
+        files.read_into(self._path, self._begin + begin, buffer.numpy().data)
+        dtype = next(dtype for dtype, code in NAMES.items() if code == entry["dtype"])
+        return buffer.view(dtype).view(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)
 
 
 def data_bytes(path: Path) -> int:
     """Bytes of the tensors in a shard, its header left out."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    beginning = bytearray(8)
+    files.read_into(path, 0, memoryview(beginning))
+    return path.stat().st_size - len(beginning) - int.from_bytes(beginning, "little")
 
 
-def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> None:
-    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes."""
+def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> str:
+    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes. Returns its digest."""
     index = {
         "metadata": {"total_parameters": parameters, "total_size": size},
         "weight_map": dict(sorted(placed.items())),
     }
-    write_json(directory / INDEX, index)
+    return write_json(directory / INDEX, index)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: missing, unreadable, or not an object.
+        CheckpointError: missing, unreadable, not an object, or nothing that `json_text` takes.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    except DiskError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
@@ -259,6 +372,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file durably, indented."""
-    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON file durably, indented; `finite`, so that `read_json` takes it. Returns its digest."""
+    return files.write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")

@@ -26,10 +26,11 @@ from ..machine import resolve_dtype
 from ..maths.linalg import accumulator
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
-from .architecture import SublayerEntry, architecture_of, is_stock
+from .architecture import SublayerEntry, is_stock
 from .block import Arguments, Block, Layer, Sublayer, linear_shape, place
 from .checkpoint import UNREAD, Checkpoint
-from .modeling_streamprune import PREFIX, Experts, separate_experts
+from .configuration import read_configuration
+from .modeling_streamprune import Experts, separate_experts
 
 
 class Skeleton:
@@ -40,62 +41,65 @@ class Skeleton:
         device: where blocks go.
         dtype: what they compute in.
         layout: what the widths of its sites must stay like.
+        check: whether to refuse what `layout_faults` finds.
 
     Raises:
-        CheckpointError: unknown architecture, a config that transformers refuses, a tensor that is
-            missing, unexpected, or of another shape than the config says.
+        CheckpointError: what `read_configuration` refuses, a tensor that is missing, unexpected, or of another
+            shape than the config says, and sizes that the shards do not hold.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, layout: Layout = FREE
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: Layout = FREE,
+        check: bool = True,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.checkpoint, self.device, self.dtype, self.layout = checkpoint, device, dtype, layout
         self.copies_ahead = False
         """Whether the next block's weights come to the device while this one's are used: see `memory.copies_ahead`."""
-        where = str(checkpoint.directory)
-        if checkpoint.config.get("quantization_config") is not None:
-            raise CheckpointError(f"{where}: the config has a quantization_config; quantised models cannot be pruned")
-        declared = checkpoint.config.get("model_type")
-        self.architecture = architecture_of(declared.removeprefix(PREFIX) if isinstance(declared, str) else None, where)
+        self.architecture, self.config = read_configuration(checkpoint)
+        self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
         try:
-            self.config = AutoConfig.from_pretrained(
-                checkpoint.directory, local_files_only=True, trust_remote_code=False
-            )
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config).eval()
+            self._build(check)
+            if check:
+                # What the blocks are made of and called with comes from the config too: see that it can be had.
+                self.all_sites()
+                self.arguments(1, 1)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(
-                f"{where}/config.json: transformers cannot build this model ({one_line(error, 400)})"
+                f"{checkpoint.directory}/config.json: transformers cannot build this model ({one_line(error, 400)})"
             ) from error
-        architecture_of(self.config.model_type.removeprefix(PREFIX), where)
-        if getattr(self.config, "output_router_logits", False):
-            self.config.output_router_logits = False  # wanted for training only
-        checkpoint.complete_names(self.architecture.blocks.partition(".")[0], self.architecture.head)
 
+    def _build(self, check: bool) -> None:
+        """Take the model apart, on the meta device, and hold it against the shards before anything takes memory."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).eval()
         self._base = model.get_submodule(self.architecture.base)
         blocks = model.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._templates: list[nn.Module] = list(blocks.children())
         self.entries = [self.architecture.sublayers(self.config, index) for index in range(len(self._templates))]
         """Each block's sublayers, as the table has them."""
-        for template, entries in zip(self._templates, self.entries, strict=True):
-            for entry in entries:
-                if entry.experts and not isinstance(template.get_submodule(entry.experts), Experts):
-                    separate_experts(template, entry.experts)
+        self._separate_experts()
         self._slots = [_Slot(template) for template in self._templates]
         model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
         self._embed = _present(model, self.architecture.embed)
         self._after = _present(model, (*self.architecture.final, self.architecture.head))
+        for name, what in self.layout_faults() if check else ():
+            raise CheckpointError(f"{self.checkpoint.directory}: tensor {name!r} {what}")
         for name in list(self._after)[:-1]:
             model.set_submodule(name, nn.Identity())
         self._rebuild_buffers(model)
         # What is left of the model is its head, with whatever it does to logits.
         model.set_submodule(self.architecture.base, _Passed())
         self._head = model
-        self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
-        self._check_layout()
 
     def __len__(self) -> int:
         """How many blocks there are."""
@@ -404,8 +408,30 @@ class Skeleton:
             for (module, leaf, _), tensor in zip(names, before, strict=True):
                 place(module, leaf, tensor)
 
+    def _separate_experts(self) -> None:
+        """Give every expert modules of its own, unless they are more than the shards have tensors."""
+        counted = 0
+        for template, entries in zip(self._templates, self.entries, strict=True):
+            for name in (entry.experts for entry in entries if entry.experts):
+                experts: Any = template.get_submodule(name)
+                counted += len(experts) if isinstance(experts, Experts) else experts.down_proj.shape[0]
+                if counted > len(self.checkpoint):
+                    raise CheckpointError(
+                        f"{self.checkpoint.directory}/config.json: it says {counted} experts or more; the shards hold "
+                        f"{len(self.checkpoint)} tensors"
+                    )
+                if not isinstance(experts, Experts):
+                    separate_experts(template, name)
+
     def _rebuild_buffers(self, model: nn.Module) -> None:
         """Rotary tables and their like are computed, not stored: build those for real (DESIGN, fact 3)."""
+        numbers = sum(buffer.numel() for buffer in model.buffers() if buffer.is_meta)
+        weights = sum(entry.numel for entry in self.checkpoint.values())
+        if numbers > weights:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}/config.json: it asks for tables of {numbers} numbers; the model has "
+                f"{weights} weights"
+            )
         for name, module in list(model.named_modules()):
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 with torch.device(self.device):
@@ -418,8 +444,9 @@ class Skeleton:
     def _names(self, modules: dict[str, nn.Module]) -> list[str]:
         return [self.stored_name(f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
 
-    def _check_layout(self) -> None:
-        model, where = self.architecture.model_type, self.checkpoint.directory
+    def layout_faults(self) -> Iterator[tuple[str, str]]:
+        """Tensors that are missing, unexpected, or of another shape than the config says: name, and what is wrong with it."""
+        model = self.architecture.model_type
         expected: dict[str, tuple[int, ...]] = {}
         for index, layer in enumerate(self._templates):
             state = layer.state_dict()
@@ -428,22 +455,17 @@ class Skeleton:
             expected |= {
                 self.stored_name(f"{path}.{leaf}"): tuple(tensor.shape) for leaf, tensor in module.state_dict().items()
             }
-        if self._embedding_weight in self.checkpoint and self.tied:
+        # To tell a head that is stored from the embedding takes both.
+        if (self._head_weight not in self.checkpoint or self._embedding_weight in self.checkpoint) and self.tied:
             expected.pop(self._head_weight)
         for name, shape in expected.items():
             if name not in self.checkpoint:
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} is missing; the config says a {model} model that has it"
-                )
-            if self.checkpoint[name].shape != shape:
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
-                )
+                yield name, f"is missing; the config says a {model} model that has it"
+            elif self.checkpoint[name].shape != shape:
+                yield name, f"has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
         for name in self.checkpoint:
             if name not in expected and name != self._head_weight and not name.endswith(UNREAD):
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} has no place in the {model} model that the config says"
-                )
+                yield name, f"has no place in the {model} model that the config says"
 
 
 def open_skeleton(model: Path, device: torch.device, dtype: str, *, layout: Layout = FREE) -> Skeleton:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import files
 from ..errors import NumericalError
 from ..host import host_buffer, tensor_bytes
+from ..maths.linalg import advice
 from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
 from ..progress import Progress, rest
@@ -72,8 +73,7 @@ class KeysAndValues:
         """Append one token's (sequences, heads, 1, head_dim); returns all tokens' (sequences, heads, tokens, head_dim)."""
         token = torch.stack((keys, values))[..., 0, :]
         path = self.folder / f"{layer_idx:04}-{self.number}"
-        with path.open("ab") as file:
-            file.write(tensor_bytes(token.cpu()))
+        files.append_bytes(path, tensor_bytes(token.cpu()))
         buffer = host_buffer(path.stat().st_size, token.device)
         files.read_into(path, 0, buffer.numpy().data)
         tokens = buffer.to(token.device, non_blocking=True).view(token.dtype).view(-1, *token.shape)
@@ -97,4 +97,4 @@ def _next_tokens(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator)
 
 def _check_finite(tensor: Tensor, place: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
-        raise NumericalError(f"{place} gives NaN or Inf")
+        raise NumericalError(f"{place} gives NaN or Inf{advice(tensor.dtype)}")

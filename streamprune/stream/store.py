@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..errors import NumericalError, ResumeError
+from ..errors import DamageError, NumericalError
 from ..host import host_buffer
+from ..maths.linalg import advice
 from ..occupancy import spent
 from .background import Background
 from .copies import Copies, Taken
@@ -20,11 +22,26 @@ from .encoding import Encoding
 from .prefetch import read_ahead
 
 SUFFIX = ".activations"
+SUM = np.dtype("<u4")
+"""A CRC-32: of every sample, behind them all; and of these, at the very end of the file."""
 CPU = torch.device("cpu")
+
+
+def file_bytes(samples: int, row_bytes: int) -> int:
+    """A boundary's, of so many samples of so many bytes."""
+    return samples * row_bytes + (samples + 1) * SUM.itemsize
+
+
+def _damaged(path: Path) -> DamageError:
+    return DamageError(
+        f"{path} is missing, or not what was written there; run the same command again: it is computed anew"
+    )
 
 
 class ActivationStore:
     """A folder of boundaries, all of one shape and dtype, read and written in micro-batches.
+
+    Whatever is read from the disk is held against its checksum.
 
     What is `durable` is always on the disk; host memory holds copies of it, of which the oldest go when others come. What
     nothing will be resumed from goes to the disk only where the memory has no room for it.
@@ -56,6 +73,8 @@ class ActivationStore:
         self._held: dict[str, _Held] = {}
         """By name, the oldest first."""
         self._filling: list[_Held] = []
+        self._sums: dict[str, np.ndarray] = {}
+        """By name, of what is on the disk: every sample's checksum."""
         self._copies = Copies.of(device)
         files.make_folder(folder)
 
@@ -72,7 +91,18 @@ class ActivationStore:
         )
 
     def __contains__(self, name: str) -> bool:
-        return name in self._held or self._path(name).exists()
+        return name in self._held or self.path(name).exists()
+
+    def intact(self, name: str) -> bool:
+        """Whether a boundary is there and what was written, which is read for it."""
+        if name in self._held:
+            return True
+        try:
+            for batch in self.batches(1):
+                self._read(name, batch)
+        except DamageError:
+            return False
+        return True
 
     def batches(self, size: int) -> list[slice]:
         """The samples in micro-batches of `size`, the last one perhaps smaller."""
@@ -93,7 +123,7 @@ class ActivationStore:
             for name in names:
                 if name not in self._held:
                     length = (batch.stop - batch.start) * self.row_bytes
-                    files.announce(self._path(name), batch.start * self.row_bytes, length)
+                    files.announce(self.path(name), batch.start * self.row_bytes, length)
 
         for batch, take in read_ahead(self.device, self.batches(size), announce, load):
             tensors = [[self.encoding.decode(raw) for raw in take()]]
@@ -112,18 +142,19 @@ class ActivationStore:
 
         Raises:
             NumericalError: a batch holds NaN or Inf, or what the stored dtype cannot hold; here or at the next batch.
-            OSError: it cannot be written; likewise.
+            DiskError: it cannot be written; likewise.
         """
         durable = self.durable and not passing
         held = self._room(self.shape[0] * self.row_bytes)
         append = None
+        sums = np.zeros(self.shape[0] + 1, SUM)
+        written = 0
         with ExitStack() as stack:
             if held is not None:
                 self._filling.append(held)
                 stack.callback(self._filling.remove, held)
             if held is None or durable:
-                temporary = stack.enter_context(files.replacing(self._path(name), durable=durable))
-                append = stack.enter_context(files.appending(temporary, durable=durable))
+                append = stack.enter_context(files.replacing(self.path(name), durable=durable))
             background = stack.enter_context(Background())
 
             def write(batch: Tensor) -> None:
@@ -133,52 +164,73 @@ class ActivationStore:
                 background.hand(lambda: keep(*take()))
 
             def keep(raw: Tensor, total: Tensor) -> None:
+                nonlocal written
                 if not bool(torch.isfinite(total)) and not bool(torch.isfinite(self.encoding.telling(raw)).all()):
                     raise NumericalError(f"{place} gives NaN or Inf{self._range}")
                 data = raw.view(-1).numpy()
                 if held is not None:
                     held.append(data)
                 if append is not None:
-                    append(data.data)
+                    append(data)
+                    for row in data.reshape(-1, self.row_bytes):
+                        sums[written] = zlib.crc32(row.data)
+                        written += 1
+
+            def close() -> None:
+                if append is not None:
+                    sums[-1] = zlib.crc32(sums[:-1].data)
+                    append(sums)
 
             yield write
+            background.hand(close)
         self._held.pop(name, None)
         if held is not None:
             held.on_disk = append is not None
             self._held[name] = held
+        self._sums.pop(name, None)
         if append is None:
-            files.remove(self._path(name))  # an older one
+            files.remove(self.path(name))  # an older one
+        else:
+            self._sums[name] = sums[:-1]
 
     def link(self, source: str, target: str) -> None:
         """Give a boundary a second name."""
-        self._held.pop(target, None)
+        self._forget(target)
+        if source in self._sums:
+            self._sums[target] = self._sums[source]
         if source in self._held:
             self._held[target] = self._held[source]
         if source not in self._held or self._held[source].on_disk:
-            files.link(self._path(source), self._path(target))
+            files.link(self.path(source), self.path(target))
 
     def remove(self, name: str) -> None:
         """Remove a boundary that may be gone already."""
-        self._held.pop(name, None)
-        files.remove(self._path(name))
+        self._forget(name)
+        files.remove(self.path(name))
 
     def keep_only(self, names: set[str]) -> None:
         """Remove every other boundary, and what a killed process left half-written."""
-        self._held = {name: held for name, held in self._held.items() if name in names}
+        for name in (self._held.keys() | self._sums.keys()) - names:
+            self._forget(name)
         for path in self.folder.iterdir():
             if path.name.endswith(files.TEMPORARY) or (path.suffix == SUFFIX and path.stem not in names):
                 files.remove(path)
 
-    def _path(self, name: str) -> Path:
+    def _forget(self, name: str) -> None:
+        self._held.pop(name, None)
+        self._sums.pop(name, None)
+
+    def path(self, name: str) -> Path:
+        """Where a boundary lies, if it is on the disk."""
         return self.folder / (name + SUFFIX)
 
     @property
     def _range(self) -> str:
-        """What a message says of a stored dtype that holds less than was computed."""
+        """What a message says of a dtype that ends early: as stored, or as computed."""
         largest = torch.finfo(self.encoding.stored).max
-        if self.encoding.stored.itemsize == 1 or largest >= torch.finfo(self.dtype).max:
-            return ""
-        return f", or more than the {largest:g} that activations are stored up to"
+        if self.encoding.stored.itemsize > 1 and largest < torch.finfo(self.dtype).max:
+            return f", or more than the {largest:g} that activations are stored up to"
+        return advice(self.dtype)
 
     def _room(self, size: int) -> _Held | None:
         """Host memory for one boundary, for which the oldest that are on the disk as well make way; None where there is none."""
@@ -193,18 +245,45 @@ class ActivationStore:
 
     def _fetch(self, name: str, batch: slice) -> Tensor:
         """One micro-batch's bytes (sequences, tokens, token_bytes) on the host, pinned for a GPU."""
-        begin, length = batch.start * self.row_bytes, (batch.stop - batch.start) * self.row_bytes
-        buffer = torch.empty(length, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        if (held := self._held.get(name)) is None:
+            buffer = self._read(name, batch)
+        else:
+            buffer = self._buffer(batch)
+            held.read_into(batch.start * self.row_bytes, buffer)
+        return buffer.view(batch.stop - batch.start, self.shape[1], self.encoding.token_bytes)
+
+    def _buffer(self, batch: slice) -> Tensor:
+        length = (batch.stop - batch.start) * self.row_bytes
+        return torch.empty(length, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def _read(self, name: str, batch: slice) -> Tensor:
+        """One micro-batch's bytes from the disk.
+
+        Raises:
+            DamageError: they are not what was written.
+        """
+        if name not in self._sums:
+            sums = np.zeros(self.shape[0] + 1, SUM)
+            self._fill(name, self.shape[0] * self.row_bytes, sums)
+            if zlib.crc32(sums[:-1].data) != sums[-1]:
+                raise _damaged(self.path(name))
+            self._sums[name] = sums[:-1]
+        buffer = self._buffer(batch)
+        rows = buffer.numpy().reshape(-1, self.row_bytes)
+        self._fill(name, batch.start * self.row_bytes, rows)
+        with spent("read"):
+            if any(zlib.crc32(row.data) != check for row, check in zip(rows, self._sums[name][batch], strict=True)):
+                raise _damaged(self.path(name))
+        return buffer
+
+    def _fill(self, name: str, begin: int, array: np.ndarray) -> None:
+        path, view = self.path(name), array.data.cast("B")
         try:
-            if (held := self._held.get(name)) is not None:
-                done = held.read_into(begin, buffer)
-            else:
-                done = files.read_into(self._path(name), begin, buffer.numpy().data)
+            done = files.read_into(path, begin, view)
         except FileNotFoundError:
             done = 0
-        if done < length:
-            raise ResumeError(f"{self._path(name)} is missing or cut short; start over with --restart")
-        return buffer.view(batch.stop - batch.start, self.shape[1], self.encoding.token_bytes)
+        if done < len(view):
+            raise _damaged(path)
 
 
 class _Held:
@@ -221,8 +300,6 @@ class _Held:
         np.copyto(self.raw.numpy()[self.filled : self.filled + len(data)], data)
         self.filled += len(data)
 
-    def read_into(self, begin: int, buffer: Tensor) -> int:
-        part = self.raw[begin : min(begin + len(buffer), self.filled)]
+    def read_into(self, begin: int, buffer: Tensor) -> None:
         with spent("read"):
-            buffer[: len(part)] = part
-        return len(part)
+            buffer.copy_(self.raw[begin : begin + len(buffer)])

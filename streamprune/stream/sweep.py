@@ -6,6 +6,7 @@ model, `dense-0003-1` what enters its second sublayer.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
-from ..host import return_freed_memory
-from ..maths.linalg import all_finite
+from ..host import return_freed_memory, tensor_bytes
+from ..maths.linalg import advice, all_finite
 from ..maths.operations import counting, kind
 from ..maths.sampling import sample
 from ..maths.stats import Origin, SiteStatistics
@@ -54,11 +55,14 @@ def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Bloc
         return_freed_memory()
 
 
-def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> None:
+def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> dict[str, int]:
     """Read everything once, dealt out among the ranks, and refuse NaN and Inf, before hours are spent on them.
 
+    Returns:
+        Checksums of the tensors that this rank read, as `Checkpoint.changed` takes them.
+
     Raises:
-        CheckpointError: a tensor holds either.
+        CheckpointError: a tensor holds either, or what the computing dtype cannot.
     """
     groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
     groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
@@ -66,12 +70,21 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     progress.phase("check weights", len(groups))
     names = [name for group in groups for name in group]
     left = {group[-1] for group in groups}
+    sums = {}
     for name, tensor in prefetch(names, skeleton.checkpoint.read):
+        sums[name] = zlib.crc32(tensor_bytes(tensor))
         if not all_finite(tensor):
             raise CheckpointError(f"{skeleton.checkpoint.directory}: tensor {name!r} holds NaN or Inf")
+        most = torch.finfo(skeleton.dtype).max
+        if torch.finfo(tensor.dtype).max > most and not all_finite(tensor.to(skeleton.dtype)):
+            raise CheckpointError(
+                f"{skeleton.checkpoint.directory}: tensor {name!r} holds more than {most:g}, where "
+                f"{str(skeleton.dtype).removeprefix('torch.')} ends, which is computed in{advice(skeleton.dtype)}"
+            )
         if name in left:
             progress.step(name)
             rest(progress)
+    return sums
 
 
 def embed(skeleton: Skeleton, tokens: Tensor, store: ActivationStore, name: str, size: int) -> None:
@@ -107,7 +120,7 @@ def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor
                 total += float(F.cross_entropy(_precise(head(h)), y, reduction="sum").double())
                 count += y.numel()
     if total != total or total == float("inf"):
-        raise NumericalError("the head gives NaN or Inf")
+        raise NumericalError(f"the head gives NaN or Inf{advice(skeleton.dtype)}")
     return total, count
 
 

@@ -1,0 +1,321 @@
+"""Whole jobs on a disk that fails: at every operation, with every fault, the same command ends with the same bytes.
+
+`scripts/faults` goes through all operations; otherwise a few are drawn of each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import contents
+from faulty import AT, FAULTS, Fault, FaultyDisk, Stopped
+
+import streamprune
+from streamprune import disk, files
+from streamprune.errors import DamageError, ResumeError, StreamPruneError
+from streamprune.journal import Journal
+from streamprune.tune import TuneConfig
+
+QUICK = 6
+"""Operations of each scenario and fault, where not all are asked for."""
+
+Make = Callable[..., Any]
+Tiny = Callable[..., Path]
+SMALL: dict[str, Any] = {"samples": 3, "seq_len": 8}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "sobp": {},
+    "sobp, uniform": {"layout": "uniform"},
+    "default, refined": {"recipe": "default", "refine": 2},
+    "surgeon, 3 shots": {"recipe": "surgeon", "settings": {"shots": "3"}},
+    "surgeon, corrected": {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "2"}},
+    "slimgpt, own text": {"recipe": "slimgpt", "calibration": "self"},
+    "magnitude": {"recipe": "magnitude"},
+    "tune, distil": {},
+    "tune, lora": {},
+    "compare": {},
+}
+
+
+class Scenario:
+    """A job below a folder of its own, as often as asked for, with its result's bytes."""
+
+    def __init__(self, name: str, folder: Path, tiny: Tiny, configured: Make, text: Path) -> None:
+        self.name, self.folder = name, folder
+        self.graveyard = folder.with_name("graveyard")
+        model = tiny("llama", num_hidden_layers=2)
+        self.out = folder / "out"
+        if name.startswith("tune"):
+            # Two weights directories of one shape are all that matters here.
+            self.config: Any = TuneConfig(
+                model=model,
+                out=self.out,
+                text=text,
+                method=name.rpartition(" ")[2],
+                teacher=model if "distil" in name else None,
+                samples=4,
+                seq_len=8,
+                steps=3,
+                rank=2,
+            )
+        elif name != "compare":
+            self.config = replace(configured(model, **{**SMALL, **SCENARIOS[name]}), out=self.out)
+        self.model, self.text = model, text
+
+    def run(self) -> None:
+        """The whole job, or what is left of it."""
+        if self.name.startswith("tune"):
+            streamprune.tune(self.config)
+        elif self.name == "compare":
+            common = {**SMALL, "calibration": self.text, "round_to": 4}
+            arguments = {"ratios": [0.2, 0.4], "recipes": ["sobp", "wanda-sp"], "text": self.text, "out": self.out}
+            streamprune.compare(self.model, **arguments, eval_seq_len=8, keep=True, **common)
+        else:
+            streamprune.prune(self.config)
+
+    def result(self) -> dict[str, bytes]:
+        """Every file's bytes, what a job spent taken out."""
+        found = contents(self.out)
+        if self.name == "compare":
+            rows = json.loads(found["compare.json"])["rows"]
+            kept = {name: data for name, data in found.items() if name.startswith("rows/")}
+            return {
+                **kept,
+                "rows": json.dumps([(row["label"], row["ratio"], row["perplexity"]) for row in rows]).encode(),
+            }
+        return found
+
+    def fresh(self) -> None:
+        """As if nothing had been done."""
+        for folder in (self.folder, self.graveyard):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+
+    def left_behind(self) -> list[str]:
+        """What there is beside the result."""
+        return sorted(path.name for path in self.folder.iterdir() if path != self.out)
+
+    def faulty(self, fault: Fault | None = None, at: int = 0) -> FaultyDisk:
+        """A disk for this job."""
+        return FaultyDisk(self.folder, self.graveyard, fault, at)
+
+
+@pytest.fixture
+def scenario(
+    request: pytest.FixtureRequest, tiny: Tiny, configured: Make, text: Path, tmp_path: Path
+) -> Iterator[Scenario]:
+    found = Scenario(request.param, tmp_path / "work", tiny, configured, text)
+    found.fresh()
+    yield found
+    for folder in (found.folder, found.graveyard):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def places(whole: FaultyDisk, fault: Fault, name: str) -> list[int]:
+    """Every operation where the fault makes a difference, or a few drawn among them."""
+    found = [n for n, operation in enumerate(whole.operations, start=1) if operation.split()[0] in AT[fault]]
+    if os.environ.get("STREAMPRUNE_FAULTS"):
+        return found
+    return sorted(random.Random(name).sample(found, min(QUICK, len(found))))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, indirect=True)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_fails_the_same_command_ends_with_the_same_bytes(scenario: Scenario, fault: Fault) -> None:
+    whole = scenario.faulty()
+    with disk.using(whole):
+        scenario.run()
+    expected = scenario.result()
+    assert expected
+    assert scenario.left_behind() == []
+    happened = 0
+    for at in places(whole, fault, f"{scenario.name} {fault}"):
+        scenario.fresh()
+        faulty = scenario.faulty(fault, at)
+        where = f"{fault} at {at} of {whole.count}: {whole.operations[at - 1]}"
+        try:
+            with disk.using(faulty):
+                scenario.run()
+        except Stopped:
+            pass
+        except StreamPruneError as error:
+            told = "No space left on device" if fault == "full" else "Input/output error"
+            if told not in str(error):
+                raise AssertionError(f"{where}: {error}") from error
+        happened += faulty.happened
+        try:
+            scenario.run()
+        except StreamPruneError as error:
+            raise AssertionError(f"{where}: then {error}") from error
+        assert scenario.result() == expected, where
+        assert scenario.left_behind() == [], where
+    print(f"\n{scenario.name}: {fault} at {happened} of {whole.count} operations, all survived")
+
+
+# What lies on the disk is altered between two processes.
+
+
+def stopped(scenario: Scenario, at: int) -> None:
+    """The job, killed before that operation."""
+    scenario.fresh()
+    with suppress(Stopped), disk.using(scenario.faulty("stop", at)):
+        scenario.run()
+
+
+def kept_for_itself(scenario: Scenario) -> list[Path]:
+    """Files that the job would go on from: whole ones, and not the lock or the log."""
+    found = [path for path in sorted(scenario.folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    names = ("lock", "log.txt", "journal.jsonl")
+    return [path for path in found if path.name not in names and not path.name.endswith(files.TEMPORARY)]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 4
+    path.unlink()  # linked files have others' names as well
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[: len(data) // 2])
+
+
+HARMS: dict[str, Callable[[Path], None]] = {"vanished": Path.unlink, "flipped": flip, "cut short": cut_short}
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "compare"], indirect=True)
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str) -> None:
+    whole = scenario.faulty()
+    with disk.using(whole):
+        scenario.run()
+    expected = scenario.result()
+    lines = [n for n, operation in enumerate(whole.operations, start=1) if operation == "open journal.jsonl"]
+    if not os.environ.get("STREAMPRUNE_FAULTS"):
+        lines = sorted(random.Random(f"{scenario.name} {harm}").sample(lines, min(3, len(lines))))
+    altered = 0
+    for at in lines:
+        stopped(scenario, at)
+        victims = kept_for_itself(scenario)
+        if not os.environ.get("STREAMPRUNE_FAULTS"):
+            victims = random.Random(at).sample(victims, min(4, len(victims)))
+        for victim in victims:
+            stopped(scenario, at)
+            HARMS[harm](victim)
+            altered += 1
+            where = f"{victim.relative_to(scenario.folder)} {harm} before {at} of {whole.count}"
+            if victim.name == "plan.json":
+                # One that can be read is people's to edit, and not to be thrown away.
+                with suppress(ResumeError):
+                    scenario.run()
+                victim.unlink(missing_ok=True)
+            # What is noticed only when it is read is made anew the next time.
+            with suppress(DamageError):
+                scenario.run()
+            scenario.run()
+            assert scenario.result() == expected, where
+            assert scenario.left_behind() == [], where
+    print(f"\n{scenario.name}: {altered} files {harm}, all made anew")
+
+
+@pytest.mark.parametrize("scenario", ["compare"], indirect=True)
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_row_that_was_altered_before_it_was_measured_is_pruned_again(
+    scenario: Scenario, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario.run()
+    expected = scenario.result()
+    scenario.fresh()
+    real = Journal.append
+
+    def append(self: Journal, step: str, **data: Any) -> Any:
+        found = real(self, step, **data)
+        if step == "prune/sobp-0.4":
+            raise Stopped
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", append)
+        with pytest.raises(Stopped):
+            scenario.run()
+    HARMS[harm](largest_shard(scenario.out / "rows" / "sobp-0.4"))
+    scenario.run()
+    assert scenario.result() == expected
+
+
+def largest_shard(model: Path) -> Path:
+    return max(model.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+
+
+def test_a_source_that_changes_underneath_is_noticed(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    """Wherever in the weights, also where the samples that tell models apart do not look."""
+    model = Path(shutil.copytree(tiny("llama", num_hidden_layers=2), tmp_path / "model"))
+    graves, shard = tmp_path / "graves", largest_shard(model)
+    graves.mkdir()
+    config = configured(model, **SMALL)
+    before = shard.read_bytes()
+    whole = FaultyDisk(config.out.parent, graves)
+    with disk.using(whole):
+        streamprune.prune(config)
+    expected = contents(config.out)
+    for number, part in enumerate((0.3, 0.5, 0.77, 0.999)):
+        config = replace(config, out=tmp_path / f"stopped{number}")
+        with suppress(Stopped), disk.using(FaultyDisk(config.out, graves, "stop", whole.count // 2)):
+            streamprune.prune(config)
+        data = bytearray(before)
+        data[int(part * len(data))] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(ResumeError, match=rf"{shard.name}.* was|is not what it was when the job was started"):
+            streamprune.prune(config)
+        # A copy of what it was has another time, and the same bytes.
+        shard.write_bytes(before)
+        assert streamprune.prune(config).resumed
+        assert contents(config.out) == expected
+        shutil.rmtree(graves)
+        graves.mkdir()
+
+
+def test_a_source_that_changes_while_it_is_used_gives_no_result(
+    tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(tiny("llama", num_hidden_layers=2), tmp_path / "model"))
+    config = configured(model, **SMALL)
+    real = Journal.append
+
+    def append(self: Journal, step: str, **data: Any) -> Any:
+        if step == "shot-1/prune/0":
+            flip(largest_shard(model))
+        return real(self, step, **data)
+
+    monkeypatch.setattr(Journal, "append", append)
+    with pytest.raises(ResumeError, match="is not what it was when the job was started"):
+        streamprune.prune(config)
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize("recipe", ["sobp", "default", "surgeon"])
+def test_no_more_disk_than_the_plan_said(recipe: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    model = tiny("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=6)
+    config = configured(
+        model, recipe=recipe, samples=48, seq_len=48, **({"settings": {"shots": "3"}} if recipe == "surgeon" else {})
+    )
+    planned = streamprune.forecast_job(config)
+    work, graves = tmp_path / "work", tmp_path / "graves"
+    work.mkdir()
+    graves.mkdir()
+    watched = FaultyDisk(work, graves)
+    with disk.using(watched):
+        streamprune.prune(replace(config, out=work / "out"))
+    told = planned.disk_bytes + planned.output_bytes
+    # Journal, log, plan, and what is copied beside the weights.
+    assert told / 2 < watched.most < told + 200_000, (watched.most, planned.disk_bytes, planned.output_bytes)
