@@ -347,8 +347,9 @@ JOBS: list[tuple[str, dict[str, str]]] = [
 ]
 
 
-@stored
-@pytest.mark.parametrize("undamped", [False, True])
+@pytest.mark.parametrize(
+    ("stored", "undamped"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
+)
 @pytest.mark.parametrize(("recipe", "settings"), JOBS)
 def test_jobs_on_spoilt_models(
     recipe: str,

@@ -12,13 +12,11 @@ The factors that the updates need wait on the disk until the threshold is known.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import SingularError
 from ..maths.blocked import inverse_work
 from ..maths.kfac import (
     best_step,
@@ -29,7 +27,7 @@ from ..maths.kfac import (
     remove_columns,
     remove_elements,
 )
-from ..maths.linalg import enough, inverse, lowers_error, refit_as_stored, unit_columns
+from ..maths.linalg import inverse, lowers_error, refit_as_stored, unit_columns
 from ..site import Site
 from . import masks
 from .allocation import Budget, allocate
@@ -79,7 +77,7 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
         factors[name] = gram.mean(f"{site.name}, {name}")[0]
     linears = _linears(factors, surveyed.w, surveyed.producers)
     if settings.structure != masks.UNITS:
-        costs = (element_costs(w, g, a) for w, g, a, _ in _inverses(settings.damping, linears, site.name))
+        costs = (element_costs(w, g, a) for w, g, a, _ in _inverses(settings, linears, site))
         return {**factors, **masks.histograms(costs, settings.structure, site.name)}
     *producers, (w, g, a) = linears
     price = group_costs if settings.joint else _single_costs
@@ -171,7 +169,7 @@ def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
     if problem.zeros is not None:
         factors = {name: factor(name) for name in _needed(settings, site)}
         linears = _linears(factors, problem.w, problem.producers)
-        return enough(settings.damping, lambda damping: _without_elements(settings, problem, linears, damping))
+        return _without_elements(settings, problem, linears)
     consumer, damping = _updated(settings, problem, problem.w, factor("a.consumer"), kept)
     if not settings.update_rows:
         return Refit(consumer, damping)
@@ -185,12 +183,12 @@ def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
 
 
 def _without_elements(
-    settings: SurgeonSettings, problem: Problem, linears: Sequence[tuple[Tensor, Tensor, Tensor]], damping: float
+    settings: SurgeonSettings, problem: Problem, linears: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Refit:
     """The correlated updates of single weights, of all linears."""
     assert problem.zeros is not None
-    place, used, weights, steps = problem.site.name, damping, [], []
-    each = zip(linears, _inverses(damping, linears, place), problem.zeros, strict=True)
+    place, used, weights, steps = problem.site.name, settings.damping, [], []
+    each = zip(linears, _inverses(settings, linears, problem.site), problem.zeros, strict=True)
     for (_, g, a), (w, g_inverse, a_inverse, took), zeros in each:
         gone = masks.mask(element_costs(w, g_inverse, a_inverse), zeros, settings.structure, place)
         updated, ridge = remove_elements(w, g_inverse, a_inverse, gone, at_most=settings.correlated, place=place)
@@ -210,12 +208,11 @@ def _updated(
     width = len(factor) // site.units
     removed, stays = (unit_columns(each.to(device), width) for each in (others(site.units, kept), kept))
     inverted, used = inverse(factor, settings.damping, site.name, device=device)
-    with suppress(SingularError):
-        updated, ridge = remove_columns(w, inverted, removed, site.name)
-        updated = updated[:, stays]
-        if not ridge and lowers_error(w, factor, updated, stays, problem.stored):
-            return updated, used
+    updated, ridge = remove_columns(w, inverted, removed, site.name)
     del inverted
+    updated = updated[:, stays]
+    if not ridge and lowers_error(w, factor, updated, stays, problem.stored):
+        return updated, used
     # The same update from a factor of what stays, without an inverse: rounding does it less harm.
     return refit_as_stored(w, factor, stays, used, problem.stored, site.name)
 
@@ -230,14 +227,14 @@ def _linears(
 
 
 def _inverses(
-    damping: float, linears: Sequence[tuple[Tensor, Tensor, Tensor]], place: str
+    settings: SurgeonSettings, linears: Sequence[tuple[Tensor, Tensor, Tensor]], site: Site
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
     """(W, G⁻¹, A⁻¹) of each linear, where W is, and the larger damping that they took; producers share one A⁻¹."""
     of: Tensor | None = None
     for w, g, a in linears:
         if a is not of:
-            of, (a_inverse, other) = a, inverse(a, damping, place, device=w.device)
-        g_inverse, one = inverse(g, damping, place, device=w.device)
+            of, (a_inverse, other) = a, inverse(a, settings.damping, site.name, device=w.device)
+        g_inverse, one = inverse(g, settings.damping, site.name, device=w.device)
         yield w, g_inverse, a_inverse, max(one, other)
 
 
