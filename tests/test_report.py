@@ -265,7 +265,7 @@ def test_no_value_is_markup(copied: Path, tiny: Tiny, text: Path, tmp_path: Path
         (lambda r: r.update(ratio_blocks=None), "ratio_blocks is 'None'"),
         (lambda r: r.update(parameters_before=0), "a model has no parameters"),
         (lambda r: r.update(job=[]), "job must be an object"),
-        (lambda r: r["blocks"][0].update(prune_seconds=math.inf), "prune_seconds is 'inf'"),
+        (lambda r: r["blocks"][0].update(prune_seconds=math.inf), "Infinity is no number of JSON's"),
     ],
 )
 def test_a_damaged_report_is_an_error(edit: Callable[[dict[str, Any]], Any], message: str, copied: Path) -> None:
