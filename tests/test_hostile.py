@@ -765,3 +765,13 @@ def test_an_index_beside_tensors_of_other_shards(model: Path) -> None:
     assert "model.extra" not in Checkpoint(model)
     save_file({"other": torch.zeros(2)}, model / "unnamed.safetensors")
     assert "other" not in Checkpoint(model)
+
+
+def test_numbers_beyond_what_is_computed_with(
+    tiny: Callable[..., Path], configured: Callable[..., Any], unsynced: None
+) -> None:
+    config = configured(tiny("llama"), recipe="wanda-sp")
+    streamprune.prune(config)
+    edit(config.out / "report.json", seconds=10**400)
+    with pytest.raises(CheckpointError, match="seconds is '10000000000.*it must be a number"):
+        inspect(config.out)
