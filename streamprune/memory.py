@@ -291,7 +291,7 @@ class Memory(Shapes):
         # sublayers; of that no journal line speaks, and none of an evaluation's.
         kept = (3 if needs.prunes else 2) * streams
         passing = streams if needs.prunes else kept * needs.scores
-        prune = (kept - min(passing, memory_host // one)) * one
+        prune = (kept - min(passing, memory_host // (needs.samples * self.stored_row))) * one
         findings = self.sum_item * needs.findings
         prune += findings
         if needs.corrects:

@@ -185,7 +185,7 @@ class Run:
 
         One generator draws them, so they are the first rank's work alone.
         """
-        job = self.job
+        job, digest = self.job, None
         if job.ranks.first:
             batch = generation_batch(job.skeleton, job.needs, job.batch, job.backward_batch)
             folder, samples = job.cache / "generate", job.config.samples

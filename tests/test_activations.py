@@ -99,8 +99,9 @@ def test_the_stored_dtype_decides_the_bytes_and_the_disk(
         assert report["job"]["settings"]["activations"] == said
     assert found["auto"] == found["bfloat16"]
     assert len({str(each) for each in found.values()}) == 3
-    assert disk["float32"] == 2 * disk["bfloat16"] == 2 * disk["auto"]
-    assert disk["float8"] * 32 == disk["bfloat16"] // 2 * 36
+    assert disk["bfloat16"] == disk["auto"]
+    assert disk["float32"] == pytest.approx(2 * disk["bfloat16"], rel=0.01)  # but for the checksums
+    assert disk["float8"] == pytest.approx(disk["bfloat16"] / 2 * 36 / 32, rel=0.01)
     config = configured(path, "stopped", activations="float32")
     with stopping_after(5, monkeypatch):
         try:

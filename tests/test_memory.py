@@ -17,6 +17,7 @@ from streamprune.forecast import forecast
 from streamprune.memory import Memory, in_memory_peak
 from streamprune.model.skeleton import open_skeleton
 from streamprune.needs import Needs
+from streamprune.stream.store import file_bytes
 
 NEEDS = Needs(samples=64, length=64, text=True, survey=frozenset({"mask-gradient"}), gram=True, compensates=True)
 
@@ -70,7 +71,7 @@ def test_result_and_activations_share_a_disk(
 
 def test_boundaries_are_thinned_out_when_disk_is_short(tiny: Callable[..., Path]) -> None:
     skeleton = open_skeleton(tiny("llama", num_hidden_layers=12), torch.device("cpu"), "float32")
-    one = 64 * 64 * 32 * 4
+    one = file_bytes(64, 64 * 32 * 4)
     roomy = forecast(skeleton, NEEDS, device_limit=2**40, disk_limit=100 * one)
     assert roomy.boundary_every == 1
     assert roomy.disk_bytes == 15 * one
@@ -95,7 +96,7 @@ def test_disk_never_exceeds_the_forecast(
 
     config = configured(tiny("llama", num_hidden_layers=5))
     job_resources = streamprune.forecast_job(config)
-    one = 12 * 24 * 32 * 4
+    one = file_bytes(12, 24 * 32 * 4)
     kept = (5 - 1) // every + 1
     limit = max(6, kept + (every if every > 1 else 1) + 2) * one
     if every == 1:
