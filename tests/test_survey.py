@@ -69,7 +69,7 @@ def close(found: object, expected: Tensor) -> None:
 
     assert isinstance(found, Gram)
     assert found.tokens == SAMPLES * LENGTH
-    torch.testing.assert_close(found.mean()[0], expected, rtol=1e-8, atol=1e-12 * float(expected.abs().max()))
+    torch.testing.assert_close(found.mean("here")[0], expected, rtol=1e-8, atol=1e-12 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -100,8 +100,8 @@ def test_grams_alone_are_those_among_the_factors(name: str, tiny: Tiny, tmp_path
     gradients, _ = backward(path, tmp_path / "c", "gradient-gram")
     for each, gram, gradient in zip(together, alone, gradients, strict=True):
         assert each.gram and each.gradient and gram.gram and gradient.gradient  # noqa: PT018
-        assert torch.equal(each.gram.mean()[0], gram.gram.mean()[0])
-        assert torch.equal(each.gradient.mean()[0], gradient.gradient.mean()[0])
+        assert torch.equal(each.gram.mean("here")[0], gram.gram.mean("here")[0])
+        assert torch.equal(each.gradient.mean("here")[0], gradient.gradient.mean("here")[0])
         assert gram.gradient is None
         assert gradient.gram is None
         assert not gram.wants_producers
@@ -118,7 +118,7 @@ def test_a_survey_without_gradients_finds_the_same_and_moves_the_stream_alike(
     for stat, each in zip(found, expected, strict=True):
         assert stat.gram is not None
         assert each.gram is not None
-        torch.testing.assert_close(stat.gram.mean()[0], each.gram.mean()[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(stat.gram.mean("here")[0], each.gram.mean("here")[0], rtol=1e-12, atol=1e-12)
         assert stat.gram.tokens == each.gram.tokens
     skeleton, plain, _ = opened(path, tmp_path / "c")
     for index in sweep.forward(skeleton, plain, "dense", 0, len(skeleton), 3):
