@@ -262,6 +262,19 @@ def test_units_are_chosen_by_numbers(damping: float, case: Callable[[Tensor], Te
             assert bool((costs >= 0).all() & torch.isfinite(costs).all())
 
 
+def test_pairs_that_rounding_cannot_tell_apart_take_more_damping() -> None:
+    n, generator = 128, torch.Generator().manual_seed(0)
+    mix = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
+    x = torch.randn(8 * n, n, generator=generator, dtype=torch.float64) @ mix
+    x[:, 1::2] = x[:, ::2]
+    h, w = gram(x), torch.randn(24, n, generator=generator)
+    order, costs = greedy_removal(w, h, width=1, count=n - 1, damping=1e-6, place="here")
+    assert len(set(order.tolist())) == n - 1
+    assert bool((costs >= 0).all() & torch.isfinite(costs).all())
+    # One of each pair costs next to nothing.
+    assert float(costs[: n // 2].max()) < 1e-2 * float(costs[n // 2 :].median())
+
+
 @case
 @dampings
 def test_zeros_cost_no_more_loss_than_without_an_update(damping: float, case: Callable[[Tensor], Tensor]) -> None:
