@@ -143,8 +143,8 @@ class Campaign:
         if seconds is not None:
             life.ready()
             instant = self._random.uniform(0, seconds)
-            if not life.ended_within(instant):
-                whom, pids = self._random.choice(sorted(life.targets().items()))
+            if not life.ended_within(instant) and (targets := life.targets()):
+                whom, pids = self._random.choice(sorted(targets.items()))
                 send(pids, self.number)
                 sent = f"{whom} at {instant:.3f} of {seconds:.3f} s"
         ended = life.wait()

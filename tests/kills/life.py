@@ -54,7 +54,7 @@ class Life:
         """Wait until signals are worth sending."""
 
     def targets(self) -> dict[str, list[int]]:
-        """Whom a signal may be sent to: processes by what they are."""
+        """Whom a signal may be sent to, processes by what they are; nobody once it has ended."""
         raise NotImplementedError
 
     def ended_within(self, seconds: float) -> bool:
@@ -87,8 +87,9 @@ class Forked(Life):
         self._process.start()
 
     def targets(self) -> dict[str, list[int]]:
-        assert self._process.pid is not None
-        return {"process": [self._process.pid]}
+        # Another process may have the number of one that has ended.
+        pid, ended = self._process.pid, self._process.exitcode is not None
+        return {} if pid is None or ended else {"process": [pid]}
 
     def ended_within(self, seconds: float) -> bool:
         self._process.join(seconds)
@@ -125,6 +126,8 @@ class Torchrun(Life):
             time.sleep(0.02)
 
     def targets(self) -> dict[str, list[int]]:
+        if self._process.poll() is not None:
+            return {}
         launcher = self._process.pid
         ranks = children(launcher)
         named = {f"rank {number}": [rank] for number, rank in enumerate(ranks)}
