@@ -344,6 +344,14 @@ def test_no_file_where_one_is_expected(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).symlink_to("/dev/null")
+    with pytest.raises(CheckpointError, match="cannot be read: Not a regular file"):
+        read_json(tmp_path / CONFIG)
+    with pytest.raises(ConfigError, match="Not a regular file"):
+        Plan.read(Path("/dev/null"))
+
+
 # What a config may claim.
 
 BOMBS: dict[str, dict[str, Any]] = {
