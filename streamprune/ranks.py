@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .errors import ElsewhereError, LostError, StreamPruneError, one_line
+from .rendezvous import unused
 
 T = TypeVar("T")
 Info = TypeVar("Info")
@@ -267,6 +268,7 @@ def joined() -> Iterator[Ranks]:
     gpus = None
     try:
         store, rank, size = next(rendezvous("env://", timeout=JOINING))
+        store = unused(store, rank, size, JOINING)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
         if torch.cuda.is_available() and distributed.is_nccl_available():
             gpus = distributed.new_group(backend="nccl", timeout=SENDING)

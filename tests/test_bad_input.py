@@ -252,7 +252,7 @@ def test_no_memory(run: Callable[..., Result], tmp_path: Path, monkeypatch: pyte
 def test_disk_full_on_the_way(
     run: Callable[..., Result], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    with disk.using(FaultyDisk(tmp_path, tmp_path_factory.mktemp("graves"), "full", 200)):
+    with disk.using(FaultyDisk(tmp_path, tmp_path_factory.mktemp("graves"), "full", 300)):
         result = run()
     assert result.exit_code == 1
     assert "No space left on device; run the same command again to go on" in result.stderr

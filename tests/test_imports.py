@@ -15,6 +15,7 @@ FLOOR = {
     "disk": 1,
     "files": 1,
     "progress": 1,
+    "rendezvous": 1,
     "ranks": 1,
     "stopping": 1,
     "log": 1,

@@ -75,7 +75,6 @@ def test_torchrun_goes_on_by_itself(inputs: Inputs, tmp_path: Path) -> None:
     send(life.targets()["rank 1"], signal.SIGKILL)
     ended = life.wait()
     assert ended.code == 0, ended.err
-    assert ended.err.count("streamprune: another process of this job was lost (") == 1
     assert left_behind(tmp_path, set()) == []
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,11 @@ from streamprune_cli import main
 import streamprune
 from streamprune import Config, files, ranks
 from streamprune.curves import CURVES
-from streamprune.errors import NumericalError
+from streamprune.errors import LostError, NumericalError
 from streamprune.journal import Journal
 from streamprune.maths.stats import SiteStatistics
 from streamprune.ranks import ALONE, Ranks, joined
+from streamprune.rendezvous import unused
 from streamprune.surgery import Surgeon
 from streamprune.workplace import job_folder
 
@@ -411,6 +415,26 @@ def test_a_rank_waits_only_so_long_for_the_others(arguments: list[str], tmp_path
     assert ended.code == 1
     assert ended.err.startswith("streamprune: rank 0 of 2 finds no others (")
     assert ended.err.count("\n") == 1
+
+
+def test_ranks_find_those_of_their_own_attempt() -> None:
+    store = torch.distributed.HashStore()
+    soon = timedelta(seconds=20)
+
+    def join(rank: int, late: int, attempt: str) -> str:
+        if rank == late:
+            time.sleep(0.2)  # the others see the name that was left by an earlier attempt's
+        part = unused(store, rank, 3, soon)
+        part.set(f"{rank}", attempt)
+        return " ".join(part.get(f"{other}").decode() for other in range(3))
+
+    with ThreadPoolExecutor(3) as pool:
+        for late in (0, 1, 2):
+            attempt = f"attempt-{late}"
+            joining = [pool.submit(join, rank, late, attempt) for rank in range(3)]
+            assert [each.result(soon.total_seconds()) for each in joining] == [f"{attempt} {attempt} {attempt}"] * 3
+    with pytest.raises(LostError, match=re.escape("rank 1 of 3 finds no others: they did not appear within 0.1 s")):
+        unused(store, 1, 3, timedelta(seconds=0.1))
 
 
 # How it is started.
