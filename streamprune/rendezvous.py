@@ -33,7 +33,7 @@ def unused(store: Any, rank: int, size: int, within: timedelta) -> Any:
     Raises:
         LostError: they did not appear.
     """
-    from torch.distributed import PrefixStore
+    from torch.distributed.distributed_c10d import PrefixStore
 
     own, until = uuid4().hex, time.monotonic() + within.total_seconds()
     store.set(f"{HERE}/{rank}", own)
