@@ -20,7 +20,8 @@ from streamprune_cli import main
 import streamprune
 from streamprune import Callback, Stopped
 from streamprune.calibration import load_tokenizer
-from streamprune.errors import ConfigError, StreamPruneError
+from streamprune.errors import ConfigError, ResourceError, StreamPruneError
+from streamprune.harness import scoring
 from streamprune.harness.scoring import Query, padded, score
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.progress import Silent
@@ -205,6 +206,16 @@ def test_a_sweep_ends_when_it_is_asked_to(tiny: Tiny) -> None:
     with pytest.raises(Stopped):
         streamprune.evaluate_tasks(tiny("llama"), tasks, progress=watching)
     assert done[-1] == "block 0"
+
+
+def test_memory_that_runs_out_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(scoring, "_sweep", exhausted)
+    skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
+    with pytest.raises(ResourceError, match="cpu ran out of memory"):
+        score(skeleton, [Query((1, 2), (3,))], progress=Silent())
 
 
 @pytest.mark.usefixtures("choices")

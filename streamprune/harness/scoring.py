@@ -108,7 +108,7 @@ def score(
     skeleton.copies_ahead = resources.copies_ahead
     if cache is not None:
         files.make_folder(cache)
-    with files.scratch(parent, "streamprune-score-") as folder:
+    with machine.within(skeleton.device, memory), files.scratch(parent, "streamprune-score-") as folder:
         buckets = {}
         for length, rows in groups.items():
             tokens = torch.zeros(len(rows), length, dtype=torch.int64)
