@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from conftest import contents
@@ -26,8 +26,9 @@ from streamprune.journal import Journal
 from streamprune.tune import TuneConfig
 
 QUICK = 4
-"""Operations of each scenario and fault, where not all are asked for."""
+"""Operations of each scenario and fault, unless `scripts/faults` asks for more."""
 
+T = TypeVar("T")
 Make = Callable[..., Any]
 Tiny = Callable[..., Path]
 SMALL: dict[str, Any] = {"samples": 3, "seq_len": 8}
@@ -122,9 +123,15 @@ def scenario(
 def places(whole: FaultyDisk, fault: Fault, name: str) -> list[int]:
     """Every operation where the fault makes a difference, or a few drawn among them."""
     found = [n for n, operation in enumerate(whole.operations, start=1) if operation.split()[0] in AT[fault]]
-    if os.environ.get("STREAMPRUNE_FAULTS"):
-        return found
-    return sorted(random.Random(name).sample(found, min(QUICK, len(found))))
+    return drawn(found, QUICK, name)
+
+
+def drawn(found: list[T], quick: int, seed: object) -> list[T]:
+    """A few of what could be tried, or as many as `scripts/faults` asks for: every n-th."""
+    if every := os.environ.get("STREAMPRUNE_FAULTS"):
+        return found[:: int(every)]
+    few = random.Random(f"{seed}").sample(range(len(found)), min(quick, len(found)))
+    return [found[place] for place in sorted(few)]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, indirect=True)
@@ -201,15 +208,11 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
         scenario.run()
     expected = scenario.result()
     lines = [n for n, operation in enumerate(whole.operations, start=1) if operation == "open journal.jsonl"]
-    if not os.environ.get("STREAMPRUNE_FAULTS"):
-        lines = sorted(random.Random(f"{scenario.name} {harm}").sample(lines, min(2, len(lines))))
+    lines = drawn(lines, 2, f"{scenario.name} {harm}")
     altered = 0
     for at in lines:
         stopped(scenario, at)
-        victims = kept_for_itself(scenario)
-        if not os.environ.get("STREAMPRUNE_FAULTS"):
-            victims = random.Random(at).sample(victims, min(3, len(victims)))
-        for victim in victims:
+        for victim in drawn(kept_for_itself(scenario), 3, at):
             stopped(scenario, at)
             HARMS[harm](victim)
             altered += 1
