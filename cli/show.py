@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress]:
-    """What a command watches its work with: shown, unless `quiet`; the first SIGTERM or SIGINT asks it to stop."""
+    """What a command watches its work with: shown, unless `quiet`; the first SIGTERM, SIGINT or SIGHUP asks it to stop."""
     from streamprune.progress import Callback
     from streamprune.stopping import asked_by_signals
 

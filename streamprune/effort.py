@@ -35,7 +35,7 @@ def _left(site: Site, left: float) -> Site:
 
 
 class Effort(Shapes):
-    """Operations, bytes read and steps of one job."""
+    """Operations and bytes read of one job."""
 
     def bytes_to_read(self, every: int) -> int:
         checkpoint, needs = self.skeleton.checkpoint, self.needs
@@ -145,8 +145,3 @@ class Effort(Shapes):
     def _half(self, n: float) -> float:
         """Of n² products, those that `Gram` computes."""
         return n * (n + min(n, PANEL.get(self.skeleton.device.type, PANEL["cuda"]))) / 2
-
-    def steps(self) -> int:
-        depth = len(self.skeleton)
-        survey = 2 * depth + 1 if self.needs.gradients else depth if self.needs.survey else 0
-        return self.needs.shots * (depth + survey + 3) + 1 + self.needs.generates * self.needs.length

@@ -55,7 +55,6 @@ class Resources:
     """The same by phase, one entry for each of `PHASES`."""
     operations_by_kind: dict[str, int]
     """The same by what they are for, one entry for each of `maths.operations.KINDS`."""
-    steps: int
     device_limit: int
     disk_limit: int
     problems: tuple[str, ...]
@@ -150,7 +149,6 @@ def forecast(
         operations_by_kind={
             kind: sum(round(count) for (_, each), count in operations.items() if each == kind) for kind in KINDS
         },
-        steps=effort.steps(),
         device_limit=device_limit,
         disk_limit=disk_limit,
         problems=tuple(problems),

@@ -130,7 +130,7 @@ class FaultyDisk(Disk):
             grave = self._bury(path) if path.is_file() else None
             super().unlink(path)
             if grave is not None:
-                self._named(path.parent, lambda: os.rename(grave, path) if path.parent.is_dir() else None)
+                self._named(path.parent, lambda: os.rename(grave, path))
 
     def make_folder(self, path: Path) -> None:
         with self._guard:
@@ -172,8 +172,9 @@ class FaultyDisk(Disk):
         for path in self.folder.rglob("*"):
             if path.is_file() and (length := self._synced.get(path.stat().st_ino)) is not None:
                 os.truncate(path, min(length, path.stat().st_size))
-        for _, undo in list(reversed(self._names))[:names]:
-            undo()
+        for folder, undo in list(reversed(self._names))[:names]:
+            if folder.is_dir():  # else it is gone for good, with all its names
+                undo()
 
     def _named(self, folder: Path, undo: Callable[[], None]) -> None:
         self._names.append((folder, undo))
