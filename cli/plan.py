@@ -60,6 +60,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
             f"{resources.operations / 1e12:.3f} TFLOP",
             ", ".join(f"{n / 1e12:.3f} in {kind}" for kind, n in resources.operations_by_kind.items() if n),
         ],
+        ["steps", str(resources.steps), ""],
         ["micro-batch", f"{resources.batch} sequences", f"backward {resources.backward_batch}"],
         ["Grams", WHERE[resources.grams], ""],
         ["boundaries kept", f"every {resources.boundary_every}", ""],

@@ -59,6 +59,8 @@ class Resources:
     disk_limit: int
     problems: tuple[str, ...]
     """Why it does not fit, and what would; empty when it does."""
+    steps: int = 0
+    """Of a job: as many as `status` counts."""
 
     @property
     def sizes(self) -> Sizes:

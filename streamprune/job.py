@@ -236,11 +236,12 @@ class Job(Workplace):
         disk = files.free_bytes(self.cache)
         disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.here
         rooms = self.ranks.gather({**self._room, "disk_limit": disk})
-        return forecast(
+        found = forecast(
             self.skeleton,
             self.needs,
             **{name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]},
         )
+        return replace(found, steps=sum(stretch.steps for stretch in self._schedule(found.phases)))
 
     @property
     def _room(self) -> dict[str, int]:

@@ -93,6 +93,16 @@ def test_plan_only_then_plan(arguments: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe", ["default", "magnitude", "surgeon"])
+def test_plan_and_status_count_the_same_steps(recipe: str, arguments: list[str], tmp_path: Path) -> None:
+    settings = ["--set", "lora_steps=1"] if recipe == "surgeon" else []
+    same = [*arguments[2:], "--recipe", recipe, *settings, "--json"]
+    CliRunner().invoke(main, ["run", *arguments[:2], *same, "--plan-only"])
+    planned = CliRunner().invoke(main, ["plan", arguments[0], *same])
+    status = CliRunner().invoke(main, ["status", str(tmp_path / "out"), "--json"])
+    assert json.loads(planned.stdout)["steps"] == json.loads(status.stdout)["total"]
+
+
 def test_plan_forecasts(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, ["plan", arguments[0], *arguments[2:], "--json"])
     assert result.exit_code == 0
