@@ -95,7 +95,7 @@ def test_plan_only_then_plan(arguments: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["default", "magnitude", "surgeon"])
 def test_plan_and_status_count_the_same_steps(recipe: str, arguments: list[str], tmp_path: Path) -> None:
-    settings = ["--set", "lora_steps=1"] if recipe == "surgeon" else []
+    settings = ["--set", "shots=1"] if recipe == "surgeon" else []
     same = [*arguments[2:], "--recipe", recipe, *settings, "--json"]
     CliRunner().invoke(main, ["run", *arguments[:2], *same, "--plan-only"])
     planned = CliRunner().invoke(main, ["plan", arguments[0], *same])
