@@ -53,7 +53,11 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
             format_bytes(resources.disk_bytes),
             f"in {resources.activations}, limit {format_bytes(resources.disk_limit)}",
         ],
-        ["disk for the result", f"≤ {format_bytes(resources.output_bytes)}", ""],
+        [
+            "disk beside OUT",
+            f"≤ {format_bytes(resources.output_bytes)}",
+            "the result, and what waits there until it is made",
+        ],
         ["to read", format_bytes(resources.bytes_to_read), ""],
         [
             "operations",

@@ -47,7 +47,7 @@ class Resources:
     activations: str
     """What they are stored in."""
     output_bytes: int
-    """The result, at the most."""
+    """What lies beside OUT, at the most: the result, and until it is made an earlier shot's and what a survey found."""
     bytes_to_read: int
     operations: int
     """Floating-point operations."""
@@ -140,9 +140,7 @@ def forecast(
         demands={name: {**asdict(demand), **totals[name]} for name, demand in demands.items()},
         disk_bytes=disk,
         activations=dtype_name(needs.activations or skeleton.dtype),
-        output_bytes=sum(skeleton.checkpoint[name].nbytes for name in skeleton.checkpoint)
-        if needs.prunes or needs.refines
-        else 0,
+        output_bytes=model.beside_out() if needs.prunes or needs.refines else 0,
         bytes_to_read=effort.bytes_to_read(every),
         operations=sum(round(count) for count in operations.values()),
         phases={

@@ -186,6 +186,7 @@ class Job(Workplace):
             aims=self.recipe.target(self.settings) is not None,
             refines=self.config.refine,
             corrects=correction.steps if correction else 0,
+            correction_rank=correction.rank if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
             removes=0.0

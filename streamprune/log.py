@@ -29,7 +29,7 @@ class Log:
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress or Silent()
         self._lines = Callback(self._write)
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
         self._path: Path | None = None
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
@@ -52,7 +52,7 @@ class Log:
         """A context in which lines go to the log in `folder`, behind those of earlier processes, its own end at last."""
         self._path = folder / NAME
         begin = f"streamprune {__version__} {'goes on' if resumed else 'begins'}"
-        files.append_bytes(self._path, "".join([*self._waiting, _line(begin)]).encode())
+        files.append_bytes(self._path, b"".join([*self._waiting, _line(begin)]))
         self._waiting = []
         try:
             yield
@@ -76,7 +76,7 @@ class Log:
         if self._path is None:
             self._waiting.append(_line(text))
         else:
-            files.append_bytes(self._path, _line(text).encode())
+            files.append_bytes(self._path, _line(text))
 
 
 def last_line(path: Path) -> str | None:
@@ -91,5 +91,6 @@ def failure(path: Path) -> str | None:
     return line.removeprefix(FAILED) if line is not None and line.startswith(FAILED) else None
 
 
-def _line(text: object) -> str:
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(str(text).split())}\n"
+def _line(text: object) -> bytes:
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(str(text).split())}\n"
+    return line.encode(errors="backslashreplace")  # names of files need not be UTF-8

@@ -162,7 +162,7 @@ class Memory(Shapes):
         if needs.refines:
             # Weights; gradients and Adam's two moments of what is trained.
             parameters = self.block // self.weight_item
-            updates = max(self._update_parameters(index) for index in range(len(self.blocks)))
+            updates = max(self._update_parameters(index, needs.rank or 0) for index in range(len(self.blocks)))
             trained = 4 * parameters if needs.rank is None else parameters + 4 * updates
             activations = backward * self.sum_item // self.item
             yield "refining one block", Demand(block, solving=self.sum_item * trained, activations=activations)
@@ -228,7 +228,7 @@ class Memory(Shapes):
     def in_memory(self, batch: int) -> int:
         """All weights, what is trained with its gradients and moments, all activations, and logits with their gradient."""
         weights = self.weight_item * self.skeleton.block_parameters() + self.head
-        trained = 4 * self.sum_item * sum(self._update_parameters(index) for index in range(len(self.blocks)))
+        trained = 4 * self.sum_item * self._updates(self.needs.rank or 0)
         a_token = sum(self._backward_token(sublayer) for sublayer in self.all_sublayers())
         return weights + trained + batch * self.needs.length * (a_token + 4 * 4 * self.skeleton.vocabulary)
 
@@ -266,10 +266,14 @@ class Memory(Shapes):
         """Bytes a token that a whole block keeps for its backward pass, and its gradients."""
         return max(sum(self._backward_token(sublayer) for sublayer in sublayers) for sublayers in self.sublayers)
 
-    def _update_parameters(self, index: int) -> int:
+    def _update_parameters(self, index: int, rank: int) -> int:
         """Of a block's low-rank updates."""
         names = self.skeleton.linears(index)
-        return (self.needs.rank or 0) * sum(sum(linear_shape(self.skeleton.module(index, name))) for name in names)
+        return rank * sum(sum(linear_shape(self.skeleton.module(index, name))) for name in names)
+
+    def _updates(self, rank: int) -> int:
+        """Parameters of all blocks' low-rank updates."""
+        return sum(self._update_parameters(index, rank) for index in range(len(self.blocks)))
 
     def _survey_sums(self) -> int:
         """Bytes of one block's statistics."""
@@ -292,19 +296,31 @@ class Memory(Shapes):
         kept = (3 if needs.prunes else 2) * streams
         passing = streams if needs.prunes else kept * needs.scores
         prune = (kept - min(passing, memory_host // (needs.samples * self.stored_row))) * one
-        findings = self.sum_item * needs.findings
-        prune += findings
-        if needs.corrects:
-            prune += (depth + 3) * min(REFINE_SEQUENCES, needs.samples) * self.row_bytes
         if not needs.gradients:
             return 1, prune
         every, disk = 1, 0
         for every in range(1, depth + 1):
             kept = (depth - 1) // every + 1
-            disk = max(prune, (kept + (every if every > 1 else 1) + 2) * one + findings)
+            disk = max(prune, (kept + (every if every > 1 else 1) + 2) * one)
             if disk <= limit:
                 break
         else:
             every = min(range(1, depth + 1), key=lambda k: (depth - 1) // k + k)
-            disk = max(prune, ((depth - 1) // every + 1 + every + 2) * one + findings)
+            disk = max(prune, ((depth - 1) // every + 1 + every + 2) * one)
         return every, disk
+
+    def beside_out(self) -> int:
+        """Bytes beside OUT at the most: the result, and what a job keeps there until it is made."""
+        needs, checkpoint = self.needs, self.skeleton.checkpoint
+        result = sum(checkpoint[name].nbytes for name in checkpoint)
+        found = result + self.sum_item * needs.findings
+        if needs.shots > 1:
+            found += result  # of the shot before
+        if needs.corrects:
+            streams = (len(self.skeleton) + 3) * min(REFINE_SEQUENCES, needs.samples) * self.row_bytes
+            found += result + streams + self.states(needs.correction_rank)  # the blocks that are not yet corrected
+        return found
+
+    def states(self, rank: int) -> int:
+        """Bytes of all low-rank updates with Adam's two moments, as they were and as they become."""
+        return 2 * 3 * self.sum_item * self._updates(rank)

@@ -36,6 +36,8 @@ class Needs:
     """Steps of block refinement."""
     corrects: int = 0
     """Low-rank steps after each shot."""
+    correction_rank: int = 0
+    """Of their updates."""
     shots: int = 1
     rank: int | None = None
     """Of the updates that refinement trains; None for whole weights."""

@@ -25,7 +25,7 @@ from .errors import ConfigError, ResourceError
 from .forecast import Resources, forecast
 from .journal import Entry, Journal
 from .maths.operations import kind
-from .memory import SLACK, copies_ahead, device_peak, in_memory_peak
+from .memory import SLACK, Memory, copies_ahead, device_peak, in_memory_peak
 from .meter import metered, peaks, totals
 from .model.block import Block
 from .model.checkpoint import Checkpoint, load_shard, read_json, write_shard
@@ -293,7 +293,8 @@ class Tuning(Workplace):
             )
         most = min(REFINE_SEQUENCES, self.config.samples)
         micro = max(size for size in range(1, most + 1) if self._lora_peak(size) <= work)
-        return replace(found, backward_batch=micro, disk_bytes=0, problems=())
+        states = Memory(self.student, self._needs()).states(self.config.rank)
+        return replace(found, backward_batch=micro, disk_bytes=0, output_bytes=found.output_bytes + states, problems=())
 
     # Opening and resuming.
 

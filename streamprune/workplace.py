@@ -28,7 +28,7 @@ from .ranks import ALONE, Ranks
 from .stream.sweep import check_weights
 from .text import Text
 
-JOURNAL, LOCK, STAGING = "journal.jsonl", "lock", "out"
+JOURNAL, LOCK, STAGING, REPLACED = "journal.jsonl", "lock", "out", "replaced"
 WORK = ".streamprune"
 """What the name of a job's folder ends with."""
 PROBE = "probe"
@@ -61,7 +61,7 @@ class Workplace:
         ranks: those that share the job. The first holds its lock, journal and log, and alone changes what is for all.
     """
 
-    known: ClassVar[set[str]] = {JOURNAL, LOCK, STAGING, LOG, caches.NOTE, "cache", "replaced"}
+    known: ClassVar[set[str]] = {JOURNAL, LOCK, STAGING, LOG, caches.NOTE, "cache", REPLACED}
     """What the job's folder may hold."""
     known_prefixes: ClassVar[tuple[str, ...]] = (f"{LOCK}-",)
     """How the names of what else it may hold begin."""
@@ -193,9 +193,19 @@ class Workplace:
     def opened(self, restart: bool) -> Iterator[None]:
         """A context in which this process, and no other, works on the job."""
         for name, path in self.places.items():
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:
+                raise ConfigError(
+                    f"{name} is {path}, a name that is not UTF-8, which checkpoints cannot be written to"
+                ) from None
             parent = next(parent for parent in path.parents if parent.exists())
             if not parent.is_dir():
                 raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
+        if self._cache is not None:
+            for place in (self._out, self.folder):
+                if self._cache.resolve().is_relative_to(place.resolve()):
+                    raise ConfigError(f"cache is {self._cache}, which is in {place}, where only the job itself writes")
         for place in (self.folder, self.cache):
             if link := files.first_link(place):
                 raise ConfigError(f"{link} is a symbolic link, where the work would lie; a job follows none")
@@ -208,6 +218,8 @@ class Workplace:
             try:
                 if first and not restart and self.report_in_out() is not None and not self._replacing():
                     raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
+                if first:
+                    self._put_back()
                 self.start(restart)
                 self.journal.rest = self._rest
                 with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
@@ -369,7 +381,11 @@ class Workplace:
             manifest.hold(self.staging / LOG, log)
             manifest.write(self.staging, {**complete["sha256"], LOG: log})
             self._make_way()
-            files.publish(self.staging, self._out)
+            try:
+                files.publish(self.staging, self._out)
+            except DiskError:
+                self._put_back()
+                raise
         return report
 
     def _make_way(self) -> None:
@@ -380,8 +396,14 @@ class Workplace:
         assert start is not None
         if not start["replaces"]:
             raise ConfigError(f"OUT is {self._out}, where another result has appeared meanwhile")
-        files.remove_tree(self.folder / "replaced")
-        files.move_aside(self._out, self.folder / "replaced")
+        files.remove_tree(self.folder / REPLACED)
+        files.move_aside(self._out, self.folder / REPLACED)
+
+    def _put_back(self) -> None:
+        """Have OUT hold again what was to make way for a result that did not get there."""
+        there = self._out.is_dir() and any(self._out.iterdir())
+        if (self.folder / REPLACED).is_dir() and self.staging.is_dir() and not there:
+            files.move_aside(self.folder / REPLACED, self._out)
 
     def clear(self) -> None:
         """Remove the job's activations, and then all in its folder, the lock that is held last; all ranks call this."""

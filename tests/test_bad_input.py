@@ -259,6 +259,22 @@ def test_disk_full_on_the_way(
     assert run("--json").exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["OUT", "cache"])
+def test_a_name_that_is_not_utf8(name: str, run: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "a\udcff")
+    result = (
+        run("--cache", path)
+        if name == "cache"
+        else CliRunner().invoke(main, ["run", str(model), path, "--ratio", "0.3", "--recipe", "magnitude"])
+    )
+    refused(result, "a name that is not UTF-8", 2, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["out", "out/cache", "out.streamprune/out", "other/../out/x"])
+def test_a_cache_in_out(place: str, run: Callable[..., Result], tmp_path: Path) -> None:
+    refused(run("--cache", str(tmp_path / place)), "where only the job itself writes", 2, tmp_path)
+
+
 def test_out_is_taken(run: Callable[..., Result], model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("a file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import contents
 import streamprune
 from streamprune import Config, TuneConfig, files
 from streamprune.caches import NOTE
-from streamprune.errors import CheckpointError, ConfigError, ResumeError
+from streamprune.errors import CheckpointError, ConfigError, DiskError, ResumeError
 from streamprune.journal import Journal
 from streamprune.workplace import Workplace, job_folder
 
@@ -241,3 +242,66 @@ def test_a_note_leads_to_no_folder_but_this_jobs(tiny: Tiny, configured: Make, t
     (job_folder(config.out) / NOTE).write_text(f'{{"folders": ["{other}", "{tmp_path}"]}}')
     streamprune.prune(config, restart=True)
     assert (other / "precious").is_dir()
+
+
+@pytest.fixture
+def replacing(tiny: Tiny, configured: Make) -> Config:
+    """A job whose OUT holds a result of other settings."""
+    config = configured(tiny("llama"), recipe="magnitude")
+    streamprune.prune(replace(config, ratio=0.2))
+    return config
+
+
+def test_a_result_that_cannot_appear_leaves_the_older_one(
+    replacing: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(replacing.out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "_make_way", followed_by(DiskError("Input/output error")))
+        with pytest.raises(DiskError, match="Input/output error; run the same command again to go on"):
+            streamprune.prune(replacing, restart=True)
+    assert contents(replacing.out) == before
+    result = streamprune.prune(replacing)
+    assert result.resumed
+    assert result.ratio_requested == replacing.ratio
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out"]
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_killed_between_two_results_the_older_one_is_put_back(
+    restart: bool, replacing: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(replacing.out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "_make_way", followed_by(Killed()))
+        with pytest.raises(Killed):
+            streamprune.prune(replacing, restart=True)
+        assert not replacing.out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "check_same", killed)
+        patch.setattr(Workplace, "check_folder", killed)
+        with pytest.raises(Killed):
+            streamprune.prune(replacing, restart=restart)
+    assert contents(replacing.out) == before
+    assert streamprune.prune(replacing, restart=restart).ratio_requested == replacing.ratio
+
+
+def followed_by(error: BaseException) -> Callable[[Workplace], None]:
+    """Making way, behind which nothing can be published."""
+    real = Workplace._make_way
+
+    def make_way(self: Workplace) -> None:
+        real(self)
+        publish = files.publish
+
+        def failing(staging: Path, target: Path) -> None:
+            files.publish = publish
+            raise error
+
+        files.publish = failing
+
+    return make_way
+
+
+def killed(*arguments: Any) -> None:
+    raise Killed

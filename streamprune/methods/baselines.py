@@ -96,6 +96,7 @@ MAGNITUDE = Recipe(
     settings=MagnitudeSettings,
     statistics=lambda settings: None if settings.structure == masks.UNITS else frozenset(),
     digest=lambda settings, surveyed: masks.histograms(_squares(surveyed), settings.structure, surveyed.site.name),
+    findings=lambda settings, site: masks.findings(settings.structure, site),
     allocate=_magnitude_plan,
     select=lambda settings, problem, keep: best(magnitude_score(problem), keep, problem.site.name),
     reconstruct=_magnitude_weights,

@@ -125,6 +125,14 @@ def histograms(costs: Iterable[Tensor], structure: str, place: str) -> dict[str,
     return {f"histogram.{i}": _histogram(_checked(cost, place), structure) for i, cost in enumerate(costs)}
 
 
+def findings(structure: str, site: Site) -> int:
+    """Numbers of a site's histograms, at the most: an int64 counts as two."""
+    if structure == UNITS:
+        return 0
+    _, n = pattern(structure)
+    return sum(2 * 2 * min(_BINS, weights // n) for weights in site.linears)
+
+
 def _checked(costs: Tensor, place: str) -> Tensor:
     if not all_finite(costs):
         raise NumericalError(f"{place}: the weights' costs hold NaN or Inf")

@@ -96,7 +96,11 @@ def _needed(settings: SurgeonSettings, site: Site) -> list[str]:
 
 
 def findings(settings: SurgeonSettings, site: Site) -> int:
-    """Numbers of all factors that wait on the disk."""
+    """Numbers that wait on the disk: of all factors, and of histograms."""
+    return _factor_numbers(settings, site) + masks.findings(settings.structure, site)
+
+
+def _factor_numbers(settings: SurgeonSettings, site: Site) -> int:
     d = site.outputs  # of the residual stream, which the producers read and the consumer writes
     sides = {"a": d, "a.consumer": site.columns, "g.consumer": d}
     sides |= {f"g.{i}": weights // d for i, weights in enumerate(site.linears[:-1])}
@@ -128,7 +132,7 @@ def workspace(settings: SurgeonSettings, site: Site) -> int:
     """Numbers that `update` holds: factors, their inverses and, of elements, both scaled; a unit's rows of the inverse."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
     if settings.structure != masks.UNITS:
-        return findings(settings, site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
+        return _factor_numbers(settings, site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
     return max(3 * n * n + 3 * n * d for n in (sides if settings.update_rows else sides[-1:]))
 
 
