@@ -25,7 +25,7 @@ from streamprune.errors import DamageError, ResumeError, StreamPruneError
 from streamprune.journal import Journal
 from streamprune.tune import TuneConfig
 
-QUICK = 4
+QUICK = 2
 """Operations of each scenario and fault, unless `scripts/faults` asks for more."""
 
 T = TypeVar("T")
@@ -38,12 +38,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sobp, replacing": {},
     "default, refined": {"recipe": "default", "refine": 2},
     "surgeon, 3 shots": {"recipe": "surgeon", "settings": {"shots": "3"}},
+    "surgeon, uniform": {"recipe": "surgeon", "layout": "uniform", "settings": {"shots": "2"}},
     "surgeon, corrected": {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "2"}},
     "slimgpt, own text": {"recipe": "slimgpt", "calibration": "self"},
     "magnitude": {"recipe": "magnitude"},
     "tune, distil": {},
     "tune, lora": {},
+    "tune, free, distil": {},
     "compare": {},
+    "compare, uniform": {"layout": "uniform"},
 }
 
 
@@ -56,9 +59,13 @@ class Scenario:
         model = tiny("llama", num_hidden_layers=2)
         self.out = folder / "out"
         if name.startswith("tune"):
-            # Two weights directories of one shape are all that matters here.
+            # Two weights directories of one width are all that matters here.
+            student = model
+            if "free" in name:
+                student = folder.with_name("student")
+                streamprune.prune(replace(configured(model, recipe="magnitude"), out=student))
             self.config: Any = TuneConfig(
-                model=model,
+                model=student,
                 out=self.out,
                 text=text,
                 method=name.rpartition(" ")[2],
@@ -68,7 +75,7 @@ class Scenario:
                 steps=3,
                 rank=2,
             )
-        elif name != "compare":
+        elif not self.compares:
             self.before = folder.with_name("before")
             """A finished result that the job is to replace, if that is what it does."""
             self.config = replace(configured(model, **{**SMALL, **SCENARIOS[name]}), out=self.out)
@@ -78,8 +85,8 @@ class Scenario:
         """The whole job, or what is left of it."""
         if self.name.startswith("tune"):
             streamprune.tune(self.config)
-        elif self.name == "compare":
-            common = {**SMALL, "calibration": self.text, "round_to": 4}
+        elif self.compares:
+            common = {**SMALL, "calibration": self.text, "round_to": 4, **SCENARIOS[self.name]}
             arguments = {"ratios": [0.2, 0.4], "recipes": ["sobp", "wanda-sp"], "text": self.text, "out": self.out}
             streamprune.compare(self.model, **arguments, eval_seq_len=8, keep=True, **common)
         elif self.replaces:
@@ -91,6 +98,11 @@ class Scenario:
             streamprune.prune(self.config)
 
     @property
+    def compares(self) -> bool:
+        """Whether it is a comparison, whose OUT is not all or nothing."""
+        return self.name.startswith("compare")
+
+    @property
     def replaces(self) -> bool:
         """Whether an older result makes way for this one."""
         return self.name.endswith("replacing")
@@ -99,13 +111,13 @@ class Scenario:
         """After an error: OUT is as it was, or finished."""
         if self.replaces:
             assert contents(self.out) in (contents(self.before), expected)
-        elif self.name != "compare":
+        elif not self.compares:
             assert not self.out.exists() or contents(self.out) == expected
 
     def result(self) -> dict[str, bytes]:
         """Every file's bytes, what a job spent taken out."""
         found = contents(self.out)
-        if self.name == "compare":
+        if self.compares:
             rows = json.loads(found["compare.json"])["rows"]
             kept = {name: data for name, data in found.items() if name.startswith("rows/")}
             return {
@@ -225,7 +237,7 @@ def cut_short(path: Path) -> None:
 HARMS: dict[str, Callable[[Path], None]] = {"vanished": Path.unlink, "flipped": flip, "cut short": cut_short}
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "compare"], indirect=True)
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if not name.startswith("compare")], indirect=True)
 @pytest.mark.parametrize("harm", HARMS)
 def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str) -> None:
     whole = scenario.faulty()
