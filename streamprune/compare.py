@@ -260,24 +260,25 @@ class _Work:
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        """A context in which the folder is there, its lock held and its file systems tried."""
-        new = not self.folder.exists()
+        """A context in which the folder is there and its lock held, on file systems that were tried; refused, nothing is left behind."""
+        lock = self.folder / LOCK
+        new_folder, new_lock = not self.folder.exists(), not lock.exists()
         try:
-            with ExitStack() as lock:
-                with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
-                    files.make_folder(self.folder)
-                    lock.enter_context(files.locked(self.folder / LOCK))
+            with ExitStack() as held:
                 try:
+                    with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
+                        files.make_folder(self.folder)
+                        held.enter_context(files.locked(lock))
                     files.probe(self.folder, PROBE, OTHER_OUT)
                     if self.candidates[0].config.cache is not None:
                         files.probe(self.caches.own, f"{self.caches.own.name}-{PROBE}", OTHER_CACHE)
                 except DiskError:
-                    if new:
-                        files.empty(self.folder)
+                    if new_lock:
+                        files.remove(lock)
                     raise
                 yield
         except DiskError:
-            if new and self.folder.is_dir() and not any(self.folder.iterdir()):
+            if new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
                 files.remove_empty(self.folder)
             raise
 

@@ -311,6 +311,7 @@ def test_an_evaluation_on_a_full_disk(model: Path, text: Path, tmp_path: Path) -
         with disk.using(faulty := FaultyDisk(cache, graves, "full", at)):
             result = CliRunner().invoke(main, arguments)
         assert faulty.happened
+        assert faulty.operations[0].startswith("make_folder streamprune-eval-")
         assert result.exit_code == 1, result.output
         assert result.stderr.startswith("streamprune: cannot ")
         assert result.stderr.endswith(": No space left on device\n")
