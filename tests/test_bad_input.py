@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import edit_tensors, make_tiny
-from faulty import FaultyDisk
+from faulty import GROWING, FaultyDisk
 from streamprune_cli import main
 
 import streamprune
@@ -307,11 +307,14 @@ def test_an_evaluation_on_a_full_disk(model: Path, text: Path, tmp_path: Path) -
     cache.mkdir()
     graves.mkdir()
     arguments = ["eval", str(model), "--text", str(text), "--seq-len", "8", "--cache", str(cache), "--quiet"]
-    for at in (1, 2, 4, 8):
+    with disk.using(whole := FaultyDisk(cache, graves)):
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+    growing = [n for n, operation in enumerate(whole.operations, start=1) if operation.split()[0] in GROWING]
+    assert whole.operations[growing[0] - 1].startswith("make_folder streamprune-eval-")
+    for at in growing[:4]:
         with disk.using(faulty := FaultyDisk(cache, graves, "full", at)):
             result = CliRunner().invoke(main, arguments)
         assert faulty.happened
-        assert faulty.operations[0].startswith("make_folder streamprune-eval-")
         assert result.exit_code == 1, result.output
         assert result.stderr.startswith("streamprune: cannot ")
         assert result.stderr.endswith(": No space left on device\n")
