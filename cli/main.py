@@ -7,7 +7,10 @@ from typing import Any
 
 import click
 
-from . import bench, compare, evaluate, export, inspect, plan, report, run, status, streams, tune, verify
+from . import bench, compare, evaluate, export, inspect, plan, report, run, show, status, streams, tune, verify
+
+RESUMED = ("run", "tune", "compare")
+"""Commands that go on where they were interrupted; the others begin again."""
 
 
 class Group(click.Group):
@@ -20,10 +23,10 @@ class Group(click.Group):
             if isinstance(error, BrokenPipeError):
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"streamprune: {where}{error.strerror or error}; run the same command again to go on", err=True)
+            _tell(f"{where}{error.strerror or error}{_advice(ctx)}")
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("streamprune: interrupted; run the same command again to go on", err=True)
+            _tell(f"interrupted{_advice(ctx)}")
             ctx.exit(130)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
@@ -34,14 +37,16 @@ class Group(click.Group):
             if not isinstance(error, StreamPruneError):
                 raise
             if not error.told:
-                click.echo(f"streamprune: {_printable(str(error))}", err=True)
+                _tell(str(error))
             ctx.exit(error.exit_code)
 
 
-def _printable(message: str) -> str:
-    """One line that commands no terminal: messages quote names out of files that anybody may have made."""
-    line = " ".join(message.split())
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+def _tell(message: str) -> None:
+    click.echo(f"streamprune: {show.printable(' '.join(message.split()))}", err=True)
+
+
+def _advice(ctx: click.Context) -> str:
+    return "; run the same command again to go on" if ctx.invoked_subcommand in RESUMED else ""
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

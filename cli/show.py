@@ -76,20 +76,22 @@ class Shown:
     def step(self, note: str = "") -> None:
         self._done += 1
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(printable(note), refresh=False)
             self._bar.update()
             if self._done == self._total:
                 self.close()
         elif self._done == self._total or time.monotonic() - self._printed > 1:
             # A log gets a line a second at the most.
             self._printed = time.monotonic()
-            click.echo(f"{self._name}: {self._done} of {self._total}" + (f", {note}" if note else ""), err=True)
+            line = f"{self._name}: {self._done} of {self._total}" + (f", {note}" if note else "")
+            click.echo(printable(line), err=True)
 
     def say(self, message: str) -> None:
+        line = f"streamprune: {printable(message)}"
         if self._bar is not None:
-            self._bar.write(f"streamprune: {message}", file=sys.stderr)
+            self._bar.write(line, file=sys.stderr)
         else:
-            click.echo(f"streamprune: {message}", err=True)
+            click.echo(line, err=True)
 
     def close(self) -> None:
         """End the bar, if there is one."""
@@ -106,7 +108,12 @@ def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         click.echo(json.dumps(finite(value)))
     else:
         for line in lines:
-            click.echo(line)
+            click.echo(printable(line))
+
+
+def printable(line: str) -> str:
+    """One line that commands no terminal: what people read quotes names out of files that anybody may have made."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def bar(part: float, width: int = 16) -> str:

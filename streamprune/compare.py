@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from . import caches, comparison, files, hub, machine
 from .caches import Caches
 from .comparison import DENSE, Comparison, Row
 from .config import Config
-from .errors import ConfigError, ResumeError
+from .errors import ConfigError, DiskError, ResumeError
 from .evaluate import evaluate, read_windows
 from .host import return_freed_memory
 from .job import Job
@@ -38,13 +38,13 @@ from .run import prune
 from .schedule import Stretch, as_entries, seconds_spent
 from .text import Source, Spec, Text, source
 from .verify import verify
-from .workplace import JOURNAL, LOCK, WORK, first_difference
+from .workplace import JOURNAL, LOCK, OTHER_CACHE, OTHER_OUT, PROBE, WORK, first_difference
 
 ROWS, SURVEYS = "rows", "surveys"
 ASKED = "asked"
 """The line with the rows that the last command wanted."""
 KNOWN = {
-    *(JOURNAL, LOCK, LOG, ROWS, SURVEYS, caches.NOTE, "cache"),
+    *(JOURNAL, LOCK, LOG, ROWS, SURVEYS, PROBE, caches.NOTE, "cache"),
     *(comparison.JSON, comparison.CSV, comparison.MARKDOWN, comparison.PLOT),
 }
 """What the folder of a comparison holds."""
@@ -225,13 +225,14 @@ class _Work:
         """A context in which this process, and no other, works on the comparison.
 
         Raises:
+            ConfigError: there are symbolic links where the work would lie.
+            DiskError: a file system does not do what the work rests on.
             ResumeError: rows asked for were begun with other settings, inputs or versions.
         """
-        files.make_folder(self.folder)
-        for place in map(self.folder.joinpath, KNOWN):
+        for place in (*map(self.folder.joinpath, sorted(KNOWN)), self.caches.own):
             if link := files.first_link(place):
                 raise ConfigError(f"{link} is a symbolic link, where the work would lie; a comparison follows none")
-        with files.locked(self.folder / LOCK):
+        with self._claimed():
             if restart:
                 self._let_go()
             self.journal = Journal(self.folder / JOURNAL)
@@ -256,6 +257,30 @@ class _Work:
             if not any((self.folder / ROWS).iterdir()):
                 files.remove_tree(self.folder / ROWS)
             files.remove(self.folder / LOCK)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """A context in which the folder is there and its lock held, on file systems that were tried; refused, nothing is left behind."""
+        lock = self.folder / LOCK
+        new_folder, new_lock = not self.folder.exists(), not lock.exists()
+        try:
+            with ExitStack() as held:
+                try:
+                    with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
+                        files.make_folder(self.folder)
+                        held.enter_context(files.locked(lock))
+                    files.probe(self.folder, PROBE, OTHER_OUT)
+                    if self.candidates[0].config.cache is not None:
+                        files.probe(self.caches.own, f"{self.caches.own.name}-{PROBE}", OTHER_CACHE)
+                except DiskError:
+                    if new_lock:
+                        files.remove(lock)
+                    raise
+                yield
+        except DiskError:
+            if new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
+                files.remove_empty(self.folder)
+            raise
 
     def _let_go(self) -> None:
         """Remove what an earlier comparison left: the journal first, since rows without one are nothing, and activations, wherever

@@ -8,6 +8,7 @@ What other libraries do by themselves is outside: transformers reading a config 
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,10 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    def lock(self, file: FileIO, *, shared: bool = False) -> None:
+        """Keep other processes' locks off until the file is closed, or only exclusive ones; BlockingIOError where one is in the way."""
+        fcntl.flock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
     def rename(self, source: Path, target: Path) -> None:
         """A file over whatever had that name, or a folder over nothing or an empty one."""
         os.replace(source, target)
@@ -63,9 +68,9 @@ class Disk:
         """One name less."""
         os.unlink(path)
 
-    def make_folder(self, path: Path) -> None:
-        """One that was not there, its parent was."""
-        os.mkdir(path)
+    def make_folder(self, path: Path, mode: int = 0o777) -> None:
+        """One that was not there, its parent was, with these permissions less the process's umask."""
+        os.mkdir(path, mode)
 
     def remove_folder(self, path: Path) -> None:
         """An empty one."""

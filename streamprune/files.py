@@ -7,12 +7,11 @@ but this file asks for them.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +25,7 @@ from .errors import DiskError, ResumeError
 from .occupancy import spent
 
 TEMPORARY = ".tmp"
+LOCK = ".lock"
 LOCK_TRIES = 4
 SCRATCH_LOCK = "lock"
 SYNC_BYTES = 32 << 20
@@ -38,7 +38,7 @@ Append = Callable[[Any], None]
 
 
 @contextmanager
-def _told(does: Literal["read", "write", "make", "remove"], path: Path) -> Iterator[None]:
+def _told(does: Literal["read", "write", "make", "remove", "lock"], path: Path) -> Iterator[None]:
     """A context whose OSErrors say what could not be done; what is not there cannot be read or removed, and is its user's to tell."""
     try:
         yield
@@ -317,7 +317,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 def announce(path: Path, offset: int, length: int) -> None:
     """Tell the kernel what will be read soon, where it listens; a file that is not there is the reader's to report."""
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), path.open("rb", buffering=0) as file:
+        with suppress(OSError), _opened(path, "rb") as file:
             # In pieces, since Linux takes no more than a device's own read-ahead of each.
             for begin in range(offset, offset + length, 1 << 17):
                 os.posix_fadvise(file.fileno(), begin, min(1 << 17, offset + length - begin), os.POSIX_FADV_WILLNEED)
@@ -329,7 +329,7 @@ def forget(path: Path) -> None:
     It drops what is on the disk already, and what no process has mapped.
     """
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), path.open("rb", buffering=0) as file:
+        with suppress(OSError), _opened(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -368,28 +368,44 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         ResumeError: another live process holds it.
+        DiskError: it cannot be locked.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError:  # its folder has just been removed
-        raise _finished(path) from None
-    there = False
-    try:
-        for left in reversed(range(LOCK_TRIES)):
+    with ExitStack() as stack:
+        with _told("lock", path):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not left:
-                    raise ResumeError(f"another process is working on this job ({path} is locked)") from None
-                time.sleep(0.05)  # it may be somebody who only looks
+                file = stack.enter_context(_opened(path, "ab"))
+            except FileNotFoundError:  # its folder has just been removed
+                raise _finished(path) from None
+            for left in reversed(range(LOCK_TRIES)):
+                try:
+                    disk().lock(file)
+                    break
+                except BlockingIOError:
+                    if not left:
+                        raise ResumeError(f"another process is working on this job ({path} is locked)") from None
+                    time.sleep(0.05)  # it may be somebody who only looks
+        there = False
         with suppress(FileNotFoundError):
-            there = path.stat().st_ino == os.fstat(descriptor).st_ino
+            there = path.stat().st_ino == os.fstat(file.fileno()).st_ino
         if not there:
             raise _finished(path)
         yield
-    finally:
-        os.close(descriptor)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a lock beside a file that is to be made; the lock's file goes at the end, a killed process's with the next one's.
+
+    Raises:
+        ResumeError: another live process is making it.
+        DiskError: it cannot be locked.
+    """
+    lock = path.with_name(path.name + LOCK)
+    with locked(lock):
+        try:
+            yield
+        finally:
+            remove(lock)
 
 
 def _finished(lock: Path) -> ResumeError:
@@ -399,16 +415,14 @@ def _finished(lock: Path) -> ResumeError:
 def is_locked(path: Path) -> bool:
     """Whether a live process holds that lock; false where there is no such file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with _told("read", path), _opened(path, "rb") as file:
+            try:
+                # Shared and for an instant, so that those who look are not in each other's way.
+                disk().lock(file, shared=True)
+            except BlockingIOError:
+                return True
     except FileNotFoundError:
-        return False
-    try:
-        # Shared and for an instant, so that those who look are not in each other's way.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
+        pass
     return False
 
 
@@ -475,9 +489,12 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
     Args:
         parent: is there, and may be anybody's, such as the system's temporary folder.
         prefix: of the name, by which they are known.
+
+    Raises:
+        DiskError: it cannot be made.
     """
     for path in parent.glob(f"{prefix}*"):
-        with suppress(OSError, ResumeError):
+        with suppress(OSError, DiskError, ResumeError):
             found = path.lstat()
             # A link or a folder of somebody else's would have the lock made, and files removed, where it likes.
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
@@ -486,10 +503,16 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
                 remove_empty(path)
     with ExitStack() as stack:
         while True:
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            folder = parent / f"{prefix}{secrets.token_hex(4)}"
+            with _told("make", folder):
+                disk().make_folder(folder, 0o700)
             stack.callback(remove_empty, folder)
             with suppress(ResumeError):  # another process took it for one that was left, and removes it
-                stack.enter_context(locked(folder / SCRATCH_LOCK))
+                try:
+                    stack.enter_context(locked(folder / SCRATCH_LOCK))
+                except DiskError:
+                    empty(folder)
+                    raise
                 break
         stack.callback(empty_locked, folder, SCRATCH_LOCK)
         yield folder

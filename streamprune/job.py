@@ -22,7 +22,7 @@ from .config import DATA_FREE, Config, DataFree, format_bytes
 from .errors import ConfigError, ResourceError, ResumeError
 from .forecast import Resources, forecast
 from .journal import Entry, Journal
-from .layout import DECILM, LAYOUTS
+from .layout import DECILM, LAYOUTS, UNIFORM
 from .maths.operations import kind
 from .maths.stats import Statistic
 from .memory import SLACK, GramPlace, Sizes, copies_ahead, device_peak
@@ -320,6 +320,8 @@ class Job(Workplace):
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
         if self.needs_text and not self.writes_text:
             _ = self.tokens
+        if self._may_need_loader:
+            output.named_tokenizer(self.config.model)
         header = self.header
         self._check_agreed()
         sources = self.read_sources()
@@ -341,6 +343,13 @@ class Job(Workplace):
             },
             schedule=as_entries(self._schedule(resources.phases)),
         )
+
+    @property
+    def _may_need_loader(self) -> bool:
+        """Whether the result may be no stock checkpoint, and so has to name its tokenizer's class."""
+        if self.recipe.writes_zeros(self.settings):
+            return not output.fits_stock(self.skeleton, self.sites)
+        return self.skeleton.layout is not UNIFORM
 
     def _check_agreed(self) -> None:
         """See that all ranks were asked the same of the same model, text and versions."""

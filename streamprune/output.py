@@ -144,14 +144,14 @@ def finish(
         raise DamageError(f"{folder}: {lost[0]} is missing; {AGAIN}")
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
     digests[INDEX] = write_index(folder, placed, report["parameters_after"], size)
-    stock = is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
+    stock = fits_stock(skeleton, sites)
     config = uniform_config if stock else decilm_config if layout is DECILM else free_config
     digests[CONFIG] = write_json(folder / CONFIG, config(skeleton, sites))
     copies = {name: source.directory / name for name in COMPANIONS}
     if not stock:
         path = Path(modeling.__file__)
         copies[path.name] = path
-        if (named := _named_tokenizer(source.directory)) is not None:
+        if (named := named_tokenizer(source.directory)) is not None:
             del copies[TOKENIZER_CONFIG]
             digests[TOKENIZER_CONFIG] = write_json(folder / TOKENIZER_CONFIG, named)
     for name, path in copies.items():
@@ -162,6 +162,11 @@ def finish(
     manifest.write(folder, digests)
     _hold(folder, digests, progress)
     return digests
+
+
+def fits_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
+    """Whether a checkpoint with these sites is one that the stock architecture loads."""
+    return is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
 
 
 def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
@@ -259,8 +264,12 @@ def layout_of(skeleton: Skeleton) -> Layout:
     return DECILM if BLOCK_CONFIGS in skeleton.checkpoint.config else FREE
 
 
-def _named_tokenizer(source: Path) -> dict[str, Any] | None:
-    """The tokenizer's config with its class, which transformers otherwise takes from a model_type it knows; None if it is there."""
+def named_tokenizer(source: Path) -> dict[str, Any] | None:
+    """The tokenizer's config with its class, which transformers otherwise takes from a model_type it knows; None if it is there.
+
+    Raises:
+        CheckpointError: there is a tokenizer that cannot be read.
+    """
     path = source / TOKENIZER_CONFIG
     if not any((source / name).is_file() for name in (TOKENIZER_CONFIG, "tokenizer.json", "vocab.json")):
         return None

@@ -130,7 +130,7 @@ class _Reading:
                 name = CONFIG if CONFIG in str(error) else INDEX
                 self._fault("layout", name, None, self._within(error, name))
             else:
-                self._fault("file", CONFIG, None, f"{CONFIG} is missing")
+                self._absent(CONFIG)
             return None
         for shard, message in checkpoint.faults:
             kind: Kind = "layout" if (self.folder / shard).is_file() else "file"
@@ -158,7 +158,7 @@ class _Reading:
         path = self.folder / name
         if not path.is_file():
             if not any(fault.file == name for fault in self.faults):
-                self._fault("file", name, None, f"{name} is {'not a file' if path.exists() else 'missing'}")
+                self._absent(name)
         else:
             try:
                 self._read_pieces(path, entries)
@@ -207,6 +207,9 @@ class _Reading:
         """A message about a file, in which files of the directory go by their names."""
         message = str(error).removeprefix(f"{self.folder}: ").replace(f"{self.folder}/", "")
         return message if name in message else f"{name}: {message}"
+
+    def _absent(self, name: str) -> None:
+        self._fault("file", name, None, f"{name} is {'not a file' if (self.folder / name).exists() else 'missing'}")
 
     def _fault(self, kind: Kind, file: str, tensor: str | None, message: str) -> None:
         self.faults.append(Fault(kind, file, tensor, message))

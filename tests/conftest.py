@@ -6,7 +6,8 @@ import importlib
 import json
 import os
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,20 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.functional, "softmax", precise)
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x))
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """A test that waits for ever, such as for the other end of a pipe, fails after a minute."""
+
+    def fail(number: int, frame: object) -> None:
+        pytest.fail("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

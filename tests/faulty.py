@@ -30,7 +30,7 @@ AT: dict[Fault, tuple[str, ...]] = {
     "cut": (*CHANGING, "sync", "sync_folder"),
     "half cut": (*CHANGING, "sync", "sync_folder"),
     "full": GROWING,
-    "error": (*CHANGING, "sync", "sync_folder", "open", "read"),
+    "error": (*CHANGING, "sync", "sync_folder", "open", "read", "lock"),
 }
 """Before which operations a fault makes a difference."""
 
@@ -104,6 +104,11 @@ class FaultyDisk(Disk):
             self._reach("sync_folder", path)
             self._names = [(folder, undo) for folder, undo in self._names if folder != path]
 
+    def lock(self, file: FileIO, *, shared: bool = False) -> None:
+        with self._guard:
+            self._reach("lock", Path(str(file.name)))
+            super().lock(file, shared=shared)
+
     def rename(self, source: Path, target: Path) -> None:
         with self._guard:
             self._reach("rename", target)
@@ -132,10 +137,10 @@ class FaultyDisk(Disk):
             if grave is not None:
                 self._named(path.parent, lambda: os.rename(grave, path))
 
-    def make_folder(self, path: Path) -> None:
+    def make_folder(self, path: Path, mode: int = 0o777) -> None:
         with self._guard:
             self._reach("make_folder", path)
-            super().make_folder(path)
+            super().make_folder(path, mode)
             self._named(path.parent, lambda: shutil.rmtree(path, ignore_errors=True))
 
     def remove_folder(self, path: Path) -> None:

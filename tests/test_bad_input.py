@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import edit_tensors, make_tiny
-from faulty import FaultyDisk
+from faulty import GROWING, FaultyDisk
 from streamprune_cli import main
 
+import streamprune
 from streamprune import disk, files, machine
 
 
@@ -273,6 +276,66 @@ def test_a_name_that_is_not_utf8(name: str, run: Callable[..., Result], model: P
 @pytest.mark.parametrize("place", ["out", "out/cache", "out.streamprune/out", "other/../out/x"])
 def test_a_cache_in_out(place: str, run: Callable[..., Result], tmp_path: Path) -> None:
     refused(run("--cache", str(tmp_path / place)), "where only the job itself writes", 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", "{}"), ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "a.B"}}')]
+)
+def test_a_tokenizer_that_the_result_has_to_name(
+    name: str, text: str, model: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Also where no text is read; a stock result takes its tokenizer along as it is."""
+    (model / "tokenizer.json").write_text("{}")
+    (model / name).write_text(text)
+    message = "its tokenizer wants code" if "auto_map" in text else "no tokenizer that transformers can read"
+    refused(run("--recipe", "magnitude"), message, 1, tmp_path)
+    assert run("--recipe", "magnitude", "--layout", "uniform").exit_code == 0
+    assert (tmp_path / "out" / name).read_text() == text
+
+
+@pytest.mark.parametrize("command", ["run", "eval"])
+def test_only_what_goes_on_is_told_to_go_on(
+    command: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "\x1b[31m/tmp/x")
+
+    def interrupted(*given: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = {
+        "run": [str(model), str(tmp_path / "out"), "--ratio", "0.3"],
+        "eval": [str(model), "--text", str(text)],
+    }
+    advice = "; run the same command again to go on" if command == "run" else ""
+    for raised, message, code in (
+        (full, r"\x1b[31m/tmp/x: No space left on device", 1),
+        (interrupted, "interrupted", 130),
+    ):
+        monkeypatch.setattr(streamprune, {"run": "prune", "eval": "evaluate"}[command], raised)
+        result = CliRunner().invoke(main, [command, *arguments[command]])
+        assert result.exit_code == code
+        assert result.stderr == f"streamprune: {message}{advice}\n"
+
+
+def test_an_evaluation_on_a_full_disk(model: Path, text: Path, tmp_path: Path) -> None:
+    cache, graves = tmp_path / "cache", tmp_path / "graves"
+    cache.mkdir()
+    graves.mkdir()
+    arguments = ["eval", str(model), "--text", str(text), "--seq-len", "8", "--cache", str(cache), "--quiet"]
+    with disk.using(whole := FaultyDisk(cache, graves)):
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+    growing = [n for n, operation in enumerate(whole.operations, start=1) if operation.split()[0] in GROWING]
+    assert whole.operations[growing[0] - 1].startswith("make_folder streamprune-eval-")
+    for at in growing[:4]:
+        with disk.using(faulty := FaultyDisk(cache, graves, "full", at)):
+            result = CliRunner().invoke(main, arguments)
+        assert faulty.happened
+        assert result.exit_code == 1, result.output
+        assert result.stderr.startswith("streamprune: cannot ")
+        assert result.stderr.endswith(": No space left on device\n")
+        assert result.stderr.count("\n") == 1
+        assert not list(cache.iterdir())
 
 
 def test_out_is_taken(run: Callable[..., Result], model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import weakref
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from gguf_reference import TEXT, VOCABULARY, opened, runtime_logits, stock_logit
 from streamprune_cli import main
 
 import streamprune
-from streamprune.errors import CheckpointError, ConfigError, NumericalError
+from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResumeError
 from streamprune.model.checkpoint import Checkpoint
+from streamprune.progress import Callback, Event
 
 pytest.importorskip("gguf", reason="the gguf package is not here")
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -413,6 +415,34 @@ def test_a_failure_leaves_the_older_file(byte_model: Make, tmp_path: Path) -> No
     assert out.read_bytes() == b"older"
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
     assert streamprune.export_gguf(folder, out, dtype="bf16").size == out.stat().st_size > 10_000
+
+
+def test_of_two_to_one_file_the_second_is_refused(byte_model: Make, tmp_path: Path) -> None:
+    model, out = byte_model("llama"), tmp_path / "model.gguf"
+    refused: list[ResumeError] = []
+
+    def second(event: Event) -> None:
+        if event.kind == "phase":
+            with pytest.raises(ResumeError, match=r"another process .*model\.gguf\.lock is locked") as caught:
+                streamprune.export_gguf(model, out)
+            refused.append(caught.value)
+
+    streamprune.export_gguf(model, out, progress=Callback(second))
+    assert len(refused) == 1
+    alone = streamprune.export_gguf(model, tmp_path / "alone.gguf").path
+    assert out.read_bytes() == alone.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "alone.gguf"}
+
+
+def test_what_a_killed_one_left_goes_with_the_next(byte_model: Make, tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    process = os.fork()
+    if not process:
+        streamprune.export_gguf(byte_model("llama"), out, progress=Callback(lambda event: os._exit(0)))
+    os.waitpid(process, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf.tmp", "model.gguf.lock"}
+    streamprune.export_gguf(byte_model("llama"), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def test_command(byte_model: Make, tmp_path: Path) -> None:

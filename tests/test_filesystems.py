@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune import disk, files
+from streamprune.caches import Caches
 from streamprune.disk import Disk
 from streamprune.errors import ConfigError, DiskError
 from streamprune.workplace import job_folder
@@ -179,6 +181,62 @@ def test_the_probe_comes_before_any_work(
     assert asked[0] == job_folder(config.out)
     assert asked[1].parent == tmp_path / "cache"
     assert entries(tmp_path) == before
+
+
+@pytest.fixture
+def compare(tiny: Tiny, text: Path) -> Run:
+    """`streamprune compare` on a tiny model, with a folder for OUT and whatever else is given."""
+
+    def invoke(folder: Path, *more: str) -> Result:
+        arguments = ["compare", str(tiny("llama")), "--out", str(folder / "out"), "--ratios", "0.3"]
+        arguments += ["--recipes", "magnitude", "--text", str(text), "--eval-seq-len", "24", "--round-to", "4"]
+        return CliRunner().invoke(main, [*arguments, *more])
+
+    return invoke
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_comparisons_own_folders_are_tried_before_any_work(
+    there: bool, compare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["streamprune.compare"], "evaluate", lambda *given, **more: pytest.fail("work"))
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    cache.mkdir()
+    if there:
+        (out / "rows").mkdir(parents=True)
+    before = entries(tmp_path)
+    # Of the probe of `out`, and then of that of the cache.
+    for number, place, option in ((1, out, "OUT"), (4, cache, "--cache")):
+        with disk.using(Failing("write", number, errno.EIO)):
+            refused(
+                compare(tmp_path, "--cache", str(cache)), f"{place}: writing a file and syncing it fails there", option
+            )
+        assert entries(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", no_locks)
+        refused(compare(tmp_path), "locking a file in it fails there (No locks available)", "OUT")
+    assert entries(tmp_path) == before
+
+
+def test_a_comparison_follows_no_link_in_the_cache_and_what_a_killed_probe_left_goes(
+    compare: Run, tmp_path: Path
+) -> None:
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    own = Caches(tmp_path / "out", cache).own
+    elsewhere.mkdir()
+    cache.mkdir()
+    own.symlink_to(elsewhere)
+    result = compare(tmp_path, "--cache", str(cache))
+    assert result.exit_code == ConfigError.exit_code
+    assert f"{own} is a symbolic link, where the work would lie" in result.stderr
+    assert entries(tmp_path) == {"cache", f"cache/{own.name}", "elsewhere"}
+    own.unlink()
+    for place in (tmp_path / "out" / "probe", cache / f"{own.name}-probe"):
+        place.mkdir(parents=True)
+        (place / "file.tmp").write_text("half")
+    assert compare(tmp_path, "--cache", str(cache)).exit_code == 0
+    assert not entries(cache)
+    assert not (tmp_path / "out" / "probe").exists()
 
 
 def test_what_a_killed_probe_left_goes(run: Run, tmp_path: Path) -> None:

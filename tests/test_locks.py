@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 from conftest import contents
+from faulty import AT, Fault, FaultyDisk
 from kills.campaign import left_behind, paths
 from kills.life import Ended, Forked, Life, Torchrun, send
 from kills.scenario import SCENARIOS, Inputs
 
 import streamprune
-from streamprune import Config, files
-from streamprune.errors import ResumeError
+from streamprune import Config, disk, files
+from streamprune.disk import Disk
+from streamprune.errors import DiskError, ResumeError
 from streamprune.job import Job
 from streamprune.journal import Journal
 from streamprune.status import read_journal
@@ -242,21 +245,61 @@ def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["below", "other", "work-file", "work-link"]
 
 
-def test_scratch_that_another_process_takes_for_the_dead_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, made = files.tempfile.mkdtemp, []
+def test_scratch_that_another_process_takes_for_the_dead_is_made_again(tmp_path: Path) -> None:
+    made = []
 
-    def mkdtemp(**options: object) -> str:
-        made.append(Path(real(**options)))
-        if len(made) == 1:
-            made[0].rmdir()
-        return str(made[-1])
+    class Taking(Disk):
+        def make_folder(self, path: Path, mode: int = 0o777) -> None:
+            super().make_folder(path, mode)
+            made.append(path)
+            if len(made) == 1:
+                path.rmdir()
 
-    monkeypatch.setattr(files.tempfile, "mkdtemp", mkdtemp)
-    with files.scratch(tmp_path, "work-") as folder:
+    with disk.using(Taking()), files.scratch(tmp_path, "work-") as folder:
         assert folder == made[1]
     assert not list(tmp_path.iterdir())
+
+
+def test_scratch_is_for_this_user_alone(tmp_path: Path) -> None:
+    with files.scratch(tmp_path, "work-") as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("fault", ["full", "error"])
+def test_wherever_the_disk_fails_scratch_says_so_and_goes(fault: Fault, tmp_path: Path) -> None:
+    work, graves = tmp_path / "work", tmp_path / "graves"
+    work.mkdir()
+    graves.mkdir()
+    with disk.using(whole := FaultyDisk(work, graves)), files.scratch(work, "work-"):
+        begun = whole.count
+    assert [operation.split()[0] for operation in whole.operations[:begun]] == ["make_folder", "create", "lock"]
+    for at, operation in enumerate(whole.operations[:begun], start=1):
+        faulty = FaultyDisk(work, graves, fault, at)
+        if operation.split()[0] in AT[fault]:
+            with (
+                disk.using(faulty),
+                pytest.raises(DiskError, match=r"cannot (make|lock) .*: (No space|Input/output)"),
+                files.scratch(work, "work-"),
+            ):
+                pass
+            assert faulty.happened
+        assert not list(work.iterdir())
+
+
+def test_a_lock_that_cannot_be_looked_at_is_no_lock_that_is_free(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    for at in (1, 2):
+        with (
+            disk.using(FaultyDisk(tmp_path, tmp_path, "error", at)),
+            pytest.raises(DiskError, match=r"cannot read .*: Input/output error"),
+        ):
+            files.is_locked(tmp_path / LOCK)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / LOCK)
+    assert not files.is_locked(tmp_path / LOCK)
 
 
 def test_a_refused_job_leaves_no_folder(tiny: Tiny, configured: Make, tmp_path: Path) -> None:

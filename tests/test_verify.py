@@ -389,6 +389,29 @@ def test_a_model_whose_config_or_index_says_nothing(name: str, text: str, tmp_pa
     assert name in str(fault)
 
 
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model.safetensors", "tokenizer.json", MANIFEST])
+@pytest.mark.parametrize("finished", [True, False])
+def test_pipes_are_not_waited_for(name: str, finished: bool, copied: Callable[..., Path], tmp_path: Path) -> None:
+    if finished:
+        folder = copied()
+    else:
+        folder = tmp_path / "bare"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    result = CliRunner().invoke(main, ["verify", str(folder)])
+    if finished and name == "model.safetensors":  # the index places nothing in it
+        assert result.exit_code == 0
+        assert f"warning: SHA256SUMS does not name {name}" in result.stdout
+    else:
+        assert result.exit_code == 1, result.output
+        assert "\nfault: " in result.stdout
+    if name == "config.json":
+        assert "fault: config.json is not a file\n" in result.stdout
+
+
 def test_a_disk_that_cannot_be_read(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     real, bad, path = files.read_into, "model-00003-of-00005.safetensors", made("free")
 
@@ -455,6 +478,22 @@ def test_the_command(copied: Callable[..., Path], tiny: Tiny) -> None:
     assert "warning: there is no SHA256SUMS" in done.stdout
     assert invoke(str(out / "nothing")).exit_code == 1
     assert invoke().exit_code == 2
+
+
+def test_names_out_of_files_command_no_terminal(copied: Callable[..., Path]) -> None:
+    out = copied()
+    name = "x\ncopy: sound\x1b[31mred"
+    (out / name).touch()
+    shown = CliRunner().invoke(main, ["verify", str(out)])
+    assert shown.stdout.splitlines()[1:] == [r"warning: SHA256SUMS does not name x\ncopy: sound\x1b[31mred"]
+    found = json.loads(CliRunner().invoke(main, ["verify", str(out), "--json"]).stdout)
+    assert found["unlisted"] == [name]
+    with (out / MANIFEST).open("a") as file:
+        file.write(f"{'0' * 64}  \x1b[31mgone\n")
+    shown = CliRunner().invoke(main, ["verify", str(out)])
+    assert "\x1b" not in shown.output
+    assert r"fault: \x1b[31mgone is missing" in shown.stdout
+    assert shown.stderr.startswith(r"verify: 1 of 16, \x1b[31mgone")
 
 
 def test_commands_need_no_manifest(copied: Callable[..., Path], text: Path) -> None:

@@ -70,6 +70,7 @@ def export_gguf(
         ConfigError: unusable `out` or `dtype`; the `gguf` package is absent.
         CheckpointError: unusable model; or llama.cpp cannot say what it is, or follow its tokenizer.
         ResourceError: too little disk.
+        ResumeError: another process is writing `out`.
         NumericalError: NaN or Inf in the weights, or too large ones for f16.
     """
     out, progress = Path(out), progress or Silent()
@@ -84,7 +85,7 @@ def export_gguf(
     vocabulary = read_vocabulary(model, skeleton.vocabulary, {k: v for k, v in defaults.items() if v is not None})
     context, window = context_of(skeleton, runtime)
 
-    with files.replacing_file(out) as temporary:
+    with files.alone(out), files.replacing_file(out) as temporary:
         writer = GGUFWriter(temporary, runtime.name)
         try:
             add_metadata(writer, skeleton, runtime, context)
