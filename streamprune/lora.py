@@ -96,35 +96,32 @@ def train(
 
 def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter]]:
     """The model with updates, and these by name."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, inject_adapter_in_model
 
-    base = load_whole(skeleton.checkpoint.directory, skeleton.dtype)
-    for index, entries in enumerate(skeleton.entries):
+    model = load_whole(skeleton.checkpoint.directory, skeleton.dtype).requires_grad_(False)
+    blocks = model.get_submodule(skeleton.architecture.blocks)
+    for block, entries in zip(blocks, skeleton.entries, strict=True):
         for entry in entries:
-            block = base.get_submodule(f"{skeleton.architecture.blocks}.{index}")
             if entry.experts and not isinstance(block.get_submodule(entry.experts), Experts):
                 separate_experts(block, entry.experts)
-    places = {
-        f"{index}.{name}": f"{skeleton.architecture.blocks}.{index}.{name}"
-        for index in range(len(skeleton))
-        for name in skeleton.linears(index)
-    }
-    turned = isinstance(base.get_submodule(next(iter(places.values()))), Conv1D)
+    names = [f"{index}.{name}" for index in range(len(skeleton)) for name in skeleton.linears(index)]
+    turned = isinstance(blocks.get_submodule(names[0]), Conv1D)
     # alpha = rank: no factor before U V.
-    config = LoraConfig(
-        r=how.rank, lora_alpha=how.rank, target_modules=list(places.values()), fan_in_fan_out=turned, bias="none"
-    )
+    config = LoraConfig(r=how.rank, lora_alpha=how.rank, target_modules=names, fan_in_fan_out=turned, bias="none")
     with torch.random.fork_rng(), warnings.catch_warnings():
         # How peft calls transformers is not ours to mend.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(how.seed)
-        # Without dropout, which would want a generator's state put away as well.
-        model = get_peft_model(base, config).eval().to(skeleton.device)
+        # The blocks alone: by the model_type of a whole mixture of experts, peft looks for linears in transformers' own
+        # module of fused experts.
+        inject_adapter_in_model(config, blocks)
+    # Without dropout, which would want a generator's state put away as well.
+    model.eval().to(skeleton.device)
     weights = {}
-    for name, place in places.items():
-        linear: Any = model.base_model.model.get_submodule(place)
+    for name in names:
+        linear: Any = blocks.get_submodule(name)
         for leaf, module in (("u", linear.lora_B["default"]), ("v", linear.lora_A["default"])):
-            weights[f"{name}.{leaf}"] = module.weight
+            weights[f"{name}.{leaf}"] = module.to(accumulator(skeleton.dtype)).weight
     return model, weights
 
 
@@ -140,7 +137,7 @@ def _first_not_finite(model: Any, skeleton: Skeleton, tokens: Tensor) -> str:
 
         return look
 
-    blocks = model.base_model.model.get_submodule(skeleton.architecture.blocks)
+    blocks = model.get_submodule(skeleton.architecture.blocks)
     hooks = [block.register_forward_hook(watch(index)) for index, block in enumerate(blocks)]
     with torch.no_grad():
         model(input_ids=tokens.to(skeleton.device), use_cache=False)

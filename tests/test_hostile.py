@@ -25,7 +25,7 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune import calibration, documents, files, hub, inspect, status
-from streamprune.errors import CalibrationError, CheckpointError, ConfigError, ResumeError
+from streamprune.errors import CalibrationError, CheckpointError, ConfigError, NumericalError, ResumeError
 from streamprune.methods.plan import Plan
 from streamprune.model import modeling_streamprune
 from streamprune.model.checkpoint import ADAPTER, CONFIG, INDEX, Checkpoint, read_json
@@ -463,6 +463,96 @@ def test_a_config_leads_to_no_other_and_runs_no_kernel(model: Path) -> None:
     edit(model / CONFIG, configuration_files=["config.4.0.0.json"])
     with pytest.raises(CheckpointError, match="configuration_files asks for another config to be read instead"):
         opened(model)
+
+
+def test_what_a_forward_returns_is_not_the_configs_to_say(model: Path, text: Path) -> None:
+    expected = streamprune.evaluate(model, str(text), seq_len=24)
+    config = opened(model).config.to_dict()
+    edit(
+        model / CONFIG,
+        return_dict=False,
+        output_attentions=True,
+        output_hidden_states=True,
+        tie_last_hidden_states=False,
+        is_encoder_decoder=True,
+        problem_type="single_label_classification",
+    )
+    assert opened(model).config.to_dict() == config
+    assert streamprune.evaluate(model, str(text), seq_len=24).perplexity == expected.perplexity
+    with torch.no_grad():
+        given = load_whole(model)(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+    assert given.logits.shape == (1, 4, 40) and given.hidden_states is None
+
+
+@pytest.mark.parametrize("chosen", [5, -1, 0, 10**9, 2**70])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_as_many_experts_are_chosen_as_there_are(
+    name: str, chosen: int, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny(name), tmp_path / name))
+    for well in (1, 4):
+        edit(model / CONFIG, num_experts_per_tok=well)
+        opened(model)
+    edit(model / CONFIG, num_experts_per_tok=chosen)
+    with pytest.raises(CheckpointError, match=rf"num_experts_per_tok is {chosen}; it must be 1 to 4"):
+        opened(model)
+
+
+def test_experts_chosen_of_a_free_layout(
+    tiny: Callable[..., Path], configured: Callable[..., Any], unsynced: None
+) -> None:
+    config = configured(tiny("qwen3_moe"), recipe="wanda-sp")
+    streamprune.prune(config)
+    edit(config.out / CONFIG, num_experts_per_tok=5)
+    with pytest.raises(CheckpointError, match="num_experts_per_tok is 5; it must be 1 to 4, the number of experts"):
+        opened(config.out)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+LONG = {**YARN, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "theta 0": ("rope_theta", {"rope_type": "default", "rope_theta": 0}),
+    "theta -1": ("rope_theta", {"rope_type": "default", "rope_theta": -1.0}),
+    "theta true": ("rope_theta", {"rope_type": "default", "rope_theta": True}),
+    "theta beyond floats": ("rope_theta", {"rope_type": "default", "rope_theta": 10**400}),
+    "factor 0": ("factor", {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}),
+    "factor -2": ("factor", {**YARN, "factor": -2.0}),
+    "attention": ("attention_factor", {**YARN, "attention_factor": 0.0}),
+    "beta": ("beta_fast", {**YARN, "beta_fast": -1}),
+    "before": ("original_max_position_embeddings", {**YARN, "original_max_position_embeddings": -32}),
+    "short": ("short_factor", {**LONG, "short_factor": [1.0, 1.0, 0.0, 1.0]}),
+    "long": ("long_factor", {**LONG, "long_factor": [1.0, -1.0, 1.0, 1.0]}),
+}
+
+
+@pytest.mark.parametrize("case", ROTATIONS)
+def test_settings_of_the_rotary_embedding(case: str, model: Path) -> None:
+    name, asked = ROTATIONS[case]
+    for well in (YARN, LONG):
+        edit(model / CONFIG, rope_parameters=well)
+        opened(model)
+    edit(model / CONFIG, rope_parameters=asked)
+    with pytest.raises(CheckpointError, match=rf"{name} of the rotary embedding is .*must be a finite number above 0"):
+        opened(model)
+
+
+def test_settings_of_the_rotary_embedding_by_kind_of_block(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny("gemma3"), tmp_path / "gemma3"))
+    asked = json.loads((model / CONFIG).read_text())["rope_parameters"]
+    edit(model / CONFIG, rope_parameters={**asked, "sliding_attention": {"rope_type": "default", "rope_theta": 0.0}})
+    with pytest.raises(CheckpointError, match=r"rope_theta of the rotary embedding is 0\.0"):
+        opened(model)
+
+
+def test_a_rotary_embedding_that_is_no_number(model: Path) -> None:
+    """Settings that are well one by one; and angles that only later positions take beyond the dtype."""
+    edit(model / CONFIG, rope_parameters={"rope_type": "default", "rope_theta": 1e-300})
+    with pytest.raises(NumericalError, match="the rotary embedding of positions 0 to 0 holds NaN or Inf"):
+        opened(model)
+    edit(model / CONFIG, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-38})
+    skeleton = opened(model)
+    with pytest.raises(NumericalError, match="the rotary embedding of positions 0 to 23 holds NaN or Inf"):
+        skeleton.arguments(1, 24)
 
 
 def test_an_adapter_is_not_passed_over(model: Path) -> None:

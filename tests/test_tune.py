@@ -324,6 +324,40 @@ def test_lora_is_the_plain_implementation(name: str, tiny: Tiny, tuning: Make) -
 
 
 @needs_peft
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_lora_of_stock_experts(name: str, tiny: Tiny, tuning: Make) -> None:
+    """Every expert's linears and the attention's are trained; what is written computes what was trained."""
+    path = tiny(name)
+    skeleton = open_skeleton(path, CPU, "float32")
+    assert "Experts" in type(loaded(path).get_submodule("model.layers.2.mlp.experts")).__name__
+    names = {f"{index}.{linear}" for index in range(len(skeleton)) for linear in skeleton.linears(index)}
+    assert "2.mlp.experts.3.down_proj" in names
+    config = tuning(path, method="lora", steps=3)
+    states: list[dict[str, Tensor]] = []
+    how = lora.Lora(2, 3, 1e-2, 0, 8, 8)
+    list(lora.train(skeleton, windows(config), how, None, lambda state, losses: states.append(state)))
+    assert {key.removesuffix(".u") for key in states[-1] if key.endswith(".u") and key.count(".") > 2} >= names
+    result = streamprune.tune(config)
+    assert result.loss_last < result.loss_first
+    before, after = open_skeleton(path, CPU, "float32"), open_skeleton(config.out, CPU, "float32")
+    for index in range(len(skeleton)):
+        old, new = (each.read_block(index) for each in (before, after))
+        for linear in skeleton.linears(index):
+            change = states[-1][f"{index}.{linear}.u"] @ states[-1][f"{index}.{linear}.v"]
+            torch.testing.assert_close(new[f"{linear}.weight"], old[f"{linear}.weight"] + change)
+
+
+@needs_peft
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_trains_in_float32(dtype: torch.dtype, tiny: Tiny) -> None:
+    skeleton = open_skeleton(tiny("llama", dtype), CPU, str(dtype).removeprefix("torch."))
+    model, weights = lora._adapted(skeleton, lora.Lora(2, 3, 1e-2, 0, 8, 8))
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(weight) for weight in weights.values()}
+
+
+@needs_peft
 def test_micro_batches_add_up(tiny: Tiny, tuning: Make) -> None:
     path = tiny("llama", torch.float64)
     skeleton = open_skeleton(path, CPU, "float64")

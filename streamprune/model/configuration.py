@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,16 @@ _CHOOSING = {
     "num_labels",
     "id2label",
     "label2id",
+    "problem_type",
+    "is_encoder_decoder",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "tie_last_hidden_states",
 }
-"""Fields that say what code computes or which files are read, and labels, which no language model has."""
+"""Fields that say what code computes, which files are read or what a forward returns, and labels, which no language
+model has."""
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 _ELSEWHERE = {
     "configuration_files": "another config to be read instead",
@@ -37,6 +46,19 @@ _ELSEWHERE = {
 }
 _WIDEST = 1 << 31
 """More than any side of a matrix."""
+_ROTATION = {
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "short_factor",
+    "long_factor",
+    "original_max_position_embeddings",
+}
+"""Settings of rotary embeddings by which frequencies are divided or whose logarithm is taken, or lists of such."""
 
 
 def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
@@ -70,8 +92,7 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
         raise CheckpointError(f"{where}: transformers cannot build this model ({one_line(error, 400)})") from error
     if fields["model_type"].startswith(PREFIX):
         _check_widths(fields.get(OURS), architecture, entries, len(checkpoint), where)
-    if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False  # wanted for training only
+    _check_rotation(getattr(config, "rope_parameters", None), where)
     return architecture, config
 
 
@@ -113,6 +134,23 @@ def _check_depth(
         claimed = fields.get(name)
         if isinstance(claimed, int | float) and claimed > held:
             raise CheckpointError(f"{where}: {name} is {claimed}; the shards hold {held} blocks")
+
+
+def _check_rotation(settings: Any, where: str) -> None:
+    """Hold the settings of rotary embeddings, for all blocks or by kind of block, to numbers that give finite angles.
+
+    Raises:
+        CheckpointError: one that is no number above zero.
+    """
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, dict):
+            _check_rotation(value, where)
+        elif name in _ROTATION and value is not None:
+            for each in value if isinstance(value, list) else [value]:
+                if type(each) not in (int, float) or not 0 < each <= sys.float_info.max:
+                    raise CheckpointError(
+                        f"{where}: {name} of the rotary embedding is {str(each)[:40]}; it must be a finite number above 0"
+                    )
 
 
 def _check_widths(

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, NumericalError, StreamPruneError, one_line
 from ..layout import FREE, Layout
 from ..machine import resolve_dtype
-from ..maths.linalg import accumulator
+from ..maths.linalg import accumulator, advice, all_finite
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .architecture import SublayerEntry, is_stock
@@ -46,6 +46,7 @@ class Skeleton:
     Raises:
         CheckpointError: what `read_configuration` refuses, a tensor that is missing, unexpected, or of another
             shape than the config says, and sizes that the shards do not hold.
+        NumericalError: see `arguments`.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Skeleton:
                 # What the blocks are made of and called with comes from the config too: see that it can be had.
                 self.all_sites()
                 self.arguments(1, 1)
-        except CheckpointError:
+        except StreamPruneError:
             raise
         except Exception as error:
             raise CheckpointError(
@@ -140,7 +141,7 @@ class Skeleton:
                 continue
             experts = layer.get_submodule(entry.experts)
             assert isinstance(experts, Experts)
-            share = min(1.0, float(self.config.num_experts_per_tok) / len(experts))
+            share = self.config.num_experts_per_tok / len(experts)
             for number in range(len(experts)):
                 own = entry.expert(number)
                 found.append((replace(self._site(index, own), expert=number, share=share), own))
@@ -299,6 +300,9 @@ class Skeleton:
 
         Args:
             maps: for `Sublayer.attend`, which needs every mask written out.
+
+        Raises:
+            NumericalError: rotary embeddings that hold NaN or Inf. Attention itself may give finite numbers from them.
         """
         key = sequences, tokens, past, maps
         if key not in self._arguments:
@@ -310,10 +314,22 @@ class Skeleton:
                     self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
             finally:
                 config._attn_implementation = usual
+            self._check_rotation(tokens, past)
             self._arguments[key] = [slot.arguments for slot in self._slots]
             while len(self._arguments) > 4:
                 self._arguments.popitem(last=False)
         return self._arguments[key]
+
+    def _check_rotation(self, tokens: int, past: int) -> None:
+        """Hold what the slots were called with last to cosines and sines that are numbers."""
+        given = [slot.arguments.get("position_embeddings") or () for slot in self._slots]
+        # Blocks of one kind are given the same ones.
+        for table in {id(table): table for tables in given for table in tables}.values():
+            if not all_finite(table):
+                raise NumericalError(
+                    f"{self.checkpoint.directory}: the rotary embedding of positions {past} to {past + tokens - 1} holds "
+                    f"NaN or Inf{advice(self.dtype)}"
+                )
 
     @contextmanager
     def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -409,16 +425,23 @@ class Skeleton:
                 place(module, leaf, tensor)
 
     def _separate_experts(self) -> None:
-        """Give every expert modules of its own, unless they are more than the shards have tensors."""
+        """Give every expert modules of its own, unless they are more than the shards have tensors, or fewer than chosen."""
         counted = 0
         for template, entries in zip(self._templates, self.entries, strict=True):
             for name in (entry.experts for entry in entries if entry.experts):
                 experts: Any = template.get_submodule(name)
-                counted += len(experts) if isinstance(experts, Experts) else experts.down_proj.shape[0]
+                held = len(experts) if isinstance(experts, Experts) else experts.down_proj.shape[0]
+                counted += held
                 if counted > len(self.checkpoint):
                     raise CheckpointError(
                         f"{self.checkpoint.directory}/config.json: it says {counted} experts or more; the shards hold "
                         f"{len(self.checkpoint)} tensors"
+                    )
+                chosen = self.config.num_experts_per_tok
+                if type(chosen) is not int or not 1 <= chosen <= held:
+                    raise CheckpointError(
+                        f"{self.checkpoint.directory}/config.json: num_experts_per_tok is {str(chosen)[:40]}; it must be "
+                        f"1 to {held}, the number of experts"
                     )
                 if not isinstance(experts, Experts):
                     separate_experts(template, name)

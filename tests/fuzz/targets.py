@@ -21,7 +21,7 @@ from mutation import Form
 from safetensors.torch import load_file, save
 from streamprune_cli import main
 
-from streamprune import Config, calibration, documents, hub, inspect, prune, status
+from streamprune import Config, calibration, documents, evaluate, hub, inspect, prune, status
 from streamprune.errors import CalibrationError, CheckpointError
 from streamprune.journal import Journal
 from streamprune.methods.plan import Plan
@@ -121,6 +121,8 @@ def config(home: Path) -> Target:
         "pruned": make_model(home / "pruned"),
         "plain": make_model(home / "config"),
     }
+    few = home / "few.txt"
+    few.write_text(WORDS[:9])
     skeleton = skeleton_of(folders["pruned"])
     pruned = json.dumps(free_config(skeleton, skeleton.all_sites())).encode()
     seeds = ((folders["plain"] / CONFIG).read_bytes(), (folders["experts"] / CONFIG).read_bytes(), pruned)
@@ -130,6 +132,7 @@ def config(home: Path) -> Target:
         (folders[kind] / CONFIG).write_bytes(data)
         assert inspect(folders[kind])["model"] is not None
         calibration.load_tokenizer(folders[kind])
+        evaluate(folders[kind], str(few), seq_len=4, device="cpu", memory=1 << 30, cache=home)
 
     return Target(seeds, mutation.as_json, read, 300, 12_000)
 
