@@ -481,7 +481,8 @@ def test_what_a_forward_returns_is_not_the_configs_to_say(model: Path, text: Pat
     assert streamprune.evaluate(model, str(text), seq_len=24).perplexity == expected.perplexity
     with torch.no_grad():
         given = load_whole(model)(input_ids=torch.zeros(1, 4, dtype=torch.int64))
-    assert given.logits.shape == (1, 4, 40) and given.hidden_states is None
+    assert given.logits.shape == (1, 4, 40)
+    assert given.hidden_states is None
 
 
 @pytest.mark.parametrize("chosen", [5, -1, 0, 10**9, 2**70])
