@@ -509,6 +509,30 @@ def test_experts_chosen_of_a_free_layout(
         opened(config.out)
 
 
+SETTINGS: list[tuple[str, dict[str, Any], str]] = [
+    ("gemma3", {"query_pre_attn_scalar": -1}, "must be float, not complex"),
+    ("falcon", {"layer_norm_epsilon": None}, "must be float, not NoneType"),
+    ("granite", {"logits_scaling": 1e300}, "logits_scaling is 1e[+]300, which is beyond float32"),
+    (
+        "phi3",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 3.0}},
+        r"[Tt]he size of tensor|broadcast",
+    ),
+    ("olmoe", {"clip_qkv": 1e308}, r"clip_qkv is 1e\+308, which is beyond float32"),
+    ("mixtral", {"more": [{"deep": [-(10**400)]}]}, "deep is -10000000.*, which is beyond float32"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), SETTINGS, ids=range(len(SETTINGS)))
+def test_settings_that_no_module_computes_with(
+    name: str, changes: dict[str, Any], message: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny(name), tmp_path / name))
+    edit(model / CONFIG, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        opened(model)
+
+
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
 LONG = {**YARN, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
 ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {

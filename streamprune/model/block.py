@@ -50,7 +50,7 @@ class Layer:
         # are run by themselves, on the tokens that the router sends them.
         apart: dict[str, nn.Module] = {}
         for entry in entries:
-            name, stand_in = (entry.experts, _Routed()) if entry.experts else (entry.consumer, nn.Identity())
+            name, stand_in = (entry.experts, Routed()) if entry.experts else (entry.consumer, nn.Identity())
             apart[name] = modules.get_submodule(name)
             modules.set_submodule(name, stand_in)
         self._modules = modules, apart
@@ -122,7 +122,7 @@ class Mixed:
         return None if self.rows is None else self.rows[number] // self.shape[1]
 
 
-class _Routed(nn.Module):
+class Routed(nn.Module):
     """Stands where experts stood: keeps what the router sends them."""
 
     def __init__(self) -> None:
@@ -311,7 +311,7 @@ class Sublayer:
         if self.entry.experts is None:
             return Mixed((u,))
         routed = self._mixer[0].get_submodule(self.entry.experts.removeprefix(f"{self.entry.mixer[0]}."))
-        assert isinstance(routed, _Routed)
+        assert isinstance(routed, Routed)
         ((hidden, index, weights),) = routed.sent
         routed.sent = []
         z, rows = [], []

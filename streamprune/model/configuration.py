@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +45,8 @@ _ELSEWHERE = {
 }
 _WIDEST = 1 << 31
 """More than any side of a matrix."""
+_LARGEST = 3.4028234663852886e38
+"""Float32's largest number."""
 _ROTATION = {
     "rope_theta",
     "factor",
@@ -93,6 +94,7 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
     if fields["model_type"].startswith(PREFIX):
         _check_widths(fields.get(OURS), architecture, entries, len(checkpoint), where)
     _check_rotation(getattr(config, "rope_parameters", None), where)
+    _check_numbers(fields, where)
     return architecture, config
 
 
@@ -147,10 +149,23 @@ def _check_rotation(settings: Any, where: str) -> None:
             _check_rotation(value, where)
         elif name in _ROTATION and value is not None:
             for each in value if isinstance(value, list) else [value]:
-                if type(each) not in (int, float) or not 0 < each <= sys.float_info.max:
+                if type(each) not in (int, float) or not 0 < each <= _LARGEST:
                     raise CheckpointError(
                         f"{where}: {name} of the rotary embedding is {str(each)[:40]}; it must be a finite number above 0"
                     )
+
+
+def _check_numbers(value: Any, where: str, name: str = "the config") -> None:
+    """Refuse numbers beyond float32, which torch's functions do not take.
+
+    Raises:
+        CheckpointError: there is one, however deep.
+    """
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else ((name, each) for each in value):
+            _check_numbers(each, where, key)
+    elif isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:
+        raise CheckpointError(f"{where}: {name} is {str(value)[:40]}, which is beyond float32")
 
 
 def _check_widths(

@@ -27,7 +27,7 @@ from ..maths.linalg import accumulator, advice, all_finite
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .architecture import SublayerEntry, is_stock
-from .block import Arguments, Block, Layer, Sublayer, linear_shape, place
+from .block import Arguments, Block, Layer, Routed, Sublayer, linear_shape, place
 from .checkpoint import UNREAD, Checkpoint
 from .configuration import read_configuration
 from .modeling_streamprune import Experts, separate_experts
@@ -68,7 +68,7 @@ class Skeleton:
             if check:
                 # What the blocks are made of and called with comes from the config too: see that it can be had.
                 self.all_sites()
-                self.arguments(1, 1)
+                self._try()
         except StreamPruneError:
             raise
         except Exception as error:
@@ -340,17 +340,8 @@ class Skeleton:
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The last block's output (..., d) → logits (..., vocabulary), while open."""
-
-        *final, _ = self._after.values()
-
-        def logits(hidden: Tensor) -> Tensor:
-            for module in final:
-                hidden = module(hidden)
-            found: Tensor = self._head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
-            return found.view(*hidden.shape[:-1], -1)
-
         with self._filled(self._after, self._read):
-            yield logits
+            yield self._logits
 
     @cache  # noqa: B019 - a handful of entries, for as long as the skeleton lives
     def _stock_choices(self, sites: tuple[Site, ...], site: Site) -> tuple[int, ...]:
@@ -389,6 +380,35 @@ class Skeleton:
     @property
     def _embedding_weight(self) -> str:
         return f"{self.architecture.embed[0]}.weight"
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Run one token through every block and the head on the meta device, where nothing is computed.
+
+        What their modules cannot be called with, such as a factor that is no number, raises here whatever torch raises.
+        """
+        meta = torch.device("meta")
+        for template, entries, arguments in zip(self._templates, self.entries, self.arguments(1, 1), strict=True):
+            dtype = next(template.parameters()).dtype
+            given = {name: _moved(value, meta, dtype) for name, value in arguments.items()}
+            # How many tokens an expert gets is a matter of numbers.
+            experts = {entry.experts: template.get_submodule(entry.experts) for entry in entries if entry.experts}
+            try:
+                for name in experts:
+                    template.set_submodule(name, Routed())
+                template(torch.empty((1, 1, self.width), device=meta, dtype=dtype), **given)
+            finally:
+                for name, module in experts.items():
+                    template.set_submodule(name, module)
+        dtype = next(self._after[self.architecture.head].parameters()).dtype
+        self._logits(torch.empty((1, 1, self.width), device=meta, dtype=dtype))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        *final, _ = self._after.values()
+        for module in final:
+            hidden = module(hidden)
+        found: Tensor = self._head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
+        return found.view(*hidden.shape[:-1], -1)
 
     def _embedded(self, ids: Tensor, past: int = 0) -> Tensor:
         with torch.no_grad():
@@ -552,6 +572,15 @@ def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
         if module is not None:
             found[path] = module
     return found
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """An argument of a block, whatever it is; tensors, and tuples of them, elsewhere, floats in that dtype."""
+    if isinstance(value, tuple):
+        return tuple(_moved(each, device, dtype) for each in value)
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
 
 
 def _matrix_elements(module: nn.Module) -> int:
