@@ -215,8 +215,13 @@ def stopped(scenario: Scenario, at: int) -> None:
 
 
 def kept_for_itself(scenario: Scenario) -> list[Path]:
-    """Files that the job would go on from: whole ones, and not the lock or the log."""
-    found = [path for path in sorted(scenario.folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    """Files that the job would go on from: whole ones, and not the lock or the log, or an older result."""
+    older = (scenario.out, scenario.folder / "out.streamprune" / "replaced")
+    found = [
+        path
+        for path in sorted(scenario.folder.rglob("*"))
+        if path.is_file() and path.stat().st_size and not any(path.is_relative_to(folder) for folder in older)
+    ]
     names = ("lock", "log.txt", "journal.jsonl")
     return [path for path in found if path.name not in names and not path.name.endswith(files.TEMPORARY)]
 

@@ -189,7 +189,6 @@ def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: 
     needs = Needs(samples=600, length=24, text=True, gram=True, generates=True)
     before, after = (forecast(skeleton, n, device_limit=2**40, disk_limit=2**40) for n in (plain, needs))
     assert after.disk_bytes == cached * 100
-    assert after.steps == before.steps + 24
     embed, blocks = 40 * 32 * 4, sum(skeleton.checkpoint[n].nbytes for n in skeleton.checkpoint if ".layers." in n)
     assert after.bytes_to_read == before.bytes_to_read + 23 * (blocks + 2 * embed + 32 * 4)
     assert after.operations > before.operations

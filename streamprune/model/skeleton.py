@@ -24,6 +24,7 @@ from ..errors import CheckpointError, NumericalError, StreamPruneError, one_line
 from ..layout import FREE, Layout
 from ..machine import resolve_dtype
 from ..maths.linalg import accumulator, advice, all_finite
+from ..maths.operations import counted
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .architecture import SublayerEntry, is_stock
@@ -68,7 +69,8 @@ class Skeleton:
             if check:
                 # What the blocks are made of and called with comes from the config too: see that it can be had.
                 self.all_sites()
-                self._try()
+                with counted(0):
+                    self._try()
         except StreamPruneError:
             raise
         except Exception as error:
@@ -383,7 +385,7 @@ class Skeleton:
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Run one token through every block and the head on the meta device, where nothing is computed.
+        """Run one token through every block and the head on the meta device, where nothing is computed, nor counted.
 
         What their modules cannot be called with, such as a factor that is no number, raises here whatever torch raises.
         """
