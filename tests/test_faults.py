@@ -250,7 +250,7 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
         scenario.run()
     expected = scenario.result()
     lines = [n for n, operation in enumerate(whole.operations, start=1) if operation == "open journal.jsonl"]
-    lines = drawn(lines, 2, f"{scenario.name} {harm}")
+    lines = drawn(lines, 1, f"{scenario.name} {harm}")
     altered = 0
     for at in lines:
         stopped(scenario, at)
