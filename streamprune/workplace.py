@@ -380,8 +380,8 @@ class Workplace:
             log = files.copy(self.folder / LOG, self.staging / LOG)
             manifest.hold(self.staging / LOG, log)
             manifest.write(self.staging, {**complete["sha256"], LOG: log})
-            self._make_way()
             try:
+                self._make_way()
                 files.publish(self.staging, self._out)
             except DiskError:
                 self._put_back()

@@ -252,12 +252,14 @@ def replacing(tiny: Tiny, configured: Make) -> Config:
     return config
 
 
+@pytest.mark.parametrize("in_time", [True, False])
 def test_a_result_that_cannot_appear_leaves_the_older_one(
-    replacing: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_time: bool, replacing: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the older one has been moved, and only making that durable fails."""
     before = contents(replacing.out)
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "_make_way", followed_by(DiskError("Input/output error")))
+        patch.setattr(Workplace, "_make_way", followed_by(DiskError("Input/output error"), in_time=in_time))
         with pytest.raises(DiskError, match="Input/output error; run the same command again to go on"):
             streamprune.prune(replacing, restart=True)
     assert contents(replacing.out) == before
@@ -286,12 +288,14 @@ def test_killed_between_two_results_the_older_one_is_put_back(
     assert streamprune.prune(replacing, restart=restart).ratio_requested == replacing.ratio
 
 
-def followed_by(error: BaseException) -> Callable[[Workplace], None]:
-    """Making way, behind which nothing can be published."""
+def followed_by(error: BaseException, *, in_time: bool = False) -> Callable[[Workplace], None]:
+    """Making way, behind which nothing can be published; or which itself fails at its end."""
     real = Workplace._make_way
 
     def make_way(self: Workplace) -> None:
         real(self)
+        if in_time:
+            raise error
         publish = files.publish
 
         def failing(staging: Path, target: Path) -> None:
