@@ -45,9 +45,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "tune, distil": {},
     "tune, lora": {},
     "tune, free, distil": {},
-    "compare": {},
-    "compare, uniform": {"layout": "uniform"},
+    "compare": {"recipes": ["sobp", "wanda-sp"], "ratios": [0.4]},
+    "compare, uniform": {"recipes": ["sobp"], "ratios": [0.2, 0.4], "layout": "uniform"},
 }
+"""What each is besides `SMALL`. A comparison shares surveys between recipes, and between ratios."""
 
 
 class Scenario:
@@ -87,8 +88,7 @@ class Scenario:
             streamprune.tune(self.config)
         elif self.compares:
             common = {**SMALL, "calibration": self.text, "round_to": 4, **SCENARIOS[self.name]}
-            arguments = {"ratios": [0.2, 0.4], "recipes": ["sobp", "wanda-sp"], "text": self.text, "out": self.out}
-            streamprune.compare(self.model, **arguments, eval_seq_len=8, keep=True, **common)
+            streamprune.compare(self.model, text=self.text, out=self.out, eval_seq_len=8, keep=True, **common)
         elif self.replaces:
             # Another --restart would begin anew what only waits to be published.
             journal = self.folder / "out.streamprune" / "journal.jsonl"
