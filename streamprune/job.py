@@ -194,10 +194,23 @@ class Job(Workplace):
             else self.budget().target / self.skeleton.block_parameters(),
             work=lambda site, keep: self.recipe.work(self.settings, site, keep),
             digest_work=lambda site: self.recipe.digest_work(self.settings, site),
-            workspace=lambda site: self.recipe.workspace(self.settings, site),
+            workspace=lambda site: self.recipe.workspace(self.settings, site, self.keeps.get(site.name, site.units)),
             digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
             activations=self.activations,
         )
+
+    @cached_property
+    def keeps(self) -> Mapping[str, int]:
+        """Units that stay at most of those sites of which that is known before any work."""
+        if self.given_plan is not None:
+            return {name: site.keep for name, site in self.given_plan.items()}
+        if self.shots > 1:
+            return {}
+        sites = self.changeable(self.sites)
+        if self.recipe.statistics(self.settings) is None:
+            plan = self.recipe.allocate(self.settings, sites, {}, self.budget())
+            return {name: site.keep for name, site in plan.items()}
+        return self.recipe.foresee(self.settings, sites, self.budget())
 
     @property
     def forward_operations(self) -> int:

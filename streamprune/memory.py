@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .maths.blocked import PANEL, TILE
+from .maths.blocked import PANEL, TILE, inverse_workspace
 from .maths.linalg import SKETCH
 from .model.block import linear_shape
 from .model.skeleton import Skeleton
@@ -204,7 +204,7 @@ class Memory(Shapes):
             if needs.aims and not sublayer.routed:
                 sums += w
                 activations += forward + tokens * (item + converted) * d
-                solving = 2 * w + item * n * n + 3 * item * n * PANEL
+                solving = 2 * w + item * (n * n + inverse_workspace(n))
                 yield f"aiming one {site.kind} site", Demand(weights, grams, solving)
             yield f"the Gram of one {site.kind} site", Demand(weights, sums, activations=activations)
         if needs.compensates:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from streamprune import machine
 from streamprune.config import format_bytes, parse_bytes
 from streamprune.errors import ConfigError, ResourceError
 from streamprune.forecast import forecast
+from streamprune.job import Job
 from streamprune.memory import Memory, in_memory_peak
+from streamprune.methods.plan import Plan
 from streamprune.model.skeleton import open_skeleton
 from streamprune.needs import Needs
 from streamprune.stream.store import file_bytes
@@ -177,3 +181,40 @@ def test_grams_on_the_host_take_from_the_device_what_they_give_to_the_host(
     moved = {"device": 0, "parked": whole.sums, "host": whole.sums + whole.solving}[place]
     assert asked.host - whole.host == moved
     assert asked.sums + asked.solving == whole.sums + whole.solving - moved
+
+
+@pytest.mark.parametrize("layout", ["free", "uniform"])
+@pytest.mark.parametrize(
+    ("recipe", "settings", "sites"),
+    [
+        ("slimgpt", {}, "all"),
+        ("wanda-sp", {}, "all"),
+        ("greedy-output", {}, "ffn"),
+        ("greedy-output", {"heads": "second-moment"}, "all"),
+        ("greedy-output", {"tau": "0.001"}, "none"),
+        ("sobp", {}, "none"),
+        ("surgeon", {"shots": "1"}, "none"),
+    ],
+)
+def test_what_stays_is_known_before_any_work_where_no_survey_decides(
+    recipe: str,
+    settings: dict[str, str],
+    sites: str,
+    layout: str,
+    tiny: Callable[..., Path],
+    configured: Callable[..., Any],
+) -> None:
+    model = tiny("llama", intermediate_size=96)
+    config = configured(model, recipe=recipe, settings=settings, layout=layout, samples=4, seq_len=8)
+    job = Job(config, None)
+    foreseen, units = job.keeps, {site.name: site.units for site in job.sites}
+    assert set(foreseen) == {site.name for site in job.sites if sites == "all" or site.kind == sites}
+    path = streamprune.plan_only(config)
+    plan = Plan.read(path)
+    for name, most in foreseen.items():
+        # A survey that has no say in the number may still leave a step to others.
+        assert plan[name].keep <= most <= units[name]
+        assert sites == "ffn" or plan[name].keep == most
+    assert not foreseen or sum(foreseen.values()) < sum(units[name] for name in foreseen)
+    given = Job(replace(config, out=config.out.with_name("given"), plan=path), None)
+    assert given.keeps == {name: site.keep for name, site in plan.items()}

@@ -100,7 +100,9 @@ MAGNITUDE = Recipe(
     allocate=_magnitude_plan,
     select=lambda settings, problem, keep: best(magnitude_score(problem), keep, problem.site.name),
     reconstruct=_magnitude_weights,
-    workspace=lambda settings, site: sum(site.linears) if settings.structure == masks.UNITS else 3 * sum(site.linears),
+    workspace=lambda settings, site, keep: (
+        sum(site.linears) if settings.structure == masks.UNITS else 3 * sum(site.linears)
+    ),
     digest_workspace=lambda settings, site: 3 * sum(site.linears),
     check=masks.check_structure,
     check_plan=masks.check_plan,

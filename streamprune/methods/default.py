@@ -109,7 +109,7 @@ DEFAULT = Recipe(
     digest_work=lambda settings, site: (
         greedy_work(site, site.columns) + settings.weighted * (site.outputs**3 / 3 + 2 * site.outputs**2 * site.columns)
     ),
-    workspace=lambda settings, site: max(greedy_workspace(site), obs_workspace(site)),
+    workspace=lambda settings, site, keep: max(greedy_workspace(site), obs_workspace(site, keep)),
     digest_workspace=lambda settings, site: (
         greedy_workspace(site) + settings.weighted * site.outputs * (site.outputs + site.columns)
     ),

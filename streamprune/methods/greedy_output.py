@@ -105,9 +105,7 @@ def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Sur
                 f"tau is {settings.tau:g}; it removes {sorted(set(gone.values()))} heads a block, and the layout needs one number"
             )
     else:
-        whole = sum(site.units * site.unit_parameters for site in sites)
-        own = sum(site.units * site.unit_parameters for site in attention)
-        part = Budget(budget.target / whole, own, budget.round_to, budget.alike)
+        part = _of_attention(sites, budget)
         keep = allocate(attention, {name: rising_thresholds(d) for name, d in divergences.items()}, part)
         gone = {site.name: site.units - keep[site.name] for site in attention}
     removed = sum(gone[site.name] * site.unit_parameters for site in attention)
@@ -124,6 +122,22 @@ def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Sur
     return Plan({**plan, **{name: SitePlan(units) for name, units in left.items()}}, budget.ratio)
 
 
+def _of_attention(sites: Sequence[Site], budget: Budget) -> Budget:
+    """The same share of attention as of everything."""
+    whole = sum(site.units * site.unit_parameters for site in sites)
+    own = sum(site.units * site.unit_parameters for site in sites if site.kind == "attention")
+    return Budget(budget.target / whole, own, budget.round_to, budget.alike)
+
+
+def channels(settings: GreedyOutputSettings, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
+    """FFN channels that stay at most: attention loses no more than its share, unless τ decides."""
+    if settings.tau:
+        return {}
+    ffn = [site for site in sites if site.kind == "ffn"]
+    gone = budget.gone + int(_of_attention(sites, budget).target)
+    return allocate(ffn, even_densities(ffn), replace(budget, gone=gone))
+
+
 def _as_many_as_can_go(site: Site, units: int) -> int:
     return max(site.units - keep for keep in site.choices or range(1, site.units + 1) if site.units - keep <= units)
 
@@ -135,6 +149,7 @@ def second_moment(settings: GreedyOutputSettings, problem: Problem, keep: int) -
     value path as a linear module of each head, whose input is the attention-weighted hidden state; ``A_jᵀ Σ A_j`` is then
     the second moment of the consumer's input, and a unit's moment the sum of its columns'.
     """
+    problem.factors.clear()  # that of the target's fit, as large as H
     energy = problem.w.square().sum(dim=0)
     if problem.site.kind == "attention":
         moments = (energy * problem.gram.diagonal().to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
@@ -156,7 +171,7 @@ GREEDY_OUTPUT = Recipe(
     name="greedy-output",
     summary="greedy output approximation: heads by likeness, channels by second moment, two-step recovery",
     settings=GreedyOutputSettings,
-    statistics=lambda settings: frozenset({"divergence"} if settings.heads == "similarity" else ()),
+    statistics=lambda settings: frozenset({"divergence"}) if settings.heads == "similarity" else None,
     digest=divergence,
     curve=lambda settings: Curve("divergence from the most alike", rising) if settings.heads == "similarity" else None,
     allocate=share_out,
@@ -167,8 +182,11 @@ GREEDY_OUTPUT = Recipe(
     work=lambda settings, site, keep: (
         settings.recover * obs_work(site, keep) + (site.kind == "ffn") * 2 * site.outputs * sum(site.linears[:-1])
     ),
-    workspace=lambda settings, site: max(
-        settings.recover * obs_workspace(site), sum(site.linears[:-1]) + max(site.linears[:-1])
+    foresee=channels,
+    # The inputs' Gram waits for the choice.
+    workspace=lambda settings, site, keep: max(
+        settings.recover * obs_workspace(site, keep),
+        site.outputs**2 + sum(site.linears[:-1]) + max(site.linears[:-1]),
     ),
     compensation=lambda settings: settings.damping if settings.recover else None,
     target=lambda settings: Target(settings.damping, residual=False) if settings.recover else None,

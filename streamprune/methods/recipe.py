@@ -152,6 +152,8 @@ class Recipe(Generic[S]):
     """In how many shots that ratio is removed."""
     correction: Callable[[S], Correction | None] = lambda settings: None
     """What each shot ends with."""
+    foresee: Callable[[S, Sequence[Site], Budget], Mapping[str, int]] = lambda settings, sites, budget: {}
+    """Where there is a survey: how many units stay at most of those sites in whose number it has no say."""
     check: Callable[[S, Sequence[Site], Budget], None] = lambda settings, sites, budget: check_budget(sites, budget)
     """Refuses a budget that cannot be met, before any work."""
     check_plan: Callable[[S, Sequence[Site], Plan, str], None] = lambda settings, sites, plan, where: units_only(
@@ -168,8 +170,8 @@ class Recipe(Generic[S]):
     """Operations of `select` and `reconstruct` where so many units stay, in leading terms."""
     digest_work: Callable[[S, Site], float] = lambda settings, site: 0.0
     """Operations of `digest`."""
-    workspace: Callable[[S, Site], int] = lambda settings, site: 0
-    """How many numbers `select` and `reconstruct` hold at most beside the site's W and H."""
+    workspace: Callable[[S, Site, int], int] = lambda settings, site, keep: 0
+    """How many numbers `select` and `reconstruct` hold at most beside the site's W and H where no more units stay than that."""
     digest_workspace: Callable[[S, Site], int] = lambda settings, site: 0
     """How many numbers `digest` holds at most beside the site's W and statistics."""
     curve: Callable[[S], Curve | None] = lambda settings: None

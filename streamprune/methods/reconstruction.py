@@ -15,10 +15,10 @@ def kept_columns(problem: Problem, kept: Tensor) -> Refit:
     return Refit(problem.w[:, unit_columns(kept.to(problem.w.device), problem.site.width)])
 
 
-def obs_workspace(site: Site) -> int:
-    """Numbers that `obs` holds: the factor, the right-hand side, which becomes the solution, and the sum with W."""
-    n, d = site.columns, site.outputs
-    return n * n + 2 * n * d + 2 * TILE * n
+def obs_workspace(site: Site, keep: int) -> int:
+    """Numbers that `obs` holds: the factor, what goes of W, the right-hand side, which becomes the solution, and the sum with W."""
+    n, d, k = site.columns, site.outputs, keep * site.width
+    return k * k + (n + k) * d + 2 * TILE * n
 
 
 def obs_work(site: Site, keep: float) -> float:

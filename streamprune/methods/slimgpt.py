@@ -88,12 +88,12 @@ def batched_work(site: Site, keep: float) -> float:
     return inverse_work(site.columns) + product_work(left, count) + 2 * count * left * site.outputs
 
 
-def workspace(settings: SlimGptSettings, site: Site) -> int:
+def workspace(settings: SlimGptSettings, site: Site, keep: int) -> int:
     """Numbers held at most: P and W, with the rows of the first group that goes; or what the refit takes."""
     n, d = site.columns, site.outputs
     group = site.width if site.kind == "attention" else min(max(settings.first_group, settings.last_group), n // 2)
     removal = greedy_workspace(site) if settings.exact else removal_workspace(n, d, group)
-    return max(removal, obs_workspace(site))
+    return max(removal, obs_workspace(site, keep))
 
 
 SLIMGPT = Recipe(

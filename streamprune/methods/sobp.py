@@ -87,7 +87,7 @@ SOBP = Recipe(
         settings.refine * greedy_work(site, (site.units - keep) * site.width)
         + settings.reconstruct * obs_work(site, keep)
     ),
-    workspace=lambda settings, site: max(
-        settings.refine * greedy_workspace(site), settings.reconstruct * obs_workspace(site)
+    workspace=lambda settings, site, keep: max(
+        settings.refine * greedy_workspace(site), settings.reconstruct * obs_workspace(site, keep)
     ),
 )

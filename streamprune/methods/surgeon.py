@@ -128,7 +128,7 @@ def digest_work(settings: SurgeonSettings, site: Site) -> float:
     return sum(inverse_work(n) + 2 * d * d * n + 2 * n * d * n / site.units for n in sides)
 
 
-def workspace(settings: SurgeonSettings, site: Site) -> int:
+def workspace(settings: SurgeonSettings, site: Site, keep: int) -> int:
     """Numbers that `update` holds: factors, their inverses and, of elements, both scaled; a unit's rows of the inverse."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
     if settings.structure != masks.UNITS:
