@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +83,18 @@ class Scenario:
             self.config = replace(configured(model, **{**SMALL, **SCENARIOS[name]}), out=self.out)
         self.model, self.text = model, text
 
+    @cached_property
+    def whole(self) -> tuple[list[str], dict[str, bytes]]:
+        """(operations, result) of a job with which nothing happens."""
+        self.fresh()
+        watched = self.faulty()
+        with disk.using(watched):
+            self.run()
+        found = self.result()
+        assert found
+        assert self.left_behind() == []
+        return watched.operations, found
+
     def run(self) -> None:
         """The whole job, or what is left of it."""
         if self.name.startswith("tune"):
@@ -145,20 +158,30 @@ class Scenario:
         return FaultyDisk(self.folder, self.graveyard, fault, at)
 
 
+_made: dict[str, Scenario] = {}
+
+
 @pytest.fixture
 def scenario(
-    request: pytest.FixtureRequest, tiny: Tiny, configured: Make, text: Path, tmp_path: Path
+    request: pytest.FixtureRequest,
+    tiny: Tiny,
+    configured: Make,
+    text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Scenario]:
-    found = Scenario(request.param, tmp_path / "work", tiny, configured, text)
+    """One by its name, made once: it is run undisturbed only once."""
+    if (name := request.param) not in _made:
+        _made[name] = Scenario(name, tmp_path_factory.mktemp("scenario") / "work", tiny, configured, text)
+    found = _made[name]
     found.fresh()
     yield found
     for folder in (found.folder, found.graveyard):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def places(whole: FaultyDisk, fault: Fault, name: str) -> list[int]:
+def places(operations: list[str], fault: Fault, name: str) -> list[int]:
     """Every operation where the fault makes a difference, or a few drawn among them."""
-    found = [n for n, operation in enumerate(whole.operations, start=1) if operation.split()[0] in AT[fault]]
+    found = [n for n, operation in enumerate(operations, start=1) if operation.split()[0] in AT[fault]]
     return drawn(found, QUICK, name)
 
 
@@ -173,17 +196,12 @@ def drawn(found: list[T], quick: int, seed: object) -> list[T]:
 @pytest.mark.parametrize("scenario", SCENARIOS, indirect=True)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whatever_fails_the_same_command_ends_with_the_same_bytes(scenario: Scenario, fault: Fault) -> None:
-    whole = scenario.faulty()
-    with disk.using(whole):
-        scenario.run()
-    expected = scenario.result()
-    assert expected
-    assert scenario.left_behind() == []
+    operations, expected = scenario.whole
     happened = 0
-    for at in places(whole, fault, f"{scenario.name} {fault}"):
+    for at in places(operations, fault, f"{scenario.name} {fault}"):
         scenario.fresh()
         faulty = scenario.faulty(fault, at)
-        where = f"{fault} at {at} of {whole.count}: {whole.operations[at - 1]}"
+        where = f"{fault} at {at} of {len(operations)}: {operations[at - 1]}"
         try:
             with disk.using(faulty):
                 scenario.run()
@@ -201,7 +219,7 @@ def test_whatever_fails_the_same_command_ends_with_the_same_bytes(scenario: Scen
             raise AssertionError(f"{where}: then {error}") from error
         assert scenario.result() == expected, where
         assert scenario.left_behind() == [], where
-    print(f"\n{scenario.name}: {fault} at {happened} of {whole.count} operations, all survived")
+    print(f"\n{scenario.name}: {fault} at {happened} of {len(operations)} operations, all survived")
 
 
 # What lies on the disk is altered between two processes.
@@ -245,11 +263,8 @@ HARMS: dict[str, Callable[[Path], None]] = {"vanished": Path.unlink, "flipped": 
 @pytest.mark.parametrize("scenario", [name for name in SCENARIOS if not name.startswith("compare")], indirect=True)
 @pytest.mark.parametrize("harm", HARMS)
 def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str) -> None:
-    whole = scenario.faulty()
-    with disk.using(whole):
-        scenario.run()
-    expected = scenario.result()
-    lines = [n for n, operation in enumerate(whole.operations, start=1) if operation == "open journal.jsonl"]
+    operations, expected = scenario.whole
+    lines = [n for n, operation in enumerate(operations, start=1) if operation == "open journal.jsonl"]
     lines = drawn(lines, 1, f"{scenario.name} {harm}")
     altered = 0
     for at in lines:
@@ -258,7 +273,7 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
             stopped(scenario, at)
             HARMS[harm](victim)
             altered += 1
-            where = f"{victim.relative_to(scenario.folder)} {harm} before {at} of {whole.count}"
+            where = f"{victim.relative_to(scenario.folder)} {harm} before {at} of {len(operations)}"
             if victim.name == "plan.json":
                 # One that can be read is people's to edit, and not to be thrown away.
                 with suppress(ResumeError):
@@ -278,8 +293,7 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
 def test_a_row_that_was_altered_before_it_was_measured_is_pruned_again(
     scenario: Scenario, harm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scenario.run()
-    expected = scenario.result()
+    _, expected = scenario.whole
     scenario.fresh()
     real = Journal.append
 
