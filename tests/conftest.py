@@ -360,10 +360,16 @@ def impatient() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.fixture
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting for the disk: the bytes are the same, and half the time of a tiny job goes."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """No waiting for the disk in this process: the bytes are the same, and half the time of a tiny job goes.
+
+    `faulty` says what syncs are for; scripts/filesystems sets STREAMPRUNE_SYNC to have real ones.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get("STREAMPRUNE_SYNC"):
+            patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -31,7 +31,6 @@ def of_interest(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name not in ("report.json", "README.md")}
 
 
-@pytest.mark.usefixtures("unsynced")
 @pytest.mark.parametrize("name", ["llama", "falcon", "mixtral", "opt-350m"])
 @pytest.mark.parametrize("changes", [{}, {"recipe": "default", "refine": 2}])
 def test_held_in_memory_or_not_the_bytes_are_the_same(
@@ -59,7 +58,6 @@ def test_held_in_memory_or_not_the_bytes_are_the_same(
         assert most >= min(room_for, 4) * ONE
 
 
-@pytest.mark.usefixtures("unsynced")
 @pytest.mark.parametrize("activations", ["auto", "float8"])
 def test_stopped_after_every_line_with_and_without_memory_the_bytes_are_the_same(
     activations: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
@@ -83,7 +81,6 @@ def test_stopped_after_every_line_with_and_without_memory_the_bytes_are_the_same
     assert contents(config.out) == contents(whole.out)
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_the_stored_dtype_decides_the_bytes_and_the_disk(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

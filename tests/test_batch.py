@@ -26,8 +26,6 @@ from streamprune.status import EXIT_CODES
 from streamprune.surgery import Surgeon
 from streamprune.workplace import Workplace, job_folder
 
-pytestmark = pytest.mark.usefixtures("unsynced")
-
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
 SMALL = ["--samples", "6", "--seq-len", "24", "--round-to", "4"]

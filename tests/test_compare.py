@@ -150,7 +150,6 @@ def count_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
     return seen
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_recipes_share_sweeps_and_each_gets_what_it_would_have_had_alone(
     compare: Compare, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +186,6 @@ def test_recipes_share_sweeps_and_each_gets_what_it_would_have_had_alone(
         assert row.operations == result.operations
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_a_comparison_stopped_in_a_shared_survey_goes_on(
     compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +199,6 @@ def test_a_comparison_stopped_in_a_shared_survey_goes_on(
     assert len(seen) == 1  # of three blocks, two were done
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_where_the_sums_of_all_do_not_fit_surveys_stay_apart_and_it_is_said(
     compare: Compare, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,6 @@ from streamprune.methods import RECIPES, masks, reconstruction, surgeon
 from streamprune.methods.recipe import Problem
 from streamprune.site import Site
 
-pytestmark = pytest.mark.usefixtures("unsynced")
 Make = Callable[..., Config]
 N, D, TOKENS = 48, 20, 400
 

@@ -24,8 +24,6 @@ from streamprune.model.checkpoint import Checkpoint
 from streamprune.progress import Callback, Event
 
 pytest.importorskip("gguf", reason="the gguf package is not here")
-pytestmark = pytest.mark.usefixtures("unsynced")
-
 Make = Callable[..., Path]
 # transformers' qwen2 tokenizer adds a token of its own.
 SIZES = {"vocab_size": VOCABULARY + 8, "hidden_size": 64}

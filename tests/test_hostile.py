@@ -59,7 +59,7 @@ def model(tmp_path: Path, tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def run(model: Path, text: Path, tmp_path: Path, unsynced: None) -> Callable[..., Result]:
+def run(model: Path, text: Path, tmp_path: Path) -> Callable[..., Result]:
     def invoke(*more: str) -> Result:
         arguments = ["run", str(model), str(tmp_path / "out"), "--calibration", str(text), "--ratio", "0.3"]
         arguments += ["--samples", "4", "--seq-len", "24", "--round-to", "4", "--recipe", "wanda-sp"]
@@ -412,7 +412,7 @@ def test_labels_are_not_counted_up_to(model: Path) -> None:
 
 
 def test_widths_of_ours_touch_nothing_else(
-    tiny: Callable[..., Path], configured: Callable[..., Any], tmp_path: Path, unsynced: None
+    tiny: Callable[..., Path], configured: Callable[..., Any], tmp_path: Path
 ) -> None:
     config = configured(tiny("llama-biased"), recipe="wanda-sp")
     streamprune.prune(config)
@@ -499,9 +499,7 @@ def test_as_many_experts_are_chosen_as_there_are(
         opened(model)
 
 
-def test_experts_chosen_of_a_free_layout(
-    tiny: Callable[..., Path], configured: Callable[..., Any], unsynced: None
-) -> None:
+def test_experts_chosen_of_a_free_layout(tiny: Callable[..., Path], configured: Callable[..., Any]) -> None:
     config = configured(tiny("qwen3_moe"), recipe="wanda-sp")
     streamprune.prune(config)
     edit(config.out / CONFIG, num_experts_per_tok=5)
@@ -890,9 +888,7 @@ def test_an_index_beside_tensors_of_other_shards(model: Path) -> None:
     assert "other" not in Checkpoint(model)
 
 
-def test_numbers_beyond_what_is_computed_with(
-    tiny: Callable[..., Path], configured: Callable[..., Any], unsynced: None
-) -> None:
+def test_numbers_beyond_what_is_computed_with(tiny: Callable[..., Path], configured: Callable[..., Any]) -> None:
     config = configured(tiny("llama"), recipe="wanda-sp")
     streamprune.prune(config)
     edit(config.out / "report.json", operations=10**400)

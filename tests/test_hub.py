@@ -219,7 +219,7 @@ def test_an_incomplete_copy(cached: Path) -> None:
         resolve_model("org/model")
 
 
-def test_all_commands_take_a_name(cached: Path, text: Path, tmp_path: Path, unsynced: None) -> None:
+def test_all_commands_take_a_name(cached: Path, text: Path, tmp_path: Path) -> None:
     def done(*arguments: str) -> str:
         result = CliRunner().invoke(main, list(arguments))
         assert result.exit_code == 0, result.output
@@ -261,24 +261,20 @@ def test_all_commands_take_a_name(cached: Path, text: Path, tmp_path: Path, unsy
         inspect("org/other")
 
 
-def test_a_job_goes_on_from_another_copy(
-    configured: Callable[..., Any], cached: Path, model: Path, text: Path, unsynced: None
-) -> None:
+def test_a_job_goes_on_from_another_copy(configured: Callable[..., Any], cached: Path, model: Path, text: Path) -> None:
     """What is compared is the content, not where it lies."""
     streamprune.plan_only(configured(Path("org/model"), recipe="wanda-sp"))
     assert streamprune.prune(configured(model, recipe="wanda-sp")).resumed
 
 
-def test_a_job_under_way_is_no_name(
-    configured: Callable[..., Any], model: Path, tmp_path: Path, unsynced: None
-) -> None:
+def test_a_job_under_way_is_no_name(configured: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     streamprune.plan_only(configured(model, out="jobs/one", recipe="wanda-sp"))
     found = inspect(Path("jobs/one"))
     assert found["job"]["state"] == "interrupted"
 
 
 def test_nothing_is_asked_of_the_network_for_a_directory(
-    server: Server, model: Path, text: Path, unsynced: None, monkeypatch: pytest.MonkeyPatch
+    server: Server, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
 

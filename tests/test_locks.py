@@ -143,7 +143,6 @@ def test_two_jobs_with_one_cache_at_once(inputs: Inputs, tmp_path: Path) -> None
 # Between two instants of one process.
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_the_lock_is_the_last_to_go(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(tiny("llama"))
     folder = job_folder(config.out)
@@ -163,7 +162,6 @@ def test_the_lock_is_the_last_to_go(tiny: Tiny, configured: Make, monkeypatch: p
     assert all(held)
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_who_comes_in_behind_the_lock_keeps_the_folder(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +179,6 @@ def test_who_comes_in_behind_the_lock_keeps_the_folder(
     assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_a_result_that_appears_before_the_lock_is_had_is_not_replaced(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +207,6 @@ def test_a_folder_that_is_gone_before_it_is_locked(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_a_job_may_end_while_its_status_is_looked_at(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,6 @@ from streamprune.methods.selection import best
 from streamprune.model.block import Sublayer
 from streamprune.stream import sweep
 
-pytestmark = pytest.mark.usefixtures("unsynced")
 CPU = torch.device("cpu")
 MEASURING = ["default", "sobp", "slimgpt", "greedy-output", "surgeon", "wanda-sp"]
 """The recipes that read text."""

@@ -234,7 +234,6 @@ def closed_form(config: Config, gradients: bool, survey: bool, measures: bool, d
         ("random", {}, (False, False, False, False, False)),
     ],
 )
-@pytest.mark.usefixtures("unsynced")
 def test_no_pass_is_made_twice_and_the_forecast_knows(
     recipe: str, settings: dict[str, str], shape: tuple[bool, ...], tiny: Tiny, configured: Make
 ) -> None:
@@ -256,7 +255,6 @@ def test_no_pass_is_made_twice_and_the_forecast_knows(
     assert kinds["solving"] / 1.5 <= expected.operations_by_kind["solving"] <= kinds["solving"] * 1.5
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_training_and_writing_are_kinds_of_their_own(tiny: Tiny, configured: Make) -> None:
     path = tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4)
     changes = {"recipe": "wanda-sp", "samples": 3, "seq_len": 8, "round_to": 1}

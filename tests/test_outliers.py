@@ -159,7 +159,6 @@ JOBS = [
 ]
 
 
-@pytest.mark.usefixtures("unsynced")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("recipe", "settings"), JOBS)
 def test_jobs_on_outlying_models(
@@ -175,7 +174,6 @@ def test_jobs_on_outlying_models(
             assert bool(torch.isfinite(tensor).all()), name
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_a_jobs_gram_is_that_of_float64(configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = outlying(tmp_path / "model", large=LARGE)
     config = configured(path, recipe="wanda-sp", dtype="float32")

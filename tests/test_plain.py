@@ -16,7 +16,7 @@ from streamprune.job import Job
 from streamprune.methods import RECIPES
 from streamprune.model.skeleton import open_skeleton
 
-pytestmark = pytest.mark.usefixtures("float64_norms", "unsynced")
+pytestmark = pytest.mark.usefixtures("float64_norms")
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
 

@@ -38,7 +38,7 @@ from streamprune.rendezvous import unused
 from streamprune.surgery import Surgeon
 from streamprune.workplace import job_folder
 
-pytestmark = [pytest.mark.usefixtures("unsynced"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

@@ -30,7 +30,7 @@ from streamprune.model.skeleton import open_skeleton
 from streamprune.site import Site
 from streamprune.workplace import job_folder
 
-pytestmark = pytest.mark.usefixtures("float64_norms", "unsynced")
+pytestmark = pytest.mark.usefixtures("float64_norms")
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
 

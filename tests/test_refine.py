@@ -27,7 +27,7 @@ from streamprune.refine import Refinement, refine
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore
 
-pytestmark = pytest.mark.usefixtures("float64_norms", "unsynced")
+pytestmark = pytest.mark.usefixtures("float64_norms")
 CPU = torch.device("cpu")
 LENGTH = 18
 Make = Callable[..., Config]

@@ -17,8 +17,6 @@ from streamprune.errors import CheckpointError, ConfigError, DiskError, ResumeEr
 from streamprune.journal import Journal
 from streamprune.workplace import Workplace, job_folder
 
-pytestmark = pytest.mark.usefixtures("unsynced")
-
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
 

@@ -172,7 +172,6 @@ SHOTS: dict[str, Any] = {"recipe": "default", "settings": {"shots": "3"}, "refin
         (3, 1, {"recipe": "greedy-output", "blocks": (0, 2)}),
     ],
 )
-@pytest.mark.usefixtures("unsynced")
 def test_stopped_after_every_journal_line_the_bytes_are_the_same(
     depth: int, every: int, changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +202,6 @@ def test_stopped_after_every_journal_line_the_bytes_are_the_same(
 
 @pytest.mark.check("killed half-way and resumed: same bytes")
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.usefixtures("unsynced")
 def test_stopped_half_way_the_bytes_are_the_same(
     name: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +260,6 @@ def stopping_at(instant: int, monkeypatch: pytest.MonkeyPatch, *, before: bool) 
     "changes",
     [{}, {"recipe": "default", "settings": {"shots": "2"}, "refine": 2}, {"recipe": "default", "surveys": "shared"}],
 )
-@pytest.mark.usefixtures("unsynced")
 def test_stopped_at_any_rename_the_bytes_are_the_same(
     changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -291,7 +288,6 @@ def test_stopped_at_any_rename_the_bytes_are_the_same(
         assert contents(config.out) == expected
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_a_shared_survey_changes_nothing_wherever_jobs_stop(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -331,7 +327,6 @@ def test_a_shared_survey_changes_nothing_wherever_jobs_stop(
     assert shared.is_dir()
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_two_jobs_may_share_the_same_survey_at_once(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import contents, edit_tensors, make_tiny
 
@@ -71,7 +70,6 @@ def made(folder: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_again_and_in_another_process(tmp_path: Path, text: Path) -> None:
     given = tmp_path / "given"
     given.mkdir()
@@ -103,7 +101,6 @@ def test_again_and_in_another_process(tmp_path: Path, text: Path) -> None:
         assert [name for name in again if again[name] != results[0][name]] == []
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_what_does_not_decide_the_bytes(tmp_path: Path, text: Path) -> None:
     """Where Grams and activations wait, and how much room there is, as long as micro-batches stay the same."""
     path = make_tiny(tmp_path / "model", "llama")

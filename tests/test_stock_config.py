@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import streamprune
 from streamprune.model.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.usefixtures("unsynced")
-
 Make = Callable[..., Path]
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 FFN = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")

@@ -400,7 +400,7 @@ def test_a_chat_template_is_part_of_what_a_job_was_started_with(tiny: Tiny, text
 
 
 def test_the_report_has_the_fingerprint(
-    configured: Callable[..., Config], tiny: Tiny, texts: list[str], text: Path, tmp_path: Path, unsynced: None
+    configured: Callable[..., Config], tiny: Tiny, texts: list[str], text: Path, tmp_path: Path
 ) -> None:
     path = tiny("llama")
     rows = lines(tmp_path / "rows.jsonl", [{"text": each} for each in texts])
@@ -429,7 +429,7 @@ def test_the_report_has_the_fingerprint(
     assert streamprune.prune(configured(path, "m", recipe="magnitude")).tokens is None
 
 
-def test_tuning_reads_several_sources(tiny: Tiny, texts: list[str], text: Path, tmp_path: Path, unsynced: None) -> None:
+def test_tuning_reads_several_sources(tiny: Tiny, texts: list[str], text: Path, tmp_path: Path) -> None:
     path = tiny("llama")
     sources = [text, lines(tmp_path / "rows.jsonl", [{"text": each} for each in texts])]
     tuned = streamprune.tune(
@@ -474,9 +474,7 @@ def test_perplexity_of_conversations(tiny: Tiny, texts: list[str], tmp_path: Pat
     assert "documents of field 'messages' joined as the chat template writes them, tokenised" in measured.protocol
 
 
-def test_a_comparison_says_once_that_the_sample_is_built_in(
-    tiny: Tiny, text: Path, tmp_path: Path, unsynced: None
-) -> None:
+def test_a_comparison_says_once_that_the_sample_is_built_in(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
     found = streamprune.compare(
@@ -496,7 +494,7 @@ def test_a_comparison_says_once_that_the_sample_is_built_in(
 
 
 def test_a_job_goes_on_only_with_the_same_shares(
-    configured: Callable[..., Config], tiny: Tiny, text: Path, tmp_path: Path, unsynced: None
+    configured: Callable[..., Config], tiny: Tiny, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     both = [text, tmp_path / "other.txt"]

@@ -540,7 +540,6 @@ WRITTEN = (
 )
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_a_write_that_goes_wrong_is_no_result_and_the_same_command_mends_it(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,7 +570,6 @@ JOBS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", JOBS.values(), ids=JOBS)
-@pytest.mark.usefixtures("unsynced")
 def test_shards_that_an_earlier_process_wrote_are_held_too(
     changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,7 +592,6 @@ def test_shards_that_an_earlier_process_wrote_are_held_too(
 
 @pytest.mark.parametrize("name", ["model-00003-of-00005.safetensors", "config.json"])
 @pytest.mark.parametrize("method", ["lora", "distil"])
-@pytest.mark.usefixtures("unsynced")
 def test_a_tuning_whose_write_goes_wrong(
     method: Any, name: str, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -614,7 +611,6 @@ def test_a_tuning_whose_write_goes_wrong(
     assert streamprune.verify(config.out).sound
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_an_adapter_that_was_damaged_is_trained_again(
     tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -631,7 +627,6 @@ def test_an_adapter_that_was_damaged_is_trained_again(
     assert contents(config.out) == contents(whole.out)
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_a_correction_that_was_damaged_is_made_again(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -656,7 +651,6 @@ def test_what_somebody_left_in_the_way_is_said(tiny: Tiny, configured: Make, mon
     assert streamprune.verify(config.out).unlisted == ("mine.txt",)
 
 
-@pytest.mark.usefixtures("unsynced")
 def test_reading_back_can_be_stopped_and_is_begun_again(tiny: Tiny, configured: Make) -> None:
     config, whole = (configured(tiny("llama"), out, recipe="magnitude") for out in ("stopped", "whole"))
     streamprune.prune(whole)

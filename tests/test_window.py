@@ -22,7 +22,7 @@ from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.workplace import job_folder
 
-pytestmark = pytest.mark.usefixtures("float64_norms", "unsynced")
+pytestmark = pytest.mark.usefixtures("float64_norms")
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
 DEPTH = 4
