@@ -152,8 +152,8 @@ def greedy(w: Tensor, h: Tensor, width: int, count: int) -> tuple[list[int], lis
         alive[unit] = False
         s = slice(unit * width, (unit + 1) * width)
         rows = torch.linalg.solve(p[s, s], p[s])
-        w -= w[:, s] @ rows
-        p -= p[:, s].clone() @ rows
+        w.addmm_(w[:, s].clone(), rows, alpha=-1)
+        p.addmm_(p[:, s].clone(), rows, alpha=-1)
     return gone, costs
 
 

@@ -167,12 +167,18 @@ def paths(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+GENERATED = "_remote_module_non_scriptable.py"
+
+
 def left_behind(folder: Path, expected: set[str]) -> list[str]:
     """What a finished job has no more use for, or another one like it does not have, and processes that live on."""
+    there = sorted(paths(folder))
+    # torchrun's own, and what an older torch writes when it is imported.
+    torch = ["temporary/torchelastic_", *(str(Path(name).parent) for name in there if name.endswith(GENERATED))]
     found = [
         name
-        for name in sorted(paths(folder))
-        if not name.startswith("temporary/torchelastic_")  # torchrun's own
+        for name in there
+        if not name.startswith(tuple(torch))
         if ".streamprune" in name
         or name.endswith((TEMPORARY, "/lock"))
         or (Path(name).parts[0] in ("cache", "other", "temporary") and len(Path(name).parts) > 1)
