@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import TINY
 from test_run import Make, Tiny, force_boundaries, interrupted
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations import moe  # noqa: F401, registers its ops
 
 import streamprune
 from streamprune.config import Config
@@ -37,6 +38,12 @@ L = torch.linalg.cholesky(SPD)
 A, B, V = torch.ones(5, 7), torch.ones(7, 3), torch.ones(7)
 ROWS, EXPERTS = torch.ones(8, 16, dtype=torch.bfloat16), torch.ones(3, 16, 32, dtype=torch.bfloat16)
 ENDS = torch.tensor([2, 3, 8], dtype=torch.int32)
+GROUPED = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has none")
+
+
+def grouped_by_fallback() -> torch.Tensor:
+    rows, experts = (each.clone().requires_grad_() for each in (ROWS, EXPERTS))
+    return torch.ops.transformers.grouped_mm_fallback(rows, experts, ENDS)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +59,10 @@ ENDS = torch.tensor([2, 3, 8], dtype=torch.int32)
         (lambda: V @ B, 2 * 7 * 3),
         (lambda: V @ V, 2 * 7),
         (lambda: torch.addmv(torch.ones(5), A, V), 2 * 5 * 7),
-        (lambda: F.grouped_mm(ROWS, EXPERTS, offs=ENDS), 2 * 8 * 16 * 32),
-        (lambda: F.grouped_mm(ROWS.t(), ROWS, offs=ENDS), 2 * 8 * 16 * 16),
+        pytest.param(lambda: F.grouped_mm(ROWS, EXPERTS, offs=ENDS), 2 * 8 * 16 * 32, marks=GROUPED),
+        pytest.param(lambda: F.grouped_mm(ROWS.t(), ROWS, offs=ENDS), 2 * 8 * 16 * 16, marks=GROUPED),
+        (lambda: torch.ops.transformers.grouped_mm_fallback(ROWS, EXPERTS, ENDS), 2 * 8 * 16 * 32),
+        (lambda: grouped_by_fallback().sum().backward(), 3 * 2 * 8 * 16 * 32),
         (lambda: A * 2 + 1, 0),
         (lambda: torch.linalg.cholesky_ex(SPD), 72),
         (lambda: torch.linalg.cholesky(SPD.expand(4, 6, 6)), 4 * 72),
@@ -184,7 +193,7 @@ def test_a_job_says_what_it_took(tiny: Tiny, configured: Make, monkeypatch: pyte
     assert result.forward_equivalents == pytest.approx(result.operations / forward, abs=1e-4)
     # A survey of one forward and one backward pass, blocks seen once dense and twice pruned, and the solvers.
     assert 5 < result.forward_equivalents < 8
-    assert report["seconds"] == pytest.approx(result.seconds, rel=0.3)
+    assert 0 < report["seconds"] <= result.seconds
     # A job that was interrupted adds up; the finished result says the same again.
     config = configured(path, "resumed")
     interrupted(config, monkeypatch)

@@ -100,7 +100,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func.overloadpacket)
+        formula = _FORMULAS[func.overloadpacket]
         if formula is not None:
             # Whole numbers, so that parts add up to the same sum wherever they are cut.
             self.add(round(formula(result, *args)))
@@ -162,8 +162,26 @@ _FORWARD = (
     "_scaled_dot_product_fused_attention_overrideable",
 )
 
+_OTHERS: dict[str, Formula] = {
+    # Where torch has no grouped product for the device or the dtype.
+    "transformers.grouped_mm_fallback": _grouped,
+    "transformers.grouped_mm_fallback_backward": lambda result, left, right, *rest: float(
+        4 * left.numel() * right.shape[-1]
+    ),
+}
+"""Those of ops that a library registers when it is imported, by name."""
+
+
+class _Formulas(dict[Any, Formula | None]):
+    """By op; None for what does not count."""
+
+    def __missing__(self, op: Any) -> Formula | None:
+        self[op] = _OTHERS.get(str(op))
+        return self[op]
+
+
 # Ours stand before the registry's: those refuse grouped queries, and walk trees of arguments at every call.
-_FORMULAS: dict[Any, Formula] = {
+_OURS: dict[Any, Formula] = {
     **{op: _registered(formula) for op, formula in flop_registry.items()},
     **{op: _product(0) for op in (_ATEN.mm, _ATEN.bmm, _ATEN.mv, _ATEN.dot)},
     **{op: _product(1) for op in (_ATEN.addmm, _ATEN.addmm_, _ATEN.baddbmm, _ATEN.baddbmm_, _ATEN.addmv, _ATEN.addmv_)},
@@ -183,3 +201,4 @@ _FORMULAS: dict[Any, Formula] = {
     _ATEN.linalg_inv_ex: _cubes(2.0),
     _ATEN._linalg_eigh: _cubes(9.0),
 }
+_FORMULAS = _Formulas(_OURS)

@@ -312,7 +312,8 @@ class Skeleton:
             usual = config._attn_implementation
             config._attn_implementation = "eager" if maps else usual
             try:
-                with self._filled(self._embed, self._blank):
+                # Not counted, since whether it is done again depends on what was asked for before.
+                with counted(0), self._filled(self._embed, self._blank):
                     self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
             finally:
                 config._attn_implementation = usual
