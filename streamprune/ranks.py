@@ -269,7 +269,8 @@ def joined() -> Iterator[Ranks]:
     try:
         store, rank, size = next(rendezvous("env://", timeout=JOINING))
         store = unused(store, rank, size, JOINING)
-        distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
+        with _nothing_on_stdout():
+            distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
         if torch.cuda.is_available() and distributed.is_nccl_available():
             gpus = distributed.new_group(backend="nccl", timeout=SENDING)
     except (RuntimeError, ValueError) as error:
@@ -289,6 +290,23 @@ def joined() -> Iterator[Ranks]:
             ranks.linger()
         raise
     distributed.destroy_process_group()
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """A context in which this process writes nothing to stdout, where Gloo, up to torch 2.9, tells of its connections."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

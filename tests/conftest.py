@@ -212,6 +212,7 @@ NOTES = """What each kind does not give up:
 - olmo2 and olmoe normalise queries and keys over all heads at once: what is left is normalised over the heads that are left.
 - gemma2, gemma3 and olmo2 have norms behind the consumer, through which the default recipe's residual correction does not reach.
 - gemma2 runs with eager attention in transformers (its scores are capped), whose memory grows with the square of the window.
+  Before 5.21 transformers itself took another attention, which leaves the cap out.
 - gemma3 is the text model (`gemma3_text`).
 """
 

@@ -19,7 +19,7 @@ from streamprune.forecast import forecast
 from streamprune.job import Job
 from streamprune.memory import Memory, in_memory_peak
 from streamprune.methods.plan import Plan
-from streamprune.model.skeleton import open_skeleton
+from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.needs import Needs
 from streamprune.stream.store import file_bytes
 
@@ -49,9 +49,13 @@ def test_too_little_memory_says_how_much_is_needed(tiny: Callable[..., Path]) ->
     assert not forecast(skeleton, NEEDS, device_limit=enough, disk_limit=2**40).problems
 
 
-@pytest.mark.parametrize(("name", "eager"), [("gemma2", True), ("llama", False)])
-def test_attention_maps_count_where_they_are_written_out(name: str, eager: bool, tiny: Callable[..., Path]) -> None:
-    skeleton = open_skeleton(tiny(name), torch.device("cpu"), "float32")
+@pytest.mark.parametrize("eager", [True, False])
+def test_attention_maps_count_where_they_are_written_out(
+    eager: bool, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = open_skeleton(tiny("gemma2"), torch.device("cpu"), "float32")
+    # transformers decides, one version like this and another like that.
+    monkeypatch.setattr(Skeleton, "writes_maps", eager)
 
     def more_with_a_sequence_more(length: int) -> int:
         needs = Needs(samples=8, length=length, text=True, rank=8)

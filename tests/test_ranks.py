@@ -464,8 +464,8 @@ main(sys.argv[2:])
 """The command, of whose second process something is asked to stop in its first life: itself, or the script around it with its group."""
 PROGRAMS = {
     # In both, the driver stands where the command would: behind `-m streamprune_cli`, and behind `streamprune`.
-    "torchrun": f'#!/bin/bash\nshift 6\nexec {sys.executable} -m torch.distributed.run --nproc-per-node "$PROCESSES" '
-    '--shutdown-timeout 60 driver.py script "$@"\n',
+    "torchrun": f'#!/bin/bash\nshift 4\nexec {sys.executable} -m torch.distributed.run --nproc-per-node "$PROCESSES" '
+    'driver.py script "$@"\n',
     "streamprune": f'#!/bin/bash\n[ $1 = status ] && exec {sys.executable} -m streamprune_cli "$@"\n'
     f'exec {sys.executable} driver.py self "$@"\n',
     "srun": '#!/bin/bash\nshift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & done\n'

