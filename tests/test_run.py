@@ -504,7 +504,7 @@ def test_other_machine_settings_may_change(tiny: Tiny, configured: Make, monkeyp
     path = tiny("llama")
     streamprune.prune(configured(path, "whole"))
     interrupted(configured(path), monkeypatch)
-    streamprune.prune(configured(path, memory=2**30, disk=2**33))
+    streamprune.prune(configured(path, memory=2**32, disk=2**33))
     assert contents(configured(path).out) == contents(configured(path, "whole").out)
 
 
