@@ -10,8 +10,7 @@ by rounding, and in `random` by the draw.
 Two models: examples/docs-llama-7m on its texts, and a random llama of 160 million parameters (768 wide, FFN 3072, 12 blocks, 32000
 words) on random text, of which perplexity only says whether both agree.
 
-    python benchmarks/recipes.py                     on 2 idle cores about 10 minutes for the first model; for the second 10
-                                                     without default and sobp, whose plain greedy loops take hours there
+    python benchmarks/recipes.py                     on 2 idle cores about 10 minutes for the first model and 20 for the second
     python benchmarks/recipes.py --only 7m --recipes slimgpt,magnitude --json
 """
 
