@@ -24,6 +24,10 @@ import streamprune
 
 torch.set_num_threads(1)
 
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Under nohup; what is ignored is inherited, and a handler is not.
+    signal.signal(signal.SIGHUP, lambda *_: None)
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 EXAMPLE = ROOT / "examples" / "docs-llama-7m"
