@@ -294,7 +294,7 @@ def joined() -> Iterator[Ranks]:
 
 @contextmanager
 def _nothing_on_stdout() -> Iterator[None]:
-    """A context in which this process writes nothing to stdout, where Gloo, up to torch 2.9, tells of its connections."""
+    """A context in which this process writes nothing to stdout, where an older Gloo (torch 2.8's) tells of its connections."""
     try:
         kept = os.dup(1)
     except OSError:  # it is closed

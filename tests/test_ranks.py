@@ -5,6 +5,7 @@ Ranks are forked from the tests' own process, which has torch already; one test 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -415,6 +416,25 @@ def test_a_rank_waits_only_so_long_for_the_others(arguments: list[str], tmp_path
     assert ended.code == 1
     assert ended.err.startswith("streamprune: rank 0 of 2 finds no others (")
     assert ended.err.count("\n") == 1
+
+
+def test_what_joining_prints_is_no_result(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo's lines come from the library itself, past Python's stdout."""
+
+    def init_process_group(*arguments: Any, **options: Any) -> None:
+        os.write(1, b"[Gloo] Rank 0 is connected\n")
+        raise RuntimeError("as far as this test goes")
+
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # a function has its name as well
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr("streamprune.ranks.unused", lambda store, *_: store)
+    monkeypatch.setattr("torch.distributed.init_process_group", init_process_group)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LostError, match="as far as this test goes"), joined():
+        pass
+    os.write(1, b"a result\n")
+    assert capfd.readouterr().out == "a result\n"
 
 
 def test_ranks_find_those_of_their_own_attempt() -> None:

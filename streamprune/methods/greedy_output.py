@@ -134,7 +134,7 @@ def channels(settings: GreedyOutputSettings, sites: Sequence[Site], budget: Budg
     if settings.tau:
         return {}
     ffn = [site for site in sites if site.kind == "ffn"]
-    gone = budget.gone + int(_of_attention(sites, budget).target)
+    gone = budget.gone + _of_attention(sites, budget).target
     return allocate(ffn, even_densities(ffn), replace(budget, gone=gone))
 
 
