@@ -16,26 +16,33 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--against", type=options.DIRECTORY, metavar="MODEL", help="The dense model that MODEL was made of.")
-@click.option("--prompt-tokens", default=512, show_default=True, help="Tokens of each prompt.")
-@click.option("--new-tokens", default=64, show_default=True, help="Steps after the prompts, a token each.")
-@click.option("--batch", default=1, show_default=True, help="Sequences at once.")
+@click.option("--against", type=options.DIRECTORY, metavar="MODEL", help="The dense model that MODEL was made from.")
+@click.option(
+    "--prompt-tokens", type=int, help="Tokens per prompt.  [default: 512, or what fits the context beside --new-tokens]"
+)
+@click.option(
+    "--new-tokens",
+    type=int,
+    help="Decoding steps after the prompt, one token each.  [default: 64, or what fits the context]",
+)
+@click.option("--batch", default=1, show_default=True, help="Sequences per batch.")
 @click.option("--repetitions", default=5, show_default=True, help="Rounds; the models take turns in each.")
-@click.option("--threads", type=int, help="Of the CPU.  [default: torch's own choice]")
+@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @click.option(
     "--widths",
     is_flag=True,
-    help="Also time an FFN's products at the widths that other values of --round-to would give.",
+    help="Also time one FFN's matrix products at the widths that other values of --round-to would give.",
 )
 @options.computing_options
 @options.output_options
 def bench(
     model: Path, against: Path | None, widths: bool, memory: str | None, as_json: bool, quiet: bool, **chosen: Any
 ) -> None:
-    """Inference speed of MODEL, a checkpoint directory or a name on the hub, in transformers, beside what is allowed.
+    """Measure inference speed in transformers, and what it could be.
 
-    Prefill is limited by operations, decoding a few sequences by bytes read: a model with 70 % of both could be 1.43
-    times as fast. Both models must fit in memory together; they take turns, so that a busy machine slows both.
+    MODEL is a checkpoint directory or a hub name. Operations limit prefill; bytes read limit decoding of a few
+    sequences. A model with 70 % of both could be 1.43 times as fast. Both models must fit in memory together. They take
+    turns, so that a busy machine slows both.
 
     Example:
 
@@ -52,6 +59,7 @@ def bench(
     lines = _speeds(measured)
     if widths:
         del chosen["new_tokens"]
+        chosen["prompt_tokens"] = measured.model.prefill.tokens // chosen["batch"]
         tried = streamprune.bench_widths(model, **chosen)
         found["widths"] = [asdict(each) for each in tried]
         lines += ["", *_widths(tried)]

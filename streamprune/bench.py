@@ -7,6 +7,7 @@ median over rounds of their ratio.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,13 @@ from .hub import resolve_model
 from .maths.operations import counting
 from .memory import device_peak
 from .model.skeleton import Skeleton, open_skeleton
+from .model.upstream import cache_argument
 from .model.whole import load_whole
 from .needs import Needs
 from .progress import Progress, Silent
+
+PROMPT_TOKENS, NEW_TOKENS = 512, 64
+"""What `bench` takes unless told otherwise, where the models' context is long enough."""
 
 MULTIPLES = (8, 16, 32, 64, 128, 256)
 """Values of `--round-to` that `bench_widths` tries."""
@@ -114,8 +119,8 @@ def bench(
     model: str | Path,
     against: str | Path | None = None,
     *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 64,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
     batch: int = 1,
     repetitions: int = 5,
     threads: int | None = None,
@@ -131,7 +136,9 @@ def bench(
     Args:
         model: the pruned one.
         against: the dense one.
-        new_tokens: steps after the prompt, a token each.
+        prompt_tokens: tokens of each prompt; None takes 512, or what the shorter context leaves beside `new_tokens`.
+        new_tokens: decoding steps after the prompt, one token each; None takes 64, or what `prompt_tokens` leaves of
+            the shorter context, at most half of it.
         batch: sequences at once.
         repetitions: rounds; the two models change places after each.
         threads: of the CPU; None leaves them as they are.
@@ -146,12 +153,7 @@ def bench(
     paths = [resolve_model(each, progress) for each in (model, against) if each is not None]
     _check(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repetitions=repetitions, threads=threads)
     skeletons = [open_skeleton(path, where, dtype) for path in paths]
-    for skeleton in skeletons:
-        if skeleton.context is not None and prompt_tokens + new_tokens > skeleton.context:
-            raise ConfigError(
-                f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the context of "
-                f"{skeleton.checkpoint.directory}, {skeleton.context}"
-            )
+    prompt_tokens, new_tokens = _fitting(skeletons, prompt_tokens, new_tokens)
     _require_memory(skeletons, batch, prompt_tokens + new_tokens, machine.room(where, memory))
     vocabulary = min(skeleton.vocabulary for skeleton in skeletons)
     prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(where)
@@ -266,11 +268,12 @@ class _Runner:
     @torch.no_grad()
     def _prefill(self) -> tuple[Any, Tensor]:
         found = self.model(input_ids=self.prompts, use_cache=True, logits_to_keep=1)
-        return found.past_key_values, found.logits[:, -1:].argmax(-1)
+        return found[cache_argument(type(self.model).forward)], found.logits[:, -1:].argmax(-1)
 
     @torch.no_grad()
     def _step(self, cache: Any, token: Tensor) -> Tensor:
-        found: Tensor = self.model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        given = {cache_argument(type(self.model).forward): cache}
+        found: Tensor = self.model(input_ids=token, use_cache=True, **given).logits
         return found[:, -1:].argmax(-1)
 
     def _now(self) -> float:
@@ -293,6 +296,26 @@ def weight_bytes(model: nn.Module) -> int:
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a transformers cache holds."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _fitting(skeletons: Sequence[Skeleton], prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
+    """Prompt and new tokens, those that were not given chosen to fit the shortest context.
+
+    Raises:
+        ConfigError: those that were given do not fit.
+    """
+    shortest = min(skeletons, key=lambda each: each.context or sys.maxsize)
+    context = shortest.context
+    if context is None:
+        return prompt_tokens or PROMPT_TOKENS, new_tokens or NEW_TOKENS
+    new = new_tokens or max(1, min(NEW_TOKENS, context // 2, context - (prompt_tokens or 0)))
+    prompt = prompt_tokens or max(1, min(PROMPT_TOKENS, context - new))
+    if prompt + new > context:
+        raise ConfigError(
+            f"--prompt-tokens {prompt} and --new-tokens {new} make {prompt + new} tokens; the context of "
+            f"{shortest.checkpoint.directory} is {context}"
+        )
+    return prompt, new
 
 
 def _check(**numbers: int | None) -> None:

@@ -188,7 +188,9 @@ def test_what_cannot_be_measured_is_refused(tiny: Tiny, pruned: Path, monkeypatc
     for name in ("prompt_tokens", "new_tokens", "batch", "repetitions", "threads"):
         with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
             measured(pruned, **{name: 0})
-    with pytest.raises(ConfigError, match=r"60 prompt tokens and 5 new ones are more than the context of .*, 64"):
+    with pytest.raises(
+        ConfigError, match=r"--prompt-tokens 60 and --new-tokens 5 make 65 tokens; the context of .* is 64"
+    ):
         measured(pruned, prompt_tokens=60)
     with pytest.raises(
         ResourceError, match=r"limit is 97.7 KiB; .* in float32, .* KiB and .* KiB and .*--dtype bfloat16"
@@ -202,6 +204,34 @@ def test_what_cannot_be_measured_is_refused(tiny: Tiny, pruned: Path, monkeypatc
         measured(pruned, memory=100_000)
 
 
+@pytest.mark.parametrize(
+    ("given", "context", "expected"),
+    [
+        ({}, 2048, (512, 64)),
+        ({}, 512, (448, 64)),
+        ({}, 64, (32, 32)),
+        ({"prompt_tokens": 60}, 64, (60, 4)),
+        ({"new_tokens": 60}, 64, (4, 60)),
+        ({"prompt_tokens": 700}, 2048, (700, 64)),
+    ],
+)
+def test_what_was_not_given_fits_the_context(
+    given: dict[str, int], context: int, expected: tuple[int, int], tiny: Tiny
+) -> None:
+    found = measured(
+        tiny("llama", max_position_embeddings=context), **{"prompt_tokens": None, "new_tokens": None, **given}
+    )
+    assert (found.model.prefill.tokens, found.model.decode.tokens) == (BATCH * expected[0], BATCH * expected[1])
+
+
+def test_the_shorter_context_counts(tiny: Tiny, pruned: Path) -> None:
+    longer = tiny("llama", max_position_embeddings=256)
+    for found in (measured(pruned, longer, prompt_tokens=None), measured(longer, pruned, prompt_tokens=None)):
+        assert found.model.prefill.tokens == BATCH * (64 - NEW)
+    with pytest.raises(ConfigError, match=f"the context of {re.escape(str(pruned))} is 64"):
+        measured(longer, pruned, prompt_tokens=100)
+
+
 def test_the_command(tiny: Tiny, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["streamprune.bench"], "CACHE_BYTES", CACHE_BYTES >> 10)
     sizes = ["--prompt-tokens", "8", "--new-tokens", "2", "--repetitions", "2"]
@@ -213,6 +243,9 @@ def test_the_command(tiny: Tiny, pruned: Path, monkeypatch: pytest.MonkeyPatch) 
     assert shown[0].split()[:3] == ["tokens", "a", "second"]
     assert [line.split()[0] for line in shown[1:3]] == ["prefill", "decode"]
     assert any(", its own" in line for line in shown)
+    # Without sizes, those that the context of 64 leaves.
+    fitting = CliRunner().invoke(main, ["bench", str(pruned), "--repetitions", "1", "--widths", "--json"])
+    assert json.loads(fitting.stdout)["protocol"].startswith("1 × 32 random tokens, then 32 steps")
     alone = CliRunner().invoke(main, ["bench", str(pruned), *sizes])
     assert alone.exit_code == 0
     assert "speed-up" not in alone.stdout
