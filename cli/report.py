@@ -12,26 +12,30 @@ from . import options, show
 @click.command()
 @click.argument("out", type=options.DIRECTORY)
 @click.option(
-    "--against", type=options.DIRECTORY, metavar="MODEL", help="The dense model, for what follows side by side."
+    "--against", type=options.DIRECTORY, metavar="MODEL", help="Dense model to compare samples and perplexity with."
 )
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A text to go on with; may be repeated.")
-@click.option("--tokens", default=48, show_default=True, help="Tokens of each sample, at most.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt to continue; may be repeated.")
+@click.option(
+    "--tokens", type=int, help="Tokens per sample, at most.  [default: 48, or what the prompt leaves of the context]"
+)
 @click.option("--text", metavar=options.TEXT, help="Text to measure perplexity on, streamed, whole and in order.")
-@click.option("--seq-len", type=int, help="Tokens a window of it.  [default: 2048, or the model's context if shorter]")
+@click.option("--seq-len", type=int, help="Tokens per window of --text.  [default: 2048, or the context if shorter]")
 @click.option(
     "--comparison",
     type=options.DIRECTORY,
     metavar="DIR",
-    help="What streamprune compare wrote: its folder or compare.json.",
+    help="Result of streamprune compare to show: its folder or compare.json.",
 )
-@click.option("--html", type=options.FILE, metavar="FILE", help="Where to write.  [default: OUT/report.html]")
+@click.option(
+    "--out", "--html", "html", type=options.FILE, metavar="FILE", help="Page to write.  [default: OUT/report.html]"
+)
 @options.device_options
 @options.output_options
 def report(
     out: Path,
     against: Path | None,
     prompts: tuple[str, ...],
-    tokens: int,
+    tokens: int | None,
     text: str | None,
     seq_len: int | None,
     comparison: Path | None,
@@ -41,16 +45,16 @@ def report(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write a page that shows what was done to OUT, a finished result of run or tune.
+    """Write one HTML page about OUT, a result of `run` or `tune`.
 
-    Budget and errors over depth, importance curves, time and memory, settings and fingerprints: one HTML file without
-    scripts, which fetches nothing. Samples hold each model whole in memory, one after the other.
+    OUT must be finished. The page shows budget and errors over depth, importance curves, time and memory, settings and
+    fingerprints. It has no scripts and fetches nothing. Samples need each model whole in memory, one after the other.
 
     Examples:
 
       streamprune report llama-2-5b
 
-      streamprune report llama-2-5b --against llama-2-7b --prompt "The sea is" --text wiki-test.txt --html 5b.html
+      streamprune report llama-2-5b --against llama-2-7b --prompt "The sea is" --text wiki-test.txt --out 5b.html
     """
     import streamprune
 

@@ -192,6 +192,21 @@ def test_samples_are_the_likeliest_tokens(pruned: Path, tiny: Tiny, tmp_path: Pa
     assert "by its digests the very checkpoint that was pruned" in words
 
 
+def test_samples_end_where_the_context_does(pruned: Path, tiny: Tiny, tmp_path: Path) -> None:
+    endless = tiny("llama", eos_token_id=None)
+    prompts = ["a" * 30, "b" * 60, "c"]
+    html = tmp_path / "page.html"
+    page = streamprune.report(pruned, against=endless, prompts=prompts, html=html)
+    longest = [int(n) for n in re.findall(r"The same for \d+ of (\d+) tokens\.", Read(page).words)]
+    assert longest == [34, 4, 48]
+    shorter = tiny("llama", eos_token_id=None, max_position_embeddings=32)
+    with pytest.raises(
+        ConfigError,
+        match=f"--tokens is 3 after a --prompt of length 30; the context of {re.escape(str(shorter))} is 32",
+    ):
+        streamprune.report(pruned, against=shorter, prompts=prompts[:1], tokens=3, html=html)
+
+
 def test_another_model_is_called_another(pruned: Path, tiny: Tiny, tmp_path: Path) -> None:
     page = streamprune.report(pruned, against=tiny("qwen3"), prompts=["a"], tokens=1, html=tmp_path / "page.html")
     assert "by its digests not the checkpoint that was pruned" in Read(page).words
@@ -308,7 +323,10 @@ def test_what_makes_no_page_is_refused(pruned: Path, copied: Path, tiny: Tiny, t
         ({"comparison": tmp_path / "no"}, "which is not there; streamprune compare writes it"),
         ({"prompts": ["  "]}, "it must say something"),
         ({"prompts": ["a"], "tokens": 0}, "tokens is 0; it must be at least 1"),
-        ({"prompts": ["a"], "tokens": 64}, "the context of .* is 64"),
+        ({"prompts": ["a"], "tokens": 64}, "--tokens is 64 after a --prompt of length 1; the context of .* is 64"),
+        ({"prompts": ["a" * 64]}, "--tokens is 48 after a --prompt of length 64; the context of .* is 64"),
+        ({"tokens": 5}, "tokens is 5; it needs prompts"),
+        ({"seq_len": 24}, "seq_len is 24; it needs a text"),
     ):
         with pytest.raises(ConfigError, match=message):
             streamprune.report(**{"out": copied, **given})
@@ -551,6 +569,11 @@ def test_the_command(copied: Path, tiny: Tiny, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"html": str(copied / "report.html")}
+    for option in ("--out", "--html"):
+        page = tmp_path / f"page{option}.html"
+        done = CliRunner().invoke(main, ["report", str(copied), option, str(page), "--json"])
+        assert json.loads(done.stdout) == {"html": str(page)}
+        assert "<html" in page.read_text()
     refused = CliRunner().invoke(main, ["report", str(tiny("llama"))])
     assert refused.exit_code == 2
     assert "not a result of streamprune run or tune" in refused.stderr

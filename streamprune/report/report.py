@@ -18,8 +18,6 @@ from .page import Contents, render
 from .samples import check_samples, write_samples
 
 PAGE = "report.html"
-TOKENS = 48
-"""Of a sample."""
 
 
 def report(
@@ -27,7 +25,7 @@ def report(
     *,
     against: str | Path | None = None,
     prompts: Sequence[str] = (),
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     text: Spec | None = None,
     seq_len: int | None = None,
     comparison: str | Path | None = None,
@@ -45,7 +43,7 @@ def report(
         out: a checkpoint directory that `prune` or `tune` made.
         against: the dense model, for samples and perplexity side by side.
         prompts: texts that both models go on with, greedily, each model whole in memory, one after the other.
-        tokens: of each sample, at most.
+        tokens: of each sample, at most; None takes 48, or what a prompt leaves of the shorter context.
         text: one source (see `text.Source`) to measure perplexity on, streamed.
         seq_len: tokens a window of it; see `evaluate`.
         comparison: the folder of a `compare`, or its compare.json.
@@ -65,13 +63,18 @@ def report(
     dense = None if against is None else resolve_model(against, progress)
     if dense is not None and not prompts and text is None:
         raise ConfigError(f"against is {dense}; it needs prompts to go on with, or a text to measure perplexity on")
+    for name, value, needed, what in (
+        ("tokens", tokens, prompts, "prompts to go on with"),
+        ("seq_len", seq_len, text is not None, "a text to measure perplexity on"),
+    ):
+        if value is not None and not needed:
+            raise ConfigError(f"{name} is {value}; it needs {what}")
     identity = None if dense is None else json.loads(json.dumps(Checkpoint(dense).identity()))
-    name = None if dense is None else title(dense)
-    models = {} if dense is None or name is None else {f"{name} (dense)": dense}
+    dense_name = None if dense is None else title(dense)
+    models = {} if dense is None else {f"{dense_name} (dense)": dense}
     models[f"{out.resolve().name} (pruned)"] = out
     where = machine.resolve_device(device)
-    if prompts:
-        check_samples(models, prompts, tokens, where)
+    limits = check_samples(models, prompts, tokens, where) if prompts else []
     measured = [
         None
         if text is None or path is None
@@ -80,11 +83,11 @@ def report(
     ]
     contents = Contents(
         account=account,
-        dense=name,
+        dense=dense_name,
         is_source=identity is not None and identity == account.source,
         dense_perplexity=measured[0],
         perplexity=measured[1],
-        samples=write_samples(models, prompts, tokens, where, progress) if prompts else (),
+        samples=write_samples(models, prompts, limits, where, progress) if prompts else (),
         comparison=table,
     )
     files.write_text(page, render(contents))

@@ -15,9 +15,12 @@ from ..config import format_bytes
 from ..errors import ConfigError, ResourceError
 from ..host import return_freed_memory
 from ..model.checkpoint import Checkpoint
+from ..model.configuration import read_configuration
 from ..model.whole import load_whole
 from ..progress import Progress
 
+TOKENS = 48
+"""Of a sample, unless told otherwise."""
 ROOM = 1.2
 """Memory that generating takes, in sizes of the model."""
 
@@ -37,15 +40,20 @@ class Sample:
     """What the longest of them has."""
 
 
-def check_samples(models: Mapping[str, Path], prompts: Sequence[str], tokens: int, device: torch.device) -> None:
-    """Refuse what cannot be generated, before any work.
+def check_samples(
+    models: Mapping[str, Path], prompts: Sequence[str], tokens: int | None, device: torch.device
+) -> list[int]:
+    """Refuse what cannot be generated, before any work; returns how many tokens may follow each prompt.
+
+    Args:
+        tokens: that many; None takes `TOKENS`, or what the prompt leaves of the models' contexts.
 
     Raises:
-        ConfigError: an empty prompt, or no tokens to write.
-        CheckpointError: not a checkpoint.
+        ConfigError: an empty prompt, no tokens to write, or more than a model's context takes.
+        CheckpointError: not a checkpoint, or its tokenizer cannot be read.
         ResourceError: a model does not fit into the free memory.
     """
-    if tokens < 1:
+    if tokens is not None and tokens < 1:
         raise ConfigError(f"tokens is {tokens}; it must be at least 1")
     for prompt in prompts:
         if not prompt.strip():
@@ -59,19 +67,37 @@ def check_samples(models: Mapping[str, Path], prompts: Sequence[str], tokens: in
                     f"samples need all of {path} in memory, about {format_bytes(needed)}; {format_bytes(free)} are free "
                     f"on {place}; without --prompt the report is made all the same"
                 )
+    return [min(_room(path, prompt, tokens) for path in models.values()) for prompt in prompts]
+
+
+def _room(path: Path, prompt: str, tokens: int | None) -> int:
+    """Tokens that may follow a prompt."""
+    _, config = read_configuration(Checkpoint(path))
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    length = len(calibration.load_tokenizer(path)(prompt)["input_ids"])
+    if not length:
+        raise ConfigError(f"prompt is {prompt!r}; the tokenizer of {path} makes no tokens of it")
+    wanted = tokens or TOKENS
+    if not context:
+        return wanted
+    if context - length < (tokens or 1):
+        raise ConfigError(
+            f"--tokens is {wanted} after a --prompt of length {length}; the context of {path} is {context} tokens and "
+            "must hold both"
+        )
+    return min(wanted, context - length)
 
 
 def write_samples(
-    models: Mapping[str, Path], prompts: Sequence[str], tokens: int, device: torch.device, progress: Progress
+    models: Mapping[str, Path], prompts: Sequence[str], limits: Sequence[int], device: torch.device, progress: Progress
 ) -> list[Sample]:
     """Greedy continuations of every prompt by every model, by label.
 
     Args:
-        tokens: to write at most; fewer where a model ends by itself.
+        limits: tokens to write after each prompt, at most; fewer where a model ends by itself.
 
     Raises:
         CheckpointError: transformers cannot load a model, or its tokenizer.
-        ConfigError: a prompt leaves no room in a model's context.
     """
     progress.phase("samples", len(models) * len(prompts))
     written: dict[str, list[list[int]]] = {}
@@ -79,16 +105,9 @@ def write_samples(
     for label, path in models.items():
         model = load_whole(path).to(device)
         written[label] = []
-        for prompt in prompts:
+        for prompt, limit in zip(prompts, limits, strict=True):
             ids = tokenizers[label](prompt, return_tensors="pt")["input_ids"].to(device)
-            if not ids.numel():
-                raise ConfigError(f"prompt is {prompt!r}; the tokenizer of {path} makes no tokens of it")
-            context = getattr(model.config, "max_position_embeddings", None)
-            if context is not None and ids.shape[1] + tokens > context:
-                raise ConfigError(
-                    f"a prompt has {ids.shape[1]} tokens and {tokens} are to follow; the context of {path} is {context}"
-                )
-            written[label].append(_greedy(model, ids, tokens))
+            written[label].append(_greedy(model, ids, limit))
             progress.step(label)
         del model
         return_freed_memory()
