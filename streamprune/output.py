@@ -12,6 +12,7 @@ from .calibration import load_tokenizer
 from .errors import CheckpointError, DamageError, NumericalError
 from .layout import DECILM, FREE, Layout
 from .model import modeling_streamprune as modeling
+from .model.activation import canonical
 from .model.architecture import is_stock, stock_config
 from .model.block import module_rows
 from .model.checkpoint import (
@@ -253,6 +254,8 @@ def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
         blocks.append({"attention": {**active, **group}, "ffn": {**active, "ffn_mult": factor}})
     return {
         **free_config(skeleton, sites),
+        # vLLM compares the name, not the function.
+        "hidden_act": canonical(skeleton.config.hidden_act),
         **{field: getattr(attention, name) for field, name in skeleton.families["attention"].widths},
         "architectures": ["DeciLMForCausalLM"],
         BLOCK_CONFIGS: blocks,

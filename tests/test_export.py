@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import weakref
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResumeError
+from streamprune.model.activation import canonical
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.progress import Callback, Event
 
@@ -312,11 +315,53 @@ def test_rows_are_packed_in_pieces_as_at_once(dtype: str, monkeypatch: pytest.Mo
     assert storage.pack(tensor, kind, "x").tobytes() == quantize(tensor.numpy(), kind).tobytes()
 
 
+def _activated(values: torch.Tensor, name: str) -> torch.Tensor:
+    from transformers.activations import ACT2FN
+
+    with torch.no_grad():
+        return ACT2FN[name](values)
+
+
+def test_names_of_one_function_are_one_name() -> None:
+    from transformers.activations import ACT2CLS
+
+    values = torch.linspace(-12, 12, 4801)
+    # xielu computes in bfloat16.
+    outputs = {name: _activated(values, name) for name in ACT2CLS if name != "xielu"}
+    for one, other in combinations(outputs, 2):
+        alike = torch.allclose(outputs[one], outputs[other], rtol=1e-5, atol=1e-6)
+        assert alike == (canonical(one) == canonical(other)), (one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "own", "same"),
+    [
+        ("llama", "hidden_act", "silu", "swish"),
+        ("gpt2", "activation_function", "gelu_new", "gelu_fast"),
+        ("gemma2", "hidden_activation", "gelu_pytorch_tanh", "gelu_accurate"),
+    ],
+)
+def test_an_activation_by_another_name_gives_the_same_file(
+    name: str, field: str, own: str, same: str, byte_model: Make, tmp_path: Path
+) -> None:
+    changes = {"query_pre_attn_scalar": 8} if name == "gemma2" else {}
+    files = []
+    for activation in (own, same):
+        model = tmp_path / activation / "model"
+        shutil.copytree(byte_model(name, **changes), model)
+        config = json.loads((model / "config.json").read_text())
+        assert config[field] == own
+        (model / "config.json").write_text(json.dumps({**config, field: activation}))
+        files.append(streamprune.export_gguf(model, tmp_path / f"{activation}.gguf").path.read_bytes())
+    assert files[0] == files[1]
+
+
 def test_refuses_what_llama_cpp_cannot_say(byte_model: Make, tiny: Make, tmp_path: Path) -> None:
     cases = [
         (tiny("opt"), "no GGUF architecture for model_type 'opt'"),
         (tiny("llama"), "WordLevel"),
         (byte_model("llama", hidden_act="gelu"), "activation is 'gelu'"),
+        (byte_model("gpt2", activation_function="gelu"), "activation is 'gelu'; .* has 'gelu_new' only"),
         (byte_model("qwen3", attention_bias=True), r"self_attn\.q_proj has a bias"),
         (byte_model("llama", rope_parameters={**ROPE, "rope_type": "dynamic"}), "type 'dynamic'"),
         (byte_model("qwen3", rope_parameters=LLAMA3), "type 'llama3'"),

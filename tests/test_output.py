@@ -131,7 +131,8 @@ def runtimes_width(factor: float, width: int) -> int:
 def test_decilm_layout_says_what_its_runtimes_read(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    path = tiny("llama", intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    wide = {"intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+    path = tiny("llama", **wide, hidden_act="swish")
     config = configured(path, layout="decilm", ratio=0.4, recipe="default", samples=24)
     streamprune.prune(config)
     written = AutoConfig.from_pretrained(config.out)
@@ -150,6 +151,7 @@ def test_decilm_layout_says_what_its_runtimes_read(tiny: Tiny, configured: Make,
         assert runtimes_width(round(block.ffn.ffn_mult, 4), written.hidden_size) == ffn.columns
         widths.append(ffn.columns)
     assert written.head_dim == 4
+    assert written.hidden_act == "silu"
     assert len(set(widths)) > 1
     with torch.no_grad():
         expected = streamprune.load(config.out, dtype=torch.float32)(IDS).logits

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
+from ..model.activation import canonical
 from ..model.skeleton import Skeleton
 from ..site import Site
 
@@ -209,7 +210,7 @@ def _check(skeleton: Skeleton, runtime: Runtime, sites: Sequence[Site]) -> None:
     hint = "" if are_alike(sites) else "; prune with --layout uniform"
     names = ("hidden_activation", "hidden_act", "activation_function")
     activation = next((found for name in names if (found := getattr(config, name, None))), None)
-    if activation != runtime.activation:
+    if canonical(activation) != canonical(runtime.activation):
         raise CheckpointError(
             f"{where}: the activation is {activation!r}; llama.cpp's {runtime.name} has {runtime.activation!r} only"
         )
