@@ -27,15 +27,17 @@ _UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_bytes(text: str) -> int:
-    """``"24GiB"`` → 25769803776. Decimal and binary units, or plain bytes.
+    """``"24GiB"`` → 25769803776. Decimal and binary units, or plain bytes from a megabyte on.
 
     Raises:
-        ConfigError: not a size, or not positive.
+        ConfigError: not a size, not positive, or so small that its unit must have been forgotten.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{text!r} is not a size; write it like 24GiB, 800MB or 1000000")
+        raise ConfigError(f"{text!r} is not a size; write it like 24GiB or 800MB")
     number = float(match[1])
+    if not match[2] and 0 < number < 10**6:
+        raise ConfigError(f"the size {text.strip()!r} has no unit and would be bytes; write it like {match[1]}GiB")
     if not 1 <= number * _UNITS[match[2].upper()] < 2**63:
         raise ConfigError(f"the size {text[:40]!r} must be positive and below 8 EiB")
     return int(number * _UNITS[match[2].upper()])

@@ -162,6 +162,32 @@ def test_every_option_has_help() -> None:
                 assert parameter.help, f"{command.name} {parameter.name}"
 
 
+REQUIRED = {"ratios": "0.3", "recipes": "random", "text": "text.txt", "ratio": "0.3"}
+SIZES = [
+    (name, parameter.opts[0])
+    for name, command in sorted(main.commands.items())
+    for parameter in command.params
+    if parameter.metavar == "SIZE"
+]
+
+
+@pytest.mark.parametrize(("name", "option"), SIZES)
+def test_a_size_without_its_unit_is_refused(name: str, option: str) -> None:
+    words = [name, option, "12"]
+    for parameter in main.commands[name].params:
+        if parameter.param_type_name == "argument":
+            words.append("nothing")
+        elif parameter.name in REQUIRED:
+            words += [parameter.opts[0], REQUIRED[parameter.name]]
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 2
+    assert f"{option}: the size '12' has no unit and would be bytes; write it like 12GiB" in refused.stderr
+
+
+def test_every_size_is_tried() -> None:
+    assert {option for _, option in SIZES} == {"--memory", "--memory-host", "--disk"}
+
+
 def test_unknown_options_are_usage_errors() -> None:
     assert CliRunner().invoke(main, ["run"]).exit_code == 2
     assert CliRunner().invoke(main, ["run", "a", "b", "--ratio", "much"]).exit_code == 2

@@ -127,7 +127,15 @@ def test_disk_never_exceeds_the_forecast(
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GiB", 24 * 2**30), ("1.5 KB", 1500), ("800mb", 8 * 10**8), ("12", 12), ("2G", 2**31), ("1TiB", 2**40)],
+    [
+        ("24GiB", 24 * 2**30),
+        ("1.5 KB", 1500),
+        ("800mb", 8 * 10**8),
+        ("1000000", 10**6),
+        ("12B", 12),
+        ("2G", 2**31),
+        ("1TiB", 2**40),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
@@ -136,6 +144,12 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize("text", ["", "GiB", "-1GB", "12 parsecs", "1e9", "0", "0.0001B"])
 def test_not_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["12", "0.5", "999999"])
+def test_small_sizes_need_a_unit(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"the size '{text}' has no unit and would be bytes; write it like {text}GiB"):
         parse_bytes(text)
 
 
