@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..hub import title
 from ..model.skeleton import Skeleton
+from ..model.upstream import rotary_frequencies
 from .runtime import Runtime, are_alike
 
 _YARN = {
@@ -118,9 +119,6 @@ def add_rotary(writer: Any, skeleton: Skeleton, runtime: Runtime, head_width: in
 
 
 def _factors(skeleton: Skeleton, rope: Mapping[str, Any], head_width: int) -> Tensor:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](skeleton.config, torch.device("cpu"))
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    factors: Tensor = plain / scaled
+    factors: Tensor = plain / rotary_frequencies(skeleton.config, rope["rope_type"])
     return factors

@@ -376,7 +376,7 @@ def is_stock(
     transformers' `LlamaConfig`, for one, refuses a number of heads that does not divide the width, though
     head_dim is given apart.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING
 
     for family in entries:
         alike = [site for site in sites if site.family == family]

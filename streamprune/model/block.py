@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from ..errors import NumericalError
 from ..host import host_copy
 from ..maths.linalg import accumulator, all_finite, unit_columns
 from ..site import Site
+from . import upstream
 from .architecture import SublayerEntry
 from .modeling_streamprune import Experts, count, set_count
 
@@ -349,13 +350,8 @@ class Sublayer:
             arguments: as `Skeleton.arguments` gives them for ``maps=True``.
         """
         assert self.entry.kind == "attention"
-        attention = self._mixer[0]
-        config: Any = attention.config
-        usual, config._attn_implementation = config._attn_implementation, "eager"
-        try:
-            maps: Tensor = attention(hidden_states=u, **arguments)[1]
-        finally:
-            config._attn_implementation = usual
+        with upstream.eager_attention(self._mixer[0].config):
+            maps: Tensor = self._mixer[0](hidden_states=u, **arguments)[1]
         return maps
 
     def consume(self, mixed: Mixed) -> Tensor:

@@ -21,9 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, Conv1D
 
 PREFIX = "streamprune_"
 
@@ -181,7 +179,7 @@ def config_class(base):
 
 def stock_class(base):
     """transformers' own causal language model of model_type `base`."""
-    return AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[base]]
+    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]
 
 
 @cache
@@ -235,7 +233,7 @@ def register(base):
 
 def __getattr__(name):
     for ending, maker in (("Config", config_class), ("ForCausalLM", model_class)):
-        for base in CONFIG_MAPPING_NAMES:
+        for base in CONFIG_MAPPING:
             if name == class_stem(base) + ending:
                 return maker(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,18 +7,16 @@ blocks taken out of it, so no masking or position code is written again here.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import CheckpointError, NumericalError, StreamPruneError, one_line
 from ..layout import FREE, Layout
@@ -27,6 +25,7 @@ from ..maths.linalg import accumulator, advice, all_finite
 from ..maths.operations import counted
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
+from . import upstream
 from .architecture import SublayerEntry, is_stock
 from .block import Arguments, Block, Layer, Routed, Sublayer, linear_shape, place
 from .checkpoint import UNREAD, Checkpoint
@@ -76,6 +75,7 @@ class Skeleton:
         except Exception as error:
             raise CheckpointError(
                 f"{checkpoint.directory}/config.json: transformers cannot build this model ({one_line(error, 400)})"
+                f"{upstream.untested()}"
             ) from error
 
     def _build(self, check: bool) -> None:
@@ -91,7 +91,7 @@ class Skeleton:
         self.entries = [self.architecture.sublayers(self.config, index) for index in range(len(self._templates))]
         """Each block's sublayers, as the table has them."""
         self._separate_experts()
-        self._slots = [_Slot(template) for template in self._templates]
+        self._slots = [upstream.Recorder(template) for template in self._templates]
         model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
         self._embed = _present(model, self.architecture.embed)
         self._after = _present(model, (*self.architecture.final, self.architecture.head))
@@ -99,9 +99,16 @@ class Skeleton:
             raise CheckpointError(f"{self.checkpoint.directory}: tensor {name!r} {what}")
         for name in list(self._after)[:-1]:
             model.set_submodule(name, nn.Identity())
-        self._rebuild_buffers(model)
+        numbers = sum(buffer.numel() for buffer in model.buffers() if buffer.is_meta)
+        weights = sum(entry.numel for entry in self.checkpoint.values())
+        if numbers > weights:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}/config.json: it asks for tables of {numbers} numbers; the model has "
+                f"{weights} weights"
+            )
+        upstream.rebuild_buffers(model, self.config, self.device, self.dtype)
         # What is left of the model is its head, with whatever it does to logits.
-        model.set_submodule(self.architecture.base, _Passed())
+        model.set_submodule(self.architecture.base, upstream.PassThrough())
         self._head = model
 
     def __len__(self) -> int:
@@ -131,7 +138,7 @@ class Skeleton:
     @property
     def writes_maps(self) -> bool:
         """Whether attention computes its maps in full, since the architecture knows no other way."""
-        return bool(self._base.config._attn_implementation == "eager")
+        return upstream.attention(self._base.config) == "eager"
 
     def places(self, index: int) -> list[tuple[Site, SublayerEntry]]:
         """The block's sites with their names, an expert's in full."""
@@ -308,15 +315,10 @@ class Skeleton:
         """
         key = sequences, tokens, past, maps
         if key not in self._arguments:
-            config = self._base.config
-            usual = config._attn_implementation
-            config._attn_implementation = "eager" if maps else usual
-            try:
-                # Not counted, since whether it is done again depends on what was asked for before.
-                with counted(0), self._filled(self._embed, self._blank):
-                    self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
-            finally:
-                config._attn_implementation = usual
+            attention = upstream.eager_attention(self._base.config) if maps else nullcontext()
+            # Not counted, since whether it is done again depends on what was asked for before.
+            with attention, counted(0), self._filled(self._embed, self._blank):
+                self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
             self._check_rotation(tokens, past)
             self._arguments[key] = [slot.arguments for slot in self._slots]
             while len(self._arguments) > 4:
@@ -414,8 +416,9 @@ class Skeleton:
         return found.view(*hidden.shape[:-1], -1)
 
     def _embedded(self, ids: Tensor, past: int = 0) -> Tensor:
+        cache = {upstream.cache_argument(type(self._base).forward): upstream.Past(past)} if past else {}
         with torch.no_grad():
-            self._base(input_ids=ids, past_key_values=_Past(past) if past else None, use_cache=False)
+            self._base(input_ids=ids, use_cache=False, **cache)
         hidden = self._slots[0].hidden
         for slot in self._slots:
             slot.hidden = None
@@ -469,24 +472,6 @@ class Skeleton:
                 if not isinstance(experts, Experts):
                     separate_experts(template, name)
 
-    def _rebuild_buffers(self, model: nn.Module) -> None:
-        """Rotary tables and their like are computed, not stored: build those for real (DESIGN, fact 3)."""
-        numbers = sum(buffer.numel() for buffer in model.buffers() if buffer.is_meta)
-        weights = sum(entry.numel for entry in self.checkpoint.values())
-        if numbers > weights:
-            raise CheckpointError(
-                f"{self.checkpoint.directory}/config.json: it asks for tables of {numbers} numbers; the model has "
-                f"{weights} weights"
-            )
-        for name, module in list(model.named_modules()):
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                with torch.device(self.device):
-                    if isinstance(module, nn.Embedding):
-                        scaled: Any = module
-                        scaled.embed_scale = torch.tensor(scaled.scalar_embed_scale, dtype=self.dtype)
-                    else:
-                        model.set_submodule(name, type(module)(config=self.config))
-
     def _names(self, modules: dict[str, nn.Module]) -> list[str]:
         return [self.stored_name(f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
 
@@ -518,52 +503,6 @@ def open_skeleton(model: Path, device: torch.device, dtype: str, *, layout: Layo
     """The skeleton of a checkpoint directory, computing in `dtype` (``auto``: see `resolve_dtype`)."""
     checkpoint = Checkpoint(model)
     return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, checkpoint.dtype), layout=layout)
-
-
-class _Past:
-    """What transformers' forward asks of a cache outside the blocks: how many tokens have gone before."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.tokens
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.tokens
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(keys there will be, where the first one stands)."""
-        return self.tokens + query_length, 0
-
-
-@dataclass
-class _Output(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
-    """Whatever some model's head looks for."""
-
-    router_logits: None = None
-
-
-class _Passed(nn.Module):
-    """Stands where everything before the head stood: gives what it is called with."""
-
-    def forward(self, *positional: Any, inputs_embeds: Tensor, **arguments: Any) -> _Output:
-        return _Output(last_hidden_state=inputs_embeds)
-
-
-class _Slot(nn.Module):
-    """Stands where a block stood: keeps what it was called with and hands the hidden states on."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.names = list(inspect.signature(block.forward).parameters)[1:]
-        self.hidden: Tensor | None = None
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Tensor:
-        self.hidden = hidden_states
-        self.arguments = {**dict(zip(self.names, positional, strict=False)), **arguments}
-        return hidden_states
 
 
 def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:

@@ -23,6 +23,8 @@ def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    from .upstream import untested
+
     _, config = read_configuration(Checkpoint(directory))
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -34,7 +36,9 @@ def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
             use_safetensors=True,
         ).eval()
     except Exception as error:
-        raise CheckpointError(f"{directory}: transformers cannot load this model ({one_line(error)})") from error
+        raise CheckpointError(
+            f"{directory}: transformers cannot load this model ({one_line(error)}){untested()}"
+        ) from error
     # How to generate is ours to say: what a checkpoint asks for may be sampling, or code to fetch.
     asked = model.generation_config
     tokens = {name: _tokens(getattr(asked, name, None)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -17,6 +17,7 @@ from ..host import host_buffer, tensor_bytes
 from ..maths.linalg import advice
 from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
+from ..model.upstream import BlockCache, cache_argument
 from ..progress import Progress, rest
 from . import sweep
 
@@ -52,8 +53,7 @@ def generate(
             for rows, cache in pasts:
                 x = hidden[rows]
                 arguments = skeleton.arguments(x.shape[0], 1, past)[index]
-                name = "layer_past" if "layer_past" in arguments else "past_key_values"
-                hidden[rows] = block(x, {**arguments, name: cache})
+                hidden[rows] = block(x, {**arguments, cache_argument(type(skeleton.block(index)).forward): cache})
             del block
             _check_finite(hidden, f"block {index}")
         tokens[:, past + 1] = _next_tokens(skeleton, hidden[:, 0], generator)
@@ -63,16 +63,16 @@ def generate(
     return tokens
 
 
-class KeysAndValues:
-    """Keys and values of one micro-batch, a growing file a block: what an attention module asks of a cache."""
+class KeysAndValues(BlockCache):
+    """Keys and values of one micro-batch, in a growing file per block."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def extend(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append one token's (sequences, heads, 1, head_dim); returns all tokens' (sequences, heads, tokens, head_dim)."""
         token = torch.stack((keys, values))[..., 0, :]
-        path = self.folder / f"{layer_idx:04}-{self.number}"
+        path = self.folder / f"{layer:04}-{self.number}"
         files.append_bytes(path, tensor_bytes(token.cpu()))
         buffer = host_buffer(path.stat().st_size, token.device)
         files.read_into(path, 0, buffer.numpy().data)
