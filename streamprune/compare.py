@@ -28,20 +28,18 @@ from .evaluate import evaluate, read_windows
 from .host import return_freed_memory
 from .job import Job
 from .journal import Entry, Journal
+from .json_text import read_json
 from .log import NAME as LOG
 from .log import Log
 from .methods.allocation import largest_step
-from .model.checkpoint import read_json
-from .output import REPORT
+from .names import ASKED, JOURNAL, LOCK, REPORT, ROWS, SURVEYS, WORK
 from .progress import Progress
 from .run import prune
 from .schedule import Stretch, as_entries, seconds_spent
 from .text import Source, Spec, Text, source
 from .verify import verify
-from .workplace import JOURNAL, LOCK, OTHER_CACHE, OTHER_OUT, PROBE, WORK, first_difference
+from .workplace import OTHER_CACHE, OTHER_OUT, PROBE, first_difference
 
-ROWS, SURVEYS = "rows", "surveys"
-ASKED = "asked"
 """The line with the rows that the last command wanted."""
 KNOWN = {
     *(JOURNAL, LOCK, LOG, ROWS, SURVEYS, PROBE, caches.NOTE, "cache"),
@@ -98,7 +96,8 @@ def compare(
         ratios: shares of the blocks' parameters to remove, each in (0, 1).
         recipes: names, ``"label=name"``, or `Variant`s.
         text: one source (see `text.Source`) that perplexity is measured on.
-        out: folder for the table and the work; None takes the model's name with ``-compare`` appended.
+        out: folder for the table and the work; None takes the model's name with ``-compare`` appended, in the
+            current folder.
         eval_seq_len: tokens a window of `text`; None takes 2048, or the model's context if that is shorter.
         perplexities: for each of these, say at which ratio every recipe reaches it (see `Comparison.reached`).
         keep: leave the pruned checkpoints under `out`.
@@ -114,7 +113,7 @@ def compare(
     if plot:
         comparison.require_plotting()
     model = hub.resolve_model(model, progress)
-    folder = Path(out) if out is not None else _beside(model)
+    folder = Path(out) if out is not None else _default_folder(model)
     candidates = [
         _Candidate(variant, _config(model, folder, variant, ratio, common)) for variant in variants for ratio in ratios
     ]
@@ -127,6 +126,7 @@ def compare(
     _refuse_others(folder)
     work = _Work(folder, candidates, evaluation, keep=keep, progress=_Counted(Log(progress), len(candidates) + 1))
     with work.opened(restart):
+        work.progress.say(f"the table and the work go to {folder.absolute()}")
         found = work.table(perplexities)
         found.write(folder, plot=plot)
     return found
@@ -466,10 +466,10 @@ class _Work:
         return notes
 
 
-def _beside(model: Path) -> Path:
-    """Where the work lies if it is not said: beside the model, or here if that is in the hub's cache."""
-    place = os.path.abspath(model) if hub.commit(model) is None else hub.title(model).rpartition("/")[2]
-    return Path(f"{place}-compare")
+def _default_folder(model: Path) -> Path:
+    """Where the work lies if it is not said: in the current folder, by the model's name."""
+    name = os.path.abspath(model) if hub.commit(model) is None else hub.title(model)
+    return Path(f"{Path(name).name}-compare")
 
 
 def _spent_before(candidate: _Candidate) -> float:

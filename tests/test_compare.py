@@ -29,7 +29,7 @@ from streamprune.journal import Journal
 from streamprune.maths.stats import SiteStatistics, Statistic
 from streamprune.methods.allocation import largest_step
 from streamprune.model.skeleton import Skeleton
-from streamprune.workplace import job_folder
+from streamprune.names import job_folder
 
 Compare = Callable[..., Comparison]
 SHARED = {"samples": 6, "seq_len": 24, "round_to": 4}
@@ -487,12 +487,22 @@ def test_the_model_may_write_the_calibration(compare: Compare) -> None:
     assert [row.perplexity for row in pruned] != [dense.perplexity] * 2
 
 
-def test_the_default_folder_lies_beside_the_model(tiny: Tiny, text: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.symlink_to(tiny("llama"))
-    found = streamprune.compare(model, ratios=[0.3], recipes=["magnitude"], text=text, eval_seq_len=24)
-    assert found.out == str(tmp_path / "model-compare")
-    assert (tmp_path / "model-compare" / "compare.json").is_file()
+@pytest.mark.parametrize("given", ["models/tiny", "models/tiny/", "models/../models/tiny", "absolute"])
+def test_the_default_folder_is_in_the_current_one(
+    given: str, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny("llama"))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    model = str(tmp_path / "models" / "tiny") if given == "absolute" else f"../{given}"
+    words = ["--ratios", "0.3", "--recipes", "random", "--text", str(text), "--eval-seq-len", "24"]
+    done = CliRunner().invoke(main, ["compare", model, *words])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[0] == f"streamprune: the table and the work go to {here / 'tiny-compare'}"
+    assert (here / "tiny-compare" / "compare.json").is_file()
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny"]
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(
