@@ -15,6 +15,7 @@ from .documents import Conversation, Documents
 from .errors import CalibrationError, CheckpointError, one_line
 from .model.checkpoint import read_json
 from .model.directory import check_links
+from .progress import Progress, Silent
 from .text import Source, Spec, Text, source
 
 DEFAULT_LENGTH = 2048
@@ -72,11 +73,22 @@ def tokenize(tokenizer: Any, text: Spec, vocabulary: int) -> Tensor:
     return _encode(tokenizer, whole.removesuffix(documents.separator), vocabulary, given)
 
 
-def sample(tokenizer: Any, text: Text, vocabulary: int, samples: int, length: int, seed: int) -> Tensor:
+def sample(
+    tokenizer: Any,
+    text: Text,
+    vocabulary: int,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Tensor:
     """Windows at seeded random places of every source, as many as its weight asks for: (samples, length) int64.
 
     A source of up to `POOL` characters (more, where many windows are asked for) is read whole; of a longer one, blocks
     are drawn until they have so many.
+
+    Args:
+        progress: is told of each source with fewer tokens than its windows hold, which then overlap heavily.
 
     Raises:
         CalibrationError: a source is unusable or has fewer than `length` tokens.
@@ -88,6 +100,11 @@ def sample(tokenizer: Any, text: Text, vocabulary: int, samples: int, length: in
         own = seed + number
         tokens = _pool(tokenizer, given, vocabulary, max(POOL, POOL_PER_TOKEN * share * length), own)
         windows.append(sample_windows(tokens, share, length, own, given))
+        if tokens.numel() < share * length:
+            (progress or Silent()).say(
+                f"{given} gives {tokens.numel():,} tokens, and {share:,} windows of {length:,} ask for "
+                f"{share * length:,}: they overlap heavily; give more text, or lower samples or seq-len"
+            )
     return torch.cat(windows)
 
 

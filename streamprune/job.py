@@ -458,7 +458,7 @@ class Job(Workplace):
         if self.text == "random-tokens":
             return calibration.random_windows(vocabulary, samples, self.length, seed)
         tokenizer = calibration.load_tokenizer(self.config.model)
-        return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed)
+        return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed, self.progress)
 
     @property
     def published(self) -> bool:

@@ -244,7 +244,9 @@ class Tuning(Workplace):
         """Training windows (samples, length)."""
         config, vocabulary = self.config, self.student.vocabulary
         tokenizer = calibration.load_tokenizer(config.model)
-        return calibration.sample(tokenizer, self.text, vocabulary, config.samples, self.length, config.seed)
+        return calibration.sample(
+            tokenizer, self.text, vocabulary, config.samples, self.length, config.seed, self.progress
+        )
 
     @cached_property
     def _room(self) -> dict[str, int]:

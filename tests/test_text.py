@@ -474,6 +474,53 @@ def test_perplexity_of_conversations(tiny: Tiny, texts: list[str], tmp_path: Pat
     assert "documents of field 'messages' joined as the chat template writes them, tokenised" in measured.protocol
 
 
+def test_too_little_text_is_said_once_a_source(
+    configured: Callable[..., Config], tiny: Tiny, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "little.txt").write_text(text.read_text()[:200])
+    little = Source(str(tmp_path / "little.txt"), weight=3)
+    note = f"{little} gives 200 tokens, and 9 windows of 24 ask for 216: they overlap heavily; "
+    note += "give more text, or lower samples or seq-len"
+    said: list[str] = []
+    progress = streamprune.Callback(lambda event: said.append(event.message))
+    path = tiny("llama")
+    streamprune.prune(configured(path, recipe="wanda-sp", calibration=[little, text]), progress=progress)
+    assert [message for message in said if "overlap" in message] == [note]
+    said.clear()
+    # 8 windows of 24 tokens have 192.
+    streamprune.prune(configured(path, "b", recipe="wanda-sp", calibration=little, samples=8), progress=progress)
+    assert not [message for message in said if "overlap" in message]
+    streamprune.compare(
+        path,
+        ratios=[0.2, 0.3],
+        recipes=["wanda-sp"],
+        text=text,
+        calibration=little,
+        out=tmp_path / "compared",
+        samples=9,
+        seq_len=24,
+        eval_seq_len=24,
+        round_to=4,
+        progress=progress,
+    )
+    assert [message for message in said if "overlap" in message] == [note]
+    said.clear()
+    tuning = TuneConfig(
+        model=path, out=tmp_path / "t", text=little, teacher=path, method="distil", samples=9, seq_len=24, steps=1
+    )
+    streamprune.tune(tuning, progress=progress)
+    assert [message for message in said if "overlap" in message] == [note]
+
+
+def test_too_little_text_is_said_on_stderr(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(tiny("llama")), str(tmp_path / "out"), "--recipe", "wanda-sp", "--ratio", "0.3", "--json"]
+    arguments += ["--round-to", "4", "--samples", "200", "--seq-len", "24", "--calibration", str(text)]
+    done = CliRunner().invoke(main, arguments)
+    assert f"{text} gives 3,000 tokens, and 200 windows of 24 ask for 4,800: they overlap heavily" in done.stderr
+    assert "overlap" not in done.stdout
+    assert json.loads(done.stdout)["tokens"]
+
+
 def test_a_comparison_says_once_that_the_sample_is_built_in(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
