@@ -6,15 +6,19 @@ Which blocks are read is `calibration`'s to say; all of them, in order, are the 
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import sys
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -30,14 +34,37 @@ ROWS = 32
 """Rows of a table in one block."""
 FIELDS = ("text", "messages", "conversations", "content")
 """Where a document is looked for when no field is named, in this order."""
-JSON_LINES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
+PACKED_TEXT = ".gz"
+"""What may follow the name of a text, of JSON lines and of delimited rows."""
 DATASET = "hf:"
 EXTRA = "pip install 'streamprune[datasets]'"
 
 _DATASET = re.compile(r"(?P<name>[^#@]+)(#(?P<config>[^@]+))?(@(?P<split>.+))?")
 _SPLIT = "train"
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
+_HEAD = 512
+_GZIP = b"\x1f\x8b"
+_FOREIGN = {
+    ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    ".xz": rb"\xfd7zXZ\0",
+    ".lzma": rb"\x5d\0\0",
+    ".zst": rb"\x28\xb5\x2f\xfd",
+    ".lz4": rb"\x04\x22\x4d\x18",
+    ".zip": rb"PK(\x03\x04|\x05\x06)",
+    ".7z": rb"7z\xbc\xaf\x27\x1c",
+    ".tar": rb".{257}ustar",
+}
+"""Packed forms that are not read: how their names end, and how they begin."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""Byte-order marks of encodings that are not read; UTF-32's little-endian one begins with UTF-16's."""
 _LOOK_AHEAD = 1 << 12
 _PROBES = 256
 LINE = 1 << 24
@@ -95,48 +122,44 @@ def open_documents(place: str, field: str | None) -> Documents:
         reason = "not a file" if os.path.exists(path) else "No such file or directory"
         raise CalibrationError(f"cannot read the text {place}: {reason}")
     name = path.name.lower()
-    if name.endswith(JSON_LINES):
-        return JsonLines(path, field)
     if name.endswith(PARQUET):
         return Parquet(path, field)
+    suffix = Path(name.removesuffix(PACKED_TEXT)).suffix
+    if suffix in JSON_LINES:
+        return JsonLines(path, field)
+    if suffix in DELIMITERS:
+        return Delimited(path, field, DELIMITERS[suffix])
     if field is not None:
-        raise ConfigError(f"{place}:{field}: a field is of {', '.join(JSON_LINES[:3])} or {PARQUET} files and datasets")
+        tables = ", ".join((*JSON_LINES, *DELIMITERS))
+        raise ConfigError(f"{place}:{field}: a field is of {tables} or {PARQUET} files and datasets")
     return PlainText(path)
 
 
 class PlainText:
-    """A UTF-8 file as one text; its blocks end with a line where lines are not very long."""
+    """A UTF-8 file as one text, gzipped or not; its blocks end with a line where lines are not very long."""
 
     field = None
     separator = ""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._size = path.stat().st_size
+        self._size = _measure(path)
 
     def __len__(self) -> int:
         return max(1, -(-self._size // BLOCK))
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with _reading(self._path) as file:
+            # The bytes that are held, and where they begin. A packed file is read forwards only: back means from the start.
+            data, at = b"", 0
             for number in numbers:
-                start, stop = (self._cut(file, edge * BLOCK) for edge in (number, number + 1))
-                file.seek(start)
-                try:
-                    text = file.read(stop - start).decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise CalibrationError(f"{self._path} is not UTF-8 text (byte {start + error.start})") from error
+                if number * BLOCK != at:
+                    data, at = b"", file.seek(number * BLOCK)
+                data += file.read(BLOCK + _LOOK_AHEAD - len(data))
+                start = _cut(data, 0) if number else _mark(data)
+                text = _decoded(data[start : _cut(data, BLOCK)], self._path, at + start)
                 yield number, [text.replace("\r\n", "\n").replace("\r", "\n")]
-
-    def _cut(self, file: BinaryIO, edge: int) -> int:
-        """The first place from `edge` on where a line begins or, if there is none for long, a character."""
-        if not 0 < edge < self._size:
-            return min(edge, self._size)
-        file.seek(edge)
-        ahead = file.read(_LOOK_AHEAD)
-        if (newline := ahead.find(b"\n")) >= 0:
-            return edge + newline + 1
-        return edge + next((place for place, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)
+                data, at = data[BLOCK:], at + BLOCK
 
     def identity(self) -> dict[str, Any]:
         return {"sha256": files.sha256(self._path)}
@@ -149,11 +172,11 @@ class JsonLines:
 
     def __init__(self, path: Path, field: str | None) -> None:
         self._path = path
-        with _reading(self._path) as file:
-            self._size = _unpacked(file, path)
+        self._size = _measure(path)
+        with _reading(path) as file:
             names: list[str] = []
             place = 0
-            while (line := self._line(file, place)) and not names:
+            while (line := _line(file, path, place)) and not names:
                 names = list(self._row(line, place) or ())
                 place += len(line)
         if not names:
@@ -165,15 +188,15 @@ class JsonLines:
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with _reading(self._path) as file:
+            place = 0
             for number in numbers:
-                place, stop = number * BLOCK, (number + 1) * BLOCK
-                if place:
-                    file.seek(place - 1)
-                    place += len(self._line(file, place - 1)) - 1
-                else:
-                    file.seek(0)
+                begin, stop = number * BLOCK, (number + 1) * BLOCK
+                # Forwards only, as above: the block before may have ended in this one.
+                if place < begin:
+                    file.seek(begin - 1)
+                    place = begin - 1 + len(_line(file, self._path, begin - 1))
                 found = []
-                while place < stop and (line := self._line(file, place)):
+                while place < stop and (line := _line(file, self._path, place)):
                     if (row := self._row(line, place)) is not None:
                         if self.field not in row:
                             raise CalibrationError(f"{self._where(place)}: no field {self.field!r}; {_listed(row)}")
@@ -181,33 +204,102 @@ class JsonLines:
                     place += len(line)
                 yield number, found
 
-    def _line(self, file: BinaryIO, place: int) -> bytes:
-        """The line that the file, which stands at `place`, has next; empty at its end."""
-        line = file.readline(LINE + 1)
-        if len(line) > LINE:
-            raise CalibrationError(f"{self._where(place)}: longer than {LINE >> 20} MiB, which no document is")
-        return line
-
     def _row(self, line: bytes, place: int) -> dict[str, Any] | None:
         """A line's object; None for a blank line."""
+        line = line[_mark(line) :]
         if not line.strip():
             return None
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            array = "; write one object a line, not one array" if line.lstrip().startswith(b"[") else ""
-            raise CalibrationError(f"{self._where(place)}: not JSON ({error}){array}") from error
+            hint = "; write one object a line, not one array" if line.lstrip().startswith(b"[") else ""
+            if b"\0" in line:
+                hint = "; it has NUL bytes, as UTF-16 has: convert it to UTF-8"
+            raise CalibrationError(f"{self._where(place)}: not JSON ({error}){hint}") from error
         if not isinstance(row, dict):
             raise CalibrationError(f"{self._where(place)}: not a JSON object; write one object a line")
         return row
 
     def _where(self, place: int) -> str:
-        """The line that begins at a byte, for people; lines are counted only now."""
-        lines = 1
+        return _place_of_line(self._path, place)
+
+    def identity(self) -> dict[str, Any]:
+        return {"sha256": files.sha256(self._path)}
+
+
+class Delimited:
+    """A column of a file of delimited rows under a header row, gzipped or not; a block has the rows that begin in it.
+
+    Quotes are as the `csv` module reads and writes them: cells that hold delimiters, quotes (doubled) or newlines are
+    quoted. Whether a newline ends a row cannot be told from the middle of a file, so it is read through once when it is
+    opened, a row at a time, and the place of each block's first row is kept: 8 bytes for each 64 KiB.
+
+    Raises:
+        CalibrationError: a row is malformed, or has more or fewer cells than the header.
+    """
+
+    separator = SEPARATOR
+
+    def __init__(self, path: Path, field: str | None, delimiter: str) -> None:
+        self._path, self._delimiter = path, delimiter
+        self._size = _measure(path)
+        self._starts = array("q")
+        with _reading(path) as file, _long_cells():
+            rows = self._rows(file, 0, self._size)
+            _, names = next(rows, (0, []))
+            if not names:
+                raise CalibrationError(f"{path} is empty")
+            self.field: str = _field(field, names, str(path))
+            if (columns := names.count(self.field)) > 1:
+                raise CalibrationError(f"{path} has {columns} columns {self.field!r}; rename all but one")
+            self._column = names.index(self.field)
+            for place, cells in rows:
+                if len(cells) != len(names):
+                    raise CalibrationError(
+                        f"{_place_of_line(path, place)}: {len(cells)} cells, and the header has {len(names)}; "
+                        "quote cells that hold delimiters, quotes or newlines"
+                    )
+                if not self._starts or place // BLOCK > self._starts[-1] // BLOCK:
+                    self._starts.append(place)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with _reading(self._path) as file:
-            while place > 0 and (chunk := file.read(min(1 << 20, place))):
-                lines, place = lines + chunk.count(b"\n"), place - len(chunk)
-        return f"{self._path}, line {lines}"
+            for number in numbers:
+                start, stop = [*self._starts[number : number + 2], self._size][:2]
+                file.seek(start)
+                with _long_cells():
+                    found: list[Document] = [cells[self._column] for _, cells in self._rows(file, start, stop)]
+                yield number, found
+
+    def _rows(self, file: BinaryIO, place: int, stop: int) -> Iterator[tuple[int, list[str]]]:
+        """Rows that begin before `stop`, from `place` on, where the file stands; each with its place."""
+        end = place
+
+        def lines() -> Iterator[str]:
+            nonlocal end
+            while line := _line(file, self._path, place, end - place):
+                skipped = 0 if end else _mark(line)
+                text = _decoded(line[skipped:], self._path, end + skipped)
+                end += len(line)
+                yield text
+
+        reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
+        while place < stop:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                reason = str(error).partition(" - ")[0]
+                raise CalibrationError(
+                    f"{_place_of_line(self._path, place)}: no row of cells ({reason}); see to its quotes"
+                ) from error
+            if cells is None:
+                return
+            if cells:
+                yield place, cells
+            place = end
 
     def identity(self) -> dict[str, Any]:
         return {"sha256": files.sha256(self._path)}
@@ -441,32 +533,109 @@ def _message(message: Any, field: str, where: Callable[[], str]) -> dict[str, An
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
-    """An open file, unpacked if it is gzipped, whose errors are the project's own."""
+    """An open file, unpacked if it is gzipped by its name or content, whose errors are the project's own."""
     try:
-        with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
-            yield cast(BinaryIO, file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise CalibrationError(f"cannot read the text {path}: {getattr(error, 'strerror', None) or error}") from error
+        with path.open("rb") as raw:
+            packed = path.name.lower().endswith(PACKED_TEXT) or raw.read(len(_GZIP)) == _GZIP
+            raw.seek(0)
+            with gzip.GzipFile(fileobj=raw) if packed else nullcontext(raw) as file:
+                yield cast(BinaryIO, file)
+    except EOFError as error:
+        raise CalibrationError(
+            f"cannot read the text {path}: it is truncated, its gzip data has no end; fetch or pack it again"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise CalibrationError(
+            f"cannot read the text {path}: it is corrupt, or not gzip ({error}); fetch or pack it again"
+        ) from error
+    except OSError as error:
+        raise CalibrationError(f"cannot read the text {path}: {error.strerror or error}") from error
 
 
-def _is_packed(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
-
-
-def _unpacked(file: BinaryIO, path: Path) -> int:
-    """Bytes of a file that stands at its beginning, unpacked; it stands there again.
+def _measure(path: Path) -> int:
+    """Bytes of a text, unpacked.
 
     Raises:
-        CalibrationError: a small file unpacks to more than any text would.
+        CalibrationError: it is packed or encoded as nothing that is read here, its gzip data is unsound, or a small file
+            unpacks to more than any text would.
     """
-    if not _is_packed(path):
-        size = file.seek(0, 2)
-        file.seek(0)
+    with _reading(path) as file:
+        head = file.read(_HEAD)
+        _refuse_foreign(path, head)
+        if isinstance(file, io.BufferedReader):
+            return file.seek(0, 2)
+        most, size = max(UNPACKED, PACKED * path.stat().st_size), len(head)
+        while chunk := file.read(1 << 20):
+            size += len(chunk)
+            if size > most:
+                raise CalibrationError(f"{path} unpacks to more than {PACKED} times its size; it is no text")
         return size
-    most, size = max(UNPACKED, PACKED * path.stat().st_size), 0
-    while chunk := file.read(1 << 20):
-        size += len(chunk)
-        if size > most:
-            raise CalibrationError(f"{path} unpacks to more than {PACKED} times its size; it is no text")
-    file.seek(0)
-    return size
+
+
+def _refuse_foreign(path: Path, head: bytes) -> None:
+    """See that a text, which begins with `head`, is in a form that can be read."""
+    if head.startswith(_GZIP):
+        raise CalibrationError(f"{path} is gzipped twice; unpack it once")
+    for suffix, magic in _FOREIGN.items():
+        if path.name.lower().endswith(suffix) or re.match(magic, head, re.DOTALL):
+            raise CalibrationError(f"{path} is packed as {suffix}, which is not read; unpack it, or pack it with gzip")
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            raise CalibrationError(f"{path} is {encoding} text, by its byte-order mark; convert it to UTF-8")
+
+
+def _cut(data: bytes, edge: int) -> int:
+    """The first place from `edge` on where a line begins or, if there is none for long, a character."""
+    ahead = data[edge : edge + _LOOK_AHEAD]
+    if (newline := ahead.find(b"\n")) >= 0:
+        return edge + newline + 1
+    return edge + next((place for place, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)
+
+
+def _mark(data: bytes) -> int:
+    """Bytes of the byte-order mark that UTF-8 text begins with; 0 without one."""
+    return len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+
+
+def _decoded(data: bytes, path: Path, place: int) -> str:
+    """The text of bytes that lie at `place` in a file.
+
+    Raises:
+        CalibrationError: they are not UTF-8, or hold NUL, which UTF-16 and binary files have and text has not.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text (byte {place + error.start}); convert it to UTF-8") from error
+    if "\0" in text:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text (byte {place + data.index(0)} is NUL, as in UTF-16); convert it to UTF-8"
+        )
+    return text
+
+
+def _line(file: BinaryIO, path: Path, place: int, read: int = 0) -> bytes:
+    """The next line of a row that begins at `place`, `read` bytes of which are read; empty at the file's end."""
+    line = file.readline(LINE - read + 1)
+    if read + len(line) > LINE:
+        raise CalibrationError(f"{_place_of_line(path, place)}: longer than {LINE >> 20} MiB, which no document is")
+    return line
+
+
+def _place_of_line(path: Path, place: int) -> str:
+    """The line that begins at a byte, for people; lines are counted only now."""
+    lines = 1
+    with _reading(path) as file:
+        while place > 0 and (chunk := file.read(min(1 << 20, place))):
+            lines, place = lines + chunk.count(b"\n"), place - len(chunk)
+    return f"{path}, line {lines}"
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """A context in which the `csv` module reads cells as long as a row may be; its limit is the whole process's."""
+    before = csv.field_size_limit(LINE)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)

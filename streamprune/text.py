@@ -34,8 +34,8 @@ class Source:
     """
 
     place: str
-    """A file (`.jsonl`, `.ndjson`, `.json`, each with or without `.gz`, `.parquet`, all else is UTF-8 text), a folder that
-    the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``."""
+    """A file (`.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`, all else is UTF-8 text; all but `.parquet` also
+    with `.gz`), a folder that the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``."""
     field: str | None = None
     """Where a row has its text or conversation; None takes text, messages, conversations or content, whichever comes first."""
     weight: float = 1.0

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import csv
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import random
 import re
+import tarfile
 import tracemalloc
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
@@ -55,6 +62,25 @@ def lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def delimited(path: Path, rows: list[list[str]], *, mark: bytes = b"", **options: Any) -> Path:
+    held = io.StringIO(newline="")
+    csv.writer(held, delimiter="\t" if ".tsv" in path.name else ",", **options).writerows(rows)
+    data = mark + held.getvalue().encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def packed(path: Path, text: str) -> Path:
+    path.write_bytes(gzip.compress(text.encode()))
+    return path
+
+
+def marked(path: Path) -> Path:
+    """With UTF-8's byte-order mark in front."""
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    return path
+
+
 def parquet(path: Path, columns: dict[str, Any], group: int = 70) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -87,6 +113,25 @@ FORMS: dict[str, Callable[[Path, list[str]], Any]] = {
     "gz": lambda folder, texts: lines(folder / "t.jsonl.gz", [{"text": text} for text in texts]),
     "field": lambda folder, texts: f"{lines(folder / 't.jsonl', [{'text': 'no', 'body': t} for t in texts])}:body",
     "content": lambda folder, texts: lines(folder / "t.ndjson", [{"content": text} for text in texts]),
+    "jsonl with a mark": lambda folder, texts: marked(lines(folder / "t.jsonl", [{"text": text} for text in texts])),
+    "gz by content": lambda folder, texts: lines(folder / "t.jsonl.gz", [{"text": t} for t in texts]).rename(
+        folder / "t.jsonl"
+    ),
+    "text gz": lambda folder, texts: packed(folder / "t.txt.gz", "\n\n".join(texts)),
+    "text gz by content": lambda folder, texts: packed(folder / "t.txt", "\n\n".join(texts)),
+    "text gz with a mark": lambda folder, texts: packed(folder / "t.txt.gz", "\ufeff" + "\n\n".join(texts)),
+    "csv": lambda folder, texts: delimited(folder / "T.CSV", [["id", "text"], *(["1", text] for text in texts)]),
+    "csv field": lambda folder, texts: (
+        f"{delimited(folder / 't.csv', [['text', 'the body'], *(['no', text] for text in texts)])}:the body"
+    ),
+    "csv gz": lambda folder, texts: delimited(folder / "t.csv.gz", [["content"], *([text] for text in texts)]),
+    "csv with a mark": lambda folder, texts: delimited(
+        folder / "t.csv", [["text"], *([text] for text in texts)], mark=codecs.BOM_UTF8
+    ),
+    "csv gaps": lambda folder, texts: delimited(
+        folder / "t.csv", [["text", "n"], *(row for text in texts for row in ([text, "x"], ["", "y"], []))]
+    ),
+    "tsv": lambda folder, texts: delimited(folder / "t.tsv", [["id", "text"], *(["1", text] for text in texts)]),
     "gaps": lambda folder, texts: lines(
         folder / "t.jsonl", [row for text in texts for row in ({"text": text}, {"text": ""}, {"text": None})]
     ),
@@ -141,12 +186,12 @@ def test_blocks_of_a_text_make_the_whole(
     monkeypatch.setattr(documents, "BLOCK", block)
     plain = documents.open_documents(str(path), None)
     found = [part for _, parts in plain.read(range(len(plain))) for part in parts]
-    assert "".join(found) == path.read_text(encoding="utf-8")
+    assert "".join(found) == path.read_text(encoding="utf-8-sig")
     for number in range(0, len(plain), 7):
         assert next(plain.read([number])) == (number, [found[number]])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dataset"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "parquet", "dataset"])
 @pytest.mark.parametrize("block", [1, 33, 4000])
 def test_blocks_hold_every_document_once(
     kind: str, block: int, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,8 +202,13 @@ def test_blocks_hold_every_document_once(
         parquet(path, {"text": rows})
     elif kind == "dataset":
         saved(path, {"text": rows})
-    else:
+    elif kind.startswith("jsonl"):
         lines(path, [{"text": row} for row in rows])
+    else:
+        # What has to be quoted, in cells beside them too.
+        rows = [row.replace("a", '"').replace("b", "\n").replace("c", "\t").replace("d", "\r\n") for row in rows]
+        rest = [["x\n", 'say ""', ""][number % 3] for number in range(len(rows))]
+        delimited(path, [["t\no", "text"], *map(list, zip(rest, rows, strict=True))])
     monkeypatch.setattr(documents, "BLOCK", block)
     monkeypatch.setattr(documents, "ROWS", block)
     found = documents.open_documents(str(path), None)
@@ -168,10 +218,59 @@ def test_blocks_hold_every_document_once(
     assert dict(found.read(some)) == {number: blocks[number] for number in some}
 
 
+@pytest.mark.parametrize("kind", ["txt.gz", "jsonl.gz", "csv.gz"])
+@pytest.mark.parametrize("some", [slice(None), slice(1, None, 3)])
+def test_a_packed_file_is_read_forwards_only(
+    kind: str, some: slice, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going back in one means unpacking it from its beginning, for every block."""
+
+    class Forwards(gzip.GzipFile):
+        def seek(self, offset: int, whence: int = 0) -> int:
+            assert whence or offset >= self.tell()
+            return super().seek(offset, whence)
+
+    path = tmp_path / f"t.{kind}"
+    if kind == "txt.gz":
+        packed(path, "\n".join(texts))
+    elif kind == "jsonl.gz":
+        lines(path, [{"text": text} for text in texts])
+    else:
+        delimited(path, [["text"], *([text] for text in texts)])
+    monkeypatch.setattr(documents, "BLOCK", 64)
+    monkeypatch.setattr(documents, "_LOOK_AHEAD", 16)
+    found = documents.open_documents(str(path), None)
+    numbers = list(range(len(found)))[some]
+    assert len(numbers) > 30
+    whole = dict(found.read(range(len(found))))
+    monkeypatch.setattr(gzip, "GzipFile", Forwards)
+    assert dict(found.read(numbers)) == {number: whole[number] for number in numbers}
+
+
+def test_members_of_a_packed_file_are_read_one_after_another(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt.gz"
+    path.write_bytes(gzip.compress(b"one ") + gzip.compress(b"") + gzip.compress(b"two\n") + bytes(8))
+    found = documents.open_documents(str(path), None)
+    assert list(found.read([0])) == [(0, ["one two\n"])]
+
+
+def test_long_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the csv module's own limit, which stays what it is for others."""
+    before = csv.field_size_limit()
+    path = delimited(tmp_path / "t.csv", [["text"], ["a" * (before + 1)], ["b"]])
+    found = documents.open_documents(str(path), None)
+    assert [each for _, block in found.read(range(len(found))) for each in block] == ["a" * (before + 1), "b"]
+    assert csv.field_size_limit() == before
+    monkeypatch.setattr(documents, "LINE", 1000)
+    delimited(path, [["text"], ["x"], ["line\n" * 300]])
+    with pytest.raises(CalibrationError, match=r"t\.csv, line 3: longer than"):
+        documents.open_documents(str(path), None)
+
+
 # Huge sources.
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "csv", "parquet"])
 def test_a_huge_source_is_sampled_within_bounds(kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     size, pool = 40 << 20, 1 << 18
     document = "".join(random.Random(5).choices(ALPHABET.replace(",", ""), k=2000))
@@ -179,10 +278,12 @@ def test_a_huge_source_is_sampled_within_bounds(kind: str, tokenizer: Any, tmp_p
     if kind == "parquet":
         parquet(path, {"text": [f"{document},{number:,}," for number in range(size // 2000)]}, group=10_000)
     else:
-        with path.open("w") as file:
+        with gzip.open(path, "wt", compresslevel=1) if kind == "txt.gz" else path.open("w") as file:
+            file.write("text\n" if kind == "csv" else "")
             for number in range(size // 2000):
                 text = f"{document},{number:,},"
-                file.write(json.dumps({"text": text}) + "\n" if kind == "jsonl" else text + "\n")
+                row = {"jsonl": json.dumps({"text": text}), "csv": f'"{text}"'}.get(kind, text)
+                file.write(f"{row}\n")
     tokenised = []
     encode = calibration._encode
     monkeypatch.setattr(calibration, "POOL", pool)
@@ -198,12 +299,13 @@ def test_a_huge_source_is_sampled_within_bounds(kind: str, tokenizer: Any, tmp_p
     assert peak < 60 * pool < size
     assert windows.shape == (8, 30)
     for window in windows:
-        assert letters(window).replace("\n", "")[:5] in document + ",0123456789,"
+        # What the tokenizer does not know, digits and newlines, is left out.
+        assert letters(window).replace("\n", "")[:5] in document + ",,," + document
     assert torch.equal(draw(tokenizer, path, samples=8, length=30), windows)
     assert not torch.equal(draw(tokenizer, path, samples=8, length=30, seed=4), windows)
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
 def test_every_part_of_a_thinned_source_is_as_likely(
     kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +316,8 @@ def test_every_part_of_a_thinned_source_is_as_likely(
         path.write_text("\n".join(rows))
     elif kind == "jsonl":
         lines(path, [{"text": row} for row in rows])
+    elif kind == "csv":
+        delimited(path, [["text"], *([row] for row in rows)])
     else:
         parquet(path, {"text": rows}, group=11)
     monkeypatch.setattr(documents, "BLOCK", 40)
@@ -221,7 +325,7 @@ def test_every_part_of_a_thinned_source_is_as_likely(
     monkeypatch.setattr(calibration, "POOL", 300)
     monkeypatch.setattr(calibration, "POOL_PER_TOKEN", 1)
     found: Counter[str] = Counter()
-    for seed in range(300):
+    for seed in range(600):
         found.update(letters(draw(tokenizer, path, samples=20, length=2, seed=seed).flatten()).replace("\n", ""))
     whole = Counter("".join(rows))
     for letter in whole:
@@ -293,7 +397,32 @@ def test_what_is_there_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("t.jsonl=much", "'t.jsonl=much': the weight 'much' is not a number"),
         ("u.jsonl:text=0.5", "cannot read the text u.jsonl:text=0.5: No such file"),
         ("t.jsonl:body", "t.jsonl has no field 'body'; it has id, text"),
-        ("t.txt:body", "t.txt:body: a field is of .jsonl, .ndjson, .json or .parquet files and datasets"),
+        ("t.txt:body", "t.txt:body: a field is of .jsonl, .ndjson, .json, .csv, .tsv or .parquet files and datasets"),
+        ("t.csv:body", "t.csv has no field 'body'; it has id, text"),
+        ("nameless.csv", "name one after a colon, nameless.csv:FIELD; it has id, prose"),
+        ("twice.csv", "twice.csv has 2 columns 'text'; rename all but one"),
+        ("ragged.csv", "ragged.csv, line 4: 3 cells, and the header has 2; quote cells that hold delimiters"),
+        ("open.csv", "open.csv, line 3: no row of cells (unexpected end of data); see to its quotes"),
+        ("odd.csv", "odd.csv, line 2: no row of cells (',' expected after '\"'); see to its quotes"),
+        ("returns.csv", "returns.csv, line 2: no row of cells (new-line character seen in unquoted field); see to"),
+        ("latin.csv", "latin.csv is not UTF-8 text (byte 8); convert it to UTF-8"),
+        ("nul.csv", "nul.csv is not UTF-8 text (byte 6 is NUL, as in UTF-16); convert it to UTF-8"),
+        ("empty.csv", "empty.csv is empty"),
+        ("header.csv", "header.csv is empty"),
+        ("no.csv.gz", "cannot read the text no.csv.gz: it is corrupt, or not gzip (Not a gzipped file"),
+        ("latin.txt", "latin.txt is not UTF-8 text (byte 3); convert it to UTF-8"),
+        ("far.txt", "far.txt is not UTF-8 text (byte 32); convert it to UTF-8"),
+        ("nul.txt", "nul.txt is not UTF-8 text (byte 24 is NUL, as in UTF-16); convert it to UTF-8"),
+        ("mark.txt", "mark.txt is empty"),
+        ("empty.txt.gz", "empty.txt.gz is empty"),
+        ("empty2.txt.gz", "empty2.txt.gz is empty"),
+        ("no.txt.gz", "cannot read the text no.txt.gz: it is corrupt, or not gzip (Not a gzipped file"),
+        ("cut.txt.gz", "cannot read the text cut.txt.gz: it is truncated, its gzip data has no end; fetch or pack"),
+        ("sum.txt.gz", "cannot read the text sum.txt.gz: it is corrupt, or not gzip (CRC check failed"),
+        ("tail.txt.gz", "cannot read the text tail.txt.gz: it is corrupt, or not gzip (Not a gzipped file (b'on'))"),
+        ("twice.txt.gz", "twice.txt.gz is gzipped twice; unpack it once"),
+        ("wide.jsonl", "wide.jsonl, line 1: not JSON (Expecting"),
+        ("wide.jsonl", "; it has NUL bytes, as UTF-16 has: convert it to UTF-8"),
         ("t.parquet:body", "t.parquet has no field 'body'; it has text"),
         (
             "nameless.jsonl",
@@ -313,7 +442,7 @@ def test_what_is_there_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("empty.parquet", "empty.parquet is empty"),
         ("no.parquet", "no.parquet cannot be read as parquet"),
         ("no.jsonl.gz", "cannot read the text no.jsonl.gz"),
-        ("cut.jsonl.gz", "cannot read the text cut.jsonl.gz"),
+        ("cut.jsonl.gz", "cannot read the text cut.jsonl.gz: it is truncated"),
         ("chat.jsonl", "chat.jsonl has conversations, and the model's tokenizer no chat template"),
         ("hf:nowhere/nothing", "hf:nowhere/nothing is no dataset that can be loaded"),
         ("hf:data@test[:5]:text", "hf:data@test[:5] has no split 'test[:5]'; it has none"),
@@ -342,12 +471,100 @@ def test_errors_say_the_place(
     Path("no.parquet").write_text("PAR0")
     Path("no.jsonl.gz").write_text("{}")
     Path("cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(good).encode())[:-9])
+    delimited(Path("t.csv"), [["id", "text"], ["1", "some text"]])
+    delimited(Path("nameless.csv"), [["id", "prose"], ["1", "x"]])
+    delimited(Path("twice.csv"), [["text", "text"], ["1", "x"]])
+    delimited(Path("ragged.csv"), [["id", "text"], ["1", "a\nb"], ["2", "c", "d"]])
+    Path("open.csv").write_text('text\nfine\n"a quote\nand no end')
+    Path("odd.csv").write_text('text\n"odd" text\n')
+    Path("returns.csv").write_bytes(b"text\na\rb\n")
+    Path("latin.csv").write_bytes(b"\xef\xbb\xbftext\n\xe9\n")
+    Path("nul.csv").write_bytes(b"text\na\0\n")
+    Path("empty.csv").write_text("\n")
+    Path("header.csv").write_text("text\n")
+    Path("no.csv.gz").write_text("text\nx\n")
+    Path("latin.txt").write_bytes(codecs.BOM_UTF8 + b"\xe9x")
+    Path("far.txt").write_bytes("\ufeff123456\n".encode() + b"a line.\n" * 2 + b"123456\xe9")
+    Path("nul.txt").write_bytes(b"a line.\n" * 3 + b"\0")
+    Path("mark.txt").write_bytes(codecs.BOM_UTF8)
+    Path("empty.txt.gz").touch()
+    packed(Path("empty2.txt.gz"), "")
+    Path("no.txt.gz").write_text("some text")
+    whole = gzip.compress(b"some text")
+    Path("cut.txt.gz").write_bytes(whole[:-9])
+    Path("sum.txt.gz").write_bytes(whole[:-8] + bytes(8))
+    Path("tail.txt.gz").write_bytes(whole + b"on")
+    Path("twice.txt.gz").write_bytes(gzip.compress(whole))
+    Path("wide.jsonl").write_bytes(json.dumps(good).encode("utf-16-le"))
     lines(Path("chat.jsonl"), [{"messages": [{"role": "user", "content": "x"}]}])
     saved(Path("data"), {"text": ["x"]})
     # Lines in far blocks are counted too.
     monkeypatch.setattr(documents, "BLOCK", 10)
     with pytest.raises(StreamPruneError, match=re.escape(message)):
         draw(tokenizer, spec, samples=1, length=2)
+
+
+def _zipped(data: bytes) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("t.txt", data)
+    return held.getvalue()
+
+
+def _archived(data: bytes) -> bytes:
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as archive:
+        entry = tarfile.TarInfo("t.txt")
+        entry.size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    return held.getvalue()
+
+
+FOREIGN: dict[str, Callable[[bytes], bytes]] = {
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    ".zst": lambda data: b"\x28\xb5\x2f\xfd" + data,
+    ".lz4": lambda data: b"\x04\x22\x4d\x18" + data,
+    ".7z": lambda data: b"7z\xbc\xaf\x27\x1c" + data,
+    ".zip": _zipped,
+    ".tar": _archived,
+}
+
+
+@pytest.mark.parametrize("suffix", FOREIGN)
+def test_packed_forms_that_are_not_read(suffix: str, tmp_path: Path) -> None:
+    """By their names and by what they hold."""
+    data = FOREIGN[suffix](b"some text\n" * 50)
+    for name, content in (
+        (f"t.txt{suffix}", data),
+        (f"t.jsonl{suffix.upper()}", b"anything"),
+        ("t.txt", data),
+        ("t.jsonl", data),
+        ("t.csv", data),
+        ("t.txt.gz", gzip.compress(data)),
+        ("t.tgz", gzip.compress(data)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        message = rf"{re.escape(name)} is packed as \{suffix}, which is not read; unpack it, or pack it with gzip"
+        with pytest.raises(CalibrationError, match=message):
+            documents.open_documents(str(tmp_path / name), None)
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.csv", "t.txt.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_other_encodings_are_named(name: str, encoding: str, tmp_path: Path) -> None:
+    data = "\ufefftext\n".encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    message = f"{re.escape(name)} is {encoding[:6].upper()} text, by its byte-order mark; convert it to UTF-8"
+    with pytest.raises(CalibrationError, match=message):
+        documents.open_documents(str(tmp_path / name), None)
+
+
+def test_a_bomb_of_text(tmp_path: Path) -> None:
+    path = packed(tmp_path / "t.txt.gz", "a" * (documents.UNPACKED + 1))
+    with pytest.raises(CalibrationError, match=r"t\.txt\.gz unpacks to more than 200 times its size; it is no text"):
+        documents.open_documents(str(path), None)
 
 
 def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +689,18 @@ def test_perplexity_of_conversations(tiny: Tiny, texts: list[str], tmp_path: Pat
     measured = streamprune.evaluate(model, rows, seq_len=24)
     assert measured.perplexity == streamprune.evaluate(model, tmp_path / "t.txt", seq_len=24).perplexity
     assert "documents of field 'messages' joined as the chat template writes them, tokenised" in measured.protocol
+
+
+def test_a_packed_text_is_measured_whole(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    path = packed(tmp_path / "t.txt.gz", text.read_text())
+    assert path.stat().st_size < text.stat().st_size / 1.5
+    one, other = (streamprune.evaluate(tiny("llama"), each, seq_len=24) for each in (text, path))
+    assert (one.perplexity, one.tokens, one.protocol) == (other.perplexity, other.tokens, other.protocol)
+    assert one.tokens == len(text.read_text()) // 24 * 23
+    path.write_bytes(path.read_bytes()[:-100])
+    done = CliRunner().invoke(main, ["eval", str(tiny("llama")), "--text", str(path)])
+    assert done.exit_code == 1
+    assert f"cannot read the text {path}: it is truncated" in done.stderr
 
 
 def test_too_little_text_is_said_once_a_source(

@@ -328,6 +328,17 @@ def lines(home: Path) -> Target:
     return Target((seed,), mutation.as_lines, read, 200, 10_000)
 
 
+def delimited(home: Path) -> Target:
+    read_text, path = _Read(home), home / "calibration.csv"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        read_text(path)
+
+    seed = f'\ufeffnumber,text\r\n1,"{WORDS}, ""quoted"",\n{WORDS}"\r\n\r\n'.encode() + f'2,"{WORDS}"\n'.encode() * 3
+    return Target((seed,), mutation.binary, read, 200, 10_000)
+
+
 def packed(home: Path) -> Target:
     read_text, path = _Read(home), home / "calibration.jsonl.gz"
 
@@ -399,6 +410,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         report,
         text,
         lines,
+        delimited,
         packed,
         table,
         source,
