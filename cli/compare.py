@@ -71,16 +71,21 @@ def compare(
 
     options.begin()
 
+    variants = _variants(recipes, settings)
     with show.progress(quiet) as progress:
         found = streamprune.compare(
             model,
             ratios=_numbers(ratios),
-            recipes=_variants(recipes, settings),
+            recipes=variants,
             text=text,
             disk=options.size(disk, "--disk"),
             progress=progress,
             **options.machine(**chosen),
         )
+    common = {"model": model, "out": Path(found.out), "ratio": 0.5, "refine": chosen["refine"]}
+    options.note_unread(
+        quiet, *(streamprune.Config(recipe=each.recipe, settings=each.settings, **common) for each in variants)
+    )
     lines = show.table(found.cells())
     if found.reached:
         lines += ["", *show.table(found.reached_cells())]

@@ -88,6 +88,7 @@ def _job(job: dict[str, Any]) -> list[str]:
             f"{report['recipe']}: {report['ratio_blocks']:.2%} of the blocks' and {report['ratio_model']:.2%} of the "
             f"model's parameters {'made zero' if report['zeros'] else 'removed'}, {report['ratio_requested']:.2%} asked for"
         )
+        lines += [report["ratio_missed"]] if report.get("ratio_missed") else []
     elif "finished" in job:
         lines.append(f"finished steps: {', '.join(job['finished']) or 'none'}")
     if sites := report.get("sites", job.get("sites", [])):

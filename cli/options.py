@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from . import show
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -197,6 +200,23 @@ def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
             raise ConfigError(f"--set {name} is given twice: {chosen[name]!r} and {value!r}")
         chosen[name] = value
     return chosen
+
+
+def note_unread(quiet: bool, *configs: Any) -> None:
+    """Say on stderr which options about text were given although no recipe reads any."""
+    from streamprune.job import unread
+
+    context = click.get_current_context()
+    given = {
+        parameter.name: parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    }
+    idle = [option for name, option in given.items() if all(name in unread(config) for config in configs)]
+    if idle and not quiet:
+        recipes = ", ".join(dict.fromkeys(config.recipe for config in configs))
+        does = "reads no text" if len(configs) == 1 else "read no text"
+        show.tell(f"{recipes} {does} here, so {', '.join(idle)} changed nothing")
 
 
 def config(

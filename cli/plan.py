@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     import streamprune
     from streamprune.config import format_bytes
 
-    config = options.config(model, Path(f"{model}-pruned"), **chosen)
+    config = options.config(model, Path(f"{Path(os.path.abspath(model)).name}-pruned"), **chosen)
     with show.watched(quiet) as progress:
         resources = streamprune.forecast_job(config, progress=progress)
     rows = [
@@ -75,7 +76,9 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
         steps.append([name, *(format_bytes(each[part]) for part in parts)])
     problems = [f"does not fit: {problem}" for problem in resources.problems]
     tables = [*show.table([["", "", ""], *rows])[1:], "", *show.table(steps), ""]
-    lines = problems if quiet else [*tables, *(problems or ["it fits"])]
+    missed = [] if resources.ratio_missed is None else [f"misses its ratio: {resources.ratio_missed}"]
+    lines = problems if quiet else [*tables, *(problems or ["it fits"]), *missed]
     show.result(resources.as_dict(), as_json, lines)
+    options.note_unread(quiet, config)
     if resources.problems:
         click.get_current_context().exit(1)

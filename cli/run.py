@@ -15,14 +15,27 @@ from . import options, show
 @click.argument("model", type=options.DIRECTORY)
 @click.argument("out", type=options.DIRECTORY)
 @options.job_options
-@click.option("--plan-only", is_flag=True, help="Stop before pruning and print where the plan file is.")
-@click.option("--restart", is_flag=True, help="Throw away what an earlier job left in OUT, finished or not.")
+@click.option("--plan-only", is_flag=True, help="Stop before pruning and print the path of the plan file.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if OUT misses its ratio by more than one unit.")
+@click.option("--restart", is_flag=True, help="Delete what an earlier job left in OUT, finished or not.")
 @options.output_options
-def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
-    """Prune MODEL, a checkpoint directory or a name on the hub, into OUT.
+def run(
+    model: Path,
+    out: Path,
+    plan_only: bool,
+    strict: bool,
+    restart: bool,
+    as_json: bool,
+    quiet: bool,
+    **chosen: Any,
+) -> None:
+    """Prune MODEL into OUT.
 
-    OUT appears complete or not at all. Interrupted, the same command goes on where it stopped; until then the work
-    lies in OUT.streamprune.
+    MODEL is a checkpoint directory or a hub name. OUT appears complete or not at all. After an interruption, run the same
+    command again to resume; until it finishes, its work is in OUT.streamprune.
+
+    A result that misses its ratio by more than one unit is written all the same, with a note that says why. With --strict
+    the exit code is then 1.
 
     Examples:
 
@@ -37,7 +50,10 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, q
       torchrun --nproc-per-node 4 -m streamprune_cli run llama-70b llama-49b --ratio 0.3 --calibration wiki.txt
     """
     import streamprune
+    from streamprune.errors import ConfigError
 
+    if strict and plan_only:
+        raise ConfigError("--strict judges a result, and --plan-only makes none; give one of them")
     options.begin(shared=True)
 
     with streamprune.joined() as ranks:
@@ -51,6 +67,7 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, q
         return
     if plan_only:
         show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
+        options.note_unread(quiet, config)
         return
     from streamprune.config import format_bytes, format_passes
 
@@ -67,3 +84,10 @@ def run(model: Path, out: Path, plan_only: bool, restart: bool, as_json: bool, q
     if result.tokens is not None:
         lines.append(f"calibrated on tokens {result.tokens}")
     show.result(asdict(result), as_json, lines)
+    options.note_unread(quiet, config)
+    if result.ratio_missed is not None:
+        if strict:
+            show.tell(f"{result.out}: {result.ratio_missed}; the result is written, and --strict makes this a failure")
+            click.get_current_context().exit(1)
+        if not quiet:
+            show.tell(f"{result.out}: {result.ratio_missed}")

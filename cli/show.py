@@ -111,6 +111,11 @@ def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
             click.echo(printable(line))
 
 
+def tell(message: str) -> None:
+    """One line on stderr."""
+    click.echo(f"streamprune: {printable(' '.join(message.split()))}", err=True)
+
+
 def printable(line: str) -> str:
     """One line that commands no terminal: what people read quotes names out of files that anybody may have made."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)

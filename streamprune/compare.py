@@ -352,10 +352,10 @@ class _Work:
                 out=None,
             )
         ]
-        shared_peaks = []
+        shared_peaks, notes = [], []
         for number, candidate in enumerate(self.candidates, start=2):
             self.progress.row(number, f"{candidate.variant.label} at {candidate.config.ratio:g}")
-            figures, own_peak = self._pruned(candidate)
+            line = self._pruned(candidate)
             measured = self._measured(candidate.name, candidate.config.out)
             if not measured["keep"]:
                 files.remove_tree(candidate.config.out)
@@ -371,11 +371,13 @@ class _Work:
                     perplexity=measured["perplexity"],
                     log_gap=math.log(measured["perplexity"]) - level,
                     out=str(candidate.config.out) if there else None,
-                    **figures,
+                    **line["figures"],
                 )
             )
-            shared_peaks += [] if own_peak else [candidate.name]
-        notes = self._budget_notes(rows)
+            shared_peaks += [] if line["own_peak"] else [candidate.name]
+            if missed := line.get("ratio_missed"):
+                notes.append(f"{candidate.variant.label} at {candidate.config.ratio:g} {missed}.")
+        notes += self._budget_notes(rows)
         if shared_peaks:
             notes.append(
                 f"Host peaks of all that the process had done until then, not of one row: {', '.join(shared_peaks)}."
@@ -390,8 +392,8 @@ class _Work:
             notes=tuple(notes),
         )
 
-    def _pruned(self, candidate: _Candidate) -> tuple[Entry, bool]:
-        """Figures of the row's pruning, and whether its peak of host memory is its own."""
+    def _pruned(self, candidate: _Candidate) -> Entry:
+        """The journal's line of the row's pruning: figures, whether its peak of host memory is its own, why a ratio is missed."""
         line = self.journal.find(f"prune/{candidate.name}")
         if line is not None and self.journal.find(f"eval/{candidate.name}") is None:
             self._hold(candidate)
@@ -415,9 +417,10 @@ class _Work:
                     "peak_device_bytes": result.peak_device_bytes,
                 },
                 own_peak=own_peak,
+                ratio_missed=result.ratio_missed,
                 seconds=round(time.monotonic() - started, 3),
             )
-        return line["figures"], line["own_peak"]
+        return line
 
     def _hold(self, candidate: _Candidate) -> None:
         """See that what an earlier process pruned, and nobody has measured, is as it was written."""

@@ -61,6 +61,8 @@ class Resources:
     """Why it does not fit, and what would; empty when it does."""
     steps: int = 0
     """Of a job: as many as `status` counts."""
+    ratio_missed: str | None = None
+    """Why a job cannot remove what was asked, where that is certain beforehand."""
 
     @property
     def sizes(self) -> Sizes:

@@ -38,6 +38,7 @@ from .progress import Progress
 from .ranks import ALONE, Ranks
 from .schedule import Stretch, as_entries
 from .site import Site
+from .shortfall import Goal, largest_unit
 from .stream.store import ActivationStore
 from .text import Text, builtin_text
 from .workplace import Workplace, first_difference, text_identity
@@ -135,8 +136,7 @@ class Job(Workplace):
     @property
     def surveys(self) -> bool:
         """Whether the model is surveyed before anything is removed."""
-        spared = self.given_plan is not None and not self.recipe.keeps_findings(self.settings)
-        return self.recipe.statistics(self.settings) is not None and not spared
+        return _surveys(self.config, self.recipe, self.settings)
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -146,9 +146,7 @@ class Job(Workplace):
     @property
     def streams(self) -> bool:
         """Whether the prune sweep needs activations."""
-        recipe, settings = self.recipe, self.settings
-        wants = recipe.wants_gram(settings) or recipe.wants_inputs(settings) or recipe.target(settings) is not None
-        return wants or recipe.compensation(settings) is not None or self.config.refine > 0
+        return _streams(self.config, self.recipe, self.settings)
 
     @property
     def needs_text(self) -> bool:
@@ -255,7 +253,44 @@ class Job(Workplace):
             self.needs,
             **{name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]},
         )
-        return replace(found, steps=sum(stretch.steps for stretch in self._schedule(found.phases)))
+        return replace(
+            found,
+            steps=sum(stretch.steps for stretch in self._schedule(found.phases)),
+            ratio_missed=self.goal.foreseen(self._planned, self._counted_tokens),
+        )
+
+    @cached_property
+    def goal(self) -> Goal:
+        """What the result is held against: the ratio or, where none was given, the plan."""
+        budget, sites, plan = self.budget(), self.changeable(self.sites), self.given_plan
+        target, slack = budget.target, largest_unit(sites, budget)
+        if plan is not None and self.config.ratio is None:
+            target = sum(
+                (site.units - plan[site.name].keep) * site.unit_parameters + sum(plan[site.name].zeros or ())
+                for site in sites
+            )
+        zeros = self.recipe.writes_zeros(self.settings)
+        if zeros:
+            window = sum(self.skeleton.block_parameters(index) for index in self.window)
+            slack = window - sum(sum(site.linears) for site in sites)
+        what = {
+            "blocks": "the blocks' parameters",
+            "model": "the model's parameters",
+            "window": f"the parameters of blocks {self.window.start}:{self.window.stop}",
+        }[self.config.ratio_of]
+        return Goal(sites, budget, target, slack, what, zeros, None if plan is None else str(self.config.plan))
+
+    @property
+    def _planned(self) -> Mapping[str, int] | None:
+        """Units that stay, where they are known before any work."""
+        whole = self.given_plan is not None or (self.shots == 1 and self.recipe.statistics(self.settings) is None)
+        return self.keeps if whole and not self.recipe.writes_zeros(self.settings) else None
+
+    @property
+    def _counted_tokens(self) -> int | None:
+        """Calibration tokens, where it is counted how many reach each expert."""
+        counted = self.statistics or self.recipe.wants_gram(self.settings)
+        return self.config.samples * self.length if counted else None
 
     @property
     def _room(self) -> dict[str, int]:
@@ -429,6 +464,7 @@ class Job(Workplace):
             "ratio_blocks": removed / self.skeleton.block_parameters(),
             "ratio_model": removed / before,
             "parameters_before": before,
+            "ratio_missed": self.goal.missed(removed, sites),
             "parameters_after": before - removed + zeros,
             "zeros": zeros,
             "batch": self.batch,
@@ -545,3 +581,28 @@ class Job(Workplace):
         ratio = asked if asked is not None else planned
         assert ratio is not None
         return ratio
+
+
+def unread(config: Config) -> list[str]:
+    """Fields of a config that say which text to read and how, where its recipe reads none: they change nothing.
+
+    Raises:
+        ConfigError: no such recipe, or settings that it does not have.
+    """
+    check_recipe(config.recipe)
+    recipe = RECIPES[config.recipe]
+    settings = recipe.parse(config.settings)
+    summed = _surveys(config, recipe, settings) and recipe.statistics(settings)
+    if summed or _streams(config, recipe, settings):
+        return []
+    return ["calibration", "samples", "seq_len", *([] if recipe.seeded else ["seed"])]
+
+
+def _surveys(config: Config, recipe: Recipe[Any], settings: Any) -> bool:
+    spared = config.plan is not None and not recipe.keeps_findings(settings)
+    return recipe.statistics(settings) is not None and not spared
+
+
+def _streams(config: Config, recipe: Recipe[Any], settings: Any) -> bool:
+    wants = recipe.wants_gram(settings) or recipe.wants_inputs(settings) or recipe.target(settings) is not None
+    return wants or recipe.compensation(settings) is not None or config.refine > 0

@@ -38,6 +38,8 @@ class Result:
     ratio_model: float
     """Share of the whole model's parameters that went or became zero."""
     parameters_before: int
+    ratio_missed: str | None
+    """Why what went is further than one unit from what was asked, a sentence with both shares and what to do; None if it is not."""
     parameters_after: int
     """What the checkpoint holds, zeros too."""
     zeros: int
@@ -128,6 +130,7 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
         operations_by_kind=report.get("operations_by_kind", {}),
         sweeps_per_shot=report.get("sweeps_per_shot"),
         tokens=report.get("tokens"),
+        ratio_missed=report.get("ratio_missed"),
         seconds=round(seconds, 3),
         peak_device_bytes=device,
         peak_host_bytes=host,

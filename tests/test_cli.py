@@ -39,6 +39,7 @@ def test_run_prints_one_object_and_nothing_else_on_stdout(arguments: list[str], 
         "ratio_requested",
         "ratio_blocks",
         "ratio_model",
+        "ratio_missed",
         "parameters_before",
         "parameters_after",
         "zeros",
@@ -57,6 +58,8 @@ def test_run_prints_one_object_and_nothing_else_on_stdout(arguments: list[str], 
     ]
     assert result["out"] == str(tmp_path / "out")
     assert result["resumed"] is False
+    assert result["ratio_missed"] is None
+    assert "instead of" not in done.stderr
     # Progress: plain lines where stderr is no terminal.
     assert "survey: 6 of 6" in done.stderr
     assert "prune: 3 of 3" in done.stderr
@@ -113,6 +116,119 @@ def test_plan_forecasts(arguments: list[str]) -> None:
     tight = CliRunner().invoke(main, ["plan", arguments[0], *arguments[2:], "--memory", "20KB"])
     assert tight.exit_code == 1
     assert "does not fit: the memory limit is 19.5 KiB" in tight.stdout
+
+
+@pytest.fixture
+def scarce(tiny: Callable[..., Path], text: Path, tmp_path: Path) -> list[str]:
+    """A mixture of experts with so few tokens that no expert sees as many as it has channels."""
+    options = ["--ratio", "0.3", "--calibration", str(text), "--samples", "2", "--seq-len", "8", "--round-to", "4"]
+    return [str(tiny("mixtral")), str(tmp_path / "out"), *options, "--recipe", "wanda-sp"]
+
+
+CAPPED = (
+    r"removed 8\.21% of the blocks' parameters instead of 30\.00%: 12 of 12 experts keep all their channels, because fewer "
+    r"calibration tokens reached them than they have channels \(blocks\.\d\.ffn\.\d: \d tokens, 24 channels\); "
+    "raise --samples or --seq-len"
+)
+
+
+def test_a_missed_ratio_is_said(scarce: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["run", *scarce, "--json"])
+    assert done.exit_code == 0
+    result = json.loads(done.stdout)
+    assert (result["ratio_requested"], round(result["ratio_blocks"], 4)) == (0.3, 0.0821)
+    assert re.fullmatch(CAPPED, result["ratio_missed"])
+    assert done.stderr.splitlines()[-1] == f"streamprune: {tmp_path / 'out'}: {result['ratio_missed']}"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["ratio_missed"] == result["ratio_missed"]
+    assert result["ratio_missed"] in CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).stdout
+    # The finished result says so again, but not where only errors are wanted.
+    assert result["ratio_missed"] in CliRunner().invoke(main, ["run", *scarce]).stderr
+    quiet = CliRunner().invoke(main, ["run", *scarce, "--quiet"])
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+
+
+def test_strict_keeps_the_result_and_fails(scarce: list[str], tmp_path: Path) -> None:
+    for more in ([], ["--quiet"]):  # the second finds the result of the first
+        done = CliRunner().invoke(main, ["run", *scarce, "--strict", *more, "--json"])
+        assert done.exit_code == 1
+        assert json.loads(done.stdout)["out"] == str(tmp_path / "out")
+        assert re.search(CAPPED + "; the result is written, and --strict makes this a failure$", done.stderr.strip())
+    assert streamprune.verify(tmp_path / "out").sound
+    # With enough tokens nothing is missed.
+    enough = CliRunner().invoke(main, ["run", *scarce, "--samples", "64", "--strict", "--restart"])
+    assert enough.exit_code == 0
+    refused = CliRunner().invoke(main, ["run", *scarce, "--strict", "--plan-only"])
+    assert refused.exit_code == 2
+    assert "--strict judges a result, and --plan-only makes none" in refused.stderr
+
+
+def test_plan_knows_a_ratio_that_cannot_be_met(scarce: list[str]) -> None:
+    same = [scarce[0], *scarce[2:]]
+    known = (
+        "can remove at most 8.21% of the blocks' parameters instead of 30.00%: of 16 calibration tokens at most 0 of a "
+        "block's 4 experts can see as many as they have channels (24), and the other experts keep all their channels; "
+        "raise --samples or --seq-len"
+    )
+    found = CliRunner().invoke(main, ["plan", *same])
+    assert found.exit_code == 0
+    assert f"misses its ratio: {known}" in found.stdout.splitlines()
+    assert json.loads(CliRunner().invoke(main, ["plan", *same, "--json"]).stdout)["ratio_missed"] == known
+    assert CliRunner().invoke(main, ["plan", *same, "--quiet"]).stdout == ""
+    enough = CliRunner().invoke(main, ["plan", *same, "--samples", "64", "--json"])
+    assert json.loads(enough.stdout)["ratio_missed"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--recipe", "magnitude"], "--calibration, --samples, --seq-len"),
+        (["--recipe", "magnitude", "--seed", "0"], "--calibration, --samples, --seq-len, --seed"),
+        (["--recipe", "random", "--seed", "1"], "--calibration, --samples, --seq-len"),
+        (["--recipe", "magnitude", "--structure", "2:4"], "--calibration, --samples, --seq-len"),
+        (["--recipe", "magnitude", "--refine", "1"], None),
+        (["--recipe", "wanda-sp"], None),
+    ],
+)
+def test_options_about_text_that_change_nothing_are_said(
+    given: list[str], said: str | None, arguments: list[str], tmp_path: Path
+) -> None:
+    recipe = given[1]
+    note = [] if said is None else [f"streamprune: {recipe} reads no text here, so {said} changed nothing"]
+
+    def notes(*words: str) -> list[str]:
+        done = CliRunner().invoke(main, [*words, *given])
+        assert done.exit_code == 0, done.output
+        return [line for line in done.stderr.splitlines() if line.endswith("changed nothing")]
+
+    assert notes("run", *arguments) == note
+    assert notes("run", *arguments, "--quiet") == []
+    assert notes("plan", arguments[0], *arguments[2:]) == note
+
+
+def test_defaults_about_text_are_not_spoken_of(arguments: list[str]) -> None:
+    done = CliRunner().invoke(main, ["run", *arguments[:4], "--recipe", "magnitude"])
+    assert done.exit_code == 0
+    assert "changed nothing" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipes", "said"),
+    [
+        ("magnitude,wanda-sp", None),
+        (
+            "magnitude,random",
+            "magnitude, random read no text here, so --calibration, --samples, --seq-len changed nothing",
+        ),
+    ],
+)
+def test_compare_speaks_of_them_where_no_recipe_reads_text(
+    recipes: str, said: str | None, arguments: list[str], text: Path, tmp_path: Path
+) -> None:
+    same = [arguments[0], *arguments[4:], "--ratios", "0.3", "--recipes", recipes, "--text", str(text)]
+    done = CliRunner().invoke(main, ["compare", *same, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    found = [line for line in done.stderr.splitlines() if line.endswith("changed nothing")]
+    assert found == ([] if said is None else [f"streamprune: {said}"])
 
 
 def test_plan_forecasts_the_bytes_that_run_reads(arguments: list[str]) -> None:

@@ -74,7 +74,7 @@ def _magnitude_weights(settings: MagnitudeSettings, problem: Problem, kept: Tens
     return Refit(w, producers=tuple(producers))
 
 
-def _baseline(name: str, summary: str, score: Score, *, gram: bool = False) -> Recipe[NoSettings]:
+def _baseline(name: str, summary: str, score: Score, *, gram: bool = False, seeded: bool = False) -> Recipe[NoSettings]:
     def select(settings: NoSettings, problem: Problem, keep: int) -> Tensor:
         return best(score(problem), keep, problem.site.name)
 
@@ -86,10 +86,11 @@ def _baseline(name: str, summary: str, score: Score, *, gram: bool = False) -> R
         select=select,
         reconstruct=lambda settings, problem, kept: kept_columns(problem, kept),
         wants_gram=lambda settings: gram,
+        seeded=seeded,
     )
 
 
-RANDOM = _baseline("random", "random units, the same share everywhere", random_score)
+RANDOM = _baseline("random", "random units, the same share everywhere", random_score, seeded=True)
 MAGNITUDE = Recipe(
     name="magnitude",
     summary="units of least squared weight, the same share everywhere; or weights, by one threshold",

@@ -176,6 +176,8 @@ class Recipe(Generic[S]):
     """How many numbers `digest` holds at most beside the site's W and statistics."""
     curve: Callable[[S], Curve | None] = lambda settings: None
     """What the survey's findings say a unit costs; None for a recipe that does not ask."""
+    seeded: bool = False
+    """Whether `select` draws from the problem's generator."""
     writes_zeros: Callable[[S], bool] = lambda settings: False
     """Whether shapes stay and weights become zero: the plan then counts zeros, and no unit goes."""
 
