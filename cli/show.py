@@ -103,7 +103,7 @@ class Shown:
 def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The command's result: one JSON object, or lines for people."""
     if as_json:
-        from streamprune.model.checkpoint import finite
+        from streamprune.json_text import finite
 
         click.echo(json.dumps(finite(value)))
     else:

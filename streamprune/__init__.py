@@ -2,42 +2,69 @@
 
 `prune` is the main job, `compare` does it by several recipes, `evaluate`, `report` and `inspect` look at what came out,
 `load` is transformers' `from_pretrained` for pruned checkpoints, `export_gguf` writes them for llama.cpp. Importing this
-package teaches `AutoModelForCausalLM` to load them too.
+package teaches `AutoModelForCausalLM` to load them too. torch and transformers are imported when something needs them.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .bench import Bench, Width, bench, bench_widths
-from .compare import Variant, compare
-from .comparison import Comparison
-from .config import Config, TuneConfig
-from .errors import Stopped, StreamPruneError
-from .evaluate import Evaluation, evaluate
-from .export import Exported, export_gguf
-from .harness import Tasks, TaskScores, evaluate_tasks, find_tasks
-from .hub import resolve_model
-from .inspection import inspect
-from .methods import RECIPES
-from .model.architecture import ARCHITECTURES
-from .model.modeling_streamprune import register
-from .progress import Callback, Event, Progress
-from .ranks import Ranks, joined
-from .report import report
-from .run import Result, forecast_job, plan_only, prune
-from .status import Status, status
-from .stopping import asked_by_signals
-from .text import Source
-from .tune import Tuned, tune
-from .verification import Verification
-from .verify import verify
+from .model.registration import teach
 from .version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from .bench import Bench, Width, bench, bench_widths
+    from .compare import Variant, compare
+    from .comparison import Comparison
+    from .config import Config, TuneConfig
+    from .errors import Stopped, StreamPruneError
+    from .evaluate import Evaluation, evaluate
+    from .export import Exported, export_gguf
+    from .harness import Tasks, TaskScores, evaluate_tasks, find_tasks
+    from .hub import load, resolve_model
+    from .inspection import inspect
+    from .methods import RECIPES
+    from .model.architecture import ARCHITECTURES
+    from .progress import Callback, Event, Progress
+    from .ranks import Ranks, joined
+    from .report.report import report
+    from .run import Result, forecast_job, plan_only, prune
+    from .status import Status, status
+    from .stopping import asked_by_signals
+    from .text import Source
+    from .tune import Tuned, tune
+    from .verification import Verification
+    from .verify import verify
 
+_HOME = {
+    "bench": ("Bench", "Width", "bench", "bench_widths"),
+    "compare": ("Variant", "compare"),
+    "comparison": ("Comparison",),
+    "config": ("Config", "TuneConfig"),
+    "errors": ("Stopped", "StreamPruneError"),
+    "evaluate": ("Evaluation", "evaluate"),
+    "export": ("Exported", "export_gguf"),
+    "harness": ("TaskScores", "Tasks", "evaluate_tasks", "find_tasks"),
+    "hub": ("load", "resolve_model"),
+    "inspection": ("inspect",),
+    "methods": ("RECIPES",),
+    "model.architecture": ("ARCHITECTURES",),
+    "progress": ("Callback", "Event", "Progress"),
+    "ranks": ("Ranks", "joined"),
+    "report": ("report",),
+    "run": ("Result", "forecast_job", "plan_only", "prune"),
+    "status": ("Status", "status"),
+    "stopping": ("asked_by_signals",),
+    "text": ("Source",),
+    "tune": ("Tuned", "tune"),
+    "verification": ("Verification",),
+    "verify": ("verify",),
+}
+"""The module that has each public name; the same as type checkers read above."""
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ARCHITECTURES",
@@ -85,20 +112,24 @@ __all__ = [
     "verify",
 ]
 
-for _model_type in ARCHITECTURES:
-    register(_model_type)
+
+class _Package(ModuleType):
+    """This package: `streamprune.status` is the function even after its module of the same name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
 
 
-def load(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint directory or a name on the hub, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
-
-    Neither code of the checkpoint's own nor pickles are loaded, unless `options` ask for it.
-
-    Raises:
-        CheckpointError: `path` is neither.
-    """
-    from transformers import AutoModelForCausalLM
-
-    careful = {"trust_remote_code": False, "use_safetensors": True, **options}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve_model(path), **careful)
-    return model
+sys.modules[__name__].__class__ = _Package
+teach()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import files
 from .errors import ResumeError
-from .model.checkpoint import read_json
+from .json_text import read_json
 
 NOTE = "caches.json"
 FOLDERS = "folders"

@@ -16,7 +16,7 @@ from typing import Any
 from . import files
 from .config import format_bytes
 from .errors import ConfigError
-from .model.checkpoint import finite
+from .json_text import finite
 
 DENSE = "dense"
 JSON, CSV, MARKDOWN, PLOT = "compare.json", "compare.csv", "compare.md", "compare.png"

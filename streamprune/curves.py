@@ -17,7 +17,6 @@ from .methods.plan import Plan
 from .methods.recipe import Curve, Survey
 from .site import Site
 
-CURVES = "curves.json"
 FORMAT = "streamprune-curves-1"
 POINTS = 64
 """At most, of a site."""

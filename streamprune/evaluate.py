@@ -130,5 +130,5 @@ def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tenso
     if text.weight != 1:
         raise ConfigError(f"{text} has weight {text.weight:g}; a text to measure on is read whole, without weights")
     length = calibration.window_length(seq_len, skeleton.context)
-    tokenizer = calibration.load_tokenizer(skeleton.checkpoint.directory)
+    tokenizer = calibration.load_tokenizer(skeleton.checkpoint.directory, skeleton.vocabulary)
     return calibration.consecutive_windows(calibration.tokenize(tokenizer, text, skeleton.vocabulary), length, text)

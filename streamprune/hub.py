@@ -9,18 +9,21 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .curves import CURVES
 from .errors import CheckpointError, one_line
-from .model.checkpoint import CONFIG, INDEX, SINGLE, read_index
-from .output import COMPANIONS, REPORT
+from .json_text import read_json
+from .names import COMPANIONS, CONFIG, CURVES, INDEX, KERNELS, REPORT, SINGLE
 from .progress import Progress, Silent
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
-_SMALL = (CONFIG, INDEX, REPORT, CURVES, *COMPANIONS)
+_FIRST = (CONFIG, SINGLE, INDEX, REPORT, CURVES, *COMPANIONS)
+"""What is fetched at once; shards follow, if there is no single file: transformers would not read them either."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -51,6 +54,27 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
     folder = _fetched(match["repo"], match["revision"])
     progress.say(f"{match['repo']} is commit {folder.name}, in {folder}")
     return folder
+
+
+def load(path: str | Path, **options: Any) -> PreTrainedModel:
+    """A checkpoint directory or a name on the hub, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
+
+    Neither code of the checkpoint's own nor pickles are loaded, unless `options` ask for it. Kernels that its config names,
+    such as FlashAttention, which this machine may not have, are passed over; `attn_implementation` chooses others.
+
+    Raises:
+        CheckpointError: `path` is neither.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = resolve_model(path)
+    careful = {"trust_remote_code": False, "use_safetensors": True, **options}
+    settings = folder / CONFIG
+    if "config" not in careful and settings.is_file() and read_json(settings).keys() & KERNELS:
+        careful["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=careful["trust_remote_code"])
+        careful["config"]._attn_implementation = careful["config"]._experts_implementation = None
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **careful)
+    return model
 
 
 def is_name(model: str | Path) -> bool:
@@ -96,7 +120,7 @@ def _fetched(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=names, tqdm_class=_Bar))
 
     try:
-        folder = fetch(list(_SMALL))
+        folder = fetch(list(_FIRST))
         if lacking := _lacking(folder):
             folder = fetch(lacking)
     except CheckpointError:
@@ -130,8 +154,12 @@ def _lacking(folder: Path) -> list[str]:
     Raises:
         CheckpointError: the index names what is no shard: a pattern, for one, would fetch whatever it matches.
     """
+    from .model.checkpoint import read_index, weight_file
+
+    if weight_file(folder) == SINGLE:
+        return []
     if not (folder / INDEX).is_file():
-        return [] if (folder / SINGLE).is_file() else [SINGLE]
+        return [SINGLE]
     return sorted(shard for shard in read_index(folder / INDEX) if not (folder / shard).is_file())
 
 

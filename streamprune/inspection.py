@@ -9,16 +9,14 @@ import torch
 
 from . import hub, machine
 from .comparison import JSON, MARKDOWN
-from .curves import CURVES
 from .errors import CheckpointError
 from .journal import as_written
-from .model.checkpoint import CONFIG, read_json
+from .json_text import read_json
 from .model.skeleton import open_skeleton
-from .output import REPORT, is_report, is_tuning
+from .names import CONFIG, CURVES, REPORT, is_report, is_tuning, job_folder
 from .progress import Progress
 from .report.account import read_account
 from .status import read_journal, status
-from .workplace import job_folder
 
 
 def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -27,18 +27,19 @@ from .maths.operations import kind
 from .maths.stats import Statistic
 from .memory import SLACK, GramPlace, Sizes, copies_ahead, device_peak
 from .meter import by_block, peaks, totals
-from .methods import RECIPES
+from .methods import RECIPES, check_recipe
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
 from .model.checkpoint import load_shard
 from .model.skeleton import Skeleton, open_skeleton
+from .names import is_report
 from .needs import Needs
 from .progress import Progress
 from .ranks import ALONE, Ranks
 from .schedule import Stretch, as_entries
-from .site import Site
 from .shortfall import Goal, largest_unit
+from .site import Site
 from .stream.store import ActivationStore
 from .text import Text, builtin_text
 from .workplace import Workplace, first_difference, text_identity
@@ -68,8 +69,7 @@ class Job(Workplace):
         ranks: Ranks = ALONE,
     ) -> None:
         self.alongside = alongside
-        if config.recipe not in RECIPES:
-            raise ConfigError(f"recipe is {config.recipe!r}; it must be one of {', '.join(RECIPES)}")
+        check_recipe(config.recipe)
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
         self.settings = self.recipe.parse(config.settings)
         if config.samples < ranks.size:
@@ -94,7 +94,7 @@ class Job(Workplace):
         self.length = calibration.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.given_plan is None:
             self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
-        super().__init__(config.out, config.cache, output.is_report, progress, ranks)
+        super().__init__(config.out, config.cache, is_report, progress, ranks)
         self.plan_path = self.folder / PLAN
         self.written_path = self.folder / WRITTEN
 
@@ -368,8 +368,9 @@ class Job(Workplace):
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
         if self.needs_text and not self.writes_text:
             _ = self.tokens
-        if self._may_need_loader:
-            output.named_tokenizer(self.config.model)
+        output.check_companions(
+            self.config.model, self.skeleton.vocabulary, self.progress, required=self._may_need_loader
+        )
         header = self.header
         self._check_agreed()
         sources = self.read_sources()
@@ -463,8 +464,8 @@ class Job(Workplace):
             "ratio_requested": self.ratio,
             "ratio_blocks": removed / self.skeleton.block_parameters(),
             "ratio_model": removed / before,
-            "parameters_before": before,
             "ratio_missed": self.goal.missed(removed, sites),
+            "parameters_before": before,
             "parameters_after": before - removed + zeros,
             "zeros": zeros,
             "batch": self.batch,
@@ -493,7 +494,7 @@ class Job(Workplace):
         vocabulary, samples, seed = self.skeleton.vocabulary, self.config.samples, self.config.seed
         if self.text == "random-tokens":
             return calibration.random_windows(vocabulary, samples, self.length, seed)
-        tokenizer = calibration.load_tokenizer(self.config.model)
+        tokenizer = calibration.load_tokenizer(self.config.model, vocabulary)
         return calibration.sample(tokenizer, self.text, vocabulary, samples, self.length, seed, self.progress)
 
     @property

@@ -10,10 +10,13 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import files
+from .errors import CheckpointError, DiskError, one_line
+from .model.directory import check_pointer
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -45,6 +48,40 @@ def parse(text: str) -> Any:
     except UnicodeEncodeError:
         raise ValueError("a string has half a surrogate pair, which is no text") from None
     return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable, a Git LFS pointer, not an object, or nothing that `parse` takes.
+    """
+    try:
+        value = parse(read_text(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except DiskError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
+        check_pointer(path)
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def finite(value: Any) -> Any:
+    """A JSON value in which null stands for what JSON has no number for, however deep."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON file durably, indented; `finite`, so that `read_json` takes it. Returns its digest."""
+    return files.write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

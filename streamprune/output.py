@@ -8,30 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from . import files, manifest
-from .calibration import load_tokenizer
+from .calibration import check_vocabulary, load_tokenizer
 from .errors import CheckpointError, DamageError, NumericalError
+from .json_text import read_json, write_json
 from .layout import DECILM, FREE, Layout
 from .model import modeling_streamprune as modeling
 from .model.activation import canonical
 from .model.architecture import is_stock, stock_config
 from .model.block import module_rows
-from .model.checkpoint import (
-    CONFIG,
-    INDEX,
-    data_bytes,
-    read_json,
-    shard_name,
-    write_index,
-    write_json,
-    write_shard,
-)
+from .model.checkpoint import data_bytes, shard_name, write_index, write_shard
+from .model.configuration import RUN_TIME
+from .model.directory import check_pointer
 from .model.skeleton import Skeleton
+from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG
 from .progress import Progress
 from .site import Site
 from .verification import check
 
-REPORT = "report.json"
-CARD = "README.md"
 BLOCK_CONFIGS = "block_configs"
 """DeciLM's field."""
 AGAIN = (
@@ -39,49 +32,6 @@ AGAIN = (
     "run the same command again, which makes it anew"
 )
 """What can be said of damage."""
-FIGURES = (
-    "recipe",
-    "ratio_requested",
-    "ratio_blocks",
-    "ratio_model",
-    "parameters_before",
-    "parameters_after",
-    "zeros",
-    "operations",
-    "forward_equivalents",
-)
-"""What a report says of the whole."""
-TOKENIZER_CONFIG = "tokenizer_config.json"
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "NOTICE.txt",
-    "USE_POLICY.md",
-)
-"""Files that are copied as they are."""
-
-
-def is_report(report: Any) -> bool:
-    """Whether a JSON value is a report of ours."""
-    return isinstance(report, dict) and all(key in report for key in (*FIGURES, "job", "plan", "plan_given", "sites"))
-
-
-def is_tuning(report: Any) -> bool:
-    """Whether a JSON value is a report of a tuning."""
-    return isinstance(report, dict) and all(key in report for key in ("tuning", "parameters_after", "job", "source"))
 
 
 def block_shard(skeleton: Skeleton, index: int) -> str:
@@ -177,11 +127,13 @@ def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
         progress.say(
             f"{name} lies in {folder}, and will in the result: it is no part of it, nor of its {manifest.NAME}"
         )
-    if found.sound:
+    # Of what was just made, nothing may be extra.
+    faults = (*found.faults, *found.extra)
+    if not faults:
         return
-    damaged = [fault for fault in found.faults if fault.kind == "file"]
-    first = (damaged or found.faults)[0]
-    message = f"{folder}: {first}" + (f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else "")
+    damaged = [fault for fault in faults if fault.kind == "file"]
+    first = (damaged or faults)[0]
+    message = f"{folder}: {first}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
     if damaged:
         raise DamageError(f"{message}; {AGAIN}")
     if first.kind == "values":
@@ -224,7 +176,7 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
                 count = modeling.count(skeleton.block(index), name)
                 put("attributes", name, index, count // before.units * site.units)
     return {
-        **_plain_config(skeleton),
+        **_current_rotation(skeleton, _plain_config(skeleton)),
         "model_type": modeling.PREFIX + base,
         "architectures": [f"{stem}ForCausalLM"],
         "auto_map": {
@@ -267,6 +219,37 @@ def layout_of(skeleton: Skeleton) -> Layout:
     return DECILM if BLOCK_CONFIGS in skeleton.checkpoint.config else FREE
 
 
+def check_companions(source: Path, vocabulary: int, progress: Progress, *, required: bool) -> None:
+    """See that what a result takes along from its source is there, and belongs to the model.
+
+    Args:
+        vocabulary: tokens of the model.
+        required: whether the tokenizer must be readable, too, if there is one.
+
+    Raises:
+        CheckpointError: a Git LFS pointer, what `calibration.check_vocabulary` refuses, or a tokenizer that is required and
+            cannot be read.
+    """
+    for name in COMPANIONS:
+        check_pointer(source / name)
+    if not _has_tokenizer(source):
+        return
+    try:
+        tokenizer = load_tokenizer(source)
+    except CheckpointError as error:
+        if required:
+            raise
+        progress.say(f"{error}; its files are copied unread")
+        return
+    for token, id in check_vocabulary(tokenizer, vocabulary, source).items():
+        progress.say(f"the tokenizer's {token!r} is token {id}, but the model has {vocabulary}: no text may hold it")
+
+
+def _has_tokenizer(source: Path) -> bool:
+    names = (TOKENIZER_CONFIG, "tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((source / name).is_file() for name in names)
+
+
 def named_tokenizer(source: Path) -> dict[str, Any] | None:
     """The tokenizer's config with its class, which transformers otherwise takes from a model_type it knows; None if it is there.
 
@@ -274,15 +257,27 @@ def named_tokenizer(source: Path) -> dict[str, Any] | None:
         CheckpointError: there is a tokenizer that cannot be read.
     """
     path = source / TOKENIZER_CONFIG
-    if not any((source / name).is_file() for name in (TOKENIZER_CONFIG, "tokenizer.json", "vocab.json")):
+    if not _has_tokenizer(source):
         return None
     name = type(load_tokenizer(source)).__name__
     config = read_json(path) if path.is_file() else {}
     return None if config.get("tokenizer_class") == name else {**config, "tokenizer_class": name}
 
 
+def _current_rotation(skeleton: Skeleton, config: dict[str, Any]) -> dict[str, Any]:
+    """A config with rotary embeddings in transformers' present form, in place of `rope_scaling` and `rope_theta`.
+
+    To load a tokenizer without our code, transformers reads the config as of no model, and then it cannot convert them.
+    """
+    if not config.get("rope_scaling"):
+        return config
+    kept = {name: value for name, value in config.items() if name not in ("rope_scaling", "rope_theta")}
+    return {**kept, "rope_parameters": dict(skeleton.config.rope_parameters)}
+
+
 def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
-    ours = ("streamprune", "auto_map", BLOCK_CONFIGS)
+    """The source's config without what is ours to say, nor how somebody ran the model."""
+    ours = {"streamprune", "auto_map", BLOCK_CONFIGS, *RUN_TIME}
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
     # A head that was stored apart from the embedding is not tied to it, whatever the config said.
     return (
@@ -368,7 +363,8 @@ def _card(card: Card, stock: bool) -> str:
         "It is a stock checkpoint: everything that loads the source architecture loads it."
         if stock
         else "Its blocks differ in width. `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` loads it, and so do\n"
-        "`streamprune.load(path)` and, after `import streamprune`, plain `from_pretrained`."
+        "`streamprune.load(path)` and, after `import streamprune`, plain `from_pretrained`. Its tokenizer needs no code:\n"
+        "`AutoTokenizer.from_pretrained(path, trust_remote_code=False)`; without that option transformers may ask on a terminal."
     )
     return f"""---
 library_name: transformers

@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ElsewhereError, LostError, StreamPruneError, one_line
 from .rendezvous import unused
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 Info = TypeVar("Info")
@@ -100,6 +101,8 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all are here."""
         if self.size > 1:
+            import torch
+
             with self._meeting() as distributed:
                 distributed.all_reduce(torch.zeros(1))
 
@@ -152,6 +155,8 @@ class Ranks:
         if self.size == 1:
             assert tensors is not None
             return list(tensors)
+        import torch
+
         own = [tensor.contiguous() for tensor in tensors or ()] if self.rank == source else []
         kinds = self.told(lambda: [(tuple(tensor.shape), tensor.dtype, tensor.is_cuda) for tensor in own], source)
         found = own or [
@@ -262,6 +267,7 @@ def joined() -> Iterator[Ranks]:
     if expected() == 1:
         yield ALONE
         return
+    import torch
     import torch.distributed as distributed
     from torch.distributed.rendezvous import rendezvous
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import files, output
+from . import files
 from .config import Config
 from .errors import ConfigError
 from .forecast import Resources
@@ -20,6 +20,7 @@ from .maths.operations import kind
 from .memory import generation_batch
 from .meter import metered
 from .model.checkpoint import write_shard
+from .names import FIGURES
 from .progress import Progress
 from .ranks import ALONE, Ranks
 from .shot import Shot
@@ -37,9 +38,9 @@ class Result:
     """Share of the blocks' parameters that went or became zero."""
     ratio_model: float
     """Share of the whole model's parameters that went or became zero."""
-    parameters_before: int
     ratio_missed: str | None
     """Why what went is further than one unit from what was asked, a sentence with both shares and what to do; None if it is not."""
+    parameters_before: int
     parameters_after: int
     """What the checkpoint holds, zeros too."""
     zeros: int
@@ -126,11 +127,11 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
     host, device = job.peaks.most()
     return Result(
         out=job.out_given,
-        **{name: report[name] for name in output.FIGURES},
+        **{name: report[name] for name in FIGURES},
         operations_by_kind=report.get("operations_by_kind", {}),
         sweeps_per_shot=report.get("sweeps_per_shot"),
-        tokens=report.get("tokens"),
         ratio_missed=report.get("ratio_missed"),
+        tokens=report.get("tokens"),
         seconds=round(seconds, 3),
         peak_device_bytes=device,
         peak_host_bytes=host,

@@ -19,11 +19,12 @@ from torch import Tensor
 from . import files, hub, output
 from .config import format_bytes
 from .correction import Corrector
-from .curves import CURVES, write_curves
+from .curves import write_curves
 from .errors import DiskError, NumericalError, ResumeError
 from .host import return_freed_memory
 from .job import Job
 from .journal import Entry
+from .json_text import read_json, write_json
 from .maths.linalg import all_finite
 from .maths.operations import KINDS, Kind, counting, kind
 from .maths.stats import GRADIENTS, SiteStatistics, Statistic
@@ -32,8 +33,9 @@ from .methods.allocation import Budget
 from .methods.plan import Plan
 from .methods.recipe import Correction, Findings, Survey, Surveyed
 from .model.block import Block, Prunable
-from .model.checkpoint import Shard, read_json, write_json, write_shard
+from .model.checkpoint import Shard, write_shard
 from .model.skeleton import Skeleton, open_skeleton
+from .names import CURVES
 from .progress import rest
 from .refine import Refinement
 from .site import Site

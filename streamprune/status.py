@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import comparison, files, log
-from .compare import ASKED, ROWS
 from .errors import ConfigError
 from .journal import Journal, as_written
-from .model.checkpoint import read_json
-from .output import REPORT, is_report, is_tuning
+from .json_text import read_json
+from .names import ASKED, JOURNAL, LOCK, REPORT, ROWS, STAGING, is_report, is_tuning, job_folder
 from .schedule import Schedule, from_entries, seconds_spent
-from .workplace import JOURNAL, LOCK, STAGING, job_folder
 
 State = Literal["not started", "running", "interrupted", "failed", "finished"]
 EXIT_CODES: dict[State, int] = {"finished": 0, "failed": 1, "not started": 3, "running": 4, "interrupted": 75}

@@ -20,16 +20,17 @@ from torch import Tensor
 
 from . import calibration, files, hub, lora, machine, output
 from .config import TuneConfig, TuneMethod, format_bytes
-from .curves import CURVES
 from .errors import ConfigError, ResourceError
 from .forecast import Resources, forecast
 from .journal import Entry, Journal
+from .json_text import read_json
 from .maths.operations import kind
 from .memory import SLACK, Memory, copies_ahead, device_peak, in_memory_peak
 from .meter import metered, peaks, totals
 from .model.block import Block
-from .model.checkpoint import Checkpoint, load_shard, read_json, write_shard
+from .model.checkpoint import Checkpoint, load_shard, write_shard
 from .model.skeleton import Skeleton, open_skeleton
+from .names import CURVES, REPORT, is_report, is_tuning
 from .needs import REFINE_SEQUENCES, Needs
 from .progress import Progress, rest
 from .refine import Refinement, ends, refine
@@ -118,7 +119,7 @@ class Tuning(Workplace):
         teacher = config.teacher and hub.resolve_model(config.teacher, progress)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, teacher=teacher, out=config.out.absolute())
-        super().__init__(config.out, config.cache, output.is_tuning, progress)
+        super().__init__(config.out, config.cache, is_tuning, progress)
         for name, path in (("the model", config.model), ("the teacher", config.teacher)):
             if path is not None and config.out.resolve() == path.resolve():
                 raise ConfigError(f"OUT is {config.out}, {name} itself")
@@ -147,9 +148,9 @@ class Tuning(Workplace):
         Raises:
             ConfigError: it says that weights were made zero, which a change would fill.
         """
-        path = self.config.model / output.REPORT
+        path = self.config.model / REPORT
         report = read_json(path) if path.is_file() else None
-        if output.is_report(report) and report is not None and report["zeros"]:
+        if is_report(report) and report is not None and report["zeros"]:
             raise ConfigError(
                 f"{self.config.model} has {report['zeros']:,} weights that pruning made zero; "
                 "a low-rank change would fill them"
@@ -243,7 +244,7 @@ class Tuning(Workplace):
     def tokens(self) -> Tensor:
         """Training windows (samples, length)."""
         config, vocabulary = self.config, self.student.vocabulary
-        tokenizer = calibration.load_tokenizer(config.model)
+        tokenizer = calibration.load_tokenizer(config.model, vocabulary)
         return calibration.sample(
             tokenizer, self.text, vocabulary, config.samples, self.length, config.seed, self.progress
         )
@@ -333,6 +334,7 @@ class Tuning(Workplace):
         resources = self._forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes)
         _ = self.tokens
+        output.check_companions(self.config.model, self.student.vocabulary, self.progress, required=True)
         header = self.header
         sources = self.read_sources()
         self.let_go()

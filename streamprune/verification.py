@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from . import files, manifest
 from .errors import CheckpointError, DiskError, one_line
 from .host import host_buffer
 from .maths.linalg import all_finite
-from .model.checkpoint import CONFIG, CPU, INDEX, SINGLE, UNREAD, Checkpoint, TensorEntry
+from .model.checkpoint import CPU, UNREAD, Checkpoint, TensorEntry, weight_file
+from .model.directory import check_pointer
 from .model.skeleton import Skeleton
+from .names import COMPANIONS, CONFIG, INDEX, SINGLE
 from .progress import Progress, rest
 from .stream.prefetch import prefetch
 
@@ -29,14 +30,15 @@ PIECE = 8 << 20
 """Bytes that are held at a time, twice: one is looked at while the next one is read. A multiple of every element's."""
 SHOWN = 12
 """Digits of a checksum."""
-Kind = Literal["file", "layout", "values"]
-"""``file``: missing, unreadable, or not what the manifest says. ``layout``: a tensor too many, too few, or of another shape
-than the config says, or a file that tells nothing of its tensors. ``values``: NaN or Inf."""
+Kind = Literal["file", "layout", "values", "extra"]
+"""``file``: missing, unreadable, or not what the manifest says. ``layout``: a tensor that is missing or of another shape
+than the config says, or a file that tells nothing of its tensors. ``values``: NaN or Inf. ``extra``: what transformers
+passes over."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong; its `str` is a line for people."""
+    """One thing that is wrong, or too many; its `str` is a line for people."""
 
     kind: Kind
     file: str
@@ -64,10 +66,13 @@ class Verification:
     unlisted: tuple[str, ...]
     """What the directory holds besides, which the manifest does not name and the model does not need."""
     faults: tuple[Fault, ...]
+    extra: tuple[Fault, ...]
+    """Tensors that the config's model has no place for, and an index that is not read: transformers passes over them, and
+    they are no fault. Whatever prunes, tunes or measures refuses such tensors, since a result would lack them."""
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether nothing is wrong, apart from what is extra."""
         return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,6 +99,7 @@ class _Reading:
         self.folder, self.digests, self.progress = folder, digests or {}, progress
         self.manifest = digests is not None
         self.faults: list[Fault] = []
+        self.extra: dict[str, Fault] = {}
         self.bytes = 0
 
     def done(self) -> Verification:
@@ -107,8 +113,10 @@ class _Reading:
             self._read(name, {})
         if checkpoint is not None and not self._damaged(CONFIG):
             self._hold_against_config(checkpoint)
+        # Nobody computes with what is extra: a mask may well hold Inf.
+        read = {name: each for name, each in entries.items() if name not in self.extra and not name.endswith(UNREAD)}
         for shard in sorted(shards):
-            self._read(shard, {name: entry for name, entry in entries.items() if entry.shard.name == shard})
+            self._read(shard, {name: entry for name, entry in read.items() if entry.shard.name == shard})
         return Verification(
             path=str(self.folder),
             manifest=self.manifest,
@@ -117,10 +125,16 @@ class _Reading:
             bytes=self.bytes,
             unlisted=self._unlisted(shards) if self.manifest else (),
             faults=tuple(self.faults),
+            extra=tuple(self.extra.values()),
         )
 
     def _opened(self) -> _Opened | None:
         """The checkpoint, as far as its shards open; None where config or index do not even say which they are."""
+        for name in COMPANIONS:
+            try:
+                check_pointer(self.folder / name)
+            except (CheckpointError, DiskError) as error:
+                self._fault("file", name, None, self._within(error, name))
         for name in (CONFIG, INDEX, SINGLE):
             files.forget(self.folder / name)
         try:
@@ -132,6 +146,8 @@ class _Reading:
             else:
                 self._absent(CONFIG)
             return None
+        if SINGLE in checkpoint.shards and (self.folder / INDEX).is_file():
+            self._add_extra(INDEX, None, f"{INDEX} is not read: transformers takes {SINGLE}, which lies beside it")
         for shard, message in checkpoint.faults:
             kind: Kind = "layout" if (self.folder / shard).is_file() else "file"
             self._fault(kind, shard, None, self._within(message, shard))
@@ -140,12 +156,18 @@ class _Reading:
     def _hold_against_config(self, checkpoint: _Opened) -> None:
         try:
             skeleton = Skeleton(checkpoint, device=CPU, dtype=torch.float32, check=False)
-            found = list(skeleton.layout_faults())
+            found, extra = list(skeleton.layout_faults()), skeleton.extra()
         except (CheckpointError, DiskError) as error:
             if not checkpoint.faults:  # else it may be for what does not open
                 self._fault("layout", CONFIG, None, self._within(error, CONFIG))
             return
-        index = INDEX if (self.folder / INDEX).is_file() else SINGLE
+        index = weight_file(self.folder)
+        for name in extra:
+            shard, model = checkpoint[name].shard.name, skeleton.architecture.model_type
+            message = (
+                f"{shard}: tensor {name!r} has no place in the {model} model that the config says, and is not read"
+            )
+            self._add_extra(shard, name, message)
         for name, what in found:
             if name in checkpoint:
                 shard = checkpoint[name].shard.name
@@ -214,9 +236,12 @@ class _Reading:
     def _fault(self, kind: Kind, file: str, tensor: str | None, message: str) -> None:
         self.faults.append(Fault(kind, file, tensor, message))
 
+    def _add_extra(self, file: str, tensor: str | None, message: str) -> None:
+        self.extra[tensor or file] = Fault("extra", file, tensor, message)
+
 
 class _Opened(Checkpoint):
-    """A checkpoint, some shards of which may not open, or hold more than the index says."""
+    """A checkpoint, some shards of which may not open."""
 
     def __init__(self, directory: Path) -> None:
         self.faults: list[tuple[str, str]] = []
@@ -245,15 +270,6 @@ class _Opened(Checkpoint):
             self.faults.append((path.name, str(error)))
             self._lost |= wanted or set()
             self._all_lost |= wanted is None
-            return
-        if wanted is not None:
-            with safe_open(path, framework="pt") as file:
-                others = sorted(set(file.keys()) - wanted)
-            self.faults += [
-                (path.name, f"shard {path} holds {name!r}, which the index does not place there")
-                for name in others
-                if not name.endswith(UNREAD)
-            ]
 
 
 @dataclass(frozen=True)

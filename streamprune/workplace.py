@@ -14,31 +14,25 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import caches, files, manifest, output
+from . import caches, files, manifest
 from .caches import Caches
 from .config import format_bytes
 from .errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
 from .journal import Entry, Journal
+from .json_text import read_json
 from .log import NAME as LOG
 from .log import Log
-from .model.checkpoint import Checkpoint, read_json
+from .model.checkpoint import Checkpoint
 from .model.skeleton import Skeleton
+from .names import COMPANIONS, JOURNAL, LOCK, REPLACED, REPORT, STAGING, job_folder
 from .progress import STOPPED, Progress, Silent
 from .ranks import ALONE, Ranks
 from .stream.sweep import check_weights
 from .text import Text
 
-JOURNAL, LOCK, STAGING, REPLACED = "journal.jsonl", "lock", "out", "replaced"
-WORK = ".streamprune"
-"""What the name of a job's folder ends with."""
 PROBE = "probe"
 OTHER_OUT = "mend that, or take an OUT elsewhere"
 OTHER_CACHE = "mend that, or take a --cache elsewhere"
-
-
-def job_folder(out: Path) -> Path:
-    """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
-    return out.absolute().parent / f"{out.absolute().name}{WORK}"
 
 
 @dataclass(frozen=True)
@@ -177,7 +171,7 @@ class Workplace:
             raise ConfigError(f"OUT is {out}, which is not a directory")
         if not out.is_dir() or not any(out.iterdir()):
             return None
-        report = read_json(out / output.REPORT) if (out / output.REPORT).is_file() else {}
+        report = read_json(out / REPORT) if (out / REPORT).is_file() else {}
         if not self._is_ours(report):
             raise ConfigError(f"OUT is {out}, which exists and holds something else")
         return report
@@ -372,7 +366,7 @@ class Workplace:
 
     def _publish(self) -> Entry:
         there = self.staging.is_dir()
-        report = read_json((self.staging if there else self._out) / output.REPORT)
+        report = read_json((self.staging if there else self._out) / REPORT)
         if there:
             self._log.finish()
             complete = self.journal.find("complete")
@@ -448,7 +442,7 @@ def text_identity(text: Text, model: Path) -> dict[str, Any]:
         CalibrationError: the text cannot be read.
     """
     parts = ("token", "chat_template", "vocab.", "merges.")
-    found = {name: model / name for name in output.COMPANIONS if any(part in name for part in parts)}
+    found = {name: model / name for name in COMPANIONS if any(part in name for part in parts)}
     return {
         "calibration": text.identity(),
         "tokenizer": {name: files.sha256(path) for name, path in found.items() if path.is_file()},

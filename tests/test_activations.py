@@ -16,8 +16,8 @@ from test_run import stopping_after
 import streamprune
 from streamprune import Config
 from streamprune.errors import ConfigError, ResourceError, ResumeError
+from streamprune.names import job_folder
 from streamprune.stream.store import ActivationStore
-from streamprune.workplace import job_folder
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

@@ -15,10 +15,14 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import edit_tensors, make_tiny
 from faulty import GROWING, FaultyDisk
+from safetensors.torch import load_file, save_file
 from streamprune_cli import main
 
 import streamprune
-from streamprune import disk, files, machine
+from streamprune import calibration, disk, files, machine
+from streamprune.errors import CheckpointError
+from streamprune.model.checkpoint import Checkpoint
+from streamprune.names import INDEX
 
 
 @pytest.fixture
@@ -173,7 +177,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "Inf": (lambda m: set_tensor(m, "model.norm.weight", poison(float("inf"))), "'model.norm.weight' holds NaN or Inf"),
     "quantised config": (
         lambda m: break_config(m, quantization_config={"quant_method": "gptq"}),
-        "the config has a quantization_config",
+        "config.json: it has a quantization_config (gptq), but no tensor is packed: the field is left over from before",
     ),
     "unknown architecture": (
         lambda m: break_config(m, model_type="mamba"),
@@ -197,6 +201,140 @@ def test_checkpoints(case: str, model: Path, run: Callable[..., Result], tmp_pat
 def test_heads_that_do_not_divide(run: Callable[..., Result], tmp_path: Path) -> None:
     make_tiny(tmp_path / "text.txt", "llama", num_key_value_heads=3)
     refused(run(source=tmp_path / "text.txt"), "of block 0 do not fall into 3 units", 1, tmp_path)
+
+
+def in_one_file(model: Path) -> dict[str, torch.Tensor]:
+    """Put all tensors into model.safetensors; the index stays, and names shards that are gone."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in model.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def test_two_sets_of_weights(model: Path, run: Callable[..., Result], text: Path, tmp_path: Path) -> None:
+    """transformers reads the single file, so that nothing else may be read."""
+    name = "model.norm.weight"
+    index = (model / "model.safetensors.index.json").read_text()
+    shard = shard_of(model, UP)
+    data = shard.read_bytes()
+    in_one_file(model)
+    set_tensor(model, name, lambda tensor: tensor + 1)
+    loaded = streamprune.load(model).state_dict()[name]
+    assert torch.equal(Checkpoint(model).read(name), loaded)
+    assert run("--recipe", "magnitude").exit_code == 0
+    assert torch.equal(streamprune.load(tmp_path / "out").state_dict()[name], loaded)
+    shutil.rmtree(tmp_path / "out")
+
+    shard.write_bytes(data)
+    message = f"has two sets of weights: model.safetensors, which transformers reads, and the shards of {INDEX} ({shard.name})"
+    refused(run(), message, 1, tmp_path)
+    for arguments in (["eval", "--text", str(text)], ["tune", str(tmp_path / "out"), "--text", str(text)], ["bench"]):
+        refused(CliRunner().invoke(main, [arguments[0], str(model), *arguments[1:]]), message, 1, tmp_path)
+    found = streamprune.verify(model)
+    assert [fault.kind for fault in found.faults] == ["layout"]
+    assert message in str(found.faults[0])
+
+    # An index of the one file itself, as some models have.
+    placed = dict.fromkeys(json.loads(index)["weight_map"], "model.safetensors")
+    (model / INDEX).write_text(json.dumps({"weight_map": placed}))
+    assert torch.equal(Checkpoint(model).read(name), loaded)
+
+
+def test_what_the_index_leaves_out_is_read_all_the_same(model: Path) -> None:
+    """transformers takes from the index only which shards there are."""
+    shard = shard_of(model, UP)
+    index = json.loads((model / INDEX).read_text())
+    del index["weight_map"][UP]
+    (model / INDEX).write_text(json.dumps(index))
+    assert torch.equal(Checkpoint(model).read(UP), streamprune.load(model).state_dict()[UP])
+    other = next(path for path in model.glob("*.safetensors") if path != shard)
+    save_file({**load_file(other), UP: torch.zeros(48, 32)}, other, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"shard .* holds '{UP}', and so does .*; it must be in one"):
+        Checkpoint(model)
+
+
+def test_a_config_that_names_other_weights(model: Path, run: Callable[..., Result], tmp_path: Path) -> None:
+    break_config(model, transformers_weights="other.safetensors")
+    message = f"transformers_weights has transformers read 'other.safetensors' in place of {INDEX}"
+    refused(run(), message, 1, tmp_path)
+    break_config(model, transformers_weights=INDEX)
+    assert run("--recipe", "magnitude").exit_code == 0
+    assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("rename", "found", "advice"),
+    [
+        (lambda name: f"base_model.model.{name}", "base_model.model.", "merge the adapter there (`merge_and_unload`)"),
+        (lambda name: name.replace("proj.weight", "proj.base_layer.weight"), "base_layer", "merge the adapter there"),
+        (lambda name: f"module.{name}", "module.", "save the wrapped model, `model.module`"),
+        (lambda name: f"_orig_mod.{name}", "_orig_mod.", "save the model that was compiled"),
+        (lambda name: name.replace(".self_attn.", "._orig_mod.self_attn."), "_orig_mod", "the model that was compiled"),
+        (lambda name: f"language_model.{name}", "language_model.", "save its language model on its own"),
+        (
+            lambda name: name.replace("model.", "model.language_model."),
+            "model.language_model.",
+            "part of a larger model",
+        ),
+        (lambda name: f"_forward_module.module.{name}", "_forward_module.module.", "Lightning wrote them"),
+        (lambda name: f"student.{name}", "student.", "save the model without it"),
+    ],
+)
+def test_names_around_the_models_own(
+    rename: Callable[[str], str], found: str, advice: str, model: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    tensors = {rename(name): tensor for name, tensor in in_one_file(model).items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = run()
+    refused(result, f"have '{found}', which no llama model has there; ", 1, tmp_path)
+    assert advice in result.stderr
+    assert ".weight' have" in result.stderr
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{0:064}\nsize 123456789\n"
+
+
+@pytest.mark.parametrize("name", ["shard", "config.json", INDEX, "tokenizer.json", "generation_config.json", "LICENSE"])
+def test_pointers_of_git_lfs(name: str, model: Path, run: Callable[..., Result], tmp_path: Path) -> None:
+    path = shard_of(model, UP) if name == "shard" else model / name
+    path.write_text(POINTER)
+    for more in ([], ["--recipe", "magnitude", "--layout", "uniform"]):
+        message = f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in {model}"
+        refused(run(*more), message, 1, tmp_path)
+    assert any(
+        "Git LFS pointer" in str(fault) and path.name == fault.file for fault in streamprune.verify(model).faults
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "lacking", "message"),
+    [
+        (
+            b"\n\x0e\n\x05<unk>",
+            {"sentencepiece"},
+            "is a SentencePiece model, which .* without sentencepiece: pip install",
+        ),
+        (b"\n\x0e", {"google.protobuf"}, "is a SentencePiece model, .* without protobuf: pip install protobuf"),
+        (b"IQ== 0\nIg== 1\n", {"tiktoken"}, "is a tiktoken file, .* without tiktoken: pip install tiktoken"),
+    ],
+)
+def test_libraries_of_tokenizers(
+    data: bytes, lacking: set[str], message: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_installed", lambda module: module not in lacking)
+    (model / "tokenizer.model").write_bytes(data)
+    calibration.load_tokenizer(model)  # by its tokenizer.json
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.model {message}"):
+        calibration.load_tokenizer(model)
+
+
+def test_whether_a_library_is_installed() -> None:
+    assert calibration._installed("torch.nn")
+    assert not calibration._installed("nothing_like_this")
+    assert not calibration._installed("nothing_like_this.protobuf")
 
 
 def test_pickles_only(model: Path, run: Callable[..., Result], tmp_path: Path) -> None:
@@ -235,7 +373,39 @@ def test_texts(run: Callable[..., Result], tmp_path: Path) -> None:
 def test_tokenizer_of_another_model(model: Path, run: Callable[..., Result], tmp_path: Path) -> None:
     set_tensor(model, "model.embed_tokens.weight", lambda t: t[:20])
     break_config(model, vocab_size=20)
-    refused(run(), "but the model has 20; they do not belong together", 1, tmp_path)
+    refused(
+        run(), "the tokenizer's 's' is token 20, but the model has 20 (vocab_size); they do not belong", 1, tmp_path
+    )
+    # Whatever reads no text takes the tokenizer along all the same.
+    for layout in ("free", "uniform"):
+        refused(run("--recipe", "magnitude", "--layout", layout), "they do not belong together", 1, tmp_path)
+
+
+def add_token(model: Path, token: str, id: int) -> None:
+    """Have the tokenizer know a token of that id, the next one: pieces fill what is between."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    pieces = tokenizer["model"]["vocab"]
+    pieces |= {f"<{number}>": number for number in range(len(pieces), id)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": id, "content": token, "special": True, **flags})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_an_added_token_beyond_the_vocabulary(
+    model: Path, run: Callable[..., Result], text: Path, tmp_path: Path
+) -> None:
+    """As the text models of Gemma 3 have one for images: a text may not hold it, nor the tokenizer need it."""
+    add_token(model, "<image>", 40)
+    result = run("--recipe", "magnitude")
+    assert result.exit_code == 0, result.output
+    assert "the tokenizer's '<image>' is token 40, but the model has 40: no text may hold it" in result.stderr
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "text.txt").write_text(f"{text.read_text()}<image>")
+    refused(run(calibration=tmp_path / "text.txt"), "the tokenizer gives token 40, but the model has 40", 1, tmp_path)
+    edit_json(model / "tokenizer_config.json", eos_token="<image>")
+    refused(run(), "the tokenizer's '<image>' is token 40, but the model has 40 (vocab_size)", 1, tmp_path)
+    arguments = ["eval", str(model), "--text", str(text)]
+    refused(CliRunner().invoke(main, arguments), "the tokenizer's '<image>' is token 40", 1, tmp_path)
 
 
 def test_no_disk(run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,11 @@ import streamprune
 from streamprune import Callback, Config, Event, Stopped, TuneConfig, files, stopping
 from streamprune.errors import ConfigError, NumericalError, ResumeError
 from streamprune.journal import Journal
+from streamprune.names import job_folder
 from streamprune.schedule import Schedule, Stretch, from_entries
 from streamprune.status import EXIT_CODES
 from streamprune.surgery import Surgeon
-from streamprune.workplace import Workplace, job_folder
+from streamprune.workplace import Workplace
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

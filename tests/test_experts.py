@@ -20,8 +20,8 @@ from streamprune import Config, TuneConfig, lora, surgery
 from streamprune.errors import CalibrationError
 from streamprune.memory import device_peak, in_memory_peak
 from streamprune.model.skeleton import open_skeleton
+from streamprune.names import job_folder
 from streamprune.needs import Needs
-from streamprune.workplace import job_folder
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

@@ -375,6 +375,18 @@ def test_refuses_what_llama_cpp_cannot_say(byte_model: Make, tiny: Make, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_added_tokens_beyond_the_vocabulary_are_left_out(byte_model: Make, tmp_path: Path) -> None:
+    def add(tokenizer: dict[str, Any]) -> None:
+        ids = [each["id"] for each in tokenizer["added_tokens"]] + list(tokenizer["model"]["vocab"].values())
+        assert max(ids) == VOCABULARY - 1
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": VOCABULARY, "content": "<image>"})
+
+    plain = byte_model("llama")
+    exported = streamprune.export_gguf(edited(plain, tmp_path / "model", add), tmp_path / "image.gguf")
+    assert f"token '<image>' ({VOCABULARY}) is left out: the model has {VOCABULARY} tokens" in exported.notes
+    assert exported.path.read_bytes() == streamprune.export_gguf(plain, tmp_path / "plain.gguf").path.read_bytes()
+
+
 def edited(source: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     import shutil
 

@@ -21,7 +21,7 @@ from streamprune import disk, files
 from streamprune.caches import Caches
 from streamprune.disk import Disk
 from streamprune.errors import ConfigError, DiskError
-from streamprune.workplace import job_folder
+from streamprune.names import job_folder
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Result]

@@ -25,12 +25,12 @@ from streamprune.job import Job
 from streamprune.maths.sampling import sample
 from streamprune.memory import generation_batch
 from streamprune.model.skeleton import open_skeleton
+from streamprune.names import job_folder
 from streamprune.needs import Needs
 from streamprune.progress import Silent
 from streamprune.stream import generate as generating
 from streamprune.stream import sweep
 from streamprune.stream.generate import generate
-from streamprune.workplace import job_folder
 
 CPU = torch.device("cpu")
 Make = Callable[..., Config]

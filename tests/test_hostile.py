@@ -19,20 +19,21 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import contents, edit_tensors
+from conftest import contents
 from safetensors.torch import save_file
 from streamprune_cli import main
 
 import streamprune
 from streamprune import calibration, documents, files, hub, inspect, status
 from streamprune.errors import CalibrationError, CheckpointError, ConfigError, NumericalError, ResumeError
+from streamprune.json_text import read_json
 from streamprune.methods.plan import Plan
 from streamprune.model import modeling_streamprune
-from streamprune.model.checkpoint import ADAPTER, CONFIG, INDEX, Checkpoint, read_json
+from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import open_skeleton
 from streamprune.model.whole import load_whole
+from streamprune.names import ADAPTER, CONFIG, INDEX, job_folder
 from streamprune.text import Source, Text
-from streamprune.workplace import job_folder
 
 CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -141,7 +142,9 @@ def test_shards(case: str, model: Path) -> None:
         ("q_proj.weight.absmax", "F32", " (bitsandbytes)"),
         ("q_proj.weight.quant_state.bitsandbytes__nf4", "U8", " (bitsandbytes)"),
         ("q_proj.weight_packed", "I32", " (compressed-tensors)"),
-        ("q_proj.weight_scale", "F32", " (compressed-tensors)"),
+        ("q_proj.weight_scale", "F32", " (compressed-tensors or ModelOpt)"),
+        ("q_proj.weight_scale_2", "F32", " (ModelOpt)"),
+        ("q_proj.weight_global_scale", "F32", " (compressed-tensors)"),
         ("q_proj.weight_scale_inv", "F32", " (block-scaled float)"),
         ("q_proj.weight", "F8_E4M3", ""),
         ("q_proj.weight", "I8", ""),
@@ -158,11 +161,71 @@ def test_packed_weights(name: str, dtype: str, maker: str, model: Path) -> None:
     )
 
 
+def put_alone(model: Path, tensors: dict[str, str]) -> None:
+    """Make these tensors of 8 elements, dtypes by name, the only ones of the model."""
+    sizes = {"I64": 64, "I32": 32, "U32": 32, "F32": 32}
+    header, place = {}, 0
+    for name, dtype in tensors.items():
+        header[name] = {"dtype": dtype, "shape": [8], "data_offsets": [place, place := place + sizes.get(dtype, 8)]}
+    shard(model / "model.safetensors", header, place)
+    (model / INDEX).unlink()
+
+
+NVFP4 = {"q.weight": "U8", "q.weight_scale": "F8_E4M3", "q.weight_scale_2": "F32", "q.input_scale": "F32"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "beside", "maker"),
+    [
+        (NVFP4, {}, None, "ModelOpt"),
+        (NVFP4, {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, None, "modelopt"),
+        ({"q.weight": "F8_E4M3", "q.weight_scale": "F32"}, {}, "hf_quant_config.json", "modelopt"),
+        (
+            {"q.weight": "F8_E4M3", "q.weight_scale": "F32"},
+            {"compression_config": {"quant_method": "compressed-tensors"}},
+            None,
+            "compressed-tensors",
+        ),
+        ({"q.W_q": "U8"}, {"quantization_config": {"quant_method": "hqq"}}, None, "hqq"),
+        ({"q.weight": "U32"}, {"quantization": {"bits": 4}}, None, "as quantization says"),
+        ({"gate.tid2eid": "I64", "q.weight": "F8_E4M3"}, {"quantization_config": {"quant_method": "fp8"}}, None, "fp8"),
+    ],
+)
+def test_who_packed_weights(
+    tensors: dict[str, str], config: dict[str, Any], beside: str | None, maker: str, model: Path
+) -> None:
+    """What the config says comes before what the names of tensors are like."""
+    put_alone(model, tensors)
+    edit(model / CONFIG, **config)
+    if beside:
+        (model / beside).write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=rf"tensor 'q\..*quantised or packed weights \({maker}\) cannot be pruned"
+    ):
+        Checkpoint(model)
+
+
+@pytest.mark.parametrize(("dtype", "config"), [("I64", {"quantization_config": {"quant_method": "fp8"}}), ("I32", {})])
+def test_tables_of_integers_are_no_packed_weights(dtype: str, config: dict[str, Any], model: Path) -> None:
+    put_alone(model, {"model.layers.0.mlp.gate.tid2eid": dtype})
+    edit(model / CONFIG, **config)
+    message = (
+        f"tensor 'model.layers.0.mlp.gate.tid2eid' has dtype {dtype}; tables of it cannot be read, only F64, F32, F16"
+    )
+    with pytest.raises(CheckpointError, match=message) as refused:
+        Checkpoint(model)
+    assert "quantised" not in str(refused.value)
+
+
 @pytest.mark.parametrize("field", ["quantization_config", "compression_config", "quantization"])
-def test_quantised_configs(field: str, model: Path) -> None:
-    edit(model / CONFIG, **{field: {"bits": 4}})
-    with pytest.raises(CheckpointError, match=f"the config has a {field}; quantised models cannot be pruned"):
-        opened(model)
+def test_what_is_left_over_of_quantised_weights(field: str, model: Path) -> None:
+    for given, shown in (({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, f"as {field} says")):
+        edit(model / CONFIG, **{field: given})
+        message = rf"it has a {field} \({shown}\), but no tensor is packed: .*; delete {field} from the file"
+        with pytest.raises(CheckpointError, match=message):
+            opened(model)
+    edit(model / CONFIG, **{field: None})
+    opened(model)
 
 
 # JSON with two meanings, or none.
@@ -449,14 +512,12 @@ def test_a_config_leads_to_no_other_and_runs_no_kernel(model: Path) -> None:
         attn_implementation="evil/attention",
         _attn_implementation="evil/attention",
         experts_implementation="evil/experts",
-        transformers_weights="../elsewhere.safetensors",
         to_dict="no method any more",
         attribute_map={"hidden_size": "hidden_size"},
         __class__="a class",
     )
     after = opened(model).config
     assert after._attn_implementation == before._attn_implementation == "sdpa"
-    assert not hasattr(after, "transformers_weights")
     assert after.to_dict() == before.to_dict()
     # transformers would read the other file instead of the one that was checked.
     (model / "config.4.0.0.json").write_text((model / CONFIG).read_text())
@@ -881,9 +942,7 @@ def test_a_message_commands_no_terminal(model: Path) -> None:
 
 
 def test_an_index_beside_tensors_of_other_shards(model: Path) -> None:
-    """A shard may hold what the index does not place there; it is not read."""
-    edit_tensors(model, lambda tensors: tensors.update({"model.extra": torch.zeros(3)}))
-    assert "model.extra" not in Checkpoint(model)
+    """A shard that the index does not name is not read."""
     save_file({"other": torch.zeros(2)}, model / "unnamed.safetensors")
     assert "other" not in Checkpoint(model)
 

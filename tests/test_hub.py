@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from click.testing import CliRunner
 from conftest import make_tiny
 from huggingface_hub import constants
@@ -25,6 +27,7 @@ import streamprune
 from streamprune import hub, resolve_model
 from streamprune.errors import CheckpointError
 from streamprune.inspection import inspect
+from streamprune.model.checkpoint import Checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEEDED = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -155,6 +158,19 @@ def test_only_what_is_needed_is_fetched_and_then_works_offline(
     assert resolve_model("org/model") == resolve_model(Path("org/model")) == folder
     assert resolve_model(f"org/model@{COMMIT}") == folder
     assert len(server.asked) == asked
+
+
+def test_the_single_file_is_fetched_where_transformers_reads_it(server: Server, tmp_path: Path) -> None:
+    """Beside an index, whose shards then are not."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name in [name for name in server.files if name.startswith("model-")]:
+        tensors |= safetensors.torch.load(server.files[name])
+    tensors["model.norm.weight"] += 1
+    server.files["model.safetensors"] = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    folder = resolve_model("org/model")
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.equal(Checkpoint(folder).read("model.norm.weight"), tensors["model.norm.weight"])
+    assert torch.equal(streamprune.load(folder).state_dict()["model.norm.weight"], tensors["model.norm.weight"])
 
 
 def test_the_cached_copy_is_taken_when_the_hub_cannot_be_reached(

@@ -24,8 +24,9 @@ from streamprune.disk import Disk
 from streamprune.errors import DiskError, ResumeError
 from streamprune.job import Job
 from streamprune.journal import Journal
+from streamprune.names import JOURNAL, LOCK, job_folder
 from streamprune.status import read_journal
-from streamprune.workplace import JOURNAL, LOCK, Workplace, job_folder
+from streamprune.workplace import Workplace
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +43,13 @@ torch.save(model(torch.arange(40)[None, 2:20]).logits, save)
 
 
 def load_elsewhere(kind: str, path: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Load in a process of its own, whose working directory is not the project."""
-    arguments = [sys.executable, "-c", LOAD, kind, str(path), str(tmp_path / f"{kind}.pt")]
+    """Load in a process of its own."""
+    return elsewhere(LOAD, [kind, str(path), str(tmp_path / f"{kind}.pt")], tmp_path)
+
+
+def elsewhere(program: str, arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Run in a process of its own, whose working directory is not the project, and without network."""
+    arguments = [sys.executable, "-c", program, *arguments]
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
     return subprocess.run(
         arguments, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL
@@ -237,6 +244,99 @@ def test_the_tokenizer_stays_what_it_is(name: str, declared: str | None, configu
     assert type(after) is type(before)
     words = "hello, world. a  b"
     assert after(words)["input_ids"] == before(words)["input_ids"]
+
+
+TOKENIZE = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **({} if sys.argv[2] == "bare" else {"trust_remote_code": False}))
+assert "streamprune" not in sys.modules
+assert not any("modeling_streamprune" in name for name in sys.modules)
+print("ids", tokenizer("hello, world")["input_ids"])
+"""
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("llama", {"rope_theta": 5e4}),
+    "linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e4}),
+    "dynamic": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_theta": 5e4}),
+    "yarn": ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 5e4}),
+    "llama3": (
+        "llama",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            "rope_theta": 5e4,
+        },
+    ),
+    "longrope": (
+        "phi3",
+        {"rope_scaling": {"type": "longrope", **LONG}, "rope_theta": 5e4, "original_max_position_embeddings": 32},
+    ),
+}
+
+
+def uneven_plan(folder: Path) -> Path:
+    """A plan whose blocks differ in width, whatever the model: of every FFN 1 to 3 channels, of attention one group."""
+    kept = {f"blocks.{b}.{k}": {"keep": 1 + b if k == "ffn" else 1} for b in range(3) for k in ("attention", "ffn")}
+    path = folder / "plan.json"
+    path.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.3, "sites": kept}))
+    return path
+
+
+@pytest.mark.parametrize(("name", "fields"), ROTATIONS.values(), ids=ROTATIONS)
+def test_the_tokenizer_needs_no_code(name: str, fields: dict[str, Any], configured: Make, tmp_path: Path) -> None:
+    """Whatever rotary embedding the config has, in the form that models are published with."""
+    path = make_tiny(tmp_path / "model", name)
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_parameters"]
+    (path / "config.json").write_text(json.dumps({**config, **fields}))
+    job = replace(configured(path, recipe="magnitude"), plan=uneven_plan(tmp_path))
+    streamprune.prune(job)
+    written = json.loads((job.out / "config.json").read_text())
+    assert written["model_type"] == f"streamprune_{name}"
+    source, found = (open_skeleton(folder, torch.device("cpu"), "float32").config for folder in (path, job.out))
+    assert found.rope_parameters == source.rope_parameters
+    for kind in ("bare", "untrusted"):
+        done = elsewhere(TOKENIZE, [str(job.out), kind], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "ids [9, 6, 13, 13, 16, 30, 28, 24, 16, 19, 13, 5]\n" in done.stdout
+        # On a terminal transformers asks about the config's class before it does without.
+        assert kind == "bare" or "custom code" not in done.stdout
+
+
+RUN_TIME: dict[str, Any] = {
+    "attn_implementation": "flash_attention_2",
+    "_attn_implementation": "flash_attention_2",
+    "_attn_implementation_internal": "flash_attention_2",
+    "_attn_implementation_autoset": True,
+    "experts_implementation": "grouped_mm_of_mine",
+    "_experts_implementation": "grouped_mm_of_mine",
+    "output_attentions": True,
+}
+
+
+@pytest.mark.parametrize("layout", ["free", "uniform"])
+def test_how_somebody_ran_the_model_is_no_part_of_a_checkpoint(
+    layout: Any, tiny: Tiny, configured: Make, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **RUN_TIME}))
+    with torch.no_grad():
+        assert torch.equal(streamprune.load(path)(IDS).logits, streamprune.load(tiny("qwen3_moe"))(IDS).logits)
+    jobs = [configured(source, f"out{n}", layout=layout) for n, source in enumerate((path, tiny("qwen3_moe")))]
+    for job in jobs:
+        streamprune.prune(job)
+    written, plain = (json.loads((job.out / "config.json").read_text()) for job in jobs)
+    assert written == plain
+    assert not written.keys() & RUN_TIME.keys()
+    done = load_elsewhere("remote", jobs[0].out, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon"])

@@ -30,14 +30,13 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune import Config, files, ranks
-from streamprune.curves import CURVES
 from streamprune.errors import LostError, NumericalError
 from streamprune.journal import Journal
 from streamprune.maths.stats import SiteStatistics
+from streamprune.names import CURVES, job_folder
 from streamprune.ranks import ALONE, Ranks, joined
 from streamprune.rendezvous import unused
 from streamprune.surgery import Surgeon
-from streamprune.workplace import job_folder
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 

@@ -27,8 +27,8 @@ from streamprune.methods.greedy_output import candidates, rising_thresholds
 from streamprune.methods.plan import Plan
 from streamprune.methods.slimgpt import incremental_ratios
 from streamprune.model.skeleton import open_skeleton
+from streamprune.names import job_folder
 from streamprune.site import Site
-from streamprune.workplace import job_folder
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
 Make = Callable[..., Config]

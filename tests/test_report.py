@@ -22,9 +22,9 @@ import streamprune
 from streamprune import machine
 from streamprune.curves import POINTS, sample
 from streamprune.errors import CheckpointError, ConfigError, ResourceError
+from streamprune.names import job_folder
 from streamprune.report import charts
 from streamprune.report.account import read_account
-from streamprune.workplace import job_folder
 
 Tiny = Callable[..., Path]
 Make = Callable[..., streamprune.Config]

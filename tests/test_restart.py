@@ -15,7 +15,8 @@ from streamprune import Config, TuneConfig, files
 from streamprune.caches import NOTE
 from streamprune.errors import CheckpointError, ConfigError, DiskError, ResumeError
 from streamprune.journal import Journal
-from streamprune.workplace import Workplace, job_folder
+from streamprune.names import job_folder
+from streamprune.workplace import Workplace
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

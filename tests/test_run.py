@@ -22,7 +22,7 @@ from streamprune.job import Job
 from streamprune.journal import Journal
 from streamprune.methods.plan import Plan
 from streamprune.model.skeleton import open_skeleton
-from streamprune.workplace import job_folder
+from streamprune.names import job_folder
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

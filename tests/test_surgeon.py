@@ -31,8 +31,8 @@ from streamprune.methods.allocation import Budget
 from streamprune.methods.plan import Plan, SitePlan
 from streamprune.methods.surgeon import SurgeonSettings, shots
 from streamprune.model.skeleton import open_skeleton
+from streamprune.names import job_folder
 from streamprune.site import Site
-from streamprune.workplace import job_folder
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

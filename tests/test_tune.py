@@ -23,7 +23,7 @@ from streamprune import TuneConfig, calibration, lora, machine
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.maths.descent import Descent, batch
 from streamprune.model.skeleton import open_skeleton
-from streamprune.workplace import job_folder
+from streamprune.names import job_folder
 
 Tiny = Callable[..., Path]
 Make = Callable[..., TuneConfig]

@@ -25,9 +25,9 @@ from test_run import Stop, stopping_after
 import streamprune
 from streamprune import Config, TuneConfig, Verification, files, lora, verification
 from streamprune.errors import CheckpointError, DamageError, DiskError, NumericalError, Stopped
+from streamprune.names import REPORT, job_folder
 from streamprune.progress import Callback, Event
 from streamprune.verification import Fault
-from streamprune.workplace import job_folder
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
@@ -175,7 +175,15 @@ def test_one_file_without_an_index(tmp_path: Path) -> None:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     assert streamprune.verify(path).sound
     save_file({**tensors, "other": torch.ones(1)}, path / "model.safetensors", metadata={"format": "pt"})
-    assert places(streamprune.verify(path)) == {("layout", "model.safetensors", "other")}
+    found = streamprune.verify(path)
+    assert found.sound
+    assert [(fault.kind, fault.file, fault.tensor) for fault in found.extra] == [
+        ("extra", "model.safetensors", "other")
+    ]
+    (path / INDEX).write_text(json.dumps({"weight_map": {UP: "model-00001-of-00002.safetensors"}}))
+    first, _ = streamprune.verify(path).extra
+    assert str(first) == f"{INDEX} is not read: transformers takes model.safetensors, which lies beside it"
+    (path / INDEX).unlink()
     files.truncate(path / "model.safetensors", 5000)
     (fault,) = streamprune.verify(path).faults
     assert str(fault).startswith("shard model.safetensors is corrupt or cut short: ")
@@ -336,15 +344,18 @@ def test_tensors_too_many_and_too_few(copied: Callable[..., Path]) -> None:
     tensors = load_file(path)
     # In the shard only, in both, in the index only, in neither.
     save_file({**tensors, "other": torch.ones(2)}, path, metadata={"format": "pt"})
-    sign_again(out)
-    (fault,) = streamprune.verify(out).faults
-    assert str(fault) == f"shard {path.name} holds 'other', which the index does not place there"
     placed = json.loads(index)
     placed["weight_map"]["other"] = path.name
-    (out / INDEX).write_text(json.dumps(placed))
-    sign_again(out)
-    (fault,) = streamprune.verify(out).faults
-    assert str(fault) == f"{path.name}: tensor 'other' has no place in the llama model that the config says"
+    for text in (index, json.dumps(placed)):
+        (out / INDEX).write_text(text)
+        sign_again(out)
+        found = streamprune.verify(out)
+        assert found.sound
+        (extra,) = map(str, found.extra)
+        assert (
+            extra
+            == f"{path.name}: tensor 'other' has no place in the llama model that the config says, and is not read"
+        )
     path.write_bytes(original)
     sign_again(out)
     (fault,) = streamprune.verify(out).faults
@@ -355,6 +366,67 @@ def test_tensors_too_many_and_too_few(copied: Callable[..., Path]) -> None:
     sign_again(out)
     (fault,) = streamprune.verify(out).faults
     assert str(fault) == f"{INDEX}: tensor {UP!r} is missing; the config says a llama model that has it"
+
+
+EXTRA: dict[str, tuple[str, dict[str, torch.Tensor]]] = {
+    "a head for several tokens": ("llama", {"model.mtp.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}),
+    "a block more": ("llama", {"model.layers.3.mlp.up_proj.weight": torch.ones(48, 32)}),
+    "a mask": ("qwen2", {"model.layers.0.self_attn.mask": torch.full((4, 4), float("-inf"))}),
+    "a table of rotations": ("mistral", {"model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(4, 4)}),
+    "a bias": ("llama", {UP.replace("weight", "bias"): torch.ones(48)}),
+}
+
+
+@pytest.mark.parametrize(("name", "tensors"), EXTRA.values(), ids=EXTRA)
+def test_what_transformers_passes_over_is_no_fault(
+    name: str, tensors: dict[str, torch.Tensor], configured: Make, tmp_path: Path
+) -> None:
+    path = make_tiny(tmp_path / "model", name)
+    whole = streamprune.load(path).state_dict()
+    shard = shard_of(path, UP)
+    save_file({**load_file(shard), **tensors}, shard, metadata={"format": "pt"})
+    loaded = streamprune.load(path).state_dict()
+    assert all(torch.equal(loaded[tensor], value) for tensor, value in whole.items())
+    done = CliRunner().invoke(main, ["verify", str(path)])
+    assert done.exit_code == 0
+    (extra,) = tensors
+    assert f"\nwarning: {shard.name}: tensor {extra!r} has no place in the {name} model" in done.stdout
+    # A result would lack it.
+    message = f"tensor '{extra}' has no place in the .* transformers passes over it, but a result would lack it"
+    with pytest.raises(CheckpointError, match=message):
+        streamprune.prune(configured(path))
+
+    set_nan = {tensor: value * float("nan") if tensor == UP else value for tensor, value in load_file(shard).items()}
+    save_file(set_nan, shard, metadata={"format": "pt"})
+    done = CliRunner().invoke(main, ["verify", str(path), "--json"])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert [(each["kind"], each["tensor"]) for each in found["faults"]] == [("values", UP)]
+    assert [(each["kind"], each["tensor"]) for each in found["extra"]] == [("extra", extra)]
+
+
+def test_what_old_checkpoints_carry_is_passed_over_silently(tiny: Tiny, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    shard = shard_of(path, UP)
+    embedding = load_file(shard_of(path, "model.embed_tokens.weight"))["model.embed_tokens.weight"]
+    carried = {
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.full((4,), float("inf")),
+        "lm_head.weight": embedding.clone(),
+    }
+    save_file({**load_file(shard), **carried}, shard, metadata={"format": "pt"})
+    found = streamprune.verify(path)
+    assert found.faults == found.extra == ()
+
+
+def test_a_result_with_something_extra_is_no_result(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamprune import shot
+
+    real = shot.write_shard
+    monkeypatch.setattr(shot, "write_shard", lambda path, tensors: real(path, {**tensors, path.stem: torch.ones(1)}))
+    with pytest.raises(CheckpointError, match="has no place in the llama model that the config says"):
+        streamprune.prune(configured(tiny("llama"), recipe="magnitude"))
 
 
 def test_all_faults_are_listed(copied: Callable[..., Path]) -> None:
@@ -466,7 +538,7 @@ def test_the_command(copied: Callable[..., Path], tiny: Tiny) -> None:
     done = invoke(str(out), "--json")
     assert done.exit_code == 1
     found = json.loads(done.stdout)
-    assert list(found) == ["path", "manifest", "files", "tensors", "bytes", "unlisted", "faults", "sound"]
+    assert list(found) == ["path", "manifest", "files", "tensors", "bytes", "unlisted", "faults", "extra", "sound"]
     assert found["faults"][0] == {
         "kind": "file",
         "file": "README.md",
@@ -669,7 +741,7 @@ def test_reading_back_can_be_stopped_and_is_begun_again(tiny: Tiny, configured: 
 def test_a_result_that_holds_no_numbers_is_no_result(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune import output, shot
+    from streamprune import shot
 
     real = shot.write_shard
 
@@ -691,4 +763,4 @@ def test_a_result_that_holds_no_numbers_is_no_result(
     monkeypatch.setattr(shot, "write_shard", short)
     with pytest.raises(CheckpointError, match=rf"{UP}' has shape .*; the config says"):
         streamprune.prune(configured(tiny("llama"), "other", recipe="magnitude"))
-    assert output.REPORT in os.listdir(job_folder(configured(tiny("llama"), "other").out) / "out")
+    assert REPORT in os.listdir(job_folder(configured(tiny("llama"), "other").out) / "out")

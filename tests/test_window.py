@@ -20,7 +20,7 @@ from streamprune.methods.allocation import Budget, allocate, largest_step
 from streamprune.methods.plan import Plan
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
-from streamprune.workplace import job_folder
+from streamprune.names import job_folder
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
 Make = Callable[..., Config]

@@ -210,7 +210,7 @@ def _names(skeleton: Skeleton, runtime: Runtime) -> Callable[[str], str]:
 
 
 def _is_transposed(skeleton: Skeleton, index: int, linear: str) -> bool:
-    from transformers.pytorch_utils import Conv1D
+    from transformers import Conv1D
 
     return isinstance(skeleton.module(index, linear), Conv1D)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibration import load_tokenizer
+from ..calibration import check_vocabulary, load_tokenizer
 from ..errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -113,11 +113,9 @@ def read_vocabulary(directory: Path, size: int, defaults: Mapping[str, int]) -> 
         raise CheckpointError(
             f"{directory}: the tokenizer's BPE has dropout, prefixes or suffixes, which llama.cpp has not"
         )
+    beyond = check_vocabulary(tokenizer, size, directory)
+    added = {id: each for id, each in added.items() if id < size}
     pieces = {id: text for text, id in model["vocab"].items()} | {id: each["content"] for id, each in added.items()}
-    if max(pieces) >= size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has token {max(pieces)}, but the model has {size}; they do not belong together"
-        )
     tokens = [pieces.get(id, f"[PAD{id}]") for id in range(size)]
     if len(set(tokens)) < size:
         twice = next(text for text in tokens if tokens.count(text) > 1)
@@ -126,7 +124,8 @@ def read_vocabulary(directory: Path, size: int, defaults: Mapping[str, int]) -> 
     for id, each in added.items():
         types[id] = CONTROL if each["special"] else USER_DEFINED
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    prefix, scores, notes = False, [], []
+    prefix, scores = False, []
+    notes = [f"token {token!r} ({id}) is left out: the model has {size} tokens" for token, id in beyond.items()]
     if model.get("byte_fallback"):
         kind, pre = "llama", "default"
         prefix = _space_prefix(data, directory)

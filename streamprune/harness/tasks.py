@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import calibration, machine
 from ..errors import CalibrationError, ConfigError, one_line
 from ..hub import resolve_model
-from ..model.skeleton import open_skeleton
 from ..progress import Progress, Silent
+from .index import missing
 
 SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 """Kinds of task that need no generated text."""
@@ -71,10 +70,7 @@ def find_tasks(
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"include_path {include_path} is not a directory with task files in it")
     manager = _manager(names, include_path)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        where = "" if include_path is None else f" or below {include_path}"
-        raise ConfigError(f"no task {unknown[0]!r} is among lm_eval's{where}; `lm_eval ls tasks` lists its own")
+    _refuse([name for name in names if name not in manager.all_tasks], include_path)
     try:
         with _quietly():
             loaded = manager.load(list(names))
@@ -93,14 +89,27 @@ def find_tasks(
     return Tasks(tuple(names), manager, limit, num_fewshot)
 
 
+def _refuse(unknown: Sequence[str], include_path: Path | None) -> None:
+    if unknown:
+        where = "" if include_path is None else f" or below {include_path}"
+        raise ConfigError(f"no task {unknown[0]!r} is among lm_eval's{where}; `lm_eval ls tasks` lists its own")
+
+
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """lm_eval's TaskManager. Its own tasks are thousands of files, which single tasks of the user's do not need."""
+    """lm_eval's TaskManager. Its own tasks are thousands of files, which single tasks of the user's do not need.
+
+    Raises:
+        ConfigError: a name that is in none of the files.
+    """
+    if include_path is None:
+        _refuse(missing(names), None)
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         if all(name in own.all_subtasks for name in names):
             return own
+        _refuse(missing([name for name in names if name not in own.all_tasks]), include_path)
     return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
@@ -134,8 +143,11 @@ def evaluate_tasks(
         Stopped: `progress` asked for it; nothing is kept of an evaluation.
     """
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
+    from .. import calibration, machine
+    from ..model.skeleton import open_skeleton
+
     skeleton = open_skeleton(resolve_model(model, progress), machine.resolve_device(device), dtype)
-    tokenizer = calibration.load_tokenizer(skeleton.checkpoint.directory)
+    tokenizer = calibration.load_tokenizer(skeleton.checkpoint.directory, skeleton.vocabulary)
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 

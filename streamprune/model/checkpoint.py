@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Set
@@ -23,29 +22,36 @@ from safetensors.torch import load
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError, DamageError, DiskError, one_line
+from ..errors import CheckpointError, DamageError, one_line
 from ..host import host_buffer, tensor_bytes
-from ..json_text import parse, read_text
-from .directory import check_links
+from ..json_text import parse, read_json, write_json
+from ..names import ADAPTER, CONFIG, INDEX, SINGLE
+from .directory import check_links, check_pointer
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CPU = torch.device("cpu")
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of buffers that old checkpoints carry and no model reads any more."""
-ADAPTER = "adapter_config.json"
+MODELOPT = "hf_quant_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 """A name that is no path, and no pattern either: the hub is asked for it."""
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Fields of a config that say how weights are packed."""
 _PACKED = (
     (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
     (re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|quant_state\..*)$"), "bitsandbytes"),
-    (re.compile(r"\.(weight_packed|weight_shape|weight_scale|weight_zero_point|input_scale)$"), "compressed-tensors"),
+    (re.compile(r"\.weight_scale_2$"), "ModelOpt"),
+    (
+        re.compile(r"\.(weight_packed|weight_shape|weight_zero_point|(weight|input)_global_scale)$"),
+        "compressed-tensors",
+    ),
+    (re.compile(r"\.(weight_scale|input_scale)$"), "compressed-tensors or ModelOpt"),
     (re.compile(r"\.weight_scale_inv$|_proj_(blocks|scales)$"), "block-scaled float"),
 )
-"""Endings of the names of tensors that only packed weights have, and whose they are."""
+"""Endings of the names of tensors that only packed weights have, and whose they are: the surest first."""
 
+_TABLES = ("I64", "BOOL")
+"""What no weights are packed in."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored in."""
 NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "I64"}
@@ -73,9 +79,10 @@ class Checkpoint(Mapping[str, TensorEntry]):
     """A checkpoint directory: tensor names to their places; `read` fetches one.
 
     Raises:
-        CheckpointError: not a checkpoint, pickles only, a shard that is missing, cut short or corrupt, an
-            index that names a file outside the directory or a tensor its shard lacks, a packed dtype, a link
-            that leads out of the directory, an adapter that is not merged.
+        CheckpointError: not a checkpoint, pickles only, two sets of weights, a shard that is missing, cut short or
+            corrupt, an index that names a file outside the directory or a tensor its shard lacks, a tensor in two
+            shards, a packed dtype or an integer one, a Git LFS pointer, a link that leads out of the directory, an
+            adapter that is not merged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -179,9 +186,9 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def _shards(self) -> dict[str, set[str] | None]:
         """Shard file names, each with the tensors that the index says it holds (None: whatever it holds)."""
         index = self.directory / INDEX
+        if weight_file(self.directory) == SINGLE:
+            return {SINGLE: None}
         if not index.exists():
-            if (self.directory / SINGLE).exists():
-                return {SINGLE: None}
             if any(next(self.directory.glob(pattern), None) for pattern in _PICKLES):
                 raise CheckpointError(
                     f"{self.directory} has only pickled weights, which are never opened; convert them to safetensors first"
@@ -200,21 +207,74 @@ class Checkpoint(Mapping[str, TensorEntry]):
             raise CheckpointError(f"shard {path} is corrupt: {one_line(error)}") from error
         if missing := sorted((wanted or set()) - header.keys()):
             raise CheckpointError(f"shard {path} lacks {missing[0]!r}, which the index places there")
-        for name in header if wanted is None else sorted(wanted):
-            begin, end = header[name]["data_offsets"]
-            dtype = header[name]["dtype"]
-            maker = next((maker for ending, maker in _PACKED if ending.search(name)), None)
-            if dtype not in DTYPES and name.endswith(UNREAD):
-                continue  # Pythia's masks are truth values
-            if dtype not in DTYPES or maker is not None:
-                packed = f" ({maker})" if maker else ""
-                raise CheckpointError(
-                    f"{path}: tensor {name!r} has dtype {dtype}; quantised or packed weights{packed} cannot be pruned, "
-                    f"only {', '.join(DTYPES)}"
-                )
+        self._check_dtypes(path, {name: entry["dtype"] for name, entry in header.items()})
+        # As transformers, whatever a shard holds is read; the index only says which shards there are.
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                continue
+            if (twin := self._entries.get(name)) is not None:
+                raise CheckpointError(f"shard {path} holds {name!r}, and so does {twin.shard.name}; it must be in one")
+            begin, end = entry["data_offsets"]
             self._entries[name] = TensorEntry(
-                path, DTYPES[dtype], tuple(header[name]["shape"]), 8 + length + begin, end - begin
+                path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin
             )
+
+    def _check_dtypes(self, path: Path, dtypes: Mapping[str, str]) -> None:
+        """See that a shard's tensors, dtypes by name, can be computed with.
+
+        Raises:
+            CheckpointError: packed weights, and by whom; or a table of integers, such as DeepSeek V4's of experts.
+        """
+        makers = {name: maker for ending, maker in reversed(_PACKED) for name in dtypes if ending.search(name)}
+        # Pythia's masks are truth values.
+        unread = {n: d for n, d in dtypes.items() if n in makers or (d not in DTYPES and not n.endswith(UNREAD))}
+        declared = quantised_by(self.config) or ("modelopt" if (self.directory / MODELOPT).exists() else None)
+        packed = [
+            name
+            for name, dtype in unread.items()
+            if name in makers or dtype[0] == "F" or name.endswith(".weight") or (declared and dtype not in _TABLES)
+        ]
+        only = f"only {', '.join(DTYPES)}"
+        if packed:
+            surest = next((maker for _, maker in _PACKED if maker in makers.values()), None)
+            by = f" ({declared or surest})" if declared or surest else ""
+            raise CheckpointError(
+                f"{path}: tensor {packed[0]!r} has dtype {unread[packed[0]]}; quantised or packed weights{by} cannot be "
+                f"pruned, {only}"
+            )
+        if unread:
+            name, dtype = next(iter(unread.items()))
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}; tables of it cannot be read, {only}")
+
+
+def quantised_by(config: Mapping[str, Any]) -> str | None:
+    """What a config says that its weights are packed by, such as ``gptq``; None where it says nothing."""
+    for field in QUANTISED:
+        given = config.get(field)
+        if given is not None:
+            method = given.get("quant_method") if isinstance(given, dict) else None
+            return str(method)[:40] if method else f"as {field} says"
+    return None
+
+
+def weight_file(directory: Path) -> str:
+    """The file that transformers takes a directory's weights from: `SINGLE` where that is there, else `INDEX`.
+
+    An index beside `SINGLE` may be left over, its shards gone: transformers does not read it, nor does anything here.
+
+    Raises:
+        CheckpointError: both are there, with shards; transformers would not tell.
+    """
+    index = directory / INDEX
+    if not (directory / SINGLE).is_file():
+        return INDEX
+    for shard in sorted(read_index(index)) if index.exists() else ():
+        if shard != SINGLE and (directory / shard).exists():
+            raise CheckpointError(
+                f"{directory} has two sets of weights: {SINGLE}, which transformers reads, and the shards of {INDEX} "
+                f"({shard}); move the ones that are not meant elsewhere"
+            )
+    return SINGLE
 
 
 def read_header(path: Path) -> tuple[int, bytes]:
@@ -224,12 +284,13 @@ def read_header(path: Path) -> tuple[int, bytes]:
     the file, and that each has as many bytes as its shape and dtype say.
 
     Raises:
-        CheckpointError: the shard is corrupt or cut short.
+        CheckpointError: the shard is corrupt or cut short, or a Git LFS pointer.
     """
     try:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
+        check_pointer(path)
         raise CheckpointError(f"shard {path} is corrupt or cut short: {one_line(error)}") from error
     beginning = bytearray(8)
     files.read_into(path, 0, memoryview(beginning))
@@ -342,36 +403,3 @@ def write_index(directory: Path, placed: Mapping[str, str], parameters: int, siz
         "weight_map": dict(sorted(placed.items())),
     }
     return write_json(directory / INDEX, index)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: missing, unreadable, not an object, or nothing that `json_text` takes.
-    """
-    try:
-        value = parse(read_text(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except DiskError as error:
-        raise CheckpointError(str(error)) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
-
-
-def finite(value: Any) -> Any:
-    """A JSON value in which null stands for what JSON has no number for, however deep."""
-    if isinstance(value, Mapping):
-        return {name: finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> str:
-    """Write a JSON file durably, indented; `finite`, so that `read_json` takes it. Returns its digest."""
-    return files.write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CheckpointError, one_line
+from ..names import CONFIG, KERNELS
 from .architecture import ARCHITECTURES, Architecture, SublayerEntry, architecture_of
-from .checkpoint import CONFIG, Checkpoint
+from .checkpoint import QUANTISED, Checkpoint, quantised_by, weight_file
 from .modeling_streamprune import PREFIX
 
 OURS = "streamprune"
 """The field with per-block widths."""
-_CHOOSING = {
-    "attn_implementation",
-    "experts_implementation",
+RUN_TIME = KERNELS | {"output_attentions", "_output_attentions", "transformers_weights"}
+"""Fields that say how, or from which file, somebody once ran the model: no part of a checkpoint, and another machine may not
+have what they ask for."""
+_CHOOSING = RUN_TIME | {
     "auto_map",
-    "transformers_weights",
     "name_or_path",
     "num_labels",
     "id2label",
@@ -31,18 +33,33 @@ _CHOOSING = {
     "problem_type",
     "is_encoder_decoder",
     "return_dict",
-    "output_attentions",
     "output_hidden_states",
     "output_router_logits",
     "tie_last_hidden_states",
 }
 """Fields that say what code computes, which files are read or what a forward returns, and labels, which no language
 model has."""
-_QUANTISED = ("quantization_config", "compression_config", "quantization")
 _ELSEWHERE = {
     "configuration_files": "another config to be read instead",
     "per_layer_config": "blocks of different configs, which the table of architectures does not know",
 }
+_PEFT = "PEFT wrote them: merge the adapter there (`merge_and_unload`), and save the merged model"
+_PART = "they are part of a larger model: save its language model on its own"
+_WRAPPERS = {
+    "base_model": _PEFT,
+    "base_layer": _PEFT,
+    "lora_A": _PEFT,
+    "lora_B": _PEFT,
+    "module": "data parallel training wrote them: save the wrapped model, `model.module`",
+    "_orig_mod": "`torch.compile` wrote them: save the model that was compiled, `model._orig_mod`",
+    "_fsdp_wrapped_module": "FSDP wrote them: save its full state dict",
+    "_checkpoint_wrapped_module": "activation checkpointing wrote them: save the model without its wrappers",
+    "_forward_module": "Lightning wrote them: save the wrapped model, `model._forward_module`",
+    "language_model": _PART,
+    "text_model": _PART,
+    "thinker": _PART,
+}
+"""Pieces of tensor names that no supported model has, by whom they are and what gets rid of them."""
 _WIDEST = 1 << 31
 """More than any side of a matrix."""
 _LARGEST = 3.4028234663852886e38
@@ -66,19 +83,31 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
     """The table's entry and transformers' config of a checkpoint; its tensors get their full names (`complete_names`).
 
     Raises:
-        CheckpointError: unknown architecture, quantised weights, more blocks than the shards hold, a config that
-            transformers refuses, or per-block widths that are none of ours.
+        CheckpointError: unknown architecture, a field left over from quantised weights, tensors by names that a tool
+            put around the model's, more blocks than the shards hold, a config that transformers refuses, or per-block
+            widths that are none of ours.
     """
     fields, where = checkpoint.config, f"{checkpoint.directory}/{CONFIG}"
-    for name in _QUANTISED:
+    for name in QUANTISED:
         if fields.get(name) is not None:
-            raise CheckpointError(f"{checkpoint.directory}: the config has a {name}; quantised models cannot be pruned")
+            raise CheckpointError(
+                f"{where}: it has a {name} ({quantised_by({name: fields[name]})}), but no tensor is packed: the field is left "
+                f"over from before the weights were dequantised; delete {name} from the file"
+            )
     for name, meaning in _ELSEWHERE.items():
         if fields.get(name) is not None:
             raise CheckpointError(f"{where}: {name} asks for {meaning}")
+    if fields.get("transformers_weights") not in (None, file := weight_file(checkpoint.directory)):
+        named = str(fields["transformers_weights"])[:80]
+        raise CheckpointError(
+            f"{where}: transformers_weights has transformers read {named!r} in place of {file}; delete the field, or the file"
+        )
     architecture = _architecture(fields, str(checkpoint.directory))
+    _check_names(checkpoint, architecture)
     checkpoint.complete_names(architecture.blocks.partition(".")[0], architecture.head)
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING
+
+    from .upstream import untested
 
     try:
         stock = CONFIG_MAPPING[fields["model_type"]]
@@ -90,7 +119,9 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{where}: transformers cannot build this model ({one_line(error, 400)})") from error
+        raise CheckpointError(
+            f"{where}: transformers cannot build this model ({one_line(error, 400)}){untested()}"
+        ) from error
     if fields["model_type"].startswith(PREFIX):
         _check_widths(fields.get(OURS), architecture, entries, len(checkpoint), where)
     _check_rotation(getattr(config, "rope_parameters", None), where)
@@ -114,6 +145,28 @@ def _architecture(fields: Mapping[str, Any], where: str) -> Architecture:
             f"never run; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     return architecture_of(base, where)
+
+
+def _check_names(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """See that tensors have the model's own names, with or without that of its base, and nothing around them.
+
+    Raises:
+        CheckpointError: something is; its message says what, and who put it there.
+    """
+    *bases, blocks = map(re.escape, architecture.blocks.split("."))
+    own = "".join(rf"(?:{base}\.)?" for base in bases)
+    place = re.compile(rf"((?:[^.]+\.)*?){own}{blocks}\.\d+\.")
+    around = {match[1]: name for name in checkpoint.claimed if (match := place.match(name))}
+    if "" in around or not around:
+        around = {piece: name for name in checkpoint.claimed for piece in name.split(".") if piece in _WRAPPERS}
+    for what, name in around.items():
+        advice = next(
+            (_WRAPPERS[piece] for piece in what.split(".") if piece in _WRAPPERS), "save the model without it"
+        )
+        raise CheckpointError(
+            f"{checkpoint.directory}: tensor names such as {name!r} have {what!r}, which no {architecture.model_type} "
+            f"model has there; {advice}"
+        )
 
 
 def _is_setting(name: str) -> bool:

@@ -1,11 +1,15 @@
-"""A model directory as it comes from others: what in it leads elsewhere."""
+"""A model directory as it comes from others: what in it leads elsewhere, or stands for a file that is not there."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from .. import files
 from ..errors import CheckpointError
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
+"""How Git LFS begins the text that it leaves where a file was not fetched."""
 
 
 def check_links(directory: Path) -> None:
@@ -26,3 +30,16 @@ def check_links(directory: Path) -> None:
             raise CheckpointError(
                 f"{directory / name} is a link to {target}, out of the model directory; put the file itself there"
             )
+
+
+def check_pointer(path: Path) -> None:
+    """Refuse the text that Git LFS leaves in the place of a file.
+
+    Raises:
+        CheckpointError: `path` holds such a text.
+    """
+    beginning = bytearray(len(_POINTER))
+    if path.is_file() and files.read_into(path, 0, memoryview(beginning)) and beginning == _POINTER:
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in {path.parent}"
+        )

@@ -41,7 +41,8 @@ class Skeleton:
         device: where blocks go.
         dtype: what they compute in.
         layout: what the widths of its sites must stay like.
-        check: whether to refuse what `layout_faults` finds.
+        check: whether to refuse what `layout_faults` and `extra` find. transformers passes over tensors that are extra, but
+            what is written from this model would lack them.
 
     Raises:
         CheckpointError: what `read_configuration` refuses, a tensor that is missing, unexpected, or of another
@@ -97,6 +98,11 @@ class Skeleton:
         self._after = _present(model, (*self.architecture.final, self.architecture.head))
         for name, what in self.layout_faults() if check else ():
             raise CheckpointError(f"{self.checkpoint.directory}: tensor {name!r} {what}")
+        for name in self.extra() if check else ():
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: tensor {name!r} has no place in the {self.architecture.model_type} model that "
+                "the config says; transformers passes over it, but a result would lack it: take it out of the files"
+            )
         for name in list(self._after)[:-1]:
             model.set_submodule(name, nn.Identity())
         numbers = sum(buffer.numel() for buffer in model.buffers() if buffer.is_meta)
@@ -476,8 +482,24 @@ class Skeleton:
         return [self.stored_name(f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
 
     def layout_faults(self) -> Iterator[tuple[str, str]]:
-        """Tensors that are missing, unexpected, or of another shape than the config says: name, and what is wrong with it."""
-        model = self.architecture.model_type
+        """Tensors that are missing, or of another shape than the config says: name, and what is wrong with it."""
+        expected = self._expected()
+        # To tell a head that is stored from the embedding takes both.
+        if (self._head_weight not in self.checkpoint or self._embedding_weight in self.checkpoint) and self.tied:
+            expected.pop(self._head_weight)
+        for name, shape in expected.items():
+            if name not in self.checkpoint:
+                yield name, f"is missing; the config says a {self.architecture.model_type} model that has it"
+            elif self.checkpoint[name].shape != shape:
+                yield name, f"has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
+
+    def extra(self) -> list[str]:
+        """Tensors that the model of the config has no place for, but for the buffers that old checkpoints carry."""
+        expected = self._expected()
+        return [name for name in self.checkpoint if name not in expected and not name.endswith(UNREAD)]
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that the config says, by stored name, the head's among them whether tied or not."""
         expected: dict[str, tuple[int, ...]] = {}
         for index, layer in enumerate(self._templates):
             state = layer.state_dict()
@@ -486,17 +508,7 @@ class Skeleton:
             expected |= {
                 self.stored_name(f"{path}.{leaf}"): tuple(tensor.shape) for leaf, tensor in module.state_dict().items()
             }
-        # To tell a head that is stored from the embedding takes both.
-        if (self._head_weight not in self.checkpoint or self._embedding_weight in self.checkpoint) and self.tied:
-            expected.pop(self._head_weight)
-        for name, shape in expected.items():
-            if name not in self.checkpoint:
-                yield name, f"is missing; the config says a {model} model that has it"
-            elif self.checkpoint[name].shape != shape:
-                yield name, f"has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
-        for name in self.checkpoint:
-            if name not in expected and name != self._head_weight and not name.endswith(UNREAD):
-                yield name, f"has no place in the {model} model that the config says"
+        return expected
 
 
 def open_skeleton(model: Path, device: torch.device, dtype: str, *, layout: Layout = FREE) -> Skeleton:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison import JSON, MARKDOWN
-from ..curves import CURVES, FORMAT
+from ..curves import FORMAT
 from ..errors import CheckpointError, ConfigError
-from ..model.checkpoint import read_json
-from ..output import FIGURES, REPORT, is_report, is_tuning
-from ..workplace import job_folder
+from ..json_text import read_json
+from ..names import CURVES, FIGURES, REPORT, is_report, is_tuning, job_folder
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ def write_samples(
     tokenizers = {label: calibration.load_tokenizer(path) for label, path in models.items()}
     for label, path in models.items():
         model = load_whole(path).to(device)
+        calibration.check_vocabulary(tokenizers[label], model.config.vocab_size, path)
         written[label] = []
         for prompt, limit in zip(prompts, limits, strict=True):
             ids = tokenizers[label](prompt, return_tensors="pt")["input_ids"].to(device)

@@ -25,8 +25,9 @@ from streamprune import Config, calibration, documents, evaluate, hub, inspect, 
 from streamprune.errors import CalibrationError, CheckpointError
 from streamprune.journal import Journal
 from streamprune.methods.plan import Plan
-from streamprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, write_index, write_shard
+from streamprune.model.checkpoint import Checkpoint, write_index, write_shard
 from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.names import CONFIG, INDEX, SINGLE
 from streamprune.output import free_config
 from streamprune.text import Source, Text
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamprune.files import TEMPORARY
-from streamprune.workplace import JOURNAL, job_folder
+from streamprune.names import JOURNAL, job_folder
 
 from .life import Ended, Life, Torchrun, processes_below, send
 from .scenario import Inputs, Make, Scenario

@@ -1,0 +1,54 @@
+"""Makes transformers' auto classes know pruned checkpoints, without importing transformers or torch before they are used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+CONFIGS, MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
+"""The modules of `AutoConfig` and of `AutoModelForCausalLM`."""
+OURS = f"{__package__}.modeling_streamprune"
+_NEXT = {CONFIGS: MODELS, MODELS: OURS}
+"""What is imported right after a module, unless its import is under way: OURS imports MODELS, which imports CONFIGS."""
+
+
+def teach() -> None:
+    """Register every architecture with the auto classes: now if they are imported already, else right after their import."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    if sys.modules.keys() & {CONFIGS, MODELS}:
+        import_module(OURS)
+
+
+def _register(modeling: Any) -> None:
+    from .architecture import ARCHITECTURES
+
+    for model_type in ARCHITECTURES:
+        modeling.register(model_type)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the three modules as usual, and has each followed by the next, and the last by the registration."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in (CONFIGS, MODELS, OURS):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def followed(module: ModuleType) -> None:
+            execute(module)
+            if name == OURS:
+                _register(module)
+            elif _NEXT[name] not in sys.modules:
+                import_module(_NEXT[name])
+
+        spec.loader.exec_module = followed  # type: ignore[method-assign]
+        return spec
