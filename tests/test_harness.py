@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from streamprune import Callback, Stopped
 from streamprune.calibration import load_tokenizer
 from streamprune.errors import ConfigError, ResourceError, StreamPruneError
 from streamprune.harness import scoring
+from streamprune.harness.index import missing
 from streamprune.harness.scoring import Query, padded, score
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.progress import Silent
@@ -271,6 +273,42 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'streamprune\[harness\]'"):
         find(["mc_piqa"], include_path=TASK_FILES)
+
+
+@pytest.mark.parametrize("more", [[], ["--include-path", str(TASK_FILES)]])
+def test_a_wrong_name_is_refused_before_torch_and_the_model(more: list[str]) -> None:
+    code = (
+        "import sys; from streamprune_cli import main; code = None\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as done: code = done.code\n"
+        "print(code, [name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    words = ["eval", "no-such-model", "--tasks", "arc_easy,arc_eazy", *more]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n"
+    assert "no task 'arc_eazy' is among lm_eval's" in done.stderr
+
+
+def test_only_names_in_no_file_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tmp_path / "lm_eval" / "tasks" / "own"
+    tasks.mkdir(parents=True)
+    (tasks / "a.yaml").write_text("task: one\ntag:\n- 'two'\n- three # a note\ngroup: [four,five]\ninclude: _base\n")
+    (tasks / "b.yaml").write_text('{"task": "six", group: seven}\r\ntag: eight\r\n')
+    (tasks / "_base").write_text("tag: nine")
+    (tasks / "a.md").write_text("ten")
+    (tmp_path / "lm_eval" / "__init__.py").write_text("")
+    spec = importlib.util.spec_from_file_location(
+        "lm_eval", tmp_path / "lm_eval" / "__init__.py", submodule_search_locations=[str(tmp_path / "lm_eval")]
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    there = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "fünf"]
+    assert missing([*there, "ten", "on", "ne", "o.e", "our,five"]) == ["ten", "on", "ne", "o.e", "our,five"]
+
+
+@pytest.mark.slow
+def test_no_name_of_lm_eval_is_missing() -> None:
+    names = sorted(TaskManager().all_tasks)
+    assert missing(random.Random(0).sample(names, 60)) == []
 
 
 @pytest.mark.usefixtures("choices")

@@ -28,7 +28,9 @@ def missing(names: Sequence[str]) -> list[str]:
 
 def _contains(data: bytes, name: str) -> bool:
     word = name.encode()
-    return word in data and re.search(rb"(?<![^\s\"'\[{,])" + re.escape(word) + rb"(?![^\s\"'\]},:#])", data) is not None
+    return (
+        word in data and re.search(rb"(?<![^\s\"'\[{,])" + re.escape(word) + rb"(?![^\s\"'\]},:#])", data) is not None
+    )
 
 
 def _files() -> list[Path]:
