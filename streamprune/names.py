@@ -40,6 +40,9 @@ KERNELS = {
     "_experts_implementation_internal",
 }
 """Fields of a config that say by which kernels somebody once ran the model."""
+RUN_TIME = KERNELS | {"output_attentions", "_output_attentions", "transformers_weights"}
+"""Fields that say how, or from which file, somebody once ran the model: no part of a checkpoint, and another machine may not
+have what they ask for."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -17,7 +17,6 @@ from .model.activation import canonical
 from .model.architecture import is_stock, stock_config
 from .model.block import module_rows
 from .model.checkpoint import data_bytes, shard_name, write_index, write_shard
-from .model.configuration import RUN_TIME
 from .model.directory import check_pointer
 from .model.skeleton import Skeleton
 from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG
@@ -276,8 +275,7 @@ def _current_rotation(skeleton: Skeleton, config: dict[str, Any]) -> dict[str, A
 
 
 def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
-    """The source's config without what is ours to say, nor how somebody ran the model."""
-    ours = {"streamprune", "auto_map", BLOCK_CONFIGS, *RUN_TIME}
+    ours = ("streamprune", "auto_map", BLOCK_CONFIGS)
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
     # A head that was stored apart from the embedding is not tied to it, whatever the config said.
     return (

@@ -25,7 +25,7 @@ from .. import files
 from ..errors import CheckpointError, DamageError, one_line
 from ..host import host_buffer, tensor_bytes
 from ..json_text import parse, read_json, write_json
-from ..names import ADAPTER, CONFIG, INDEX, SINGLE
+from ..names import ADAPTER, CONFIG, INDEX, RUN_TIME, SINGLE
 from .directory import check_links, check_pointer
 
 CPU = torch.device("cpu")
@@ -94,7 +94,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
                 f"{directory} has an adapter ({ADAPTER}) beside its weights; merge it first, or take the file away"
             )
         self.directory = directory
-        self.config = read_json(directory / CONFIG)
+        config = read_json(directory / CONFIG)
+        named = config.get("transformers_weights")
+        if named is not None and named != (file := weight_file(directory)):
+            raise CheckpointError(
+                f"{directory / CONFIG}: transformers_weights has transformers read {str(named)[:80]!r} in place of {file}; "
+                "delete the field, or that file"
+            )
+        self.config = {field: value for field, value in config.items() if field not in RUN_TIME}
+        """Without how somebody once ran the model."""
         self.bytes_read = 0
         self.headers: dict[str, str] = {}
         """Digest of every shard's header, by file name."""

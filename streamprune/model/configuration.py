@@ -14,17 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CheckpointError, one_line
-from ..names import CONFIG, KERNELS
+from ..names import CONFIG
 from .architecture import ARCHITECTURES, Architecture, SublayerEntry, architecture_of
-from .checkpoint import QUANTISED, Checkpoint, quantised_by, weight_file
+from .checkpoint import QUANTISED, Checkpoint, quantised_by
 from .modeling_streamprune import PREFIX
 
 OURS = "streamprune"
 """The field with per-block widths."""
-RUN_TIME = KERNELS | {"output_attentions", "_output_attentions", "transformers_weights"}
-"""Fields that say how, or from which file, somebody once ran the model: no part of a checkpoint, and another machine may not
-have what they ask for."""
-_CHOOSING = RUN_TIME | {
+_CHOOSING = {
     "auto_map",
     "name_or_path",
     "num_labels",
@@ -97,11 +94,6 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
     for name, meaning in _ELSEWHERE.items():
         if fields.get(name) is not None:
             raise CheckpointError(f"{where}: {name} asks for {meaning}")
-    if fields.get("transformers_weights") not in (None, file := weight_file(checkpoint.directory)):
-        named = str(fields["transformers_weights"])[:80]
-        raise CheckpointError(
-            f"{where}: transformers_weights has transformers read {named!r} in place of {file}; delete the field, or the file"
-        )
     architecture = _architecture(fields, str(checkpoint.directory))
     _check_names(checkpoint, architecture)
     checkpoint.complete_names(architecture.blocks.partition(".")[0], architecture.head)
