@@ -50,9 +50,9 @@ def bench(
     """
     import streamprune
 
-    options.begin()
-
     limit = options.size(memory, "--memory")
+    options.begin(model, against)
+
     with show.watched(quiet) as progress:
         measured = streamprune.bench(model, against, memory=limit, progress=progress, **chosen)
     found = asdict(measured)
@@ -69,11 +69,21 @@ def bench(
 def _speeds(measured: Bench) -> list[str]:
     ours, other = measured.model, measured.against
     if other is None:
-        rows = [["tokens a second", ""]]
+        rows = [["tokens per second", ""]]
         rows += [[name, f"{getattr(ours, name).tokens_per_second:.1f}"] for name in ("prefill", "decode")]
         return [*show.table(rows), f"({measured.protocol})"]
     rows = [
-        ["tokens a second", "dense", "pruned", "speed-up", "rounds", "fastest", "by operations", "by bytes", "achieved"]
+        [
+            "tokens per second",
+            "dense",
+            "pruned",
+            "speed-up",
+            "rounds",
+            "fastest",
+            "by operations",
+            "by bytes",
+            "achieved",
+        ]
     ]
     for name in ("prefill", "decode"):
         gain = getattr(measured, name)
@@ -92,8 +102,8 @@ def _speeds(measured: Bench) -> list[str]:
         )
     return [
         *show.table(rows),
-        f"{other.parameters:,} → {ours.parameters:,} parameters; speed-up: median over rounds; fastest: of each one's fastest "
-        "round; by operations, by bytes: what they would allow; achieved: of what operations (prefill) or bytes (decode) allow",
+        f"{other.parameters:,} → {ours.parameters:,} parameters; speed-up: median over rounds; fastest: of the fastest rounds; "
+        "by operations, by bytes: the limits that they set; achieved: share of the limit by operations (prefill) or bytes (decode)",
         f"({measured.protocol})",
     ]
 
@@ -103,11 +113,11 @@ def _widths(tried: list[Width]) -> list[str]:
     for each in tried:
         rows.append(
             [
-                f"{each.width}, its own" if each.own else str(each.width),
+                f"{each.width} (now)" if each.own else str(each.width),
                 ", ".join(map(str, each.round_to)),
                 f"{each.operations:.3f}",
                 f"{each.prefill:.3f}",
                 f"{each.decode:.3f}",
             ]
         )
-    return [*show.table(rows), "operations and seconds of an FFN's products over those at its own width"]
+    return [*show.table(rows), "operations and seconds of the FFN products, relative to the current width"]

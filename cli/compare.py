@@ -12,21 +12,24 @@ from . import options, show
 
 @click.command()
 @click.argument("model", type=options.DIRECTORY)
+@click.option("--ratios", required=True, metavar="R,R,…", help="Shares of the parameters to remove, each in (0, 1).")
 @click.option(
-    "--ratios", required=True, metavar="R,R,…", help="Shares of the blocks' parameters to remove, each in (0, 1)."
-)
-@click.option(
-    "--recipes", required=True, metavar="NAME,…", help="Recipes; label=NAME to have one several times, with settings."
+    "--recipes",
+    required=True,
+    metavar="NAME,…",
+    help="Recipes; label=NAME names one that is used several times with other settings.",
 )
 @click.option("--text", required=True, metavar=options.TEXT, help="Text to measure perplexity on, whole and in order.")
 @click.option(
-    "--eval-seq-len", type=int, help="Tokens a window of it.  [default: 2048, or the model's context if shorter]"
+    "--eval-seq-len", type=int, help="Tokens per window of --text.  [default: 2048, or the model's context if shorter]"
 )
 @click.option(
-    "--out", type=options.DIRECTORY, help="Folder for the table and the work.  [default: MODEL-compare, beside MODEL]"
+    "--out",
+    type=options.DIRECTORY,
+    help="Folder for the table and the work.  [default: MODEL-compare in the current folder]",
 )
 @click.option(
-    "--set", "settings", multiple=True, metavar="LABEL.NAME=VALUE", help="A setting of one recipe; may be repeated."
+    "--set", "settings", multiple=True, metavar="LABEL.NAME=VALUE", help="Setting of one recipe; may be repeated."
 )
 @click.option(
     "--perplexity",
@@ -34,16 +37,16 @@ from . import options, show
     type=float,
     multiple=True,
     metavar="P",
-    help="Say at which ratio every recipe reaches this perplexity, log-perplexity interpolated; may be repeated.",
+    help="Print the ratio at which each recipe reaches this perplexity, interpolating log-perplexity; may be repeated.",
 )
 @options.calibration_options
 @options.machine_options
 @options.result_options
 @click.option(
-    "--keep", is_flag=True, help="Leave every pruned checkpoint in OUT/rows; else it goes once it is measured."
+    "--keep", is_flag=True, help="Keep every pruned checkpoint in OUT/rows.  [default: delete each after measuring it]"
 )
-@click.option("--plot", is_flag=True, help="Draw compare.png too; needs the extra: pip install 'streamprune[plot]'.")
-@click.option("--restart", is_flag=True, help="Throw away what an earlier comparison left in OUT.")
+@click.option("--plot", is_flag=True, help="Also draw compare.png; needs the extra: pip install 'streamprune[plot]'.")
+@click.option("--restart", is_flag=True, help="Delete what an earlier comparison left in OUT.")
 @options.output_options
 def compare(
     model: Path,
@@ -56,10 +59,11 @@ def compare(
     quiet: bool,
     **chosen: Any,
 ) -> None:
-    """Prune MODEL by several recipes at several ratios, on the same text and budget, and measure each.
+    """Prune by several recipes at several ratios, and measure each.
 
-    The table is printed, and lies in OUT as compare.json, compare.csv and compare.md. Interrupted, the same command
-    goes on where it stopped; with more ratios or recipes it measures what is missing.
+    All use the same text and budget. The command prints a table and writes it to OUT as compare.json, compare.csv and
+    compare.md. After an interruption, run the same command again to resume; with more ratios or recipes it measures only
+    what is missing.
 
     Examples:
 
@@ -69,22 +73,22 @@ def compare(
     """
     import streamprune
 
-    options.begin()
-
     variants = _variants(recipes, settings)
+    numbers = _numbers(ratios)
+    common = {**options.machine(**chosen), "disk": options.size(disk, "--disk")}
+    options.begin(model, texts=[text, chosen["calibration"]])
     with show.progress(quiet) as progress:
         found = streamprune.compare(
             model,
-            ratios=_numbers(ratios),
+            ratios=numbers,
             recipes=variants,
             text=text,
-            disk=options.size(disk, "--disk"),
             progress=progress,
-            **options.machine(**chosen),
+            **common,
         )
-    common = {"model": model, "out": Path(found.out), "ratio": 0.5, "refine": chosen["refine"]}
-    options.note_unread(
-        quiet, *(streamprune.Config(recipe=each.recipe, settings=each.settings, **common) for each in variants)
+    given = {"model": model, "out": Path(found.out), "ratio": 0.5, "refine": chosen["refine"]}
+    options.note_idle(
+        quiet, *(streamprune.Config(recipe=each.recipe, settings=each.settings, **given) for each in variants)
     )
     lines = show.table(found.cells())
     if found.reached:
@@ -99,13 +103,14 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--ratios {text!r}: write numbers with commas between, such as 0.2,0.3") from None
+        raise ConfigError(f"--ratios {text!r}: write numbers separated by commas, such as 0.2,0.3") from None
 
 
 def _variants(recipes: str, settings: tuple[str, ...]) -> list[Any]:
-    """The recipes asked for, each with its settings."""
+    """The requested recipes, each with its settings."""
     from streamprune import Variant
     from streamprune.errors import ConfigError
+    from streamprune.methods.settings import parse
 
     variants = [Variant.parse(part.strip()) for part in recipes.split(",")]
     own: dict[str, dict[str, str]] = {variant.label: {} for variant in variants}
@@ -116,4 +121,6 @@ def _variants(recipes: str, settings: tuple[str, ...]) -> list[Any]:
         if label not in own:
             raise ConfigError(f"--set {key}: there is no {label!r} among the recipes; there are {', '.join(own)}")
         own[label][name] = value
+    for variant in variants:
+        parse(variant.recipe, own[variant.label])
     return [Variant(variant.label, variant.recipe, own[variant.label]) for variant in variants]

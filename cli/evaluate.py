@@ -13,12 +13,10 @@ from . import options, show
 
 @click.command("eval")
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--text", metavar=options.TEXT, help="Text to score, whole and in order.")
-@click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]")
+@click.option("--text", metavar=options.TEXT, help="Text to measure perplexity on, whole and in order.")
+@click.option("--seq-len", type=int, help="Tokens per window.  [default: 2048, or the model's context if shorter]")
 @click.option("--tasks", metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
-@click.option(
-    "--include-path", type=options.DIRECTORY, metavar="DIR", help="More task files, beside those that lm_eval has."
-)
+@click.option("--include-path", type=options.DIRECTORY, metavar="DIR", help="Folder with more task files.")
 @click.option("--limit", type=int, metavar="N", help="Score the first N documents of each task.  [default: all]")
 @click.option("--num-fewshot", type=int, metavar="N", help="Examples before each document.  [default: the task's own]")
 @options.machine_options
@@ -35,10 +33,10 @@ def evaluate(
     quiet: bool,
     **chosen: Any,
 ) -> None:
-    """Perplexity and tasks of MODEL, dense or pruned, a checkpoint directory or a name on the hub, streamed block by block.
+    """Measure perplexity and task scores, streamed block by block.
 
-    Tasks are those of lm-evaluation-harness (`pip install 'streamprune[harness]'`), with its prompts and metrics, on
-    the data that it finds.
+    MODEL is a checkpoint directory or a hub name, dense or pruned. Tasks, their prompts and metrics are those of
+    lm-evaluation-harness (`pip install 'streamprune[harness]'`), which also loads their data.
 
     Examples:
 
@@ -48,8 +46,6 @@ def evaluate(
     """
     import streamprune
     from streamprune.errors import ConfigError
-
-    options.begin()
 
     if text is None and tasks is None:
         raise ConfigError("nothing to measure: give --text TEXT, --tasks A,B or both")
@@ -64,13 +60,14 @@ def evaluate(
     machine = options.machine(**chosen)
     found: dict[str, Any] = {}
     lines: list[str] = []
-    # A name that is none should not be noticed after hours.
+    # First, since an unknown name is found in a second, before torch is imported.
     wanted = tasks and streamprune.find_tasks(
         [name.strip() for name in tasks.split(",") if name.strip()],
         include_path=include_path,
         limit=limit,
         num_fewshot=num_fewshot,
     )
+    options.begin(model, texts=[text])
     with show.progress(quiet) as progress:
         if text is not None:
             measured = streamprune.evaluate(model, text, seq_len=seq_len, progress=progress, **machine)

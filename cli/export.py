@@ -14,13 +14,14 @@ from . import options, show
 @click.argument("model", type=options.DIRECTORY)
 @click.argument("out", type=options.FILE, metavar="OUT.gguf")
 @click.option(
-    "--dtype", default="f16", show_default=True, metavar="NAME", help="Of the matrices: f32, f16, bf16 or q8_0."
+    "--dtype", default="f16", show_default=True, metavar="NAME", help="Dtype of the matrices: f32, f16, bf16 or q8_0."
 )
 @options.output_options
 def export(model: Path, out: Path, dtype: str, as_json: bool, quiet: bool) -> None:
-    """Write MODEL, a checkpoint directory or a name on the hub, dense or pruned, as a GGUF file for llama.cpp.
+    """Write MODEL as a GGUF file for llama.cpp.
 
-    The tokenizer is in it. What llama.cpp cannot express is refused before anything is written.
+    MODEL is a checkpoint directory or a hub name, dense or pruned. The file includes the tokenizer. A model that llama.cpp
+    cannot express is refused before anything is written.
 
     Example:
 
@@ -29,7 +30,7 @@ def export(model: Path, out: Path, dtype: str, as_json: bool, quiet: bool) -> No
     import streamprune
     from streamprune.config import format_bytes
 
-    options.begin()
+    options.begin(model)
 
     with show.watched(quiet) as progress:
         done = streamprune.export_gguf(model, out, dtype=dtype, progress=progress)

@@ -14,24 +14,29 @@ from . import options, show
 STEPS = 16
 """Characters of a curve."""
 DECADES = 6
-"""Of a curve's scale, at most."""
+"""Decades of a curve's scale, at most."""
 
 
 @click.command()
 @click.argument("model", type=options.DIRECTORY)
 @options.json_option
 def inspect(model: Path, as_json: bool) -> None:
-    """Blocks, sites, units and widths of MODEL; what is done of the job that makes or made it.
+    """Show the blocks, sites and widths of MODEL, and its job.
 
-    Of a pruned model: budget, errors and importance curves over depth, time and memory, settings and fingerprints, as
-    streamprune report shows them on a page.
+    For a pruned model this includes budget, errors and importance curves over depth, time and memory, settings and
+    fingerprints. `streamprune report` shows the same on a page.
 
     Example:
 
       streamprune inspect llama-2-5b
     """
     import streamprune
+    from streamprune.hub import is_name
+    from streamprune.status import check_there
 
+    if not is_name(model):
+        check_there(model)
+    options.begin()
     with show.watched() as progress:
         found = streamprune.inspect(model, progress=progress)
     lines = []
@@ -54,7 +59,7 @@ def _model(model: dict[str, Any]) -> list[str]:
         f"{model['path']}: {model['model_type']}, {model['parameters']:,} parameters in {', '.join(model['dtypes'])}, "
         f"{model['block_parameters']:,} of them in {len(model['blocks'])} blocks",
         f"width {model['width']}, vocabulary {model['vocabulary']}, context {model['context']}, "
-        + ("tied head" if model["tied"] else "own head"),
+        + ("tied head" if model["tied"] else "untied head"),
         *show.table(rows),
         "attention: key/value groups, removed with their query heads; ffn: channels",
     ]
@@ -66,7 +71,7 @@ def _kind(site: Mapping[str, Any]) -> str:
 
 
 def _units(each: list[int]) -> str:
-    """How many, of one site or of several."""
+    """Unit counts of one site or of several, as text."""
     if len(set(each)) > 1:
         return f"{len(each)} × {min(each)}-{max(each)}"
     return "".join(f"{len(each)} × " * (len(each) > 1) + str(units) for units in each[:1])
@@ -86,7 +91,7 @@ def _job(job: dict[str, Any]) -> list[str]:
     if "recipe" in report:
         lines.append(
             f"{report['recipe']}: {report['ratio_blocks']:.2%} of the blocks' and {report['ratio_model']:.2%} of the "
-            f"model's parameters {'made zero' if report['zeros'] else 'removed'}, {report['ratio_requested']:.2%} asked for"
+            f"model's parameters {'made zero' if report['zeros'] else 'removed'}, {report['ratio_requested']:.2%} requested"
         )
         lines += [report["ratio_missed"]] if report.get("ratio_missed") else []
     elif "finished" in job:
@@ -118,13 +123,13 @@ def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[s
     if curves is not None and drawn:
         rows[0][-1] = rows[0][-1].ljust(STEPS + 1)
         notes.append(
-            f"cost: {curves['label']} of each further unit, the cheapest first, logarithmic; the site was cut at |"
+            f"cost: {curves['label']} of each further unit, cheapest first, logarithmic; | is where the site was cut"
         )
     return [*show.table(rows), *notes]
 
 
 def _drawn(sites: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, str]:
-    """Curves by site name, all on one scale, each with its cut."""
+    """Curves by site name, on one scale, each with its cut."""
     points = {name: [(k, cost) for k, cost in each] for name, each in curves["sites"].items() if each}
     costs = [cost for each in points.values() for _, cost in each if cost > 0]
     if not costs:
@@ -161,11 +166,11 @@ def _blocks(blocks: list[dict[str, Any]]) -> list[str]:
             ]
         )
     shared = not all(block.get("own_peak", True) for block in blocks)
-    return [*show.table(rows), *(["host peaks are of all that the process had done until then"] if shared else [])]
+    return [*show.table(rows), *(["host peaks include earlier work of the same process"] if shared else [])]
 
 
 def _made(made: Mapping[str, Any]) -> list[str]:
-    """Settings, inputs and versions, a line each."""
+    """Settings, inputs and versions, one line each."""
     lines = []
     for part, values in made.items():
         lines.append(f"{part}:")

@@ -61,7 +61,9 @@ def main() -> None:
       streamprune run llama-70b llama-49b --ratio 0.3 --calibration text.txt
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank would be told with a stack a survivor
+    # Before anything asks for a GPU: blocks of growing and shrinking sizes leave holes otherwise.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    streams.quieten()
     streams.settle()
 
 

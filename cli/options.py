@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ SOURCE = f"{TEXT}[=WEIGHT]"
 
 
 def bundle(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order given."""
+    """Combine several options into one decorator, in the given order."""
 
     def apply(function: F) -> F:
         for decorator in reversed(decorators):
@@ -41,21 +40,41 @@ def window(context: click.Context, parameter: click.Parameter, text: str | None)
     return int(start), int(stop)
 
 
+def checked(check: str) -> Callable[[click.Context, click.Parameter, str], str]:
+    """A callback that passes the value to a check in `streamprune.config`."""
+
+    def callback(context: click.Context, parameter: click.Parameter, value: str) -> str:
+        from streamprune import config
+
+        getattr(config, check)(value)
+        return value
+
+    return callback
+
+
 def sources(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """None for no source, one by itself, or several."""
+    """None for no source, the source itself for one, a tuple for several."""
     return given if len(given) > 1 else given[0] if given else None
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 output_options = bundle(
     json_option,
-    click.option("--quiet", "-q", is_flag=True, help="No progress and no notes: only errors go to stderr."),
+    click.option("--quiet", "-q", is_flag=True, help="Print no progress and no notes; only errors go to stderr."),
 )
 
 device_options = bundle(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option(
-        "--memory", metavar="SIZE", help="Device memory to stay within, such as 24GiB.  [default: what is free]"
+        "--device",
+        default="auto",
+        show_default=True,
+        callback=checked("check_device"),
+        help="Device: auto, cpu, cuda or cuda:N.",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Limit on device memory (on a CPU: of the whole process), such as 24GiB.  [default: what is free]",
     ),
 )
 
@@ -66,23 +85,29 @@ computing_options = bundle(
         default="auto",
         show_default=True,
         metavar="NAME",
-        help="Computing dtype: auto (the checkpoint's own on a GPU, float32 on the CPU), float32, bfloat16, float16, float64.",
+        callback=checked("check_dtype"),
+        help="Dtype to compute in: auto, float32, bfloat16, float16 or float64. auto is the checkpoint's dtype on a GPU and "
+        "float32 on the CPU.",
     ),
 )
 
 machine_options = bundle(
     computing_options,
-    click.option("--cache", type=DIRECTORY, help="Folder for activations, on a fast disk."),
+    click.option(
+        "--cache",
+        type=DIRECTORY,
+        help="Folder for activations; use a fast disk.  [default: beside OUT, or a temporary folder]",
+    ),
     click.option(
         "--activations",
         metavar="NAME",
-        help="What is stored of activations: float32, bfloat16, float16, float64, float8 (a scale a token), or auto: bfloat16 "
-        "for models stored in it, else what is computed.  [default: auto; eval: what is computed]",
+        help="Dtype to store activations in: float32, bfloat16, float16, float64, float8 (with one scale per token) or auto. "
+        "auto is bfloat16 for models stored in it, and --dtype for others.  [default: auto; eval: --dtype]",
     ),
     click.option(
         "--memory-host",
         metavar="SIZE",
-        help="Host memory to hold activations in, besides --memory, such as 16GiB.  [default: none]",
+        help="Host memory for activations, in addition to --memory, such as 16GiB.  [default: none]",
     ),
 )
 
@@ -92,24 +117,26 @@ calibration_options = bundle(
         multiple=True,
         callback=sources,
         metavar=f"{SOURCE}|self|random-tokens",
-        help="Text to calibrate on: .txt, .jsonl, .parquet or hf:DATASET; repeat it for several sources. self: tokens that "
-        "the model writes, slow; random-tokens: any of its vocabulary.  [default: a built-in English sample]",
+        help="Text to calibrate on: a .txt, .jsonl, .csv or .parquet file, a folder or hf:DATASET; repeat for several sources. "
+        "self: the model writes the text (slow). random-tokens: tokens drawn from the vocabulary.  [default: a built-in "
+        "English sample]",
     ),
-    click.option("--samples", default=128, show_default=True, help="Calibration windows."),
-    click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]"),
-    click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn."),
+    click.option("--samples", default=128, show_default=True, help="Number of calibration windows."),
+    click.option("--seq-len", type=int, help="Tokens per window.  [default: 2048, or the model's context if shorter]"),
+    click.option("--seed", default=0, show_default=True, help="Seed for all random choices."),
 )
 
 result_options = bundle(
-    click.option("--disk", metavar="SIZE", help="Disk that activations may take.  [default: what is free]"),
-    click.option("--round-to", default=8, show_default=True, help="Make changed FFN widths multiples of this."),
+    click.option("--disk", metavar="SIZE", help="Limit on disk space for activations.  [default: what is free]"),
+    click.option("--round-to", default=8, show_default=True, help="Round FFN widths that change to multiples of this."),
     click.option(
         "--layout",
         type=click.Choice(["free", "uniform", "decilm"]),
         default="free",
         show_default=True,
-        help="uniform: all blocks alike, so that the result is a stock checkpoint; decilm: attention alike, FFN widths "
-        "multiples of 256, as vLLM's DeciLM reads them (llama only).",
+        help="free: each block has its own widths. uniform: all blocks have the same widths, and the result is a stock "
+        "checkpoint. decilm: the same attention in all blocks and FFN widths in multiples of 256, for vLLM's DeciLM (llama "
+        "only).",
     ),
     click.option("--blocks", metavar="A:B", callback=window, help="Prune only blocks A to B - 1.  [default: all]"),
     click.option(
@@ -117,24 +144,25 @@ result_options = bundle(
         type=click.Choice(["blocks", "window", "model"]),
         default="blocks",
         show_default=True,
-        help="What the ratio counts: all blocks, those of --blocks, or the model with embeddings and head.",
+        help="What --ratio is a share of: all blocks, the blocks of --blocks, or the whole model with embeddings and head.",
     ),
     click.option(
         "--refine",
         default=0,
         show_default=True,
         metavar="STEPS",
-        help="Train each block for so many steps after it was pruned, from its pruned input to its dense output.",
+        help="Training steps for each pruned block, towards its dense output.",
     ),
 )
 
 job_options = bundle(
-    click.option("--ratio", type=float, help="Share of the blocks' parameters to remove, in (0, 1)."),
+    click.option("--ratio", type=float, help="Share of the parameters to remove, in (0, 1); see --ratio-of."),
     click.option(
         "--recipe",
         default="default",
         show_default=True,
-        help="Method: default, the papers' sobp, slimgpt, greedy-output, surgeon, or the baselines random, magnitude, wanda-sp.",
+        help="Pruning method: default; sobp, slimgpt, greedy-output or surgeon, from papers; random, magnitude or wanda-sp, as "
+        "baselines.",
     ),
     calibration_options,
     machine_options,
@@ -142,31 +170,53 @@ job_options = bundle(
     click.option(
         "--structure",
         type=click.Choice(["units", "unstructured", "2:4", "4:8"]),
-        help="What goes, for recipes that know more than units: surgeon and magnitude. Same as --set structure=...",
+        help="What surgeon and magnitude remove: whole units, or weights that become zero. Same as --set structure=...",
     ),
     click.option(
-        "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the recipe; may be repeated."
+        "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Setting of the recipe; may be repeated."
     ),
     click.option(
-        "--plan", "plan_file", type=FILE, metavar="FILE", help="Keep what this plan file says instead of allocating."
+        "--plan",
+        "plan_file",
+        type=FILE,
+        metavar="FILE",
+        help="Plan file that says what to keep, instead of letting the recipe decide.",
     ),
 )
 
 
-def begin(*, shared: bool = False) -> None:
-    """What every command does first that works with weights; of processes started together, only some share one."""
-    from transformers.utils.logging import disable_progress_bar
+def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = False) -> None:
+    """Check what needs no torch, then import it: a mistake in the call is told at once. Every command that works with weights does so.
 
+    Args:
+        models: directories or names on the hub; None is passed over.
+        texts: each one source, several, or a word of `DATA_FREE`; None is passed over.
+        shared: whether processes that torchrun started together may share this work.
+
+    Raises:
+        StreamPruneError: a model or a text is not there, or the processes cannot share the work.
+    """
+    from streamprune.config import DATA_FREE
     from streamprune.errors import ConfigError
-    from streamprune.host import settle_malloc
+    from streamprune.hub import check_model
     from streamprune.ranks import expected
+    from streamprune.text import Text
 
     if not shared and expected() > 1:
         raise ConfigError(f"{expected()} processes were started together (WORLD_SIZE); only run shares its work")
+    for model in models:
+        if model is not None:
+            check_model(model)
+    for text in texts:
+        if text is not None and text not in DATA_FREE:
+            Text.of(text)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from streamprune.host import settle_malloc
+
     settle_malloc()
-    # Before anything asks for a GPU: blocks of growing and shrinking sizes leave holes otherwise.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    disable_progress_bar()  # progress is shown by `show` alone
+    disable_progress_bar()  # `show` alone shows progress
 
 
 def size(text: str | None, option: str) -> int | None:
@@ -188,7 +238,7 @@ def machine(*, memory: str | None, memory_host: str | None, activations: str | N
 
 
 def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
-    """What `--set` was given, by name; `form` is how it should be written."""
+    """Values of `--set` by name; `form` is how to write one."""
     from streamprune.errors import ConfigError
 
     chosen: dict[str, str] = {}
@@ -202,9 +252,9 @@ def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
     return chosen
 
 
-def note_unread(quiet: bool, *configs: Any) -> None:
-    """Say on stderr which options about text were given although no recipe reads any."""
-    from streamprune.job import unread
+def note_idle(quiet: bool, *configs: Any) -> None:
+    """Say on stderr, unless `quiet`, which options were given although they changed nothing for any of the configs."""
+    from streamprune.job import idle
 
     context = click.get_current_context()
     given = {
@@ -212,11 +262,14 @@ def note_unread(quiet: bool, *configs: Any) -> None:
         for parameter in context.command.params
         if parameter.name and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
     }
-    idle = [option for name, option in given.items() if all(name in unread(config) for config in configs)]
-    if idle and not quiet:
-        recipes = ", ".join(dict.fromkeys(config.recipe for config in configs))
-        does = "reads no text" if len(configs) == 1 else "read no text"
-        show.tell(f"{recipes} {does} here, so {', '.join(idle)} changed nothing")
+    reasons = [idle(config) for config in configs]
+    options: dict[str, list[str]] = {}
+    for name, option in given.items():
+        if all(name in each for each in reasons):
+            reason = ", ".join(dict.fromkeys(each[name] for each in reasons))
+            options.setdefault(reason, []).append(option)
+    for reason, unused in options.items() if not quiet else ():
+        show.tell(f"{reason}, so {', '.join(unused)} changed nothing")
 
 
 def config(
@@ -231,10 +284,11 @@ def config(
 ) -> Any:
     """The `Config` that the options ask for."""
     from streamprune import Config
+    from streamprune.methods.settings import parse
 
     if structure is not None:
         settings = (*settings, f"structure={structure}")
-    return Config(
+    made = Config(
         model=model,
         out=out,
         settings=assignments(settings, "name=value"),
@@ -242,3 +296,5 @@ def config(
         plan=plan_file,
         **machine(**others),
     )
+    parse(made.recipe, made.settings)
+    return made

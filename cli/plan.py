@@ -21,11 +21,12 @@ WHERE = {
 @click.argument("model", type=options.DIRECTORY)
 @options.job_options
 @options.json_option
-@click.option("--quiet", "-q", is_flag=True, help="Print only why it does not fit; nothing if it does.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only what does not fit; nothing if all fits.")
 def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
-    """Say what `run` would take: memory, disk, reading, arithmetic; and whether it fits here.
+    """Estimate memory, disk, I/O and compute for `run`.
 
-    Nothing is written and no weights are read. Exit code 0 if it fits, 1 if not.
+    The estimate says whether the job fits on this machine. It reads no weights and writes nothing. The exit code is 0 if
+    the job fits and 1 if not.
 
     Example:
 
@@ -35,6 +36,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     from streamprune.config import format_bytes
 
     config = options.config(model, Path(f"{Path(os.path.abspath(model)).name}-pruned"), **chosen)
+    options.begin(model, texts=[config.calibration], shared=True)
     with show.watched(quiet) as progress:
         resources = streamprune.forecast_job(config, progress=progress)
     rows = [
@@ -46,9 +48,9 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
         [
             "host peak",
             format_bytes(resources.host_bytes),
-            "the device's share included" if resources.device == "cpu" else "",
+            "includes the device peak" if resources.device == "cpu" else "",
         ],
-        ["held in host memory", format_bytes(resources.held_bytes), "activations; part of the host peak"],
+        ["held in host memory", format_bytes(resources.held_bytes), "activations; included in the host peak"],
         [
             "disk for activations",
             format_bytes(resources.disk_bytes),
@@ -57,7 +59,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
         [
             "disk beside OUT",
             f"≤ {format_bytes(resources.output_bytes)}",
-            "the result, and what waits there until it is made",
+            "the result and temporary files",
         ],
         ["to read", format_bytes(resources.bytes_to_read), ""],
         [
@@ -79,6 +81,6 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     missed = [] if resources.ratio_missed is None else [f"misses its ratio: {resources.ratio_missed}"]
     lines = problems if quiet else [*tables, *(problems or ["it fits"]), *missed]
     show.result(resources.as_dict(), as_json, lines)
-    options.note_unread(quiet, config)
+    options.note_idle(quiet, config)
     if resources.problems:
         click.get_current_context().exit(1)

@@ -57,8 +57,11 @@ def report(
       streamprune report llama-2-5b --against llama-2-7b --prompt "The sea is" --text wiki-test.txt --out 5b.html
     """
     import streamprune
+    from streamprune.status import check_finished
 
-    options.begin()
+    limit = options.size(memory, "--memory")
+    check_finished(out)
+    options.begin(against, texts=[text])
 
     with show.watched(quiet) as progress:
         page = streamprune.report(
@@ -71,7 +74,7 @@ def report(
             comparison=comparison,
             html=html,
             device=device,
-            memory=options.size(memory, "--memory"),
+            memory=limit,
             progress=progress,
         )
     show.result({"html": str(page)}, as_json, [f"written to {page}"])

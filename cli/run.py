@@ -54,10 +54,9 @@ def run(
 
     if strict and plan_only:
         raise ConfigError("--strict judges a result, and --plan-only makes none; give one of them")
-    options.begin(shared=True)
-
     with streamprune.joined() as ranks:
         config = options.config(model, out, **chosen)
+        options.begin(model, texts=[config.calibration], shared=True)
         with show.progress(quiet or not ranks.first) as progress:
             if plan_only:
                 path = streamprune.plan_only(config, restart=restart, progress=progress, ranks=ranks)
@@ -67,7 +66,7 @@ def run(
         return
     if plan_only:
         show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
-        options.note_unread(quiet, config)
+        options.note_idle(quiet, config)
         return
     from streamprune.config import format_bytes, format_passes
 
@@ -84,7 +83,7 @@ def run(
     if result.tokens is not None:
         lines.append(f"calibrated on tokens {result.tokens}")
     show.result(asdict(result), as_json, lines)
-    options.note_unread(quiet, config)
+    options.note_idle(quiet, config)
     if result.ratio_missed is not None:
         if strict:
             show.tell(f"{result.out}: {result.ratio_missed}; the result is written, and --strict makes this a failure")

@@ -1,4 +1,4 @@
-"""What people and scripts get to see: human text on stderr, one JSON object on stdout."""
+"""Output for people and scripts: progress on stderr; the result, or one JSON object, on stdout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress]:
-    """What a command watches its work with: shown, unless `quiet`; the first SIGTERM, SIGINT or SIGHUP asks it to stop."""
+    """Progress of a command, shown unless `quiet`; the first SIGTERM, SIGINT or SIGHUP asks the work to stop."""
     from streamprune.progress import Callback
     from streamprune.stopping import asked_by_signals
 
@@ -42,7 +42,7 @@ def progress(quiet: bool) -> Iterator[Progress]:
 
 @contextmanager
 def watched(quiet: bool = False) -> Iterator[Progress]:
-    """The same for work that cannot be resumed: a signal ends it as it always does."""
+    """Progress of work that cannot be resumed: a signal ends it at once."""
     from streamprune.progress import Silent
 
     if quiet:
@@ -71,7 +71,7 @@ class Shown:
         if self._terminal:
             self._bar = tqdm(total=total, initial=done, desc=name, file=sys.stderr, leave=True, unit="step")
         elif done:
-            click.echo(f"{name}: {done} of {total} were done before", err=True)
+            click.echo(f"{name}: {done} of {total} done earlier", err=True)
 
     def step(self, note: str = "") -> None:
         self._done += 1
@@ -81,7 +81,7 @@ class Shown:
             if self._done == self._total:
                 self.close()
         elif self._done == self._total or time.monotonic() - self._printed > 1:
-            # A log gets a line a second at the most.
+            # At most one line per second.
             self._printed = time.monotonic()
             line = f"{self._name}: {self._done} of {self._total}" + (f", {note}" if note else "")
             click.echo(printable(line), err=True)
@@ -117,26 +117,26 @@ def tell(message: str) -> None:
 
 
 def printable(line: str) -> str:
-    """One line that commands no terminal: what people read quotes names out of files that anybody may have made."""
+    """The line with control characters escaped, since it may quote names from untrusted files."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def bar(part: float, width: int = 16) -> str:
-    """0 to 1 as so many characters: full, an eighth's step, empty."""
+    """A number from 0 to 1 as a bar of `width` characters, in steps of an eighth."""
     eighths = round(min(1.0, max(0.0, part)) * 8 * width)
     full, rest = divmod(eighths, 8)
     return ("█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")).ljust(width)
 
 
 def steps(values: list[float], low: float, high: float) -> str:
-    """Positive values as a line of steps, on a logarithmic scale from `low` to `high`."""
+    """Positive values as a line of block characters, on a logarithmic scale from `low` to `high`."""
     span = math.log(high / low) if high > low else 1.0
     places = [math.log(max(value, low) / low) / span for value in values]
     return "".join("▁▂▃▄▅▆▇█"[round(7 * min(1.0, place))] for place in places)
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """Aligned columns, the first to the left, the others to the right; the first row is the heading."""
+    """Rows as aligned columns, the first column left and the others right; the first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 @click.argument("out", type=options.DIRECTORY)
 @options.json_option
 def status(out: Path, as_json: bool) -> None:
-    """How the `run`, `tune` or `compare` stands that makes or made OUT; nothing is changed.
+    """Show the progress of the job that writes OUT.
 
-    Exit code 0: finished. 3: not started. 4: running. 75: interrupted, and the same command goes on. 1: failed, and
-    the same command tries again.
+    The job is a `run`, `tune` or `compare`. Nothing is changed. Exit code 0: finished. 3: not started. 4: running. 75:
+    interrupted; run the same command again to resume. 1: failed; the same command tries again.
 
     Example:
 
@@ -45,7 +45,7 @@ def _lines(found: Status) -> list[str]:
         lines.append(f"{shot}{found.phase}{steps}")
     if found.seconds is not None:
         left = "" if found.seconds_left is None else f", about {format_seconds(found.seconds_left)} left"
-        lines.append(f"{format_seconds(found.seconds)} {'in all' if found.state == 'finished' else f'so far{left}'}")
+        lines.append(f"{format_seconds(found.seconds)} {'in total' if found.state == 'finished' else f'so far{left}'}")
     if found.row is not None:
         lines += [f"  {line}" for line in _lines(found.row)]
     elif found.log is not None and found.state == "running":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
+import warnings
 from typing import Any
 
 
@@ -34,3 +36,23 @@ def settle() -> None:
         encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
         raw = io.BufferedWriter(Lasting(2, "w", closefd=False))
         sys.stderr = io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True)
+
+
+def quieten() -> None:
+    """Keep warnings of other libraries off stderr; STREAMPRUNE_WARNINGS=1 shows all of them, Python's -W those it names.
+
+    What concerns the user's own input is an error or a note of streamprune's. In a process that is not the command's own,
+    such as a test's, nothing changes.
+    """
+    if sys.stderr is not sys.__stderr__:
+        return
+    if os.environ.get("STREAMPRUNE_WARNINGS", "0") not in ("", "0"):
+        warnings.simplefilter("default")
+        return
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every survivor would print a stack for a lost rank
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.ERROR)

@@ -19,36 +19,45 @@ from . import options, show
     required=True,
     multiple=True,
     metavar=options.SOURCE,
-    help="Text to train on; repeat it for several sources.",
+    help="Text to train on; repeat for several sources.",
 )
 @click.option(
     "--method",
     type=click.Choice(["auto", "lora", "distil"]),
     default="auto",
     show_default=True,
-    help="lora: end to end, in memory, needs peft; distil: block by block, streamed, needs --teacher; auto: lora where it can be.",
+    help="lora: end to end with the whole model in memory; needs peft. distil: block by block, streamed; needs --teacher. "
+    "auto: lora if it fits into memory.",
 )
 @click.option(
-    "--teacher", type=options.DIRECTORY, metavar="MODEL", help="The dense model, whose block outputs distil aims at."
+    "--teacher",
+    type=options.DIRECTORY,
+    metavar="MODEL",
+    help="Dense model whose block outputs are the target of distil.",
 )
-@click.option("--rank", default=8, show_default=True, help="Of each linear's change, at the most.")
-@click.option("--steps", default=200, show_default=True, help="Of the whole model (lora) or of each block (distil).")
+@click.option("--rank", default=8, show_default=True, help="Rank of the change of each linear, at most.")
+@click.option(
+    "--steps",
+    default=200,
+    show_default=True,
+    help="Training steps, for the whole model (lora) or for each block (distil).",
+)
 @click.option(
     "--rate",
     type=float,
-    help="Learning rate at the first step; it falls to zero.  [default: 1e-3 (lora), 3e-3 (distil)]",
+    help="Learning rate at the first step; it decays to zero.  [default: 1e-3 (lora), 3e-3 (distil)]",
 )
-@click.option("--samples", default=128, show_default=True, help="Training windows.")
-@click.option("--seq-len", type=int, help="Tokens a window.  [default: 2048, or the model's context if shorter]")
-@click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn.")
+@click.option("--samples", default=128, show_default=True, help="Number of training windows.")
+@click.option("--seq-len", type=int, help="Tokens per window.  [default: 2048, or the model's context if shorter]")
+@click.option("--seed", default=0, show_default=True, help="Seed for all random choices.")
 @options.machine_options
-@click.option("--restart", is_flag=True, help="Throw away what an earlier job left in OUT, finished or not.")
+@click.option("--restart", is_flag=True, help="Delete what an earlier job left in OUT, finished or not.")
 @options.output_options
 def tune(model: Path, out: Path, restart: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
-    """Train low-rank changes of MODEL, pruned or not, a checkpoint directory or a name on the hub, into OUT.
+    """Train low-rank changes of MODEL and absorb them into OUT.
 
-    OUT appears complete or not at all, the changes absorbed into its weights. Interrupted, the same command goes on
-    where it stopped; until then the work lies in OUT.streamprune.
+    MODEL is a checkpoint directory or a hub name, pruned or not. OUT has the same shape, and appears complete or not at
+    all. After an interruption, run the same command again to resume; until it finishes, its work is in OUT.streamprune.
 
     Examples:
 
@@ -59,9 +68,8 @@ def tune(model: Path, out: Path, restart: bool, as_json: bool, quiet: bool, **ch
     import streamprune
     from streamprune.config import format_bytes
 
-    options.begin()
-
     config = streamprune.TuneConfig(model=model, out=out, **options.machine(**chosen))
+    options.begin(model, config.teacher, texts=[config.text])
     with show.progress(quiet) as progress:
         tuned = streamprune.tune(config, restart=restart, progress=progress)
     lines = [

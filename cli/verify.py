@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 @click.argument("out", type=options.DIRECTORY)
 @options.output_options
 def verify(out: Path, as_json: bool, quiet: bool) -> None:
-    """Read OUT, a checkpoint directory or a name on the hub, and say whether it is sound.
+    """Check that a checkpoint is complete and undamaged.
 
-    Every file that its SHA256SUMS names must have that checksum, every tensor must be there in the shape that the config
-    says, and hold numbers only. A checkpoint without SHA256SUMS, such as a source model, is held against its config.
+    OUT is a checkpoint directory or a hub name. Every file in its SHA256SUMS must have that checksum. Every tensor must
+    exist, have the shape that the config gives, and contain no NaN or Inf. A checkpoint without SHA256SUMS, such as a
+    source model, is checked against its config only. What transformers ignores, such as tensors that the model has no
+    place for, is a warning.
 
-    Exit code 0: nothing is wrong. 1: it is damaged, a line for each fault.
+    Exit code 0: sound. 1: damaged, with one line per fault.
 
     Example:
 
@@ -30,7 +32,7 @@ def verify(out: Path, as_json: bool, quiet: bool) -> None:
     """
     import streamprune
 
-    options.begin()
+    options.begin(out)
 
     with show.watched(quiet) as progress:
         found = streamprune.verify(out, progress=progress)
@@ -45,7 +47,8 @@ def _lines(found: Verification) -> list[str]:
     faults = f"{len(found.faults)} fault{'s' * (len(found.faults) > 1)}"
     lines = [f"{found.path}: {'sound' if found.sound else f'damaged, {faults}'} ({read})"]
     lines += [f"fault: {fault}" for fault in found.faults]
+    lines += [f"warning: {extra}" for extra in found.extra]
     lines += [f"warning: SHA256SUMS does not name {name}" for name in found.unlisted]
     if not found.manifest:
-        lines.append("warning: there is no SHA256SUMS: bytes cannot be held against what they were meant to be")
+        lines.append("warning: there is no SHA256SUMS, so checksums cannot be checked")
     return lines

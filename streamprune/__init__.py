@@ -17,8 +17,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .bench import Bench, Width, bench, bench_widths
-    from .compare import Variant, compare
-    from .comparison import Comparison
+    from .compare import compare
+    from .comparison import Comparison, Variant
     from .config import Config, TuneConfig
     from .errors import Stopped, StreamPruneError
     from .evaluate import Evaluation, evaluate
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bench": ("Bench", "Width", "bench", "bench_widths"),
-    "compare": ("Variant", "compare"),
-    "comparison": ("Comparison",),
+    "compare": ("compare",),
+    "comparison": ("Comparison", "Variant"),
     "config": ("Config", "TuneConfig"),
     "errors": ("Stopped", "StreamPruneError"),
     "evaluate": ("Evaluation", "evaluate"),

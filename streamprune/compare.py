@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 
 from . import caches, comparison, files, hub, machine
 from .caches import Caches
-from .comparison import DENSE, Comparison, Row
+from .comparison import DENSE, Comparison, Row, Variant
 from .config import Config
 from .errors import ConfigError, DiskError, ResumeError
 from .evaluate import evaluate, read_windows
@@ -46,31 +44,6 @@ KNOWN = {
     *(comparison.JSON, comparison.CSV, comparison.MARKDOWN, comparison.PLOT),
 }
 """What the folder of a comparison holds."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A recipe with settings of its own, under a label.
-
-    Raises:
-        ConfigError: the label is not letters, digits, - and _, or is taken by the dense model.
-    """
-
-    label: str
-    recipe: str
-    settings: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.label):
-            raise ConfigError(f"label is {self.label!r}; it must be of letters, digits, - and _")
-        if self.label == DENSE:
-            raise ConfigError(f"label is {self.label!r}, which is the unpruned model's")
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        """``"recipe"`` or ``"label=recipe"``."""
-        label, equals, recipe = text.partition("=")
-        return cls(label, recipe if equals else label)
 
 
 def compare(

@@ -7,8 +7,9 @@ import importlib.util
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,31 @@ from .json_text import finite
 
 DENSE = "dense"
 JSON, CSV, MARKDOWN, PLOT = "compare.json", "compare.csv", "compare.md", "compare.png"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe with settings of its own, under a label.
+
+    Raises:
+        ConfigError: the label is not letters, digits, - and _, or is taken by the dense model.
+    """
+
+    label: str
+    recipe: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.label):
+            raise ConfigError(f"label is {self.label!r}; it must be of letters, digits, - and _")
+        if self.label == DENSE:
+            raise ConfigError(f"label is {self.label!r}, which is the unpruned model's")
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """``"recipe"`` or ``"label=recipe"``."""
+        label, equals, recipe = text.partition("=")
+        return cls(label, recipe if equals else label)
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,36 @@ def _make_paths(config: Any, *names: str) -> None:
             object.__setattr__(config, name, Path(value))
 
 
+def _check_apart(out: Path, **others: Path | None) -> None:
+    for name, path in others.items():
+        if path is not None and out.resolve() == path.resolve():
+            raise ConfigError(f"OUT is {out}, the {name} itself")
+
+
 def _check_least(config: Any, *limits: tuple[str, int]) -> None:
     for name, least in limits:
         if getattr(config, name) < least:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least {least}")
+
+
+def check_device(name: str) -> None:
+    """Refuse what names no device; whether this machine has it is `machine.resolve_device`'s to say.
+
+    Raises:
+        ConfigError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+
+
+def check_dtype(name: str) -> None:
+    """Refuse what names no dtype to compute in.
+
+    Raises:
+        ConfigError: not one of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
 
 
 def _check_common(config: Any) -> None:
@@ -109,8 +135,8 @@ def _check_common(config: Any) -> None:
         raise ConfigError(f"seed is {config.seed}; it must be below 2^63")
     if config.seq_len is not None and config.seq_len < 2:
         raise ConfigError(f"seq_len is {config.seq_len}; it must be at least 2")
-    if config.dtype not in DTYPES:
-        raise ConfigError(f"dtype is {config.dtype!r}; it must be one of {', '.join(DTYPES)}")
+    check_dtype(config.dtype)
+    check_device(config.device)
     if config.activations not in ACTIVATIONS:
         raise ConfigError(f"activations is {config.activations!r}; it must be one of {', '.join(ACTIVATIONS)}")
     if config.memory_host is not None:
@@ -184,6 +210,7 @@ class Config:
             raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
         if self.ratio_of not in RATIOS_OF:
             raise ConfigError(f"ratio_of is {self.ratio_of!r}; it must be one of {', '.join(RATIOS_OF)}")
+        _check_apart(self.out, model=self.model)
         _check_common(self)
         _check_least(self, ("round_to", 1), ("refine", 0))
         if self.layout not in LAYOUTS:
@@ -238,6 +265,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         _make_paths(self, "model", "out", "teacher", "cache")
+        _check_apart(self.out, model=self.model, teacher=self.teacher)
         _check_common(self)
         _check_least(self, ("rank", 1), ("steps", 1))
         if self.rate is not None and not 0 < self.rate < float("inf"):

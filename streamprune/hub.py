@@ -42,14 +42,10 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
     Raises:
         CheckpointError: neither a directory nor to be had from the hub or its cache.
     """
-    path, progress = Path(model), progress or Silent()
-    if os.path.isdir(path):
-        return path
-    match = _NAME.fullmatch(str(model))
-    if match is None or os.path.exists(path):
-        raise CheckpointError(
-            f"{model} is not a directory with a model in it, nor a name on the hub (org/name or org/name@revision)"
-        )
+    progress = progress or Silent()
+    match = check_model(model)
+    if match is None:
+        return Path(model)
     progress.say(f"{model}: no such directory here; taking it for a name on the hub")
     folder = _fetched(match["repo"], match["revision"])
     progress.say(f"{match['repo']} is commit {folder.name}, in {folder}")
@@ -75,6 +71,22 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
         careful["config"]._attn_implementation = careful["config"]._experts_implementation = None
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **careful)
     return model
+
+
+def check_model(model: str | Path) -> re.Match[str] | None:
+    """The parts of a model's name on the hub; None for a directory. Nothing is read or fetched.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if os.path.isdir(model):
+        return None
+    match = _NAME.fullmatch(str(model))
+    if match is None or os.path.exists(model):
+        raise CheckpointError(
+            f"{model} is not a directory with a model in it, nor a name on the hub (org/name or org/name@revision)"
+        )
+    return match
 
 
 def is_name(model: str | Path) -> bool:

@@ -16,7 +16,7 @@ from .model.skeleton import open_skeleton
 from .names import CONFIG, CURVES, REPORT, is_report, is_tuning, job_folder
 from .progress import Progress
 from .report.account import read_account
-from .status import read_journal, status
+from .status import check_there, read_journal, status
 
 
 def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -91,8 +91,7 @@ def _model(path: Path) -> dict[str, Any]:
 def _job(out: Path) -> dict[str, Any] | None:
     journal = read_journal(out)
     if journal is None:
-        if not out.exists():
-            raise CheckpointError(f"{out} does not exist, and no job is making it")
+        check_there(out)
         return None
     if journal.header is None:
         return {"state": "starting"}

@@ -27,10 +27,11 @@ from .maths.operations import kind
 from .maths.stats import Statistic
 from .memory import SLACK, GramPlace, Sizes, copies_ahead, device_peak
 from .meter import by_block, peaks, totals
-from .methods import RECIPES, check_recipe
+from .methods import RECIPES
 from .methods.allocation import Budget
 from .methods.plan import Plan, SitePlan
 from .methods.recipe import Recipe, Survey
+from .methods.settings import parse
 from .model.checkpoint import load_shard
 from .model.skeleton import Skeleton, open_skeleton
 from .names import is_report
@@ -69,17 +70,14 @@ class Job(Workplace):
         ranks: Ranks = ALONE,
     ) -> None:
         self.alongside = alongside
-        check_recipe(config.recipe)
+        self.settings = parse(config.recipe, config.settings)
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
-        self.settings = self.recipe.parse(config.settings)
         if config.samples < ranks.size:
             raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
         self.device = machine.resolve_device(config.device, ranks)
         self.out_given = str(config.out)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, out=config.out.absolute())
-        if config.out.resolve() == config.model.resolve():
-            raise ConfigError(f"OUT is {config.out}, the model itself")
         self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
         self.dtype = config.dtype
         stored = self.skeleton.checkpoint.dtype
@@ -584,19 +582,19 @@ class Job(Workplace):
         return ratio
 
 
-def unread(config: Config) -> list[str]:
-    """Fields of a config that say which text to read and how, where its recipe reads none: they change nothing.
+def idle(config: Config) -> dict[str, str]:
+    """Fields of a config that change nothing, each with the reason: those about text where none is read, and what a plan decides.
 
     Raises:
         ConfigError: no such recipe, or settings that it does not have.
     """
-    check_recipe(config.recipe)
-    recipe = RECIPES[config.recipe]
-    settings = recipe.parse(config.settings)
+    settings, recipe = parse(config.recipe, config.settings), RECIPES[config.recipe]
     summed = _surveys(config, recipe, settings) and recipe.statistics(settings)
-    if summed or _streams(config, recipe, settings):
-        return []
-    return ["calibration", "samples", "seq_len", *([] if recipe.seeded else ["seed"])]
+    found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
+    if not summed and not _streams(config, recipe, settings):
+        names = ["calibration", "samples", "seq_len", *([] if recipe.seeded else ["seed"])]
+        found |= dict.fromkeys(names, f"{config.recipe} reads no text here")
+    return found
 
 
 def _surveys(config: Config, recipe: Recipe[Any], settings: Any) -> bool:

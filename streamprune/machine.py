@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .config import ACTIVATIONS, DTYPES, format_bytes
+from .config import ACTIVATIONS, check_device, check_dtype, format_bytes
 from .errors import ConfigError, ResourceError
 from .ranks import ALONE, Ranks
 
@@ -25,18 +25,14 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     Raises:
         ConfigError: not a device, or one that this machine or this torch has not.
     """
+    check_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.size > 1 and name.startswith("cuda"):
         if name != "cuda":
             raise ConfigError(f"device is {name!r}; with {ranks.size} processes it must be auto, cpu or cuda")
         name = f"cuda:{ranks.local}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {name!r}; only cpu and cuda are supported")
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
@@ -52,8 +48,7 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
     Raises:
         ConfigError: not one of `DTYPES`.
     """
-    if name not in DTYPES:
-        raise ConfigError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    check_dtype(name)
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import comparison, files, log
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .journal import Journal, as_written
 from .json_text import read_json
 from .names import ASKED, JOURNAL, LOCK, REPORT, ROWS, STAGING, is_report, is_tuning, job_folder
@@ -69,6 +69,33 @@ def status(out: str | Path) -> Status:
         with suppress(FileNotFoundError):  # a job ended between two looks, and took its folder along
             return _look(Path(out), str(out))
     return _look(Path(out), str(out))
+
+
+def check_there(out: Path) -> None:
+    """Refuse a path at which nothing is and no job makes anything.
+
+    Raises:
+        CheckpointError: that.
+    """
+    if not out.exists() and not job_folder(out).is_dir():
+        raise CheckpointError(f"{out} does not exist, and no job is making it")
+
+
+def check_finished(out: Path) -> None:
+    """Refuse what is not the finished result of a pruning or tuning.
+
+    Raises:
+        ConfigError: it is still being made, a comparison's folder, or something else.
+    """
+    if (out / REPORT).is_file():
+        return
+    if (job_folder(out) / JOURNAL).is_file():
+        raise ConfigError(f"{out} is not finished; streamprune status {out} says how far it is")
+    if (out / comparison.JSON).is_file():
+        raise ConfigError(
+            f"{out} is a comparison's folder, with its table in {comparison.MARKDOWN}; --comparison puts it on a page"
+        )
+    raise ConfigError(f"{out} has no {REPORT}: it is not a result of streamprune run or tune")
 
 
 def _look(out: Path, given: str) -> Status:

@@ -120,9 +120,6 @@ class Tuning(Workplace):
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, teacher=teacher, out=config.out.absolute())
         super().__init__(config.out, config.cache, is_tuning, progress)
-        for name, path in (("the model", config.model), ("the teacher", config.teacher)):
-            if path is not None and config.out.resolve() == path.resolve():
-                raise ConfigError(f"OUT is {config.out}, {name} itself")
         self.device = machine.resolve_device(config.device)
         self.peaks = machine.Peaks(self.device)
         self.student: Skeleton = open_skeleton(config.model, self.device, config.dtype)

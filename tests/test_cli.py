@@ -205,6 +205,14 @@ def test_options_about_text_that_change_nothing_are_said(
     assert notes("plan", arguments[0], *arguments[2:]) == note
 
 
+def test_round_to_beside_a_plan_is_said(arguments: list[str], tmp_path: Path) -> None:
+    same = [*arguments, "--recipe", "magnitude"]
+    plan = json.loads(CliRunner().invoke(main, ["run", *same, "--plan-only", "--json"]).stdout)["plan"]
+    done = CliRunner().invoke(main, ["run", *same, "--plan", plan])
+    assert done.exit_code == 0, done.output
+    assert "streamprune: the plan decides the widths, so --round-to changed nothing" in done.stderr.splitlines()
+
+
 def test_defaults_about_text_are_not_spoken_of(arguments: list[str]) -> None:
     done = CliRunner().invoke(main, ["run", *arguments[:4], "--recipe", "magnitude"])
     assert done.exit_code == 0
@@ -217,7 +225,7 @@ def test_defaults_about_text_are_not_spoken_of(arguments: list[str]) -> None:
         ("magnitude,wanda-sp", None),
         (
             "magnitude,random",
-            "magnitude, random read no text here, so --calibration, --samples, --seq-len changed nothing",
+            "magnitude reads no text here, random reads no text here, so --calibration, --samples, --seq-len changed nothing",
         ),
     ],
 )
@@ -269,6 +277,16 @@ def test_every_command_has_help_with_an_example_and_is_in_the_readme(name: str) 
     assert shown.exit_code == 0
     assert re.search(rf"Examples?:\s+streamprune {name} ", shown.stdout)
     assert f"streamprune {name}" in (ROOT / "README.md").read_text()
+
+
+def test_no_summary_is_cut_off_at_80_columns() -> None:
+    shown = CliRunner().invoke(main, ["--help"], terminal_width=80).stdout
+    listed = shown.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == COMMANDS
+    for line in listed:
+        assert not line.endswith("..."), line
+        name, summary = line.strip().split(maxsplit=1)
+        assert summary == str(main.commands[name].help).partition("\n")[0]
 
 
 def test_every_option_has_help() -> None:
@@ -324,9 +342,12 @@ def test_public_names() -> None:
 def test_every_setting_is_in_the_docs() -> None:
     from dataclasses import fields
 
+    from streamprune.methods.settings import SETTINGS
+
     documented = (ROOT / "docs" / "methods.md").read_text()
-    for recipe in streamprune.RECIPES.values():
-        assert f"`{recipe.name}`" in documented
-        for field in fields(recipe.settings):
+    assert list(SETTINGS) == [recipe.name for recipe in streamprune.RECIPES.values()]
+    for name, settings in SETTINGS.items():
+        assert f"`{name}`" in documented
+        for field in fields(settings):
             assert f"`{field.name}`" in documented
             assert field.metadata["help"]

@@ -26,6 +26,7 @@ from streamprune.maths.greedy import greedy_removal
 from streamprune.maths.linalg import cholesky, compensation, fit, inverse, refit_as_stored
 from streamprune.methods import RECIPES, masks, reconstruction, surgeon
 from streamprune.methods.recipe import Problem
+from streamprune.methods.settings import parse
 from streamprune.site import Site
 
 Make = Callable[..., Config]
@@ -199,7 +200,7 @@ def test_what_stays_is_no_worse_than_without_a_re_fit(
     recipe: str, damping: float, stored: torch.dtype, case: Callable[[Tensor], Tensor]
 ) -> None:
     method = RECIPES[recipe]
-    settings = method.parse({"damping": str(damping)})
+    settings = parse(recipe, {"damping": str(damping)})
     for seed in range(2):
         generator, x = inputs(case, seed)
         h, w = gram(x), torch.randn(D, N, generator=generator).to(stored).float()

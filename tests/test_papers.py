@@ -19,6 +19,7 @@ from streamprune_cli import main as commands
 from streamprune_cli import options
 
 import streamprune
+from streamprune.methods.settings import parse
 
 Tiny = Callable[..., Path]
 
@@ -57,7 +58,7 @@ def test_every_row_says_where_it_is_from_and_its_commands_do_what_the_library_is
     assert row.dense > 1
     # Pruned a little, some are better than before.
     assert row.published is None or row.published > 0.85 * row.dense
-    streamprune.RECIPES[row.recipe].parse(row.settings)
+    parse(row.recipe, row.settings)
     run, evaluate = (parsed(c) for c in row.commands(Path("m"), Path("c.txt"), Path("t.txt"), Path("out")))
     jobs = {"plan_only", "restart", "as_json", "quiet"}
     config = options.config(**{name: value for name, value in run.items() if name not in jobs})

@@ -1,4 +1,4 @@
-"""What to remove and how to re-fit what stays; tensors only. A new recipe is one file and one line here."""
+"""What to remove and how to re-fit what stays; tensors only. A new recipe is one file and its settings in `settings`."""
 
 from __future__ import annotations
 
@@ -6,49 +6,33 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from .settings import SETTINGS
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-_FILES = {
-    "default": "default",
-    "sobp": "sobp",
-    "slimgpt": "slimgpt",
-    "greedy-output": "greedy_output",
-    "surgeon": "surgeon",
-    "random": "baselines",
-    "magnitude": "baselines",
-    "wanda-sp": "baselines",
-}
+_FILES = {"random": "baselines", "magnitude": "baselines", "wanda-sp": "baselines", "greedy-output": "greedy_output"}
+"""The file of a recipe, where it is not its name."""
 
 
 class _Recipes(Mapping[str, "Recipe[Any]"]):
     """Recipes by name; a recipe's file, and torch with it, is imported when it is asked for."""
 
     def __getitem__(self, name: str) -> Recipe[Any]:
-        module = import_module(f".{_FILES[name]}", __name__)
+        if name not in self:
+            raise KeyError(name)
+        module = import_module(f".{_FILES.get(name, name)}", __name__)
         recipe: Recipe[Any] = getattr(module, name.upper().replace("-", "_"))
         return recipe
 
     def __contains__(self, name: object) -> bool:
-        return name in _FILES
+        return name in SETTINGS
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_FILES)
+        return iter(SETTINGS)
 
     def __len__(self) -> int:
-        return len(_FILES)
+        return len(SETTINGS)
 
 
 RECIPES: Mapping[str, Recipe[Any]] = _Recipes()
-
-
-def check_recipe(name: str) -> None:
-    """Refuse a name that is no recipe's.
-
-    Raises:
-        ConfigError: there is no such recipe.
-    """
-    if name not in RECIPES:
-        raise ConfigError(f"recipe is {name!r}; it must be one of {', '.join(RECIPES)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from ..site import Site
 from . import masks
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
-from .recipe import NoSettings, Problem, Recipe, Refit, Survey, Surveyed, setting
+from .recipe import Problem, Recipe, Refit, Survey, Surveyed
 from .reconstruction import kept_columns
 from .selection import best
+from .settings import UNITS, MagnitudeSettings, NoSettings
 
 Score = Callable[[Problem], Tensor]
 
@@ -44,21 +44,12 @@ def _uniform(settings: object, sites: Sequence[Site], survey: Survey, budget: Bu
     return Plan({site.name: SitePlan(keep[site.name]) for site in sites}, budget.ratio)
 
 
-@dataclass(frozen=True)
-class MagnitudeSettings:
-    """What `--set` reaches."""
-
-    structure: str = setting(
-        "units", "what goes: units, single weights, or M of N neighbours", choices=masks.STRUCTURES
-    )
-
-
 def _squares(surveyed_or_problem: Surveyed | Problem) -> Iterator[Tensor]:
     return (w.square() for w in (*surveyed_or_problem.producers, surveyed_or_problem.w))
 
 
 def _magnitude_plan(settings: MagnitudeSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    if settings.structure == masks.UNITS:
+    if settings.structure == UNITS:
         return _uniform(settings, sites, survey, budget)
     return masks.count_zeros(sites, survey, budget, settings.structure)
 
@@ -81,7 +72,6 @@ def _baseline(name: str, summary: str, score: Score, *, gram: bool = False, seed
     return Recipe(
         name=name,
         summary=summary,
-        settings=NoSettings,
         allocate=_uniform,
         select=select,
         reconstruct=lambda settings, problem, kept: kept_columns(problem, kept),
@@ -94,20 +84,17 @@ RANDOM = _baseline("random", "random units, the same share everywhere", random_s
 MAGNITUDE = Recipe(
     name="magnitude",
     summary="units of least squared weight, the same share everywhere; or weights, by one threshold",
-    settings=MagnitudeSettings,
-    statistics=lambda settings: None if settings.structure == masks.UNITS else frozenset(),
+    statistics=lambda settings: None if settings.structure == UNITS else frozenset(),
     digest=lambda settings, surveyed: masks.histograms(_squares(surveyed), settings.structure, surveyed.site.name),
     findings=lambda settings, site: masks.findings(settings.structure, site),
     allocate=_magnitude_plan,
     select=lambda settings, problem, keep: best(magnitude_score(problem), keep, problem.site.name),
     reconstruct=_magnitude_weights,
-    workspace=lambda settings, site, keep: (
-        sum(site.linears) if settings.structure == masks.UNITS else 3 * sum(site.linears)
-    ),
+    workspace=lambda settings, site, keep: sum(site.linears) if settings.structure == UNITS else 3 * sum(site.linears),
     digest_workspace=lambda settings, site: 3 * sum(site.linears),
     check=masks.check_structure,
     check_plan=masks.check_plan,
-    writes_zeros=lambda settings: settings.structure != masks.UNITS,
+    writes_zeros=lambda settings: settings.structure != UNITS,
 )
 WANDA_SP = _baseline(
     "wanda-sp", "units of least |weight| × input norm, the same share everywhere", wanda_score, gram=True

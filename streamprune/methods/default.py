@@ -14,7 +14,6 @@ docs/methods.md says what each part was measured to bring.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,32 +23,13 @@ from ..maths.linalg import cholesky
 from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Curve, Recipe, Survey, Surveyed, Target, setting
+from .recipe import Curve, Recipe, Survey, Surveyed, Target
 from .reconstruction import obs, obs_work, obs_workspace
 from .selection import greedy, greedy_work, greedy_workspace
+from .settings import DefaultSettings
 
 _RIDGE = 1e-6
 """Of G, relative: it has fewer tokens than rows in small jobs."""
-
-
-@dataclass(frozen=True)
-class DefaultSettings:
-    """What `--set` reaches."""
-
-    shots: int = setting(1, "in how many equal parts the ratio is removed", limits=(1, 1000))
-    labels: str = setting(
-        "drawn",
-        "whose prediction the gradients are of: tokens that the model draws (Fisher), or the text's (empirical Fisher)",
-        choices=("drawn", "text"),
-    )
-    weighted: bool = setting(True, "weight costs by the gradients' G; off counts output energy alike everywhere")
-    target: str = setting(
-        "residual",
-        "what consumers are fitted to: the dense output with what the stream lacks, without it, or their own output",
-        choices=("residual", "dense", "own"),
-    )
-    compensate: bool = setting(True, "input compensation of q, k, v and gate, up")
-    damping: float = setting(0.01, "ridge of every Gram, relative to its mean diagonal", limits=(0.0, 1.0))
 
 
 def path_costs(settings: DefaultSettings, surveyed: Surveyed) -> dict[str, Tensor]:
@@ -91,7 +71,6 @@ def work(settings: DefaultSettings, site: Site, keep: float) -> float:
 DEFAULT = Recipe(
     name="default",
     summary="greedy cost paths in units of loss, one threshold, fits to the dense output with residual correction",
-    settings=DefaultSettings,
     statistics=lambda settings: frozenset({"gram", "gradient-gram"} if settings.weighted else {"gram"}),
     draws_labels=lambda settings: settings.labels == "drawn",
     digest=path_costs,

@@ -11,7 +11,7 @@ Key/value groups are removed whole; their divergence is the mean over their quer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,25 +21,10 @@ from ..maths.divergence import between_units, redundant
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
-from .recipe import Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, Target, setting
+from .recipe import Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, Target
 from .reconstruction import kept_columns, obs, obs_work, obs_workspace
 from .selection import best, others
-
-
-@dataclass(frozen=True)
-class GreedyOutputSettings:
-    """What `--set` reaches."""
-
-    heads: str = setting(
-        "similarity",
-        "how heads are chosen: by likeness of their attention maps, or by the second moment of their value path",
-        choices=("similarity", "second-moment"),
-    )
-    tau: float = setting(
-        0.0, "divergence below which a head is redundant; 0 raises it until the ratio is met", limits=(0, 1)
-    )
-    recover: bool = setting(True, "two-step recovery; off leaves the kept weights as they are")
-    damping: float = setting(0.01, "ridge of the recovery's Grams, relative to their mean diagonal", limits=(0.0, 1.0))
+from .settings import GreedyOutputSettings
 
 
 def divergence(settings: GreedyOutputSettings, surveyed: Surveyed) -> dict[str, Tensor]:
@@ -170,7 +155,6 @@ def recovered(settings: GreedyOutputSettings, problem: Problem, kept: Tensor) ->
 GREEDY_OUTPUT = Recipe(
     name="greedy-output",
     summary="greedy output approximation: heads by likeness, channels by second moment, two-step recovery",
-    settings=GreedyOutputSettings,
     statistics=lambda settings: frozenset({"divergence"}) if settings.heads == "similarity" else None,
     digest=divergence,
     curve=lambda settings: Curve("divergence from the most alike", rising) if settings.heads == "similarity" else None,

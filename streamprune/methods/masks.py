@@ -20,9 +20,8 @@ from ..site import Site
 from .allocation import Budget, check_budget
 from .plan import Plan, SitePlan, units_only
 from .recipe import Findings, Survey
+from .settings import UNITS, UNSTRUCTURED
 
-UNITS, UNSTRUCTURED = "units", "unstructured"
-STRUCTURES = (UNITS, UNSTRUCTURED, "2:4", "4:8")
 _BITS = 12
 """Of a float32's mantissa and sign that a histogram leaves out: 11 of the mantissa's 23 bits stay."""
 _BINS = 1 << (31 - _BITS)

@@ -7,21 +7,18 @@ gets the pruned stream, one that wants neither needs no text at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .allocation import Budget, check_budget
 from .plan import Plan, units_only
 
 S = TypeVar("S")
-
-SWITCH = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
 Findings = Mapping[str, Tensor]
@@ -132,7 +129,6 @@ class Recipe(Generic[S]):
 
     name: str
     summary: str
-    settings: type[S]
     allocate: Callable[[S, Sequence[Site], Survey, Budget], Plan]
     select: Callable[[S, Problem, int], Tensor]
     """That many units to keep, (k,) ascending."""
@@ -180,49 +176,3 @@ class Recipe(Generic[S]):
     """Whether `select` draws from the problem's generator."""
     writes_zeros: Callable[[S], bool] = lambda settings: False
     """Whether shapes stay and weights become zero: the plan then counts zeros, and no unit goes."""
-
-    def parse(self, given: Mapping[str, str]) -> S:
-        """Settings from ``name=value`` texts.
-
-        Raises:
-            ConfigError: an unknown name or a value of another type, with what there is.
-        """
-        known = {f.name: f for f in fields(self.settings)}  # type: ignore[arg-type]
-        values: dict[str, Any] = {}
-        for name, text in given.items():
-            if name not in known:
-                raise ConfigError(
-                    f"recipe {self.name} has no setting {name!r}; it has {', '.join(known) if known else 'none'}"
-                )
-            values[name] = _parse(self.name, name, text, known[name].default, known[name].metadata)
-        return self.settings(**values)
-
-
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), limits: tuple[float, float] = (0.0, 1e9)) -> Any:
-    """A field of a settings class; the default's type is the setting's."""
-    return field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
-
-
-@dataclass(frozen=True)
-class NoSettings:
-    """For recipes with nothing to set."""
-
-
-def _parse(recipe: str, name: str, text: str, default: Any, metadata: Mapping[str, Any]) -> Any:
-    where = f"recipe {recipe}, setting {name} = {text!r}"
-    if isinstance(default, bool):
-        if text.lower() not in SWITCH:
-            raise ConfigError(f"{where}: it must be on or off")
-        return SWITCH[text.lower()]
-    if isinstance(default, str):
-        if text not in metadata["choices"]:
-            raise ConfigError(f"{where}: it must be one of {', '.join(metadata['choices'])}")
-        return text
-    try:
-        number = type(default)(text)
-    except ValueError:
-        raise ConfigError(f"{where}: it must be a number") from None
-    least, most = metadata["limits"]
-    if not least <= number <= most:
-        raise ConfigError(f"{where}: it must be from {least:g} to {most:g}")
-    return number

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -20,20 +19,10 @@ from ..maths.symmetric import product_work
 from ..site import Site
 from .allocation import Budget, allocate, even_densities
 from .plan import Plan, SitePlan
-from .recipe import Problem, Recipe, Survey, setting
+from .recipe import Problem, Recipe, Survey
 from .reconstruction import obs, obs_work, obs_workspace
 from .selection import greedy, greedy_workspace, others
-
-
-@dataclass(frozen=True)
-class SlimGptSettings:
-    """What `--set` reaches."""
-
-    r0: float = setting(0.4, "the first block's share, as a part of the ratio; 1 is uniform", limits=(0.0, 1.0))
-    exact: bool = setting(False, "remove one unit at a time by its exact cost instead of the batched form")
-    first_group: int = setting(1024, "FFN channels removed at once at first", limits=(1, 1e6))
-    last_group: int = setting(8, "FFN channels removed at once in the end", limits=(1, 1e6))
-    damping: float = setting(0.01, "ridge of the site's Gram, relative to its mean diagonal", limits=(0.0, 1.0))
+from .settings import SlimGptSettings
 
 
 def incremental_ratios(blocks: int, r0: float) -> list[float]:
@@ -99,7 +88,6 @@ def workspace(settings: SlimGptSettings, site: Site, keep: int) -> int:
 SLIMGPT = Recipe(
     name="slimgpt",
     summary="SlimGPT: ratio growing with the logarithm of depth, batched greedy pruning, OBS reconstruction",
-    settings=SlimGptSettings,
     allocate=schedule,
     select=batched,
     reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),

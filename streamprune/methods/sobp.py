@@ -13,35 +13,16 @@ Each can be switched off, which gives the paper's ablation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..site import Site
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Curve, Problem, Recipe, Refit, Survey, Surveyed, setting
+from .recipe import Curve, Problem, Recipe, Refit, Survey, Surveyed
 from .reconstruction import kept_columns, obs, obs_work, obs_workspace
 from .selection import best, greedy, greedy_work, greedy_workspace
-
-
-@dataclass(frozen=True)
-class SobpSettings:
-    """What `--set` reaches."""
-
-    gradient: str = setting(
-        "fisher",
-        "how mask gradients of sequences add up: squares (empirical Fisher, ours) or absolute values (as published)",
-        choices=("fisher", "abs"),
-    )
-    head_weight: float = setting(1.0, "the paper's λ: factor on the importance of attention units")
-    refine: bool = setting(True, "local greedy refinement; off keeps the units of the global selection")
-    reconstruct: bool = setting(True, "module-wise reconstruction; off leaves the kept weights as they are")
-    compensate: bool = setting(True, "input compensation of q, k, v and gate, up")
-    damping: float = setting(0.01, "ridge of the site's Gram, relative to its mean diagonal", limits=(0.0, 1.0))
-    compensation_damping: float = setting(
-        0.01, "ridge of the compensation's Gram, relative likewise", limits=(0.0, 1.0)
-    )
+from .settings import SobpSettings
 
 
 def importance(settings: SobpSettings, surveyed: Surveyed) -> dict[str, Tensor]:
@@ -73,7 +54,6 @@ def reconstruct(settings: SobpSettings, problem: Problem, kept: Tensor) -> Refit
 SOBP = Recipe(
     name="sobp",
     summary="structured optimal brain pruning: global mask gradients, greedy refinement, Cholesky reconstruction",
-    settings=SobpSettings,
     allocate=global_selection,
     select=lambda settings, problem, keep: greedy(problem, keep, settings.damping),  # stage 2
     reconstruct=reconstruct,

@@ -12,7 +12,6 @@ The factors that the updates need wait on the disk until the threshold is known.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,38 +31,16 @@ from ..site import Site
 from . import masks
 from .allocation import Budget, allocate
 from .plan import Plan, SitePlan
-from .recipe import Correction, Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, setting
+from .recipe import Correction, Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed
 from .selection import best, others
-
-
-@dataclass(frozen=True)
-class SurgeonSettings:
-    """What `--set` reaches."""
-
-    structure: str = setting(
-        "units", "what goes: units, single weights, or M of N neighbours", choices=masks.STRUCTURES
-    )
-    shots: int = setting(
-        0, "shots of the linear schedule; 0 is the paper's: 40 for half of all units, 5 for weights", limits=(0, 1000)
-    )
-    correlated: int = setting(256, "weights at most whose removal is compensated jointly (m)", limits=(1, 8192))
-    joint: bool = setting(True, "a unit's columns cost what removing them together costs; off adds up single ones'")
-    update_rows: bool = setting(
-        False, "correlated updates of the producers too (eq. 12), where the consumer's have made good the same loss"
-    )
-    lora_steps: int = setting(
-        0, "low-rank corrections: Adam steps on the text after each shot, absorbed", limits=(0, 1e6)
-    )
-    lora_rank: int = setting(8, "their rank", limits=(1, 4096))
-    lora_rate: float = setting(1e-3, "their rate, falling to zero within a shot", limits=(0.0, 1.0))
-    damping: float = setting(0.01, "ridge of every factor, relative to its mean diagonal", limits=(0.0, 1.0))
+from .settings import UNITS, SurgeonSettings
 
 
 def shots(settings: SurgeonSettings, ratio: float) -> int:
     """How many shots."""
     if settings.shots:
         return settings.shots
-    return max(1, round(80 * ratio)) if settings.structure == masks.UNITS else 5
+    return max(1, round(80 * ratio)) if settings.structure == UNITS else 5
 
 
 def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
@@ -76,7 +53,7 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
         assert gram is not None
         factors[name] = gram.mean(f"{site.name}, {name}")[0]
     linears = _linears(factors, surveyed.w, surveyed.producers)
-    if settings.structure != masks.UNITS:
+    if settings.structure != UNITS:
         costs = (element_costs(w, g, a) for w, g, a, _ in _inverses(settings, linears, site))
         return {**factors, **masks.histograms(costs, settings.structure, site.name)}
     *producers, (w, g, a) = linears
@@ -90,7 +67,7 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
 def _needed(settings: SurgeonSettings, site: Site) -> list[str]:
     """The factors that `update` reads of a site."""
     producers = [f"g.{i}" for i in range(len(site.linears) - 1)]
-    if settings.structure != masks.UNITS:
+    if settings.structure != UNITS:
         return ["a", "a.consumer", "g.consumer", *producers]
     return ["a.consumer", *(producers if settings.update_rows else ())]
 
@@ -110,7 +87,7 @@ def _factor_numbers(settings: SurgeonSettings, site: Site) -> int:
 def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
     """Operations of `update`."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
-    if settings.structure != masks.UNITS:
+    if settings.structure != UNITS:
         # Beside the inverses what the multipliers are spread by; the subsets' own depend on what goes.
         return 2 * inverse_work(d) + sum(inverse_work(n) + 2 * n * d * (n + d) for n in sides)
     gone, total = (site.units - keep) / site.units, 0.0
@@ -123,7 +100,7 @@ def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
 def digest_work(settings: SurgeonSettings, site: Site) -> float:
     """Operations of `digest`."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
-    if settings.structure != masks.UNITS:
+    if settings.structure != UNITS:
         return 2 * inverse_work(d) + sum(inverse_work(n) for n in sides)
     return sum(inverse_work(n) + 2 * d * d * n + 2 * n * d * n / site.units for n in sides)
 
@@ -131,7 +108,7 @@ def digest_work(settings: SurgeonSettings, site: Site) -> float:
 def workspace(settings: SurgeonSettings, site: Site, keep: int) -> int:
     """Numbers that `update` holds: factors, their inverses and, of elements, both scaled; a unit's rows of the inverse."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
-    if settings.structure != masks.UNITS:
+    if settings.structure != UNITS:
         return _factor_numbers(settings, site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
     return max(3 * n * n + 3 * n * d for n in (sides if settings.update_rows else sides[-1:]))
 
@@ -148,7 +125,7 @@ def _single_costs(w: Tensor, g: Tensor, a_inverse: Tensor, units: int) -> Tensor
 
 def threshold(settings: SurgeonSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
     """One global threshold."""
-    if settings.structure != masks.UNITS:
+    if settings.structure != UNITS:
         return masks.count_zeros(sites, survey, budget, settings.structure)
     costs = {site.name: survey[site.name]["costs"] for site in sites}
     keep = allocate(sites, {site.name: densities(site, survey[site.name]) for site in sites}, budget)
@@ -251,18 +228,17 @@ def _sides(settings: SurgeonSettings, w: Tensor, kept: Tensor, removed: Tensor, 
 SURGEON = Recipe(
     name="surgeon",
     summary="LLM Surgeon: K-FAC curvature, one global threshold, correlated updates, many shots; units or weights",
-    settings=SurgeonSettings,
     statistics=lambda settings: frozenset({"factors"}),
     digest=digest,
     allocate=threshold,
-    curve=lambda settings: Curve("loss a parameter", densities) if settings.structure == masks.UNITS else None,
+    curve=lambda settings: Curve("loss a parameter", densities) if settings.structure == UNITS else None,
     select=lambda settings, problem, keep: torch.arange(keep),
     reconstruct=update,
     shots=shots,
     correction=lambda settings: (
         Correction(settings.lora_steps, settings.lora_rank, settings.lora_rate) if settings.lora_steps else None
     ),
-    plans_units=lambda settings, site: settings.structure == masks.UNITS,
+    plans_units=lambda settings, site: settings.structure == UNITS,
     keeps_findings=lambda settings: True,
     findings=findings,
     work=work,
@@ -271,5 +247,5 @@ SURGEON = Recipe(
     digest_workspace=digest_workspace,
     check=masks.check_structure,
     check_plan=masks.check_plan,
-    writes_zeros=lambda settings: settings.structure != masks.UNITS,
+    writes_zeros=lambda settings: settings.structure != UNITS,
 )

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..comparison import JSON, MARKDOWN
+from ..comparison import JSON
 from ..curves import FORMAT
 from ..errors import CheckpointError, ConfigError
 from ..json_text import read_json
-from ..names import CURVES, FIGURES, REPORT, is_report, is_tuning, job_folder
+from ..names import CURVES, FIGURES, REPORT, is_report, is_tuning
+from ..status import check_finished
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,7 @@ def read_account(out: Path) -> Account:
         CheckpointError: the report is damaged.
     """
     path = out / REPORT
-    if not path.is_file():
-        if (job_folder(out) / "journal.jsonl").is_file():
-            raise ConfigError(f"{out} is not finished; streamprune status {out} says how far it is")
-        if (out / JSON).is_file():
-            raise ConfigError(
-                f"{out} is a comparison's folder, with its table in {MARKDOWN}; --comparison puts it on a page"
-            )
-        raise ConfigError(f"{out} has no {REPORT}: it is not a result of streamprune run or tune")
+    check_finished(out)
     whole = read_json(path)
     if not is_report(whole) and not is_tuning(whole):
         raise ConfigError(f"{path} is not a report of streamprune run or tune")
