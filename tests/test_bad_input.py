@@ -449,18 +449,18 @@ def test_a_cache_in_out(place: str, run: Callable[..., Result], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("tokenizer.json", "{}"), ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "a.B"}}')]
+    ("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "a.B"}}')]
 )
 def test_a_tokenizer_that_the_result_has_to_name(
-    name: str, text: str, model: Path, run: Callable[..., Result], tmp_path: Path
+    name: str, content: str, model: Path, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     """Also where no text is read; a stock result takes its tokenizer along as it is."""
     (model / "tokenizer.json").write_text("{}")
-    (model / name).write_text(text)
-    message = "its tokenizer wants code" if "auto_map" in text else "no tokenizer that transformers can read"
+    (model / name).write_text(content)
+    message = "its tokenizer wants code" if "auto_map" in content else "no tokenizer that transformers can read"
     refused(run("--recipe", "magnitude"), message, 1, tmp_path)
     assert run("--recipe", "magnitude", "--layout", "uniform").exit_code == 0
-    assert (tmp_path / "out" / name).read_text() == text
+    assert (tmp_path / "out" / name).read_text() == content
 
 
 @pytest.mark.parametrize("command", ["run", "eval"])
