@@ -240,9 +240,9 @@ def test_the_command(tiny: Tiny, pruned: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(found) == ["model", "against", "prefill", "decode", "protocol", "widths"]
     assert len(found["decode"]["rounds"]) == 2
     shown = CliRunner().invoke(main, words).stdout.splitlines()
-    assert shown[0].split()[:3] == ["tokens", "a", "second"]
+    assert shown[0].split()[:3] == ["tokens", "per", "second"]
     assert [line.split()[0] for line in shown[1:3]] == ["prefill", "decode"]
-    assert any(", its own" in line for line in shown)
+    assert any("(now)" in line for line in shown)
     # Without sizes, those that the context of 64 leaves.
     fitting = CliRunner().invoke(main, ["bench", str(pruned), "--repetitions", "1", "--widths", "--json"])
     assert json.loads(fitting.stdout)["protocol"].startswith("1 × 32 random tokens, then 32 steps")

@@ -429,7 +429,7 @@ def test_the_command_prints_a_table_or_one_object(command: Callable[..., Outcome
 @pytest.mark.parametrize(
     ("arguments", "keywords", "message"),
     [
-        ([], {"ratios": "0.2,much"}, "--ratios '0.2,much': write numbers with commas between"),
+        ([], {"ratios": "0.2,much"}, "--ratios '0.2,much': write numbers separated by commas"),
         ([], {"ratios": "0.2,1.5"}, "ratio is 1.5; it must be in (0, 1)"),
         ([], {"ratios": "0.2,nan"}, "ratio is nan; it must be in (0, 1)"),
         ([], {"ratios": "0.2,0.97"}, "ratio is 0.97; this model can lose at most"),

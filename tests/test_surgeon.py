@@ -607,7 +607,7 @@ def test_what_people_read_of_a_mask_is_true(tiny: Tiny, tmp_path: Path) -> None:
     assert "Units kept" not in card
 
     shown = CliRunner().invoke(main, ["inspect", str(out)]).stdout
-    assert "parameters made zero, 50.00% asked for" in shown
+    assert "parameters made zero, 50.00% requested" in shown
     row = next(line for line in shown.splitlines() if line.startswith("blocks.0.attention"))
     assert row.split()[1:3] == ["1,536", "3,072"]
 

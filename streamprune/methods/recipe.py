@@ -17,6 +17,7 @@ from ..maths.stats import SiteStatistics, Statistic
 from ..site import Site
 from .allocation import Budget, check_budget
 from .plan import Plan, units_only
+from .settings import SETTINGS
 
 S = TypeVar("S")
 
@@ -176,3 +177,8 @@ class Recipe(Generic[S]):
     """Whether `select` draws from the problem's generator."""
     writes_zeros: Callable[[S], bool] = lambda settings: False
     """Whether shapes stay and weights become zero: the plan then counts zeros, and no unit goes."""
+
+    @property
+    def settings(self) -> type[S]:
+        """The dataclass of its settings; each field's metadata has its ``help``, ``choices`` and ``limits``."""
+        return SETTINGS[self.name]
