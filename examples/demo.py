@@ -52,9 +52,8 @@ def sample(path: Path) -> str:
 
 def main(out: Path) -> None:
     started = time.monotonic()
-    prune = ("--ratio", 0.3, "--seq-len", 256)
-    ours = streamprune("run", MODEL, out / "pruned", *prune, "--calibration", CALIBRATION)
-    streamprune("run", MODEL, out / "magnitude", *prune, "--recipe", "magnitude")
+    ours = streamprune("run", MODEL, out / "pruned", "--ratio", 0.3, "--calibration", CALIBRATION, "--seq-len", 256)
+    streamprune("run", MODEL, out / "magnitude", "--ratio", 0.3, "--recipe", "magnitude")
     paths = {"dense": MODEL, "ours": out / "pruned", "magnitude": out / "magnitude"}
     measured = {name: streamprune("eval", path, "--text", VALIDATION, "--seq-len", 256) for name, path in paths.items()}
     print(f"""
