@@ -231,7 +231,7 @@ def size(text: str | None, option: str) -> int | None:
 
 
 def machine(*, memory: str | None, memory_host: str | None, activations: str | None, **others: Any) -> dict[str, Any]:
-    """Options as settings: sizes in bytes, and what was not given left out where a setting has a default of its own."""
+    """Options as settings: sizes in bytes; `activations` is left out unless given, since its default differs."""
     given = {} if activations is None else {"activations": activations}
     sizes = {"memory": size(memory, "--memory"), "memory_host": size(memory_host, "--memory-host")}
     return {**others, **sizes, **given}

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Lasting(io.FileIO):
-    """A descriptor for what is said in passing: what cannot be written is lost, and the work goes on."""
+    """A descriptor for progress and notes: a line that cannot be written is lost, and the work continues."""
 
     def write(self, data: Any, /) -> int:
         try:
