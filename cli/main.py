@@ -54,7 +54,7 @@ def _advice(ctx: click.Context) -> str:
 def main() -> None:
     """Make a large language model structurally smaller, streaming it one block at a time.
 
-    Nothing is retrained; memory follows one block, not the model; an interrupted job goes on where it stopped.
+    No training run. Peak memory depends on the block size, not the model size. Interrupted jobs resume.
 
     Example:
 

@@ -283,7 +283,7 @@ def sample_windows(tokens: Tensor, samples: int, length: int, seed: int, source:
         CalibrationError: the text has fewer than `length` tokens.
     """
     if tokens.numel() < length:
-        raise CalibrationError(f"{source} has {tokens.numel()} tokens; one window needs {length}")
+        raise CalibrationError(f"{source} has {tokens.numel()} tokens; one window needs {length}: give more text, or lower seq-len")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(tokens.numel() - length + 1, (samples,), generator=generator)
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])
@@ -305,5 +305,5 @@ def consecutive_windows(tokens: Tensor, length: int, source: object) -> Tensor:
     """
     windows = tokens.numel() // length
     if windows == 0:
-        raise CalibrationError(f"{source} has {tokens.numel()} tokens; one window needs {length}")
+        raise CalibrationError(f"{source} has {tokens.numel()} tokens; one window needs {length}: give more text, or lower seq-len")
     return tokens[: windows * length].view(windows, length)

@@ -60,7 +60,7 @@ def test_every_row_says_where_it_is_from_and_its_commands_do_what_the_library_is
     assert row.published is None or row.published > 0.85 * row.dense
     parse(row.recipe, row.settings)
     run, evaluate = (parsed(c) for c in row.commands(Path("m"), Path("c.txt"), Path("t.txt"), Path("out")))
-    jobs = {"plan_only", "restart", "as_json", "quiet"}
+    jobs = {"plan_only", "restart", "strict", "as_json", "quiet"}
     config = options.config(**{name: value for name, value in run.items() if name not in jobs})
     expected = streamprune.Config(
         model=Path("m"),
