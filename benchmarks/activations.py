@@ -14,9 +14,9 @@ from typing import Any
 
 from measure import arguments, protocol
 
-from streamprune.config import format_bytes
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.stream.encoding import FLOAT8, token_bytes
+from streamprune.system.units import format_bytes
 
 STORED = ["float32", "bfloat16", "float8"]
 

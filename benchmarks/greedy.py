@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from streamprune.maths.greedy import greedy_removal
-from streamprune.maths.linalg import unit_columns
+from streamprune.maths.refit import unit_columns
 
 DAMPING = 0.01
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -29,9 +29,9 @@ import torch
 from llama_cpp import Llama
 
 import streamprune
-from streamprune.evaluate import read_windows
+from streamprune.commands.evaluate import read_windows
 from streamprune.model.skeleton import Skeleton, open_skeleton
-from streamprune.text import source
+from streamprune.text.source import source
 
 PROMPT = 128
 WRITTEN = 128

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamprune.host import host_buffer
 from streamprune.model.checkpoint import NAMES, shard_name, write_index, write_shard
+from streamprune.system.host import host_buffer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNKNOWN = "<unk>"

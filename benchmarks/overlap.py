@@ -31,10 +31,10 @@ from typing import Any
 from make_checkpoint import Shape, make_checkpoint, make_text
 
 import streamprune
-from streamprune import files
-from streamprune.config import format_bytes, parse_bytes
-from streamprune.host import settle_malloc
-from streamprune.occupancy import spent, watching
+from streamprune.system import files
+from streamprune.system.host import settle_malloc
+from streamprune.system.timing import spent, watching
+from streamprune.system.units import format_bytes, parse_bytes
 
 TARGET = 0.9
 

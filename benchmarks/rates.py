@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from streamprune.machine import resolve_device
+from streamprune.system.machine import resolve_device
 
 SIZES = {"cpu": 2048, "cuda": 16384}
 """Of matrices."""

@@ -1,7 +1,7 @@
 """Seconds and peak memory of `streamprune run` beside a plain in-memory implementation of the same recipe.
 
 The plain one is tests/plain.py: transformers' model whole in memory, statistics by hooks and autograd over all of it, the
-prune sweep with both streams in memory, the textbook loops; tests/test_plain.py holds both to the same result in float64. Here
+prune sweep with both streams in memory, the textbook loops; tests/recipes/test_plain.py holds both to the same result in float64. Here
 both compute in float32 with micro-batches of 1024 tokens, write what they made, and are measured in processes of their own, one
 after the other. Seconds are from opening the checkpoint to the written result, imports left out. Memory is that
 above what each holds before (interpreter, libraries, the model without weights): streamed, what `streamprune inspect` does. Their perplexities differ

@@ -49,14 +49,14 @@ import torch.nn.functional as F
 from make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 
-from streamprune.config import parse_bytes
-from streamprune.forecast import forecast
-from streamprune.host import settle_malloc
-from streamprune.machine import resolve_device, room, within
+from streamprune.jobs.forecast.needs import Needs
+from streamprune.jobs.forecast.resources import forecast
 from streamprune.model.skeleton import Skeleton, open_skeleton
-from streamprune.needs import Needs
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore
+from streamprune.system.host import settle_malloc
+from streamprune.system.machine import resolve_device, room, within
+from streamprune.system.units import parse_bytes
 
 WAYS = ["streamed", "in memory", "offload"]
 TARGETS = {"in memory": 0.85, "offload": 1.0}

@@ -110,7 +110,7 @@ def _variants(recipes: str, settings: tuple[str, ...]) -> list[Any]:
     """The requested recipes, each with its settings."""
     from streamprune import Variant
     from streamprune.errors import ConfigError
-    from streamprune.methods.settings import parse
+    from streamprune.recipes.settings import parse
 
     variants = [Variant.parse(part.strip()) for part in recipes.split(",")]
     own: dict[str, dict[str, str]] = {variant.label: {} for variant in variants}

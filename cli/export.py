@@ -28,7 +28,7 @@ def export(model: Path, out: Path, dtype: str, as_json: bool, quiet: bool) -> No
       streamprune export llama-2-5b llama-2-5b.gguf --dtype q8_0
     """
     import streamprune
-    from streamprune.config import format_bytes
+    from streamprune.system.units import format_bytes
 
     options.begin(model)
 

@@ -31,8 +31,8 @@ def inspect(model: Path, as_json: bool) -> None:
       streamprune inspect llama-2-5b
     """
     import streamprune
-    from streamprune.hub import is_name
-    from streamprune.status import check_there
+    from streamprune.commands.status import check_there
+    from streamprune.model.hub import is_name
 
     if not is_name(model):
         check_there(model)
@@ -148,7 +148,7 @@ def _drawn(sites: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, str
 
 
 def _blocks(blocks: list[dict[str, Any]]) -> list[str]:
-    from streamprune.config import format_bytes
+    from streamprune.system.units import format_bytes
 
     most = max(block["survey_seconds"] + block["prune_seconds"] for block in blocks)
     places = [name for name in ("host", "device") if any(block.get(f"{name}_bytes") for block in blocks)]

@@ -44,7 +44,7 @@ def checked(check: str) -> Callable[[click.Context, click.Parameter, str], str]:
     """A callback that passes the value to a check in `streamprune.config`."""
 
     def callback(context: click.Context, parameter: click.Parameter, value: str) -> str:
-        from streamprune import config
+        from streamprune.jobs import config
 
         getattr(config, check)(value)
         return value
@@ -196,11 +196,11 @@ def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = 
     Raises:
         StreamPruneError: a model or a text is not there, or the processes cannot share the work.
     """
-    from streamprune.config import DATA_FREE
     from streamprune.errors import ConfigError
-    from streamprune.hub import check_model
-    from streamprune.ranks import expected
-    from streamprune.text import Text
+    from streamprune.jobs.config import DATA_FREE
+    from streamprune.model.hub import check_model
+    from streamprune.system.ranks import expected
+    from streamprune.text.source import Text
 
     if not shared and expected() > 1:
         raise ConfigError(f"{expected()} processes were started together (WORLD_SIZE); only run shares its work")
@@ -213,7 +213,7 @@ def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = 
 
     from transformers.utils.logging import disable_progress_bar
 
-    from streamprune.host import settle_malloc
+    from streamprune.system.host import settle_malloc
 
     settle_malloc()
     disable_progress_bar()  # `show` alone shows progress
@@ -221,8 +221,8 @@ def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = 
 
 def size(text: str | None, option: str) -> int | None:
     """Bytes, or None."""
-    from streamprune.config import parse_bytes
     from streamprune.errors import ConfigError
+    from streamprune.system.units import parse_bytes
 
     try:
         return None if text is None else parse_bytes(text)
@@ -254,7 +254,7 @@ def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
 
 def note_idle(quiet: bool, *configs: Any) -> None:
     """Say on stderr, unless `quiet`, which options were given although they changed nothing for any of the configs."""
-    from streamprune.job import idle
+    from streamprune.pruning.job import idle
 
     context = click.get_current_context()
     given = {
@@ -284,7 +284,7 @@ def config(
 ) -> Any:
     """The `Config` that the options ask for."""
     from streamprune import Config
-    from streamprune.methods.settings import parse
+    from streamprune.recipes.settings import parse
 
     if structure is not None:
         settings = (*settings, f"structure={structure}")

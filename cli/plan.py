@@ -33,7 +33,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
       streamprune plan llama-2-70b --ratio 0.3 --memory 24GiB
     """
     import streamprune
-    from streamprune.config import format_bytes
+    from streamprune.system.units import format_bytes
 
     config = options.config(model, Path(f"{Path(os.path.abspath(model)).name}-pruned"), **chosen)
     options.begin(model, texts=[config.calibration], shared=True)

@@ -57,7 +57,7 @@ def report(
       streamprune report llama-2-5b --against llama-2-7b --prompt "The sea is" --text wiki-test.txt --out 5b.html
     """
     import streamprune
-    from streamprune.status import check_finished
+    from streamprune.commands.status import check_finished
 
     limit = options.size(memory, "--memory")
     check_finished(out)

@@ -68,7 +68,7 @@ def run(
         show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
         options.note_idle(quiet, config)
         return
-    from streamprune.config import format_bytes, format_passes
+    from streamprune.system.units import format_bytes, format_passes
 
     shares = f"{result.ratio_blocks:.2%} of the blocks and {result.ratio_model:.2%} of the model"
     lines = [

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress]:
     """Progress of a command, shown unless `quiet`; the first SIGTERM, SIGINT or SIGHUP asks the work to stop."""
-    from streamprune.progress import Callback
-    from streamprune.stopping import asked_by_signals
+    from streamprune.system.progress import Callback
+    from streamprune.system.signals import asked_by_signals
 
     def tell() -> None:
         if not quiet:
@@ -43,7 +43,7 @@ def progress(quiet: bool) -> Iterator[Progress]:
 @contextmanager
 def watched(quiet: bool = False) -> Iterator[Progress]:
     """Progress of work that cannot be resumed: a signal ends it at once."""
-    from streamprune.progress import Silent
+    from streamprune.system.progress import Silent
 
     if quiet:
         yield Silent()
@@ -103,7 +103,7 @@ class Shown:
 def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The command's result: one JSON object, or lines for people."""
     if as_json:
-        from streamprune.json_text import finite
+        from streamprune.system.strict_json import finite
 
         click.echo(json.dumps(finite(value)))
     else:

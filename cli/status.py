@@ -34,7 +34,7 @@ def status(out: Path, as_json: bool) -> None:
 
 
 def _lines(found: Status) -> list[str]:
-    from streamprune.config import format_seconds
+    from streamprune.system.units import format_seconds
 
     lines = [f"{found.out}: {found.state}"]
     if found.error is not None:

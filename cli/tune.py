@@ -66,7 +66,7 @@ def tune(model: Path, out: Path, restart: bool, as_json: bool, quiet: bool, **ch
       streamprune tune llama-2-49b tuned --text wiki.txt --method distil --teacher llama-2-70b --memory 24GiB
     """
     import streamprune
-    from streamprune.config import format_bytes
+    from streamprune.system.units import format_bytes
 
     config = streamprune.TuneConfig(model=model, out=out, **options.machine(**chosen))
     options.begin(model, config.teacher, texts=[config.text])

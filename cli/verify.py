@@ -41,7 +41,7 @@ def verify(out: Path, as_json: bool, quiet: bool) -> None:
 
 
 def _lines(found: Verification) -> list[str]:
-    from streamprune.config import format_bytes
+    from streamprune.system.units import format_bytes
 
     read = f"{found.files} files, {found.tensors} tensors, {format_bytes(found.bytes)}"
     faults = f"{len(found.faults)} fault{'s' * (len(found.faults) > 1)}"

@@ -7,61 +7,57 @@ package teaches `AutoModelForCausalLM` to load them too. torch and transformers 
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .model.registration import teach
-from .version import __version__
+from .system.version import __version__
 
 if TYPE_CHECKING:
-    from .bench import Bench, Width, bench, bench_widths
-    from .compare import compare
-    from .comparison import Comparison, Variant
-    from .config import Config, TuneConfig
+    from .commands.bench import Bench, Width, bench, bench_widths
+    from .commands.compare.run import compare
+    from .commands.compare.table import Comparison, Variant
+    from .commands.evaluate import Evaluation, evaluate
+    from .commands.export import Exported, export_gguf
+    from .commands.harness import Tasks, TaskScores, evaluate_tasks, find_tasks
+    from .commands.inspect import inspect
+    from .commands.report.report import report
+    from .commands.status import Status, status
+    from .commands.tune.run import Tuned, tune
     from .errors import Stopped, StreamPruneError
-    from .evaluate import Evaluation, evaluate
-    from .export import Exported, export_gguf
-    from .harness import Tasks, TaskScores, evaluate_tasks, find_tasks
-    from .hub import load, resolve_model
-    from .inspection import inspect
-    from .methods import RECIPES
-    from .model.architecture import ARCHITECTURES
-    from .progress import Callback, Event, Progress
-    from .ranks import Ranks, joined
-    from .report.report import report
-    from .run import Result, forecast_job, plan_only, prune
-    from .status import Status, status
-    from .stopping import asked_by_signals
-    from .text import Source
-    from .tune import Tuned, tune
-    from .verification import Verification
-    from .verify import verify
+    from .jobs.config import Config, TuneConfig
+    from .model.architectures import ARCHITECTURES
+    from .model.hub import load, resolve_model
+    from .model.verify import Verification, verify
+    from .pruning.run import Result, forecast_job, plan_only, prune
+    from .recipes import RECIPES
+    from .system.progress import Callback, Event, Progress
+    from .system.ranks import Ranks, joined
+    from .system.signals import asked_by_signals
+    from .text.source import Source
 
 _HOME = {
-    "bench": ("Bench", "Width", "bench", "bench_widths"),
-    "compare": ("compare",),
-    "comparison": ("Comparison", "Variant"),
-    "config": ("Config", "TuneConfig"),
+    "commands.bench": ("Bench", "Width", "bench", "bench_widths"),
+    "commands.compare.run": ("compare",),
+    "commands.compare.table": ("Comparison", "Variant"),
+    "commands.evaluate": ("Evaluation", "evaluate"),
+    "commands.export": ("Exported", "export_gguf"),
+    "commands.harness": ("TaskScores", "Tasks", "evaluate_tasks", "find_tasks"),
+    "commands.inspect": ("inspect",),
+    "commands.report.report": ("report",),
+    "commands.status": ("Status", "status"),
+    "commands.tune.run": ("Tuned", "tune"),
     "errors": ("Stopped", "StreamPruneError"),
-    "evaluate": ("Evaluation", "evaluate"),
-    "export": ("Exported", "export_gguf"),
-    "harness": ("TaskScores", "Tasks", "evaluate_tasks", "find_tasks"),
-    "hub": ("load", "resolve_model"),
-    "inspection": ("inspect",),
-    "methods": ("RECIPES",),
-    "model.architecture": ("ARCHITECTURES",),
-    "progress": ("Callback", "Event", "Progress"),
-    "ranks": ("Ranks", "joined"),
-    "report": ("report",),
-    "run": ("Result", "forecast_job", "plan_only", "prune"),
-    "status": ("Status", "status"),
-    "stopping": ("asked_by_signals",),
-    "text": ("Source",),
-    "tune": ("Tuned", "tune"),
-    "verification": ("Verification",),
-    "verify": ("verify",),
+    "jobs.config": ("Config", "TuneConfig"),
+    "model.architectures": ("ARCHITECTURES",),
+    "model.hub": ("load", "resolve_model"),
+    "model.verify": ("Verification", "verify"),
+    "pruning.run": ("Result", "forecast_job", "plan_only", "prune"),
+    "recipes": ("RECIPES",),
+    "system.progress": ("Callback", "Event", "Progress"),
+    "system.ranks": ("Ranks", "joined"),
+    "system.signals": ("asked_by_signals",),
+    "text.source": ("Source",),
 }
 """The module that has each public name; the same as type checkers read above."""
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -113,23 +109,16 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """This package: `streamprune.status` is the function even after its module of the same name was imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _MODULE:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
-        setattr(self, name, value)
-        return value
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 teach()

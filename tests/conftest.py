@@ -284,6 +284,17 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
         save_file(tensors, path, metadata={"format": "pt"})
 
 
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def set_tensor(model: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        if name in tensors:
+            tensors[name] = change(tensors[name]).contiguous()
+
+    edit_tensors(model, edit)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny("llama")`: a checkpoint directory, made once a session; not to be written to."""

@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal, get_args
 
-from streamprune.disk import Disk, Mode
+from streamprune.system.disk import Disk, Mode
 
 Fault = Literal["stop", "tear", "cut", "half cut", "full", "error"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)

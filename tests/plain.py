@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamprune.methods.allocation import Budget, allocate, even_densities
-from streamprune.site import Site
+from streamprune.model.site import Site
+from streamprune.recipes.allocation import Budget, allocate, even_densities
 
 DAMPING = 0.01
 RIDGE = 1e-6
@@ -501,10 +501,10 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401 - before memory and time are taken
 
     from streamprune import Config
-    from streamprune.evaluate import read_windows
-    from streamprune.job import Job
-    from streamprune.machine import peak_host_bytes
-    from streamprune.text import source
+    from streamprune.commands.evaluate import read_windows
+    from streamprune.pruning.job import Job
+    from streamprune.system.machine import peak_host_bytes
+    from streamprune.text.source import source
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamprune.methods.allocation import Budget, allocate, even_densities
-from streamprune.model.architecture import ARCHITECTURES, SublayerEntry
-from streamprune.site import Site
+from streamprune.model.architectures import ARCHITECTURES, SublayerEntry
+from streamprune.model.site import Site
+from streamprune.recipes.allocation import Budget, allocate, even_densities
 
 DAMPING = 0.01
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, TINY, make_tiny
 
 import streamprune
-from streamprune.config import Config
+from streamprune.commands.status import EXIT_CODES
 from streamprune.errors import Stopped
-from streamprune.status import EXIT_CODES
+from streamprune.jobs.config import Config
 
 Tiny = Callable[..., Path]
 
@@ -78,7 +78,7 @@ def test_the_table_of_architectures_has_all_kinds_and_checks() -> None:
     assert "✗" not in page
     checks = {
         title
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("test_*.py")
         for title in re.findall(r'mark\.check\("(.*?)"\)', path.read_text())
     }
     assert {line.partition(". ")[2] for line in page.splitlines() if line[:1].isdigit()} == checks - {"(.*?)"}

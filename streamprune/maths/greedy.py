@@ -1,6 +1,6 @@
 """Exact greedy removal, one unit at a time, at the speed of matrix products.
 
-Notation of `linalg`. Removing unit `u` changes
+Notation of `refit`. Removing unit `u` changes
 
 ::
 
@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError, SingularError
-from .batched import cholesky_blocks
-from .blocked import invert_
-from .linalg import all_finite, enough, inverse, unit_columns
-from .operations import counted
-from .symmetric import add_product, diagonal_blocks, shrink, whole_rows
+from .flops import counted
+from .refit import all_finite, cholesky_blocks, enough, inverse, unit_columns
+from .triangular import add_product, diagonal_blocks, invert_, shrink, whole_rows
 
 _SPARSE = 16
 """P and V are made smaller when one in so many of their units has gone: it costs as much as one update."""
@@ -65,7 +63,7 @@ def greedy_removal(
         width: columns a unit; n = units·width.
         count: units to remove, fewer than there are.
         block: columns removed between two updates of all of P and V, at least a unit's.
-        factor: what `linalg.cholesky` made of `h` with `damping`, on w's device, where it is at hand; its contents are lost.
+        factor: what `refit.cholesky` made of `h` with `damping`, on w's device, where it is at hand; its contents are lost.
 
     Returns:
         removed units in order (count,) int64, and each one's cost in output energy (count,), on the CPU.

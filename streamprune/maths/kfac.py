@@ -2,7 +2,7 @@
 
 Notation of the paper: `W` (R, C), ``θ`` its entries row by row, and the loss's curvature ``F = G ⊗ A``, `G`
 (R, R) of the output gradients, `A` (C, C) of the inputs. `G` and `A` are damped ones throughout (`damped`),
-and `G⁻¹`, `A⁻¹` come from `linalg.inverse`: then every update is the exact minimum of ``½ δᵀ F δ`` over the changes
+and `G⁻¹`, `A⁻¹` come from `refit.inverse`: then every update is the exact minimum of ``½ δᵀ F δ`` over the changes
 `δ` that remove what is to go (eqs. 7 and 8).
 """
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .batched import cholesky_blocks
-from .linalg import cholesky, signs
+from .refit import cholesky, cholesky_blocks, signs
 
 _BATCH_BYTES = 64 << 20
 _SKETCH = 64

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from .linalg import advice, all_finite
+from .refit import advice, all_finite
 
 
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:

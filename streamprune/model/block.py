@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ..errors import NumericalError
-from ..host import host_copy
-from ..maths.linalg import accumulator, all_finite, unit_columns
-from ..site import Site
+from ..maths.refit import accumulator, all_finite, unit_columns
+from ..system.host import host_copy
 from . import upstream
-from .architecture import SublayerEntry
+from .architectures import SublayerEntry
 from .modeling_streamprune import Experts, count, set_count
+from .site import Site
 
 Arguments = Mapping[str, Any]
 """What the model's own forward passes to a block besides the hidden states."""
@@ -267,7 +267,7 @@ class Block:
 
 
 class Sublayer:
-    """One or more sites with their norms and mixer (see `architecture`).
+    """One or more sites with their norms and mixer (see `architectures`).
 
     Args:
         places: its sites, each with its names in full.

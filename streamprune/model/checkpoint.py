@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from .. import files
 from ..errors import CheckpointError, DamageError, one_line
-from ..host import host_buffer, tensor_bytes
-from ..json_text import parse, read_json, write_json
-from ..names import ADAPTER, CONFIG, INDEX, RUN_TIME, SINGLE
-from .directory import check_links, check_pointer
+from ..system import files
+from ..system.directory import check_links, check_pointer
+from ..system.host import host_buffer, tensor_bytes
+from ..system.strict_json import parse, read_json, write_json
+from .names import ADAPTER, CONFIG, INDEX, RUN_TIME, SINGLE
 
 CPU = torch.device("cpu")
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")

@@ -26,7 +26,7 @@ def teach() -> None:
 
 
 def _register(modeling: Any) -> None:
-    from .architecture import ARCHITECTURES
+    from .architectures import ARCHITECTURES
 
     for model_type in ARCHITECTURES:
         modeling.register(model_type)

@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, NumericalError, StreamPruneError, one_line
-from ..layout import FREE, Layout
-from ..machine import resolve_dtype
-from ..maths.linalg import accumulator, advice, all_finite
-from ..maths.operations import counted
-from ..maths.stats import SiteStatistics, Statistic
-from ..site import Site
+from ..maths.flops import counted
+from ..maths.refit import accumulator, advice, all_finite
+from ..maths.sums import SiteStatistics, Statistic
+from ..system.machine import resolve_dtype
 from . import upstream
-from .architecture import SublayerEntry, is_stock
+from .architectures import SublayerEntry, is_stock
 from .block import Arguments, Block, Layer, Routed, Sublayer, linear_shape, place
 from .checkpoint import UNREAD, Checkpoint
-from .configuration import read_configuration
+from .config import read_configuration
 from .modeling_streamprune import Experts, separate_experts
+from .site import FREE, Layout, Site
 
 
 class Skeleton:

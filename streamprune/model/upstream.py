@@ -4,7 +4,7 @@ Two things cannot live here. `modeling_streamprune` lies beside written checkpoi
 public `CONFIG_MAPPING` and `MODEL_FOR_CAUSAL_LM_MAPPING`, and `transformers.conversion_mapping` where a checkpoint has other
 names than its modules. `maths.operations` counts the operators that transformers registers, by their names.
 
-tests/test_upstream.py has a test for each of these and names the versions that they were seen with.
+tests/model/test_upstream.py has a test for each of these and names the versions that they were seen with.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CheckpointError, one_line
 from .checkpoint import Checkpoint
-from .configuration import read_configuration
+from .config import read_configuration
 
 
 def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:

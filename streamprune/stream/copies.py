@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..occupancy import copied
+from ..system.timing import copied
 
 Taken = Callable[[], list[Tensor]]
 """Waits for a copy, and gives what was copied."""

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import files
 from ..errors import NumericalError
-from ..host import host_buffer, tensor_bytes
-from ..maths.linalg import advice
+from ..maths.refit import advice
 from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
 from ..model.upstream import BlockCache, cache_argument
-from ..progress import Progress, rest
+from ..system import files
+from ..system.host import host_buffer, tensor_bytes
+from ..system.progress import Progress, rest
 from . import sweep
 
 

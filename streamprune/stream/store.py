@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import files
 from ..errors import DamageError, NumericalError
-from ..host import host_buffer
-from ..maths.linalg import advice
-from ..occupancy import spent
-from .background import Background
+from ..maths.refit import advice
+from ..system import files
+from ..system.host import host_buffer
+from ..system.threads import Background, read_ahead
+from ..system.timing import spent
 from .copies import Copies, Taken
 from .encoding import Encoding
-from .prefetch import read_ahead
 
 SUFFIX = ".activations"
 SUM = np.dtype("<u4")

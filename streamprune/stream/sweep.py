@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
-from ..host import return_freed_memory, tensor_bytes
-from ..maths.linalg import advice, all_finite
-from ..maths.operations import counting, kind
+from ..maths.flops import counting, kind
+from ..maths.refit import advice, all_finite
 from ..maths.sampling import sample
-from ..maths.stats import Origin, SiteStatistics
+from ..maths.sums import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
 from ..model.skeleton import Skeleton
-from ..progress import Progress, rest
-from ..ranks import ALONE, Ranks
+from ..system.host import return_freed_memory, tensor_bytes
+from ..system.progress import Progress, rest
+from ..system.ranks import ALONE, Ranks
+from ..system.threads import prefetch, read_ahead
 from .copies import Copies, Taken
-from .prefetch import prefetch, read_ahead
 from .store import ActivationStore
 
 LOGIT_BYTES = 1 << 28

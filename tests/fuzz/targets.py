@@ -21,15 +21,18 @@ from mutation import Form
 from safetensors.torch import load_file, save
 from streamprune_cli import main
 
-from streamprune import Config, calibration, documents, evaluate, hub, inspect, prune, status
+from streamprune import Config, evaluate, inspect, prune, status
 from streamprune.errors import CalibrationError, CheckpointError
-from streamprune.journal import Journal
-from streamprune.methods.plan import Plan
+from streamprune.jobs.journal import Journal
+from streamprune.model import hub
 from streamprune.model.checkpoint import Checkpoint, write_index, write_shard
+from streamprune.model.names import CONFIG, INDEX, SINGLE
 from streamprune.model.skeleton import Skeleton, open_skeleton
-from streamprune.names import CONFIG, INDEX, SINGLE
-from streamprune.output import free_config
-from streamprune.text import Source, Text
+from streamprune.model.tokenizer import load_tokenizer
+from streamprune.model.write import free_config
+from streamprune.recipes.plan import Plan
+from streamprune.text import documents, windows
+from streamprune.text.source import Source, Text
 
 CPU = torch.device("cpu")
 VOCABULARY = 40
@@ -132,14 +135,14 @@ def config(home: Path) -> Target:
         kind = "pruned" if b"streamprune_" in data else "experts" if b"moe" in data else "plain"
         (folders[kind] / CONFIG).write_bytes(data)
         assert inspect(folders[kind])["model"] is not None
-        calibration.load_tokenizer(folders[kind])
+        load_tokenizer(folders[kind])
         evaluate(folders[kind], str(few), seq_len=4, device="cpu", memory=1 << 30, cache=home)
 
     return Target(seeds, mutation.as_json, read, 300, 12_000)
 
 
 def _tokenized(folder: Path, text: Path) -> None:
-    calibration.tokenize(calibration.load_tokenizer(folder), text, VOCABULARY)
+    windows.tokenize(load_tokenizer(folder), text, VOCABULARY)
 
 
 def _with_tokenizer(home: Path, name: str) -> tuple[Path, Path]:
@@ -292,13 +295,13 @@ class _Read:
         folder = home / "reader"
         folder.mkdir()
         write_tokenizer(folder)
-        self.tokenizer = calibration.load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder)
         self.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}.{% endfor %}"
 
     def __call__(self, path: Path) -> None:
         given = Source(str(path))
-        calibration.tokenize(self.tokenizer, given, VOCABULARY)
-        calibration.sample(self.tokenizer, Text((given,)), VOCABULARY, 2, 8, 0)
+        windows.tokenize(self.tokenizer, given, VOCABULARY)
+        windows.sample(self.tokenizer, Text((given,)), VOCABULARY, 2, 8, 0)
 
 
 def rows(home: Path) -> list[dict[str, Any]]:

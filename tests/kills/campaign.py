@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamprune.files import TEMPORARY
-from streamprune.names import JOURNAL, job_folder
+from streamprune.jobs.names import JOURNAL, job_folder
+from streamprune.system.files import TEMPORARY
 
 from .life import Ended, Life, Torchrun, processes_below, send
 from .scenario import Inputs, Make, Scenario

@@ -120,7 +120,7 @@ class Torchrun(Life):
 
     def ready(self) -> None:
         """Until a rank holds the job's lock: until then they import."""
-        from streamprune.files import is_locked
+        from streamprune.system.files import is_locked
 
         while not is_locked(self._lock) and self._process.poll() is None:
             time.sleep(0.02)

@@ -1,0 +1,1 @@
+"""What the other commands do, one module or folder per command."""

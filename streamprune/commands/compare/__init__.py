@@ -1,0 +1,1 @@
+"""Recipes × ratios in one table."""

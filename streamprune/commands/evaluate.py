@@ -1,0 +1,137 @@
+"""Perplexity, streamed block by block like everything else."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..jobs.forecast.needs import Needs
+from ..jobs.forecast.resources import forecast
+from ..model import hub
+from ..model.skeleton import Skeleton, open_skeleton
+from ..model.tokenizer import load_tokenizer
+from ..stream import sweep
+from ..stream.store import ActivationStore
+from ..system import files, machine
+from ..system.progress import Progress, Silent, rest
+from ..text.source import Source, Spec, source
+from ..text.windows import consecutive_windows, tokenize, window_length
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and how."""
+
+    perplexity: float
+    tokens: int
+    """Predicted tokens: those of all windows but their first."""
+    seq_len: int
+    protocol: str
+
+
+def evaluate(
+    model: str | Path,
+    text: Spec,
+    *,
+    seq_len: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: int | None = None,
+    cache: Path | None = None,
+    activations: str | None = None,
+    memory_host: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of a checkpoint directory, dense or pruned, on a text.
+
+    The text is one source (see `text.Source`), of documents joined by two newlines if it has any. It is tokenised whole
+    without special tokens and cut into consecutive windows of `seq_len` (default: 2048 or the model's context if that is
+    shorter), a remainder dropped; the perplexity is exp of the mean negative log-likelihood over all predicted tokens.
+
+    Args:
+        memory: bytes the device may use; None takes what is free.
+        cache: folder for activations while it runs; None takes the system's temporary folder.
+        activations: what is stored of them, see `machine.resolve_activations`; None keeps what is computed, since this is
+            a measurement.
+        memory_host: bytes of host memory that they may be held in, besides `memory`; what finds room there is not written.
+
+    Raises:
+        CheckpointError, CalibrationError, ConfigError: unusable model, text or device.
+        ResourceError: too little memory or disk.
+        NumericalError: NaN or Inf on the way.
+        Stopped: `progress` asked for it; nothing is kept of an evaluation.
+    """
+    progress = progress or Silent()
+    model, given = hub.resolve_model(model, progress), source(text)
+    where = machine.resolve_device(device)
+    skeleton = open_skeleton(model, where, dtype)
+    windows = read_windows(skeleton, given, seq_len)
+    length = windows.shape[1]
+    stored = None
+    if activations is not None:
+        stored = machine.resolve_activations(activations, skeleton.dtype, skeleton.checkpoint.dtype)
+    parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
+    resources = forecast(
+        skeleton,
+        Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True, activations=stored),
+        **machine.room(where, memory, held),
+        disk_limit=files.free_bytes(parent),
+    ).require()
+    skeleton.copies_ahead = resources.copies_ahead
+    if cache is not None:
+        files.make_folder(cache)
+    with (
+        machine.within(where, memory),
+        files.scratch(parent, "streamprune-eval-") as folder,
+    ):
+        shape = len(windows), length, skeleton.width
+        store = ActivationStore(folder, shape, skeleton.dtype, where, durable=False, stored=stored, memory=held)
+        progress.phase("evaluate", len(skeleton) + 2)
+        sweep.embed(skeleton, windows, store, sweep.boundary("dense", 0), resources.batch)
+        progress.step("embedding")
+        for index in sweep.forward(skeleton, store, "dense", 0, len(skeleton), resources.batch):
+            store.remove(sweep.boundary("dense", index))
+            progress.step(f"block {index}")
+            rest(progress)
+        loss, count = sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), windows, resources.batch)
+        progress.step("head")
+    return Evaluation(
+        perplexity=math.exp(loss / count) if loss / count < 700 else math.inf,
+        tokens=count,
+        seq_len=length,
+        protocol=(
+            f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
+            f"mean over all {count} predicted tokens; computed in {machine.dtype_name(skeleton.dtype)}"
+            + ("" if stored in (None, skeleton.dtype) else f", activations stored in {machine.dtype_name(stored)}")
+        ),
+    )
+
+
+def _whole(text: Source) -> str:
+    """How a source becomes one text, for the protocol."""
+    documents = text.open()
+    if documents.field is None:
+        return "whole text"
+    first = next((each for _, block in documents.read(range(len(documents))) for each in block if each), "")
+    joined = "by two newlines" if isinstance(first, str) else "as the chat template writes them"
+    return f"whole text, documents of field {documents.field!r} joined {joined},"
+
+
+def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tensor:
+    """What is scored: consecutive windows of a text in the model's own tokens, (windows, length) int64.
+
+    Raises:
+        CheckpointError, CalibrationError, ConfigError: unusable tokenizer, text or length.
+    """
+    if seq_len is not None and seq_len < 2:
+        raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
+    if text.weight != 1:
+        raise ConfigError(f"{text} has weight {text.weight:g}; a text to measure on is read whole, without weights")
+    length = window_length(seq_len, skeleton.context)
+    tokenizer = load_tokenizer(skeleton.checkpoint.directory, skeleton.vocabulary)
+    return consecutive_windows(tokenize(tokenizer, text, skeleton.vocabulary), length, text)

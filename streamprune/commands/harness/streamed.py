@@ -1,0 +1,126 @@
+"""A streamed model as lm-evaluation-harness sees one. Imported only where `lm_eval` is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows
+
+from ...errors import CalibrationError, ConfigError
+from ...model.skeleton import Skeleton
+from ...system.progress import Progress
+from ...text.windows import DEFAULT_LENGTH
+from .scoring import Query, score
+
+UNSTATED = 10**9
+"""A tokenizer without a limit says something larger."""
+
+
+class StreamedModel(TemplateLM):  # type: ignore[misc]
+    """Answers requests for log-likelihoods, all that are made at once in one sweep.
+
+    Everything before the model is as in lm_eval's `HFLM` with its defaults: special tokens as the tokenizer adds them, none
+    where the text begins with the beginning-of-sequence token, that token before an empty context, and what is too long cut
+    off on the left. Everything after it is in float32 or better.
+
+    Args:
+        machine: `score`'s other options.
+    """
+
+    def __init__(self, skeleton: Skeleton, tokenizer: Any, *, progress: Progress, **machine: Any) -> None:
+        super().__init__()
+        self.skeleton, self.tokenizer = skeleton, tokenizer
+        self.progress, self._machine = progress, machine
+        self._device = skeleton.device
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The end-of-text token."""
+        token: int | None = self.tokenizer.eos_token_id
+        return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before an empty context.
+
+        Raises:
+            CalibrationError: the tokenizer has neither a first nor a last token of a text.
+        """
+        first: int | None = self.tokenizer.bos_token_id
+        token = self.eot_token_id if first is None else first
+        if token is None:
+            raise CalibrationError("an empty context needs a bos or eos token, and the tokenizer has neither")
+        return token
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the model reads at once: its context or, where the config has none, what the tokenizer says."""
+        stated = int(self.tokenizer.model_max_length)
+        return self.skeleton.context or (stated if stated < UNSTATED else DEFAULT_LENGTH)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
+        """Token ids of a text; None for `add_special_tokens` leaves them to the tokenizer, unless the text has one already."""
+        first = self.tokenizer.bos_token if self.tokenizer.bos_token is not None else self.tokenizer.eos_token
+        if add_special_tokens is None and first is not None and string.startswith(first):
+            add_special_tokens = False
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer.encode(string, **special)
+        return ids
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """As every model has it; quiet, since `progress` speaks."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **ignored: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self._score([(context, continuation) for _, context, continuation in requests])
+        for (texts, _, _), answer in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return scores
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihoods of whole texts, in windows of the model's context that predict each token once."""
+        owners, pairs = [], []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            for inputs, predicted in get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+            ):
+                owners.append(number)
+                pairs.append((inputs[: len(inputs) - len(predicted) + 1], predicted))
+        totals = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, self._score(pairs), strict=True):
+            totals[number] += value
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """Refused: every token would be a sweep over all blocks.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("a streamed model only scores given text; with the model in memory: lm_eval --model hf")
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy decoding would give it) of continuations after contexts, both as token ids."""
+        queries = [self._query(context, continuation) for context, continuation in pairs]
+        scores = score(self.skeleton, queries, progress=self.progress, **self._machine)
+        return [(each.loglikelihood, each.greedy) for each in scores]
+
+    def _query(self, context: list[int], continuation: list[int]) -> Query:
+        """Both in a row without the last token, which nothing follows, cut off on the left to what the model reads."""
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        if not context or not continuation or len(continuation) > self.max_length:
+            raise CalibrationError(
+                f"a request has {len(context)} tokens of context and {len(continuation)} to score; there must be some of both, "
+                f"and the model reads {self.max_length}"
+            )
+        if max(whole) >= self.skeleton.vocabulary:
+            raise CalibrationError(
+                f"the tokenizer gives token {max(whole)}, but the model has {self.skeleton.vocabulary}; they do not belong together"
+            )
+        return Query(tuple(whole[:-1]), tuple(continuation))

@@ -1,0 +1,214 @@
+"""Tasks of lm-evaluation-harness on a streamed model: the same prompts, tokens and metrics as its own `hf` backend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import CalibrationError, ConfigError, one_line
+from ...model.hub import resolve_model
+from ...model.tokenizer import load_tokenizer
+from ...system.progress import Progress, Silent
+from .index import missing
+
+SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+"""Kinds of task that need no generated text."""
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What the harness found."""
+
+    results: dict[str, dict[str, Any]]
+    """By task or group lm_eval's own entries, such as ``"acc,none"`` and ``"acc_stderr,none"``."""
+    documents: dict[str, int]
+    """How many of each task were scored."""
+    table: str
+    """lm_eval's own table of them."""
+    protocol: str
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks with their data, ready to be asked for."""
+
+    names: tuple[str, ...]
+    manager: Any
+    """lm_eval's TaskManager, which has them loaded."""
+    limit: int | None
+    num_fewshot: int | None
+
+
+def find_tasks(
+    names: Sequence[str], *, include_path: Path | None = None, limit: int | None = None, num_fewshot: int | None = None
+) -> Tasks:
+    """Look tasks up and load their data.
+
+    Args:
+        names: tasks, groups and tags of lm_eval and of the task files below `include_path`.
+        limit: documents of each task; None takes all.
+        num_fewshot: examples before each; None leaves it to the task.
+
+    Raises:
+        ConfigError: lm_eval is not installed, a name it does not know, a task that wants generated text, a limit or number
+            of examples that cannot be.
+        CalibrationError: a task's data cannot be read.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("tasks need lm-evaluation-harness: pip install 'streamprune[harness]'")
+    if not names:
+        raise ConfigError("no tasks are named")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; it must be at least 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ConfigError(f"num_fewshot is {num_fewshot}; it must not be negative")
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"include_path {include_path} is not a directory with task files in it")
+    manager = _manager(names, include_path)
+    _refuse([name for name in names if name not in manager.all_tasks], include_path)
+    try:
+        with _quietly():
+            loaded = manager.load(list(names))
+    except Exception as error:
+        raise CalibrationError(
+            f"{', '.join(names)}: lm_eval cannot load these tasks and their data ({one_line(error, 300)})"
+        ) from error
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE not in SCORED:
+            raise ConfigError(
+                f"task {name!r} wants {task.OUTPUT_TYPE}; a streamed model only scores given text. "
+                "With the model in memory: lm_eval --model hf"
+            )
+    # Loaded once: the evaluator asks the manager again.
+    manager.load = lambda task_list: loaded
+    return Tasks(tuple(names), manager, limit, num_fewshot)
+
+
+def _refuse(unknown: Sequence[str], include_path: Path | None) -> None:
+    if unknown:
+        where = "" if include_path is None else f" or below {include_path}"
+        raise ConfigError(f"no task {unknown[0]!r} is among lm_eval's{where}; `lm_eval ls tasks` lists its own")
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """lm_eval's TaskManager. Its own tasks are thousands of files, which single tasks of the user's do not need.
+
+    Raises:
+        ConfigError: a name that is in none of the files.
+    """
+    if include_path is None:
+        _refuse(missing(names), None)
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        if all(name in own.all_subtasks for name in names):
+            return own
+        _refuse(missing([name for name in names if name not in own.all_tasks]), include_path)
+    return TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+def evaluate_tasks(
+    model: str | Path,
+    tasks: Tasks | Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: int | None = None,
+    cache: Path | None = None,
+    activations: str | None = None,
+    memory_host: int | None = None,
+    progress: Progress | None = None,
+) -> TaskScores:
+    """Score a checkpoint directory, dense or pruned, on tasks of lm-evaluation-harness, streamed block by block.
+
+    Prompts, tokens, truncation and metrics are those of lm_eval's own `hf` backend. All requests of one kind, from all tasks,
+    take one sweep over the blocks together.
+
+    Args:
+        tasks: names, or what `find_tasks` made of them.
+        memory: bytes the device may use; None takes what is free.
+        cache: folder for activations while it runs; None takes the system's temporary folder.
+        activations, memory_host: as in `evaluate`.
+
+    Raises:
+        CheckpointError, CalibrationError, ConfigError: unusable model, task or device.
+        ResourceError: too little memory or disk.
+        NumericalError: NaN or Inf on the way.
+        Stopped: `progress` asked for it; nothing is kept of an evaluation.
+    """
+    found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
+    from ...model.skeleton import open_skeleton
+    from ...system import machine
+
+    skeleton = open_skeleton(resolve_model(model, progress), machine.resolve_device(device), dtype)
+    tokenizer = load_tokenizer(skeleton.checkpoint.directory, skeleton.vocabulary)
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import make_table
+
+    from .streamed import StreamedModel
+
+    streamed = StreamedModel(
+        skeleton,
+        tokenizer,
+        memory=memory,
+        cache=cache,
+        activations=activations,
+        memory_host=memory_host,
+        progress=progress or Silent(),
+    )
+    with _quietly():
+        outcome = simple_evaluate(
+            model=streamed,
+            tasks=list(found.names),
+            task_manager=found.manager,
+            limit=found.limit,
+            num_fewshot=found.num_fewshot,
+            log_samples=False,
+        )
+    table = make_table(outcome)
+    if outcome.get("groups"):
+        table += "\n" + make_table(outcome, "groups")
+    return TaskScores(
+        results=outcome["results"],
+        documents={name: counts["effective"] for name, counts in outcome["n-samples"].items()},
+        table=table,
+        protocol=(
+            f"lm_eval {importlib.metadata.version('lm_eval')}"
+            + ("" if found.limit is None else f", the first {found.limit} documents of each task")
+            + f"; sequences of at most {streamed.max_length} tokens"
+            + f"; computed in {machine.dtype_name(skeleton.dtype)}"
+        ),
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """A context in which lm_eval does not speak, since `progress` does: no bars, no notes, and no questions about the
+    machine and the working directory's repository, which take seconds and of which git complains on stderr."""
+    from lm_eval import evaluator
+    from lm_eval.api import task
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    muted: dict[tuple[Any, str], Any] = {
+        (task, "tqdm"): lambda items, *_, **__: items,
+        (evaluator, "get_git_commit_hash"): lambda: None,
+        (evaluator, "add_env_info"): lambda results: None,
+    }
+    usual = {(module, name): getattr(module, name) for module, name in muted if hasattr(module, name)}
+    logger.setLevel(logging.ERROR)
+    for module, name in usual:
+        setattr(module, name, muted[module, name])
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for (module, name), value in usual.items():
+            setattr(module, name, value)

@@ -1,0 +1,109 @@
+"""What a checkpoint is made of, and what a job has done so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..jobs.journal import as_written
+from ..jobs.names import is_report, is_tuning, job_folder
+from ..model import hub
+from ..model.names import CONFIG, CURVES, REPORT
+from ..model.skeleton import open_skeleton
+from ..system import machine
+from ..system.progress import Progress
+from ..system.strict_json import read_json
+from .compare.table import JSON, MARKDOWN
+from .report.account import read_account
+from .status import check_there, read_journal, status
+
+
+def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Blocks, sites, units and widths of a checkpoint; progress or report of the job that makes or made it.
+
+    Args:
+        path: a checkpoint directory, its name on the hub, or the OUT of a job under way.
+
+    Returns:
+        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready; the job with the report and what units cost
+        (`curves`) if it is finished, else with its settings, finished steps and sites.
+
+    Raises:
+        CheckpointError: neither a checkpoint nor a job, or its report is damaged.
+    """
+    path = Path(path)
+    if hub.is_name(path) and not job_folder(path).is_dir():
+        path = hub.resolve_model(path, progress)
+    job = _job(path)
+    if job is not None and not (path / CONFIG).is_file():
+        return {"model": None, "job": job}
+    if (path / JSON).is_file() and not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path} is a comparison's folder, with its table in {MARKDOWN}")
+    model = _model(path)
+    if job is None and (path / REPORT).is_file():
+        report = read_json(path / REPORT)
+        if is_report(report) or is_tuning(report):
+            read_account(path)  # only to refuse what is damaged
+            job = {"state": "finished", "report": report}
+            if (path / CURVES).is_file():
+                job["curves"] = read_json(path / CURVES)
+    return {"model": model, "job": job}
+
+
+def _model(path: Path) -> dict[str, Any]:
+    skeleton = open_skeleton(path, torch.device("cpu"), "auto")
+    dtypes = sorted({machine.dtype_name(entry.dtype) for entry in skeleton.checkpoint.values()})
+    blocks = []
+    for index in range(len(skeleton)):
+        sites = skeleton.sites(index)
+        names = skeleton.block_names(index).values()
+        blocks.append(
+            {
+                "block": index,
+                "parameters": sum(skeleton.checkpoint[name].numel for name in names),
+                "sites": [
+                    {
+                        "site": site.name,
+                        "units": site.units,
+                        "columns": site.columns,
+                        "unit_parameters": site.unit_parameters,
+                        **({"heads": site.heads, "head_dim": site.head_width} if site.heads else {}),
+                    }
+                    for site in sites
+                ],
+            }
+        )
+    return {
+        "path": str(path),
+        "model_type": skeleton.config.model_type,
+        "dtypes": dtypes,
+        "parameters": skeleton.parameters(),
+        "block_parameters": skeleton.block_parameters(),
+        "width": skeleton.width,
+        "vocabulary": skeleton.vocabulary,
+        "context": skeleton.context,
+        "tied": skeleton.tied,
+        "blocks": blocks,
+    }
+
+
+def _job(out: Path) -> dict[str, Any] | None:
+    journal = read_journal(out)
+    if journal is None:
+        check_there(out)
+        return None
+    if journal.header is None:
+        return {"state": "starting"}
+    with as_written(out):
+        pruned = [step for step in journal.steps() if "/prune/" in step["step"]]
+        shot = pruned[-1]["step"].partition("/")[0] if pruned else ""
+        reports = [report for step in pruned if step["step"].startswith(f"{shot}/") for report in step["sites"]]
+        return {
+            "state": status(out).state,
+            "settings": journal.header["job"]["settings"],
+            "finished": [step["step"] for step in journal.steps()],
+            "sites": reports,
+        }

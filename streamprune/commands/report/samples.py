@@ -1,0 +1,143 @@
+"""How models go on with a prompt: greedily, each in memory, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError, ResourceError
+from ...model.checkpoint import Checkpoint
+from ...model.config import read_configuration
+from ...model.tokenizer import check_vocabulary, load_tokenizer
+from ...model.whole import load_whole
+from ...system import machine
+from ...system.host import return_freed_memory
+from ...system.progress import Progress
+from ...system.units import format_bytes
+
+TOKENS = 48
+"""Of a sample, unless told otherwise."""
+ROOM = 1.2
+"""Memory that generating takes, in sizes of the model."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt, and how each model goes on."""
+
+    prompt: str
+    texts: Mapping[str, str]
+    """By the models' labels, the prompt left out."""
+    alike: int
+    """Characters on which all of them agree, from the first on."""
+    same: int
+    """The same in tokens."""
+    tokens: int
+    """What the longest of them has."""
+
+
+def check_samples(
+    models: Mapping[str, Path], prompts: Sequence[str], tokens: int | None, device: torch.device
+) -> list[int]:
+    """Refuse what cannot be generated, before any work; returns how many tokens may follow each prompt.
+
+    Args:
+        tokens: that many; None takes `TOKENS`, or what the prompt leaves of the models' contexts.
+
+    Raises:
+        ConfigError: an empty prompt, no tokens to write, or more than a model's context takes.
+        CheckpointError: not a checkpoint, or its tokenizer cannot be read.
+        ResourceError: a model does not fit into the free memory.
+    """
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"tokens is {tokens}; it must be at least 1")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise ConfigError(f"prompt is {prompt!r}; it must say something")
+    for path in models.values():
+        needed = int(ROOM * sum(entry.nbytes for entry in Checkpoint(path).values()))
+        for place in {torch.device("cpu"), device}:
+            free = machine.available_memory(place)
+            if needed > free:
+                raise ResourceError(
+                    f"samples need all of {path} in memory, about {format_bytes(needed)}; {format_bytes(free)} are free "
+                    f"on {place}; without --prompt the report is made all the same"
+                )
+    return [min(_room(path, prompt, tokens) for path in models.values()) for prompt in prompts]
+
+
+def _room(path: Path, prompt: str, tokens: int | None) -> int:
+    """Tokens that may follow a prompt."""
+    _, config = read_configuration(Checkpoint(path))
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    length = len(load_tokenizer(path)(prompt)["input_ids"])
+    if not length:
+        raise ConfigError(f"prompt is {prompt!r}; the tokenizer of {path} makes no tokens of it")
+    wanted = tokens or TOKENS
+    if not context:
+        return wanted
+    if context - length < (tokens or 1):
+        raise ConfigError(
+            f"--tokens is {wanted} after a --prompt of length {length}; the context of {path} is {context} tokens and "
+            "must hold both"
+        )
+    return min(wanted, context - length)
+
+
+def write_samples(
+    models: Mapping[str, Path], prompts: Sequence[str], limits: Sequence[int], device: torch.device, progress: Progress
+) -> list[Sample]:
+    """Greedy continuations of every prompt by every model, by label.
+
+    Args:
+        limits: tokens to write after each prompt, at most; fewer where a model ends by itself.
+
+    Raises:
+        CheckpointError: transformers cannot load a model, or its tokenizer.
+    """
+    progress.phase("samples", len(models) * len(prompts))
+    written: dict[str, list[list[int]]] = {}
+    tokenizers = {label: load_tokenizer(path) for label, path in models.items()}
+    for label, path in models.items():
+        model = load_whole(path).to(device)
+        check_vocabulary(tokenizers[label], model.config.vocab_size, path)
+        written[label] = []
+        for prompt, limit in zip(prompts, limits, strict=True):
+            ids = tokenizers[label](prompt, return_tensors="pt")["input_ids"].to(device)
+            written[label].append(_greedy(model, ids, limit))
+            progress.step(label)
+        del model
+        return_freed_memory()
+    samples = []
+    for number, prompt in enumerate(prompts):
+        ids = {label: each[number] for label, each in written.items()}
+        texts = {label: tokenizers[label].decode(each, skip_special_tokens=True) for label, each in ids.items()}
+        alike, same = _agreed(list(texts.values())), _agreed(list(ids.values()))
+        samples.append(Sample(prompt, texts, alike, same, tokens=max(map(len, ids.values()))))
+    return samples
+
+
+@torch.no_grad()
+def _greedy(model: Any, ids: torch.Tensor, tokens: int) -> list[int]:
+    """Ids that the most likely token gives, the prompt's left out."""
+    # A checkpoint's own generation config may ask for sampling, whose settings greedy search would be warned about.
+    plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    end = model.generation_config.eos_token_id
+    pad = model.generation_config.pad_token_id
+    if pad is None:
+        pad = end[0] if isinstance(end, list) else end
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=0 if pad is None else pad, **plain
+    )
+    written: list[int] = found[0, ids.shape[1] :].tolist()
+    return written
+
+
+def _agreed(each: Sequence[Sequence[Any]]) -> int:
+    """How many first items all have in common."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*each, strict=False)))

@@ -1,0 +1,196 @@
+"""How a job stands: read from beside its OUT, while it runs or after; nothing is changed."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import CheckpointError, ConfigError
+from ..jobs.journal import Journal, as_written
+from ..jobs.names import ASKED, JOURNAL, LOCK, ROWS, STAGING, is_report, is_tuning, job_folder
+from ..jobs.schedule import Schedule, from_entries, seconds_spent
+from ..model.names import REPORT
+from ..system import files, log
+from ..system.strict_json import read_json
+from .compare import table
+
+State = Literal["not started", "running", "interrupted", "failed", "finished"]
+EXIT_CODES: dict[State, int] = {"finished": 0, "failed": 1, "not started": 3, "running": 4, "interrupted": 75}
+"""Of `streamprune status`; 75 is what a stopped job itself exits with."""
+LOOKS = 3
+"""Jobs that end meanwhile: the rows of a comparison, and it."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """One job's standing. What cannot be told is None."""
+
+    out: str
+    state: State
+    """``running``: a live process holds the lock. ``interrupted`` and ``failed``: the same command goes on."""
+    phase: str | None = None
+    """The kind of step under way, or to go on with; ``starting`` before the first."""
+    shot: int | None = None
+    done: int | None = None
+    """Steps finished: journal lines, of which `log` tells more often; of a comparison, rows pruned and rows measured."""
+    total: int | None = None
+    share: float | None = None
+    """`done` of `total`."""
+    seconds: float | None = None
+    """Spent on what is finished, by all processes; of a running job also since its last line."""
+    seconds_left: float | None = None
+    """Estimated from what finished steps took."""
+    error: str | None = None
+    """What the last process failed with."""
+    log: str | None = None
+    """The last line of the log, without its time."""
+    row: Status | None = None
+    """Of a comparison: the row being pruned."""
+
+    @property
+    def exit_code(self) -> int:
+        """See `EXIT_CODES`."""
+        return EXIT_CODES[self.state]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def status(out: str | Path) -> Status:
+    """How the pruning, tuning or comparison stands that makes or made `out`.
+
+    Raises:
+        ConfigError: `out` is something else.
+        ResumeError: its journal is damaged.
+    """
+    for _ in range(LOOKS - 1):
+        with suppress(FileNotFoundError):  # a job ended between two looks, and took its folder along
+            return _look(Path(out), str(out))
+    return _look(Path(out), str(out))
+
+
+def check_there(out: Path) -> None:
+    """Refuse a path at which nothing is and no job makes anything.
+
+    Raises:
+        CheckpointError: that.
+    """
+    if not out.exists() and not job_folder(out).is_dir():
+        raise CheckpointError(f"{out} does not exist, and no job is making it")
+
+
+def check_finished(out: Path) -> None:
+    """Refuse what is not the finished result of a pruning or tuning.
+
+    Raises:
+        ConfigError: it is still being made, a comparison's folder, or something else.
+    """
+    if (out / REPORT).is_file():
+        return
+    if (job_folder(out) / JOURNAL).is_file():
+        raise ConfigError(f"{out} is not finished; streamprune status {out} says how far it is")
+    if (out / table.JSON).is_file():
+        raise ConfigError(
+            f"{out} is a comparison's folder, with its table in {table.MARKDOWN}; --comparison puts it on a page"
+        )
+    raise ConfigError(f"{out} has no {REPORT}: it is not a result of streamprune run or tune")
+
+
+def _look(out: Path, given: str) -> Status:
+    of_comparison = (out / JOURNAL).is_file() or (out / LOCK).is_file()
+    with as_written(out):
+        return _comparison(out, given) if of_comparison else _job(out, given)
+
+
+def read_journal(out: Path) -> Journal | None:
+    """The journal of a pruning or tuning that is under way; None where there is none."""
+    path = job_folder(out) / JOURNAL
+    return Journal(path, repair=False) if path.is_file() else None
+
+
+def _job(out: Path, given: str) -> Status:
+    folder = job_folder(out)
+    running, journal = files.is_locked(folder / LOCK), read_journal(out)
+    published = journal is not None and journal.find("complete") is not None and not (folder / STAGING).is_dir()
+    if not running and (journal is None or journal.header is None or published):
+        return _without_journal(out, given)
+    if journal is None or journal.header is None:
+        return Status(given, "running", phase="starting")
+    schedule = Schedule(from_entries(journal.header["schedule"]), journal)
+    return _standing(given, folder, journal, schedule, running)
+
+
+def _without_journal(out: Path, given: str) -> Status:
+    """Finished or never begun."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return Status(given, "not started")
+    report = read_json(out / REPORT) if (out / REPORT).is_file() else None
+    if report is None or not (is_report(report) or is_tuning(report)):
+        raise ConfigError(f"OUT is {given}, which is no job's result, and no job is making it")
+    spent = report.get("seconds")
+    return Status(
+        given,
+        "finished",
+        share=1.0,
+        seconds=spent if isinstance(spent, (int, float)) else None,
+        seconds_left=0.0,
+        log=log.last_line(out / log.NAME),
+    )
+
+
+def _comparison(out: Path, given: str) -> Status:
+    running = files.is_locked(out / LOCK)
+    journal = Journal(out / JOURNAL, repair=False)
+    asked = journal.find(ASKED) if journal.header is not None else None
+    if asked is None:
+        return Status(given, "running" if running else "not started", phase="starting" if running else None)
+    schedule = Schedule(from_entries(asked["schedule"]), journal)
+    if schedule.under_way is None and not (out / LOCK).exists() and (out / table.JSON).is_file():
+        return Status(
+            given,
+            "finished",
+            done=schedule.total,
+            total=schedule.total,
+            share=1.0,
+            seconds=round(seconds_spent(journal), 3),
+            seconds_left=0.0,
+            log=log.last_line(out / log.NAME),
+        )
+    row = None
+    if schedule.under_way is not None and schedule.under_way.kind == "prune":
+        row = _job(out / ROWS / schedule.under_way.name.partition("/")[2], schedule.under_way.name.partition("/")[2])
+    return _standing(given, out, journal, schedule, running, row)
+
+
+def _standing(
+    given: str, folder: Path, journal: Journal, schedule: Schedule, running: bool, row: Status | None = None
+) -> Status:
+    """Of a job that has a journal and is not finished."""
+    log_path, under_way = folder / log.NAME, schedule.under_way
+    spent, since, known = seconds_spent(journal), 0.0, {}
+    if row is not None and row.seconds is not None:
+        spent += row.seconds
+        if under_way is not None and row.seconds_left is not None:
+            known = {under_way.name: row.seconds_left}
+    elif running:
+        since = max(0.0, time.time() - journal.path.stat().st_mtime)
+    error = None if running else log.failure(log_path)
+    left = schedule.seconds_left(since, known)
+    return Status(
+        given,
+        "running" if running else "failed" if error is not None else "interrupted",
+        phase=under_way.kind if under_way is not None else "publish",
+        shot=under_way.shot if under_way is not None else None,
+        done=schedule.done,
+        total=schedule.total,
+        share=round(schedule.done / schedule.total, 4),
+        seconds=round(spent + since, 3),
+        seconds_left=None if left is None else round(left, 3),
+        error=error,
+        log=log.last_line(log_path),
+        row=row,
+    )

@@ -1,0 +1,1 @@
+"""Low-rank recovery of a checkpoint."""

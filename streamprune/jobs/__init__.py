@@ -1,0 +1,1 @@
+"""What a job is asked, where it works, and what it will take."""

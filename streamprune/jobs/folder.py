@@ -1,0 +1,456 @@
+"""Where a command works that makes a checkpoint directory OUT: the folder beside it, with lock, journal and staging.
+
+OUT appears by one rename when all is done; what it held before goes only then, and only if it is ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
+from ..model import manifest
+from ..model.checkpoint import Checkpoint
+from ..model.names import REPORT
+from ..model.skeleton import Skeleton
+from ..stream.sweep import check_weights
+from ..system import files
+from ..system.log import NAME as LOG
+from ..system.log import Log
+from ..system.progress import STOPPED, Progress, Silent
+from ..system.ranks import ALONE, Ranks
+from ..system.strict_json import read_json
+from ..system.units import format_bytes
+from . import caches
+from .caches import Caches
+from .journal import Entry, Journal
+from .names import JOURNAL, LOCK, REPLACED, STAGING, job_folder
+
+PROBE = "probe"
+OTHER_OUT = "mend that, or take an OUT elsewhere"
+OTHER_CACHE = "mend that, or take a --cache elsewhere"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Something that a job kept for itself to go on from, and has no longer, or not as it was written."""
+
+    path: Path
+    step: str
+    """How the name of the first step begins that is to be taken again, with all behind it."""
+
+
+class Workplace:
+    """Folders, lock and journal of one job.
+
+    Args:
+        out: the directory to make, absolute.
+        cache: folder for activations; None keeps them in the job's own.
+        is_ours: whether a `report.json` is of this kind of job.
+        progress: who is told, besides the log.
+        ranks: those that share the job. The first holds its lock, journal and log, and alone changes what is for all.
+    """
+
+    known: ClassVar[set[str]] = {JOURNAL, LOCK, STAGING, LOG, caches.NOTE, "cache", REPLACED}
+    """What the job's folder may hold."""
+    known_prefixes: ClassVar[tuple[str, ...]] = (f"{LOCK}-",)
+    """How the names of what else it may hold begin."""
+
+    def __init__(
+        self,
+        out: Path,
+        cache: Path | None,
+        is_ours: Callable[[Any], bool],
+        progress: Progress | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
+        self._log = Log(progress)
+        self._asked = self._log.stopping
+        self.progress: Progress = self._log if ranks.first else Silent()
+        self._out, self._cache, self._is_ours = out, cache, is_ours
+        self.folder = job_folder(out)
+        self._caches = Caches(self.folder, cache)
+        self.staging = self.folder / STAGING
+        self.journal_path = self.folder / JOURNAL
+        self.resumed = False
+        self.journal: Journal
+        """Set once the job is opened."""
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What must be the same for a job to go on."""
+        raise NotImplementedError
+
+    @property
+    def sources(self) -> Sequence[Skeleton]:
+        """The models that are read."""
+        raise NotImplementedError
+
+    def differs(self, report: Entry) -> str | None:
+        """How a finished result is not the one asked for; None if it is."""
+        difference = first_difference(report["job"], self.header)
+        return f"of another job: {difference}" if difference else None
+
+    def start(self, restart: bool) -> None:
+        """Begin, or find out where an earlier process stopped; called with the lock held."""
+        raise NotImplementedError
+
+    @property
+    def cache(self) -> Path:
+        """Where activations go: a folder of this job's own."""
+        return self._caches.own
+
+    @property
+    def own_cache(self) -> Path:
+        """Where this rank's own go."""
+        return self.cache if self.ranks.size == 1 else self.cache / f"rank-{self.ranks.rank}"
+
+    @property
+    def own(self) -> str:
+        """What tells this job's files from another's where both lie in one folder."""
+        return caches.key(self.folder)
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """What the job will make on the disk, by how the user calls it."""
+        return {"OUT": self.folder.absolute(), "cache": self.cache}
+
+    @property
+    def cache_given(self) -> str | None:
+        """For the journal: the activations' folder, if it is not the job's own."""
+        return str(self._cache.absolute()) if self._cache else None
+
+    def result_there(self, restart: bool) -> Entry | None:
+        """The report of a finished OUT that this very job made, or None when there is work to do.
+
+        Raises:
+            ConfigError: OUT holds something else.
+        """
+        report = self.report_in_out()
+        if report is None or restart or self._replacing():
+            return None
+        if difference := self.differs(report):
+            raise ConfigError(f"OUT is {self._out}, a finished result {difference}; --restart replaces it")
+        try:
+            Skeleton(Checkpoint(self._out), device=torch.device("cpu"), dtype=torch.float32)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"OUT is {self._out}, a finished result that was damaged: {error}; --restart replaces it"
+            ) from None
+        self.resumed = True
+        return report
+
+    def tidy(self) -> None:
+        """Clear up after a process that ended behind the result it published; all ranks call this."""
+        if self.ranks.told(lambda: self.folder.is_dir() and self._is_own()):
+            with files.locked(self.folder / LOCK) if self.ranks.first else nullcontext():
+                self.clear()
+            if self.ranks.first:
+                self._remove_folder()
+
+    def _is_own(self) -> bool:
+        """Whether the folder is this job's and not that of one, with other settings, which is to replace OUT."""
+        start = Journal(self.journal_path, repair=False).header
+        if start is None:
+            return self._stranger() is None
+        return first_difference(start["job"], self.header) is None
+
+    def report_in_out(self) -> Entry | None:
+        """The report of a result of ours in OUT; None when OUT is empty or not there.
+
+        Raises:
+            ConfigError: OUT holds something else.
+        """
+        out = self._out
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise ConfigError(f"OUT is {out}, which is not a directory")
+        if not out.is_dir() or not any(out.iterdir()):
+            return None
+        report = read_json(out / REPORT) if (out / REPORT).is_file() else {}
+        if not self._is_ours(report):
+            raise ConfigError(f"OUT is {out}, which exists and holds something else")
+        return report
+
+    def _replacing(self) -> bool:
+        """Whether a job with these very settings is under way that was told to replace what OUT holds."""
+        if not self.journal_path.is_file():
+            return False
+        start = Journal(self.journal_path, repair=False).header
+        return start is not None and start["replaces"] and first_difference(start["job"], self.header) is None
+
+    @contextmanager
+    def opened(self, restart: bool) -> Iterator[None]:
+        """A context in which this process, and no other, works on the job."""
+        for name, path in self.places.items():
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:
+                raise ConfigError(
+                    f"{name} is {path}, a name that is not UTF-8, which checkpoints cannot be written to"
+                ) from None
+            parent = next(parent for parent in path.parents if parent.exists())
+            if not parent.is_dir():
+                raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
+        if self._cache is not None:
+            for place in (self._out, self.folder):
+                if self._cache.resolve().is_relative_to(place.resolve()):
+                    raise ConfigError(f"cache is {self._cache}, which is in {place}, where only the job itself writes")
+        for place in (self.folder, self.cache):
+            if link := files.first_link(place):
+                raise ConfigError(f"{link} is a symbolic link, where the work would lie; a job follows none")
+        if self._out.is_mount():
+            raise ConfigError(
+                f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"
+            )
+        first = self.ranks.first
+        with self._claimed() as new:
+            try:
+                if first and not restart and self.report_in_out() is not None and not self._replacing():
+                    raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
+                if first:
+                    self._put_back()
+                self.start(restart)
+                self.journal.rest = self._rest
+                with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
+                    yield
+            except BaseException as error:
+                if first and not self.journal_path.exists():
+                    self._leave(new)
+                elif isinstance(error, DiskError):
+                    raise DiskError(f"{error}; run the same command again to go on") from error
+                raise
+
+    def _leave(self, new: bool) -> None:
+        """Refused before it began: leave nothing behind, unless the folder holds what was there before."""
+        if self.folder.is_dir() and (new or all(path.name.startswith(LOCK) for path in self.folder.iterdir())):
+            self._caches.remove()
+            files.empty(self.folder)
+        else:
+            files.remove(self.folder / LOCK)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[bool]:
+        """A context in which the folder is there and this rank's lock in it held: whether this process made it.
+
+        Raises:
+            DiskError: a file system does not do what a job rests on.
+            ResumeError: another process has the lock.
+        """
+        first, rank = self.ranks.first, self.ranks.rank
+        new = first and not self.folder.exists()
+        try:
+            with ExitStack() as locks:
+                try:
+                    for _ in self.ranks.in_turn():
+                        with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
+                            files.make_folder(self.folder)
+                            locks.enter_context(files.locked(self.folder / (LOCK if first else f"{LOCK}-{rank}")))
+                        self._probe()
+                except DiskError:
+                    if new:
+                        files.empty(self.folder)  # where nothing can be locked, nobody else works
+                    raise
+                yield new
+        finally:
+            self._remove_folder()
+
+    def _probe(self) -> None:
+        """See that the file systems are ones to rest on, before any work.
+
+        Raises:
+            DiskError: which is not, and why.
+        """
+        if not files.same_file_system(self.folder, self.folder.parent):
+            raise DiskError(
+                f"{self.folder} lies on another file system than {self.folder.parent}, to where the result is renamed; {OTHER_OUT}"
+            )
+        files.probe(self.folder, PROBE, OTHER_OUT)
+        if self._cache is not None:
+            files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
+
+    def _rest(self) -> None:
+        """Where all ranks rest if one was asked to."""
+        if any(self.ranks.gather(self._asked())):
+            raise Stopped(STOPPED)
+
+    def go_back(self, lost: Callable[[], Lost | None]) -> None:
+        """Take steps back, if an earlier process left any, until nothing is lost of what the next one needs.
+
+        Args:
+            lost: the first thing that is, as far as this rank is to know.
+        """
+        while self.resumed and any(found := self.ranks.gather(lost())):
+            first = next(each for each in found if each is not None)
+            self.progress.say(f"{first.path} is missing, or not what was written there; going back to {first.step}")
+            self.journal.rewind(first.step)
+
+    def check_same(self, start: Entry) -> None:
+        """Hold what the job was started with against what is asked now.
+
+        Raises:
+            ResumeError: other settings, inputs or versions, or another cache.
+        """
+        if difference := first_difference(start["job"], self.header):
+            raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
+        if start["cache"] != self.cache_given:
+            raise ResumeError(
+                f"cache is {self.cache_given or 'not given'}; this job was started with {start['cache'] or 'none'}; "
+                "--restart starts over"
+            )
+        self.check_sources(start)
+
+    def read_sources(self) -> list[Entry]:
+        """Read all weights once, refusing what cannot be worked with; returns what tells them from changed ones, for the journal."""
+        found = []
+        for skeleton in self.sources:
+            stamps = skeleton.checkpoint.stamps()
+            parts = self.ranks.gather(check_weights(skeleton, self.progress, self.ranks))
+            found.append({"stamps": stamps, "sums": {name: check for part in parts for name, check in part.items()}})
+        return found
+
+    def check_sources(self, start: Entry) -> None:
+        """Hold the weights that are read against those that the job was started with, where files were written to since.
+
+        Raises:
+            ResumeError: a tensor is another.
+        """
+        for skeleton, then in zip(self.sources, start["sources"], strict=True):
+            checkpoint = skeleton.checkpoint
+            if name := self.ranks.told(lambda c=checkpoint, then=then: c.changed(**then)):  # type: ignore[misc]
+                raise ResumeError(
+                    f"{checkpoint[name].shard}: tensor {name!r} is not what it was when the job was started; --restart starts over"
+                )
+
+    def check_folder(self) -> None:
+        """See that the job's folder, which is about to be emptied, holds nothing but what such jobs make.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if (path := self._stranger()) is not None:
+            raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+
+    def _stranger(self) -> Path | None:
+        for path in sorted(self.folder.iterdir()):
+            # A process that was killed may have left a file half-written.
+            name = path.name.removesuffix(files.TEMPORARY)
+            if name not in self.known and not name.startswith(self.known_prefixes):
+                return path
+        return None
+
+    def check_disk(self, result: int, activations: int) -> None:
+        """The result's room in bytes, with the activations' where both lie on one file system."""
+        free = files.free_bytes(self.folder)
+        shared = files.same_file_system(self.folder, self.cache)
+        needed = result + (activations if shared else 0)
+        if needed > free:
+            what = "the result and the activations" if shared and activations else "the result"
+            raise ResourceError(
+                f"{what} may need {format_bytes(needed)}; {self.folder.parent} has {format_bytes(free)} free"
+            )
+
+    def publish(self) -> Entry:
+        """Have the finished result appear as OUT, if it has not, and clear up; returns its report.
+
+        Raises:
+            ConfigError: OUT holds something that was not there, or not ours, when the job began.
+        """
+        report = self.ranks.told(self._publish)
+        self.clear()
+        return report
+
+    def _publish(self) -> Entry:
+        there = self.staging.is_dir()
+        report = read_json((self.staging if there else self._out) / REPORT)
+        if there:
+            self._log.finish()
+            complete = self.journal.find("complete")
+            assert complete is not None
+            log = files.copy(self.folder / LOG, self.staging / LOG)
+            manifest.hold(self.staging / LOG, log)
+            manifest.write(self.staging, {**complete["sha256"], LOG: log})
+            try:
+                self._make_way()
+                files.publish(self.staging, self._out)
+            except DiskError:
+                self._put_back()
+                raise
+        return report
+
+    def _make_way(self) -> None:
+        """Move an older result of ours aside, if this job was told to replace it."""
+        if self.report_in_out() is None:
+            return
+        start = self.journal.header
+        assert start is not None
+        if not start["replaces"]:
+            raise ConfigError(f"OUT is {self._out}, where another result has appeared meanwhile")
+        files.remove_tree(self.folder / REPLACED)
+        files.move_aside(self._out, self.folder / REPLACED)
+
+    def _put_back(self) -> None:
+        """Have OUT hold again what was to make way for a result that did not get there."""
+        there = self._out.is_dir() and any(self._out.iterdir())
+        if (self.folder / REPLACED).is_dir() and self.staging.is_dir() and not there:
+            files.move_aside(self.folder / REPLACED, self._out)
+
+    def clear(self) -> None:
+        """Remove the job's activations, and then all in its folder, the lock that is held last; all ranks call this."""
+        self._remove_caches()
+        if self.ranks.first:
+            files.empty_locked(self.folder, LOCK)
+
+    def _remove_folder(self) -> None:
+        """Remove the job's folder once its lock is let go of, if no job is in it."""
+        if self.folder.is_dir() and not self.journal_path.exists():
+            files.remove_empty(self.folder)
+
+    def let_go(self) -> None:
+        """Remove what an earlier job left but for the locks, the journal first, since it speaks of the rest; all ranks call this."""
+        if self.ranks.first:
+            files.remove(self.journal_path)
+            files.sync(self.folder)
+        self._remove_caches()
+        if self.ranks.first:
+            files.empty(self.folder, LOCK)
+
+    def make_cache(self) -> None:
+        """Make the folder of this rank's activations."""
+        if self.ranks.first:
+            self._caches.note()
+        self.ranks.barrier()
+        files.make_folder(self.own_cache)
+
+    def _remove_caches(self) -> None:
+        """Of all ranks, each of which may have a disk of its own; what says where they lie goes last."""
+        for _ in self.ranks.in_turn():
+            for path in self._caches.everywhere():
+                files.remove_tree(path)
+        if self.ranks.first:
+            self._caches.remove()
+
+
+def first_difference(then: Any, now: Any, place: str = "") -> str | None:
+    """The first field in which two JSON values differ, with both values; None if they are equal."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            inner = f"{place}.{key}" if place else key
+            if found := first_difference(then.get(key), now.get(key), inner):
+                return found
+        return None
+    # Through JSON, so that what was read back compares equal to what was written.
+    if json.dumps(then) == json.dumps(now):
+        return None
+    return f"{place} is {_short(now)} and was {_short(then)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

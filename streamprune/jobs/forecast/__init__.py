@@ -1,0 +1,1 @@
+"""What a job will hold, read and compute, before it begins."""

@@ -1,0 +1,326 @@
+"""What each step holds.
+
+The figures are sums of what the code holds at each step, part by part; activations are counted a token from the
+widths of the sublayer at hand. `benchmarks/forecast.py` holds them to within a tenth of what is measured.
+
+Less memory than is comfortable costs speed, not the job: micro-batches get smaller first; then, where the device is a
+GPU, a site's Gram waits on the host while it is solved; then Grams are summed and sites solved on the host, and the
+device runs the model alone (`GramPlace`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...maths.refit import SKETCH
+from ...maths.triangular import PANEL, TILE, inverse_workspace
+from ...model.block import linear_shape
+from ...model.site import Site
+from ...model.skeleton import Skeleton
+from ...stream.store import file_bytes
+from ...stream.sweep import LOGIT_BYTES
+from .needs import REFINE_SEQUENCES, Needs
+from .shapes import Shapes, Together
+
+GRAMS_AT_ONCE = 1 << 31
+"""Bytes of Grams of one block's experts that are summed in one pass."""
+IDLE_SHARE = 16
+"""One part in so many of what tensors take lies idle between them: in a GPU's allocator, in the CPU's heap, in a library's buffers."""
+SLACK = 1.02
+"""Processes differ a little in what they hold before any work: a job that was started within a limit may go on within it."""
+
+GramPlace = Literal["device", "parked", "host"]
+"""Where Grams are: with their solving on the device; waiting on the host while they are solved on the device; or both on
+the host. On a CPU the device is the host."""
+GRAM_PLACES: tuple[GramPlace, ...] = ("device", "parked", "host")
+Sizes = tuple[int, int, GramPlace]
+"""Sequences a micro-batch, forward and backward, and where Grams are: what decides the order of sums."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes that one step holds at once, by what they are."""
+
+    weights: int = 0
+    """The block as it is and as it becomes; where a CPU computes in another dtype than is stored, in both."""
+    sums: int = 0
+    """Grams and their kin."""
+    solving: int = 0
+    """What sites are solved with: weights in float32, factors, inverses."""
+    activations: int = 0
+    """Of one micro-batch, with what the next one needs."""
+    slack: int = 0
+    """What allocators hold between tensors."""
+    host: int = 0
+    """Beside a GPU: stored weights, this block's and the next one's; what of the others is on the host."""
+
+    @property
+    def device(self) -> int:
+        """All of it that the device holds."""
+        return self.weights + self.sums + self.solving + self.activations + self.slack
+
+
+def copies_ahead(skeleton: Skeleton, needs: Needs, sizes: Sizes, limit: int) -> bool:
+    """Whether a GPU has room for the next block's stored weights besides what it holds at most."""
+    model = Memory(skeleton, needs)
+    return skeleton.device.type == "cuda" and model.device_peak(*sizes) + model.stored_block <= limit
+
+
+def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int, grams: GramPlace = "device") -> int:
+    """Bytes that work on the device holds at most with micro-batches of these sizes."""
+    return Memory(skeleton, needs).device_peak(batch, backward_batch, grams)
+
+
+def in_memory_peak(skeleton: Skeleton, needs: Needs, batch: int) -> int:
+    """Bytes that the device holds while updates of the whole model are trained end to end, nothing streamed."""
+    return Memory(skeleton, needs).in_memory(batch)
+
+
+def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
+    """Sequences a micro-batch while calibration tokens are written: as many as other steps leave room for."""
+    model = Memory(skeleton, needs)
+    room = model.device_peak(batch, backward_batch, "device") - model.decoding(0)
+    return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
+
+
+class Memory(Shapes):
+    """Bytes that a job holds, on the device, on the host and on the disk."""
+
+    def _passed_rows(self, batch: int) -> int:
+        """Stored micro-batches: two boundaries read and the next two coming, and two written with two waiting for each."""
+        return 10 * self.stored_row * batch
+
+    # Memory: what is held at once in each step, by the step's name.
+
+    def device_peak(self, batch: int, backward_batch: int, grams: GramPlace) -> int:
+        return max(demand.device for demand in self.demands(batch, backward_batch, grams).values())
+
+    def tightest(self, batch: int, backward_batch: int, grams: GramPlace) -> str:
+        steps = self.demands(batch, backward_batch, grams)
+        return max(steps, key=lambda name: steps[name].device)
+
+    def demands(self, batch: int, backward_batch: int, grams: GramPlace) -> dict[str, Demand]:
+        found: dict[str, Demand] = {}
+        for name, demand in self._steps(batch, backward_batch):
+            placed = self._placed(demand, grams, batch)
+            if name not in found or found[name].device < placed.device:
+                found[name] = placed
+        return found
+
+    def _placed(self, demand: Demand, grams: GramPlace, batch: int) -> Demand:
+        """Where the planner has put sums and solving, and what passes through the host."""
+        if self.on_cpu:
+            buffers = self._passed_rows(batch) if demand.activations else 0
+            placed = replace(demand, activations=demand.activations + buffers)
+            return replace(placed, slack=placed.device // IDLE_SHARE)
+        moved = demand.sums if grams == "host" or (grams == "parked" and demand.solving) else 0
+        solved = demand.solving if grams == "host" else 0
+        tiles = self.sum_item * self.widest() * TILE if moved else 0
+        passing = 2 * self.stored_block + self._passed_rows(batch)
+        placed = replace(
+            demand,
+            sums=demand.sums - moved,
+            solving=demand.solving - solved,
+            activations=demand.activations + tiles,
+            host=passing + moved + solved,
+        )
+        return replace(placed, slack=placed.device // IDLE_SHARE)
+
+    def _steps(self, batch: int, backward_batch: int) -> Iterator[tuple[str, Demand]]:
+        needs, length, block = self.needs, self.needs.length, self.block
+        yield "one block", Demand(weights=block)
+        if needs.text:
+            yield "the embedding", Demand(weights=self.embed, activations=3 * batch * self.row_bytes)
+            yield "one block's forward pass", Demand(weights=block, activations=self.passing(batch))
+        if needs.gradients or needs.scores:
+            vocabulary = self.skeleton.vocabulary
+            logits = min(LOGIT_BYTES, 4 * vocabulary * batch * length)
+            yield (
+                "the head",
+                Demand(weights=self.head, activations=3 * batch * self.row_bytes + 4 * max(logits, 4 * vocabulary)),
+            )
+        if needs.generates:
+            logits = min(LOGIT_BYTES, 4 * self.skeleton.vocabulary * needs.samples)
+            # In the computing dtype, as probabilities and their sums in up to float64, with what softmax makes of them.
+            activations = needs.samples * self.d * self.item + 8 * logits
+            yield "the head's next tokens", Demand(weights=self.head, activations=activations)
+            yield "one block's next tokens", Demand(weights=block, activations=self.decoding(1) - block)
+        backward = backward_batch * length * self._backward_tokens()
+        if needs.gradients:
+            yield "one block's backward pass", Demand(block, self._survey_sums(), activations=backward)
+        elif needs.survey:
+            yield "one block's survey", Demand(block, self._survey_sums(), activations=self.passing(batch))
+        if needs.survey:
+            yield from (("a site's findings", Demand(block, *digest)) for digest in self._digests())
+        if "divergence" in needs.survey:
+            heads = max(site.heads for sites in self.blocks for site in sites)
+            # Scores, their softmax in float32 and its copy, and two maps with their mean and entropies.
+            maps = batch * length**2 * ((2 * self.item + 4) * heads + 4 * 8)
+            yield "one block's attention maps", Demand(block, activations=self.passing(batch) + maps)
+        if needs.refines:
+            # Weights; gradients and Adam's two moments of what is trained.
+            parameters = self.block // self.weight_item
+            updates = max(self._update_parameters(index, needs.rank or 0) for index in range(len(self.blocks)))
+            trained = 4 * parameters if needs.rank is None else parameters + 4 * updates
+            activations = backward * self.sum_item // self.item
+            yield "refining one block", Demand(block, solving=self.sum_item * trained, activations=activations)
+        if needs.corrects:
+            # The weights twice, as stored and as corrected, and their gradients.
+            solving = 3 * self.sum_item * (self.block // self.weight_item)
+            yield "correcting one block", Demand(block, solving=solving, activations=backward)
+        if needs.prunes:
+            for sublayer in self.all_sublayers():
+                yield from self._prune_steps(sublayer, batch)
+
+    def _digests(self) -> Iterator[tuple[int, int]]:
+        """Sums and solving of each site's findings: what is summed at a site goes once its findings are made."""
+        for sites in self.blocks:
+            left = sum(self._site_sums(site) for site in sites)
+            for site in sites:
+                numbers = site.columns * site.outputs + self.needs.digest_workspace(site)
+                # What a digest may use up is a copy, where others are to come.
+                copied = self._site_sums(site) if self.needs.shared else 0
+                yield left, copied + self.sum_item * numbers
+                left -= self._site_sums(site)
+
+    def _prune_steps(self, sublayer: Together, batch: int) -> Iterator[tuple[str, Demand]]:
+        needs, tokens, site = self.needs, batch * self.needs.length, sublayer.widest
+        # Compensated producers are there beside what they were; then what the sites become, beside what they are.
+        producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if needs.compensates else 0
+        weights = self.block + producers * self.weight_item
+        after = self.block + sublayer.parameters * self.weight_item
+        n, d, item = site.columns, self.d, self.sum_item
+        w, grams = item * n * d, self._grams(sublayer) if needs.gram else 0
+        forward = tokens * self._forward_token(sublayer)
+        converted = item if item != self.item else 0  # inputs of a sum, in its dtype
+        error = item * n * (2 * min(d, SKETCH) + PANEL) if needs.gram else 0
+        solving = max(item * needs.workspace(site), error)
+        yield f"re-fitting one {site.kind} site", Demand(weights, grams, w + solving)
+        yield f"shrinking one {site.kind} site", Demand(after, grams, 2 * w)
+        if needs.gram:
+            sums, activations = grams, forward + tokens * converted * n
+            if needs.aims and not sublayer.routed:
+                sums += w
+                activations += forward + tokens * (item + converted) * d
+                solving = 2 * w + item * (n * n + inverse_workspace(n))
+                yield f"aiming one {site.kind} site", Demand(weights, grams, solving)
+            yield f"the Gram of one {site.kind} site", Demand(weights, sums, activations=activations)
+        if needs.compensates:
+            inputs = 2 * item * d * d
+            streams = forward + tokens * (4 * self.item + 2 * item) * d
+            yield "two streams side by side", Demand(weights, inputs, activations=streams)
+            rows = max(site.linears[:-1], default=0) // d
+            solving = inputs + 3 * item * d * d + 2 * item * rows * d
+            yield "input compensation", Demand(weights, solving=solving)
+
+    def _grams(self, sublayer: Together) -> int:
+        """Bytes of the Grams that are summed at once."""
+        one = self.sum_item * sublayer.widest.columns**2
+        return max(one, min(GRAMS_AT_ONCE, len(sublayer.sites) * one))
+
+    def decoding(self, batch: int) -> int:
+        """Bytes while a block gives so many sequences a token: keys and values read, copied for attention, and masked."""
+        residual = 2 * self.needs.samples * self.d * self.item
+        return self.block + residual + batch * (3 * self.widest_pair + self.passing(1) // self.needs.length)
+
+    def in_memory(self, batch: int) -> int:
+        """All weights, what is trained with its gradients and moments, all activations, and logits with their gradient."""
+        weights = self.weight_item * self.skeleton.block_parameters() + self.head
+        trained = 4 * self.sum_item * self._updates(self.needs.rank or 0)
+        a_token = sum(self._backward_token(sublayer) for sublayer in self.all_sublayers())
+        return weights + trained + batch * self.needs.length * (a_token + 4 * 4 * self.skeleton.vocabulary)
+
+    def passing(self, batch: int) -> int:
+        """Bytes of activations while one sublayer runs forward."""
+        return batch * self.needs.length * max(self._forward_token(sublayer) for sublayer in self.all_sublayers())
+
+    def _forward_token(self, sublayer: Together) -> int:
+        """Bytes a token while one sublayer runs forward: stream, norm in float32, and what is inside."""
+        # What an expert gives is held until the last one has run.
+        given = self.item * (sublayer.widest.columns + self.d) if sublayer.routed else 0
+        return self._stream_token + self._inner_token(sublayer.widest) + round(sublayer.reached * given)
+
+    def _backward_token(self, sublayer: Together) -> int:
+        """Bytes a token that one sublayer keeps for its backward pass, and its gradients."""
+        return 2 * (self._stream_token + round(sublayer.reached * self._inner_token(sublayer.widest)))
+
+    @property
+    def _stream_token(self) -> int:
+        # With two micro-batches as they are stored: the next one that was read, and the last one that is being written.
+        return self.item * 4 * self.d + 8 * self.d + 2 * self.stored_row // max(self.needs.length, 1)
+
+    def _inner_token(self, site: Site) -> int:
+        """Bytes a token between the norm and the stream."""
+        if site.kind == "attention":
+            # q, k, v, their rotated copies, k and v repeated for the query heads, the output
+            maps = (3 * self.item + 4) * site.heads * self.needs.length if self.skeleton.writes_maps else 0
+            return self.item * 8 * site.columns + maps
+        if site.expert is None:
+            return self.item * 4 * site.columns
+        # With the token itself, its weighted copy and what comes out.
+        return self.item * (5 * site.columns + 2 * self.d)
+
+    def _backward_tokens(self) -> int:
+        """Bytes a token that a whole block keeps for its backward pass, and its gradients."""
+        return max(sum(self._backward_token(sublayer) for sublayer in sublayers) for sublayers in self.sublayers)
+
+    def _update_parameters(self, index: int, rank: int) -> int:
+        """Of a block's low-rank updates."""
+        names = self.skeleton.linears(index)
+        return rank * sum(sum(linear_shape(self.skeleton.module(index, name))) for name in names)
+
+    def _updates(self, rank: int) -> int:
+        """Parameters of all blocks' low-rank updates."""
+        return sum(self._update_parameters(index, rank) for index in range(len(self.blocks)))
+
+    def _survey_sums(self) -> int:
+        """Bytes of one block's statistics."""
+        return max(sum(self._site_sums(site) for site in sites) for sites in self.blocks)
+
+    def _site_sums(self, site: Site) -> int:
+        return self.sum_item * sum(n * n for n in self.summed(site))
+
+    # Disk.
+
+    def boundaries(self, limit: int, memory_host: int) -> tuple[int, int]:
+        """(k, bytes on the disk): boundaries of the survey kept at every k-th block, k the least that fits."""
+        needs, depth = self.needs, len(self.skeleton)
+        if not needs.text:
+            return 1, 0
+        one = file_bytes(needs.samples, self.stored_row)
+        streams = 2 if needs.dense_stream else 1
+        # A stream has a block's input and its output until the journal has it and, while pruning, what is between its
+        # sublayers; of that no journal line speaks, and none of an evaluation's.
+        kept = (3 if needs.prunes else 2) * streams
+        passing = streams if needs.prunes else kept * needs.scores
+        prune = (kept - min(passing, memory_host // (needs.samples * self.stored_row))) * one
+        if not needs.gradients:
+            return 1, prune
+        every, disk = 1, 0
+        for every in range(1, depth + 1):
+            kept = (depth - 1) // every + 1
+            disk = max(prune, (kept + (every if every > 1 else 1) + 2) * one)
+            if disk <= limit:
+                break
+        else:
+            every = min(range(1, depth + 1), key=lambda k: (depth - 1) // k + k)
+            disk = max(prune, ((depth - 1) // every + 1 + every + 2) * one)
+        return every, disk
+
+    def beside_out(self) -> int:
+        """Bytes beside OUT at the most: the result, and what a job keeps there until it is made."""
+        needs, checkpoint = self.needs, self.skeleton.checkpoint
+        result = sum(checkpoint[name].nbytes for name in checkpoint)
+        found = result + self.sum_item * needs.findings
+        if needs.shots > 1:
+            found += result  # of the shot before
+        if needs.corrects:
+            streams = (len(self.skeleton) + 3) * min(REFINE_SEQUENCES, needs.samples) * self.row_bytes
+            found += result + streams + self.states(needs.correction_rank)  # the blocks that are not yet corrected
+        return found
+
+    def states(self, rank: int) -> int:
+        """Bytes of all low-rank updates with Adam's two moments, as they were and as they become."""
+        return 2 * 3 * self.sum_item * self._updates(rank)

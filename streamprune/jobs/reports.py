@@ -1,0 +1,76 @@
+"""What a result says of how it was made: report and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..model.names import REPORT
+from ..model.write import Card
+
+
+def extents(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """What a block's reports say in short: (units kept, units), or (zeros, weights), of attention and FFN; experts together."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        families.setdefault(report["site"].split(".")[2], []).append(report)
+    found = []
+    for each in families.values():
+        part, whole = ("zeros", "weights") if "zeros" in each[0] else ("kept", "units")
+        found.append((sum(r[part] for r in each), sum(r[whole] for r in each)))
+    return found
+
+
+def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
+    """The card of a pruned model.
+
+    Args:
+        source: the name of the model that was pruned.
+        depth: how many blocks it has.
+    """
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for site in report["sites"]:
+        blocks.setdefault(site["site"].split(".")[1], []).append(site)
+    cells = {block: [f"{part:,} / {whole:,}" for part, whole in extents(each)] for block, each in blocks.items()}
+    rows = "\n".join(f"| {block} | {' | '.join(each)} |" for block, each in cells.items())
+    shares = (
+        f"{report['ratio_blocks']:.2%} of the {depth} blocks' parameters, {report['ratio_model']:.2%} of the model's"
+    )
+    if report["zeros"]:
+        done = (
+            f"Pruned with streamprune, recipe `{report['recipe']}`: {report['zeros']:,} weights made zero\n"
+            f"({shares}). No shape has changed: there are {report['parameters_after']:,}\n"
+            "parameters as before, and the files are no smaller."
+        )
+        table = "Weights made zero, of each block's linears."
+    else:
+        done = (
+            f"Structurally pruned with streamprune, recipe `{report['recipe']}`: {report['parameters_before']:,} parameters\n"
+            f"before, {report['parameters_after']:,} after (removed: {shares})."
+        )
+        table = "Units kept (attention: key/value groups with their query heads; FFN: channels)."
+    text = f"""{done}
+
+{table}{_left_alone(report)} Errors and settings are in `{REPORT}`.
+
+| block | attention | FFN |
+|---|---|---|
+{rows}"""
+    return Card(f"{source}, pruned by {report['ratio_blocks']:.1%}", "pruned", text)
+
+
+def _left_alone(report: Mapping[str, Any]) -> str:
+    alone = sum(bool(site.get("left_alone")) for site in report["sites"])
+    return f" {alone} experts saw too few tokens and were left alone." if alone else ""
+
+
+def tuning_card(report: dict[str, Any], source: str) -> Card:
+    """The card of a tuned model; `source` is the name of the model that was tuned."""
+    tuning = report["tuning"]
+    how = {
+        "lora": "LoRA, end to end on the language modelling loss",
+        "distil": "low-rank distillation, block by block, to the dense model's outputs",
+    }[tuning["method"]]
+    text = f"""Tuned with streamprune: {how}, rank {tuning["rank"]}, {tuning["steps"]} steps, absorbed into the weights.
+Losses and settings are in `{REPORT}`, with the report of the model that was tuned under "source"."""
+    return Card(f"{source}, tuned", "tuned", text)

@@ -1,0 +1,323 @@
+"""Whether a directory holds the checkpoint that it should: files by their checksums, tensors by the config, values by being finite.
+
+Every file is read once, from the disk, in pieces that checksum and values are both taken of. Whatever is wrong is
+listed, not only what comes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, DiskError, one_line
+from ..maths.refit import all_finite
+from ..system import files
+from ..system.directory import check_pointer
+from ..system.host import host_buffer
+from ..system.progress import Progress, Silent, rest
+from ..system.threads import prefetch
+from . import manifest
+from .checkpoint import CPU, UNREAD, Checkpoint, TensorEntry, weight_file
+from .hub import resolve_model
+from .names import COMPANIONS, CONFIG, INDEX, SINGLE
+from .skeleton import Skeleton
+
+PIECE = 8 << 20
+"""Bytes that are held at a time, twice: one is looked at while the next one is read. A multiple of every element's."""
+SHOWN = 12
+"""Digits of a checksum."""
+Kind = Literal["file", "layout", "values", "extra"]
+"""``file``: missing, unreadable, or not what the manifest says. ``layout``: a tensor that is missing or of another shape
+than the config says, or a file that tells nothing of its tensors. ``values``: NaN or Inf. ``extra``: what transformers
+passes over."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong, or too many; its `str` is a line for people."""
+
+    kind: Kind
+    file: str
+    """Its name in the directory."""
+    tensor: str | None
+    """Where it is one tensor that is wrong."""
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found in a checkpoint directory."""
+
+    path: str
+    manifest: bool
+    """Whether there is a `SHA256SUMS`; without it, bytes cannot be held against what they were meant to be."""
+    files: int
+    """Read whole: shards, and whatever else the manifest names."""
+    tensors: int
+    bytes: int
+    """Of those files."""
+    unlisted: tuple[str, ...]
+    """What the directory holds besides, which the manifest does not name and the model does not need."""
+    faults: tuple[Fault, ...]
+    extra: tuple[Fault, ...]
+    """Tensors that the config's model has no place for, and an index that is not read: transformers passes over them, and
+    they are no fault. Whatever prunes, tunes or measures refuses such tensors, since a result would lack them."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong, apart from what is extra."""
+        return not self.faults
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "sound": self.sound}
+
+
+def check(folder: Path, digests: Mapping[str, str] | None, progress: Progress) -> Verification:
+    """Read a checkpoint directory and hold it against digests by file name, its own config, and the numbers.
+
+    Args:
+        digests: of every file that belongs there; None where nobody says.
+
+    Raises:
+        Stopped: whoever watches wants the work to end.
+    """
+    return _Reading(folder, digests, progress).done()
+
+
+class _Reading:
+    """One reading of a directory."""
+
+    def __init__(self, folder: Path, digests: Mapping[str, str] | None, progress: Progress) -> None:
+        self.folder, self.digests, self.progress = folder, digests or {}, progress
+        self.manifest = digests is not None
+        self.faults: list[Fault] = []
+        self.extra: dict[str, Fault] = {}
+        self.bytes = 0
+
+    def done(self) -> Verification:
+        """All of it: what is small first, so that a mistake of the config's shows before the weights are read."""
+        checkpoint = self._opened()
+        entries = {} if checkpoint is None else dict(checkpoint)
+        shards = set() if checkpoint is None else checkpoint.shards
+        small = sorted(self.digests.keys() - shards)
+        self.progress.phase("verify", len(small) + len(shards))
+        for name in small:
+            self._read(name, {})
+        if checkpoint is not None and not self._damaged(CONFIG):
+            self._hold_against_config(checkpoint)
+        # Nobody computes with what is extra: a mask may well hold Inf.
+        read = {name: each for name, each in entries.items() if name not in self.extra and not name.endswith(UNREAD)}
+        for shard in sorted(shards):
+            self._read(shard, {name: entry for name, entry in read.items() if entry.shard.name == shard})
+        return Verification(
+            path=str(self.folder),
+            manifest=self.manifest,
+            files=len(small) + len(shards),
+            tensors=len(entries),
+            bytes=self.bytes,
+            unlisted=self._unlisted(shards) if self.manifest else (),
+            faults=tuple(self.faults),
+            extra=tuple(self.extra.values()),
+        )
+
+    def _opened(self) -> _Opened | None:
+        """The checkpoint, as far as its shards open; None where config or index do not even say which they are."""
+        for name in COMPANIONS:
+            try:
+                check_pointer(self.folder / name)
+            except (CheckpointError, DiskError) as error:
+                self._fault("file", name, None, self._within(error, name))
+        for name in (CONFIG, INDEX, SINGLE):
+            files.forget(self.folder / name)
+        try:
+            checkpoint = _Opened(self.folder)
+        except (CheckpointError, DiskError) as error:
+            if (self.folder / CONFIG).is_file():
+                name = CONFIG if CONFIG in str(error) else INDEX
+                self._fault("layout", name, None, self._within(error, name))
+            else:
+                self._absent(CONFIG)
+            return None
+        if SINGLE in checkpoint.shards and (self.folder / INDEX).is_file():
+            self._add_extra(INDEX, None, f"{INDEX} is not read: transformers takes {SINGLE}, which lies beside it")
+        for shard, message in checkpoint.faults:
+            kind: Kind = "layout" if (self.folder / shard).is_file() else "file"
+            self._fault(kind, shard, None, self._within(message, shard))
+        return checkpoint
+
+    def _hold_against_config(self, checkpoint: _Opened) -> None:
+        try:
+            skeleton = Skeleton(checkpoint, device=CPU, dtype=torch.float32, check=False)
+            found, extra = list(skeleton.layout_faults()), skeleton.extra()
+        except (CheckpointError, DiskError) as error:
+            if not checkpoint.faults:  # else it may be for what does not open
+                self._fault("layout", CONFIG, None, self._within(error, CONFIG))
+            return
+        index = weight_file(self.folder)
+        for name in extra:
+            shard, model = checkpoint[name].shard.name, skeleton.architecture.model_type
+            message = (
+                f"{shard}: tensor {name!r} has no place in the {model} model that the config says, and is not read"
+            )
+            self._add_extra(shard, name, message)
+        for name, what in found:
+            if name in checkpoint:
+                shard = checkpoint[name].shard.name
+                self._fault("layout", shard, name, f"{shard}: tensor {name!r} {what}")
+            elif not checkpoint.had(name):
+                self._fault("layout", index, name, f"{index}: tensor {name!r} {what}")
+
+    def _read(self, name: str, entries: Mapping[str, TensorEntry]) -> None:
+        """One file: its checksum, and the values of the tensors in it."""
+        path = self.folder / name
+        if not path.is_file():
+            if not any(fault.file == name for fault in self.faults):
+                self._absent(name)
+        else:
+            try:
+                self._read_pieces(path, entries)
+            except (DiskError, FileNotFoundError) as error:
+                self._fault("file", name, None, f"{name} cannot be read: {one_line(error)}")
+        self.progress.step(name)
+        rest(self.progress)
+
+    def _read_pieces(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
+        digest, expected = hashlib.sha256(), self.digests.get(path.name)
+        wrong: dict[str, None] = {}
+        files.forget(path)
+
+        def load(piece: _Piece) -> Tensor:
+            buffer = host_buffer(piece.length, CPU)
+            data = buffer.numpy().data
+            if files.read_into(path, piece.begin, data) < piece.length:
+                raise DiskError("it was cut short meanwhile")
+            if expected is not None:
+                digest.update(data)
+            return buffer
+
+        for piece, buffer in prefetch(_pieces(path.stat().st_size, entries), load):
+            self.bytes += piece.length
+            if piece.tensor is not None and not all_finite(buffer.view(entries[piece.tensor].dtype)):
+                wrong[piece.tensor] = None
+        if expected is not None and digest.hexdigest() != expected:
+            message = f"{path.name} has checksum {digest.hexdigest()[:SHOWN]}…; it was written with {expected[:SHOWN]}…"
+            self._fault("file", path.name, None, message)
+        for tensor in wrong:
+            self._fault("values", path.name, tensor, f"{path.name}: tensor {tensor!r} holds NaN or Inf")
+
+    def _unlisted(self, shards: set[str]) -> tuple[str, ...]:
+        """What the manifest does not name; a fault where the model needs it."""
+        there = {path.name + ("/" if path.is_dir() else "") for path in self.folder.iterdir()}
+        others = there - self.digests.keys() - {manifest.NAME}
+        needed = others & {CONFIG, INDEX, *shards}
+        for name in sorted(needed):
+            self._fault("file", name, None, f"{manifest.NAME} does not name {name}, which the model needs")
+        return tuple(sorted(others - needed))
+
+    def _damaged(self, name: str) -> bool:
+        return any(fault.file == name and fault.kind == "file" for fault in self.faults)
+
+    def _within(self, error: object, name: str) -> str:
+        """A message about a file, in which files of the directory go by their names."""
+        message = str(error).removeprefix(f"{self.folder}: ").replace(f"{self.folder}/", "")
+        return message if name in message else f"{name}: {message}"
+
+    def _absent(self, name: str) -> None:
+        self._fault("file", name, None, f"{name} is {'not a file' if (self.folder / name).exists() else 'missing'}")
+
+    def _fault(self, kind: Kind, file: str, tensor: str | None, message: str) -> None:
+        self.faults.append(Fault(kind, file, tensor, message))
+
+    def _add_extra(self, file: str, tensor: str | None, message: str) -> None:
+        self.extra[tensor or file] = Fault("extra", file, tensor, message)
+
+
+class _Opened(Checkpoint):
+    """A checkpoint, some shards of which may not open."""
+
+    def __init__(self, directory: Path) -> None:
+        self.faults: list[tuple[str, str]] = []
+        """Shards, and what is wrong with each."""
+        self._lost: set[str] = set()
+        self._all_lost = False
+        super().__init__(directory)
+
+    @property
+    def shards(self) -> set[str]:
+        """File names of all, whether or not they open."""
+        return {*self.headers, *(shard for shard, _ in self.faults)}
+
+    @property
+    def claimed(self) -> Set[str]:
+        return super().claimed | self._lost
+
+    def had(self, name: str) -> bool:
+        """Whether the tensor may be in a shard that does not open."""
+        return self._all_lost or name.endswith(tuple(self._lost))  # names of base models lack the beginning
+
+    def _open(self, path: Path, wanted: set[str] | None) -> None:
+        try:
+            super()._open(path, wanted)
+        except (CheckpointError, DiskError) as error:
+            self.faults.append((path.name, str(error)))
+            self._lost |= wanted or set()
+            self._all_lost |= wanted is None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a file."""
+
+    begin: int
+    length: int
+    tensor: str | None
+    """Whose it is, the whole of it; None for headers and what has no values."""
+
+
+def _pieces(size: int, entries: Mapping[str, TensorEntry]) -> Iterator[_Piece]:
+    """All of a file in order, no piece with parts of two tensors."""
+    place = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+        yield from _cut(place, entry.begin, None)
+        place = entry.begin + entry.nbytes
+        yield from _cut(entry.begin, place, name)
+    yield from _cut(place, size, None)
+
+
+def _cut(begin: int, end: int, tensor: str | None) -> Iterator[_Piece]:
+    return (_Piece(at, min(PIECE, end - at), tensor) for at in range(begin, end, PIECE))
+
+
+def verify(path: str | Path, *, progress: Progress | None = None) -> Verification:
+    """Whether a checkpoint directory is sound: files as its `SHA256SUMS` says, tensors as its config says, values finite.
+
+    Everything is read once, from the disk; nothing is changed. Any checkpoint will do, a source model or what another
+    tool wrote; without a manifest it is held against its config only.
+
+    Args:
+        path: a checkpoint directory, or a name on the hub.
+
+    Raises:
+        CheckpointError: `path` is neither.
+    """
+    progress = progress or Silent()
+    folder = resolve_model(path, progress)
+    digests, wrong = None, list[str]()
+    if (folder / manifest.NAME).exists():
+        try:
+            digests, wrong = manifest.read(folder)
+        except DiskError as error:
+            wrong = [f"{manifest.NAME} cannot be read: {error}"]
+    found = check(folder, digests, progress)
+    own = tuple(Fault("file", manifest.NAME, None, message) for message in wrong)
+    return replace(found, path=str(path), faults=(*own, *found.faults))

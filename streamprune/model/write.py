@@ -1,0 +1,267 @@
+"""What makes a folder of shards a checkpoint: index, config, tokenizer, model card, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, DamageError, NumericalError
+from ..system import files
+from ..system.progress import Progress
+from ..system.strict_json import write_json
+from . import manifest
+from . import modeling_streamprune as modeling
+from .activation import canonical
+from .architectures import is_stock, stock_config
+from .block import module_rows
+from .checkpoint import data_bytes, shard_name, write_index, write_shard
+from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG
+from .site import DECILM, FREE, Layout, Site
+from .skeleton import Skeleton
+from .tokenizer import named_tokenizer
+from .verify import check
+
+BLOCK_CONFIGS = "block_configs"
+"""DeciLM's field."""
+AGAIN = (
+    "something is wrong with the disk or the memory, or another program was at work there; "
+    "run the same command again, which makes it anew"
+)
+"""What can be said of damage."""
+
+
+def block_shard(skeleton: Skeleton, index: int) -> str:
+    """The shard that holds a block; the embeddings come before it, norm and head after all."""
+    return shard_name(index + 2, _shards(skeleton))
+
+
+def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
+    """Write the shards of what surrounds the blocks, unchanged; returns their digests by file name."""
+    checkpoint, total = skeleton.checkpoint, _shards(skeleton)
+    digests = {}
+    for number, names in ((1, skeleton.embed_names()), (total, skeleton.head_names())):
+        if names:
+            shard = shard_name(number, total)
+            digests[shard] = write_shard(folder / shard, {name: checkpoint.read(name) for name in names})
+    return digests
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says of how this model was made."""
+
+    title: str
+    tag: str
+    text: str
+
+
+def finish(
+    skeleton: Skeleton,
+    folder: Path,
+    sites: Sequence[Site],
+    report: dict[str, Any],
+    card: Card,
+    layout: Layout,
+    digests: Mapping[str, str],
+    progress: Progress,
+) -> dict[str, str]:
+    """Write everything but the shards and, last, the manifest; then read it all back.
+
+    Args:
+        sites: of the pruned model, in order.
+        layout: what they were kept to; if the stock config can say their widths, it is stock whatever the layout.
+        report: what `report.json` holds; "parameters_after" is in it.
+        digests: of the files that are written already, all the shards among them, by name.
+
+    Returns:
+        The digests of all files but the manifest.
+
+    Raises:
+        DamageError: the disk does not hold what was written.
+        NumericalError: a tensor that was written holds NaN or Inf.
+        CheckpointError: the tensors are not those of the config.
+    """
+    digests = dict(digests)
+    placed = {name: shard_name(1, _shards(skeleton)) for name in skeleton.embed_names()}
+    placed |= {name: shard_name(_shards(skeleton), _shards(skeleton)) for name in skeleton.head_names()}
+    for index in range(len(skeleton)):
+        placed |= {name: block_shard(skeleton, index) for name in skeleton.block_names(index).values()}
+    source = skeleton.checkpoint
+    if lost := [shard for shard in sorted(set(placed.values())) if not (folder / shard).is_file()]:
+        raise DamageError(f"{folder}: {lost[0]} is missing; {AGAIN}")
+    size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
+    digests[INDEX] = write_index(folder, placed, report["parameters_after"], size)
+    stock = fits_stock(skeleton, sites)
+    config = uniform_config if stock else decilm_config if layout is DECILM else free_config
+    digests[CONFIG] = write_json(folder / CONFIG, config(skeleton, sites))
+    copies = {name: source.directory / name for name in COMPANIONS}
+    if not stock:
+        path = Path(modeling.__file__)
+        copies[path.name] = path
+        if (named := named_tokenizer(source.directory)) is not None:
+            del copies[TOKENIZER_CONFIG]
+            digests[TOKENIZER_CONFIG] = write_json(folder / TOKENIZER_CONFIG, named)
+    for name, path in copies.items():
+        if path.is_file():
+            digests[name] = files.copy(path, folder / name)
+    digests[CARD] = files.write_text(folder / CARD, _card(card, stock))
+    digests[REPORT] = write_json(folder / REPORT, report)
+    manifest.write(folder, digests)
+    _hold(folder, digests, progress)
+    return digests
+
+
+def fits_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
+    """Whether a checkpoint with these sites is one that the stock architecture loads."""
+    return is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
+
+
+def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
+    """See that the disk has what was written, and that this is a checkpoint."""
+    found = check(folder, digests, progress)
+    for name in found.unlisted:
+        progress.say(
+            f"{name} lies in {folder}, and will in the result: it is no part of it, nor of its {manifest.NAME}"
+        )
+    # Of what was just made, nothing may be extra.
+    faults = (*found.faults, *found.extra)
+    if not faults:
+        return
+    damaged = [fault for fault in faults if fault.kind == "file"]
+    first = (damaged or faults)[0]
+    message = f"{folder}: {first}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+    if damaged:
+        raise DamageError(f"{message}; {AGAIN}")
+    if first.kind == "values":
+        raise NumericalError(f"{message}, as it was computed; other settings may do better, such as --dtype float32")
+    raise CheckpointError(message)
+
+
+def uniform_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
+    """The source's config with the new widths, as the stock architecture reads it."""
+    base = skeleton.architecture.model_type
+    stock = modeling.stock_class(base)
+    config = stock_config(base, skeleton.families, _plain_config(skeleton), sites)
+    return {**config, "architectures": [stock.__name__]}
+
+
+def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
+    """The source's config with per-block widths, as `modeling_streamprune` reads it."""
+    base = skeleton.architecture.model_type
+    stem, module = modeling.class_stem(base), modeling.__name__.rpartition(".")[2]
+    # One value a block and name; a block that has no such module keeps None.
+    widths: dict[str, dict[str, list[Any]]] = {"rows": {}, "columns": {}, "attributes": {}, "experts": {}}
+
+    def put(what: str, name: str, block: int, value: Any) -> None:
+        widths[what].setdefault(name, [None] * len(skeleton))[block] = value
+
+    after = {site.name: site for site in sites}
+    for index, entries in enumerate(skeleton.entries):
+        for entry in entries:
+            if entry.experts is not None:
+                own = [after[site.name].columns for site, _ in skeleton.places(index) if site.expert is not None]
+                put("experts", entry.experts, index, own)
+                continue
+            before = next(old for old, own in skeleton.places(index) if own.consumer == entry.consumer)
+            site = after[before.name]
+            for producer in (*entry.producers, *entry.vectors):
+                parts = producer.stretches(before, module_rows(skeleton.module(index, producer.name)))
+                put("rows", producer.name, index, sum(part // before.units * site.units for part in parts))
+            put("columns", entry.consumer, index, site.columns)
+            for name in entry.counts:
+                count = modeling.count(skeleton.block(index), name)
+                put("attributes", name, index, count // before.units * site.units)
+    return {
+        **_current_rotation(skeleton, _plain_config(skeleton)),
+        "model_type": modeling.PREFIX + base,
+        "architectures": [f"{stem}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{stem}Config",
+            "AutoModelForCausalLM": f"{module}.{stem}ForCausalLM",
+        },
+        "streamprune": {
+            "blocks": skeleton.architecture.blocks,
+            **widths,
+            **({"renamed": skeleton.renamed} if skeleton.renamed else {}),
+        },
+    }
+
+
+def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
+    """`free_config`, with what runtimes look for that have DeciLM's architecture (`nemotron_nas` in vLLM) of their own.
+
+    They take FFN widths from a factor: ``2/3 · ffn_mult · d``, rounded up to a multiple of 256; half of one less is safe
+    from whatever the factor is rounded to.
+    """
+    attention = next(site for site in sites if site.kind == "attention")
+    blocks: list[dict[str, Any]] = []
+    for site in (site for site in sites if site.kind == "ffn"):
+        active = {"no_op": False, "replace_with_linear": False}
+        factor = round(1.5 * (site.columns - DECILM.multiple / 2) / site.outputs, 6)
+        group = {"n_heads_in_group": attention.heads // attention.units}
+        blocks.append({"attention": {**active, **group}, "ffn": {**active, "ffn_mult": factor}})
+    return {
+        **free_config(skeleton, sites),
+        # vLLM compares the name, not the function.
+        "hidden_act": canonical(skeleton.config.hidden_act),
+        **{field: getattr(attention, name) for field, name in skeleton.families["attention"].widths},
+        "architectures": ["DeciLMForCausalLM"],
+        BLOCK_CONFIGS: blocks,
+    }
+
+
+def layout_of(skeleton: Skeleton) -> Layout:
+    """What a checkpoint's own config says of its layout, where it is not stock."""
+    return DECILM if BLOCK_CONFIGS in skeleton.checkpoint.config else FREE
+
+
+def _current_rotation(skeleton: Skeleton, config: dict[str, Any]) -> dict[str, Any]:
+    """A config with rotary embeddings in transformers' present form, in place of `rope_scaling` and `rope_theta`.
+
+    To load a tokenizer without our code, transformers reads the config as of no model, and then it cannot convert them.
+    """
+    if not config.get("rope_scaling"):
+        return config
+    kept = {name: value for name, value in config.items() if name not in ("rope_scaling", "rope_theta")}
+    return {**kept, "rope_parameters": dict(skeleton.config.rope_parameters)}
+
+
+def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
+    ours = ("streamprune", "auto_map", BLOCK_CONFIGS)
+    config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
+    # A head that was stored apart from the embedding is not tied to it, whatever the config said.
+    return (
+        {**config, "tie_word_embeddings": False}
+        if getattr(skeleton.config, "tie_word_embeddings", False) and not skeleton.tied
+        else config
+    )
+
+
+def _shards(skeleton: Skeleton) -> int:
+    return len(skeleton) + (2 if skeleton.head_names() else 1)
+
+
+def _card(card: Card, stock: bool) -> str:
+    load = (
+        "It is a stock checkpoint: everything that loads the source architecture loads it."
+        if stock
+        else "Its blocks differ in width. `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` loads it, and so do\n"
+        "`streamprune.load(path)` and, after `import streamprune`, plain `from_pretrained`. Its tokenizer needs no code:\n"
+        "`AutoTokenizer.from_pretrained(path, trust_remote_code=False)`; without that option transformers may ask on a terminal."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- streamprune
+- {card.tag}
+---
+
+# {card.title}
+
+{card.text}
+
+{load} The licence and limits of the source model hold for this one too.
+"""

@@ -1,0 +1,1 @@
+"""The main job: survey, allocate, prune, correct, write."""

@@ -1,0 +1,149 @@
+"""Low-rank corrections between shots (LLM Surgeon, section 3.6): LoRA steps on the language modelling loss, streamed.
+
+A step is one forward and one backward sweep over the blocks for a small batch: ``W + U V`` computes, the gradient reaches
+`U` and `V`, Adam moves them. Only one block is in memory; its `U`, `V` and Adam's moments lie on the disk, one file a
+block and step, until the last step absorbs ``U V`` into `W`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..jobs.forecast.needs import REFINE_SEQUENCES
+from ..maths.adam import Descent, batch
+from ..maths.refit import accumulator
+from ..model.block import Block
+from ..model.checkpoint import load_shard, write_shard
+from ..model.skeleton import Skeleton
+from ..recipes.recipe import Correction
+from ..stream import sweep
+from ..stream.store import ActivationStore
+from ..system import files
+
+STREAM, GRADIENT = "dense", "gradient"
+
+
+class Corrector:
+    """The steps of one shot's correction.
+
+    Args:
+        skeleton: the checkpoint to correct.
+        tokens: calibration windows (samples, length).
+        folder: for states and activations, a folder of its own.
+        micro: sequences whose activations are held at once.
+        digests: of the files that the last step left, by name.
+        window: the blocks that may change.
+        keep_zeros: weights that are zero stay zero.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens: Tensor,
+        folder: Path,
+        how: Correction,
+        digests: Mapping[str, str],
+        *,
+        window: range,
+        seed: int,
+        micro: int,
+        keep_zeros: bool,
+    ) -> None:
+        self.skeleton, self.tokens, self.folder, self.how = skeleton, tokens, folder, how
+        self._digests = digests
+        self.window, self.seed, self.micro, self.keep_zeros = window, seed, micro, keep_zeros
+        self.size = min(REFINE_SEQUENCES, len(tokens))
+        shape = self.size, tokens.shape[1], skeleton.width
+        self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
+
+    def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:
+        """Steps from `done` on; yields each one's number, and the digests of its files by name, once its state is durable.
+
+        Raises:
+            DamageError: a state is not on the disk as it was written.
+        """
+        for step in range(done, self.how.steps):
+            files.remove_tree(state(self.folder, step + 1))
+            files.make_folder(state(self.folder, step + 1))
+            self._digests = self._step(step)
+            yield step, self._digests
+            files.remove_tree(state(self.folder, step))
+
+    def absorb(self, block: Block, index: int) -> None:
+        """Put what the last step left into the block's weights."""
+        if index in self.window:
+            block.absorb(self._read(self.how.steps, index, block)[0], keep_zeros=self.keep_zeros)
+
+    def _step(self, step: int) -> dict[str, str]:
+        skeleton, store, depth = self.skeleton, self._store, len(self.skeleton)
+        tokens = self.tokens[batch(len(self.tokens), self.size, self.seed, step)]
+        sweep.embed(skeleton, tokens, store, sweep.boundary(STREAM, 0), self.micro)
+        for index, block in sweep.blocks(skeleton, range(depth)):
+            with self._updated(block, index, self._read(step, index, block)[0]):
+                sweep.advance(skeleton, block, index, store, STREAM, self.micro)
+            del block
+        sweep.head_gradient(skeleton, store, tokens, self.micro)
+        digests = {}
+        # Below the window nothing asks for the gradient.
+        for index, block in sweep.blocks(skeleton, range(depth - 1, self.window.start - 1, -1)):
+            updates, state = self._read(step, index, block)
+            self._gather(block, index, updates)
+            del block
+            if updates:
+                place = f"the correction of block {index}"
+                descent = Descent(updates, steps=self.how.steps, rate=self.how.rate, place=place, state=state)
+                descent.step()
+                moved = {name: update.detach().cpu() for name, update in updates.items()}
+                path = self._file(step + 1, index)
+                digests[path.name] = write_shard(path, {**moved, **descent.state()})
+            store.remove(sweep.boundary(GRADIENT, index + 1))
+        return digests
+
+    def _updated(self, block: Block, index: int, updates: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
+        return block.updated(updates, keep_zeros=self.keep_zeros) if index in self.window else nullcontext()
+
+    def _gather(self, block: Block, index: int, updates: Mapping[str, nn.Parameter]) -> None:
+        """Gradients of the mean loss with respect to the updates; the stream's gradient moves on."""
+        skeleton, store = self.skeleton, self._store
+        names = sweep.boundary(STREAM, index), sweep.boundary(GRADIENT, index + 1)
+        predictions = self.size * (self.tokens.shape[1] - 1)
+        place = f"the correction's gradient of block {index}"
+        with (
+            self._updated(block, index, updates),
+            store.writing(sweep.boundary(GRADIENT, index), place) as write,
+        ):
+            for _, (x, dy) in store.each(self.micro, *names):
+                arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
+                with torch.enable_grad():
+                    x.requires_grad_()
+                    dx, *gradients = torch.autograd.grad(block(x, arguments), (x, *updates.values()), dy)
+                for update, gradient in zip(updates.values(), gradients, strict=True):
+                    part = gradient / predictions
+                    update.grad = part if update.grad is None else update.grad + part
+                write(dx)
+
+    def _read(self, step: int, index: int, block: Block) -> tuple[dict[str, nn.Parameter], dict[str, Tensor] | None]:
+        """Every linear's update before that step, and what Adam knew of it; nothing outside the window."""
+        if index not in self.window:
+            return {}, None
+        dtype = accumulator(self.skeleton.dtype)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+        updates = block.updates(self.how.rank, dtype, generator)
+        if not step:
+            return updates, None
+        path = self._file(step, index)
+        state = load_shard(path, self._digests[path.name])
+        return {name: nn.Parameter(state.pop(name).to(self.skeleton.device)) for name in updates}, state
+
+    def _file(self, step: int, index: int) -> Path:
+        return state(self.folder, step) / f"block-{index:04}.safetensors"
+
+
+def state(folder: Path, step: int) -> Path:
+    """Where the state lies that so many steps left."""
+    return folder / f"step-{step:06}"

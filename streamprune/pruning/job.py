@@ -1,0 +1,609 @@
+"""A job: what it was asked, where it lies, and whether it may begin, go on or end.
+
+`Job` owns the folder beside OUT with its lock and journal; what the steps do is `run`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ResourceError, ResumeError
+from ..jobs.config import DATA_FREE, Config, DataFree
+from ..jobs.folder import Workplace, first_difference
+from ..jobs.forecast.memory import SLACK, GramPlace, Sizes, copies_ahead, device_peak
+from ..jobs.forecast.needs import Needs
+from ..jobs.forecast.resources import Resources, forecast
+from ..jobs.journal import Entry, Journal
+from ..jobs.meter import by_block, peaks, totals
+from ..jobs.names import is_report
+from ..jobs.schedule import Stretch, as_entries
+from ..maths.flops import kind
+from ..maths.sums import Statistic
+from ..model import hub, write
+from ..model.checkpoint import load_shard
+from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
+from ..model.skeleton import Skeleton, open_skeleton
+from ..model.tokenizer import check_companions, load_tokenizer
+from ..recipes import RECIPES
+from ..recipes.allocation import Budget
+from ..recipes.plan import Plan, SitePlan
+from ..recipes.recipe import Recipe, Survey
+from ..recipes.settings import parse
+from ..stream.store import ActivationStore
+from ..system import files, machine
+from ..system.progress import Progress
+from ..system.ranks import ALONE, Ranks
+from ..system.units import format_bytes
+from ..text import windows
+from ..text.source import Text, builtin_text
+from ..text.windows import text_identity
+from .shortfall import Goal, largest_unit
+
+PLAN, WRITTEN = "plan.json", "calibration.safetensors"
+
+
+class Job(Workplace):
+    """One job: everything that both a first and a resumed process need to know.
+
+    Args:
+        ranks: those that share it.
+        alongside: jobs to come with the same `surveys`: what of their surveys the same sweep can sum is made in passing.
+
+    Raises:
+        StreamPruneError: whatever can be known to be wrong before any work.
+    """
+
+    known: ClassVar = Workplace.known | {PLAN, WRITTEN}
+    known_prefixes: ClassVar = (*Workplace.known_prefixes, "survey-", "shot-")
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress | None,
+        alongside: Sequence[Config] = (),
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.alongside = alongside
+        self.settings = parse(config.recipe, config.settings)
+        self.recipe: Recipe[Any] = RECIPES[config.recipe]
+        if config.samples < ranks.size:
+            raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
+        self.device = machine.resolve_device(config.device, ranks)
+        self.out_given = str(config.out)
+        model = hub.resolve_model(config.model, progress)
+        self.config = config = replace(config, model=model, out=config.out.absolute())
+        self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
+        self.dtype = config.dtype
+        stored = self.skeleton.checkpoint.dtype
+        self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
+        self.peaks = machine.Peaks(self.device)
+        self.sites = self.skeleton.all_sites()
+        self._check_layout()
+        self.window = self._window()
+        self.given_plan = self._given_plan()
+        self.ratio = self._agreed_ratio()
+        self.shots = 1 if self.given_plan else self.recipe.shots(self.settings, self.ratio)
+        self.length = windows.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
+        if self.given_plan is None:
+            self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
+        super().__init__(config.out, config.cache, is_report, progress, ranks)
+        self.plan_path = self.folder / PLAN
+        self.written_path = self.folder / WRITTEN
+
+    # What the job is.
+
+    def budget(self, part: float = 1.0, gone: int = 0) -> Budget:
+        """What is to go.
+
+        Args:
+            part: of the whole, after a shot.
+            gone: parameters that earlier shots removed.
+        """
+        blocks = self.skeleton.block_parameters()
+        counted = {
+            "blocks": blocks,
+            "model": self.skeleton.parameters(),
+            "window": sum(self.skeleton.block_parameters(index) for index in self.window),
+        }[self.config.ratio_of]
+        layout = self.skeleton.layout
+        return Budget(
+            self.ratio * part, counted, math.lcm(self.config.round_to, layout.multiple), layout.alike, gone=gone
+        )
+
+    def changeable(self, sites: Sequence[Site]) -> list[Site]:
+        """Those inside the window."""
+        return [site for site in sites if site.block in self.window]
+
+    @kind("solving")
+    def allocate(self, sites: Sequence[Site], reached: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """The recipe's plan for those of `reached` inside the window; the other `sites` keep everything."""
+        plan = self.recipe.allocate(self.settings, self.changeable(reached), survey, budget)
+        whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
+        return Plan(whole, plan.ratio)
+
+    @property
+    def sources(self) -> list[Skeleton]:
+        return [self.skeleton]
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the model is surveyed before anything is removed."""
+        return _surveys(self.config, self.recipe, self.settings)
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What a survey sums."""
+        return (self.surveys and self.recipe.statistics(self.settings)) or frozenset()
+
+    @property
+    def streams(self) -> bool:
+        """Whether the prune sweep needs activations."""
+        return _streams(self.config, self.recipe, self.settings)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any text is read."""
+        return bool(self.statistics) or self.streams
+
+    @cached_property
+    def text(self) -> Text | DataFree:
+        """The calibration text, or how to do without."""
+        given = self.config.calibration
+        for word in DATA_FREE:
+            if given == word:
+                return word
+        return Text.of(builtin_text() if given is None else given)
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model writes its own calibration tokens."""
+        return self.needs_text and self.text == "self"
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the forecast has to count."""
+        correction = self.recipe.correction(self.settings)
+        # The first rank alone writes text and corrects.
+        divided = not self.writes_text and correction is None
+        return Needs(
+            samples=self.ranks.most(self.config.samples) if divided else self.config.samples,
+            length=self.length,
+            text=self.needs_text,
+            survey=self.statistics,
+            findings=sum(self.recipe.findings(self.settings, site) for site in self.sites) if self.surveys else 0,
+            gram=self.recipe.wants_gram(self.settings) or self.recipe.target(self.settings) is not None,
+            compensates=self.recipe.compensation(self.settings) is not None or self.recipe.wants_inputs(self.settings),
+            aims=self.recipe.target(self.settings) is not None,
+            refines=self.config.refine,
+            corrects=correction.steps if correction else 0,
+            correction_rank=correction.rank if correction else 0,
+            shots=self.shots,
+            generates=self.writes_text,
+            removes=0.0
+            if self.recipe.writes_zeros(self.settings)
+            else self.budget().target / self.skeleton.block_parameters(),
+            work=lambda site, keep: self.recipe.work(self.settings, site, keep),
+            digest_work=lambda site: self.recipe.digest_work(self.settings, site),
+            workspace=lambda site: self.recipe.workspace(self.settings, site, self.keeps.get(site.name, site.units)),
+            digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
+            activations=self.activations,
+        )
+
+    @cached_property
+    def keeps(self) -> Mapping[str, int]:
+        """Units that stay at most of those sites of which that is known before any work."""
+        if self.given_plan is not None:
+            return {name: site.keep for name, site in self.given_plan.items()}
+        if self.shots > 1:
+            return {}
+        sites = self.changeable(self.sites)
+        if self.recipe.statistics(self.settings) is None:
+            plan = self.recipe.allocate(self.settings, sites, {}, self.budget())
+            return {name: site.keep for name, site in plan.items()}
+        return self.recipe.foresee(self.settings, sites, self.budget())
+
+    @property
+    def forward_operations(self) -> int:
+        """Of one dense forward pass over as much text as is asked for, whether or not the recipe reads it."""
+        most = self.skeleton.context or windows.DEFAULT_LENGTH
+        length = self.length or min(self.config.seq_len or windows.DEFAULT_LENGTH, most)
+        return self.skeleton.forward_operations(self.config.samples, length)
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """What must be the same for a job to go on: settings, inputs, and versions that change numbers."""
+        import transformers
+
+        inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
+        # Whether or not a plan spares the survey: a job may go on with a plan that began without one.
+        if self.recipe.statistics(self.settings) or self.streams:
+            inputs |= self._text_identity()
+        return {
+            "settings": {
+                **self.config.fixed(),
+                "settings": asdict(self.settings),
+                "ratio": self.ratio,
+                "dtype": machine.dtype_name(self.skeleton.dtype),
+                "activations": machine.activations_name(self.activations, self.skeleton.dtype),
+            },
+            "inputs": inputs,
+            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        }
+
+    def _text_identity(self) -> dict[str, Any]:
+        return (
+            text_identity(self.text, self.config.model) if isinstance(self.text, Text) else {"calibration": self.text}
+        )
+
+    def forecast(self) -> Resources:
+        """What it takes, given what this machine has free; of several ranks, what each takes, given what the poorest has."""
+        disk = files.free_bytes(self.cache)
+        disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.here
+        rooms = self.ranks.gather({**self._room, "disk_limit": disk})
+        found = forecast(
+            self.skeleton,
+            self.needs,
+            **{name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]},
+        )
+        return replace(
+            found,
+            steps=sum(stretch.steps for stretch in self._schedule(found.phases)),
+            ratio_missed=self.goal.foreseen(self._planned, self._counted_tokens),
+        )
+
+    @cached_property
+    def goal(self) -> Goal:
+        """What the result is held against: the ratio or, where none was given, the plan."""
+        budget, sites, plan = self.budget(), self.changeable(self.sites), self.given_plan
+        target, slack = budget.target, largest_unit(sites, budget)
+        if plan is not None and self.config.ratio is None:
+            target = sum(
+                (site.units - plan[site.name].keep) * site.unit_parameters + sum(plan[site.name].zeros or ())
+                for site in sites
+            )
+        zeros = self.recipe.writes_zeros(self.settings)
+        if zeros:
+            window = sum(self.skeleton.block_parameters(index) for index in self.window)
+            slack = window - sum(sum(site.linears) for site in sites)
+        what = {
+            "blocks": "the blocks' parameters",
+            "model": "the model's parameters",
+            "window": f"the parameters of blocks {self.window.start}:{self.window.stop}",
+        }[self.config.ratio_of]
+        return Goal(sites, budget, target, slack, what, zeros, None if plan is None else str(self.config.plan))
+
+    @property
+    def _planned(self) -> Mapping[str, int] | None:
+        """Units that stay, where they are known before any work."""
+        whole = self.given_plan is not None or (self.shots == 1 and self.recipe.statistics(self.settings) is None)
+        return self.keeps if whole and not self.recipe.writes_zeros(self.settings) else None
+
+    @property
+    def _counted_tokens(self) -> int | None:
+        """Calibration tokens, where it is counted how many reach each expert."""
+        counted = self.statistics or self.recipe.wants_gram(self.settings)
+        return self.config.samples * self.length if counted else None
+
+    @property
+    def _room(self) -> dict[str, int]:
+        return machine.room(self.device, self.config.memory, self.config.memory_host or 0, self.ranks)
+
+    def first_sweep(self, sizes: Sizes) -> list[Any]:
+        """All that tells the sweep of the first shot's survey, made with these sizes, from other jobs' sweeps."""
+        deciding = ("samples", "seq_len", "seed", "dtype", "activations")
+        settings = {k: v for k, v in self.header["settings"].items() if k in deciding}
+        gradients = self.needs.gradients
+        labels = gradients and self.recipe.draws_labels(self.settings)
+        return [gradients, labels, settings, self.header["inputs"], self.header["versions"], list(sizes)]
+
+    def shared_survey(self, sizes: Sizes) -> Path | None:
+        """Where the findings of the first shot, made with these sizes, lie for jobs that would find the same."""
+        if self.config.surveys is None or self.given_plan is not None or not self.surveys or self.ranks.size > 1:
+            return None
+        same = [self.recipe.name, asdict(self.settings), *self.first_sweep(sizes)]
+        key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+        return self.config.surveys.absolute() / f"{self.recipe.name}-{key}"
+
+    def shot_folder(self, number: int) -> Path:
+        """Where the checkpoint goes that a shot makes."""
+        return self.staging if number == self.shots else self.folder / f"shot-{number:02}"
+
+    @property
+    def places(self) -> dict[str, Path]:
+        surveys = {} if self.config.surveys is None else {"surveys": self.config.surveys.absolute() / "one"}
+        return {**super().places, **surveys}
+
+    # Opening, resuming, ending.
+
+    def differs(self, report: Entry) -> str | None:
+        given = self.given_plan.digest() if self.given_plan else None
+        if difference := super().differs(report):
+            return difference
+        return None if given == report["plan_given"] else f"by plan {report['plan_given']}, not {given}"
+
+    def start(self, restart: bool) -> None:
+        """Begin, or find out where an earlier process stopped.
+
+        Raises:
+            ResumeError: started with other settings, inputs or versions.
+        """
+        self.journal = Journal(self.journal_path, ranks=self.ranks)
+        start = self.journal.header
+        if start is None or restart:
+            start = self._begin()
+        else:
+            self.check_same(start)
+            # A plan may come later, by --plan-only and --plan; it cannot go again.
+            if start["plan"] and not self.given_plan:
+                raise ResumeError("plan is not given; this job was started with one; --restart starts over")
+            if start["shots"] != self.shots:
+                raise ResumeError(
+                    f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
+                )
+            if start["ranks"] != self.ranks.size:
+                raise ResumeError(
+                    f"{self.ranks.size} processes share the samples; this job was started with {start['ranks']}; --restart starts over"
+                )
+            self._check_memory(start["resources"])
+            self.resumed = len(list(self.journal.steps())) > 0
+        self.batch: int = start["resources"]["batch"]
+        self.backward_batch: int = start["resources"]["backward_batch"]
+        self.grams: GramPlace = start["resources"]["grams"]
+        self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
+        self.boundary_every: int = start["resources"]["boundary_every"]
+        self.skeleton.copies_ahead = copies_ahead(self.skeleton, self.needs, self.sizes, self._room["device_limit"])
+
+    def _begin(self) -> Entry:
+        """Check whatever can be known beforehand; then, and only then, let go of what was there."""
+        self.check_folder()
+        resources = self.forecast().require()
+        self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
+        if self.needs_text and not self.writes_text:
+            _ = self.tokens
+        check_companions(self.config.model, self.skeleton.vocabulary, self.progress, required=self._may_need_loader)
+        header = self.header
+        self._check_agreed()
+        sources = self.read_sources()
+        self.let_go()
+        if self.needs_text:
+            self.make_cache()
+        self.journal = Journal(self.journal_path, ranks=self.ranks)
+        return self.journal.append(
+            "start",
+            job=header,
+            sources=sources,
+            cache=self.cache_given,
+            plan="given" if self.given_plan else None,
+            shots=self.shots,
+            replaces=self.report_in_out() is not None,
+            ranks=self.ranks.size,
+            resources={
+                name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
+            },
+            schedule=as_entries(self._schedule(resources.phases)),
+        )
+
+    @property
+    def _may_need_loader(self) -> bool:
+        """Whether the result may be no stock checkpoint, and so has to name its tokenizer's class."""
+        if self.recipe.writes_zeros(self.settings):
+            return not write.fits_stock(self.skeleton, self.sites)
+        return self.skeleton.layout is not UNIFORM
+
+    def _check_agreed(self) -> None:
+        """See that all ranks were asked the same of the same model, text and versions."""
+        if difference := first_difference(self.ranks.told(lambda: self.header), self.header):
+            raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
+
+    def _schedule(self, operations: Mapping[str, int]) -> list[Stretch]:
+        """The steps to come, with the forecast's operations by phase."""
+        depth, correction = len(self.skeleton), self.recipe.correction(self.settings)
+        found = [Stretch("calibrate", 1, operations["calibrate"])] if self.writes_text else []
+        for number in range(1, self.shots + 1):
+            survey = {"forward": depth}
+            if self.needs.gradients:
+                survey |= {"head": 1, "backward": depth}
+            shot = f"shot-{number}"
+            steps = {
+                "embed": int(self.needs_text),
+                **(survey | {"surveyed": 1} if self.surveys else {}),
+                "allocate": 1,
+                "prune": depth,
+                "pruned": 1,
+                "correct": correction.steps if correction else 0,
+                "finished": 1,
+            }
+            for step, count in steps.items():
+                # A plan, or another job's survey, makes what is missing of the survey unneeded.
+                spared_by = f"{shot}/allocate" if step in survey or step == "surveyed" else None
+                share = operations.get(step, 0) // self.shots
+                found += [Stretch(f"{shot}/{step}", count, share, spared_by)] if count else []
+        return [*found, Stretch("complete")]
+
+    def _check_memory(self, resources: Mapping[str, Any]) -> None:
+        """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
+        if self.config.memory is None:
+            return
+        sizes = resources["batch"], resources["backward_batch"], resources["grams"]
+        needed, limit = self.peak(self.needs, sizes)
+        if limit * SLACK < needed:
+            raise ResourceError(
+                f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
+                f"{sizes[0]} and {sizes[1]}, which need {format_bytes(needed)}; --restart starts over"
+            )
+
+    def peak(self, needs: Needs, sizes: Sizes) -> tuple[int, int]:
+        """Bytes that work with these needs and sizes holds at most, and how many it may."""
+        room = self._room
+        base = room["base"] + room["memory_host"] if self.device.type == "cpu" else 0
+        return base + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
+
+    def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
+        """What `report.json` holds.
+
+        Args:
+            sites: what happened at each of them, in the last shot.
+            removed: parameters that are gone, or zero, by now.
+        """
+        before = self.skeleton.parameters()
+        units = {site.name: site.units for site in self.sites}
+        zeros = sum(site.get("zeros", 0) for site in sites)
+        spent = totals(self.journal)
+        return {
+            "recipe": self.recipe.name,
+            "ratio_requested": self.ratio,
+            "ratio_blocks": removed / self.skeleton.block_parameters(),
+            "ratio_model": removed / before,
+            "ratio_missed": self.goal.missed(removed, sites),
+            "parameters_before": before,
+            "parameters_after": before - removed + zeros,
+            "zeros": zeros,
+            "batch": self.batch,
+            "shots": self.shots,
+            "ranks": self.ranks.size,
+            "plan": plan.digest(),
+            "plan_given": plan.digest() if self.given_plan else None,
+            "job": self.header,
+            "model": hub.origin(self.config.model),
+            "tokens": windows.fingerprint(self.tokens) if self.needs_text else None,
+            "sites": [{**site, "units": units[site["site"]]} for site in sites],
+            "blocks": by_block(self.journal),
+            "forward_equivalents": round(spent["operations"] / self.forward_operations, 4),
+            "sweeps_per_shot": round(spent["operations_by_kind"]["sweeps"] / self.forward_operations / self.shots, 4),
+            **spent,
+            **peaks(self.journal),
+        }
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Calibration windows (samples, length); those that the model writes are there once they are journalled."""
+        if self.text == "self":
+            line = self.journal.find("calibrate")
+            assert line is not None
+            return load_shard(self.written_path, line["sha256"])["tokens"]
+        vocabulary, samples, seed = self.skeleton.vocabulary, self.config.samples, self.config.seed
+        if self.text == "random-tokens":
+            return windows.random_windows(vocabulary, samples, self.length, seed)
+        tokenizer = load_tokenizer(self.config.model, vocabulary)
+        return windows.sample(tokenizer, self.text, vocabulary, samples, self.length, seed, self.progress)
+
+    @property
+    def published(self) -> bool:
+        """Whether the result has its final name."""
+        return not self.staging.is_dir() and self.report_in_out() is not None
+
+    @property
+    def part(self) -> slice:
+        """The samples that are this rank's."""
+        return self.ranks.samples(self.config.samples)
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        """Inputs of blocks for this rank's samples, for whichever sweep is under way."""
+        shape = self.part.stop - self.part.start, self.length, self.skeleton.width
+        return ActivationStore(
+            self.own_cache,
+            shape,
+            self.skeleton.dtype,
+            self.device,
+            durable=True,
+            stored=self.activations,
+            memory=self.config.memory_host or 0,
+        )
+
+    # What people give.
+
+    def _check_layout(self) -> None:
+        """See that DeciLM's config can say this model at all."""
+        if self.skeleton.layout is not DECILM:
+            return
+        if self.skeleton.architecture.model_type != "llama":
+            raise ConfigError(
+                f"layout is decilm; {self.config.model} is of model_type {self.skeleton.architecture.model_type}, and it must be llama"
+            )
+        for site in self.sites:
+            if site.kind == "ffn" and site.columns % DECILM.multiple:
+                raise ConfigError(
+                    f"layout is decilm; {site.name} is {site.columns} wide, and widths must be multiples of {DECILM.multiple}"
+                )
+
+    def _window(self) -> range:
+        """The blocks that may change."""
+        depth = len(self.skeleton)
+        start, stop = self.config.blocks or (0, depth)
+        if stop > depth:
+            raise ConfigError(
+                f"blocks is {start}:{stop}; {self.config.model} has {depth} blocks, so it must end by {depth}"
+            )
+        if self.skeleton.layout.alike and (start, stop) != (0, depth):
+            raise ConfigError(
+                f"blocks is {start}:{stop}; the {self.config.layout} layout keeps blocks alike, so it needs all of them"
+            )
+        return range(start, stop)
+
+    def _given_plan(self) -> Plan | None:
+        path = self.config.plan
+        if path is None:
+            return None
+        plan = Plan.read(path)
+        plan.check(self.sites, str(path))
+        for site in self.sites:
+            entry, zeros = plan[site.name], sum(plan[site.name].zeros or ())
+            if site.block not in self.window and (entry.keep < site.units or zeros):
+                does = f"has {zeros} zeros" if zeros else f"keeps {entry.keep} of {site.units}"
+                raise ConfigError(
+                    f"{path}: {site.name} {does}; it lies outside blocks {self.window.start}:{self.window.stop}"
+                )
+        if not plan.is_alike([site for site in self.sites if site.family in self.skeleton.layout.alike]):
+            raise ConfigError(
+                f"{path}: blocks keep different widths, which the {self.config.layout} layout cannot hold"
+            )
+        for site in self.sites:
+            kept = plan[site.name]
+            if self.recipe.plans_units(self.settings, site) and kept.units is None and kept.keep < site.units:
+                raise ConfigError(f'{path}: with these settings {site.name} needs "units", not only how many to keep')
+        self.recipe.check_plan(self.settings, self.sites, plan, str(path))
+        return plan
+
+    def _agreed_ratio(self) -> float:
+        asked, planned = self.config.ratio, self.given_plan.ratio if self.given_plan else None
+        if asked is not None and planned is not None and asked != planned:
+            raise ConfigError(f"ratio is {asked:g}; the plan {self.config.plan} was made for {planned:g}")
+        ratio = asked if asked is not None else planned
+        assert ratio is not None
+        return ratio
+
+
+def idle(config: Config) -> dict[str, str]:
+    """Fields of a config that change nothing, each with the reason: those about text where none is read, and what a plan decides.
+
+    Raises:
+        ConfigError: no such recipe, or settings that it does not have.
+    """
+    settings, recipe = parse(config.recipe, config.settings), RECIPES[config.recipe]
+    summed = _surveys(config, recipe, settings) and recipe.statistics(settings)
+    found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
+    if not summed and not _streams(config, recipe, settings):
+        names = ["calibration", "samples", "seq_len", *([] if recipe.seeded else ["seed"])]
+        found |= dict.fromkeys(names, f"{config.recipe} reads no text here")
+    return found
+
+
+def _surveys(config: Config, recipe: Recipe[Any], settings: Any) -> bool:
+    spared = config.plan is not None and not recipe.keeps_findings(settings)
+    return recipe.statistics(settings) is not None and not spared
+
+
+def _streams(config: Config, recipe: Recipe[Any], settings: Any) -> bool:
+    wants = recipe.wants_gram(settings) or recipe.wants_inputs(settings) or recipe.target(settings) is not None
+    return wants or recipe.compensation(settings) is not None or config.refine > 0

@@ -1,0 +1,135 @@
+"""Training in the small: one block's weights, or low-rank updates of them, from its pruned input to its dense output.
+
+Nothing else is in memory. No labels and no end-to-end gradient: mean squared error, Adam, a rate falling linearly to zero. What it costs on top
+of the closed form is counted and reported apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..errors import NumericalError
+from ..jobs.forecast.needs import REFINE_SEQUENCES
+from ..maths.adam import Descent
+from ..maths.flops import kind
+from ..maths.refit import accumulator
+from ..model.block import Arguments, Block
+from ..model.skeleton import Skeleton
+from ..stream.store import ActivationStore
+from ..system.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How a block is refined."""
+
+    steps: int
+    seed: int
+    batch: int
+    """Sequences whose activations are held at once; gradients of a step's micro-batches add up."""
+    keeps_zeros: bool = False
+    """Whether linears' weights that are zero stay so."""
+    rate: float = 3e-4
+    """Adam's, at the first step."""
+    rank: int | None = None
+    """Of the updates that are trained, one a linear; None trains all weights themselves."""
+
+
+@kind("training")
+def refine(
+    skeleton: Skeleton,
+    block: Block,
+    index: int,
+    store: ActivationStore,
+    source: str,
+    target: str,
+    how: Refinement,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Train a block in float32 or better; its masters get what came out, in their stored dtype.
+
+    Args:
+        source, target: boundaries with its inputs and with the outputs it should give.
+        ranks: those that train it together, each with its own samples in its store; gradients are added up every step.
+
+    Returns:
+        For the report: the mean squared errors of the first and of the last tenth of the steps.
+
+    Raises:
+        NumericalError: the loss is no longer finite.
+    """
+    dtype = accumulator(skeleton.dtype)
+    shares = ranks.gather(store.shape[0])
+    samples, before = sum(shares), sum(shares[: ranks.rank])
+    size = min(REFINE_SEQUENCES, samples)
+    generator = torch.Generator().manual_seed((how.seed * 1_000_003 + index) % 2**63)
+    losses: list[float] = []
+    with _trained(block, dtype, how.rank, generator) as weights, torch.enable_grad():
+        descent = Descent(weights, steps=how.steps, rate=how.rate, place=f"block {index}")
+        for step in range(how.steps):
+            drawn = torch.randperm(samples, generator=generator)[:size].tolist()
+            chosen = [row - before for row in drawn if 0 <= row - before < store.shape[0]]
+            total = 0.0
+            for begin in range(0, len(chosen), how.batch):
+                rows = chosen[begin : begin + how.batch]
+                x, y = (
+                    torch.cat([store.read(name, slice(r, r + 1)) for r in rows]).to(dtype) for name in (source, target)
+                )
+                arguments = _cast(skeleton.arguments(x.shape[0], x.shape[1])[index], dtype)
+                loss = F.mse_loss(block(x, arguments), y) * (len(rows) / size)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            total = sum(ranks.gather(total))
+            for weight in weights.values() if ranks.size > 1 else ():
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                ranks.sum(weight.grad)
+            if not torch.isfinite(torch.tensor(total)):
+                raise NumericalError(f"block {index}: the refinement's loss is {total} at step {step}")
+            if how.keeps_zeros:
+                for weight in weights.values():
+                    if weight.dim() == 2 and weight.grad is not None:
+                        weight.grad.masked_fill_(weight == 0, 0)
+            descent.step()
+            losses.append(total)
+        # Ranks on unlike machines may have come to differ in the last digits.
+        for weight in weights.values():
+            weight.data = ranks.share([weight.data], 0, weight.device)[0]
+    return {"refinement": ends(losses)}
+
+
+def ends(losses: Sequence[float]) -> list[float]:
+    """The means of the first and of the last tenth of the steps."""
+    tenth = max(1, len(losses) // 10)
+    return [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])]
+
+
+@contextmanager
+def _trained(
+    block: Block, dtype: torch.dtype, rank: int | None, generator: torch.Generator
+) -> Iterator[Mapping[str, nn.Parameter]]:
+    """What is trained, while open; then it is in the block's weights."""
+    if rank is None:
+        with block.training(dtype) as weights:
+            yield weights
+        return
+    updates = block.updates(rank, dtype, generator)
+    with block.frozen(dtype), block.updated(updates):
+        yield updates
+    block.absorb(updates)
+
+
+def _cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    cast_all: Arguments = tree_map(cast, dict(arguments))
+    return cast_all

@@ -1,0 +1,198 @@
+"""The job as a whole: shot after shot, then the result is published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..jobs.config import Config
+from ..jobs.forecast.memory import generation_batch
+from ..jobs.forecast.resources import Resources
+from ..jobs.journal import Entry
+from ..jobs.meter import metered
+from ..jobs.names import FIGURES
+from ..maths.flops import kind
+from ..model.checkpoint import write_shard
+from ..stream.generate import generate
+from ..system import files
+from ..system.machine import within
+from ..system.progress import Progress
+from ..system.ranks import ALONE, Ranks
+from .job import Job
+from .resume import lost
+from .shot import Shot
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job did."""
+
+    out: str
+    recipe: str
+    ratio_requested: float
+    ratio_blocks: float
+    """Share of the blocks' parameters that went or became zero."""
+    ratio_model: float
+    """Share of the whole model's parameters that went or became zero."""
+    ratio_missed: str | None
+    """Why what went is further than one unit from what was asked, a sentence with both shares and what to do; None if it is not."""
+    parameters_before: int
+    parameters_after: int
+    """What the checkpoint holds, zeros too."""
+    zeros: int
+    """Weights that became zero where shapes stay; 0 where units went."""
+    operations: int
+    """Floating-point operations of the whole job, as `maths.operations` counts them."""
+    forward_equivalents: float
+    """The same in dense forward passes over the calibration set."""
+    operations_by_kind: Mapping[str, int]
+    """What they were for, one entry for each of `maths.operations.KINDS`; empty for a result that an older version made."""
+    sweeps_per_shot: float | None
+    """Dense forward passes that the sweeps of one shot took; None for such a result."""
+    tokens: str | None
+    """The calibration windows' fingerprint; None where no text was read."""
+    seconds: float
+    """Of this process."""
+    peak_device_bytes: int
+    peak_host_bytes: int
+    bytes_read: int
+    """From the checkpoint, by this process."""
+    waited: dict[str, float]
+    """Seconds of the whole job in which nothing was computed, waiting for what was read, written or copied."""
+    busy: dict[str, float]
+    """Seconds of the whole job in which something was read, written or copied, much of it while something was computed."""
+    resumed: bool
+    """Whether an earlier process had done some of the work."""
+
+
+def prune(
+    config: Config,
+    *,
+    restart: bool = False,
+    progress: Progress | None = None,
+    alongside: Sequence[Config] = (),
+    ranks: Ranks = ALONE,
+) -> Result:
+    """Prune a checkpoint directory into another one; a job that was interrupted goes on.
+
+    Args:
+        restart: throw away what an earlier job of the same `out` left, its result too.
+        alongside: jobs to come with the same folder of `surveys`: the sweep of this one's survey serves theirs too.
+        ranks: the processes that share the job, all of which call this (see `joined`); the first one's progress is told.
+
+    Raises:
+        StreamPruneError: see `errors`; `out` is then as it was.
+    """
+    started = time.monotonic()
+    job = Job(config, progress, alongside, ranks)
+    finished = ranks.told(lambda: job.result_there(restart))
+    if finished is None:
+        with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
+            finished = Run(job).work()
+    else:
+        job.tidy()
+    return _result(job, finished, time.monotonic() - started)
+
+
+def plan_only(config: Config, *, restart: bool = False, progress: Progress | None = None, ranks: Ranks = ALONE) -> Path:
+    """Do what comes before the prune sweep and stop: returns the plan file, inside the job's folder.
+
+    `prune` with the same config goes on from there; with `plan` set to an edited copy, by that.
+    """
+    started = time.monotonic()
+    job = Job(config, progress, ranks=ranks)
+    if job.shots > 1:
+        raise ConfigError(
+            f"recipe {job.recipe.name} takes {job.shots} shots with these settings, and every shot makes a plan "
+            "of its own; --plan-only needs one shot"
+        )
+    if ranks.told(lambda: job.result_there(restart)) is not None:
+        raise ConfigError(f"{config.out} is finished; --restart starts over")
+    with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
+        Run(job).prepare()
+    return job.plan_path
+
+
+def forecast_job(config: Config, *, progress: Progress | None = None) -> Resources:
+    """What the job would take, and whether it fits; nothing is written, but for a model that the hub has."""
+    return Job(config, progress).forecast()
+
+
+def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
+    """The report's figures with this process's own."""
+    host, device = job.peaks.most()
+    return Result(
+        out=job.out_given,
+        **{name: report[name] for name in FIGURES},
+        operations_by_kind=report.get("operations_by_kind", {}),
+        sweeps_per_shot=report.get("sweeps_per_shot"),
+        ratio_missed=report.get("ratio_missed"),
+        tokens=report.get("tokens"),
+        seconds=round(seconds, 3),
+        peak_device_bytes=device,
+        peak_host_bytes=host,
+        bytes_read=job.skeleton.checkpoint.bytes_read,
+        waited=report.get("waited", {}),
+        busy=report.get("busy", {}),
+        resumed=job.resumed,
+    )
+
+
+class Run:
+    """An opened job from wherever its journal says."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def work(self) -> Entry:
+        """Shot after shot to the finished OUT; returns the report."""
+        job = self.job
+        self.job.go_back(lambda: lost(self.job))
+        if job.journal.find("complete") is None:
+            self._prepare()
+            for number in range(1, job.shots + 1):
+                shot = Shot(job, number)
+                if shot.finished is None:
+                    if job.shots > 1:
+                        job.progress.say(f"shot {number} of {job.shots}")
+                    shot.work()
+                if number > 1 and job.ranks.first:
+                    files.remove_tree(job.shot_folder(number - 1))
+            assert job.journal.header is not None
+            job.check_sources(job.journal.header)
+            finished = Shot(job, job.shots).finished
+            assert finished is not None
+            job.journal.append("complete", sha256=finished["sha256"])
+        return job.publish()
+
+    def prepare(self) -> None:
+        """What comes before the prune sweep."""
+        self.job.go_back(lambda: lost(self.job))
+        self._prepare()
+        Shot(self.job, 1).prepare()
+
+    def _prepare(self) -> None:
+        if self.job.needs_text and self.job.config.calibration is None:
+            self.job.progress.say(
+                "no --calibration given: using the built-in English sample; text of your own domain does better"
+            )
+        if self.job.writes_text and not self.job.journal.find("calibrate"):
+            self._write_text()
+
+    @kind("writing")
+    def _write_text(self) -> None:
+        """Calibration tokens of the model's own; a killed process's are begun again, and come out the same.
+
+        One generator draws them, so they are the first rank's work alone.
+        """
+        job, digest = self.job, None
+        if job.ranks.first:
+            batch = generation_batch(job.skeleton, job.needs, job.batch, job.backward_batch)
+            folder, samples = job.cache / "generate", job.config.samples
+            tokens = generate(job.skeleton, samples, job.length, job.config.seed, folder, batch, job.progress)
+            digest = write_shard(job.written_path, {"tokens": tokens})
+        job.journal.append("calibrate", sha256=digest)

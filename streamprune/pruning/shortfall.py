@@ -1,0 +1,116 @@
+"""Whether what a job removes is what it was asked to remove, to within one unit, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..model.site import Site
+from ..recipes.allocation import Budget
+
+REMEDY = "raise --samples or --seq-len"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a job is to remove."""
+
+    sites: Sequence[Site]
+    """Those that may change."""
+    budget: Budget
+    target: int
+    """Parameters to remove, or to make zero."""
+    slack: int
+    """Parameters by which a result may differ: one unit's, or where shapes stay those that lie in no linear."""
+    what: str
+    """What the ratio counts, for people."""
+    zeros: bool
+    """Whether shapes stay and weights become zero."""
+    plan: str | None
+    """The plan file that decides, if one was given."""
+
+    def missed(self, gone: int, reports: Sequence[Mapping[str, Any]]) -> str | None:
+        """Why `gone` parameters are not the target; None if they are.
+
+        Args:
+            reports: what happened at each site, as in ``report.json``.
+        """
+        if abs(self.target - gone) <= self.slack:
+            return None
+        experts = {site.name for site in self.sites if site.expert is not None}
+        alone = [report for report in reports if report.get("left_alone") and report["site"] in experts]
+        done = "made zero" if self.zeros else "removed"
+        if not alone:
+            return self._said(gone, done, self._steps())
+        least = min(alone, key=lambda report: int(report["tokens"]))
+        return self._said(
+            gone,
+            done,
+            f"{len(alone)} of {len(experts)} experts keep all their channels, because fewer calibration tokens reached "
+            f"them than they have channels ({least['site']}: {least['tokens']} tokens, {least['kept']} channels); {REMEDY}",
+        )
+
+    def foreseen(self, keeps: Mapping[str, int] | None, tokens: int | None) -> str | None:
+        """Why the target cannot be met, as far as that is certain before any work.
+
+        Args:
+            keeps: units to keep by site, where they are known.
+            tokens: calibration tokens; None where nobody counts how many reach an expert.
+        """
+        most = 0
+        capped: tuple[int, int, int] | None = None
+        experts: dict[int, list[Site]] = {}
+        for site in self.sites:
+            if site.expert is None:
+                most += self._removable(site, keeps)
+            else:
+                experts.setdefault(site.block, []).append(site)
+        for each in experts.values():
+            reached, columns = len(each), min(site.columns for site in each)
+            if tokens is not None:
+                visits = round(tokens * sum(site.share for site in each))
+                reached = min(reached, visits // columns) if tokens >= columns else 0
+            if reached < len(each):
+                capped = reached, len(each), columns
+            most += sum(sorted((self._removable(site, keeps) for site in each), reverse=True)[:reached])
+        if self.target - most <= self.slack:
+            return None
+        reason = self._steps()
+        if capped is not None:
+            reason = (
+                f"of {tokens} calibration tokens at most {capped[0]} of a block's {capped[1]} experts can see as many as "
+                f"they have channels ({capped[2]}), and the other experts keep all their channels; {REMEDY}"
+            )
+        return self._said(most, f"can {'make zero' if self.zeros else 'remove'} at most", reason)
+
+    def _removable(self, site: Site, keeps: Mapping[str, int] | None) -> int:
+        if self.zeros:
+            return sum(site.linears)
+        if keeps is not None:
+            return (site.units - keeps[site.name]) * site.unit_parameters
+        least = 1 if site.kind == "attention" else min(site.units, self.budget.round_to)
+        return (site.units - min(site.choices or (least,))) * site.unit_parameters
+
+    def _steps(self) -> str:
+        if self.plan is not None:
+            return f"the plan {self.plan} decides what stays"
+        if self.budget.alike:
+            return "the next step of this layout, the same in all blocks, would remove too much; --layout free has smaller steps"
+        return "no further step fits; a smaller --round-to has smaller steps"
+
+    def _said(self, gone: int, verb: str, reason: str) -> str:
+        whole = self.budget.parameters
+        return f"{verb} {gone / whole:.2%} of {self.what} instead of {self.target / whole:.2%}: {reason}"
+
+
+def largest_unit(sites: Sequence[Site], budget: Budget) -> int:
+    """Parameters of one unit of the largest site, of `round_to` FFN channels, or of as many in every block that is to be alike."""
+    sizes: dict[str, int] = {}
+    for site in sites:
+        if site.choices == (site.units,):
+            continue
+        alike = site.family if site.family in budget.alike else site.name
+        size = site.unit_parameters * (1 if site.kind == "attention" else budget.round_to)
+        sizes[alike] = sizes.get(alike, 0) + size
+    return max(sizes.values(), default=0)

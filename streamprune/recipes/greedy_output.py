@@ -1,0 +1,177 @@
+"""Greedy Output Approximation (Li et al., CPAL 2025).
+
+*Heads*: those whose attention maps are like another's go first, by mean Jensen-Shannon divergence (eq. 1) and a threshold
+τ (algorithm 2); with a ratio instead of a τ, τ rises until attention has lost that share. *Channels*: least second
+moment (eq. 4), the same share in every block. *Recovery* (algorithms 1, 3, 4), module after module and before units
+are chosen: the producers to their dense outputs on the pruned stream, then the consumer to its own.
+
+Key/value groups are removed whole; their divergence is the mean over their query heads' (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..maths.divergence import between_units, redundant
+from ..model.site import Site
+from .allocation import Budget, allocate, even_densities
+from .obs import best, kept_columns, obs, obs_work, obs_workspace, others
+from .plan import Plan, SitePlan
+from .recipe import Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, Target
+from .settings import GreedyOutputSettings
+
+
+def divergence(settings: GreedyOutputSettings, surveyed: Surveyed) -> dict[str, Tensor]:
+    """Divergence between every two units of an attention site: (units, units)."""
+    if surveyed.statistics.divergence is None:
+        return {}
+    return {
+        "divergence": between_units(surveyed.statistics.divergence.mean(), surveyed.site.heads // surveyed.site.units)
+    }
+
+
+def candidates(d: Tensor, count: int) -> list[int]:
+    """Units that go first as τ rises, `count` of them; where a rise brings several, those nearest to one that stays.
+
+    Args:
+        d: (units, units).
+    """
+    if not count:
+        return []
+    found = next(found for tau in _thresholds(d) if len(found := redundant(d, tau)) >= count)
+    stays = others(len(d), torch.tensor(found))
+    return sorted(found, key=lambda unit: float(d[unit, stays].min()))[:count]
+
+
+def rising_thresholds(d: Tensor) -> Tensor:
+    """The least τ at which each further unit goes: (units,), ascending, the last as the one before."""
+    taus: list[float] = []
+    for tau in _thresholds(d):
+        taus += [tau] * (len(redundant(d, tau)) - len(taus))
+    return torch.tensor([*taus, taus[-1] if taus else 0.0], dtype=torch.float64)
+
+
+def rising(site: Site, findings: Findings) -> Tensor | None:
+    """The thresholds of an attention site: (units,), ascending."""
+    return rising_thresholds(findings["divergence"]) if site.kind == "attention" else None
+
+
+def _thresholds(d: Tensor) -> list[float]:
+    """Every τ from which on something changes, ascending: just above each divergence."""
+    pairs = torch.tensor(sorted(set(d[~torch.eye(len(d), dtype=torch.bool)].tolist())), dtype=d.dtype)
+    return torch.nextafter(pairs, torch.tensor(torch.inf, dtype=pairs.dtype)).tolist()
+
+
+def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+    """Heads by similarity, then channels, the same share in every block, for what is left of the budget.
+
+    Raises:
+        ConfigError: τ takes more than the ratio, or different numbers of heads where the layout has them alike.
+    """
+    if settings.heads == "second-moment":
+        keep = allocate(sites, even_densities(sites), budget)
+        return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
+    attention = [site for site in sites if site.kind == "attention"]
+    ffn = [site for site in sites if site.kind == "ffn"]
+    divergences = {site.name: survey[site.name]["divergence"] for site in attention}
+    if settings.tau:
+        gone = {
+            site.name: _as_many_as_can_go(site, len(redundant(divergences[site.name], settings.tau)))
+            for site in attention
+        }
+        if "attention" in budget.alike and len(set(gone.values())) > 1:
+            raise ConfigError(
+                f"tau is {settings.tau:g}; it removes {sorted(set(gone.values()))} heads a block, and the layout needs one number"
+            )
+    else:
+        part = _of_attention(sites, budget)
+        keep = allocate(attention, {name: rising_thresholds(d) for name, d in divergences.items()}, part)
+        gone = {site.name: site.units - keep[site.name] for site in attention}
+    removed = sum(gone[site.name] * site.unit_parameters for site in attention)
+    if removed > budget.target:
+        raise ConfigError(
+            f"tau is {settings.tau:g}; the heads it removes are {removed / budget.parameters:.3f} of the parameters, "
+            f"more than the ratio {budget.ratio:g}"
+        )
+    plan = {}
+    for site in attention:
+        units = others(site.units, torch.tensor(candidates(divergences[site.name], gone[site.name]), dtype=torch.int64))
+        plan[site.name] = SitePlan(len(units), tuple(units.tolist()))
+    left = allocate(ffn, even_densities(ffn), replace(budget, gone=budget.gone + removed))
+    return Plan({**plan, **{name: SitePlan(units) for name, units in left.items()}}, budget.ratio)
+
+
+def _of_attention(sites: Sequence[Site], budget: Budget) -> Budget:
+    """The same share of attention as of everything."""
+    whole = sum(site.units * site.unit_parameters for site in sites)
+    own = sum(site.units * site.unit_parameters for site in sites if site.kind == "attention")
+    return Budget(budget.target / whole, own, budget.round_to, budget.alike)
+
+
+def channels(settings: GreedyOutputSettings, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
+    """FFN channels that stay at most: attention loses no more than its share, unless τ decides."""
+    if settings.tau:
+        return {}
+    ffn = [site for site in sites if site.kind == "ffn"]
+    gone = budget.gone + _of_attention(sites, budget).target
+    return allocate(ffn, even_densities(ffn), replace(budget, gone=gone))
+
+
+def _as_many_as_can_go(site: Site, units: int) -> int:
+    return max(site.units - keep for keep in site.choices or range(1, site.units + 1) if site.units - keep <= units)
+
+
+def second_moment(settings: GreedyOutputSettings, problem: Problem, keep: int) -> Tensor:
+    """Units of the largest second moment: (keep,) ascending.
+
+    FFN (eq. 4): ``M_j = ½‖B_:j‖² (A_jᵀ Σ A_j)``, gated the product of (down, up)'s and (down, gate)'s. Attention: the
+    value path as a linear module of each head, whose input is the attention-weighted hidden state; ``A_jᵀ Σ A_j`` is then
+    the second moment of the consumer's input, and a unit's moment the sum of its columns'.
+    """
+    problem.factors.clear()  # that of the target's fit, as large as H
+    energy = problem.w.square().sum(dim=0)
+    if problem.site.kind == "attention":
+        moments = (energy * problem.gram.diagonal().to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
+    else:
+        assert problem.inputs is not None
+        # In logarithms, since products of two moments leave float32's range.
+        inputs = problem.inputs.to(energy)
+        each = [energy * (a @ inputs).mul_(a).sum(dim=1) / 2 for a in problem.producers]
+        moments = torch.stack(each).clamp_min(0).log().sum(dim=0)
+    return best(moments, keep, problem.site.name)
+
+
+def recovered(settings: GreedyOutputSettings, problem: Problem, kept: Tensor) -> Refit:
+    """The consumer's fit, which was made on all columns, brought down to those that stay."""
+    return obs(problem, kept, settings.damping) if settings.recover else kept_columns(problem, kept)
+
+
+GREEDY_OUTPUT = Recipe(
+    name="greedy-output",
+    summary="greedy output approximation: heads by likeness, channels by second moment, two-step recovery",
+    statistics=lambda settings: frozenset({"divergence"}) if settings.heads == "similarity" else None,
+    digest=divergence,
+    curve=lambda settings: Curve("divergence from the most alike", rising) if settings.heads == "similarity" else None,
+    allocate=share_out,
+    select=second_moment,
+    reconstruct=recovered,
+    wants_gram=lambda settings: settings.recover or settings.heads == "second-moment",
+    wants_inputs=lambda settings: True,
+    work=lambda settings, site, keep: (
+        settings.recover * obs_work(site, keep) + (site.kind == "ffn") * 2 * site.outputs * sum(site.linears[:-1])
+    ),
+    foresee=channels,
+    # The inputs' Gram waits for the choice.
+    workspace=lambda settings, site, keep: max(
+        settings.recover * obs_workspace(site, keep),
+        site.outputs**2 + sum(site.linears[:-1]) + max(site.linears[:-1]),
+    ),
+    compensation=lambda settings: settings.damping if settings.recover else None,
+    target=lambda settings: Target(settings.damping, residual=False) if settings.recover else None,
+    plans_units=lambda settings, site: settings.heads == "similarity" and site.kind == "attention",
+)

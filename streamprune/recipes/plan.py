@@ -1,0 +1,162 @@
+"""Units to keep per site: plain data, JSON, for people to read and edit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DiskError, one_line
+from ..model.site import Site
+from ..system import strict_json
+
+FORMAT = "streamprune-plan-1"
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one site keeps."""
+
+    keep: int
+    units: tuple[int, ...] | None = None
+    """Which ones, ascending; None leaves the choice to the recipe's selection."""
+    zeros: tuple[int, ...] | None = None
+    """Where shapes stay: weights that become zero in each linear, the producers in order and the consumer last."""
+
+
+class Plan(Mapping[str, SitePlan]):
+    """Site names to what they keep.
+
+    Args:
+        kept: one entry a site.
+        ratio: the share of block parameters it was made to remove.
+    """
+
+    def __init__(self, kept: Mapping[str, SitePlan], ratio: float) -> None:
+        self._kept = dict(kept)
+        self.ratio = ratio
+
+    def __getitem__(self, name: str) -> SitePlan:
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def to_json(self) -> str:
+        """The plan file's text, one line a site."""
+        lines = []
+        for name, entry in self._kept.items():
+            value: dict[str, Any] = {"keep": entry.keep}
+            for field in ("units", "zeros"):
+                if getattr(entry, field) is not None:
+                    value[field] = list(getattr(entry, field))
+            lines.append(f"    {json.dumps(name)}: {json.dumps(value)}")
+        body = ",\n".join(lines)
+        return f'{{\n  "format": "{FORMAT}",\n  "ratio": {json.dumps(self.ratio)},\n  "sites": {{\n{body}\n  }}\n}}\n'
+
+    def digest(self) -> str:
+        """What tells it from another plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """A plan file; `check` it against the model before use.
+
+        Raises:
+            ConfigError: unreadable, or not a plan.
+        """
+        try:
+            text = strict_json.read_text(path)
+        except (FileNotFoundError, DiskError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the plan {path}: {one_line(error)}") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Plan:
+        """A plan from its JSON text.
+
+        Raises:
+            ConfigError: not a plan.
+        """
+        try:
+            data = strict_json.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{where} is not JSON: {one_line(error)}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("sites"), dict):
+            raise ConfigError(f'{where} is not a plan: it needs "format": "{FORMAT}" and "sites"')
+        ratio = data.get("ratio")
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+            raise ConfigError(f"{where}: ratio is {ratio!r}; it must be in (0, 1)")
+        kept = {}
+        for name, value in data["sites"].items():
+            value = value if isinstance(value, dict) else {}
+            keep, units, zeros = value.get("keep"), value.get("units"), value.get("zeros")
+            if isinstance(keep, bool) or not isinstance(keep, int):
+                raise ConfigError(f'{where}: {name} needs "keep", a whole number')
+            for field, listed in (("units", units), ("zeros", zeros)):
+                if listed is None:
+                    continue
+                if not isinstance(listed, list) or any(isinstance(u, bool) or not isinstance(u, int) for u in listed):
+                    raise ConfigError(f'{where}: "{field}" of {name} must be a list of whole numbers')
+            if units is not None and (len(units) != keep or sorted(set(units)) != units):
+                raise ConfigError(
+                    f'{where}: {name} keeps {keep}, so "units" must be {keep} different numbers, ascending'
+                )
+            kept[name] = SitePlan(keep, *(None if listed is None else tuple(listed) for listed in (units, zeros)))
+        return cls(kept, float(ratio))
+
+    def check(self, sites: Sequence[Site], where: str) -> None:
+        """Hold the plan against a model.
+
+        Raises:
+            ConfigError: a site missing or unknown, a count or unit out of range.
+        """
+        names = {site.name for site in sites}
+        for name in self._kept.keys() - names:
+            raise ConfigError(f"{where}: the model has no site {name!r}")
+        for site in sites:
+            if site.name not in self._kept:
+                raise ConfigError(f"{where}: {site.name} is missing")
+            entry = self[site.name]
+            if not 1 <= entry.keep <= site.units:
+                raise ConfigError(f"{where}: {site.name} keeps {entry.keep}; it must be 1 to {site.units}")
+            if entry.units and not (entry.units[0] >= 0 and entry.units[-1] < site.units):
+                raise ConfigError(f'{where}: "units" of {site.name} must lie between 0 and {site.units - 1}')
+            if entry.zeros is not None:
+                _check_zeros(site, entry, where)
+            if site.choices is not None and entry.keep not in site.choices:
+                reason = "no unit of it can go" if site.choices == (site.units,) else "a stock config cannot say so"
+                raise ConfigError(f"{where}: {site.name} keeps {entry.keep} of {site.units}; {reason}")
+
+    def is_alike(self, sites: Sequence[Site]) -> bool:
+        """Whether all sites of each family end with the same width."""
+        widths = {(site.family, self[site.name].keep * site.width) for site in sites}
+        return len(widths) == len({site.family for site in sites})
+
+
+def units_only(sites: Sequence[Site], plan: Plan, where: str) -> None:
+    """Refuse a plan that writes zeros.
+
+    Raises:
+        ConfigError: a site has some.
+    """
+    for site in sites:
+        if plan[site.name].zeros is not None:
+            raise ConfigError(f'{where}: {site.name} has "zeros"; with these settings whole units go')
+
+
+def _check_zeros(site: Site, entry: SitePlan, where: str) -> None:
+    zeros = entry.zeros or ()
+    if len(zeros) != len(site.linears):
+        raise ConfigError(
+            f'{where}: "zeros" of {site.name} has {len(zeros)} numbers; the site has {len(site.linears)} linears'
+        )
+    for count, weights in zip(zeros, site.linears, strict=True):
+        if not 0 <= count <= weights:
+            raise ConfigError(f'{where}: "zeros" of {site.name} says {count}; that linear has {weights} weights')

@@ -1,0 +1,243 @@
+"""The LLM Surgeon (van der Ouderaa et al., ICLR 2024).
+
+*Curvature*: both Kronecker factors of every linear, ``F ≈ G ⊗ A``, by one forward and one backward sweep (section 3.1).
+*Costs* of rows and columns, or of elements (eq. 10), and one global threshold on cost a parameter (3.3); a unit costs its
+consumer columns and its producer rows (ours: the columns of a head together, by eq. 7). *Correlated updates* of what
+stays (eqs. 11 and 12). *Multi-shot*: a linear
+schedule, curvature estimated anew for each shot (3.5). Structures: units, single weights, M:N.
+
+The factors that the updates need wait on the disk until the threshold is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..maths.kfac import best_step, column_costs, damped, element_costs, group_costs, remove_columns, remove_elements
+from ..maths.refit import inverse, lowers_error, refit_as_stored, unit_columns
+from ..maths.triangular import inverse_work
+from ..model.site import Site
+from . import masks
+from .allocation import Budget, allocate
+from .obs import best, others
+from .plan import Plan, SitePlan
+from .recipe import Correction, Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed
+from .settings import UNITS, SurgeonSettings
+
+
+def shots(settings: SurgeonSettings, ratio: float) -> int:
+    """How many shots."""
+    if settings.shots:
+        return settings.shots
+    return max(1, round(80 * ratio)) if settings.structure == UNITS else 5
+
+
+def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
+    """The site's factors, and what the threshold needs: the units' costs, or a histogram of the weights'."""
+    site, statistics = surveyed.site, surveyed.statistics
+    grams = {"a": statistics.inputs, "a.consumer": statistics.gram, "g.consumer": statistics.gradient}
+    grams |= {f"g.{i}": gram for i, gram in enumerate(statistics.producers)}
+    factors = {}
+    for name, gram in grams.items():
+        assert gram is not None
+        factors[name] = gram.mean(f"{site.name}, {name}")[0]
+    linears = _linears(factors, surveyed.w, surveyed.producers)
+    if settings.structure != UNITS:
+        costs = (element_costs(w, g, a) for w, g, a, _ in _inverses(settings, linears, site))
+        return {**factors, **masks.histograms(costs, settings.structure, site.name)}
+    *producers, (w, g, a) = linears
+    price = group_costs if settings.joint else _single_costs
+    cost = price(w, *_sides(settings, w, g, a, site), site.units)
+    for w, g, a in producers:
+        cost = cost + price(w.T, *_sides(settings, w, a, g, site), site.units)
+    return {**{name: factors[name] for name in _needed(settings, site)}, "costs": cost.double()}
+
+
+def _needed(settings: SurgeonSettings, site: Site) -> list[str]:
+    """The factors that `update` reads of a site."""
+    producers = [f"g.{i}" for i in range(len(site.linears) - 1)]
+    if settings.structure != UNITS:
+        return ["a", "a.consumer", "g.consumer", *producers]
+    return ["a.consumer", *(producers if settings.update_rows else ())]
+
+
+def findings(settings: SurgeonSettings, site: Site) -> int:
+    """Numbers that wait on the disk: of all factors, and of histograms."""
+    return _factor_numbers(settings, site) + masks.findings(settings.structure, site)
+
+
+def _factor_numbers(settings: SurgeonSettings, site: Site) -> int:
+    d = site.outputs  # of the residual stream, which the producers read and the consumer writes
+    sides = {"a": d, "a.consumer": site.columns, "g.consumer": d}
+    sides |= {f"g.{i}": weights // d for i, weights in enumerate(site.linears[:-1])}
+    return sum(sides[name] ** 2 for name in _needed(settings, site))
+
+
+def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
+    """Operations of `update`."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != UNITS:
+        # Beside the inverses what the multipliers are spread by; the subsets' own depend on what goes.
+        return 2 * inverse_work(d) + sum(inverse_work(n) + 2 * n * d * (n + d) for n in sides)
+    gone, total = (site.units - keep) / site.units, 0.0
+    for n in sides if settings.update_rows else sides[-1:]:
+        s = gone * n
+        total += inverse_work(n) + s**3 / 3 + 2 * d * s * (s + n)
+    return total
+
+
+def digest_work(settings: SurgeonSettings, site: Site) -> float:
+    """Operations of `digest`."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != UNITS:
+        return 2 * inverse_work(d) + sum(inverse_work(n) for n in sides)
+    return sum(inverse_work(n) + 2 * d * d * n + 2 * n * d * n / site.units for n in sides)
+
+
+def workspace(settings: SurgeonSettings, site: Site, keep: int) -> int:
+    """Numbers that `update` holds: factors, their inverses and, of elements, both scaled; a unit's rows of the inverse."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    if settings.structure != UNITS:
+        return _factor_numbers(settings, site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
+    return max(3 * n * n + 3 * n * d for n in (sides if settings.update_rows else sides[-1:]))
+
+
+def digest_workspace(settings: SurgeonSettings, site: Site) -> int:
+    """Numbers that `digest` holds: all weights, and of one linear the inverses and what costs are made of."""
+    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+    return sum(site.linears) + max(n * n + d * d + 3 * n * d for n in sides)
+
+
+def _single_costs(w: Tensor, g: Tensor, a_inverse: Tensor, units: int) -> Tensor:
+    return column_costs(w, g, a_inverse).view(units, -1).sum(dim=1)
+
+
+def threshold(settings: SurgeonSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+    """One global threshold."""
+    if settings.structure != UNITS:
+        return masks.count_zeros(sites, survey, budget, settings.structure)
+    costs = {site.name: survey[site.name]["costs"] for site in sites}
+    keep = allocate(sites, {site.name: densities(site, survey[site.name]) for site in sites}, budget)
+    return Plan(
+        {name: SitePlan(units, tuple(best(costs[name], units, name).tolist())) for name, units in keep.items()},
+        budget.ratio,
+    )
+
+
+def densities(site: Site, findings: Findings) -> Tensor:
+    """Cost a parameter of each unit, the cheapest first: (units,)."""
+    return findings["costs"].sort().values / site.unit_parameters
+
+
+def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
+    """The correlated updates of all linears of the site."""
+    site = problem.site
+
+    def factor(name: str) -> Tensor:
+        return problem.findings[name].to(problem.w.dtype)
+
+    if problem.zeros is not None:
+        factors = {name: factor(name) for name in _needed(settings, site)}
+        linears = _linears(factors, problem.w, problem.producers)
+        return _without_elements(settings, problem, linears)
+    consumer, damping = _updated(settings, problem, problem.w, factor("a.consumer"), kept)
+    if not settings.update_rows:
+        return Refit(consumer, damping)
+    producers, dampings = [], [damping]
+    for i, w in enumerate(problem.producers):
+        rows, took = _updated(settings, problem, w.T, factor(f"g.{i}"), kept)
+        stays = unit_columns(kept.to(w.device), len(w) // site.units)
+        producers.append(torch.zeros_like(w).index_copy_(0, stays, rows.T))
+        dampings.append(took)
+    return Refit(consumer, max((each for each in dampings if each is not None), default=None), tuple(producers))
+
+
+def _without_elements(
+    settings: SurgeonSettings, problem: Problem, linears: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Refit:
+    """The correlated updates of single weights, of all linears."""
+    assert problem.zeros is not None
+    place, used, weights, steps = problem.site.name, settings.damping, [], []
+    each = zip(linears, _inverses(settings, linears, problem.site), problem.zeros, strict=True)
+    for (_, g, a), (w, g_inverse, a_inverse, took), zeros in each:
+        gone = masks.mask(element_costs(w, g_inverse, a_inverse), zeros, settings.structure, place)
+        updated, ridge = remove_elements(w, g_inverse, a_inverse, gone, at_most=settings.correlated, place=place)
+        updated, step = best_step(w, updated, gone, g, a)
+        weights.append(updated)
+        steps.append(step)
+        used = max(used, took, ridge)
+    *producers, consumer = weights
+    return Refit(consumer, used, tuple(producers), step=min(steps))
+
+
+def _updated(
+    settings: SurgeonSettings, problem: Problem, w: Tensor, factor: Tensor, kept: Tensor
+) -> tuple[Tensor, float | None]:
+    """The columns of `w` that stay, after the correlated update, and the damping that it took."""
+    site, device = problem.site, w.device
+    width = len(factor) // site.units
+    removed, stays = (unit_columns(each.to(device), width) for each in (others(site.units, kept), kept))
+    inverted, used = inverse(factor, settings.damping, site.name, device=device)
+    updated, ridge = remove_columns(w, inverted, removed, site.name)
+    del inverted
+    updated = updated[:, stays]
+    if not ridge and lowers_error(w, factor, updated, stays, problem.stored):
+        return updated, used
+    # The same update from a factor of what stays, without an inverse: rounding does it less harm.
+    return refit_as_stored(w, factor, stays, used, problem.stored, site.name)
+
+
+def _linears(
+    factors: Mapping[str, Tensor], consumer: Tensor, producers: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(W, G, A) of each linear, the consumer last."""
+    factors = {name: factor.to(consumer.dtype) for name, factor in factors.items()}
+    each = [(w, factors[f"g.{i}"], factors["a"]) for i, w in enumerate(producers)]
+    return [*each, (consumer, factors["g.consumer"], factors["a.consumer"])]
+
+
+def _inverses(
+    settings: SurgeonSettings, linears: Sequence[tuple[Tensor, Tensor, Tensor]], site: Site
+) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """(W, G⁻¹, A⁻¹) of each linear, where W is, and the larger damping that they took; producers share one A⁻¹."""
+    of: Tensor | None = None
+    for w, g, a in linears:
+        if a is not of:
+            of, (a_inverse, other) = a, inverse(a, settings.damping, site.name, device=w.device)
+        g_inverse, one = inverse(g, settings.damping, site.name, device=w.device)
+        yield w, g_inverse, a_inverse, max(one, other)
+
+
+def _sides(settings: SurgeonSettings, w: Tensor, kept: Tensor, removed: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """What a structure costs by, where W is: the damped factor of the side that stays whole, and the other's inverse."""
+    inverted = inverse(removed, settings.damping, site.name, device=w.device)[0]
+    return damped(kept, settings.damping, device=w.device), inverted
+
+
+SURGEON = Recipe(
+    name="surgeon",
+    summary="LLM Surgeon: K-FAC curvature, one global threshold, correlated updates, many shots; units or weights",
+    statistics=lambda settings: frozenset({"factors"}),
+    digest=digest,
+    allocate=threshold,
+    curve=lambda settings: Curve("loss a parameter", densities) if settings.structure == UNITS else None,
+    select=lambda settings, problem, keep: torch.arange(keep),
+    reconstruct=update,
+    shots=shots,
+    correction=lambda settings: (
+        Correction(settings.lora_steps, settings.lora_rank, settings.lora_rate) if settings.lora_steps else None
+    ),
+    plans_units=lambda settings, site: settings.structure == UNITS,
+    keeps_findings=lambda settings: True,
+    findings=findings,
+    work=work,
+    digest_work=digest_work,
+    workspace=workspace,
+    digest_workspace=digest_workspace,
+    check=masks.check_structure,
+    check_plan=masks.check_plan,
+    writes_zeros=lambda settings: settings.structure != UNITS,
+)

@@ -1,0 +1,1 @@
+"""Files, devices, threads, signals, processes: nothing about models."""

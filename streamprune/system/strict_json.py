@@ -1,0 +1,103 @@
+"""JSON from others' hands: one meaning only, and nothing that could not be written back.
+
+Python's reader takes the last of two equal keys, numbers that JSON does not have, and halves of surrogate pairs, which no
+UTF-8 file can hold. Another reader of the same file may take the first key: what two programs read differently is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import CheckpointError, DiskError, one_line
+from . import files
+from .directory import check_pointer
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_text(path: Path) -> str:
+    """A regular file's text in UTF-8.
+
+    Raises:
+        FileNotFoundError: not there.
+        DiskError: not readable, or no regular file.
+        UnicodeDecodeError: not UTF-8.
+    """
+    return files.read_bytes(path).decode("utf-8")
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: no JSON, a key twice in one object, NaN, Infinity or a number beyond float64, half a surrogate
+            pair, or nested too deeply.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_members, parse_constant=_constant, parse_float=_number)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a string has half a surrogate pair, which is no text") from None
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable, a Git LFS pointer, not an object, or nothing that `parse` takes.
+    """
+    try:
+        value = parse(read_text(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except DiskError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
+        check_pointer(path)
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def finite(value: Any) -> Any:
+    """A JSON value in which null stands for what JSON has no number for, however deep."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON file durably, indented; `finite`, so that `read_json` takes it. Returns its digest."""
+    return files.write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond what a number can be")
+    return value

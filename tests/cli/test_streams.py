@@ -1,0 +1,136 @@
+"""What becomes of a job whose terminal is closed, or whose output nobody reads any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import contents
+from kills.life import Forked
+from kills.scenario import SCENARIOS, Inputs
+from streamprune_cli.streams import Lasting
+
+from streamprune.system import signals
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs.make(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def expected(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What `run` makes, watched to its end."""
+    folder = tmp_path_factory.mktemp("watched")
+    ended = Forked(SCENARIOS["sobp"].arguments(inputs), folder).wait()
+    assert ended.code == 0, ended.err
+    return contents(folder / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("redirected", "code"),
+    [
+        ("<&- >&- 2>&-", 0),
+        ("2> >(head -n 1)", 0),
+        # Nobody was told of the result; told again, the command has it at once.
+        ("> >(exec <&-)", 1),
+        (">/dev/full", 1),
+    ],
+)
+def test_the_job_goes_on_without_its_readers(
+    redirected: str, code: int, inputs: Inputs, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    arguments = SCENARIOS["sobp"].arguments(inputs)
+    script = f'"$@" {redirected}'
+    ended = subprocess.run(
+        ["bash", "-c", script, "bash", sys.executable, "-m", "streamprune_cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == code, ended.stderr
+    assert contents(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_said_is_lost_and_nothing_else() -> None:
+    reading, writing = os.pipe()
+    with Lasting(writing, "w") as stream:
+        assert stream.write(b"heard") == 5
+        assert os.read(reading, 99) == b"heard"
+        os.close(reading)
+        assert stream.write(b"not heard") == 9
+
+
+CLOSED = """
+import os, sys
+from streamprune_cli.streams import settle
+
+settle()
+print("to nobody", file=sys.stderr)
+print("to nobody")
+os.write(2, b"to nobody")
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+assert file > 2, file
+assert [os.readlink(f"/proc/self/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
+"""
+
+
+def test_no_file_gets_the_number_of_a_stream(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", CLOSED, str(tmp_path / "file")], check=False
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+# A closed terminal.
+
+
+@pytest.fixture
+def asked() -> Callable[..., tuple[bool, int]]:
+    """Send this process signals while it can be asked: whether it was, and how often it was told."""
+
+    def send(*numbers: signal.Signals) -> tuple[bool, int]:
+        told: list[int] = []
+        before = [signal.getsignal(number) for number in signals.SIGNALS + signals.HANGUPS]
+        with signals.asked_by_signals(lambda: told.append(1)) as stop:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            found = stop(), len(told)
+        assert [signal.getsignal(number) for number in signals.SIGNALS + signals.HANGUPS] == before
+        return found
+
+    return send
+
+
+def test_a_closed_terminal_asks_however_often_it_says_so(asked: Callable[..., tuple[bool, int]]) -> None:
+    assert asked(signal.SIGHUP, signal.SIGHUP, signal.SIGHUP) == (True, 1)
+    assert asked(signal.SIGTERM, signal.SIGHUP) == (True, 1)
+
+
+def test_behind_a_closed_terminal_another_signal_ends_at_once(asked: Callable[..., tuple[bool, int]]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            asked(signal.SIGHUP, signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_nohup_is_respected(asked: Callable[..., tuple[bool, int]]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert asked(signal.SIGHUP) == (False, 0)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,0 +1,602 @@
+"""The page: its numbers are the report's, its words cannot be markup, and what is not there is said."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import contents
+from safetensors.torch import load_file
+from streamprune_cli import main
+
+import streamprune
+from streamprune.commands.report import charts
+from streamprune.commands.report.account import read_account
+from streamprune.errors import CheckpointError, ConfigError, ResourceError
+from streamprune.jobs.names import job_folder
+from streamprune.pruning.curves import POINTS, sample
+from streamprune.system import machine
+
+Tiny = Callable[..., Path]
+Make = Callable[..., streamprune.Config]
+
+HOSTILE = '"><img src=x onerror=alert(1)>&<script>alert(2)<'
+
+
+class Read(HTMLParser):
+    """A page taken apart: tags with attributes, table rows, tooltips."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.notes: list[str] = []
+        self.words = ""
+        self._cell = self._note = False
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._cell = True
+        elif tag == "title":
+            self.notes.append("")
+            self._note = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = self._cell and tag not in ("td", "th")
+        self._note = self._note and tag != "title"
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+        if self._cell:
+            self.rows[-1][-1] += data
+        if self._note:
+            self.notes[-1] += data
+
+    def ids(self) -> set[str | None]:
+        return {attributes.get("id") for _, attributes in self.tags}
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be written to."""
+    out = tmp_path_factory.mktemp("report") / "pruned"
+    streamprune.prune(
+        streamprune.Config(model=tiny("llama"), out=out, ratio=0.3, calibration=text, samples=6, seq_len=24, round_to=4)
+    )
+    return out
+
+
+@pytest.fixture
+def copied(pruned: Path, tmp_path: Path) -> Path:
+    """To be written to."""
+    return Path(shutil.copytree(pruned, tmp_path / "copied"))
+
+
+def change(out: Path, edit: Callable[[dict[str, Any]], Any], name: str = "report.json") -> Path:
+    value = json.loads((out / name).read_text())
+    edit(value)
+    (out / name).write_text(json.dumps(value))
+    return out
+
+
+# What it says.
+
+
+def test_numbers_are_the_reports(pruned: Path, tmp_path: Path) -> None:
+    page = streamprune.report(pruned, html=tmp_path / "page.html")
+    assert page == tmp_path / "page.html"
+    read, report = Read(page), json.loads((pruned / "report.json").read_text())
+    rows = {row[0]: row[1:] for row in read.rows}
+    for site in report["sites"]:
+        kept, whole, share, error, *_ = rows[site["site"]]
+        assert (int(kept), int(whole)) == (site["kept"], site["units"])
+        assert share == f"{site['kept'] / site['units']:.1%}"
+        assert float(error) == pytest.approx(site["error"], abs=1e-6)
+    kept = {site["site"]: site for site in report["sites"]}
+    for block in range(3):
+        for kind in ("attention", "ffn"):
+            site = kept[f"blocks.{block}.{kind}"]
+            share = site["kept"] / site["units"]
+            assert f"block {block}: {site['kept']:,} of {site['units']:,} kept, {share:.1%}" in read.notes
+    assert f"{report['ratio_blocks']:.2%}" in read.words
+    assert (
+        f"{report['parameters_before'] - report['parameters_after']:,} of {report['parameters_before']:,}" in read.words
+    )
+
+
+def test_bars_are_as_high_as_what_was_kept(pruned: Path, tmp_path: Path) -> None:
+    read = Read(streamprune.report(pruned, html=tmp_path / "page.html"))
+    report = json.loads((pruned / "report.json").read_text())
+    for kind in ("attention", "ffn"):
+        heights = [float(a["height"] or 0) for tag, a in read.tags if tag == "rect" and a.get("class") == kind]
+        whole = [float(a["height"] or 0) for tag, a in read.tags if tag == "rect" and a.get("class") == "track"]
+        shares = [site["kept"] / site["units"] for site in report["sites"] if site["site"].endswith(kind)]
+        assert heights == pytest.approx([whole[0] * share for share in shares], abs=0.11)
+
+
+def test_every_setting_and_fingerprint_is_there(pruned: Path, tmp_path: Path) -> None:
+    read = Read(streamprune.report(pruned, html=tmp_path / "page.html"))
+    report = json.loads((pruned / "report.json").read_text())
+
+    def leaves(value: Any) -> list[Any]:
+        if isinstance(value, (dict, list)):
+            return [leaf for inner in (value.values() if isinstance(value, dict) else value) for leaf in leaves(inner)]
+        return [value]
+
+    said = {cell for row in read.rows for cell in row[1:]} | {
+        p for row in read.rows for c in row for p in c.split(" · ")
+    }
+    for leaf in [*leaves(report["job"]), report["plan"], report["batch"]]:
+        words = "—" if leaf is None else ("off", "on")[leaf] if isinstance(leaf, bool) else str(leaf)
+        assert words in said, leaf
+
+
+def test_curves_on_the_page_are_the_files(pruned: Path, tmp_path: Path) -> None:
+    read = Read(streamprune.report(pruned, html=tmp_path / "page.html"))
+    curves = json.loads((pruned / "curves.json").read_text())
+    report = json.loads((pruned / "report.json").read_text())
+    assert curves["label"] in read.words
+    for site in report["sites"]:
+        gone = site["units"] - site["kept"]
+        cost = dict(map(tuple, curves["sites"][site["site"]]))[gone]
+        assert f"{site['site']}: cut at {gone} of {site['units']}, where the next unit costs {cost:.3g}" in read.notes
+
+
+def test_perplexity_is_evaluates(pruned: Path, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    page = streamprune.report(pruned, against=tiny("llama"), text=text, seq_len=24, html=tmp_path / "page.html")
+    dense, ours = (streamprune.evaluate(path, text, seq_len=24) for path in (tiny("llama"), pruned))
+    words = Read(page).words
+    assert f"{ours.perplexity:.2f}" in words
+    assert f"{dense.perplexity:.2f} before, {ours.perplexity / dense.perplexity - 1:+.1%}" in words
+    assert ours.protocol in words
+
+
+def test_samples_are_the_likeliest_tokens(pruned: Path, tiny: Tiny, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pruned)
+    prompts = ["to be, or", "the sea"]
+    page = streamprune.report(pruned, against=tiny("llama"), prompts=prompts, tokens=9, html=tmp_path / "page.html")
+    words = Read(page).words
+    for prompt in prompts:
+        written = []
+        for path in (tiny("llama"), pruned):
+            model = streamprune.load(path)
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            start = ids.shape[1]
+            for _ in range(9):
+                with torch.no_grad():
+                    ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+                if int(ids[0, -1]) == 1:
+                    break
+            written.append(ids[0, start:].tolist())
+            assert tokenizer.decode(written[-1], skip_special_tokens=True).strip() in words
+        same = next(
+            (k for k, pair in enumerate(zip(*written, strict=False)) if len(set(pair)) > 1), min(map(len, written))
+        )
+        assert f"The same for {same} of {max(map(len, written))} tokens." in words
+    assert "by its digests the very checkpoint that was pruned" in words
+
+
+def test_samples_end_where_the_context_does(pruned: Path, tiny: Tiny, tmp_path: Path) -> None:
+    endless = tiny("llama", eos_token_id=None)
+    prompts = ["a" * 30, "b" * 60, "c"]
+    html = tmp_path / "page.html"
+    page = streamprune.report(pruned, against=endless, prompts=prompts, html=html)
+    longest = [int(n) for n in re.findall(r"The same for \d+ of (\d+) tokens\.", Read(page).words)]
+    assert longest == [34, 4, 48]
+    shorter = tiny("llama", eos_token_id=None, max_position_embeddings=32)
+    with pytest.raises(
+        ConfigError,
+        match=f"--tokens is 3 after a --prompt of length 30; the context of {re.escape(str(shorter))} is 32",
+    ):
+        streamprune.report(pruned, against=shorter, prompts=prompts[:1], tokens=3, html=html)
+
+
+def test_another_model_is_called_another(pruned: Path, tiny: Tiny, tmp_path: Path) -> None:
+    page = streamprune.report(pruned, against=tiny("qwen3"), prompts=["a"], tokens=1, html=tmp_path / "page.html")
+    assert "by its digests not the checkpoint that was pruned" in Read(page).words
+
+
+def test_a_comparison_is_shown(pruned: Path, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    found = streamprune.compare(
+        tiny("llama"),
+        ratios=[0.2, 0.4],
+        recipes=["magnitude", "random"],
+        text=text,
+        eval_seq_len=24,
+        out=tmp_path / "c",
+    )
+    for given in (tmp_path / "c", tmp_path / "c" / "compare.json"):
+        read = Read(streamprune.report(pruned, comparison=given, html=tmp_path / "page.html"))
+        rows = [row for row in read.rows if row[0] in ("dense", "magnitude", "random")]
+        assert [(row[0], row[2]) for row in rows] == [(row.label, f"{row.perplexity:.2f}") for row in found.rows]
+        assert found.protocol in read.words
+    # A perplexity that is no number.
+    change(tmp_path / "c", lambda table: table["rows"][-1].update(perplexity=None), "compare.json")
+    assert "∞" in Read(streamprune.report(pruned, comparison=tmp_path / "c", html=tmp_path / "page.html")).words
+
+
+# What cannot hurt it.
+
+
+def test_no_value_is_markup(copied: Path, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    out = copied.rename(tmp_path / HOSTILE.replace("/", ""))
+
+    def spoil(report: dict[str, Any]) -> None:
+        report["model"]["name"] = report["recipe"] = HOSTILE
+        report["job"]["settings"][HOSTILE] = HOSTILE
+        report["sites"][0]["site"] = f"blocks.0.{HOSTILE.replace('.', '')}"
+
+    change(out, spoil)
+    change(out, lambda curves: curves.update(label=HOSTILE), "curves.json")
+    row = {"label": HOSTILE, "ratio": 0.0, "ratio_blocks": 0.0, "perplexity": 3.0, "parameters": 5, "seconds": 1.0}
+    row["forward_equivalents"] = 1.0
+    table = {
+        "model": HOSTILE,
+        "protocol": HOSTILE,
+        "notes": [HOSTILE],
+        "rows": [row, {**row, "ratio": 0.5, "ratio_blocks": 0.5}],
+    }
+    (tmp_path / "compare.json").write_text(json.dumps(table))
+    page = streamprune.report(
+        out,
+        against=tiny("llama"),
+        prompts=["a<b>c"],
+        tokens=2,
+        comparison=tmp_path / "compare.json",
+        html=tmp_path / "page.html",
+    )
+    read = Read(page)
+    tags = {tag for tag, _ in read.tags}
+    assert not tags & {"img", "script", "b", "link", "iframe", "object", "base", "form"}
+    assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on") or name == "src"]
+    assert all(a.get("href", "#").startswith("#") for _, a in read.tags)  # type: ignore[union-attr]
+    assert read.words.count(HOSTILE) >= 6
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda r: r["sites"][0].update(units="<b>4</b>"), "units is '<b>4</b>'; it must be a number"),
+        (lambda r: r["sites"][0].update(error=[]), r"error is '\[\]'; it must be a number"),
+        (lambda r: r["sites"][0].update(kept=10**6), "keeps 1000000 of 4|keeps 1000000 of 2"),
+        (lambda r: r["sites"][0].update(site="nowhere"), "'nowhere' is not the name of a site"),
+        (lambda r: r.update(sites=7), "sites must be a list"),
+        (lambda r: r.update(ratio_blocks=None), "ratio_blocks is 'None'"),
+        (lambda r: r.update(parameters_before=0), "a model has no parameters"),
+        (lambda r: r.update(job=[]), "job must be an object"),
+        (lambda r: r["blocks"][0].update(prune_seconds=math.inf), "Infinity is no number of JSON's"),
+    ],
+)
+def test_a_damaged_report_is_an_error(edit: Callable[[dict[str, Any]], Any], message: str, copied: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        streamprune.report(change(copied, edit))
+    assert not (copied / "report.html").exists()
+    with pytest.raises(CheckpointError, match=message):
+        streamprune.inspect(copied)
+
+
+def test_what_a_report_may_lack(copied: Path) -> None:
+    def thin(report: dict[str, Any]) -> None:
+        del report["seconds"], report["blocks"]
+        for site in report["sites"]:
+            del site["seconds"]
+
+    change(copied, thin)
+    assert streamprune.status(copied).seconds is None
+    shown = CliRunner().invoke(main, ["inspect", str(copied)])
+    assert shown.exit_code == 0
+    assert "blocks.0.ffn" in shown.stdout
+
+
+def test_damaged_curves_and_comparisons_are_errors(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text('{"rows": [{"label": 1}], "model": "", "protocol": ""}')
+    with pytest.raises(CheckpointError, match="label is '1'; it must be a text"):
+        streamprune.report(copied, comparison=tmp_path)
+    change(copied, lambda curves: curves["sites"].update({"blocks.0.ffn": [[1]]}), "curves.json")
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.ffn must be a list of pairs"):
+        streamprune.report(copied)
+
+
+def test_what_makes_no_page_is_refused(pruned: Path, copied: Path, tiny: Tiny, tmp_path: Path) -> None:
+    for given, message in (
+        ({"out": tiny("llama")}, "has no report.json: it is not a result"),
+        ({"out": tmp_path / "nothing"}, "has no report.json"),
+        ({"html": tmp_path / "page.txt"}, r"page\.txt; its name must end in \.html"),
+        ({"html": tmp_path / "no" / "page.html"}, "no is not a folder"),
+        ({"against": tiny("llama")}, "it needs prompts"),
+        ({"comparison": tmp_path / "no"}, "which is not there; streamprune compare writes it"),
+        ({"prompts": ["  "]}, "it must say something"),
+        ({"prompts": ["a"], "tokens": 0}, "tokens is 0; it must be at least 1"),
+        ({"prompts": ["a"], "tokens": 64}, "--tokens is 64 after a --prompt of length 1; the context of .* is 64"),
+        ({"prompts": ["a" * 64]}, "--tokens is 48 after a --prompt of length 64; the context of .* is 64"),
+        ({"tokens": 5}, "tokens is 5; it needs prompts"),
+        ({"seq_len": 24}, "seq_len is 24; it needs a text"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            streamprune.report(**{"out": copied, **given})
+    assert contents(copied) == contents(pruned)
+
+
+def test_samples_that_do_not_fit_are_refused_at_once(
+    copied: Path, tiny: Tiny, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda device: 50_000)
+    with pytest.raises(
+        ResourceError, match=r"samples need all of .* in memory, about .* KiB; 48.8 KiB are free on cpu"
+    ):
+        streamprune.report(copied, against=tiny("llama"), prompts=["a"], text=text)
+    assert not (copied / "report.html").exists()
+    assert streamprune.report(copied) == copied / "report.html"
+
+
+def test_a_job_under_way_is_sent_to_inspect(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama"))
+    streamprune.plan_only(config)
+    with pytest.raises(ConfigError, match="is not finished; streamprune status"):
+        streamprune.report(config.out)
+
+
+# What is not there.
+
+
+def test_missing_pieces_are_said(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    config = configured(tiny("llama"), recipe="magnitude")
+    streamprune.prune(config)
+    read = Read(streamprune.report(config.out))
+    for piece in ("Reconstruction error", "Importance curves", "Comparison", "Samples", "Perplexity"):
+        assert re.search(rf"{piece}: (n|the recipe measures none)", read.words), piece
+    assert {"budget", "spent", "sites", "settings", "missing"} <= read.ids()
+    assert not {"errors", "curves", "comparison", "samples", "recovery"} & read.ids()
+    # Of an earlier version.
+    change(config.out, lambda report: [report.pop(name) for name in ("blocks", "model", "peak_host_bytes")])
+    read = Read(streamprune.report(config.out))
+    assert "Time and memory: the job ran before" in read.words
+    assert "Pruned by the recipe magnitude" in read.words
+
+
+def test_zeros_instead_of_units(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "masked"
+    settings = {"structure": "unstructured"}
+    streamprune.prune(
+        streamprune.Config(model=tiny("llama"), out=out, ratio=0.5, recipe="magnitude", settings=settings)
+    )
+    read = Read(streamprune.report(out))
+    report = json.loads((out / "report.json").read_text())
+    site = report["sites"][0]
+    kept = site["weights"] - site["zeros"]
+    assert f"block 0: {kept:,} of {site['weights']:,} kept, {kept / site['weights']:.1%}" in read.notes
+    assert f"{report['zeros']:,} of {report['parameters_before']:,} parameters made zero" in read.words
+
+
+def test_sites_of_a_mixture(copied: Path) -> None:
+    def mix(report: dict[str, Any]) -> None:
+        experts = [
+            {**site, "site": f"{site['site']}.{expert}", "kept": site["kept"] - 4 * expert}
+            for site in report["sites"]
+            if site["site"].endswith("ffn")
+            for expert in range(3)
+        ]
+        report["sites"] = [site for site in report["sites"] if site["site"].endswith("attention")] + experts
+
+    before = {site["site"]: site for site in json.loads((copied / "report.json").read_text())["sites"]}
+    read = Read(streamprune.report(change(copied, mix)))
+    site = before["blocks.1.ffn"]
+    kept = [site["kept"] - 4 * expert for expert in range(3)]
+    shares = f"3 sites from {kept[-1] / 48:.1%} to {kept[0] / 48:.1%}"
+    assert f"block 1: {sum(kept)} of 144 kept, {sum(kept) / 144:.1%}; {shares}" in read.notes
+    assert sum(tag == "rect" and a.get("class") == "ffn" for tag, a in read.tags) == 3
+    shown = CliRunner().invoke(main, ["inspect", str(copied)])
+    assert shown.exit_code == 0
+    assert "blocks.1.ffn.2" in shown.stdout
+
+
+def test_a_tuned_model_shows_what_was_pruned(pruned: Path, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    streamprune.tune(
+        streamprune.TuneConfig(
+            model=pruned,
+            out=out,
+            text=text,
+            method="distil",
+            teacher=tiny("llama"),
+            rank=2,
+            steps=3,
+            samples=4,
+            seq_len=24,
+        )
+    )
+    read = Read(streamprune.report(out, against=tiny("llama"), prompts=["a"], tokens=1))
+    assert {"budget", "errors", "curves", "spent", "recovery", "sites", "settings"} <= read.ids()
+    (row,) = [row for row in read.rows if row[0] == "distil"]
+    assert row[1:3] == ["2", "3"]
+    assert "by its digests the very checkpoint that was pruned" in read.words
+    assert "cost: loss a parameter" in CliRunner().invoke(main, ["inspect", str(out)]).stdout
+
+
+# Beside the result.
+
+
+def test_a_page_in_out_changes_nothing_for_run(tiny: Tiny, configured: Make, pruned: Path) -> None:
+    config = configured(tiny("llama"), recipe="magnitude")
+    streamprune.prune(config)
+    page = streamprune.report(config.out)
+    assert page == config.out / "report.html"
+    assert streamprune.prune(config).resumed
+    assert page.exists()
+    assert not streamprune.prune(config, restart=True).resumed
+    assert not page.exists()
+
+
+# What a job writes down for it.
+
+
+def weighed(recipe: str, site: str, findings: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the allocation goes by, from the survey's file."""
+    costs = findings[f"{site}.{'importance' if recipe == 'sobp' else 'costs'}"].double()
+    return costs if recipe == "default" else costs.sort().values
+
+
+@pytest.mark.parametrize("recipe", ["default", "sobp", "surgeon"])
+def test_curves_are_what_the_recipe_weighed(recipe: str, tiny: Tiny, configured: Make) -> None:
+    settings = {"shots": "1"} if recipe == "surgeon" else {}
+    config = configured(tiny("llama"), recipe=recipe, settings=settings)
+    streamprune.plan_only(config)
+    surveyed = {k: load_file(job_folder(config.out) / f"survey-{k:04}.safetensors") for k in range(3)}
+    streamprune.prune(config)
+    curves = json.loads((config.out / "curves.json").read_text())["sites"]
+    report = json.loads((config.out / "report.json").read_text())
+    assert set(curves) == {site["site"] for site in report["sites"]}
+    parts = {
+        site["site"]: site for block in streamprune.inspect(tiny("llama"))["model"]["blocks"] for site in block["sites"]
+    }
+    for name, points in curves.items():
+        _, block, kind = name.split(".")
+        expected = weighed(recipe, kind, surveyed[int(block)])
+        if recipe == "surgeon":
+            expected = expected / parts[name]["unit_parameters"]
+        assert [k for k, _ in points] == list(range(len(expected)))
+        assert [cost for _, cost in points] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_greedy_output_shows_attention_only(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama-biased"), recipe="greedy-output")
+    streamprune.prune(config)
+    curves = json.loads((config.out / "curves.json").read_text())
+    assert set(curves["sites"]) == {f"blocks.{k}.attention" for k in range(3)}
+    costs = [cost for _, cost in curves["sites"]["blocks.0.attention"]]
+    assert costs == sorted(costs)
+
+
+def test_later_shots_go_on_where_earlier_ones_stopped(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama"), recipe="default", settings={"shots": "2"}, blocks=(1, 3))
+    streamprune.prune(config)
+    curves = json.loads((config.out / "curves.json").read_text())["sites"]
+    report = json.loads((config.out / "report.json").read_text())
+    kept = {site["site"]: site["kept"] for site in report["sites"]}
+    assert {name.split(".")[1] for name in curves} == {"1", "2"}
+    begun = {name: points[0][0] for name, points in curves.items()}
+    assert any(begun.values())
+    for name, points in curves.items():
+        units = 48 if "ffn" in name else 2
+        assert begun[name] <= units - kept[name] < units
+        assert points[-1][0] == units - 1
+
+
+def test_samples_of_a_curve() -> None:
+    costs = torch.arange(1000, dtype=torch.float64) ** 2
+    points = sample(costs, 777)
+    assert len(points) <= POINTS
+    assert {0, 777, 999} <= {k for k, _ in points}
+    assert all(cost == k**2 for k, cost in points)
+    assert sample(torch.tensor([2.0]), 0) == [(0, 2.0)]
+
+
+def test_blocks_say_what_they_took(pruned: Path) -> None:
+    report = json.loads((pruned / "report.json").read_text())
+    assert [block["block"] for block in report["blocks"]] == [0, 1, 2]
+    spent = sum(block["survey_seconds"] + block["prune_seconds"] for block in report["blocks"])
+    assert 0 < spent < report["seconds"]
+    assert max(block["host_bytes"] for block in report["blocks"]) <= report["peak_host_bytes"]
+    assert read_account(pruned).blocks[2].prune_seconds == report["blocks"][2]["prune_seconds"]
+
+
+def test_a_lap_holds_its_own_peak_only() -> None:
+    peaks = machine.Peaks(torch.device("cpu"))
+    peaks.lap()
+    held = bytearray(200 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    del held
+    high, low = peaks.lap(), peaks.lap()
+    assert peaks.most()[0] >= high["host_bytes"]
+    assert high["device_bytes"] is None
+    if not low["own"]:
+        pytest.skip("this kernel does not take its mark of the peak back")
+    assert low["host_bytes"] < high["host_bytes"] - (100 << 20)
+
+
+# Charts.
+
+
+def test_axes() -> None:
+    axis = charts.linear("s", 7.3, "{:g}".format)
+    assert [said for _, said in axis.ticks] == ["0", "2", "4", "6", "8"]
+    assert axis.place(4) == pytest.approx(0.5)
+    axis = charts.logarithmic("p", [0.0, 3e-7, 0.04], "{:g}".format)
+    assert (axis.low, axis.high) == pytest.approx((2e-7, 0.05))
+    assert axis.place(1e-4) == pytest.approx(math.log(1e-4 / 2e-7) / math.log(0.05 / 2e-7))
+    assert axis.place(0.0) == 0
+    for values in ([], [0.0], [5.0], [5.0, 5.1], [1e-300, 1e300], [1e-320], [1.0]):
+        axis = charts.logarithmic("p", values, "{:g}".format)
+        assert 0 < axis.low < axis.high
+        assert axis.ticks
+    names = [str(k) for k in range(126)]
+    assert len(charts.positions("block", names).ticks) <= 10
+    assert charts.linear("s", 0.0, str).high > 0
+
+
+# The command.
+
+
+def test_the_command(copied: Path, tiny: Tiny, tmp_path: Path) -> None:
+    arguments = [
+        "report",
+        str(copied),
+        "--against",
+        str(tiny("llama")),
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "--tokens",
+        "2",
+    ]
+    done = CliRunner().invoke(main, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"html": str(copied / "report.html")}
+    for option in ("--out", "--html"):
+        page = tmp_path / f"page{option}.html"
+        done = CliRunner().invoke(main, ["report", str(copied), option, str(page), "--json"])
+        assert json.loads(done.stdout) == {"html": str(page)}
+        assert "<html" in page.read_text()
+    refused = CliRunner().invoke(main, ["report", str(tiny("llama"))])
+    assert refused.exit_code == 2
+    assert "not a result of streamprune run or tune" in refused.stderr
+
+
+def test_inspect_draws(pruned: Path, tiny: Tiny) -> None:
+    shown = CliRunner().invoke(main, ["inspect", str(pruned)]).stdout
+    report = json.loads((pruned / "report.json").read_text())
+    for site in report["sites"]:
+        row = next(line for line in shown.splitlines() if line.startswith(site["site"]))
+        full = row.count("█") - row.partition(f"{site['error']:.4f}")[2].count("█")
+        assert full == int(16 * site["kept"] / site["units"])
+    assert "cost: loss a parameter" in shown
+    assert "  ratio 0.3\n" in shown
+    assert report["job"]["inputs"]["calibration"]["1"]["sha256"] in shown
+    assert "host peak" in shown
+    found = json.loads(CliRunner().invoke(main, ["inspect", str(pruned), "--json"]).stdout)
+    assert set(found["job"]["curves"]["sites"]) == {site["site"] for site in report["sites"]}
+
+
+def test_a_comparisons_folder_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text("{}")
+    for command in ("inspect", "report"):
+        done = CliRunner().invoke(main, [command, str(tmp_path)])
+        assert done.exit_code in (1, 2)
+        assert "is a comparison's folder, with its table in compare.md" in done.output

@@ -1,0 +1,114 @@
+"""Low-rank corrections against full autograd, and across kills."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from conftest import TINY, contents
+from stopping import interrupted
+
+import streamprune
+from streamprune.model.skeleton import open_skeleton
+from streamprune.pruning.correct import Corrector
+from streamprune.recipes.recipe import Correction
+
+Make = Callable[..., streamprune.Config]
+Tiny = Callable[..., Path]
+
+
+def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Correction) -> dict[str, torch.Tensor]:
+    """The same steps on the whole model in memory: every corrected weight (out, in) by its full name."""
+    model = reference.load(path)
+    model.requires_grad_(False)
+    skeleton = corrector.skeleton
+    pairs: dict[str, list[torch.nn.Parameter]] = {}
+    for index in range(len(skeleton)):
+        block = skeleton.build_block(index, skeleton.read_block(index))
+        for name, update in corrector._read(0, index, block)[0].items():
+            pairs.setdefault(f"{skeleton.architecture.blocks}.{index}.{name[:-2]}", []).append(update)
+    base = {name: reference.weight_of(model.get_submodule(name)).detach().clone() for name in pairs}
+    optimiser = torch.optim.Adam([p for pair in pairs.values() for p in pair], lr=how.rate, betas=(0.9, 0.95))
+    for step in range(how.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = how.rate * (1 - step / how.steps)
+        generator = torch.Generator().manual_seed(corrector.seed * 1_000_003 + step)
+        rows = tokens[torch.randperm(len(tokens), generator=generator)[:8]]
+        weights = {}
+        for name, (u, v) in pairs.items():
+            turned = type(model.get_submodule(name)).__name__ == "Conv1D"
+            weights[f"{name}.weight"] = (base[name] + u @ v).T if turned else base[name] + u @ v
+        logits = torch.func.functional_call(model, weights, (rows,)).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return {name: (base[name] + u @ v).detach() for name, (u, v) in pairs.items()}
+
+
+@pytest.mark.usefixtures("float64_norms")
+@pytest.mark.parametrize("name", TINY)
+def test_steps_are_those_of_full_autograd(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    path = tiny(name, torch.float64)
+    skeleton = open_skeleton(path, torch.device("cpu"), "float64")
+    tokens = torch.randint(skeleton.vocabulary, (11, 12), generator=torch.Generator().manual_seed(5))
+    how = Correction(steps=3, rank=2, rate=1e-2)
+    corrector = Corrector(
+        skeleton, tokens, tmp_path / "work", how, {}, window=range(3), seed=3, micro=3, keep_zeros=False
+    )
+    assert [step for step, _ in corrector.steps(0)] == [0, 1, 2]
+    expected = plain_lora(path, tokens, corrector, how)
+    for index in range(len(skeleton)):
+        block = skeleton.build_block(index, skeleton.read_block(index))
+        before = dict(block.weights)
+        corrector.absorb(block, index)
+        corrected = set()
+        for sub in block.prunables:
+            for inner in (*sub.producers, sub.consumer):
+                full = f"{skeleton.architecture.blocks}.{index}.{inner}"
+                torch.testing.assert_close(sub.weight(inner), expected[full], rtol=1e-6, atol=1e-9)
+                change = block.weights[f"{inner}.weight"] - before[f"{inner}.weight"]
+                assert torch.linalg.matrix_rank(change, rtol=1e-8) == 2
+                corrected.add(f"{inner}.weight")
+        for inner in before.keys() - corrected:
+            assert torch.equal(block.weights[inner], before[inner])
+
+
+def test_blocks_outside_the_window_stay_as_they_are(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama")
+    settings = {"shots": "2", "lora_steps": "2"}
+    config = configured(path, recipe="surgeon", ratio=0.1, settings=settings, blocks=(1, 2))
+    streamprune.prune(config)
+    before, after = (dict(streamprune.load(each).named_parameters()) for each in (path, config.out))
+    changed = {name.split(".")[2] for name in after if not torch.equal(before[name], after[name]) and "layers" in name}
+    assert changed == {"1"}
+
+
+def test_zeros_stay_zero(tiny: Tiny, configured: Make) -> None:
+    settings = {"structure": "2:4", "shots": "2", "lora_steps": "2"}
+    config = configured(tiny("llama"), recipe="surgeon", ratio=0.5, settings=settings)
+    streamprune.prune(config)
+    model = streamprune.load(config.out)
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            assert bool(((parameter.view(-1, 4) == 0).sum(dim=1) == 2).all()), name
+
+
+@pytest.mark.parametrize("steps", [1, 9, 17, 24, 30])
+def test_an_interrupted_correction_ends_with_the_same_bytes(
+    steps: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"shots": "2", "lora_steps": "3"}
+    config = configured(tiny("llama"), recipe="surgeon", settings=settings)
+    whole = replace(config, out=config.out.with_name("whole"))
+    streamprune.prune(whole)
+    interrupted(config, monkeypatch, steps)
+    streamprune.prune(config)
+    assert contents(config.out) == contents(whole.out)
+    assert json.loads((config.out / "report.json").read_text())["shots"] == 2

@@ -1,0 +1,268 @@
+"""Block refinement: against plain PyTorch Adam on transformers' own block, and within a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from conftest import TINY, contents
+from torch import Tensor
+
+import streamprune
+from streamprune import Config
+from streamprune.errors import NumericalError
+from streamprune.jobs.forecast.needs import REFINE_SEQUENCES
+from streamprune.model.checkpoint import Checkpoint
+from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.pruning import block as surgery
+from streamprune.pruning import shot
+from streamprune.pruning.job import Job
+from streamprune.pruning.refine import Refinement, refine
+from streamprune.stream import sweep
+from streamprune.stream.store import ActivationStore
+
+pytestmark = pytest.mark.usefixtures("float64_norms")
+CPU = torch.device("cpu")
+LENGTH = 18
+Make = Callable[..., Config]
+Tiny = Callable[..., Path]
+
+
+def streams(path: Path, folder: Path, samples: int, dtype: str = "float64") -> tuple[Skeleton, ActivationStore, Tensor]:
+    """Block 1 of the model with what the dense stream gives there, and a source beside its own course; and the tokens."""
+    skeleton = open_skeleton(path, CPU, dtype)
+    store = ActivationStore(folder, (samples, LENGTH, skeleton.width), skeleton.dtype, CPU, durable=False)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(skeleton.vocabulary, (samples, LENGTH), generator=generator)
+    sweep.embed(skeleton, tokens, store, sweep.boundary("dense", 0), samples)
+    for _ in sweep.forward(skeleton, store, "dense", 0, 2, samples):
+        pass
+    x = store.read(sweep.boundary("dense", 1), slice(0, samples))
+    with store.writing("source", "here") as write:
+        write(x + 0.3 * torch.randn(x.shape, generator=generator).to(x.dtype))
+    return skeleton, store, tokens
+
+
+def whole_block(path: Path, tokens: Tensor, index: int) -> Callable[[Tensor], Tensor]:
+    """transformers' own block as (sequences, tokens, d) → same, for all of `tokens` at once; and its weights, trainable."""
+    model = reference.load(path)
+    block = model.get_submodule(reference.ARCHITECTURES[model.config.model_type].blocks)[index]
+    called: list[Any] = []
+    hook = block.register_forward_pre_hook(lambda m, a, k: called.append((a[1:], k)), with_kwargs=True)
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    hook.remove()
+    ((rest, arguments),) = called
+    arguments = {name: value for name, value in arguments.items() if name != "hidden_states"}
+
+    def call(x: Tensor) -> Tensor:
+        y = block(x, *rest, **arguments)
+        return y[0] if isinstance(y, tuple) else y
+
+    call.block = block  # type: ignore[attr-defined]
+    return call
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_steps_are_plain_adams_on_transformers_own_block(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    path = tiny(name, torch.float64)
+    # As many sequences as a step takes at most, so that every step takes all; in micro-batches of unequal sizes.
+    skeleton, store, tokens = streams(path, tmp_path, 6)
+    assert REFINE_SEQUENCES >= 6
+    ((_, block),) = sweep.blocks(skeleton, [1])
+    report = refine(skeleton, block, 1, store, "source", sweep.boundary("dense", 2), Refinement(2, seed=3, batch=4))
+    call = whole_block(path, tokens, 1)
+    weights = dict(call.block.named_parameters())  # type: ignore[attr-defined]
+    routers = {
+        f"{entry.router}.weight": weights.pop(f"{entry.router}.weight") for entry in skeleton.entries[1] if entry.router
+    }
+    for weight in weights.values():
+        weight.requires_grad_()
+    x, y = (store.read(at, slice(0, 6)) for at in ("source", sweep.boundary("dense", 2)))
+    losses = []
+    optimiser = torch.optim.Adam(weights.values(), lr=3e-4, betas=(0.9, 0.95))
+    for rate in (3e-4, 1.5e-4):
+        optimiser.param_groups[0]["lr"] = rate
+        loss = (call(x) - y).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert report["refinement"] == pytest.approx(losses, rel=1e-10)
+    assert {*weights, *routers} == block.weights.keys()
+    assert all(torch.equal(block.weights[leaf], router) for leaf, router in routers.items())
+    before = {name: skeleton.checkpoint.read(full) for name, full in skeleton.block_names(1).items()}
+    for leaf, weight in weights.items():
+        torch.testing.assert_close(block.weights[leaf], weight.detach(), rtol=0, atol=1e-9)
+        # Weights, norms and biases: the first two steps of Adam move all that has any gradient by their rates.
+        if "k_proj.bias" not in leaf:  # a key's bias changes no attention
+            assert float((block.weights[leaf] - before[leaf]).abs().max()) > 3e-4
+    # What the block computes with is what its masters hold.
+    with torch.no_grad():
+        arguments = skeleton.arguments(6, LENGTH)[1]
+        torch.testing.assert_close(block(x, arguments), call(x), rtol=1e-7, atol=1e-7)
+
+
+def test_a_step_takes_some_sequences_anew_each_time(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton, store, _ = streams(tiny("llama"), tmp_path, 20, "float32")
+    read: list[int] = []
+    real = ActivationStore.read
+
+    def reading(self: ActivationStore, name: str, batch: slice) -> Tensor:
+        read.extend(range(batch.start, batch.stop) if name == "source" else [])
+        return real(self, name, batch)
+
+    def chosen(seed: int, batch: int, index: int = 1) -> list[list[int]]:
+        read.clear()
+        ((_, block),) = sweep.blocks(skeleton, [1])
+        how = Refinement(3, seed=seed, batch=batch)
+        refine(skeleton, block, index, store, "source", sweep.boundary("dense", 2), how)
+        return [read[i : i + REFINE_SEQUENCES] for i in range(0, len(read), REFINE_SEQUENCES)]
+
+    monkeypatch.setattr(ActivationStore, "read", reading)
+    first = chosen(0, 3)
+    assert len(first) == 3
+    assert all(len(set(step)) == REFINE_SEQUENCES for step in first)
+    assert len({tuple(sorted(step)) for step in first}) == 3
+    assert chosen(0, 5) == first
+    assert chosen(1, 3) != first
+    assert chosen(0, 3, index=2) != first
+
+
+def block_error(config: Config, index: int, tokens: Tensor) -> float:
+    """Mean squared difference of a block's outputs in the source and in the result."""
+    outputs = []
+    for model in (reference.load(config.model), streamprune.load(config.out, dtype=torch.float64)):
+        block = model.get_submodule("model.layers")[index]
+        hook = block.register_forward_hook(lambda m, a, y: outputs.append(y[0] if isinstance(y, tuple) else y))
+        with torch.no_grad():
+            model(tokens)
+        hook.remove()
+    return float(F.mse_loss(outputs[1], outputs[0]))
+
+
+def test_a_refined_block_is_nearer_to_its_dense_output_and_nothing_else_changes(tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama-biased", torch.float64)
+    plain, refined = (
+        configured(path, out, recipe="default", dtype="float64", blocks=(1, 2), ratio=0.15, samples=8, refine=steps)
+        for out, steps in (("plain", 0), ("refined", 60))
+    )
+    for config in (plain, refined):
+        streamprune.prune(config)
+    tokens = Job(plain, None).tokens
+    reports = {
+        site["site"]: site["refinement"]
+        for site in json.loads((refined.out / "report.json").read_text())["sites"]
+        if "refinement" in site
+    }
+    assert list(reports) == ["blocks.1.ffn"]
+    first, last = reports["blocks.1.ffn"]
+    before, after = block_error(plain, 1, tokens), block_error(refined, 1, tokens)
+    # The means of six steps each: the first of them begin at what the unrefined block gives.
+    assert after < last < first < before
+    assert after < 0.9 * before
+    one, other = Checkpoint(plain.out), Checkpoint(refined.out)
+    changed = {name for name in one if not torch.equal(one.read(name), other.read(name))}
+    inside = {name for name in one if name.startswith("model.layers.1.")}
+    assert changed <= inside
+    assert inside - changed <= {"model.layers.1.self_attn.k_proj.bias"}
+
+
+def test_the_loss_is_the_whole_models_and_a_rate_of_zero_changes_nothing(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama", torch.float64)
+    settings = {"recipe": "default", "dtype": "float64", "ratio": 0.3, "samples": 8, "blocks": (0, 2)}
+    config = configured(path, refine=2, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(shot, "Refinement", partial(Refinement, rate=0.0))
+        streamprune.prune(config)
+    tokens = Job(config, None).tokens
+    sites = json.loads((config.out / "report.json").read_text())["sites"]
+    for index in (0, 1):
+        site = next(site for site in sites if site["site"] == f"blocks.{index}.ffn")
+        assert site["refinement"] == pytest.approx([block_error(config, index, tokens)] * 2, rel=1e-8)
+    streamprune.prune(configured(path, "plain", **settings))
+    one, other = (
+        {name: data for name, data in contents(configured(path, out).out).items() if "safetensors" in name}
+        for out in ("out", "plain")
+    )
+    assert one == other
+
+
+def test_a_later_block_reads_what_the_refined_one_gives(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama", torch.float64)
+    config = configured(path, recipe="default", dtype="float64", samples=8, refine=2)
+
+    def first_only(skeleton: Any, block: Any, index: int, *rest: Any) -> Any:
+        *streams, how, ranks = rest
+        return refine(skeleton, block, index, *streams, replace(how, rate=0.0 if index else 1e-2), ranks)
+
+    monkeypatch.setattr(surgery, "refine", first_only)
+    streamprune.prune(config)
+    tokens = Job(config, None).tokens
+    sites = {site["site"]: site for site in json.loads((config.out / "report.json").read_text())["sites"]}
+    for index in (1, 2):
+        error = block_error(config, index, tokens)
+        assert sites[f"blocks.{index}.ffn"]["refinement"] == pytest.approx([error, error], rel=1e-8)
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "wanda-sp", "sobp", "greedy-output"])
+def test_every_recipe_can_be_refined(recipe: str, tiny: Tiny, configured: Make) -> None:
+    path = tiny("gpt2", torch.bfloat16)
+    config = configured(path, recipe=recipe, ratio=0.3, refine=20)
+    streamprune.prune(config)
+    report = json.loads((config.out / "report.json").read_text())
+    falls = [site["refinement"] for site in report["sites"] if "refinement" in site]
+    assert len(falls) == 3
+    assert all(last < first for first, last in falls)
+    out = Checkpoint(config.out)
+    assert {out[name].dtype for name in out} == {torch.bfloat16}
+
+
+class Stop(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("step", [1, 4, 8, 12])
+def test_killed_inside_a_block_the_bytes_are_the_same(
+    step: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("opt-350m")
+    whole, killed = (configured(path, out, recipe="default", refine=4, samples=9) for out in ("whole", "killed"))
+    streamprune.prune(whole)
+    real, count = torch.optim.Adam.step, 0
+
+    def stepping(self: Any, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == step:
+            raise Stop
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", stepping)
+        with pytest.raises(Stop):
+            streamprune.prune(killed)
+    assert streamprune.prune(killed).resumed
+    assert contents(killed.out) == contents(whole.out)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shot, "Refinement", partial(Refinement, rate=1e30))
+    config = configured(tiny("llama"), recipe="magnitude", refine=5)
+    with pytest.raises(NumericalError, match=r"block 0: the refinement's loss is (nan|inf) at step 1"):
+        streamprune.prune(config)
+    assert not config.out.exists()

@@ -1,0 +1,90 @@
+"""The knapsack against brute force, and its edges."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from streamprune.errors import ConfigError
+from streamprune.model.site import UNIFORM, Site
+from streamprune.recipes.allocation import Budget, allocate, check_budget, even_densities
+
+
+def site(block: int, kind: str, units: int, parameters: int, **more: object) -> Site:
+    return Site(block=block, kind=kind, units=units, width=1, outputs=4, unit_parameters=parameters, **more)  # type: ignore[arg-type]
+
+
+def budget(sites: list[Site], ratio: float, *, round_to: int = 1, alike: frozenset[str] = frozenset()) -> Budget:
+    return Budget(ratio, sum(s.units * s.unit_parameters for s in sites), round_to, alike)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_within_one_unit_of_the_best_knapsack(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sites = [site(0, "ffn", 4, 10), site(1, "ffn", 4, 10)]
+    densities = {s.name: torch.rand(s.units, generator=generator).sort().values.double() for s in sites}
+    spent = budget(sites, 0.4)
+    keep = allocate(sites, densities, spent)
+    cost = sum(float(densities[s.name][: s.units - keep[s.name]].sum()) * s.unit_parameters for s in sites)
+    removed = sum((s.units - keep[s.name]) * s.unit_parameters for s in sites)
+    assert spent.target - 10 < removed <= spent.target
+    # Brute force over all sets of units that remove as much and leave one unit a site.
+    units = [(s.name, float(c) * s.unit_parameters) for s in sites for c in densities[s.name]]
+    best = min(
+        sum(c for _, c in chosen)
+        for chosen in itertools.combinations(units, removed // 10)
+        if all(sum(name == s.name for name, _ in chosen) < s.units for s in sites)
+    )
+    assert cost == pytest.approx(best)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("seed", range(5))
+def test_budget_is_met_to_within_the_smallest_step(ratio: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sites = [s for b in range(4) for s in (site(b, "attention", 4, 3000), site(b, "ffn", 172, 12))]
+    densities = {s.name: torch.rand(s.units, generator=generator).sort().values for s in sites}
+    spent = budget(sites, ratio, round_to=8)
+    keep = allocate(sites, densities, spent)
+    removed = sum((s.units - keep[s.name]) * s.unit_parameters for s in sites)
+    # Within the smallest step that is left: eight channels, or a whole group once the channels are used up.
+    step = 8 * 12 if any(keep[s.name] > 8 for s in sites if s.kind == "ffn") else 3000
+    assert 0 <= spent.target - removed < step
+    for s in sites:
+        assert 1 <= keep[s.name] <= s.units
+        if s.kind == "ffn" and keep[s.name] != s.units:
+            assert keep[s.name] % 8 == 0
+            assert keep[s.name] >= 8
+
+
+def test_a_site_never_loses_everything() -> None:
+    sites = [site(0, "attention", 2, 10), site(0, "ffn", 10, 10)]
+    densities = {"blocks.0.attention": torch.zeros(2), "blocks.0.ffn": torch.ones(10)}
+    keep = allocate(sites, densities, budget(sites, 0.5))
+    assert keep == {"blocks.0.attention": 1, "blocks.0.ffn": 5}
+
+
+def test_too_much_and_too_little_are_refused_with_the_limit() -> None:
+    sites = [site(0, "attention", 2, 10), site(0, "ffn", 10, 10)]
+    with pytest.raises(ConfigError, match=r"ratio is 0\.95; .* at most 0\.833"):
+        check_budget(sites, budget(sites, 0.95))
+    with pytest.raises(ConfigError, match=r"ratio is 0\.01; the smallest step is 0\.0833"):
+        check_budget(sites, budget(sites, 0.01))
+
+
+def test_uniform_keeps_blocks_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sites = [s for b in range(3) for s in (site(b, "attention", 4, 300, choices=(2, 4)), site(b, "ffn", 64, 12))]
+    densities = {s.name: torch.rand(s.units, generator=generator).sort().values for s in sites}
+    keep = allocate(sites, densities, budget(sites, 0.5, round_to=8, alike=UNIFORM.alike))
+    assert len({keep[f"blocks.{b}.attention"] for b in range(3)}) == 1
+    assert len({keep[f"blocks.{b}.ffn"] for b in range(3)}) == 1
+    assert keep["blocks.0.attention"] in (2, 4)
+
+
+def test_even_densities_take_the_same_share_everywhere() -> None:
+    sites = [s for b in range(4) for s in (site(b, "attention", 10, 100), site(b, "ffn", 100, 10))]
+    keep = allocate(sites, even_densities(sites), budget(sites, 0.3))
+    assert {keep[s.name] / s.units for s in sites} == {0.7}

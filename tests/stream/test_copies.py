@@ -1,0 +1,140 @@
+"""Copies between host and device: whatever order a device takes its streams in, what arrives is right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamprune.stream.copies import Copies
+from streamprune.system.timing import watching
+
+Piece = Callable[[], object]
+
+
+class Event:
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+
+class Stream:
+    """What it was given and has not done yet: pieces of work, events to record, and events to wait for."""
+
+    def __init__(self) -> None:
+        self.given: list[Piece | Event | tuple[Event]] = []
+
+
+class Simulated:
+    """A device whose streams go on in random order, as far as they need not wait for each other.
+
+    Memory that nobody keeps is overwritten as soon as the tensor goes: here, when `let_go` says so.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.streams: list[Stream] = []
+        self.computing = self.stream()
+        self.kept: list[tuple[int, Stream]] = []
+        self.clock = 0.0
+
+    def stream(self) -> Stream:
+        self.streams.append(Stream())
+        return self.streams[-1]
+
+    def current(self) -> Stream:
+        return self.computing
+
+    def record(self, stream: Stream) -> Event:
+        event = Event()
+        stream.given.append(event)
+        return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        stream.given.append((event,))
+
+    def finish(self, event: Event) -> None:
+        while event.at is None:
+            self.go_on()
+
+    def happened(self, event: Event) -> bool:
+        return event.at is not None
+
+    def seconds(self, first: Event, second: Event) -> float:
+        assert first.at is not None
+        assert second.at is not None
+        return second.at - first.at
+
+    def copy(self, stream: Stream, source: Tensor, *, to_host: bool) -> Tensor:
+        target = torch.full_like(source, float("nan"))
+        stream.given.append(lambda: target.copy_(source))
+        return target
+
+    def keep(self, tensor: Tensor, stream: Stream) -> None:
+        self.kept.append((id(tensor), stream))
+
+    def let_go(self, tensor: Tensor, owner: Stream) -> None:
+        """The tensor's memory goes to others, once its owner and all who keep it have done what they have to do."""
+        for stream in {id(s): s for s in (owner, *(s for key, s in self.kept if key == id(tensor)))}.values():
+            while stream.given:
+                self.go_on()
+        tensor.fill_(float("nan"))
+
+    def able(self) -> list[Stream]:
+        """The streams that can go on."""
+        return [s for s in self.streams if s.given and not (isinstance(s.given[0], tuple) and s.given[0][0].at is None)]
+
+    def go_on(self) -> None:
+        """One piece of one stream that can."""
+        piece = self.random.choice(self.able()).given.pop(0)
+        self.clock += 1
+        if isinstance(piece, Event):
+            piece.at = self.clock
+        elif not isinstance(piece, tuple):
+            piece()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_in_comes_before_computing_and_computing_before_out(seed: int) -> None:
+    device = Simulated(seed)
+    copies = Copies(device)
+    given = [torch.full((3,), float(i)) for i in range(5)]
+    out: list[Any] = []
+    with watching() as occupancy:
+        ahead = copies.inward([given[0]])
+        for number in range(5):
+            take, ahead = ahead, copies.inward([given[min(number + 1, 4)]])
+            (x,) = take()
+            y = torch.full((3,), float("nan"))
+            device.computing.given.append(lambda x=x, y=y: y.copy_(2 * x + 1))
+            out.append((copies.outward([y]), y))
+            device.let_go(x, copies._inward)
+            if number % 2:
+                device.let_go(y, device.computing)
+    for number, (take_out, _) in enumerate(out):
+        (found,) = take_out()
+        assert found.tolist() == [2.0 * number + 1] * 3
+    assert occupancy.busy["copy"] > 0
+    assert occupancy.waited["copy"] == 0
+
+
+def test_on_the_host_nothing_is_copied() -> None:
+    copies, x = Copies.of(torch.device("cpu")), torch.ones(2)
+    assert copies.inward([x])()[0] is x
+    assert copies.outward([x])()[0] is x
+
+
+def test_what_comes_in_is_not_held_up_by_what_goes_out() -> None:
+    """Which waits for the device to compute it."""
+    device = Simulated(0)
+    copies = Copies(device)
+    device.wait(device.computing, Event())  # it is busy for as long as we look
+    copies.outward([torch.zeros(3)])
+    copies.inward([torch.ones(3)])
+    while device.able():
+        device.go_on()
+    ((_, arrived),) = copies._timed
+    assert device.happened(arrived)

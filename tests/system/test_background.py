@@ -1,0 +1,98 @@
+"""Work in the background: in order, bounded, done at the end, and its errors are not lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from streamprune.system.threads import PIECES, Background
+from streamprune.system.timing import spent, waiting, watching
+
+
+def test_in_order_in_another_thread_and_done_at_the_end() -> None:
+    done: list[tuple[int, bool]] = []
+    with Background() as background:
+        for i in range(9):
+            background.hand(lambda i=i: done.append((i, threading.current_thread() is threading.main_thread())))
+    assert done == [(i, False) for i in range(9)]
+
+
+def test_no_more_than_a_piece_or_two_wait() -> None:
+    gate, handed = threading.Event(), []
+
+    def hand_in() -> None:
+        with Background() as background:
+            for i in range(5):
+                background.hand(gate.wait)
+                handed.append(i)
+
+    thread = threading.Thread(target=hand_in)
+    thread.start()
+    deadline = time.monotonic() + 5
+    while len(handed) < PIECES and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert handed == list(range(PIECES))
+    gate.set()
+    thread.join()
+    assert len(handed) == 5
+
+
+@pytest.mark.parametrize("later", [0, 3])
+def test_an_error_is_raised_and_nothing_is_begun_after_it_was(later: int) -> None:
+    done = []
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    def hand_in() -> None:
+        with Background() as background:
+            background.hand(fail)
+            for i in range(later):
+                background.hand(lambda i=i: done.append(i))
+
+    with pytest.raises(OSError, match="No space"):
+        hand_in()
+    assert len(done) < PIECES
+
+
+def test_whoever_leaves_by_an_error_waits_for_what_is_under_way_only() -> None:
+    done, begun = [], threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.02)
+        done.append("slow")
+
+    class Stop(BaseException): ...
+
+    def hand_in() -> None:
+        with Background() as background:
+            background.hand(slow)
+            background.hand(lambda: done.append("next"))
+            begun.wait()
+            raise Stop
+
+    with pytest.raises(Stop):
+        hand_in()
+    assert done == ["slow"]
+
+
+def test_waiting_and_work_are_told_apart() -> None:
+    def work() -> None:
+        with spent("write"), spent("read"):  # all of it is writing
+            time.sleep(0.02)
+
+    with watching() as outer:
+        with watching() as occupancy, Background() as background:
+            background.hand(work)
+        with spent("read"), waiting("write"):
+            time.sleep(0.01)
+    assert occupancy.busy["write"] >= 0.02
+    assert occupancy.busy["read"] == 0
+    assert 0.005 < occupancy.waited["write"] < 0.2
+    assert occupancy.waited["read"] == 0
+    assert outer.waited["read"] >= 0.01
+    assert outer.busy["write"] == occupancy.busy["write"]
