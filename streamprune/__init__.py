@@ -1,8 +1,10 @@
-"""streamprune: make a large language model structurally smaller, streaming it block by block.
+"""streamprune: prune large language models structurally, streaming one transformer block at a time.
 
-`prune` is the main job, `compare` does it by several recipes, `evaluate`, `report` and `inspect` look at what came out,
-`load` is transformers' `from_pretrained` for pruned checkpoints, `export_gguf` writes them for llama.cpp. Importing this
-package teaches `AutoModelForCausalLM` to load them too. torch and transformers are imported when something needs them.
+`prune` is the main job and `compare` runs it with several recipes. `evaluate`, `report` and `inspect` examine the result.
+`load` loads pruned checkpoints like transformers' `from_pretrained`; `export_gguf` writes them for llama.cpp.
+
+Importing this package also registers pruned checkpoints with `AutoModelForCausalLM`. torch and transformers are imported
+only when they are needed.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ _HOME = {
     "system.signals": ("asked_by_signals",),
     "text.source": ("Source",),
 }
-"""The module that has each public name; the same as type checkers read above."""
+"""Maps each module to the public names it defines. Must match the `TYPE_CHECKING` imports above."""
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [

@@ -1,88 +1,88 @@
-"""The errors a user can meet.
+"""All errors that streamprune raises on purpose, and the exit code of each.
 
 ::
 
-    StreamPruneError            exit 1
-    ├── ConfigError             exit 2   a setting that cannot be: quotes the value and the limit
-    ├── CheckpointError         exit 1   the model directory is not what it should be
-    ├── CalibrationError        exit 1   the text is missing, unreadable or too short
-    ├── ResourceError           exit 1   memory or disk is too small: says how much is needed
-    ├── DiskError               exit 1   a file cannot be read or written: says which, and why
-    ├── DamageError             exit 1   the disk does not hold what was written: made anew by the same command
-    ├── ResumeError             exit 1   a job under way was started with other settings or inputs
-    ├── NumericalError          exit 1   NaN, Inf or a matrix that no damping could factor
-    │   └── SingularError       exit 1   the latter, which more damping may mend on the way
-    ├── LostError               exit 1   of several processes at one job, another one is gone
-    ├── ElsewhereError          its own  the same, and it has told why
-    └── Stopped                 exit 75  nothing is wrong: somebody asked, and the same command goes on
+    StreamPruneError            exit 1   base class
+    ├── ConfigError             exit 2   invalid setting; the message quotes the value and the limit
+    ├── CheckpointError         exit 1   the model directory is not a valid, supported checkpoint
+    ├── CalibrationError        exit 1   calibration or evaluation text is missing, unreadable or too short
+    ├── ResourceError           exit 1   not enough memory or disk; the message says how much is needed
+    ├── DiskError               exit 1   a file cannot be read or written; the message says which and why
+    ├── DamageError             exit 1   a file differs from what was written; rerun the command to rebuild it
+    ├── ResumeError             exit 1   the job is locked, or was started with other settings or inputs
+    ├── NumericalError          exit 1   NaN, Inf, or a matrix that cannot be factored
+    │   └── SingularError       exit 1   a matrix is not positive definite; callers may retry with more damping
+    ├── LostError               exit 1   another process of a multi-process job is gone
+    ├── ElsewhereError          varies   another process of the job failed and reported why; uses its exit code
+    └── Stopped                 exit 75  the job stopped on request; rerun the command to resume
 
-Everything else that escapes is a bug.
+Any other exception that reaches the user is a bug.
 """
 
 from __future__ import annotations
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """Another library's error as part of a message: its first `most` characters without line breaks, or its kind."""
+    """Return another library's error on one line, cut to `most` characters; its class name if it has no text."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 class StreamPruneError(Exception):
-    """Base of every error that is the user's to mend; the message is one line."""
+    """Base class for errors the user can fix. Messages are one line."""
 
     exit_code = 1
     told = False
-    """Whether another process of the same job has told it already."""
+    """Whether another process of the same job has already reported this error."""
 
 
 class ConfigError(StreamPruneError):
-    """A setting that cannot be."""
+    """A setting is invalid."""
 
     exit_code = 2
 
 
 class CheckpointError(StreamPruneError):
-    """A model directory that cannot be read as a checkpoint."""
+    """A model directory cannot be read as a checkpoint."""
 
 
 class CalibrationError(StreamPruneError):
-    """Text that cannot be used."""
+    """Calibration or evaluation text cannot be used."""
 
 
 class ResourceError(StreamPruneError):
-    """Too little memory or disk."""
+    """There is not enough memory or disk space."""
 
 
 class DiskError(StreamPruneError):
-    """A file that cannot be read or written."""
+    """A file cannot be read or written."""
 
 
 class DamageError(StreamPruneError):
-    """A file that is not on the disk as it was written."""
+    """A file on disk differs from what was written."""
 
 
 class ResumeError(StreamPruneError):
-    """A job under way that does not fit what is asked now."""
+    """An existing job cannot be resumed: it is locked, or its settings or inputs differ."""
 
 
 class NumericalError(StreamPruneError):
-    """Numbers that cannot be worked with."""
+    """A computation met NaN, Inf or a matrix that it cannot factor."""
 
 
 class SingularError(NumericalError):
-    """A matrix that is not positive definite to its dtype, or no longer after what was taken from it."""
+    """A matrix is not positive definite in its dtype, either from the start or after updates."""
 
 
 class LostError(StreamPruneError):
-    """Another process of the same job is gone."""
+    """Another process of the same job exited or lost its connection."""
 
 
 class ElsewhereError(StreamPruneError):
-    """Another process of the same job has failed.
+    """Another process of the same job failed and reported its error.
 
     Args:
-        message: what it said.
-        exit_code: what it ends with.
+        message: the error message of the failed process.
+        exit_code: the exit code of the failed process.
     """
 
     told = True
@@ -93,7 +93,7 @@ class ElsewhereError(StreamPruneError):
 
 
 class Stopped(StreamPruneError):
-    """Work that ended early because it was asked to."""
+    """The work stopped early on request; nothing is wrong."""
 
     exit_code = 75
-    """The C library's EX_TEMPFAIL: try again."""
+    """EX_TEMPFAIL from sysexits.h: try again later."""

@@ -1,1 +1,1 @@
-"""Files, devices, threads, signals, processes: nothing about models."""
+"""Files, devices, threads, signals and processes. Nothing here knows about models."""

@@ -1,4 +1,4 @@
-"""A model directory as it comes from others: what in it leads elsewhere, or stands for a file that is not there."""
+"""Checks on untrusted model directories: links that lead outside, and Git LFS pointers in place of files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ..errors import CheckpointError
 from . import files
 
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
-"""How Git LFS begins the text that it leaves where a file was not fetched."""
+"""First bytes of a Git LFS pointer, the text that stands in for a file that was not fetched."""
 
 
 def check_links(directory: Path) -> None:
-    """Refuse links that lead out of a model directory, lest files of this machine be read, or copied, under its names.
+    """Reject symbolic links that lead out of a model directory, so that no other file of this machine is read or copied.
 
-    A snapshot in the hub's cache consists of links to the blobs of its own repository, which are followed.
+    Snapshots in the hub's cache are links to the blobs of their own repository. Those links are allowed.
 
     Raises:
-        CheckpointError: a link that leads elsewhere, by its name.
+        CheckpointError: a link leads elsewhere; the message names it.
     """
     root = Path(os.path.realpath(directory))
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -33,10 +33,10 @@ def check_links(directory: Path) -> None:
 
 
 def check_pointer(path: Path) -> None:
-    """Refuse the text that Git LFS leaves in the place of a file.
+    """Reject a Git LFS pointer in place of a file.
 
     Raises:
-        CheckpointError: `path` holds such a text.
+        CheckpointError: `path` is a Git LFS pointer.
     """
     beginning = bytearray(len(_POINTER))
     if path.is_file() and files.read_into(path, 0, memoryview(beginning)) and beginning == _POINTER:

@@ -1,9 +1,10 @@
-"""What the project asks of the operating system's files: one operation a method, and nothing else touches a file's bytes or names.
+"""All file operations of the project, one method per operation. Nothing else changes file contents or names.
 
-`files` says in which order operations come, so that nothing is lost; here is what each of them is. Tests put a disk in the
-place of this one that fails, tears or stops at any of them (see `using`).
+`files` orders these operations so that a crash loses nothing; this module only performs them. Tests substitute a disk that
+fails, tears a write or stops at any operation (see `using`).
 
-What other libraries do by themselves is outside: transformers reading a config or a tokenizer, pyarrow a table, gguf writing its file.
+File access inside other libraries does not go through here: transformers reading configs and tokenizers, pyarrow reading
+tables, gguf writing its output.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ Mode = Literal["rb", "wb", "ab", "r+b"]
 
 
 class Disk:
-    """The machine's own. Every method raises the OSError that it meets."""
+    """The real file system. Every method lets OSError propagate."""
 
     def open(self, path: Path, mode: Mode) -> FileIO:
-        """A file without a buffer; a pipe is not waited for."""
+        """Open an unbuffered file. Opening a pipe does not block."""
         return FileIO(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
 
     def read(self, file: FileIO, buffer: memoryview) -> int:
-        """As many bytes as there are, up to the buffer's length."""
+        """Read up to ``len(buffer)`` bytes; return how many were read."""
         return file.readinto(buffer) or 0
 
     def write(self, file: FileIO, data: memoryview) -> None:
-        """All of the bytes."""
+        """Write all bytes."""
         done = 0
         while done < len(data):
             done += file.write(data[done:]) or 0
 
     def truncate(self, file: FileIO, length: int) -> None:
-        """Cut to the first `length` bytes."""
+        """Truncate to the first `length` bytes."""
         file.truncate(length)
 
     def sync(self, file: FileIO) -> None:
-        """Make a file's bytes durable."""
+        """Flush the contents of a file to disk (fsync)."""
         os.fsync(file.fileno())
 
     def sync_folder(self, path: Path) -> None:
-        """Make a folder's names durable."""
+        """Flush the directory entries of a folder to disk (fsync)."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -53,27 +54,27 @@ class Disk:
             os.close(descriptor)
 
     def lock(self, file: FileIO, *, shared: bool = False) -> None:
-        """Keep other processes' locks off until the file is closed, or only exclusive ones; BlockingIOError where one is in the way."""
+        """Take an exclusive or shared lock until the file is closed; BlockingIOError if another process holds a conflicting one."""
         fcntl.flock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
     def rename(self, source: Path, target: Path) -> None:
-        """A file over whatever had that name, or a folder over nothing or an empty one."""
+        """Rename a file, replacing any existing target, or a folder to a free name or over an empty folder."""
         os.replace(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """A second name for a file."""
+        """Create a hard link."""
         os.link(source, target)
 
     def unlink(self, path: Path) -> None:
-        """One name less."""
+        """Remove one name of a file."""
         os.unlink(path)
 
     def make_folder(self, path: Path, mode: int = 0o777) -> None:
-        """One that was not there, its parent was, with these permissions less the process's umask."""
+        """Create a folder with permissions `mode`, less the process's umask. It must not exist yet; its parent must."""
         os.mkdir(path, mode)
 
     def remove_folder(self, path: Path) -> None:
-        """An empty one."""
+        """Remove an empty folder."""
         os.rmdir(path)
 
 
@@ -81,13 +82,13 @@ _disks = [Disk()]
 
 
 def disk() -> Disk:
-    """The one in use."""
+    """Return the disk in use."""
     return _disks[-1]
 
 
 @contextmanager
 def using(other: Disk) -> Iterator[None]:
-    """A context in which everything, in all threads, goes to another one."""
+    """Send the file operations of all threads to another disk, while the context is open."""
     _disks.append(other)
     try:
         yield

@@ -1,7 +1,7 @@
 """Every durable write, rename and removal of the project.
 
-The rule: temporary name → write → fsync → rename → fsync of the folder. The operations themselves are `disk`'s, and nothing
-but this file asks for them.
+The crash rule: write under a temporary name → fsync → rename → fsync the folder. `disk` performs the operations; only this
+module calls it.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ LOCK = ".lock"
 LOCK_TRIES = 4
 SCRATCH_LOCK = "lock"
 SYNC_BYTES = 32 << 20
-"""Of a long durable file, so many are sent to the disk at once."""
+"""Bytes written to a durable file between two fsyncs, so that little is left to flush at the end."""
 COPY_BYTES = 1 << 20
-"""Of a file that is copied or digested, so many are in memory at once."""
+"""Bytes held in memory at a time while a file is copied or hashed."""
 
 Append = Callable[[Any], None]
-"""Takes bytes, or whatever has a buffer of them."""
+"""Appends bytes, or any object that supports the buffer protocol."""
 
 
 @contextmanager
 def _told(does: Literal["read", "write", "make", "remove", "lock"], path: Path) -> Iterator[None]:
-    """A context whose OSErrors say what could not be done; what is not there cannot be read or removed, and is its user's to tell."""
+    """Turn OSErrors into DiskErrors that say what failed. When reading or removing, FileNotFoundError propagates to the caller."""
     try:
         yield
     except OSError as error:
@@ -58,10 +58,10 @@ def _opened(path: Path, mode: Mode) -> Iterator[FileIO]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable.
+    """Flush the contents of a file, or the directory entries of a folder, to disk.
 
     Raises:
-        DiskError: it cannot be done.
+        DiskError: the flush failed.
     """
     with spent("write"), _told("write", path):
         if not path.is_dir():
@@ -71,20 +71,20 @@ def sync(path: Path) -> None:
         try:
             disk().sync_folder(path)
         except OSError as error:
-            # Some network file systems refuse to fsync a folder; their renames are durable by themselves.
+            # Some network file systems reject fsync on a folder; renames there are durable without it.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
                 raise
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Append]:
-    """Write a file piece after piece, from any thread; when all is there it takes the place of `path` at once.
+    """Write a file in pieces, from any thread; at the end it replaces `path` atomically.
 
-    On an exception `path` is as it was and the temporary file is gone. With ``durable=False`` the
-    replacement is atomic but not fsynced, for data that no journal line will speak of.
+    On an exception `path` is unchanged and the temporary file is removed. With ``durable=False`` the
+    replacement is atomic but not fsynced; use it for data that no journal line refers to.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the file cannot be written.
     """
     with replacing_file(path, durable=durable) as temporary:
         with _told("write", path):
@@ -97,7 +97,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Append]:
             with spent("write"), _told("write", path):
                 disk().write(file, view)
                 waits += len(view)
-                # What shall be durable goes to the disk as it comes, so that little is left to do at the end.
+                # Flush durable files as they grow, so that little is left to flush at the end.
                 if durable and waits >= SYNC_BYTES:
                     disk().sync(file)
                     waits = 0
@@ -108,10 +108,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Append]:
 
 @contextmanager
 def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """`replacing` for somebody who writes a file by himself: yields its temporary path."""
+    """Like `replacing`, for callers that write the file themselves: yields the temporary path."""
     temporary = path.with_name(path.name + TEMPORARY)
     if os.path.lexists(temporary):
-        remove(temporary)  # it may be a link to somebody else's file
+        remove(temporary)  # may be a link to an unrelated file
     try:
         yield temporary
         with _told("write", path):
@@ -127,10 +127,10 @@ def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write(path: Path, pieces: Iterable[Any]) -> str:
-    """Durably replace `path` by pieces of bytes, one after the other.
+    """Durably replace `path` with the concatenation of `pieces`.
 
     Returns:
-        The SHA-256 in hex of what was to be written, taken before the disk has it.
+        The SHA-256 in hex of the bytes in memory, computed before they reach the disk.
     """
     digest = hashlib.sha256()
     with replacing(path) as append:
@@ -141,17 +141,17 @@ def write(path: Path, pieces: Iterable[Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> str:
-    """Durably replace `path` by `text` in UTF-8; returns the digest, see `write`."""
+    """Durably replace `path` with `text` in UTF-8. Returns the digest, see `write`."""
     return write(path, [text.encode()])
 
 
 def copy(source: Path, target: Path) -> str:
-    """Durably copy one file's bytes, links followed; permissions and times are not copied. Returns the digest, see `write`."""
+    """Durably copy the contents of a file, following links; not its permissions or times. Returns the digest, see `write`."""
     return write(target, _pieces(source))
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links; an older target goes at once."""
+    """Hard-link a file, or copy it where the file system has no hard links. Replaces an existing target atomically."""
     temporary = target.with_name(target.name + TEMPORARY)
     remove(temporary)
     try:
@@ -163,7 +163,7 @@ def link(source: Path, target: Path) -> None:
         return
     with _told("write", target):
         disk().rename(temporary, target)
-    remove(temporary)  # a rename between two names of one file does nothing
+    remove(temporary)  # renaming between two links to the same file does nothing
     sync(target.parent)
 
 
@@ -178,26 +178,26 @@ def append_line(path: Path, line: str) -> None:
 
 
 def append_bytes(path: Path, data: Any) -> None:
-    """Append to a file that nothing rests on: what a power cut takes of it is not missed."""
+    """Append without fsync, for files that may lose their end in a power cut."""
     with _told("write", path), _opened(path, "ab") as file:
         disk().write(file, memoryview(data).cast("B"))
 
 
 def truncate(path: Path, length: int) -> None:
-    """Durably cut a file to its first `length` bytes."""
+    """Durably truncate a file to its first `length` bytes."""
     with _told("write", path), _opened(path, "r+b") as file:
         disk().truncate(file, length)
         disk().sync(file)
 
 
 def remove(path: Path) -> None:
-    """Remove a file that may be gone already."""
+    """Remove a file, if it exists."""
     with suppress(FileNotFoundError), _told("remove", path):
         disk().unlink(path)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder that may be gone already; a power cut does not bring it back."""
+    """Durably remove a folder and its contents, if it exists."""
     if path.is_symlink() or path.exists():
         _remove_all(path)
         sync(path.parent)
@@ -214,13 +214,13 @@ def _remove_all(path: Path) -> None:
 
 
 def empty(path: Path, keep: str | None = None) -> None:
-    """Remove whatever is in a folder that may be gone already; a power cut does not bring it back.
+    """Durably remove the contents of a folder, if it exists, but keep the folder.
 
-    The folder stays, for `remove_empty`: NFS and FUSE keep a hidden name in it for a removed file that somebody has open, such
-    as a lock.
+    `remove_empty` removes the folder itself: NFS and FUSE keep a hidden entry in it while a removed file, such as a lock, is
+    still open.
 
     Args:
-        keep: but for what has a name that begins with this.
+        keep: prefix of names to keep.
     """
     if path.is_dir():
         for entry in sorted(path.iterdir()):
@@ -230,17 +230,17 @@ def empty(path: Path, keep: str | None = None) -> None:
 
 
 def empty_locked(folder: Path, lock: str) -> None:
-    """Remove whatever is in a folder of which this process holds the lock: the lock last, since whoever finds none may begin there.
+    """Remove the contents of a folder whose lock this process holds. The lock goes last: without it, another job may start there.
 
     Args:
-        lock: name of the lock's file; those of other processes at the same work have names that begin with it.
+        lock: name of the lock file; the lock files of other processes of the same job start with this name.
     """
     empty(folder, lock)
     empty(folder)
 
 
 def remove_empty(path: Path) -> None:
-    """Remove a folder that may be gone already, or into which somebody may have put something."""
+    """Remove a folder if it exists and is empty."""
     with suppress(FileNotFoundError), _told("remove", path):
         for left in reversed(range(LOCK_TRIES)):
             try:
@@ -249,14 +249,14 @@ def remove_empty(path: Path) -> None:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 if left:
-                    time.sleep(0.05)  # FUSE lets go of a closed file a little later
+                    time.sleep(0.05)  # FUSE releases closed files with a short delay
             else:
                 sync(path.parent)
                 break
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; the new names are durable."""
+    """Durably create a folder and its parents."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -271,7 +271,7 @@ def make_folder(path: Path) -> None:
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Rename a finished folder to its final name, where nothing but an empty folder may stand."""
+    """Flush a finished folder to disk and rename it to its final name, which must be free or an empty folder."""
     for path in sorted(staging.rglob("*")):
         sync(path)
     sync(staging)
@@ -279,14 +279,14 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def move_aside(path: Path, target: Path) -> None:
-    """Durably rename a folder to where nothing but an empty one may be."""
+    """Durably rename a folder to a name that must be free or an empty folder."""
     with _told("make", target):
         disk().rename(path, target)
         sync(target.parent)
 
 
 def read_into(path: Path, offset: int, buffer: memoryview) -> int:
-    """Fill `buffer` from a file's bytes at `offset`; returns how many there were."""
+    """Fill `buffer` from a file, starting at byte `offset`. Returns the number of bytes read, fewer at the end of the file."""
     done = 0
     with spent("read"), _told("read", path), _opened(path, "rb") as file:
         file.seek(offset)
@@ -296,11 +296,11 @@ def read_into(path: Path, offset: int, buffer: memoryview) -> int:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A regular file's bytes: no waiting for the other end of a pipe, no reading of a device for ever.
+    """Return the contents of a regular file. Pipes and devices are rejected, since reading them might never end.
 
     Raises:
-        DiskError: it cannot be read, or is no regular file.
-        FileNotFoundError: it is not there.
+        DiskError: the file cannot be read, or is not a regular file.
+        FileNotFoundError: the file does not exist.
     """
     return b"".join(_pieces(path))
 
@@ -315,18 +315,18 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def announce(path: Path, offset: int, length: int) -> None:
-    """Tell the kernel what will be read soon, where it listens; a file that is not there is the reader's to report."""
+    """Ask the kernel to read ahead, where it supports that. A missing file is ignored here; the reader reports it."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError), _opened(path, "rb") as file:
-            # In pieces, since Linux takes no more than a device's own read-ahead of each.
+            # In pieces: Linux caps each request at the device's read-ahead size.
             for begin in range(offset, offset + length, 1 << 17):
                 os.posix_fadvise(file.fileno(), begin, min(1 << 17, offset + length - begin), os.POSIX_FADV_WILLNEED)
 
 
 def forget(path: Path) -> None:
-    """Have the kernel drop what it keeps of a file, where it listens, so that what is read next comes from the disk.
+    """Ask the kernel to drop a file from the page cache, where it supports that, so that the next read comes from the disk.
 
-    It drops what is on the disk already, and what no process has mapped.
+    Pages that are not yet written back, or that a process has mapped, stay cached.
     """
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError), _opened(path, "rb") as file:
@@ -334,12 +334,12 @@ def forget(path: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the file system that holds `folder` or, if it is not there yet, its nearest parent."""
+    """Return the free bytes on the file system of `folder`, or of its nearest existing parent."""
     return shutil.disk_usage(_existing(folder)).free
 
 
 def same_file_system(one: Path, other: Path) -> bool:
-    """Whether two folders, which need not be there yet, lie on one file system."""
+    """Return whether two folders are on the same file system. They need not exist yet."""
     return _existing(one).stat().st_dev == _existing(other).stat().st_dev
 
 
@@ -350,7 +350,7 @@ def _existing(folder: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the SHA-256 of a file in hex."""
     digest = hashlib.sha256()
     for piece in _pieces(path):
         digest.update(piece)
@@ -358,23 +358,23 @@ def sha256(path: Path) -> str:
 
 
 def holds(path: Path, digest: str) -> bool:
-    """Whether a file is there and has that SHA-256."""
+    """Return whether a file exists and has this SHA-256 (hex)."""
     return path.is_file() and sha256(path) == digest
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; a process that died holds none.
+    """Hold an exclusive lock on `path`. The lock of a process that dies is released.
 
     Raises:
-        ResumeError: another live process holds it.
-        DiskError: it cannot be locked.
+        ResumeError: another process holds the lock, or has just finished the job and removed the lock file.
+        DiskError: the file cannot be locked.
     """
     with ExitStack() as stack:
         with _told("lock", path):
             try:
                 file = stack.enter_context(_opened(path, "ab"))
-            except FileNotFoundError:  # its folder has just been removed
+            except FileNotFoundError:  # its folder was just removed
                 raise _finished(path) from None
             for left in reversed(range(LOCK_TRIES)):
                 try:
@@ -383,7 +383,7 @@ def locked(path: Path) -> Iterator[None]:
                 except BlockingIOError:
                     if not left:
                         raise ResumeError(f"another process is working on this job ({path} is locked)") from None
-                    time.sleep(0.05)  # it may be somebody who only looks
+                    time.sleep(0.05)  # may be a process that only checks the lock
         there = False
         with suppress(FileNotFoundError):
             there = path.stat().st_ino == os.fstat(file.fileno()).st_ino
@@ -394,11 +394,12 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold a lock beside a file that is to be made; the lock's file goes at the end, a killed process's with the next one's.
+    """Hold a lock beside a file that is about to be written. The lock file is removed at the end; one left by a killed process is
+    reused and removed by the next.
 
     Raises:
-        ResumeError: another live process is making it.
-        DiskError: it cannot be locked.
+        ResumeError: another process is writing the file.
+        DiskError: the lock file cannot be locked.
     """
     lock = path.with_name(path.name + LOCK)
     with locked(lock):
@@ -413,11 +414,11 @@ def _finished(lock: Path) -> ResumeError:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a live process holds that lock; false where there is no such file."""
+    """Return whether a process holds this lock; false if the lock file does not exist."""
     try:
         with _told("read", path), _opened(path, "rb") as file:
             try:
-                # Shared and for an instant, so that those who look are not in each other's way.
+                # A brief shared lock, so that concurrent checks do not conflict.
                 disk().lock(file, shared=True)
             except BlockingIOError:
                 return True
@@ -427,17 +428,17 @@ def is_locked(path: Path) -> bool:
 
 
 def probe(folder: Path, name: str, remedy: str) -> None:
-    """See that a folder's file system does what the crash rule rests on, by doing it there.
+    """Check that a folder's file system supports the operations of the crash rule, by performing them there.
 
-    Hard links are not asked for, since `link` copies where there are none.
+    Hard links are not checked, since `link` falls back to copying.
 
     Args:
-        folder: need not be there yet; then the nearest parent that is.
-        name: what is made in it and removed again is called so, and so is what a killed process left of this.
-        remedy: what the user shall do about it.
+        folder: the folder to check; if it does not exist, its nearest existing parent.
+        name: of the temporary folder for the check; one left by a killed process is removed.
+        remedy: what the user should do on failure, for the message.
 
     Raises:
-        DiskError: what the file system does not do.
+        DiskError: an operation failed; the message names it.
     """
     place = _existing(folder) / name
     one, full, empty = place / "file", place / "full", place / "empty"
@@ -470,10 +471,10 @@ def probe(folder: Path, name: str, remedy: str) -> None:
 
 @contextmanager
 def trying(operation: str, folder: Path, remedy: str) -> Iterator[None]:
-    """A context in which a failure is one of the file system that holds `folder`, told with what to do about it.
+    """Turn OSErrors and DiskErrors into a DiskError that blames the file system of `folder` and names the remedy.
 
     Raises:
-        DiskError: instead of any other and of any OSError.
+        DiskError: the operation failed.
     """
     try:
         yield
@@ -484,19 +485,19 @@ def trying(operation: str, folder: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def scratch(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder below `parent`, gone at the end; what killed processes of this user left of such goes first.
+    """Create a temporary folder below `parent` and remove it at the end. First remove those left by killed processes of this user.
 
     Args:
-        parent: is there, and may be anybody's, such as the system's temporary folder.
-        prefix: of the name, by which they are known.
+        parent: must exist; may be shared with other users, such as the system's temporary folder.
+        prefix: start of the folder's name, by which left-over folders are recognised.
 
     Raises:
-        DiskError: it cannot be made.
+        DiskError: the folder cannot be created.
     """
     for path in parent.glob(f"{prefix}*"):
         with suppress(OSError, DiskError, ResumeError):
             found = path.lstat()
-            # A link or a folder of somebody else's would have the lock made, and files removed, where it likes.
+            # Skip links and other users' folders: they could redirect the lock and the removal to any place.
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
                 with locked(path / SCRATCH_LOCK):
                     empty_locked(path, SCRATCH_LOCK)
@@ -507,7 +508,7 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
             with _told("make", folder):
                 disk().make_folder(folder, 0o700)
             stack.callback(remove_empty, folder)
-            with suppress(ResumeError):  # another process took it for one that was left, and removes it
+            with suppress(ResumeError):  # another process took it for a left-over one and is removing it
                 try:
                     stack.enter_context(locked(folder / SCRATCH_LOCK))
                 except DiskError:
@@ -519,7 +520,7 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def first_link(folder: Path) -> Path | None:
-    """The folder itself if it is a symbolic link, or the first one in it, however deep; None where there is none."""
+    """Return `folder` if it is a symbolic link, else the first symbolic link at any depth below it, else None."""
     if folder.is_symlink():
         return folder
     for place, folders, names in os.walk(folder):
