@@ -1,4 +1,7 @@
-"""What to remove and how to re-fit what stays; tensors only. A new recipe is one file and its settings in `settings`."""
+"""Recipes: which units to remove and how to refit the remaining weights.
+
+Recipes see tensors only: no files, no models. To add one, write one file here and add its settings to `settings`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 _FILES = {"random": "baselines", "magnitude": "baselines", "wanda-sp": "baselines", "greedy-output": "greedy_output"}
-"""The file of a recipe, where it is not its name."""
+"""Module of each recipe whose module is not named after it."""
 
 
 class _Recipes(Mapping[str, "Recipe[Any]"]):
-    """Recipes by name; a recipe's file, and torch with it, is imported when it is asked for."""
+    """Recipes by name. The lookup imports the recipe's module, and torch with it, on first use."""
 
     def __getitem__(self, name: str) -> Recipe[Any]:
         if name not in self:

@@ -1,4 +1,4 @@
-"""How many units each site loses: a 0/1 knapsack over all units of the model."""
+"""Decide how many units each site loses: a 0/1 knapsack over all units of the model."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from ..model.site import Site
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to be removed, and in what steps."""
+    """How many parameters to remove, and in which steps."""
 
     ratio: float
-    """Share of `parameters`, in (0, 1)."""
+    """Share of `parameters` to remove in total, in (0, 1)."""
     parameters: int
-    """Parameters that the ratio counts, before anything went."""
+    """Number of parameters in the unpruned model that the ratio refers to."""
     round_to: int
-    """FFN widths that are changed become multiples of this."""
+    """Every FFN width that changes becomes a multiple of this."""
     alike: frozenset[str] = frozenset()
-    """Families of sites that keep the same width in all blocks."""
+    """Site families that must end with the same width in every block."""
     gone: int = 0
-    """Parameters that earlier shots removed."""
+    """Parameters that earlier shots already removed."""
 
     @property
     def target(self) -> int:
-        """Parameters to remove."""
+        """Number of parameters still to remove."""
         return round(self.ratio * self.parameters) - self.gone
 
 
 @dataclass(frozen=True)
 class _Bundle:
-    """Sites that lose units together: one site, or all of a family that is to be alike."""
+    """Sites that lose units together: a single site, or all sites of a family that must keep equal widths."""
 
     sites: tuple[Site, ...]
-    density: Tensor  # (units,) float64: cost a parameter of each further unit, ascending
-    steps: tuple[int, ...]  # units that may be gone, ascending, from 0
+    density: Tensor  # (units,) float64: cost per parameter of each further removed unit, ascending
+    steps: tuple[int, ...]  # allowed numbers of removed units, ascending, starting at 0
 
     def parameters(self, step: int) -> int:
-        """Parameters that go with the step after `step`."""
+        """Count the parameters that the step after `step` removes."""
         return (self.steps[step + 1] - self.steps[step]) * sum(site.unit_parameters for site in self.sites)
 
     def cost(self, step: int) -> float:
-        """Mean density of the units that go with the step after `step`."""
+        """Return the mean density of the units that the step after `step` removes."""
         return float(self.density[self.steps[step] : self.steps[step + 1]].mean())
 
 
 def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
-    """Units to keep per site, so that what goes costs least.
+    """Choose how many units each site keeps, at the least total cost of the removed units.
 
-    With units of equal size inside a site the density order is optimal to within one unit: the steps of
-    all sites are taken cheapest first, those that no longer fit are passed over, and smaller ones fill
-    the gap. Every site keeps one unit (or one multiple of ``round_to``).
+    Units within a site have equal size, so greedy selection by density is optimal to within one unit. The
+    steps of all sites are taken cheapest first. A step that no longer fits the budget is skipped, and smaller
+    steps fill the remainder. Every site keeps at least one unit (or one multiple of ``round_to``).
 
     Args:
-        densities: per site (units,), what each further removed unit costs a parameter, ascending.
+        densities: for each site (units,) float: cost per parameter of each further removed unit, ascending.
 
     Returns:
-        What is kept; everything where not one unit fits.
+        Units to keep, by site name. All units are kept if not even one fits the budget.
     """
     bundles = _bundles(sites, densities, budget)
     left = budget.target
@@ -72,7 +72,7 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
     while heap:
         _, number = heapq.heappop(heap)
         bundle = bundles[number]
-        # A step that does not fit ends its bundle: the later ones cost more and are no smaller.
+        # Drop the bundle once a step does not fit: its later steps cost more and are no smaller.
         if bundle.parameters(taken[number]) > left:
             continue
         left -= bundle.parameters(taken[number])
@@ -87,10 +87,10 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
 
 
 def check_budget(sites: Sequence[Site], budget: Budget) -> None:
-    """See that a budget can be met, before any work.
+    """Check that the budget can be met, before any work starts.
 
     Raises:
-        ConfigError: the sites cannot lose that much, or so little was asked that not one unit fits.
+        ConfigError: the sites cannot lose that many parameters, or the budget is smaller than the smallest step.
     """
     bundles = _bundles(sites, even_densities(sites), budget)
     largest = sum(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
@@ -107,7 +107,7 @@ def check_budget(sites: Sequence[Site], budget: Budget) -> None:
 
 
 def largest_step(sites: Sequence[Site], budget: Budget) -> int:
-    """Parameters of the largest step that `allocate` can take: how far two plans of one budget may lie apart."""
+    """Return the parameters of the largest step of `allocate`: two plans for one budget differ by at most this."""
     bundles = _bundles(sites, even_densities(sites), budget)
     return max(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
 
@@ -136,10 +136,13 @@ def _steps(site: Site, round_to: int) -> tuple[int, ...]:
 
 
 def even_densities(sites: Sequence[Site], shares: Mapping[int, float] | None = None) -> dict[str, Tensor]:
-    """Densities under which every site loses the same share: the k-th unit of n costs (k + ½)/n.
+    """Return densities that make every site lose the same share: unit k of n (from 0) costs (k + ½)/n.
 
     Args:
-        shares: by block, the share it shall lose relative to the others; positive.
+        shares: relative share that each block loses, by block index; positive. A cost is divided by its block's share.
+
+    Returns:
+        For each site name (units,) float64, ascending.
     """
     return {
         site.name: (torch.arange(site.units, dtype=torch.float64) + 0.5)

@@ -1,4 +1,4 @@
-"""What every method is measured against: uniform allocation, a local score, no re-fitting."""
+"""Baselines: uniform allocation, a local score, no refitting."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Score = Callable[[Problem], Tensor]
 
 
 def random_score(problem: Problem) -> Tensor:
-    """Uniform noise, seeded per site: (units,)."""
+    """Draw uniform noise from the site's own seed: (units,) float64."""
     return torch.rand(problem.site.units, generator=problem.generator, dtype=torch.float64)
 
 
 def magnitude_score(problem: Problem) -> Tensor:
-    """Sum of squared weights of the unit, consumer columns and producer rows: (units,)."""
+    """Sum each unit's squared weights over its consumer columns and producer rows: (units,), dtype of W."""
     units = problem.site.units
     score = problem.w.square().sum(dim=0).view(units, -1).sum(dim=1)
     for producer in problem.producers:
@@ -33,7 +33,10 @@ def magnitude_score(problem: Problem) -> Tensor:
 
 
 def wanda_score(problem: Problem) -> Tensor:
-    """Structured Wanda: ``Σ_j∈u ‖x_j‖ · Σ_i |W_ij|``, ‖x_j‖ from the Gram's diagonal: (units,)."""
+    """Score units by structured Wanda, ``Σ_j∈u ‖x_j‖ · Σ_i |W_ij|``: (units,), dtype of W.
+
+    ``‖x_j‖`` is the square root of the diagonal of the mean Gram H (n, n).
+    """
     columns = problem.w.abs().sum(dim=0) * problem.gram.diagonal().clamp_min(0).sqrt().to(problem.w)
     return columns.view(problem.site.units, -1).sum(dim=1)
 

@@ -1,14 +1,19 @@
-"""Our own recipe: whole greedy paths in units of loss, fits to the dense output, and a stream pulled back to its course.
+"""The default recipe (ours): loss-based greedy cost paths, targets from the dense model, residual correction.
 
-*Survey*: at every site of the model `H` of the consumer's input and `G` of its output's gradient, for tokens that the model
-itself draws. Curvature of the
-loss in `W` is ``G ⊗ H``, so removing columns `S` and re-fitting the rest costs ``½ tr(W_Sᵀ G W_S ([H_λ⁻¹]_SS)⁻¹)``: one
-greedy path a site, down to one unit, gives the marginal cost of every further unit, in the same unit everywhere.
-*Allocation*: one threshold on marginal cost a parameter. *Target*: each consumer is fitted to its dense output plus what
-the residual stream lacks by now. *Selection, reconstruction*: exact greedy removal and OBS on the pruned stream.
-*Compensation*: of the producers. Where several shots are asked for, each begins with a survey of what the last one left.
+*Survey*: sum two Grams at every site of the dense model: `H` (n, n) of the consumer's input and `G` (d_out, d_out)
+of the gradient of its output. By default the gradients are those of predicting tokens drawn from the model itself.
+The curvature of the loss in `W` is about ``G ⊗ H``. Removing columns `S` and refitting the rest therefore costs
+``½ tr(W_Sᵀ G W_S ([H_λ⁻¹]_SS)⁻¹)``. One greedy path per site, down to one unit, gives the marginal cost of every
+further unit. These costs are comparable between sites, because all of them estimate the loss.
 
-docs/methods.md says what each part was measured to bring.
+*Allocation*: one threshold on the marginal cost per parameter.
+*Compensation*: refit the producers to read the pruned stream.
+*Target*: fit each consumer to its dense output plus the current residual error (dense minus pruned stream).
+*Selection and reconstruction*: exact greedy removal and the OBS update, on the pruned stream.
+
+With several shots, each shot surveys the model that the previous shot produced.
+
+docs/methods.md gives the measured effect of each part.
 """
 
 from __future__ import annotations
@@ -28,11 +33,19 @@ from .recipe import Curve, Recipe, Survey, Surveyed, Target
 from .settings import DefaultSettings
 
 _RIDGE = 1e-6
-"""Of G, relative: it has fewer tokens than rows in small jobs."""
+"""Ridge of G, relative to its mean diagonal: in small jobs G sums fewer tokens than it has rows."""
 
 
 def path_costs(settings: DefaultSettings, surveyed: Surveyed) -> dict[str, Tensor]:
-    """Cost a parameter of each further unit (units,), ascending, of which the last never goes."""
+    """Estimate the cost per parameter of each further removed unit.
+
+    Args:
+        surveyed: its statistics hold the Gram H (n, n) and, if `weighted`, G (d_out, d_out); both are sums until
+            `mean` normalises them per token.
+
+    Returns:
+        ``costs`` (units,) float64, ascending. The last entry repeats the one before: the last unit is never removed.
+    """
     site, statistics = surveyed.site, surveyed.statistics
     assert statistics.gram is not None
     h, w = statistics.gram.mean(site.name)[0].to(surveyed.w.dtype), surveyed.w
@@ -40,10 +53,10 @@ def path_costs(settings: DefaultSettings, surveyed: Surveyed) -> dict[str, Tenso
         assert statistics.gradient is not None
         place = f"{site.name}, output gradients"
         g = statistics.gradient.mean(place)[0].to(w.dtype)
-        # G = L Lᵀ, and tr(Wᵀ G W) = tr((Lᵀ W)ᵀ (Lᵀ W)): the unweighted loop on Lᵀ W.
+        # With G = L Lᵀ, tr(Wᵀ G W) = tr((Lᵀ W)ᵀ (Lᵀ W)): run the unweighted loop on Lᵀ W.
         w = cholesky(g, _RIDGE, place, device=w.device)[0].T @ w
     _, costs = greedy_removal(w, h, width=site.width, count=site.units - 1, damping=settings.damping, place=site.name)
-    # A unit that is cheaper once others are gone goes with them.
+    # A unit may become cheaper once others are removed. It then goes with them, so take the running maximum.
     marginal = (
         torch.cummax(torch.cat([costs.double(), costs.double()[-1:]]), dim=0).values if len(costs) else costs.double()
     )
@@ -51,18 +64,18 @@ def path_costs(settings: DefaultSettings, surveyed: Surveyed) -> dict[str, Tenso
 
 
 def threshold(settings: DefaultSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    """One threshold for all sites."""
+    """Allocate by one threshold on marginal cost for all sites."""
     keep = allocate(sites, {site.name: survey[site.name]["costs"] for site in sites}, budget)
     return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
 
 
 def target(settings: DefaultSettings) -> Target | None:
-    """What consumers are fitted to."""
+    """Return what consumers are fitted to before selection, or None for no such fit."""
     return None if settings.target == "own" else Target(settings.damping, residual=settings.target == "residual")
 
 
 def work(settings: DefaultSettings, site: Site, keep: float) -> float:
-    """Operations of selection and reconstruction; the factor is the target's, where there is one."""
+    """Count the FLOPs of selection and reconstruction; a fit to a target already provides the Cholesky factor."""
     shared = 0.0 if settings.target == "own" or site.expert is not None else site.columns**3 / 3
     return greedy_work(site, (site.units - keep) * site.width) + obs_work(site, keep) - shared
 

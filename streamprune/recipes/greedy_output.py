@@ -1,11 +1,12 @@
 """Greedy Output Approximation (Li et al., CPAL 2025).
 
-*Heads*: those whose attention maps are like another's go first, by mean Jensen-Shannon divergence (eq. 1) and a threshold
-τ (algorithm 2); with a ratio instead of a τ, τ rises until attention has lost that share. *Channels*: least second
-moment (eq. 4), the same share in every block. *Recovery* (algorithms 1, 3, 4), module after module and before units
-are chosen: the producers to their dense outputs on the pruned stream, then the consumer to its own.
+*Heads*: remove heads whose attention maps resemble another head's: mean Jensen-Shannon divergence (eq. 1) below a
+threshold τ (algorithm 2). Given a ratio instead of τ, raise τ until attention has lost that share.
+*Channels*: remove those of least second moment (eq. 4), the same share in every block.
+*Recovery* (algorithms 1, 3, 4), module by module and before units are chosen: fit the producers to their dense outputs
+on the pruned stream, then fit the consumer to its dense output.
 
-Key/value groups are removed whole; their divergence is the mean over their query heads' (ours).
+Key/value groups are removed whole. The divergence of two groups is the mean over their query heads (ours).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .settings import GreedyOutputSettings
 
 
 def divergence(settings: GreedyOutputSettings, surveyed: Surveyed) -> dict[str, Tensor]:
-    """Divergence between every two units of an attention site: (units, units)."""
+    """Return the divergence between every two units of an attention site, (units, units); nothing for FFN sites."""
     if surveyed.statistics.divergence is None:
         return {}
     return {
@@ -36,10 +37,12 @@ def divergence(settings: GreedyOutputSettings, surveyed: Surveyed) -> dict[str, 
 
 
 def candidates(d: Tensor, count: int) -> list[int]:
-    """Units that go first as τ rises, `count` of them; where a rise brings several, those nearest to one that stays.
+    """Return the first `count` units that become redundant as τ rises.
+
+    If a step of τ makes more than `count` units redundant, return those most similar to a unit that stays.
 
     Args:
-        d: (units, units).
+        d: (units, units) float, symmetric: divergence between units.
     """
     if not count:
         return []
@@ -49,7 +52,14 @@ def candidates(d: Tensor, count: int) -> list[int]:
 
 
 def rising_thresholds(d: Tensor) -> Tensor:
-    """The least τ at which each further unit goes: (units,), ascending, the last as the one before."""
+    """Return the least τ at which each further unit becomes redundant.
+
+    Args:
+        d: (units, units) float, symmetric: divergence between units.
+
+    Returns:
+        (units,) float64, ascending. The last entry repeats the one before: one unit always stays.
+    """
     taus: list[float] = []
     for tau in _thresholds(d):
         taus += [tau] * (len(redundant(d, tau)) - len(taus))
@@ -57,21 +67,21 @@ def rising_thresholds(d: Tensor) -> Tensor:
 
 
 def rising(site: Site, findings: Findings) -> Tensor | None:
-    """The thresholds of an attention site: (units,), ascending."""
+    """Return the rising thresholds of an attention site, (units,) float64 ascending; None for an FFN site."""
     return rising_thresholds(findings["divergence"]) if site.kind == "attention" else None
 
 
 def _thresholds(d: Tensor) -> list[float]:
-    """Every τ from which on something changes, ascending: just above each divergence."""
+    """Return every τ at which the redundant set can change, ascending: the next float above each divergence."""
     pairs = torch.tensor(sorted(set(d[~torch.eye(len(d), dtype=torch.bool)].tolist())), dtype=d.dtype)
     return torch.nextafter(pairs, torch.tensor(torch.inf, dtype=pairs.dtype)).tolist()
 
 
 def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    """Heads by similarity, then channels, the same share in every block, for what is left of the budget.
+    """Remove heads by similarity, then channels (the same share in every block) for the rest of the budget.
 
     Raises:
-        ConfigError: τ takes more than the ratio, or different numbers of heads where the layout has them alike.
+        ConfigError: τ removes more than the ratio, or different numbers of heads where the layout needs one number.
     """
     if settings.heads == "second-moment":
         keep = allocate(sites, even_densities(sites), budget)
@@ -107,14 +117,14 @@ def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Sur
 
 
 def _of_attention(sites: Sequence[Site], budget: Budget) -> Budget:
-    """The same share of attention as of everything."""
+    """Return the budget of attention alone: the same share as of the whole model."""
     whole = sum(site.units * site.unit_parameters for site in sites)
     own = sum(site.units * site.unit_parameters for site in sites if site.kind == "attention")
     return Budget(budget.target / whole, own, budget.round_to, budget.alike)
 
 
 def channels(settings: GreedyOutputSettings, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
-    """FFN channels that stay at most: attention loses no more than its share, unless τ decides."""
+    """Bound the FFN channels that stay: attention loses at most its own share. No bound if τ is set."""
     if settings.tau:
         return {}
     ffn = [site for site in sites if site.kind == "ffn"]
@@ -127,19 +137,22 @@ def _as_many_as_can_go(site: Site, units: int) -> int:
 
 
 def second_moment(settings: GreedyOutputSettings, problem: Problem, keep: int) -> Tensor:
-    """Units of the largest second moment: (keep,) ascending.
+    """Return the units with the largest second moment: (keep,) int64, ascending.
 
-    FFN (eq. 4): ``M_j = ½‖B_:j‖² (A_jᵀ Σ A_j)``, gated the product of (down, up)'s and (down, gate)'s. Attention: the
-    value path as a linear module of each head, whose input is the attention-weighted hidden state; ``A_jᵀ Σ A_j`` is then
-    the second moment of the consumer's input, and a unit's moment the sum of its columns'.
+    FFN (eq. 4): ``M_j = ½‖B_:j‖² (A_jᵀ Σ A_j)``; a gated FFN takes the product of the moments of (down, up) and
+    (down, gate). `B` (d_out, n) is the consumer, `A_j` (d,) a producer's row, `Σ` (d, d) the mean Gram of its input.
+
+    Attention: treat each head's value path as a linear module whose input is the attention-weighted hidden state.
+    ``A_jᵀ Σ A_j`` is then the second moment of the consumer's input, the diagonal of H (n, n). A unit's moment is the
+    sum over its columns.
     """
-    problem.factors.clear()  # that of the target's fit, as large as H
+    problem.factors.clear()  # Free the Cholesky factor of the target's fit: it is as large as H.
     energy = problem.w.square().sum(dim=0)
     if problem.site.kind == "attention":
         moments = (energy * problem.gram.diagonal().to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
     else:
         assert problem.inputs is not None
-        # In logarithms, since products of two moments leave float32's range.
+        # Work in logarithms: a product of two moments can leave float32's range.
         inputs = problem.inputs.to(energy)
         each = [energy * (a @ inputs).mul_(a).sum(dim=1) / 2 for a in problem.producers]
         moments = torch.stack(each).clamp_min(0).log().sum(dim=0)
@@ -147,7 +160,10 @@ def second_moment(settings: GreedyOutputSettings, problem: Problem, keep: int) -
 
 
 def recovered(settings: GreedyOutputSettings, problem: Problem, kept: Tensor) -> Refit:
-    """The consumer's fit, which was made on all columns, brought down to those that stay."""
+    """Restrict the consumer, already fitted on all columns, to the units `kept` (k,) int64.
+
+    OBS-updates the kept columns if `recover` is on, otherwise copies them.
+    """
     return obs(problem, kept, settings.damping) if settings.recover else kept_columns(problem, kept)
 
 
@@ -166,7 +182,7 @@ GREEDY_OUTPUT = Recipe(
         settings.recover * obs_work(site, keep) + (site.kind == "ffn") * 2 * site.outputs * sum(site.linears[:-1])
     ),
     foresee=channels,
-    # The inputs' Gram waits for the choice.
+    # Selection needs the Gram of the producers' inputs, (d, d), which is held until then.
     workspace=lambda settings, site, keep: max(
         settings.recover * obs_workspace(site, keep),
         site.outputs**2 + sum(site.linears[:-1]) + max(site.linears[:-1]),

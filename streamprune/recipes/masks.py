@@ -1,8 +1,9 @@
 """Pruning that keeps shapes and writes zeros: single weights, or M of every N neighbours in a row.
 
-One global threshold on the cost of a weight, or of the M cheapest of a group (LLM Surgeon, section 3.3). No list of all
-costs of a model fits anywhere, so a survey leaves a histogram of each linear's, fine enough that the counts it gives
-meet the budget exactly: which weights of a linear go is decided again where its costs are at hand.
+One global threshold applies to the cost of a weight, or of the M cheapest weights of a group (LLM Surgeon,
+section 3.3). The costs of a whole model do not fit in memory, so the survey stores one histogram per linear. The plan
+counts the zeros of each linear from these histograms and meets the budget exactly. The weights themselves are chosen
+later, when the costs of their linear are computed again.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from .recipe import Findings, Survey
 from .settings import UNITS, UNSTRUCTURED
 
 _BITS = 12
-"""Of a float32's mantissa and sign that a histogram leaves out: 11 of the mantissa's 23 bits stay."""
+"""Low mantissa bits of a float32 cost that a histogram drops; 11 of the 23 mantissa bits stay. The sign bit is 0."""
 _BINS = 1 << (31 - _BITS)
 _LINEARS = 0.9
-"""Share of the blocks' parameters that the linears' weights hold at the least."""
+"""Least share of the blocks' parameters that are weights of linears."""
 
 
 def pattern(structure: str) -> tuple[int, int]:
-    """(M, N): so many of every N weights in a row go together; single weights are 1:1."""
+    """Return (M, N): M of every N neighbouring weights in a row are removed together. Single weights are 1:1."""
     if structure == UNSTRUCTURED:
         return 1, 1
     m, _, n = structure.partition(":")
@@ -38,7 +39,7 @@ def pattern(structure: str) -> tuple[int, int]:
 
 
 class Structured(Protocol):
-    """Settings with a structure."""
+    """Settings that have a structure."""
 
     @property
     def structure(self) -> str:
@@ -46,10 +47,11 @@ class Structured(Protocol):
 
 
 def check_structure(settings: Structured, sites: Sequence[Site], budget: Budget) -> None:
-    """Refuse what a structure cannot give.
+    """Check that the structure can meet the budget.
 
     Raises:
-        ConfigError: a ratio above what the pattern leaves to go, or widths that it does not divide.
+        ConfigError: the ratio is above what the pattern can remove or below its smallest step, or the pattern
+            does not divide a width.
     """
     structure = settings.structure
     if structure == UNITS:
@@ -62,7 +64,7 @@ def check_structure(settings: Structured, sites: Sequence[Site], budget: Budget)
         )
     _check_widths(structure, sites)
     most = sum(weights // n * m for site in sites for weights in site.linears)
-    # The pattern's own ratio asks for the pattern everywhere: what it then falls short by is norms and biases.
+    # A ratio of exactly M/N asks for the pattern everywhere. It falls short by the norms and biases only.
     if most < budget.target * (_LINEARS if budget.ratio == m / n else 1):
         raise ConfigError(
             f"ratio is {budget.ratio:g}; structure {structure} can make at most {most / budget.parameters:.3f} "
@@ -75,11 +77,11 @@ def check_structure(settings: Structured, sites: Sequence[Site], budget: Budget)
 
 
 def check_plan(settings: Structured, sites: Sequence[Site], plan: Plan, where: str) -> None:
-    """Refuse a plan, which fits the model, that a structure cannot follow.
+    """Check that the structure can follow a plan, which already fits the model.
 
     Raises:
-        ConfigError: units that go where weights should become zero or the other way round, counts that the
-            pattern cannot give, or widths that it does not divide.
+        ConfigError: the plan removes units but the structure zeroes weights (or the reverse), a count is not possible
+            with the pattern, or the pattern does not divide a width.
     """
     structure = settings.structure
     if structure == UNITS:
@@ -112,20 +114,24 @@ def _check_widths(structure: str, sites: Sequence[Site]) -> None:
 
 
 def histograms(costs: Iterable[Tensor], structure: str, place: str) -> dict[str, Tensor]:
-    """What a survey keeps of a site's linears: which bins of cost hold how many weights, or groups, (2, bins) int64.
+    """Build one cost histogram for each linear of a site.
 
     Args:
-        costs: of each weight of each linear, (rows, columns), the producers' in order and the consumer's last;
-            taken one at a time.
+        costs: for each linear (rows, columns) float: cost of each weight. The producers come first, in order, then the
+            consumer. One tensor is taken at a time.
+
+    Returns:
+        ``histogram.i`` for linear i, (2, bins) int64: indices of the non-empty bins, and how many weights (or groups)
+        each of them holds.
 
     Raises:
-        NumericalError: they hold NaN or Inf.
+        NumericalError: a cost is NaN or Inf.
     """
     return {f"histogram.{i}": _histogram(_checked(cost, place), structure) for i, cost in enumerate(costs)}
 
 
 def findings(structure: str, site: Site) -> int:
-    """Numbers of a site's histograms, at the most: an int64 counts as two."""
+    """Return the largest possible size of a site's histograms, in float32 elements; an int64 counts as two."""
     if structure == UNITS:
         return 0
     _, n = pattern(structure)
@@ -141,17 +147,17 @@ def _checked(costs: Tensor, place: str) -> Tensor:
 def _histogram(costs: Tensor, structure: str) -> Tensor:
     m, n = pattern(structure)
     flat = (costs if n == 1 else pattern_costs(costs, m, n)).float().flatten().clamp_min(0)
-    # The bits of a positive float32 are ascending with its value.
+    # As an integer, the bit pattern of a non-negative float32 ascends with its value.
     counts = torch.bincount(flat.view(torch.int32) >> _BITS).cpu()
     (filled,) = counts.nonzero(as_tuple=True)
     return torch.stack([filled, counts[filled]])
 
 
 def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure: str) -> Plan:
-    """One global threshold: how many weights of each linear become zero.
+    """Plan how many weights of each linear become zero, by one global threshold on cost.
 
-    A pattern's own share of the linears' weights is the most that can go: 2:4 at a ratio of one half falls short of it by
-    the norms and biases, which the ratio counts.
+    A pattern M:N can zero at most M/N of the linears' weights. The ratio also counts norms and biases, so 2:4 at a
+    ratio of one half falls short of that ratio by them.
     """
     m, _ = pattern(structure)
     total = torch.zeros(_BINS, dtype=torch.int64)
@@ -166,7 +172,7 @@ def count_zeros(sites: Sequence[Site], survey: Survey, budget: Budget, structure
     for site in sites:
         zeros = []
         for bins, counts in _read(survey[site.name]):
-            # The bin that the threshold falls into goes first come, first served.
+            # In the bin of the threshold, the earlier linears take what is left of the budget.
             part = min(left, int(counts[bins == edge].sum()))
             left -= part
             zeros.append(m * (int(counts[bins < edge].sum()) + part))
@@ -181,12 +187,19 @@ def _read(findings: Findings) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def mask(costs: Tensor, zeros: int, structure: str, place: str) -> Tensor:
-    """The weights (rows, columns) that go, True, so many as the plan says: the cheapest, or the cheapest groups'.
+    """Choose the weights of one linear to zero: the cheapest, or the M cheapest of the cheapest groups.
 
-    Of equal ones the first go.
+    Ties go to the first in row-major order.
+
+    Args:
+        costs: (rows, columns) float: cost of each weight.
+        zeros: how many weights to zero, as the plan says.
+
+    Returns:
+        (rows, columns) bool, True where a weight becomes zero.
 
     Raises:
-        NumericalError: the costs hold NaN or Inf.
+        NumericalError: a cost is NaN or Inf.
     """
     _checked(costs, place)
     m, n = pattern(structure)
@@ -200,7 +213,7 @@ def _cheapest(costs: Tensor, count: int) -> Tensor:
     if not count:
         return torch.zeros_like(costs, dtype=torch.bool)
     flat = costs.flatten()
-    # Selecting takes a ninth of what sorting does.
+    # Selection takes a ninth of the time of a sort.
     threshold = flat.kthvalue(count).values
     chosen = flat < threshold
     equal = (flat == threshold).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Which units of a site stay: what several recipes share."""
+"""Unit selection and OBS refitting that several recipes share."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from .recipe import Problem, Refit
 
 
 def others(units: int, removed: Tensor) -> Tensor:
-    """The units (k,), ascending, that are not among `removed`."""
+    """Return the units that stay, (units − r,) int64 ascending, given the removed ones (r,) int64."""
     stays = torch.ones(units, dtype=torch.bool)
     stays[removed] = False
     return stays.nonzero()[:, 0]
 
 
 def best(scores: Tensor, keep: int, place: str) -> Tensor:
-    """The `keep` units of the highest scores (units,), ascending; of equal ones the first. A score may be −∞.
+    """Return the `keep` units with the highest scores. Ties go to the lower index.
+
+    Args:
+        scores: (units,) float; a score may be −∞.
+
+    Returns:
+        (keep,) int64, ascending, on the CPU.
 
     Raises:
-        NumericalError: one is NaN or ∞, which would be taken for the highest.
+        NumericalError: a score is NaN or +∞, which would rank highest.
     """
     if not bool((scores < torch.inf).all()):
         raise NumericalError(f"{place}: the units' scores hold NaN or Inf")
@@ -32,20 +38,20 @@ def best(scores: Tensor, keep: int, place: str) -> Tensor:
 
 
 def greedy_workspace(site: Site) -> int:
-    """Numbers that `greedy` holds."""
+    """Count the tensor elements that `greedy` holds at its peak."""
     return workspace(site.columns, site.width) + inverse_workspace(site.columns)
 
 
 def greedy_work(site: Site, count: float) -> float:
-    """Operations of `greedy` that removes so many columns."""
+    """Count the FLOPs of `greedy` when it removes `count` columns."""
     n, d, k = site.columns, site.outputs, site.columns - count
-    left = (n**2 - n * count + count**2 / 3) ** 0.5  # columns, in the mean of squares
+    left = (n**2 - n * count + count**2 / 3) ** 0.5  # remaining columns, root mean square over the removals
     steps = count * (n + k) / 2 * (3 * 64 + 12 * site.width)
     return inverse_work(n) + product_work(n, d) + steps + 3 * product_work(left, max(0.0, count - 64))
 
 
 def greedy(problem: Problem, keep: int, damping: float) -> Tensor:
-    """What exact greedy removal on the site's own Gram leaves: (keep,) ascending."""
+    """Select units by exact greedy removal on the site's own mean Gram H (n, n): (keep,) int64, ascending."""
     site = problem.site
     removed, _ = greedy_removal(
         problem.w,
@@ -60,23 +66,30 @@ def greedy(problem: Problem, keep: int, damping: float) -> Tensor:
 
 
 def kept_columns(problem: Problem, kept: Tensor) -> Refit:
-    """The kept columns as they are."""
+    """Copy the columns of the kept units (k,) int64 without refitting: W becomes (d_out, k·width)."""
     return Refit(problem.w[:, unit_columns(kept.to(problem.w.device), problem.site.width)])
 
 
 def obs_workspace(site: Site, keep: int) -> int:
-    """Numbers that `obs` holds: the factor, what goes of W, the right-hand side, which becomes the solution, and the sum with W."""
+    """Count the tensor elements that `obs` holds at its peak.
+
+    They are the Cholesky factor, the removed columns of W, the right-hand side (overwritten by the solution), and its
+    sum with W.
+    """
     n, d, k = site.columns, site.outputs, keep * site.width
     return k * k + (n + k) * d + 2 * TILE * n
 
 
 def obs_work(site: Site, keep: float) -> float:
-    """Operations of `obs` that keeps so many units."""
+    """Count the FLOPs of `obs` when it keeps `keep` units."""
     n, d, k = site.columns, site.outputs, keep * site.width
     return k**3 / 3 + 2 * d * k * (n - k) + 2 * d * k**2
 
 
 def obs(problem: Problem, kept: Tensor, damping: float) -> Refit:
-    """The OBS update of the kept columns, by one Cholesky factorisation."""
+    """Refit the columns of the kept units (k,) int64 by the OBS update, with one Cholesky factorisation.
+
+    Reads W (d_out, n) and the mean Gram H (n, n); returns W as (d_out, k·width).
+    """
     columns = unit_columns(kept.to(problem.w.device), problem.site.width)
     return Refit(*refit_as_stored(problem.w, problem.gram, columns, damping, problem.stored, problem.site.name))

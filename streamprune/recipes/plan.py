@@ -1,4 +1,4 @@
-"""Units to keep per site: plain data, JSON, for people to read and edit."""
+"""Plans: how many units each site keeps, as JSON that people can read and edit."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ class SitePlan:
     """What one site keeps."""
 
     keep: int
+    """Number of units to keep."""
     units: tuple[int, ...] | None = None
-    """Which ones, ascending; None leaves the choice to the recipe's selection."""
+    """Indices of the units to keep, ascending; None lets the recipe select them."""
     zeros: tuple[int, ...] | None = None
-    """Where shapes stay: weights that become zero in each linear, the producers in order and the consumer last."""
+    """For pruning that keeps shapes: number of weights to zero in each linear, producers in order, consumer last."""
 
 
 class Plan(Mapping[str, SitePlan]):
-    """Site names to what they keep.
+    """Map each site name to what that site keeps.
 
     Args:
-        kept: one entry a site.
-        ratio: the share of block parameters it was made to remove.
+        kept: one entry per site.
+        ratio: share of the blocks' parameters that the plan was made to remove, in (0, 1).
     """
 
     def __init__(self, kept: Mapping[str, SitePlan], ratio: float) -> None:
@@ -49,7 +50,7 @@ class Plan(Mapping[str, SitePlan]):
         return len(self._kept)
 
     def to_json(self) -> str:
-        """The plan file's text, one line a site."""
+        """Return the text of the plan file, one line per site."""
         lines = []
         for name, entry in self._kept.items():
             value: dict[str, Any] = {"keep": entry.keep}
@@ -61,15 +62,15 @@ class Plan(Mapping[str, SitePlan]):
         return f'{{\n  "format": "{FORMAT}",\n  "ratio": {json.dumps(self.ratio)},\n  "sites": {{\n{body}\n  }}\n}}\n'
 
     def digest(self) -> str:
-        """What tells it from another plan."""
+        """Return a 16-character hash that identifies the plan."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """A plan file; `check` it against the model before use.
+        """Read a plan file. Call `check` to compare it with the model before use.
 
         Raises:
-            ConfigError: unreadable, or not a plan.
+            ConfigError: the file cannot be read, or is not a plan.
         """
         try:
             text = strict_json.read_text(path)
@@ -79,10 +80,10 @@ class Plan(Mapping[str, SitePlan]):
 
     @classmethod
     def parse(cls, text: str, where: str) -> Plan:
-        """A plan from its JSON text.
+        """Parse a plan from JSON text.
 
         Raises:
-            ConfigError: not a plan.
+            ConfigError: the text is not a plan.
         """
         try:
             data = strict_json.parse(text)
@@ -112,10 +113,10 @@ class Plan(Mapping[str, SitePlan]):
         return cls(kept, float(ratio))
 
     def check(self, sites: Sequence[Site], where: str) -> None:
-        """Hold the plan against a model.
+        """Check that the plan fits a model.
 
         Raises:
-            ConfigError: a site missing or unknown, a count or unit out of range.
+            ConfigError: a site is missing or unknown, or a count or unit is out of range.
         """
         names = {site.name for site in sites}
         for name in self._kept.keys() - names:
@@ -135,16 +136,16 @@ class Plan(Mapping[str, SitePlan]):
                 raise ConfigError(f"{where}: {site.name} keeps {entry.keep} of {site.units}; {reason}")
 
     def is_alike(self, sites: Sequence[Site]) -> bool:
-        """Whether all sites of each family end with the same width."""
+        """Return whether all sites of each family end with the same width."""
         widths = {(site.family, self[site.name].keep * site.width) for site in sites}
         return len(widths) == len({site.family for site in sites})
 
 
 def units_only(sites: Sequence[Site], plan: Plan, where: str) -> None:
-    """Refuse a plan that writes zeros.
+    """Check that the plan removes whole units and writes no zeros.
 
     Raises:
-        ConfigError: a site has some.
+        ConfigError: a site has an entry "zeros".
     """
     for site in sites:
         if plan[site.name].zeros is not None:

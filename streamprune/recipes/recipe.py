@@ -1,7 +1,7 @@
-"""A method as data: which statistics it needs, and its digest, allocate, select and reconstruct functions.
+"""A recipe as data: the statistics it needs, and its digest, allocate, select and reconstruct functions.
 
-Nothing else is configured: a recipe that wants a gradient gets a backward sweep, one that wants Grams
-gets the pruned stream, one that wants neither needs no text at all.
+The needs of a recipe decide what runs. If it needs gradients, the survey includes a backward sweep. If it needs
+Grams, the pruned stream is computed. If it needs neither, no calibration text is read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ S = TypeVar("S")
 
 
 Findings = Mapping[str, Tensor]
-"""What a recipe kept of one site's survey."""
+"""What a recipe's `digest` kept from the survey of one site."""
 Survey = Mapping[str, Findings]
-"""Findings by site name; tensors are read from the disk when they are asked for."""
+"""Findings by site name. Tensors are read from disk on access."""
 Producers = Callable[[], tuple[Tensor, ...]]
 
 
@@ -41,144 +41,145 @@ class Surveyed:
 
     @property
     def producers(self) -> tuple[Tensor, ...]:
-        """The producers' weights (rows, d), same dtype; a fused one in its parts. Read anew each time."""
+        """Weights of the producers, (rows, d) each, dtype of `w`; a fused linear is split. Read again on every access."""
         return self.read_producers()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One site as a method sees it, on the model pruned so far."""
+    """One site of the partly pruned model, as a recipe sees it."""
 
     site: Site
     w: Tensor
-    """The consumer's weight (d_out, n), float32 or float64; fitted to the target already, where the recipe has one."""
+    """The consumer's weight (d_out, n), float32 or float64; already fitted to the target if the recipe has one."""
     stored: torch.dtype
-    """What it will be stored in."""
+    """Dtype in which the weight will be stored."""
     read_producers: Producers
     zeros: tuple[int, ...] | None
-    """Weights to make zero in each producer and, last, in the consumer; None where units go instead."""
+    """Number of weights to zero in each producer and, last, in the consumer; None if whole units are removed."""
     h: Tensor | None
-    """Mean Gram of the consumer's input (n, n), same dtype, perhaps parked on the host; None unless the recipe wants it."""
+    """Mean Gram of the consumer's input (n, n), dtype of `w`, possibly in host memory; None unless `wants_gram`."""
     inputs: Tensor | None
-    """Mean Gram of the producers' input (d, d), same dtype; None unless the recipe wants it."""
+    """Mean Gram of the producers' input (d, d), dtype of `w`; None unless `wants_inputs`."""
     findings: Findings
     """What `digest` kept of the site; empty without a survey."""
     generator: torch.Generator
-    """Seeded for this site."""
+    """Random generator, seeded for this site."""
     factors: dict[float, Tensor] = field(default_factory=dict)
-    """Factors of H_λ that were made on the way here, by the damping asked for: to be popped and overwritten by `select`."""
+    """Cholesky factors of H_λ (n, n) already computed, by requested damping. `select` may pop and overwrite them."""
 
     @property
     def producers(self) -> tuple[Tensor, ...]:
-        """The producers' weights (rows, d), same dtype. Read anew each time: most methods need none of them."""
+        """Weights of the producers, (rows, d) each, dtype of `w`. Read again on every access: few recipes need them."""
         return self.read_producers()
 
     @property
     def gram(self) -> Tensor:
-        """`h`, which must be there."""
+        """`h` (n, n), which must not be None."""
         assert self.h is not None
         return self.h
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a consumer is fitted to before units are chosen: its output on the dense model."""
+    """Target that a consumer is fitted to before units are chosen: its output on the dense model."""
 
     damping: float
     """Ridge of the fit, relative to the Gram's mean diagonal."""
     residual: bool
-    """Add what the residual stream lacks by now, dense minus pruned."""
+    """Add the current error of the residual stream, dense minus pruned, to the target."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Low-rank steps on the language modelling loss after each shot."""
+    """Low-rank training on the language modelling loss after each shot."""
 
     steps: int
     rank: int
     rate: float
-    """Adam's, at the first step."""
+    """Adam's learning rate at the first step."""
 
 
 @dataclass(frozen=True)
 class Refit:
-    """What stays of a site's weights."""
+    """The new weights of a site."""
 
     w: Tensor
-    """The consumer's, (d_out, k)."""
+    """Weight of the consumer, (d_out, k): k kept columns."""
     damping: float | None = None
-    """Relative damping that it took; None where nothing was solved, or no re-fit was better than none."""
+    """Relative damping used; None if nothing was solved, or if no refit improved on the unchanged weights."""
     producers: tuple[Tensor, ...] | None = None
-    """The producers', all rows, (rows, d) each; None leaves them as they are."""
+    """Weights of the producers with all their rows, (rows, d) each; None leaves them unchanged."""
     step: float = 1.0
-    """The least part of a linear's update that was taken, where all of it would have done harm."""
+    """Smallest fraction of a linear's update that was applied; below 1 where the full update would add loss."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What decides how many units a site loses, for people to see."""
+    """The cost curve that decides how many units a site loses, for display."""
 
     label: str
-    """What its numbers are."""
+    """What the values measure."""
     values: Callable[[Site, Findings], Tensor | None]
-    """What each further removed unit costs, (units,) ascending, as `allocate` weighs it; None or empty for a site without."""
+    """Cost of each further removed unit as `allocate` uses it, (units,) ascending; None or empty if there is no curve."""
 
 
 @dataclass(frozen=True)
 class Recipe(Generic[S]):
-    """One method with settings of type `S`, a frozen dataclass."""
+    """One pruning method, with settings of type `S`, a frozen dataclass."""
 
     name: str
     summary: str
     allocate: Callable[[S, Sequence[Site], Survey, Budget], Plan]
     select: Callable[[S, Problem, int], Tensor]
-    """That many units to keep, (k,) ascending."""
+    """Select the given number of units to keep: (k,) int64, ascending."""
     reconstruct: Callable[[S, Problem, Tensor], Refit]
+    """Compute the new weights, given the kept units (k,) int64, ascending."""
     statistics: Callable[[S], frozenset[Statistic] | None] = lambda settings: None
-    """What the survey sums on the dense model; the empty set for one of the weights alone, None for no survey."""
+    """Statistics that the survey sums on the dense model. An empty set surveys weights only; None skips the survey."""
     draws_labels: Callable[[S], bool] = lambda settings: False
-    """Whether gradients are those of predicting what the model itself draws, instead of the text."""
+    """Whether the loss predicts tokens drawn from the model itself instead of those of the text."""
     digest: Callable[[S, Surveyed], dict[str, Tensor]] = lambda settings, surveyed: {}
-    """What of them `allocate` and `reconstruct` will need."""
+    """Reduce the statistics to what `allocate` and `reconstruct` need."""
     wants_gram: Callable[[S], bool] = lambda settings: False
     wants_inputs: Callable[[S], bool] = lambda settings: False
     compensation: Callable[[S], float | None] = lambda settings: None
-    """Relative damping of the producers' input compensation; None for none."""
+    """Relative damping of the producers' input compensation; None for no compensation."""
     target: Callable[[S], Target | None] = lambda settings: None
     shots: Callable[[S, float], int] = lambda settings, ratio: 1
-    """In how many shots that ratio is removed."""
+    """Number of shots in which to remove the given ratio."""
     correction: Callable[[S], Correction | None] = lambda settings: None
-    """What each shot ends with."""
+    """Low-rank training at the end of each shot; None for none."""
     foresee: Callable[[S, Sequence[Site], Budget], Mapping[str, int]] = lambda settings, sites, budget: {}
-    """Where there is a survey: how many units stay at most of those sites in whose number it has no say."""
+    """Upper bounds on the units kept, known before the survey, at sites whose count the survey does not decide."""
     check: Callable[[S, Sequence[Site], Budget], None] = lambda settings, sites, budget: check_budget(sites, budget)
-    """Refuses a budget that cannot be met, before any work."""
+    """Raise ConfigError for a budget that cannot be met, before any work starts."""
     check_plan: Callable[[S, Sequence[Site], Plan, str], None] = lambda settings, sites, plan, where: units_only(
         sites, plan, where
     )
-    """Refuses a plan, which fits the model, that the recipe cannot follow; the text says where it stands."""
+    """Raise ConfigError for a plan that fits the model but not the recipe; the string names the plan's source."""
     plans_units: Callable[[S, Site], bool] = lambda settings, site: False
     """Whether the plan says which units of the site stay, not only how many."""
     keeps_findings: Callable[[S], bool] = lambda settings: False
-    """Whether `reconstruct` needs the survey's findings: then a plan that is given does not spare the survey."""
+    """Whether `reconstruct` needs the survey's findings. If so, the survey runs even when a plan is given."""
     findings: Callable[[S, Site], int] = lambda settings, site: 0
-    """How many numbers `digest` keeps of a site where they are too many to pass over: they wait on the disk."""
+    """Number of elements that `digest` stores on disk for a site; 0 if they are few enough to ignore."""
     work: Callable[[S, Site, float], float] = lambda settings, site, keep: 0.0
-    """Operations of `select` and `reconstruct` where so many units stay, in leading terms."""
+    """FLOPs of `select` and `reconstruct` for the given number of kept units, leading terms only."""
     digest_work: Callable[[S, Site], float] = lambda settings, site: 0.0
-    """Operations of `digest`."""
+    """FLOPs of `digest`, leading terms only."""
     workspace: Callable[[S, Site, int], int] = lambda settings, site, keep: 0
-    """How many numbers `select` and `reconstruct` hold at most beside the site's W and H where no more units stay than that."""
+    """Peak elements that `select` and `reconstruct` hold besides the site's W and H, given the most units kept."""
     digest_workspace: Callable[[S, Site], int] = lambda settings, site: 0
-    """How many numbers `digest` holds at most beside the site's W and statistics."""
+    """Peak elements that `digest` holds besides the site's W and statistics."""
     curve: Callable[[S], Curve | None] = lambda settings: None
-    """What the survey's findings say a unit costs; None for a recipe that does not ask."""
+    """Cost curve from the survey's findings; None for a recipe without one."""
     seeded: bool = False
     """Whether `select` draws from the problem's generator."""
     writes_zeros: Callable[[S], bool] = lambda settings: False
-    """Whether shapes stay and weights become zero: the plan then counts zeros, and no unit goes."""
+    """Whether pruning keeps shapes and zeroes weights. The plan then counts zeros, and no unit is removed."""
 
     @property
     def settings(self) -> type[S]:
-        """The dataclass of its settings; each field's metadata has its ``help``, ``choices`` and ``limits``."""
+        """The dataclass of the recipe's settings; each field's metadata holds ``help``, ``choices`` and ``limits``."""
         return SETTINGS[self.name]

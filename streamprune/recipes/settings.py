@@ -1,6 +1,6 @@
-"""What each recipe lets its user set: names, types, limits and defaults of `--set`.
+"""Settings of each recipe: names, types, limits and defaults for `--set`.
 
-In a module without torch, so that a mistake is told before torch is imported.
+This module does not import torch, so that an invalid setting is reported before torch is imported.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from ..errors import ConfigError
 _SWITCH = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 UNITS, UNSTRUCTURED = "units", "unstructured"
 STRUCTURES = (UNITS, UNSTRUCTURED, "2:4", "4:8")
-"""What goes: units, single weights, or M of N neighbouring weights."""
+"""What is removed: units, single weights, or M of N neighbouring weights."""
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), limits: tuple[float, float] = (0.0, 1e9)) -> Any:
-    """A field of a settings class; the default's type is the setting's."""
+    """Define a field of a settings class. The type of the default is the type of the setting."""
     return field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
 
 
 @dataclass(frozen=True)
 class NoSettings:
-    """For recipes with nothing to set."""
+    """Settings of a recipe that has none."""
 
 
 @dataclass(frozen=True)
 class DefaultSettings:
-    """What `--set` reaches."""
+    """Settings of `default`."""
 
-    shots: int = setting(1, "in how many equal parts the ratio is removed", limits=(1, 1000))
+    shots: int = setting(1, "number of equal shots in which the ratio is removed", limits=(1, 1000))
     labels: str = setting(
         "drawn",
-        "whose prediction the gradients are of: tokens that the model draws (Fisher), or the text's (empirical Fisher)",
+        "labels of the loss: tokens drawn from the model (Fisher), or those of the text (empirical Fisher)",
         choices=("drawn", "text"),
     )
-    weighted: bool = setting(True, "weight costs by the gradients' G; off counts output energy alike everywhere")
+    weighted: bool = setting(True, "weight costs by the gradient Gram G; off weights all outputs equally")
     target: str = setting(
         "residual",
-        "what consumers are fitted to: the dense output with what the stream lacks, without it, or their own output",
+        "what consumers are fitted to: dense output plus the residual stream's error, dense output, or their own output",
         choices=("residual", "dense", "own"),
     )
     compensate: bool = setting(True, "input compensation of q, k, v and gate, up")
@@ -49,11 +49,11 @@ class DefaultSettings:
 
 @dataclass(frozen=True)
 class SobpSettings:
-    """What `--set` reaches."""
+    """Settings of `sobp`."""
 
     gradient: str = setting(
         "fisher",
-        "how mask gradients of sequences add up: squares (empirical Fisher, ours) or absolute values (as published)",
+        "average the squares of the sequences' mask gradients (empirical Fisher, ours) or their absolute values (paper)",
         choices=("fisher", "abs"),
     )
     head_weight: float = setting(1.0, "the paper's λ: factor on the importance of attention units")
@@ -62,28 +62,28 @@ class SobpSettings:
     compensate: bool = setting(True, "input compensation of q, k, v and gate, up")
     damping: float = setting(0.01, "ridge of the site's Gram, relative to its mean diagonal", limits=(0.0, 1.0))
     compensation_damping: float = setting(
-        0.01, "ridge of the compensation's Gram, relative likewise", limits=(0.0, 1.0)
+        0.01, "ridge of the compensation's Gram, relative to its mean diagonal", limits=(0.0, 1.0)
     )
 
 
 @dataclass(frozen=True)
 class SlimGptSettings:
-    """What `--set` reaches."""
+    """Settings of `slimgpt`."""
 
-    r0: float = setting(0.4, "the first block's share, as a part of the ratio; 1 is uniform", limits=(0.0, 1.0))
-    exact: bool = setting(False, "remove one unit at a time by its exact cost instead of the batched form")
-    first_group: int = setting(1024, "FFN channels removed at once at first", limits=(1, 1e6))
-    last_group: int = setting(8, "FFN channels removed at once in the end", limits=(1, 1e6))
+    r0: float = setting(0.4, "the first block's share, as a fraction of the ratio; 1 is uniform", limits=(0.0, 1.0))
+    exact: bool = setting(False, "remove one unit at a time by its exact cost instead of in batches")
+    first_group: int = setting(1024, "size of the first group of FFN channels removed together", limits=(1, 1e6))
+    last_group: int = setting(8, "size of the last group of FFN channels removed together", limits=(1, 1e6))
     damping: float = setting(0.01, "ridge of the site's Gram, relative to its mean diagonal", limits=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class GreedyOutputSettings:
-    """What `--set` reaches."""
+    """Settings of `greedy-output`."""
 
     heads: str = setting(
         "similarity",
-        "how heads are chosen: by likeness of their attention maps, or by the second moment of their value path",
+        "how heads are chosen: by similarity of their attention maps, or by the second moment of their value path",
         choices=("similarity", "second-moment"),
     )
     tau: float = setting(
@@ -95,30 +95,42 @@ class GreedyOutputSettings:
 
 @dataclass(frozen=True)
 class SurgeonSettings:
-    """What `--set` reaches."""
+    """Settings of `surgeon`."""
 
-    structure: str = setting("units", "what goes: units, single weights, or M of N neighbours", choices=STRUCTURES)
-    shots: int = setting(
-        0, "shots of the linear schedule; 0 is the paper's: 40 for half of all units, 5 for weights", limits=(0, 1000)
+    structure: str = setting(
+        "units", "what is removed: units, single weights, or M of N neighbours", choices=STRUCTURES
     )
-    correlated: int = setting(256, "weights at most whose removal is compensated jointly (m)", limits=(1, 8192))
-    joint: bool = setting(True, "a unit's columns cost what removing them together costs; off adds up single ones'")
+    shots: int = setting(
+        0,
+        "shots of the linear schedule; 0 is the paper's: 40 to remove half of all units, 5 for weights",
+        limits=(0, 1000),
+    )
+    correlated: int = setting(
+        256, "maximum number of weights whose removal is compensated jointly (the paper's m)", limits=(1, 8192)
+    )
+    joint: bool = setting(
+        True, "compute a unit's cost for removing its columns together; off sums the costs of single columns"
+    )
     update_rows: bool = setting(
-        False, "correlated updates of the producers too (eq. 12), where the consumer's have made good the same loss"
+        False, "correlated updates of the producers too (eq. 12); the consumer's updates already recover the same loss"
     )
     lora_steps: int = setting(
-        0, "low-rank corrections: Adam steps on the text after each shot, absorbed", limits=(0, 1e6)
+        0, "Adam steps of low-rank training on the text after each shot, merged into the weights", limits=(0, 1e6)
     )
-    lora_rank: int = setting(8, "their rank", limits=(1, 4096))
-    lora_rate: float = setting(1e-3, "their rate, falling to zero within a shot", limits=(0.0, 1.0))
+    lora_rank: int = setting(8, "rank of the low-rank training", limits=(1, 4096))
+    lora_rate: float = setting(
+        1e-3, "learning rate of the low-rank training, falling to zero within a shot", limits=(0.0, 1.0)
+    )
     damping: float = setting(0.01, "ridge of every factor, relative to its mean diagonal", limits=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class MagnitudeSettings:
-    """What `--set` reaches."""
+    """Settings of `magnitude`."""
 
-    structure: str = setting("units", "what goes: units, single weights, or M of N neighbours", choices=STRUCTURES)
+    structure: str = setting(
+        "units", "what is removed: units, single weights, or M of N neighbours", choices=STRUCTURES
+    )
 
 
 SETTINGS: dict[str, type[Any]] = {
@@ -131,14 +143,15 @@ SETTINGS: dict[str, type[Any]] = {
     "magnitude": MagnitudeSettings,
     "wanda-sp": NoSettings,
 }
-"""The settings of each recipe, by its name."""
+"""Settings class of each recipe, by recipe name."""
 
 
 def parse(recipe: str, given: Mapping[str, str]) -> Any:
-    """A recipe's settings from ``name=value`` texts.
+    """Parse a recipe's settings from the strings of ``name=value`` options.
 
     Raises:
-        ConfigError: no such recipe, an unknown name, or a value of another type or beyond its limits, with what there is.
+        ConfigError: the recipe or a name is unknown, or a value has the wrong type or is outside its limits. The
+            message lists what is allowed.
     """
     if recipe not in SETTINGS:
         raise ConfigError(f"recipe is {recipe!r}; it must be one of {', '.join(SETTINGS)}")

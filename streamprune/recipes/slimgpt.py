@@ -1,8 +1,10 @@
 """SlimGPT: layer-wise structured pruning (Ling et al., NeurIPS 2024).
 
-*Incremental pruning ratio*: the share a block loses grows with the logarithm of its depth. *Batched greedy pruning*:
-heads by grouped Cholesky factorisation of the inverse Hessian's diagonal blocks, FFN channels in groups whose size falls
-from 1024 to 8. *Reconstruction*: the OBS update, block after block on the pruned stream. LoRA afterwards is `tune`.
+*Incremental pruning ratio*: the share that a block loses grows with the logarithm of its depth.
+*Batched greedy pruning*: remove heads by grouped Cholesky factorisation of the inverse Hessian's diagonal blocks, and
+FFN channels in groups whose size falls from 1024 to 8.
+*Reconstruction*: the OBS update, block by block on the pruned stream.
+The paper's LoRA recovery is the command `tune`.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ from .settings import SlimGptSettings
 
 
 def incremental_ratios(blocks: int, r0: float) -> list[float]:
-    """``r_i = r_0 + (r_{L−1} − r_0)·log(i+1)/log(L)`` with mean 1: each block's share relative to the ratio.
+    """Return each block's share relative to the ratio: ``r_i = r_0 + (r_{L−1} − r_0)·log(i+1)/log(L)``.
+
+    ``r_{L−1}`` is chosen so that the shares have mean 1.
 
     Args:
-        r0: the first block's.
+        blocks: L, the number of blocks.
+        r0: relative share of the first block.
     """
     if blocks == 1:
         return [1.0]
@@ -37,16 +42,16 @@ def incremental_ratios(blocks: int, r0: float) -> list[float]:
 
 
 def schedule(settings: SlimGptSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    """Incremental pruning ratio; a uniform layout, which has one width, takes its mean."""
+    """Allocate by the incremental pruning ratio. A uniform layout has one width, so it uses the mean over blocks."""
     blocks = sorted({site.block for site in sites})
-    # Never quite nothing: a share is what the others are weighed against.
+    # `even_densities` divides by the shares, so they must be positive.
     shares = [max(share, 1e-6) for share in incremental_ratios(len(blocks), settings.r0)]
     keep = allocate(sites, even_densities(sites, dict(zip(blocks, shares, strict=True))), budget)
     return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
 
 
 def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
-    """Batched greedy pruning: (keep,) ascending."""
+    """Select units by batched greedy pruning on the mean Gram H (n, n): (keep,) int64, ascending."""
     site, damping = problem.site, settings.damping
     if settings.exact:
         return greedy(problem, keep, damping)
@@ -69,14 +74,14 @@ def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
 
 
 def batched_work(site: Site, keep: float) -> float:
-    """Operations of `batched`: P and W are brought up to date for what is left of them, group after group."""
+    """Count the FLOPs of `batched`: after each removed group, the remaining columns of P and W are updated."""
     count = (site.units - keep) * site.width
     left = site.columns - count / 2
     return inverse_work(site.columns) + product_work(left, count) + 2 * count * left * site.outputs
 
 
 def workspace(settings: SlimGptSettings, site: Site, keep: int) -> int:
-    """Numbers held at most: P and W, with the rows of the first group that goes; or what the refit takes."""
+    """Count the elements held at the peak: P, W and the rows of the first removed group, or those of the refit."""
     n, d = site.columns, site.outputs
     group = site.width if site.kind == "attention" else min(max(settings.first_group, settings.last_group), n // 2)
     removal = greedy_workspace(site) if settings.exact else removal_workspace(n, d, group)

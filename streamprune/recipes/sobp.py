@@ -1,13 +1,13 @@
 """SoBP: Structured Optimal Brain Pruning for Large Language Models (Wei et al., EMNLP 2024).
 
-Stage 1, *global importance-aware selection*: a mask on every unit, its gradient by a backward sweep,
-normalised by the unit's parameters, heads weighted by λ; a knapsack under the parameter capacity.
-Stage 2, *local greedy refinement*: how many units each site loses stays, which ones is decided again by
+Stage 1, *global importance-aware selection*: put a mask on every unit and compute its gradient by a backward
+sweep. Normalise by the unit's parameters and weight heads by λ. Solve a knapsack under the parameter capacity.
+Stage 2, *local greedy refinement*: keep the number of units that each site loses, but choose the units again by
 exact greedy removal on the site's own Gram.
-Stage 3, *module-wise reconstruction*: one Cholesky solve on the rearranged system, and *input weights
-error compensation* of the linears that read the pruned stream.
+Stage 3, *module-wise reconstruction*: solve the rearranged system with one Cholesky factorisation, and apply *input
+weights error compensation* to the linears that read the pruned stream.
 
-Each can be switched off, which gives the paper's ablation.
+Each stage can be switched off, which gives the paper's ablation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from .settings import SobpSettings
 
 
 def importance(settings: SobpSettings, surveyed: Surveyed) -> dict[str, Tensor]:
-    """Normalised importance of each unit (units,): mean of `g²` or of `|g|` over sequences, a parameter."""
+    """Return the importance of each unit: mean of `g²` or `|g|` over sequences, divided by the unit's parameters.
+
+    `g` is the gradient of a sequence's mean loss with respect to the unit's mask.
+
+    Returns:
+        ``importance`` (units,) float.
+    """
     site, gradient = surveyed.site, surveyed.statistics.mask
     assert gradient is not None
     sums = gradient.squares if settings.gradient == "fisher" else gradient.magnitudes
@@ -34,19 +40,19 @@ def importance(settings: SobpSettings, surveyed: Surveyed) -> dict[str, Tensor]:
 
 
 def global_selection(settings: SobpSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    """Stage 1."""
+    """Allocate by stage 1: one global knapsack on importance."""
     scores = {site.name: survey[site.name]["importance"] for site in sites}
     keep = allocate(sites, {name: score.sort().values for name, score in scores.items()}, budget)
     kept = {}
     for site in sites:
-        # With refinement the plan says how many, and the site's own Gram which.
+        # With refinement, the plan sets how many units stay and the site's own Gram decides which.
         units = None if settings.refine else tuple(best(scores[site.name], keep[site.name], site.name).tolist())
         kept[site.name] = SitePlan(keep[site.name], units)
     return Plan(kept, budget.ratio)
 
 
 def reconstruct(settings: SobpSettings, problem: Problem, kept: Tensor) -> Refit:
-    """Stage 3, the consumer's part."""
+    """Refit the consumer for the kept units (k,) int64: its part of stage 3."""
     return obs(problem, kept, settings.damping) if settings.reconstruct else kept_columns(problem, kept)
 
 

@@ -1,12 +1,13 @@
 """The LLM Surgeon (van der Ouderaa et al., ICLR 2024).
 
 *Curvature*: both Kronecker factors of every linear, ``F ≈ G ⊗ A``, by one forward and one backward sweep (section 3.1).
-*Costs* of rows and columns, or of elements (eq. 10), and one global threshold on cost a parameter (3.3); a unit costs its
-consumer columns and its producer rows (ours: the columns of a head together, by eq. 7). *Correlated updates* of what
-stays (eqs. 11 and 12). *Multi-shot*: a linear
-schedule, curvature estimated anew for each shot (3.5). Structures: units, single weights, M:N.
+*Costs* of rows and columns, or of elements (eq. 10), and one global threshold on the cost per parameter (section 3.3).
+The cost of a unit is that of its consumer columns plus its producer rows (ours: a head's columns together, by eq. 7).
+*Correlated updates* of the remaining weights (eqs. 11 and 12).
+*Multi-shot*: a linear schedule; the curvature is estimated again for each shot (section 3.5).
+Structures: units, single weights, M:N.
 
-The factors that the updates need wait on the disk until the threshold is known.
+The factors that the updates need are kept on disk until the threshold is known.
 """
 
 from __future__ import annotations
@@ -29,14 +30,21 @@ from .settings import UNITS, SurgeonSettings
 
 
 def shots(settings: SurgeonSettings, ratio: float) -> int:
-    """How many shots."""
+    """Return the number of shots: the setting or, if it is 0, the paper's number."""
     if settings.shots:
         return settings.shots
     return max(1, round(80 * ratio)) if settings.structure == UNITS else 5
 
 
 def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
-    """The site's factors, and what the threshold needs: the units' costs, or a histogram of the weights'."""
+    """Return the site's Kronecker factors and what the threshold needs: unit costs, or histograms of weight costs.
+
+    Returns:
+        The factors that `update` reads (`_needed`), normalised per token: ``a`` (d, d) of the producers' input,
+        ``a.consumer`` (n, n) of the consumer's input, ``g.i`` (rows, rows) of the gradient of producer i's output,
+        ``g.consumer`` (d_out, d_out) of the gradient of the consumer's output. For units, also ``costs`` (units,)
+        float64; for weights, also ``histogram.i`` (see `masks.histograms`).
+    """
     site, statistics = surveyed.site, surveyed.statistics
     grams = {"a": statistics.inputs, "a.consumer": statistics.gram, "g.consumer": statistics.gradient}
     grams |= {f"g.{i}": gram for i, gram in enumerate(statistics.producers)}
@@ -57,7 +65,7 @@ def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
 
 
 def _needed(settings: SurgeonSettings, site: Site) -> list[str]:
-    """The factors that `update` reads of a site."""
+    """Name the factors of a site that `update` reads."""
     producers = [f"g.{i}" for i in range(len(site.linears) - 1)]
     if settings.structure != UNITS:
         return ["a", "a.consumer", "g.consumer", *producers]
@@ -65,22 +73,22 @@ def _needed(settings: SurgeonSettings, site: Site) -> list[str]:
 
 
 def findings(settings: SurgeonSettings, site: Site) -> int:
-    """Numbers that wait on the disk: of all factors, and of histograms."""
+    """Count the elements stored on disk for a site: those of all needed factors and of the histograms."""
     return _factor_numbers(settings, site) + masks.findings(settings.structure, site)
 
 
 def _factor_numbers(settings: SurgeonSettings, site: Site) -> int:
-    d = site.outputs  # of the residual stream, which the producers read and the consumer writes
+    d = site.outputs  # width of the residual stream, which the producers read and the consumer writes
     sides = {"a": d, "a.consumer": site.columns, "g.consumer": d}
     sides |= {f"g.{i}": weights // d for i, weights in enumerate(site.linears[:-1])}
     return sum(sides[name] ** 2 for name in _needed(settings, site))
 
 
 def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
-    """Operations of `update`."""
+    """Count the FLOPs of `update`."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
     if settings.structure != UNITS:
-        # Beside the inverses what the multipliers are spread by; the subsets' own depend on what goes.
+        # The inverses, and the products that apply the multipliers. The subsets' cost depends on the mask: omit it.
         return 2 * inverse_work(d) + sum(inverse_work(n) + 2 * n * d * (n + d) for n in sides)
     gone, total = (site.units - keep) / site.units, 0.0
     for n in sides if settings.update_rows else sides[-1:]:
@@ -90,7 +98,7 @@ def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
 
 
 def digest_work(settings: SurgeonSettings, site: Site) -> float:
-    """Operations of `digest`."""
+    """Count the FLOPs of `digest`."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
     if settings.structure != UNITS:
         return 2 * inverse_work(d) + sum(inverse_work(n) for n in sides)
@@ -98,7 +106,10 @@ def digest_work(settings: SurgeonSettings, site: Site) -> float:
 
 
 def workspace(settings: SurgeonSettings, site: Site, keep: int) -> int:
-    """Numbers that `update` holds: factors, their inverses and, of elements, both scaled; a unit's rows of the inverse."""
+    """Count the elements that `update` holds at its peak.
+
+    For weights: the factors, their inverses and scaled copies of both. For units: also rows of the inverse.
+    """
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
     if settings.structure != UNITS:
         return _factor_numbers(settings, site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
@@ -106,7 +117,7 @@ def workspace(settings: SurgeonSettings, site: Site, keep: int) -> int:
 
 
 def digest_workspace(settings: SurgeonSettings, site: Site) -> int:
-    """Numbers that `digest` holds: all weights, and of one linear the inverses and what costs are made of."""
+    """Count the elements that `digest` holds at its peak: all weights, and one linear's inverses and cost terms."""
     d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
     return sum(site.linears) + max(n * n + d * d + 3 * n * d for n in sides)
 
@@ -116,7 +127,7 @@ def _single_costs(w: Tensor, g: Tensor, a_inverse: Tensor, units: int) -> Tensor
 
 
 def threshold(settings: SurgeonSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    """One global threshold."""
+    """Allocate by one global threshold on the cost per parameter."""
     if settings.structure != UNITS:
         return masks.count_zeros(sites, survey, budget, settings.structure)
     costs = {site.name: survey[site.name]["costs"] for site in sites}
@@ -128,12 +139,16 @@ def threshold(settings: SurgeonSettings, sites: Sequence[Site], survey: Survey, 
 
 
 def densities(site: Site, findings: Findings) -> Tensor:
-    """Cost a parameter of each unit, the cheapest first: (units,)."""
+    """Return the cost per parameter of each unit, (units,) float64 ascending."""
     return findings["costs"].sort().values / site.unit_parameters
 
 
 def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
-    """The correlated updates of all linears of the site."""
+    """Apply the correlated updates to all linears of the site.
+
+    Args:
+        kept: (k,) int64, ascending: the units that stay. Ignored when single weights are zeroed.
+    """
     site = problem.site
 
     def factor(name: str) -> Tensor:
@@ -158,7 +173,7 @@ def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
 def _without_elements(
     settings: SurgeonSettings, problem: Problem, linears: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Refit:
-    """The correlated updates of single weights, of all linears."""
+    """Zero single weights in all linears (W, G, A) of a site and apply the correlated updates."""
     assert problem.zeros is not None
     place, used, weights, steps = problem.site.name, settings.damping, [], []
     each = zip(linears, _inverses(settings, linears, problem.site), problem.zeros, strict=True)
@@ -176,7 +191,13 @@ def _without_elements(
 def _updated(
     settings: SurgeonSettings, problem: Problem, w: Tensor, factor: Tensor, kept: Tensor
 ) -> tuple[Tensor, float | None]:
-    """The columns of `w` that stay, after the correlated update, and the damping that it took."""
+    """Return the updated columns that stay, (rows, k·width), and the damping used.
+
+    Args:
+        w: (rows, columns); for a producer, its transpose.
+        factor: (columns, columns), normalised per token.
+        kept: (k,) int64.
+    """
     site, device = problem.site, w.device
     width = len(factor) // site.units
     removed, stays = (unit_columns(each.to(device), width) for each in (others(site.units, kept), kept))
@@ -186,14 +207,14 @@ def _updated(
     updated = updated[:, stays]
     if not ridge and lowers_error(w, factor, updated, stays, problem.stored):
         return updated, used
-    # The same update from a factor of what stays, without an inverse: rounding does it less harm.
+    # Compute the same update from a factor of the remaining columns, without an inverse: its rounding error is smaller.
     return refit_as_stored(w, factor, stays, used, problem.stored, site.name)
 
 
 def _linears(
     factors: Mapping[str, Tensor], consumer: Tensor, producers: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(W, G, A) of each linear, the consumer last."""
+    """Return (W (rows, columns), G (rows, rows), A (columns, columns)) of each linear, the consumer last."""
     factors = {name: factor.to(consumer.dtype) for name, factor in factors.items()}
     each = [(w, factors[f"g.{i}"], factors["a"]) for i, w in enumerate(producers)]
     return [*each, (consumer, factors["g.consumer"], factors["a.consumer"])]
@@ -202,7 +223,7 @@ def _linears(
 def _inverses(
     settings: SurgeonSettings, linears: Sequence[tuple[Tensor, Tensor, Tensor]], site: Site
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-    """(W, G⁻¹, A⁻¹) of each linear, where W is, and the larger damping that they took; producers share one A⁻¹."""
+    """Yield (W, G⁻¹, A⁻¹) of each linear on W's device, and the larger damping used. Producers share one A⁻¹."""
     of: Tensor | None = None
     for w, g, a in linears:
         if a is not of:
@@ -212,7 +233,7 @@ def _inverses(
 
 
 def _sides(settings: SurgeonSettings, w: Tensor, kept: Tensor, removed: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-    """What a structure costs by, where W is: the damped factor of the side that stays whole, and the other's inverse."""
+    """Return, on W's device, the damped factor of the side that stays whole and the inverse of the other side's."""
     inverted = inverse(removed, settings.damping, site.name, device=w.device)[0]
     return damped(kept, settings.damping, device=w.device), inverted
 
