@@ -1,1 +1,1 @@
-"""How blocks and activations move; knows nothing of methods or of resuming."""
+"""Streaming: move blocks and activations through memory. Independent of recipes and of resuming."""

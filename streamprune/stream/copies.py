@@ -1,4 +1,4 @@
-"""Copies between host and device on streams of their own, so that the device computes meanwhile."""
+"""Copy between host and device on separate CUDA streams, so that copies overlap with computation."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from torch import Tensor
 from ..system.timing import copied
 
 Taken = Callable[[], list[Tensor]]
-"""Waits for a copy, and gives what was copied."""
+"""Wait for a copy and return the copied tensors."""
 
 
 class Engine(Protocol):
-    """What of CUDA is used. Streams run side by side, each in order; nothing here waits but `finish`."""
+    """The part of CUDA that is used here. Streams run concurrently, each in order. Only `finish` blocks the host."""
 
     def stream(self) -> Any:
-        """A new stream."""
+        """Create a stream."""
 
     def current(self) -> Any:
-        """The calling thread's stream, on which it computes."""
+        """Return the stream on which the calling thread computes."""
 
     def record(self, stream: Any) -> Any:
-        """An event: all that the stream was given so far."""
+        """Record an event on the stream: it happens once all work queued so far is done."""
 
     def wait(self, stream: Any, event: Any) -> None:
-        """What the stream is given from now on comes after the event."""
+        """Make all later work of the stream wait for the event."""
 
     def finish(self, event: Any) -> None:
-        """Have the calling thread wait for the event."""
+        """Block the calling thread until the event has happened."""
 
     def happened(self, event: Any) -> bool:
-        """Whether it has."""
+        """Return whether the event has happened."""
 
     def seconds(self, first: Any, second: Any) -> float:
-        """Between two events that have happened."""
+        """Return the seconds between two events that have happened."""
 
     def copy(self, stream: Any, source: Tensor, *, to_host: bool) -> Tensor:
-        """Give the stream a copy into new memory, pinned on the host; the source must be pinned too, if it is there."""
+        """Queue a copy into new memory on the stream. Host memory, whether source or target, is pinned."""
 
     def keep(self, tensor: Tensor, stream: Any) -> None:
-        """See that its memory, once let go of, is not given to others before the stream has done what it has to do by then."""
+        """Do not reuse the tensor's memory, once freed, before the work now queued on the stream is done."""
 
 
 class Cuda:
-    """`Engine` by torch.cuda."""
+    """Implement `Engine` with torch.cuda."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -86,10 +86,10 @@ class Cuda:
 
 
 class Copies:
-    """Both ways, each on a stream of its own: what goes out waits for the device, and would hold up what comes in.
+    """Copy in both directions, one stream each. Outward copies wait for computation and would delay inward copies.
 
     Args:
-        engine: None where the device is the host: then tensors are handed on as they are.
+        engine: None if the device is the host; tensors are then passed through without a copy.
     """
 
     def __init__(self, engine: Engine | None) -> None:
@@ -100,11 +100,11 @@ class Copies:
 
     @classmethod
     def of(cls, device: torch.device) -> Copies:
-        """Those of a device."""
+        """Create the copies for a device."""
         return cls(Cuda(device) if device.type == "cuda" else None)
 
     def inward(self, tensors: Sequence[Tensor]) -> Taken:
-        """Begin copying pinned tensors to the device, from any thread; to be taken by the one that computes."""
+        """Start copying pinned tensors to the device. Call from any thread; call the result on the computing thread."""
         engine = self._engine
         if engine is None:
             return lambda: list(tensors)
@@ -125,7 +125,7 @@ class Copies:
         return take
 
     def outward(self, tensors: Sequence[Tensor]) -> Taken:
-        """Begin copying to pinned memory what the calling thread's stream computes; to be taken in any thread."""
+        """Start copying the results of the calling thread's stream to pinned memory. Call the result on any thread."""
         engine = self._engine
         if engine is None:
             return lambda: list(tensors)
@@ -145,7 +145,7 @@ class Copies:
         return take
 
     def _count(self) -> None:
-        """Count the inward copies that are over."""
+        """Add the time of finished inward copies to the timing."""
         engine = self._engine
         assert engine is not None
         while self._timed and engine.happened(self._timed[0][1]):

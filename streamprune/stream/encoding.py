@@ -1,4 +1,4 @@
-"""How activations are stored: as computed, rounded to a smaller dtype, or in 8 bits with a scale a token."""
+"""Encode activations for storage: as computed, rounded to a smaller dtype, or in 8 bits with one scale per token."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
-"""Four bits of exponent and three of fraction: a value is off by at most a sixteenth, or by 2⁻¹⁰ of its token's scale."""
+"""4 exponent and 3 mantissa bits. A value's error is at most 1/16 of the value, or 2⁻¹⁰ of its token's scale."""
 _SCALE = torch.float32
 
 
 class Encoding:
-    """Tokens as bytes and back.
+    """Encode tokens as bytes and decode them.
 
-    In `FLOAT8` a token is its values divided by a scale, the largest of them becoming 448, and that scale in float32 behind
-    them; gradients, whose tokens differ by orders of magnitude, need no more than that.
+    In `FLOAT8`, a token is stored as its values divided by a scale, so that the largest magnitude becomes 448, followed
+    by the scale in float32. This also suffices for gradients, whose tokens differ by orders of magnitude.
 
     Args:
-        width: values a token.
-        computing: what tensors are of, before and after.
-        stored: what bytes are of.
+        width: values per token.
+        computing: dtype of the tensors before encoding and after decoding.
+        stored: dtype of the stored bytes.
     """
 
     def __init__(self, width: int, computing: torch.dtype, stored: torch.dtype) -> None:
@@ -27,7 +27,10 @@ class Encoding:
         self.token_bytes = token_bytes(width, stored)
 
     def encode(self, x: Tensor) -> Tensor:
-        """(..., width) in the computing dtype → (..., token_bytes) uint8, where `x` is; without a copy if it can."""
+        """Encode (..., width) in the computing dtype as (..., token_bytes) uint8, on the device of `x`.
+
+        Avoids a copy where possible.
+        """
         x = x.detach()
         if self.stored != FLOAT8:
             return x.to(self.stored).contiguous().view(torch.uint8)
@@ -37,20 +40,27 @@ class Encoding:
         return torch.cat((values, scale.view(torch.uint8)), dim=-1)
 
     def decode(self, raw: Tensor) -> Tensor:
-        """What `encode` gave, back in the computing dtype."""
+        """Decode (..., token_bytes) uint8 from `encode` to (..., width) in the computing dtype."""
         if self.stored != FLOAT8:
             return raw.view(self.stored).to(self.computing)
-        # A scale may be less than the computing dtype's smallest number.
+        # A scale may underflow in the computing dtype, so multiply in float32.
         values = raw[..., : self.width].view(FLOAT8).to(_SCALE)
         return (values * self.telling(raw)).to(self.computing)
 
     def telling(self, raw: Tensor) -> Tensor:
-        """Numbers among the bytes that are finite just where all that was encoded is finite and can be stored."""
+        """Return a view of the bytes that is finite exactly if all encoded values are finite and within range.
+
+        Args:
+            raw: (..., token_bytes) uint8.
+
+        Returns:
+            The values (..., width) in the stored dtype or, for `FLOAT8`, the scales (..., 1) float32.
+        """
         if self.stored != FLOAT8:
             return raw.view(self.stored)
         return raw[..., self.width :].contiguous().view(_SCALE)
 
 
 def token_bytes(width: int, stored: torch.dtype) -> int:
-    """Bytes a token."""
+    """Return the bytes per stored token."""
     return width * stored.itemsize + (_SCALE.itemsize if stored == FLOAT8 else 0)

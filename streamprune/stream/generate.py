@@ -1,7 +1,7 @@
-"""Text that the model writes itself, for calibration without data (Greedy Output Approximation, section 4.1).
+"""Generate calibration text with the model itself (Greedy Output Approximation, section 4.1).
 
-Batched decoding, streamed: a sweep over the blocks gives every sequence its next token. Keys and values lie on disk
-between sweeps; positions, masks and attention are transformers' own.
+Streamed batch decoding: each sweep over the blocks produces the next token of every sequence. Keys and values are on
+disk between sweeps. Positions, masks and attention are those of transformers.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from . import sweep
 def generate(
     skeleton: Skeleton, samples: int, length: int, seed: int, folder: Path, batch: int, progress: Progress
 ) -> Tensor:
-    """Token ids (samples, length) int64: the first of a sequence drawn evenly, the others from the model's own softmax.
+    """Generate token ids (samples, length) int64: the first token uniformly, the others from the model's softmax.
 
     Args:
-        length: at least 2, and no more than the model's context.
-        seed: of the one generator that all draws come from.
-        folder: for keys and values; what is there goes, before and after.
-        batch: sequences whose keys and values one block works on at a time.
+        samples: number of sequences.
+        length: tokens per sequence; at least 2 and at most the model's context.
+        seed: seed of the single generator used for all draws.
+        folder: holds keys and values. Its contents are removed before and after.
+        batch: sequences per micro-batch of one block.
 
     Raises:
-        NumericalError: a block or the head gives NaN or Inf.
+        NumericalError: a block or the head produces NaN or Inf.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.empty(samples, length, dtype=torch.int64)
@@ -64,13 +65,13 @@ def generate(
 
 
 class KeysAndValues(BlockCache):
-    """Keys and values of one micro-batch, in a growing file per block."""
+    """Keys and values of one micro-batch, appended to one file per block."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
 
     def extend(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append one token's (sequences, heads, 1, head_dim); returns all tokens' (sequences, heads, tokens, head_dim)."""
+        """Append one token (sequences, heads, 1, head_dim); return all tokens (sequences, heads, tokens, head_dim)."""
         token = torch.stack((keys, values))[..., 0, :]
         path = self.folder / f"{layer:04}-{self.number}"
         files.append_bytes(path, tensor_bytes(token.cpu()))
@@ -82,7 +83,7 @@ class KeysAndValues(BlockCache):
 
 
 def _next_tokens(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """One token a sequence from the last block's output (samples, d), a few logits at a time."""
+    """Draw one token per sequence from the last block's output (samples, d), in chunks that bound the logits: (samples,)."""
     uniform = torch.rand(len(hidden), generator=generator, dtype=torch.float64)
     chunk = max(1, sweep.LOGIT_BYTES // (4 * skeleton.vocabulary))
     found = []

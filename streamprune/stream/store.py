@@ -1,4 +1,4 @@
-"""Block inputs, on disk and, as far as they are allowed to, in host memory: one file a stream and boundary."""
+"""Store block inputs on disk and, within a limit, in host memory: one file per stream and boundary."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .encoding import Encoding
 
 SUFFIX = ".activations"
 SUM = np.dtype("<u4")
-"""A CRC-32: of every sample, behind them all; and of these, at the very end of the file."""
+"""Dtype of a CRC-32. After the samples, a file holds one checksum per sample, then one checksum of these."""
 CPU = torch.device("cpu")
 
 
 def file_bytes(samples: int, row_bytes: int) -> int:
-    """A boundary's, of so many samples of so many bytes."""
+    """Return the size in bytes of a boundary's file with `samples` samples of `row_bytes` bytes."""
     return samples * row_bytes + (samples + 1) * SUM.itemsize
 
 
@@ -38,21 +38,21 @@ def _damaged(path: Path) -> DamageError:
 
 
 class ActivationStore:
-    """A folder of boundaries, all of one shape and dtype, read and written in micro-batches.
+    """A folder of boundaries of one shape and dtype, read and written in micro-batches.
 
-    Whatever is read from the disk is held against its checksum.
+    Everything read from disk is compared with its checksum.
 
-    What is `durable` is always on the disk; host memory holds copies of it, of which the oldest go when others come. What
-    nothing will be resumed from goes to the disk only where the memory has no room for it.
+    Durable boundaries are always on disk. Host memory caches them and evicts the oldest to make room. A boundary that
+    no job resumes from is written to disk only if it does not fit into host memory.
 
     Args:
-        folder: made if it is not there.
-        shape: (samples, tokens, width).
-        dtype: as computed.
-        device: where batches go when read.
-        durable: fsync what is finished, for a journal that will speak of it.
-        stored: dtype of what is kept; None keeps what was computed. See `Encoding`.
-        memory: bytes of host memory that boundaries may be held in.
+        folder: created if missing.
+        shape: (samples, tokens, width) of every boundary.
+        dtype: dtype in which activations are computed.
+        device: device to which batches are read.
+        durable: fsync finished boundaries, because the journal will refer to them.
+        stored: dtype in which activations are stored; None stores them as computed. See `Encoding`.
+        memory: bytes of host memory that boundaries may occupy.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class ActivationStore:
         self.encoding = Encoding(shape[2], dtype, dtype if stored is None else stored)
         self.memory = memory
         self._held: dict[str, _Held] = {}
-        """By name, the oldest first."""
+        """Boundaries in host memory by name, oldest first."""
         self._filling: list[_Held] = []
         self._sums: dict[str, np.ndarray] = {}
-        """By name, of what is on the disk: every sample's checksum."""
+        """Checksums (samples,) of the boundaries on disk, by name."""
         self._copies = Copies.of(device)
         files.make_folder(folder)
 
@@ -84,7 +84,7 @@ class ActivationStore:
 
     @property
     def held_bytes(self) -> int:
-        """Host memory that boundaries take now."""
+        """Bytes of host memory that boundaries occupy now."""
         return sum(
             len(held.raw) for held in {id(each): each for each in (*self._held.values(), *self._filling)}.values()
         )
@@ -93,7 +93,7 @@ class ActivationStore:
         return name in self._held or self.path(name).exists()
 
     def intact(self, name: str) -> bool:
-        """Whether a boundary is there and what was written, which is read for it."""
+        """Read a boundary and return whether it exists and matches its checksums."""
         if name in self._held:
             return True
         try:
@@ -104,16 +104,20 @@ class ActivationStore:
         return True
 
     def batches(self, size: int) -> list[slice]:
-        """The samples in micro-batches of `size`, the last one perhaps smaller."""
+        """Split the samples into micro-batches of `size`; the last one may be smaller."""
         return [slice(start, min(start + size, self.shape[0])) for start in range(0, self.shape[0], size)]
 
     def read(self, name: str, batch: slice) -> Tensor:
-        """One micro-batch, on the device: (sequences, tokens, width)."""
+        """Read one micro-batch to the device: (sequences, tokens, width) in the computing dtype."""
         (raw,) = self._copies.inward([self._fetch(name, batch)])()
         return self.encoding.decode(raw)
 
     def each(self, size: int, *names: str) -> Iterator[tuple[slice, list[Tensor]]]:
-        """All micro-batches of several boundaries side by side, the next one read while this one is used."""
+        """Iterate over the micro-batches of several boundaries in step, reading the next one while one is in use.
+
+        Yields:
+            The samples of the micro-batch, and one tensor (sequences, tokens, width) per name, on the device.
+        """
 
         def load(batch: slice) -> Taken:
             return self._copies.inward([self._fetch(name, batch) for name in names])
@@ -131,17 +135,19 @@ class ActivationStore:
 
     @contextmanager
     def writing(self, name: str, place: str, *, passing: bool = False) -> Iterator[Callable[[Tensor], None]]:
-        """Write a boundary batch after batch, in the background; it appears when all of it is there.
+        """Write a boundary batch by batch, in the background. It becomes visible once it is complete.
 
-        Batches must stay as they are once they are handed over.
+        Yields a function that takes the next batch (sequences, tokens, width). Do not modify a batch after handing
+        it over.
 
         Args:
-            place: where it comes from, for messages.
-            passing: no journal line will speak of it.
+            place: origin of the values, for error messages.
+            passing: no journal line will refer to this boundary, so it need not be durable.
 
         Raises:
-            NumericalError: a batch holds NaN or Inf, or what the stored dtype cannot hold; here or at the next batch.
-            DiskError: it cannot be written; likewise.
+            NumericalError: a batch holds NaN, Inf or a value outside the stored dtype's range. Raised for that batch or
+                for a later one.
+            DiskError: the boundary cannot be written; also raised with delay.
         """
         durable = self.durable and not passing
         held = self._room(self.shape[0] * self.row_bytes)
@@ -158,7 +164,7 @@ class ActivationStore:
 
             def write(batch: Tensor) -> None:
                 raw = self.encoding.encode(batch)
-                # A sum shows NaN and Inf at a fifth of the cost; it may overflow by itself.
+                # A sum reveals NaN and Inf at a fifth of the cost. It can also overflow, so `keep` checks again.
                 take = self._copies.outward([raw, self.encoding.telling(raw).sum()])
                 background.hand(lambda: keep(*take()))
 
@@ -188,12 +194,12 @@ class ActivationStore:
             self._held[name] = held
         self._sums.pop(name, None)
         if append is None:
-            files.remove(self.path(name))  # an older one
+            files.remove(self.path(name))  # a previous version
         else:
             self._sums[name] = sums[:-1]
 
     def link(self, source: str, target: str) -> None:
-        """Give a boundary a second name."""
+        """Make a boundary available under a second name, without a copy."""
         self._forget(target)
         if source in self._sums:
             self._sums[target] = self._sums[source]
@@ -203,12 +209,12 @@ class ActivationStore:
             files.link(self.path(source), self.path(target))
 
     def remove(self, name: str) -> None:
-        """Remove a boundary that may be gone already."""
+        """Remove a boundary, if it exists."""
         self._forget(name)
         files.remove(self.path(name))
 
     def keep_only(self, names: set[str]) -> None:
-        """Remove every other boundary, and what a killed process left half-written."""
+        """Remove all other boundaries, and incomplete files from killed processes."""
         for name in (self._held.keys() | self._sums.keys()) - names:
             self._forget(name)
         for path in self.folder.iterdir():
@@ -220,19 +226,23 @@ class ActivationStore:
         self._sums.pop(name, None)
 
     def path(self, name: str) -> Path:
-        """Where a boundary lies, if it is on the disk."""
+        """Return the path of a boundary's file, which need not exist."""
         return self.folder / (name + SUFFIX)
 
     @property
     def _range(self) -> str:
-        """What a message says of a dtype that ends early: as stored, or as computed."""
+        """The end of an error message that blames the range of the stored or the computing dtype."""
         largest = torch.finfo(self.encoding.stored).max
         if self.encoding.stored.itemsize > 1 and largest < torch.finfo(self.dtype).max:
             return f", or more than the {largest:g} that activations are stored up to"
         return advice(self.dtype)
 
     def _room(self, size: int) -> _Held | None:
-        """Host memory for one boundary, for which the oldest that are on the disk as well make way; None where there is none."""
+        """Allocate host memory for one boundary, evicting the oldest that are also on disk; None if it does not fit.
+
+        Args:
+            size: bytes.
+        """
         staying = {id(held): len(held.raw) for held in self._held.values() if not held.on_disk}
         if sum(staying.values()) + sum(len(held.raw) for held in self._filling) + size > self.memory:
             return None
@@ -243,7 +253,7 @@ class ActivationStore:
         return _Held(size)
 
     def _fetch(self, name: str, batch: slice) -> Tensor:
-        """One micro-batch's bytes (sequences, tokens, token_bytes) on the host, pinned for a GPU."""
+        """Read one micro-batch to the host: (sequences, tokens, token_bytes) uint8, pinned if the device is a GPU."""
         if (held := self._held.get(name)) is None:
             buffer = self._read(name, batch)
         else:
@@ -256,10 +266,10 @@ class ActivationStore:
         return torch.empty(length, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _read(self, name: str, batch: slice) -> Tensor:
-        """One micro-batch's bytes from the disk.
+        """Read one micro-batch's bytes from disk: flat uint8.
 
         Raises:
-            DamageError: they are not what was written.
+            DamageError: the file is missing or does not match its checksums.
         """
         if name not in self._sums:
             sums = np.zeros(self.shape[0] + 1, SUM)
@@ -292,10 +302,10 @@ class _Held:
         self.raw = host_buffer(size, CPU)
         self.filled = 0
         self.on_disk = False
-        """Whether it is there as well."""
+        """Whether the boundary is also on disk."""
 
     def append(self, data: np.ndarray) -> None:
-        # numpy lets other threads go on meanwhile.
+        # numpy releases the GIL during the copy.
         np.copyto(self.raw.numpy()[self.filled : self.filled + len(data)], data)
         self.filled += len(data)
 

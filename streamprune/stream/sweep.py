@@ -1,7 +1,7 @@
-"""Forward and backward over the blocks, one block of weights at a time.
+"""Run forward and backward sweeps over the blocks, with the weights of one block at a time.
 
-Boundaries are named by stream, block and sublayer: `dense-0003-0` is what enters block 3 on the dense
-model, `dense-0003-1` what enters its second sublayer.
+Boundaries are named by stream, block and sublayer: `dense-0003-0` is the input of block 3 in the dense
+model, `dense-0003-1` the input of that block's second sublayer.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from .copies import Copies, Taken
 from .store import ActivationStore
 
 LOGIT_BYTES = 1 << 28
-"""Bytes of float32 logits that the head works on at a time."""
+"""Bytes of float32 logits that the head computes at a time."""
 
 
 def boundary(stream: str, block: int, sublayer: int = 0) -> str:
-    """The name of what enters that sublayer of that block."""
+    """Return the name of the input of a sublayer of a block."""
     return f"{stream}-{block:04}-{sublayer}"
 
 
 def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Block]]:
-    """Blocks with weights in the order asked for, the next one's read while this one is used.
+    """Iterate over blocks with their weights in the given order, reading the next block while one is in use.
 
-    With `Skeleton.copies_ahead` they come to the device meanwhile, too.
+    With `Skeleton.copies_ahead`, the next block's weights are also copied to the device meanwhile.
     """
     copies = Copies.of(skeleton.device)
 
@@ -50,19 +50,19 @@ def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Bloc
     for index, (weights, take) in read_ahead(skeleton.device, order, skeleton.announce_block, load):
         built = [skeleton.build_block(index, weights, dict(zip(weights, take(), strict=False)))]
         del weights, take
-        # Popped here and deleted by whoever loops, so that the old block is gone when the new one is built.
+        # Keep no reference here, and let the caller delete its own: the old block is freed before the next is built.
         yield index, built.pop()
         return_freed_memory()
 
 
 def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> dict[str, int]:
-    """Read everything once, dealt out among the ranks, and refuse NaN and Inf, before hours are spent on them.
+    """Read all weights once, distributed over the ranks, to find NaN and Inf before the long computation starts.
 
     Returns:
-        Checksums of the tensors that this rank read, as `Checkpoint.changed` takes them.
+        CRC-32 checksums of the tensors that this rank read, by tensor name, as `Checkpoint.changed` takes them.
 
     Raises:
-        CheckpointError: a tensor holds either, or what the computing dtype cannot.
+        CheckpointError: a tensor holds NaN, Inf or a value outside the computing dtype's range.
     """
     groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
     groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
@@ -88,7 +88,7 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
 
 
 def embed(skeleton: Skeleton, tokens: Tensor, store: ActivationStore, name: str, size: int) -> None:
-    """Write the first block's input for `tokens` (samples, length)."""
+    """Write the first block's input for `tokens` (samples, length) int64, in micro-batches of `size` sequences."""
     with skeleton.embedding() as embedding, store.writing(name, "the embedding") as write:
         for batch in store.batches(size):
             write(embedding(tokens[batch].to(skeleton.device)))
@@ -96,7 +96,7 @@ def embed(skeleton: Skeleton, tokens: Tensor, store: ActivationStore, name: str,
 
 @torch.no_grad()
 def advance(skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stream: str, size: int) -> None:
-    """Read what enters a block and write what enters the next one."""
+    """Run a block on its stored input and store the result, the input of the next block."""
     source, target = boundary(stream, index), boundary(stream, index + 1)
     with store.writing(target, f"block {index}") as write:
         for _, (x,) in store.each(size, source):
@@ -104,7 +104,7 @@ def advance(skeleton: Skeleton, block: Block, index: int, store: ActivationStore
 
 
 def forward(skeleton: Skeleton, store: ActivationStore, stream: str, start: int, stop: int, size: int) -> Iterator[int]:
-    """Blocks `start` to `stop`; yields each one's index once its output is in the store."""
+    """Run blocks `start` to `stop` (exclusive); yield each index once the block's output is in the store."""
     for index, block in blocks(skeleton, range(start, stop)):
         advance(skeleton, block, index, store, stream, size)
         del block
@@ -112,7 +112,15 @@ def forward(skeleton: Skeleton, store: ActivationStore, stream: str, start: int,
 
 
 def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor, size: int) -> tuple[float, int]:
-    """Sum of negative log-likelihoods in nats, and how many predictions: all tokens of a window but its first."""
+    """Return the sum of negative log-likelihoods in nats and the number of predictions.
+
+    Every token of a window but the first is predicted.
+
+    Args:
+        name: boundary of the last block's output.
+        tokens: (samples, length) int64.
+        size: sequences per micro-batch.
+    """
     total, count = 0.0, 0
     with skeleton.head() as head, torch.no_grad():
         for batch, (hidden,) in store.each(size, name):
@@ -127,14 +135,16 @@ def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor
 def head_gradient(
     skeleton: Skeleton, store: ActivationStore, tokens: Tensor, size: int, *, uniform: Tensor | None = None
 ) -> None:
-    """Write ∂loss/∂(last block's output), loss the *sum* of negative log-likelihoods of each sequence.
+    """Write ∂loss/∂(last block's output); the loss is the *sum* of a sequence's negative log-likelihoods.
 
-    The sum, not the mean, keeps gradients within float16's range; statistics divide by it later.
+    The sum instead of the mean keeps gradients within float16's range. The statistics normalise later.
 
     Args:
-        tokens: (samples, length); the loss is that of predicting them.
-        uniform: (samples, length) float64 from [0, 1): instead, that of predicting what the model itself would draw with
-            these numbers. The gradients' covariance is then the Fisher information, not its empirical stand-in.
+        tokens: (samples, length) int64: the labels of the loss.
+        size: sequences per micro-batch.
+        uniform: (samples, length) float64 in [0, 1). If given, the labels are instead drawn from the model's own
+            distribution with these numbers. The covariance of the gradients is then the Fisher information, not the
+            empirical Fisher.
     """
     last = len(skeleton)
     with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
@@ -148,7 +158,7 @@ def head_gradient(
                 loss = F.cross_entropy(logits, y, reduction="sum")
                 parts.append(torch.autograd.grad(loss, h)[0])
             predicted = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
-            gradient = F.pad(predicted, (0, 0, 0, 1))  # nothing is predicted from the last token
+            gradient = F.pad(predicted, (0, 0, 0, 1))  # the last token predicts nothing
             write(gradient)
 
 
@@ -156,7 +166,7 @@ def head_gradient(
 def survey_block(
     skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[SiteStatistics], size: int
 ) -> None:
-    """`advance` on the dense stream, with the statistics of a forward pass summed on the way: one a site."""
+    """Run `advance` on the dense stream and add to the forward statistics, one entry of `stats` per site."""
     source, target = boundary("dense", index), boundary("dense", index + 1)
     with store.writing(target, f"block {index}") as write:
         for _, (x,) in store.each(size, source):
@@ -170,10 +180,10 @@ def survey_block(
 def backward_block(
     skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[SiteStatistics], size: int
 ) -> None:
-    """Hand the gradient from a block's output to its input, recomputing it from its stored input.
+    """Propagate the gradient from a block's output to its input, recomputing the block from its stored input.
 
     Args:
-        stats: one a site; fed with everything that passes.
+        stats: one per site. Each receives the activations and gradients of its site.
     """
     scale = store.shape[1] - 1.0
     with store.writing(boundary("gradient", index), f"the gradient of block {index}") as write:
@@ -218,7 +228,12 @@ def _origin(mixed: Mixed, number: int) -> Origin | None:
 def _observed(
     skeleton: Skeleton, sublayer: Sublayer, index: int, x: Tensor, stats: Sequence[SiteStatistics]
 ) -> tuple[Mixed, list[list[Tensor]]]:
-    """The consumers' inputs and, where wanted, the producers' outputs, a list a site; summed in passing."""
+    """Return the consumers' inputs and, if wanted, the producers' outputs (one list per site); add to the statistics.
+
+    Args:
+        x: (sequences, tokens, d), the sublayer's input before its norm.
+        stats: one per site of the sublayer.
+    """
     arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
     given: list[list[Tensor]] = []
     u = sublayer.normed(x)
@@ -229,7 +244,7 @@ def _observed(
     with torch.no_grad():
         maps = None
         if (divergence := stats[0].divergence) is not None:
-            # Attention a second time: transformers' eager maps are for looking at only.
+            # Compute attention a second time: transformers' eager maps serve the statistics only.
             with kind("sums"), counting() as counter:
                 maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
             divergence.operations += counter.total
@@ -239,7 +254,12 @@ def _observed(
 
 
 def _predictions(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states (chunk, d) with the labels (chunk,) of the tokens they predict, few enough for their logits."""
+    """Yield hidden states (chunk, d) with the labels (chunk,) they predict, in chunks that bound the logits' memory.
+
+    Args:
+        hidden: (sequences, tokens, d).
+        labels: (sequences, tokens), of any dtype.
+    """
     flat = hidden[:, :-1].reshape(-1, hidden.shape[2])
     targets = labels[:, 1:].reshape(-1)
     chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
