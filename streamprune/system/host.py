@@ -1,4 +1,4 @@
-"""Host memory: where tensors get theirs, and when it goes back."""
+"""Host memory: how tensors allocate it, and when it returns to the system."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 _OWN_PAGES = 1 << 20
-"""Host buffers of this size get pages of their own."""
+"""Host buffers of at least this many bytes are mapped separately, outside malloc's heap."""
 HEAP_KEPT = 256 << 20
-"""Free memory at the end of malloc's heap that is kept for the next operation (see `settle_malloc`)."""
+"""Bytes of free memory at the end of malloc's heap that are kept for reuse (see `settle_malloc`)."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def host_buffer(nbytes: int, device: torch.device) -> Tensor:
-    """Bytes on the host to read into for a device; pinned for a GPU.
+    """Allocate a host buffer (nbytes,) uint8 to read data for `device` into; pinned if `device` is a GPU.
 
-    Otherwise large ones are pages of their own, outside malloc: what is read in one thread and freed in another
-    would leave holes in its heap.
+    For the CPU, large buffers are mapped outside malloc's heap: buffers that one thread allocates and another frees would
+    fragment it.
     """
     if device.type == "cuda":
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -29,32 +29,32 @@ def host_buffer(nbytes: int, device: torch.device) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
+        with suppress(OSError):  # this kernel has no huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def host_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the host, in a `host_buffer`: for what lives as long as a block."""
+    """Copy a tensor to a `host_buffer`, in `dtype`. For tensors that live as long as a block."""
     copy = host_buffer(tensor.numel() * dtype.itemsize, torch.device("cpu")).view(dtype).view(tensor.shape)
     return copy.copy_(tensor)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU; no copy if it is contiguous."""
+    """Return the bytes of a CPU tensor, without a copy if it is contiguous."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def settle_malloc() -> None:
-    """Have glibc's malloc hold as much memory after many blocks as after a few, at no cost in speed.
+    """Configure glibc's malloc so that memory does not grow with the number of blocks, at no cost in speed.
 
-    One heap for all threads: with a heap a thread, as it is by default, a tensor read in one thread and freed in
-    another leaves holes, and the process creeps up with the number of blocks. Tensors below 16 MB come from that
-    heap, of whose free end 256 MB are kept: memory that is given back has to be faulted in again, page by page, at
-    the next operation. Larger ones are mapped and go back at once.
+    All threads share one heap. By default each thread has its own; tensors that one thread allocates and another frees
+    then fragment the heaps, and the process grows with every block. Allocations below 16 MiB come from the shared heap.
+    Up to 256 MiB at its free end are kept, because returned pages must be faulted in again by the next operation. Larger
+    allocations are mapped, and return to the system as soon as they are freed.
 
-    To be called before threads and tensors, in a process of our own, such as the command; other systems' malloc is
-    left as it is.
+    Call this before creating threads or tensors, and only in a process of our own, such as the command line. It does
+    nothing without glibc.
     """
     libc = _glibc()
     if libc is not None:
@@ -63,7 +63,7 @@ def settle_malloc() -> None:
 
 
 def return_freed_memory() -> None:
-    """Have glibc's malloc give every free page back, holes too: between blocks, where it costs next to nothing."""
+    """Return all free pages of glibc's malloc to the system, holes included. Called between blocks, where it costs almost nothing."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -1,6 +1,6 @@
-"""The log of a job, `log.txt`: every line of progress with the time, and how each process ended.
+"""The log of a job, `log.txt`: every progress line with its time, and how each process ended.
 
-Nothing rests on it but the message of the last failure, which `status` reads here.
+Resuming does not depend on it. `status` reads the message of the last failure from it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FAILED = "failed: "
 
 
 class Log:
-    """Progress that is handed on and written down; lines wait until the log is opened.
+    """Progress that writes to the log and passes every call on. Lines are buffered until the log is opened.
 
     Args:
-        progress: who else is told; None for nobody.
+        progress: receives every call too; None for no one.
     """
 
     def __init__(self, progress: Progress | None) -> None:
@@ -49,7 +49,7 @@ class Log:
 
     @contextmanager
     def opened(self, folder: Path, *, resumed: bool) -> Iterator[None]:
-        """A context in which lines go to the log in `folder`, behind those of earlier processes, its own end at last."""
+        """Append to the log in `folder` while the context is open, and record the error that ends the process, if any."""
         self._path = folder / NAME
         begin = f"streamprune {__version__} {'goes on' if resumed else 'begins'}"
         files.append_bytes(self._path, b"".join([*self._waiting, _line(begin)]))
@@ -61,7 +61,7 @@ class Log:
             raise
         except Exception as error:
             message = str(error) if isinstance(error, StreamPruneError) else f"{type(error).__name__}: {error}"
-            with suppress(DiskError):  # the error may be the full disk's
+            with suppress(DiskError):  # the error may be a full disk
                 self._write(f"{FAILED}{message}")
             raise
         finally:
@@ -80,17 +80,17 @@ class Log:
 
 
 def last_line(path: Path) -> str | None:
-    """The last thing that a log tells, without its time; None if there is no log."""
+    """Return the last line of a log without its time; None if there is no log, or it is empty."""
     lines = files.read_bytes(path).decode().splitlines() if path.is_file() else []
     return lines[-1].partition(" ")[2] if lines else None
 
 
 def failure(path: Path) -> str | None:
-    """The message of the error that the last process ended with; None if it did not."""
+    """Return the message of the error that ended the last process; None if no error did."""
     line = last_line(path)
     return line.removeprefix(FAILED) if line is not None and line.startswith(FAILED) else None
 
 
 def _line(text: object) -> bytes:
     line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(str(text).split())}\n"
-    return line.encode(errors="backslashreplace")  # names of files need not be UTF-8
+    return line.encode(errors="backslashreplace")  # file names need not be UTF-8

@@ -1,4 +1,4 @@
-"""What this machine is and has: device, dtype, free memory, peaks."""
+"""The machine: devices, dtypes, free memory and memory peaks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from .ranks import ALONE, Ranks
 from .units import ACTIVATIONS, check_device, check_dtype, format_bytes
 
 _WARM = 48 << 20
+"""Bytes of library pages that this process has not touched yet but will."""
 
 
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """``auto`` takes CUDA where there is one, else the CPU; of several ranks on a machine each has a GPU of its own.
+    """Return the torch device for a ``--device`` name. ``auto`` is CUDA if available, else the CPU.
+
+    With several ranks, each takes the GPU with its local number.
 
     Raises:
-        ConfigError: not a device, or one that this machine or this torch has not.
+        ConfigError: not a device, or one that this machine or this torch does not have.
     """
     check_device(name)
     if name == "auto":
@@ -43,7 +46,7 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """What blocks compute in: ``auto`` is the stored dtype on a GPU and float32 on the CPU.
+    """Return the dtype that blocks compute in. ``auto`` is the stored dtype on a GPU and float32 on the CPU.
 
     Raises:
         ConfigError: not one of `DTYPES`.
@@ -56,18 +59,18 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
 
 
 def resolve_activations(name: str, computing: torch.dtype, stored: torch.dtype) -> torch.dtype:
-    """What activations are stored in.
+    """Return the dtype that activations are stored in.
 
-    ``auto`` is bfloat16 for a model that is itself stored in it, whether or not it is computed in: nothing in such a
-    model was ever more precise, and it halves what a CPU, which computes in float32, writes and reads. Any other model
-    keeps what is computed: float16 would hold no more than 65504, which residual streams exceed. So does float64.
+    ``auto`` is bfloat16 for a model stored in bfloat16, unless it computes in float64: such a model was never more precise,
+    and this halves the disk traffic of a CPU, which computes in float32. For all other models ``auto`` is the computing
+    dtype; float16 ends at 65504, which residual streams exceed.
 
     Args:
-        computing: what blocks compute in.
-        stored: what the model's weights are stored in.
+        computing: dtype that blocks compute in.
+        stored: dtype of the model's weights.
 
     Raises:
-        ConfigError: not one of `ACTIVATIONS`, or larger than what is computed.
+        ConfigError: not one of `ACTIVATIONS`, or wider than the computing dtype.
     """
     if name not in ACTIVATIONS:
         raise ConfigError(f"activations is {name!r}; it must be one of {', '.join(ACTIVATIONS)}")
@@ -84,35 +87,36 @@ def resolve_activations(name: str, computing: torch.dtype, stored: torch.dtype) 
 
 
 def activations_name(stored: torch.dtype, computing: torch.dtype) -> str:
-    """How a job's settings say what is stored: the same for all jobs that keep what they compute."""
+    """Return how a job's settings name the dtype of stored activations: ``"as computed"`` if it is the computing dtype."""
     return "as computed" if stored == computing else dtype_name(stored)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` → ``"float32"``, and one name for all that activations may be stored in."""
+    """Return the name of a dtype: ``torch.float32`` → ``"float32"``, ``torch.float8_e4m3fn`` → ``"float8"``."""
     return "float8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that work on the device may use now; on the CPU a tenth is left to others."""
+    """Return the bytes available on the device now; on the CPU, 90 % of them, so that other processes keep the rest."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(_host_available() * 0.9)
 
 
 def room(device: torch.device, asked: int | None, activations: int = 0, ranks: Ranks = ALONE) -> dict[str, int]:
-    """How much memory a job may take, as `forecast` wants to know it.
+    """Return the memory limits of a job, in bytes, as keyword arguments for `forecast`.
 
     Args:
-        asked: bytes of the device that it shall stay within; None for what is free. On the CPU that is the whole process.
-        activations: bytes of host memory that they may be held in.
-        ranks: those that share a job; each of them on this machine has an equal part of what is free of the host's.
+        asked: the limit on device memory in bytes; None for all that is free. On the CPU it covers the whole process.
+        activations: bytes of host memory that may hold activations.
+        ranks: the processes of the job; those on this machine share its free host memory equally.
 
     Returns:
-        ``device_limit``; ``base``, what of the host's this process takes for itself; ``memory_host``, what activations may.
+        ``device_limit``: bytes of device memory; ``base``: bytes of host memory that this process takes by itself;
+        ``memory_host``: bytes of host memory for activations.
 
     Raises:
-        ResourceError: this machine has not so much for activations.
+        ResourceError: less host memory is free than `activations`.
     """
     base, free = base_bytes(), available_memory(torch.device("cpu")) // ranks.here
     if activations > free:
@@ -129,12 +133,12 @@ def room(device: torch.device, asked: int | None, activations: int = 0, ranks: R
 
 @contextmanager
 def within(device: torch.device, limit: int | None) -> Iterator[None]:
-    """A context in which torch takes no more than `limit` bytes of a GPU's memory, None for all there is.
+    """Limit torch to `limit` bytes of a GPU's memory while the context is open; None for no limit.
 
-    What torch keeps for itself counts; the driver's own few hundred megabytes a process do not.
+    Memory that torch caches counts. The few hundred MB per process that the driver takes do not.
 
     Raises:
-        ResourceError: the work inside needed more than that, or than there was.
+        ResourceError: the work ran out of memory on the GPU or the host.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -146,19 +150,19 @@ def within(device: torch.device, limit: int | None) -> Iterator[None]:
             f"{device} ran out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}"
         ) from error
     except RuntimeError as error:
-        # How torch's allocator on the CPU says it.
+        # torch's CPU allocator reports out of memory this way.
         if not any(said in str(error) for said in ("not enough memory", "can't allocate memory")):
             raise
         raise ResourceError(f"{device} ran out of memory: {str(error).splitlines()[0]}") from error
 
 
 def base_bytes() -> int:
-    """Host memory that this process takes for itself: what it holds now, and libraries' pages that use will bring in."""
+    """Return the bytes of host memory that this process takes by itself: what it holds now plus library pages still to be loaded."""
     return resident_bytes() + _WARM
 
 
 def resident_bytes() -> int:
-    """Host memory that this process holds now."""
+    """Return the bytes of host memory that this process holds now."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -166,8 +170,8 @@ def resident_bytes() -> int:
 
 
 def peak_host_bytes() -> int:
-    """The most host memory that this process has held."""
-    # Not getrusage first: Linux counts there what the parent held before it became this process.
+    """Return the peak host memory of this process in bytes."""
+    # Not getrusage first: on Linux it includes what the process held before exec.
     try:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
@@ -178,26 +182,26 @@ def peak_host_bytes() -> int:
 
 
 def reset_peaks(device: torch.device) -> bool:
-    """Have both peaks begin anew at what is held now; whether the kernel does so for the host's."""
+    """Reset both peaks to what is held now. Returns whether the kernel did so for the host peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    # Some kernels take the request and do nothing.
+    # Some kernels accept the request and ignore it.
     return peak_host_bytes() <= resident_bytes() * 1.02
 
 
 def peak_device_bytes(device: torch.device) -> int:
-    """The most device memory that tensors have held; on the CPU the device is the host."""
+    """Return the peak memory of tensors on the device in bytes; on the CPU, the peak host memory."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_host_bytes()
 
 
 class Peaks:
-    """The most memory that this process has held: lap by lap, and in all.
+    """Memory peaks of this process, per lap and overall.
 
-    The kernel knows one mark only, which every lap takes back.
+    The kernel keeps only one peak; each lap resets it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -206,9 +210,9 @@ class Peaks:
         self._own = False
 
     def lap(self) -> dict[str, Any]:
-        """End a lap and begin another: ``host_bytes`` and ``device_bytes`` (None on the CPU) held since the last one.
+        """End a lap and start the next. Returns its peaks in bytes: ``host_bytes`` and ``device_bytes`` (None on the CPU).
 
-        ``own`` says whether the host's is of this lap alone, which takes a kernel that takes its mark back.
+        ``own`` is whether the host peak belongs to this lap alone, which needs a kernel that can reset the peak.
         """
         lap = {"host_bytes": peak_host_bytes(), "device_bytes": None, "own": self._own}
         if self._device.type == "cuda":
@@ -218,7 +222,7 @@ class Peaks:
         return lap
 
     def most(self) -> tuple[int, int]:
-        """Host and device bytes, over all laps."""
+        """Return the host and device peaks over all laps, in bytes."""
         return max(self._most_host, peak_host_bytes()), max(self._most_device, peak_device_bytes(self._device))
 
 
@@ -232,7 +236,7 @@ def _host_available() -> int:
         try:
             taken = int((group / used).read_text()) - _reclaimable(group)
             available = min(available, int((group / limit).read_text()) - taken)
-        except (OSError, ValueError):  # no limit, or none of that kind
+        except (OSError, ValueError):  # no limit, or no such file
             continue
     return max(available, 1)
 
@@ -240,7 +244,7 @@ def _host_available() -> int:
 def _control_groups(
     proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[tuple[Path, str, str]]:
-    """Folders that limit this process's memory, its own and those above it, each with the names of its limit and its use."""
+    """Yield the memory control groups of this process, its own and all above: folder, name of the limit file, name of the usage file."""
     try:
         lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
     except OSError:
@@ -251,7 +255,7 @@ def _control_groups(
             files = (
                 ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
             )
-            # In a container the path may be that of the machine outside, and the root its own.
+            # In a container, the path may be the host's while the root is the container's.
             inside = top / path.lstrip("/")
             for group in dict.fromkeys((inside, *inside.parents, top)):
                 if group == top or top in group.parents:
@@ -259,6 +263,6 @@ def _control_groups(
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of a control group that hold pieces of files, which the kernel drops when it needs room."""
+    """Return the bytes of page cache charged to a control group, which the kernel drops under pressure."""
     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     return sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("inactive_file", "active_file"))

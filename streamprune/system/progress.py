@@ -1,4 +1,4 @@
-"""What long work tells the outside, and asks it: the command line, or a caller's own code, decides how to show it."""
+"""Progress reports and stop requests. The command line, or the caller's code, decides how to show them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ STOPPED = "stopped as asked; run the same command again to go on"
 
 
 class Progress(Protocol):
-    """Receives phases and steps; every method returns at once.
+    """Receives phases and steps. Every method must return quickly.
 
-    Whatever a method raises ends the work there and reaches the caller; a job goes on from it like from a kill.
+    An exception from a method ends the work and propagates to the caller. A job can be resumed afterwards, as after a kill.
     """
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
-        """A phase of `total` steps begins, `done` of which an earlier process finished."""
+        """Start a phase of `total` steps, `done` of which earlier processes finished."""
 
     def step(self, note: str = "") -> None:
-        """One step of the phase is finished."""
+        """Finish one step of the phase."""
 
     def say(self, message: str) -> None:
-        """Something a person should know, once."""
+        """Show the user a message, once."""
 
     def stopping(self) -> bool:
-        """Whether the work should end at its next resting place, with `Stopped`: asked where little or nothing is lost."""
+        """Return whether the work should stop with `Stopped`. Called at points where stopping loses little or no work."""
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that is discarded."""
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         pass
@@ -48,16 +48,17 @@ class Silent:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened; its `str` is a line for people."""
+    """One progress event. Its `str` is a line for the user."""
 
     kind: Literal["phase", "step", "note"]
     phase: str
-    """The one under way; empty before the first."""
+    """Name of the current phase; empty before the first."""
     done: int
-    """Steps of it that are finished, by earlier processes too."""
+    """Finished steps of the phase, including those of earlier processes."""
     total: int
+    """All steps of the phase."""
     message: str
-    """What the step was, or what a person should know; may be empty."""
+    """Description of the step, or the note; may be empty."""
 
     def __str__(self) -> str:
         if self.kind == "note":
@@ -66,10 +67,10 @@ class Event:
 
 
 class Callback:
-    """Progress as calls of one function.
+    """Progress that calls a function with each event.
 
     Args:
-        call: gets every event; what it returns is not looked at.
+        call: receives every event; its return value is ignored.
         stopping: see `Progress.stopping`.
     """
 
@@ -96,10 +97,10 @@ class Callback:
 
 
 def rest(progress: Progress) -> None:
-    """Mark a resting place.
+    """Stop here if asked to; called where stopping loses little or no work.
 
     Raises:
-        Stopped: whoever watches wants the work to end.
+        Stopped: `progress.stopping()` is true.
     """
     if progress.stopping():
         raise Stopped(STOPPED)

@@ -1,12 +1,12 @@
-"""Several processes at one job: who has which samples and sites, and what they send each other.
+"""Multi-process jobs: how samples and sites are divided among ranks, and the collectives between them.
 
-Every rank runs the same program on its own samples and keeps its own activations; sums are added up, problems are dealt
-out, and what is for all to read is written by the first. Underneath is torch.distributed, as `torchrun` sets it up: Gloo
-for what lies on the host, NCCL for what lies on a GPU. A process by itself is the only rank, and nothing of this happens.
+Every rank runs the same program on its own samples and stores its own activations. Running sums are all-reduced, pruning
+problems are distributed, and rank 0 writes the shared files. This uses torch.distributed as `torchrun` sets it up: Gloo for
+host tensors, NCCL for GPU tensors. A single process is its own only rank and uses none of it.
 
-A rank that fails tells the others before it goes, by the group's key-value store; one that is lost closes its
-connections, on which the others' next meeting fails. GPUs meet only after their processes have met on the host, where
-a loss is noticed at once.
+A failing rank publishes its error in the group's key-value store before it exits. A rank that dies closes its connections,
+and the next collective of the others fails. Ranks always synchronise on the host before a GPU collective, because Gloo
+detects a lost rank at once.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ T = TypeVar("T")
 Info = TypeVar("Info")
 
 JOINING = timedelta(minutes=10)
-"""What all ranks may take to appear."""
+"""Time limit for all ranks to join."""
 WAITING = timedelta(days=1)
-"""What one rank may wait for another, which may be solving a large problem; a loss is noticed long before."""
+"""Time limit of a collective on the host. Long, since another rank may be solving a large problem; a lost rank is noticed earlier."""
 SENDING = timedelta(minutes=30)
-"""What GPUs may take to send each other a tensor."""
+"""Time limit of a GPU collective."""
 FAILED, HEARD = "streamprune/failed", "streamprune/heard"
-"""Keys of the store: JSON, what the rank that failed first has to say; and how many others know."""
+"""Keys of the store: the error of the first rank that failed, as JSON, and how many other ranks have read it."""
 HEARING = 5.0
-"""Seconds that the first rank, which may be the one that keeps the store, gives the others to look."""
+"""Seconds that rank 0, which may host the store, waits for the others to read the error."""
 WATCHING = 1.0
-"""Seconds between two looks at whether the launcher is there."""
+"""Seconds between two checks that the launcher is alive."""
 
 
 class Ranks:
-    """This process among those that share a job; alone by default.
+    """This process among the ranks of a job; the only one by default.
 
     Args:
-        rank: from 0.
-        size: how many there are.
-        local: its number among those on its machine, and so of its GPU.
-        here: how many of them are on its machine.
+        rank: number of this process, from 0.
+        size: number of ranks.
+        local: number of this process on its machine, which is also the number of its GPU.
+        here: number of ranks on this machine.
         store: the group's key-value store.
-        gpus: the group that GPUs send in; None for the default one, which is the hosts'.
+        gpus: the process group for GPU tensors; None for the default group, which is for host tensors.
     """
 
     def __init__(
@@ -66,40 +66,40 @@ class Ranks:
         self.rank, self.size, self.local, self.here = rank, size, local, here
         self._store, self._gpus = store, gpus
 
-    # Who has what.
+    # Division of work.
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes what is for all to read, and speaks to people."""
+        """Whether this is rank 0, which writes shared files and talks to the user."""
         return self.rank == 0
 
     def samples(self, total: int) -> slice:
-        """This rank's own of so many samples: a run of them, as long as the others' to within one."""
+        """Return this rank's samples out of `total`: a contiguous range. Ranges differ in length by at most one."""
         return slice(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
     def most(self, total: int) -> int:
-        """The most samples that a rank has."""
+        """Return the largest number of samples that any rank has."""
         return -(-total // self.size)
 
     def owner(self, number: int) -> int:
-        """The rank that works on the item of that number, from 0."""
+        """Return the rank that works on item `number`, counted from 0."""
         return number % self.size
 
     def mine(self, number: int) -> bool:
-        """Whether that is this one."""
+        """Return whether this rank works on item `number`."""
         return self.owner(number) == self.rank
 
     def in_turn(self) -> Iterator[None]:
-        """A loop whose body each rank runs once, one after the other."""
+        """Iterate once on each rank, one rank after the other, so that the loop bodies never overlap."""
         for rank in range(self.size):
             if rank == self.rank:
                 yield
             self.barrier()
 
-    # What they send each other. All ranks call these, in the same order.
+    # Collectives. All ranks must call these, in the same order.
 
     def barrier(self) -> None:
-        """Wait until all are here."""
+        """Wait for all ranks."""
         if self.size > 1:
             import torch
 
@@ -107,7 +107,7 @@ class Ranks:
                 distributed.all_reduce(torch.zeros(1))
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's small value, in order."""
+        """Return the values of all ranks, in rank order. For small, picklable values."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             with self._meeting() as distributed:
@@ -115,7 +115,7 @@ class Ranks:
         return values
 
     def told(self, make: Callable[[], T], source: int = 0) -> T:
-        """A small value that one rank makes, on all."""
+        """Return, on all ranks, the value that `make` returns on rank `source`. For small, picklable values."""
         if self.size == 1:
             return make()
         values = [make() if self.rank == source else None]
@@ -126,15 +126,15 @@ class Ranks:
         return found
 
     def add_up(self, owner: int | None = None) -> Callable[[Tensor], None]:
-        """A function that makes a tensor the sum over all ranks, in place: see `sum`."""
+        """Return a function that sums a tensor over all ranks, in place; see `sum`."""
         return partial(self.sum, owner=owner)
 
     def sum(self, tensor: Tensor, owner: int | None = None) -> None:
-        """Make a tensor the sum over all ranks, in place, on the host or a GPU.
+        """Sum a tensor over all ranks, in place, on the host or a GPU.
 
         Args:
-            tensor: contiguous, of the same shape and dtype everywhere.
-            owner: the one rank that gets the sum, the others' tensors being spent; None for all of them.
+            tensor: contiguous, with the same shape and dtype on all ranks.
+            owner: the only rank that receives the sum, the tensors of the others being left undefined; None for all ranks.
         """
         if self.size == 1:
             return
@@ -146,11 +146,11 @@ class Ranks:
                 distributed.reduce(tensor, dst=owner, group=group)
 
     def share(self, tensors: Sequence[Tensor] | None, source: int, device: torch.device) -> list[Tensor]:
-        """One rank's tensors, on all.
+        """Broadcast the tensors of one rank to all ranks.
 
         Args:
-            tensors: those of `source`; what other ranks pass is not looked at.
-            device: this rank's, for its copies of what lies on a GPU; what lies on the host comes to lie there.
+            tensors: the tensors of rank `source`; ignored on other ranks.
+            device: this rank's device, which receives the GPU tensors of `source`; host tensors stay on the host.
         """
         if self.size == 1:
             assert tensors is not None
@@ -166,7 +166,7 @@ class Ranks:
             if tensor.numel():
                 group = self._assemble(tensor)
                 with self._meeting() as distributed:
-                    # As bytes, which every backend sends.
+                    # As bytes, which every backend supports.
                     distributed.broadcast(tensor.view(-1).view(torch.uint8), src=source, group=group)
         return found
 
@@ -176,11 +176,11 @@ class Ranks:
         work: Callable[[T], tuple[Info, Sequence[Tensor]]],
         device: torch.device,
     ) -> Iterator[tuple[T, Info, list[Tensor]]]:
-        """Every item in order with what `work` made of it, which its owner alone does: `size` items at a time.
+        """Run `work` on each item on its owner only, `size` items at a time; yield all items and results in order on all ranks.
 
         Args:
-            items: dealt out by their place among them, see `owner`.
-            work: a small value and tensors.
+            items: assigned to ranks by their position, see `owner`.
+            work: returns a small, picklable value and tensors.
             device: see `share`.
         """
         for start in range(0, len(items), self.size):
@@ -191,20 +191,20 @@ class Ranks:
                 yield item, self.told(partial(_given, info), place), self.share(tensors, place, device)
 
     def _assemble(self, tensor: Tensor) -> Any:
-        """The group to send it in; before GPUs meet, a rank waits for the others on the host, where it notices a loss."""
+        """Return the process group for a tensor. For GPU tensors, first wait for all ranks on the host, where a lost rank is detected."""
         if not tensor.is_cuda:
             return None
         self.barrier()
         return self._gpus
 
-    # Ends.
+    # Errors.
 
     @contextmanager
     def _meeting(self) -> Iterator[Any]:
-        """torch.distributed, its failure told apart.
+        """Yield torch.distributed, and turn its errors into ours.
 
         Raises:
-            ElsewhereError: another rank failed and has said so.
+            ElsewhereError: another rank failed and published its error.
             LostError: another rank is gone.
         """
         import torch.distributed
@@ -215,15 +215,15 @@ class Ranks:
             raise self._loss(error) from None
 
     def _loss(self, error: RuntimeError) -> StreamPruneError:
-        with suppress(RuntimeError):  # the store may be gone with the rank that kept it
+        with suppress(RuntimeError):  # the store may be gone with the rank that hosted it
             if self._store.check([FAILED]):
                 told = json.loads(self._store.get(FAILED))
                 return ElsewhereError(told["message"], told["code"])
-        reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the place in the backend's source
+        reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the location in the backend's source
         return LostError(f"another process of this job was lost ({reason}); run the same command again to go on")
 
     def announce(self, error: BaseException) -> None:
-        """Tell the others why this rank ends; an error that another one has told before is marked so."""
+        """Publish the error that ends this rank. If another rank was first, mark `error` as already reported."""
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         message = one_line(error) if isinstance(error, ElsewhereError) else f"rank {self.rank}: {one_line(error)}"
         own = json.dumps({"rank": self.rank, "message": message, "code": code})
@@ -235,7 +235,7 @@ class Ranks:
                     error.told = True
 
     def linger(self) -> None:
-        """Keep the store until the others have looked into it, if it is this process that keeps it."""
+        """On rank 0, which may host the store, wait until the other ranks have read the error."""
         until = time.monotonic() + HEARING
         with suppress(RuntimeError):
             while self.first and self._store.add(HEARD, 0) < self.size - 1 and time.monotonic() < until:
@@ -251,18 +251,18 @@ ALONE = Ranks()
 
 
 def expected() -> int:
-    """How many ranks the environment speaks of, as `torchrun` leaves it; 1 where it speaks of none."""
+    """Return the number of ranks in the environment that `torchrun` sets; 1 if it is not set."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """A context in which this process is one of those that the environment speaks of; `ALONE` where it speaks of none.
+    """Join the ranks that the environment describes, while the context is open; yields `ALONE` if it describes none.
 
-    It goes by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which `torchrun` sets.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which `torchrun` sets.
 
     Raises:
-        LostError: the others do not appear.
+        LostError: the other ranks did not join in time.
     """
     if expected() == 1:
         yield ALONE
@@ -291,7 +291,7 @@ def joined() -> Iterator[Ranks]:
         ranks.barrier()
     except BaseException as error:
         ranks.announce(error)
-        if gpus is None:  # NCCL would wait for the others; the end of the process does not
+        if gpus is None:  # destroying an NCCL group waits for the other ranks; exiting does not
             distributed.destroy_process_group()
             ranks.linger()
         raise
@@ -300,10 +300,10 @@ def joined() -> Iterator[Ranks]:
 
 @contextmanager
 def _nothing_on_stdout() -> Iterator[None]:
-    """A context in which this process writes nothing to stdout, where an older Gloo (torch 2.8's) tells of its connections."""
+    """Discard stdout while the context is open: older versions of Gloo (torch 2.8) print their connections there."""
     try:
         kept = os.dup(1)
-    except OSError:  # it is closed
+    except OSError:  # stdout is closed
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -318,9 +318,9 @@ def _nothing_on_stdout() -> Iterator[None]:
 
 @contextmanager
 def _launched() -> Iterator[None]:
-    """A context in which this process is asked to stop, by SIGTERM, once the `torchrun` that started it is gone.
+    """Send this process SIGTERM if the `torchrun` that started it dies, while the context is open.
 
-    Nobody else would: it would go on and keep the job locked, while another launcher starts the same command again.
+    Otherwise it would keep running and hold the job's lock while another launcher starts the same command again.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield

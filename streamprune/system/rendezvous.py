@@ -1,10 +1,15 @@
-"""How the ranks of one attempt at a job find each other in a store that earlier attempts have used.
+"""Rendezvous of the ranks of one attempt, in a key-value store that earlier attempts have used.
 
-`torchrun --max-restarts` hands every attempt the same store, with all that the last one left there; to connect to an
-address out of it fails, or hangs. So ranks first agree on a part of the store that nobody has used: each shows a
-random name; the first one lists the names that it sees; who finds its own in the list says so; and once all have, that
-list is the attempt. A name that a dead rank left is shown until the living one writes its own, and a list with it in is
-confirmed by nobody.
+`torchrun --max-restarts` gives every attempt the same store, which still holds the last attempt's entries. Connecting to a
+stale address from it fails or hangs, so the ranks first agree on an unused prefix of the store:
+
+1. Each rank publishes a random name.
+2. Rank 0 publishes the list of the names it sees.
+3. Each rank that finds its own name in the list confirms the list.
+4. Once all ranks have confirmed a list, its digest identifies the attempt.
+
+The name of a dead rank stays until the rank that replaces it publishes its own. A list that contains it is never confirmed by
+all ranks.
 """
 
 from __future__ import annotations
@@ -18,20 +23,20 @@ from uuid import uuid4
 from ..errors import LostError
 
 HERE, LISTED, CONFIRMED = "streamprune/here", "streamprune/listed", "streamprune/confirmed"
-"""Keys of the store: each rank's name, by its number; the list of them; and who found his own in a list, by its digest."""
+"""Keys of the store: the name of each rank, by number; the list of names; the ranks that confirmed a list, by its digest."""
 LOOKING = 0.02
-"""Seconds between two looks into the store."""
+"""Seconds between two polls of the store."""
 
 
 def unused(store: Any, rank: int, size: int, within: timedelta) -> Any:
-    """The part of the store that all ranks of this attempt, and none of another one, are given.
+    """Return a part of the store that belongs to this attempt alone, the same on all its ranks.
 
     Args:
-        store: a torch.distributed.Store that all ranks reach.
-        within: how long to wait for the others.
+        store: a torch.distributed.Store that all ranks can reach.
+        within: time limit for the other ranks to join.
 
     Raises:
-        LostError: they did not appear.
+        LostError: they did not join in time.
     """
     from torch.distributed.distributed_c10d import PrefixStore
 
@@ -57,5 +62,5 @@ def _list(store: Any, size: int) -> None:
 
 
 def _read(store: Any, key: str) -> str:
-    """A key's value; nothing where it has none, which to ask for would wait for it."""
+    """Return the value of a key, or an empty string: `Store.get` would block until the key exists."""
     return store.get(key).decode() if store.check([key]) else ""

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end, turned into a flag; only a command installs this."""
+"""Turn termination signals into a stop request. Only the command line installs these handlers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
-"""Those that ask, as far as this system has them."""
+"""Signals that request a stop, as far as this system has them."""
 HANGUPS = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
-"""That of a terminal that is closed, which comes from the kernel and from the shell: it asks, however often it comes."""
+"""Sent when a terminal closes, by both the kernel and the shell. Requests a stop, however often it arrives."""
 
 
 @contextmanager
 def asked_by_signals(tell: Callable[[], object]) -> Iterator[Callable[[], bool]]:
-    """A context in which the first of `SIGNALS` or `HANGUPS` only asks to stop; a second of `SIGNALS` does what it always did.
+    """While the context is open, let the first of `SIGNALS` or `HANGUPS` only request a stop; a second of `SIGNALS` acts as before.
 
     Args:
-        tell: called in the signal's handler, so it may do no more than write to a descriptor.
+        tell: called in the signal handler, so it must do no more than write to a file descriptor.
 
     Yields:
-        For `Progress.stopping`: whether a signal has come.
+        A function that returns whether a signal has arrived, for `Progress.stopping`.
     """
     asked = False
     before: dict[int, Any] = {}
@@ -41,7 +41,7 @@ def asked_by_signals(tell: Callable[[], object]) -> Iterator[Callable[[], bool]]
             tell()
 
     for number in SIGNALS + HANGUPS:
-        # What a parent had ignored stays so: `nohup`, or a shell's background job.
+        # Signals that the parent ignores stay ignored (`nohup`, background jobs of a shell).
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, ask)
     try:

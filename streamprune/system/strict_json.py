@@ -1,7 +1,7 @@
-"""JSON from others' hands: one meaning only, and nothing that could not be written back.
+"""Strict JSON for untrusted files: rejects ambiguous documents and values that cannot be written back.
 
-Python's reader takes the last of two equal keys, numbers that JSON does not have, and halves of surrogate pairs, which no
-UTF-8 file can hold. Another reader of the same file may take the first key: what two programs read differently is refused.
+Python's parser keeps the last of two equal keys, accepts NaN and Infinity, and accepts lone surrogates, which UTF-8 cannot
+encode. Other parsers may keep the first key. Whatever two programs may read differently is rejected.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: Path) -> str:
-    """A regular file's text in UTF-8.
+    """Read a regular file as UTF-8 text.
 
     Raises:
-        FileNotFoundError: not there.
-        DiskError: not readable, or no regular file.
-        UnicodeDecodeError: not UTF-8.
+        FileNotFoundError: the file does not exist.
+        DiskError: it cannot be read, or is not a regular file.
+        UnicodeDecodeError: it is not UTF-8.
     """
     return files.read_bytes(path).decode("utf-8")
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse JSON text.
 
     Raises:
-        ValueError: no JSON, a key twice in one object, NaN, Infinity or a number beyond float64, half a surrogate
-            pair, or nested too deeply.
+        ValueError: not JSON, a duplicate key in one object, NaN, Infinity, a number beyond float64, a lone surrogate, or
+            nesting that is too deep.
     """
     try:
         value = json.loads(text, object_pairs_hook=_members, parse_constant=_constant, parse_float=_number)
@@ -51,10 +51,10 @@ def parse(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: missing, unreadable, a Git LFS pointer, not an object, or nothing that `parse` takes.
+        CheckpointError: the file is missing, unreadable, a Git LFS pointer, not an object, or rejected by `parse`.
     """
     try:
         value = parse(read_text(path))
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value in which null stands for what JSON has no number for, however deep."""
+    """Return a JSON value with NaN and infinities replaced by None, at any depth."""
     if isinstance(value, Mapping):
         return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -80,7 +80,7 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> str:
-    """Write a JSON file durably, indented; `finite`, so that `read_json` takes it. Returns its digest."""
+    """Durably write an indented JSON file, through `finite` so that `read_json` accepts it. Returns its SHA-256 in hex."""
     return files.write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Reading ahead: the only threads of the project."""
+"""Background threads for reading ahead and writing behind."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Value = TypeVar("Value")
 
 
 def prefetch(keys: Iterable[Key], load: Callable[[Key], Value]) -> Iterator[tuple[Key, Value]]:
-    """Yield ``(key, load(key))`` in order, the next one loading in one worker thread meanwhile.
+    """Yield ``(key, load(key))`` in order, while one worker thread loads the next value.
 
-    At most two values live here: the one handed out and the one being loaded. An exception of `load` is
-    raised when its turn comes; leaving the loop early waits for the load under way.
+    At most two values are alive here: the one yielded and the one being loaded. An exception in `load` is raised when
+    its key's turn comes. Leaving the loop early waits for the load in progress.
     """
     iterator = iter(keys)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as worker:
@@ -31,17 +31,17 @@ def prefetch(keys: Iterable[Key], load: Callable[[Key], Value]) -> Iterator[tupl
             handed = [(key, future.result())]
             del future
             ahead = [(key, worker.submit(load, key)) for key in islice(iterator, 1)]
-            # Popped, so that nothing here keeps alive what the caller lets go of.
+            # Popped, so that no reference here keeps the value alive after the caller drops it.
             yield handed.pop()
 
 
 def read_ahead(
     device: torch.device, keys: Iterable[Key], announce: Callable[[Key], None], load: Callable[[Key], Value]
 ) -> Iterator[tuple[Key, Value]]:
-    """Yield ``(key, load(key))`` in order, what the next one needs coming from the disk meanwhile.
+    """Yield ``(key, load(key))`` in order, while the data of the next key is read from disk.
 
-    For a GPU the worker thread loads it. Where the cores compute, copying would take one of them from the others,
-    which wait for it: there the thread announces it to the kernel, and the load finds it in memory.
+    For a GPU, the worker thread calls `load`. On the CPU, copying would take a core away from the computation, so the
+    thread only calls `announce`: the kernel reads ahead, and `load` then hits the page cache.
     """
     if device.type == "cpu":
         for key, _ in prefetch(keys, announce):
@@ -51,14 +51,14 @@ def read_ahead(
 
 
 PIECES = 2
-"""One is worked on, and one waits."""
+"""Queue length of `Background`: one task runs and one waits."""
 
 
 class Background:
-    """A context with a thread of its own for writing, at most `PIECES` behind.
+    """A context that runs tasks, such as writes, in one background thread, with at most `PIECES` tasks pending.
 
-    An error of a piece is raised by the next `hand`, or at the end; then what waits is not begun. Whoever leaves the context
-    without an error finds everything done.
+    An exception in a task is raised by a later `hand`, or when the context ends; waiting tasks are then cancelled. If the
+    context ends without an exception, all tasks are done.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Background:
         self._under_way: deque[Future[None]] = deque()
 
     def hand(self, work: Callable[[], None]) -> None:
-        """Have it done after all that was handed in before; waits while there is too much of it."""
+        """Queue a task behind all earlier ones; block while `PIECES` tasks are pending."""
         while len(self._under_way) >= PIECES:
             self._finish_one()
         self._under_way.append(self._worker.submit(work))

@@ -1,6 +1,6 @@
-"""How long the disk, the copies and those who wait for them are busy, measured while work runs.
+"""Time spent on disk I/O and host-device copies, and time spent waiting for them.
 
-Cheap enough to be always on: a clock read twice around each call that moves megabytes.
+Always on: the cost is two clock reads around each call, and each call moves megabytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 KINDS = ("read", "write", "copy")
-"""Reading from the disk, writing to it, and copies between host and device."""
+"""Disk reads, disk writes, and copies between host and device."""
 
 _running: list[Occupancy] = []
 _adding = threading.Lock()
@@ -20,30 +20,30 @@ _here = threading.local()
 
 
 class Occupancy:
-    """Adds up while it is watched, see `watching`."""
+    """Times added up while `watching` is open, in seconds."""
 
     def __init__(self) -> None:
         self.waited = dict.fromkeys(KINDS, 0.0)
-        """Seconds in which the thread that watches stood still for it, by kind: all the rest it computed."""
+        """Seconds that the watching thread was blocked, by kind. The rest of the time it computed."""
         self.busy = dict.fromkeys(KINDS, 0.0)
-        """Seconds of work of all threads, by kind; where two work at once, both count."""
+        """Seconds of I/O work of all threads, by kind. Concurrent work counts once per thread."""
         self._thread = threading.get_ident()
 
     def add(self, kind: str, seconds: float, *, waited: bool, busy: bool) -> None:
-        """Count seconds of the calling thread."""
+        """Add seconds of the calling thread."""
         if waited and threading.get_ident() == self._thread:
             self.waited[kind] += seconds
         if busy:
             self.busy[kind] += seconds
 
     def so_far(self) -> Tables:
-        """Both tables."""
+        """Return copies of both tables."""
         return {"waited": dict(self.waited), "busy": dict(self.busy)}
 
 
 @contextmanager
 def watching() -> Iterator[Occupancy]:
-    """A context whose occupancy is what happens inside it; contexts nest."""
+    """Measure what happens while the context is open. Contexts nest."""
     occupancy = Occupancy()
     with _adding:
         _running.append(occupancy)
@@ -56,20 +56,20 @@ def watching() -> Iterator[Occupancy]:
 
 @contextmanager
 def spent(kind: str) -> Iterator[None]:
-    """A context that is work of that kind: whoever does it is kept from computing meanwhile."""
+    """Count the time in this context as I/O work of `kind`, which also blocks the calling thread."""
     with _measured(kind, busy=True):
         yield
 
 
 @contextmanager
 def waiting(kind: str) -> Iterator[None]:
-    """A context that waits for another thread's work of that kind."""
+    """Count the time in this context as waiting for another thread's work of `kind`."""
     with _measured(kind, busy=False):
         yield
 
 
 def copied(seconds: float) -> None:
-    """Count a copy that nobody waited for on the host."""
+    """Count a copy, in seconds, that no host thread waited for."""
     with _adding:
         for occupancy in _running:
             occupancy.add("copy", seconds, waited=False, busy=True)
@@ -77,7 +77,7 @@ def copied(seconds: float) -> None:
 
 @contextmanager
 def _measured(kind: str, *, busy: bool) -> Iterator[None]:
-    # What happens inside such a context is part of it.
+    # Nested contexts count only once, as part of the outermost.
     inside, _here.inside = getattr(_here, "inside", False), True
     started = time.perf_counter()
     try:
@@ -92,11 +92,11 @@ def _measured(kind: str, *, busy: bool) -> Iterator[None]:
 
 
 Tables = dict[str, dict[str, float]]
-"""``"waited"`` and ``"busy"``, each seconds by kind."""
+"""``"waited"`` and ``"busy"``, each in seconds by kind."""
 
 
 def difference(now: Tables, before: Tables) -> Tables:
-    """What was added between."""
+    """Return ``now - before``, in seconds rounded to milliseconds."""
     return {
         table: {kind: round(seconds - before[table][kind], 3) for kind, seconds in sums.items()}
         for table, sums in now.items()
@@ -104,7 +104,7 @@ def difference(now: Tables, before: Tables) -> Tables:
 
 
 def total(parts: Sequence[Mapping[str, Any]]) -> Tables:
-    """The sum of what several entries say; those that say nothing of it count nothing."""
+    """Sum the tables of several entries, in seconds; missing tables and kinds count as zero."""
     found = Occupancy().so_far()
     for part in parts:
         for table, sums in found.items():

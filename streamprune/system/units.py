@@ -1,4 +1,4 @@
-"""What people write and read: sizes, times, names of devices and dtypes; no torch."""
+"""Parse and format sizes, times, and names of devices and dtypes. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ _UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_bytes(text: str) -> int:
-    """``"24GiB"`` → 25769803776. Decimal and binary units, or plain bytes from a megabyte on.
+    """Parse a size in bytes: ``"24GiB"`` → 25769803776. Units may be decimal or binary.
+
+    A number without a unit is in bytes and must be at least 1,000,000.
 
     Raises:
-        ConfigError: not a size, not positive, or so small that its unit must have been forgotten.
+        ConfigError: not a size, not positive, 8 EiB or more, or below 1,000,000 without a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
@@ -40,7 +42,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(size: float) -> str:
-    """1536 → ``"1.5 KiB"``."""
+    """Format a size in bytes: 1536 → ``"1.5 KiB"``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -49,7 +51,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """3725 → ``"1 h 02 min"``."""
+    """Format a duration in seconds: 3725 → ``"1 h 02 min"``."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -57,9 +59,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_passes(equivalents: float, kinds: Mapping[str, int]) -> str:
-    """Operations in dense forward passes, the whole and by what they were for.
+    """Format an amount of compute in units of dense forward passes, in total and by kind.
 
-    ``"6.9 dense forward passes: 3.8 in sweeps, 1.1 in sums, 2.0 in solving"``.
+    Example: ``"6.9 dense forward passes: 3.8 in sweeps, 1.1 in sums, 2.0 in solving"``.
+
+    Args:
+        equivalents: the total, in dense forward passes.
+        kinds: floating-point operations by kind.
     """
     whole = max(1, sum(kinds.values()))
     parts = [f"{equivalents * count / whole:.1f} in {kind}" for kind, count in kinds.items() if count]
@@ -67,7 +73,7 @@ def format_passes(equivalents: float, kinds: Mapping[str, int]) -> str:
 
 
 def check_device(name: str) -> None:
-    """Refuse what names no device; whether this machine has it is `machine.resolve_device`'s to say.
+    """Check the syntax of a device name. `machine.resolve_device` checks that this machine has the device.
 
     Raises:
         ConfigError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -77,7 +83,7 @@ def check_device(name: str) -> None:
 
 
 def check_dtype(name: str) -> None:
-    """Refuse what names no dtype to compute in.
+    """Check the name of a computing dtype.
 
     Raises:
         ConfigError: not one of `DTYPES`.

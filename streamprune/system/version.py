@@ -1,3 +1,3 @@
-"""The version, where the build can read it without importing torch."""
+"""The version, in a module that the build can read without importing torch."""
 
 __version__ = "0.1.0"
