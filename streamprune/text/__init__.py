@@ -1,1 +1,1 @@
-"""From files and datasets to windows of tokens."""
+"""Calibration and evaluation text: read files and datasets, and cut them into windows of tokens."""

@@ -1,7 +1,7 @@
-"""Text as it lies on the disk: files and datasets cut into numbered blocks, any of which can be read by itself.
+"""Read documents from files and datasets, which are split into numbered blocks for random access.
 
-A block is small, and a source has as many as its size asks for, so that a sample of a huge one costs a sample's memory.
-Which blocks are read is `windows`'s to say; all of them, in order, are the whole text.
+Blocks are small, and their number grows with the source. Sampling a huge source therefore takes only the memory of the
+sample. `windows` decides which blocks to read. All blocks in order are the whole text.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ..errors import CalibrationError, ConfigError, one_line
 from ..system import files
 
 BLOCK = 1 << 16
-"""Bytes of a file in one block."""
+"""Bytes of a file per block."""
 SEPARATOR = "\n\n"
-"""Between documents."""
+"""Text between documents."""
 ROWS = 32
-"""Rows of a table in one block."""
+"""Rows of a table per block."""
 FIELDS = ("text", "messages", "conversations", "content")
-"""Where a document is looked for when no field is named, in this order."""
+"""Fields to look for a document in, in this order, if none is named."""
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
 PACKED_TEXT = ".gz"
-"""What may follow the name of a text, of JSON lines and of delimited rows."""
+"""Suffix of a gzipped text, JSON lines or delimited file, after its own suffix."""
 DATASET = "hf:"
 EXTRA = "pip install 'streamprune[datasets]'"
 
@@ -57,28 +57,28 @@ _FOREIGN = {
     ".7z": rb"7z\xbc\xaf\x27\x1c",
     ".tar": rb".{257}ustar",
 }
-"""Packed forms that are not read: how their names end, and how they begin."""
+"""Unsupported compressed formats: suffix and pattern of the first bytes."""
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""Byte-order marks of encodings that are not read; UTF-32's little-endian one begins with UTF-16's."""
+"""Byte-order marks of unsupported encodings. UTF-32-LE comes first because its mark begins with that of UTF-16-LE."""
 _LOOK_AHEAD = 1 << 12
 _PROBES = 256
 LINE = 1 << 24
-"""Bytes that one row of a file may have: four times what is read of a whole source by default."""
+"""Largest row of a file, in bytes: four times what is read of a whole source by default."""
 UNPACKED = 1 << 26
-"""Bytes that any packed file may unpack to,"""
+"""Uncompressed bytes that any compressed file may have, whatever its size."""
 PACKED = 200
-"""and times its size that a larger one may; text packs to a tenth, a bomb to a thousandth."""
+"""Largest compression ratio beyond `UNPACKED` bytes. Text compresses to a tenth, a zip bomb to a thousandth."""
 CROWDED = 8
-"""Rows that a table may have for each byte of its file."""
+"""Largest number of rows per byte of a table's file."""
 
 Conversation = list[dict[str, Any]]
 Document = str | Conversation
-"""A text, or the messages of a conversation, each with its "role" and "content"."""
+"""A text, or the messages of a conversation, each with "role" and "content"."""
 Block = tuple[int, list[Document]]
 
 
@@ -86,32 +86,32 @@ class Documents(Protocol):
     """A source's documents in blocks."""
 
     separator: str
-    """What comes between documents of text; those that are pieces of one text have nothing between them."""
+    """Text between documents; empty if the documents are pieces of one text."""
 
     @property
     def field(self) -> str | None:
-        """Where a row has its document; None where there are no rows."""
+        """Name of the field with a row's document; None for a source without rows."""
 
     def __len__(self) -> int:
-        """Blocks."""
+        """Return the number of blocks."""
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
-        """The blocks of these numbers, which ascend, one at a time with their documents.
+        """Read the blocks with the given numbers, which must ascend; yield each number with its documents.
 
         Raises:
-            CalibrationError: a row that cannot be used, by its place.
+            CalibrationError: a row is unusable. The message gives its position.
         """
 
     def identity(self) -> dict[str, Any]:
-        """What tells the content from another."""
+        """Identify the content, JSON-ready."""
 
 
 def open_documents(place: str, field: str | None) -> Documents:
-    """The documents of a file, a folder or ``hf:NAME[#CONFIG][@SPLIT]``.
+    """Open the documents of a file, a folder or ``hf:NAME[#CONFIG][@SPLIT]``.
 
     Raises:
-        CalibrationError: not there, not readable, or without the field.
-        ConfigError: a field where there are none, or a library that is not installed.
+        CalibrationError: the source does not exist, cannot be read or lacks the field.
+        ConfigError: a field is given for plain text, or a library is not installed.
     """
     if place.startswith(DATASET) and not os.path.exists(place):
         return Dataset(place, field)
@@ -136,7 +136,7 @@ def open_documents(place: str, field: str | None) -> Documents:
 
 
 class PlainText:
-    """A UTF-8 file as one text, gzipped or not; its blocks end with a line where lines are not very long."""
+    """A UTF-8 file, gzipped or not, as one text. Blocks end at the end of a line unless lines are very long."""
 
     field = None
     separator = ""
@@ -150,7 +150,7 @@ class PlainText:
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with _reading(self._path) as file:
-            # The bytes that are held, and where they begin. A packed file is read forwards only: back means from the start.
+            # The bytes in memory and their offset. Read forwards only: in a gzipped file, seeking back starts over.
             data, at = b"", 0
             for number in numbers:
                 if number * BLOCK != at:
@@ -166,7 +166,7 @@ class PlainText:
 
 
 class JsonLines:
-    """A file of one JSON object a line, gzipped or not; a block has the rows that begin in it."""
+    """A file with one JSON object per line, gzipped or not. A block holds the rows that begin in it."""
 
     separator = SEPARATOR
 
@@ -191,7 +191,7 @@ class JsonLines:
             place = 0
             for number in numbers:
                 begin, stop = number * BLOCK, (number + 1) * BLOCK
-                # Forwards only, as above: the block before may have ended in this one.
+                # Forwards only, as above: the last row of the previous block may end in this one.
                 if place < begin:
                     file.seek(begin - 1)
                     place = begin - 1 + len(_line(file, self._path, begin - 1))
@@ -205,7 +205,7 @@ class JsonLines:
                 yield number, found
 
     def _row(self, line: bytes, place: int) -> dict[str, Any] | None:
-        """A line's object; None for a blank line."""
+        """Parse the object of a line; None for a blank line."""
         line = line[_mark(line) :]
         if not line.strip():
             return None
@@ -228,11 +228,11 @@ class JsonLines:
 
 
 class Delimited:
-    """A column of a file of delimited rows under a header row, gzipped or not; a block has the rows that begin in it.
+    """A column of a delimited file with a header row, gzipped or not. A block holds the rows that begin in it.
 
-    Quotes are as the `csv` module reads and writes them: cells that hold delimiters, quotes (doubled) or newlines are
-    quoted. Whether a newline ends a row cannot be told from the middle of a file, so it is read through once when it is
-    opened, a row at a time, and the place of each block's first row is kept: 8 bytes for each 64 KiB.
+    Quoting follows the `csv` module: cells that hold delimiters, quotes (doubled) or newlines are quoted. From the
+    middle of a file one cannot tell whether a newline ends a row. Opening therefore reads the file once, row by
+    row, and stores the offset of each block's first row: 8 bytes per 64 KiB.
 
     Raises:
         CalibrationError: a row is malformed, or has more or fewer cells than the header.
@@ -275,7 +275,7 @@ class Delimited:
                 yield number, found
 
     def _rows(self, file: BinaryIO, place: int, stop: int) -> Iterator[tuple[int, list[str]]]:
-        """Rows that begin before `stop`, from `place` on, where the file stands; each with its place."""
+        """Yield the rows that begin in [`place`, `stop`), each with its offset. The file must be positioned at `place`."""
         end = place
 
         def lines() -> Iterator[str]:
@@ -315,7 +315,7 @@ class Parquet:
         with self._opened() as file, self._refusing():
             self.field: str = _field(field, file.schema_arrow.names, str(path))
             groups = self._groups(file.metadata)
-        # Per block: its row group, its first row in that, and its first row in the file.
+        # For each block: its row group, its first row in that group, and its first row in the file.
         self._blocks: list[tuple[int, int, int]] = []
         before = 0
         for group, rows in enumerate(groups):
@@ -343,7 +343,7 @@ class Parquet:
                     raise CalibrationError(f"{self._path} has fewer rows than it says, in row group {group}")
 
     def _groups(self, metadata: Any) -> list[int]:
-        """Rows of each row group, as the file has them at its end, and as they may be."""
+        """Return the rows of each row group from the file's footer, after a check that the counts are plausible."""
         size = self._path.stat().st_size
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         rows = [group.num_rows for group in groups]
@@ -355,7 +355,7 @@ class Parquet:
         return rows
 
     def _rows(self, file: Any, group: int) -> Iterator[tuple[int, list[Any]]]:
-        """A row group's column in slices of `ROWS`: (first row, values)."""
+        """Yield a row group's column in slices of `ROWS`: (first row, values)."""
         slices = self._slices(file, group)
         while True:
             with self._refusing():
@@ -366,7 +366,7 @@ class Parquet:
             yield found[0], values
 
     def _slices(self, file: Any, group: int) -> Iterator[tuple[int, Any]]:
-        """A row group's column in slices of `ROWS`, however the library cuts it: (first row, values)."""
+        """Yield a row group's column in slices of `ROWS`, whatever batches the library returns: (first row, values)."""
         import pyarrow
 
         pending, first = [], 0
@@ -389,12 +389,12 @@ class Parquet:
         except ImportError:
             raise ConfigError(f"{self._path} needs pyarrow: {EXTRA}") from None
         with self._refusing():
-            # Column chunks, which may be large, are read through a small buffer.
+            # Column chunks may be large, so read them through a small buffer.
             return pyarrow.parquet.ParquetFile(self._path, buffer_size=1 << 20)
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """A context in which whatever the library says of a broken file is ours."""
+        """Turn any error of the library about a broken file into a CalibrationError."""
         try:
             yield
         except CalibrationError:
@@ -407,7 +407,7 @@ class Parquet:
 
 
 class Dataset:
-    """A column of a dataset of the hub, or of a folder, as the `datasets` library has it."""
+    """A column of a dataset on the hub or in a folder, read by the `datasets` library."""
 
     separator = SEPARATOR
 
@@ -433,7 +433,7 @@ class Dataset:
         return _document(value, self.field, lambda: f"{self._place}, row {row}")
 
     def identity(self) -> dict[str, Any]:
-        """Rows, and a digest of some of them, evenly spread: a dataset has no one file to digest."""
+        """Return the number of rows and a digest of evenly spaced rows: a dataset has no single file to digest."""
         rows, digest = len(self._rows), hashlib.sha256()
         for probe in range(min(rows, _PROBES)):
             row = self._rows[probe * rows // min(rows, _PROBES)]
@@ -442,7 +442,7 @@ class Dataset:
 
 
 def _load(place: str) -> Any:
-    """The split that is meant, as `datasets` has it in its cache or fetches it."""
+    """Load the requested split from a folder, the cache of `datasets` or the hub."""
     try:
         import datasets
     except ImportError:
@@ -463,7 +463,7 @@ def _load(place: str) -> Any:
             if split not in splits:
                 raise CalibrationError(f"{place} has no split {split!r}; it has {', '.join(splits) or 'none'}")
             return found[split]
-        # The folder's whole path, so that it cannot be taken for a name on the hub.
+        # Use the folder's full path, so that it cannot be mistaken for a name on the hub.
         return datasets.load_dataset(str(folder.resolve()) if folder.is_dir() else name, config, split=split)
     except CalibrationError:
         raise
@@ -474,10 +474,10 @@ def _load(place: str) -> Any:
 
 
 def _field(asked: str | None, names: Sequence[str], place: str) -> str:
-    """The field asked for, or the first of the usual ones.
+    """Return the field asked for, or the first of `FIELDS` that exists.
 
     Raises:
-        CalibrationError: it is not there.
+        CalibrationError: the field does not exist.
     """
     if asked is not None and asked not in names:
         raise CalibrationError(f"{place} has no field {asked!r}; {_listed(names)}")
@@ -496,13 +496,13 @@ def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def _document(value: Any, field: str, where: Callable[[], str]) -> Document:
-    """A row's text or conversation; nothing is an empty text.
+    """Check and convert a row's text or conversation; None becomes an empty text.
 
     Args:
-        where: says the row's place, if it must be said.
+        where: returns the row's position, for error messages.
 
     Raises:
-        CalibrationError: it is neither, or no Unicode.
+        CalibrationError: the value is neither text nor a conversation, or is not valid Unicode.
     """
     if value is None or isinstance(value, str):
         return _whole_text(value or "", field, where)
@@ -533,7 +533,7 @@ def _message(message: Any, field: str, where: Callable[[], str]) -> dict[str, An
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
-    """An open file, unpacked if it is gzipped by its name or content, whose errors are the project's own."""
+    """Open a file, decompress it if its name or content says gzip, and turn errors into CalibrationError."""
     try:
         with path.open("rb") as raw:
             packed = path.name.lower().endswith(PACKED_TEXT) or raw.read(len(_GZIP)) == _GZIP
@@ -553,11 +553,11 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _measure(path: Path) -> int:
-    """Bytes of a text, unpacked.
+    """Return the uncompressed size of a text file in bytes.
 
     Raises:
-        CalibrationError: it is packed or encoded as nothing that is read here, its gzip data is unsound, or a small file
-            unpacks to more than any text would.
+        CalibrationError: the compression or encoding is not supported, the gzip data is corrupt, or the file expands
+            more than any text would.
     """
     with _reading(path) as file:
         head = file.read(_HEAD)
@@ -573,7 +573,7 @@ def _measure(path: Path) -> int:
 
 
 def _refuse_foreign(path: Path, head: bytes) -> None:
-    """See that a text, which begins with `head`, is in a form that can be read."""
+    """Raise CalibrationError if a file that begins with `head` has an unsupported compression or encoding."""
     if head.startswith(_GZIP):
         raise CalibrationError(f"{path} is gzipped twice; unpack it once")
     for suffix, magic in _FOREIGN.items():
@@ -585,7 +585,7 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
 
 
 def _cut(data: bytes, edge: int) -> int:
-    """The first place from `edge` on where a line begins or, if there is none for long, a character."""
+    """Return the first offset from `edge` on where a line begins or, without a nearby newline, a character."""
     ahead = data[edge : edge + _LOOK_AHEAD]
     if (newline := ahead.find(b"\n")) >= 0:
         return edge + newline + 1
@@ -593,15 +593,15 @@ def _cut(data: bytes, edge: int) -> int:
 
 
 def _mark(data: bytes) -> int:
-    """Bytes of the byte-order mark that UTF-8 text begins with; 0 without one."""
+    """Return the length in bytes of the UTF-8 byte-order mark at the start; 0 without one."""
     return len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
 
 
 def _decoded(data: bytes, path: Path, place: int) -> str:
-    """The text of bytes that lie at `place` in a file.
+    """Decode bytes from offset `place` of a file.
 
     Raises:
-        CalibrationError: they are not UTF-8, or hold NUL, which UTF-16 and binary files have and text has not.
+        CalibrationError: they are not UTF-8, or hold NUL, which occurs in UTF-16 and binary files but not in text.
     """
     try:
         text = data.decode("utf-8")
@@ -615,7 +615,7 @@ def _decoded(data: bytes, path: Path, place: int) -> str:
 
 
 def _line(file: BinaryIO, path: Path, place: int, read: int = 0) -> bytes:
-    """The next line of a row that begins at `place`, `read` bytes of which are read; empty at the file's end."""
+    """Read the next line of a row that begins at `place`, after `read` bytes of it; empty at the end of the file."""
     line = file.readline(LINE - read + 1)
     if read + len(line) > LINE:
         raise CalibrationError(f"{_place_of_line(path, place)}: longer than {LINE >> 20} MiB, which no document is")
@@ -623,7 +623,7 @@ def _line(file: BinaryIO, path: Path, place: int, read: int = 0) -> bytes:
 
 
 def _place_of_line(path: Path, place: int) -> str:
-    """The line that begins at a byte, for people; lines are counted only now."""
+    """Return the line number of an offset, for error messages. Counts lines on demand."""
     lines = 1
     with _reading(path) as file:
         while place > 0 and (chunk := file.read(min(1 << 20, place))):
@@ -633,7 +633,7 @@ def _place_of_line(path: Path, place: int) -> str:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """A context in which the `csv` module reads cells as long as a row may be; its limit is the whole process's."""
+    """Raise the `csv` module's cell limit to the longest row allowed. The limit is global to the process."""
     before = csv.field_size_limit(LINE)
     try:
         yield

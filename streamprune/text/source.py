@@ -1,4 +1,4 @@
-"""What a job reads: one or several sources of text, each with its share."""
+"""Sources of text: what a job reads, and the share of each source."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .documents import DATASET, Documents, open_documents
 _WEIGHT = re.compile(r"(?P<place>.+)=(?P<weight>[^=:/]*)", re.DOTALL)
 _FIELD = re.compile(r"(?P<place>.+):(?P<field>[^:/=\[\]]+)", re.DOTALL)
 HEAVIEST = 1e12
-"""A weight, so that sums and products of weights stay numbers."""
+"""Largest weight allowed, so that sums and products of weights stay finite."""
 
 
 def builtin_text() -> Path:
-    """A small English sample, for a first try; text of the user's own domain is better."""
+    """Return the path of a small English sample for a first try. Text from the target domain works better."""
     return Path(str(resources.files("streamprune") / "data" / "english.txt"))
 
 
@@ -30,16 +30,17 @@ class Source:
     """One source of text.
 
     Raises:
-        ConfigError: the weight is not positive, or beyond `HEAVIEST`.
+        ConfigError: the weight is not positive, or is above `HEAVIEST`.
     """
 
     place: str
-    """A file (`.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`, all else is UTF-8 text; all but `.parquet` also
-    with `.gz`), a folder that the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``."""
+    """A file, a folder that the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``. Files are `.jsonl`, `.ndjson`,
+    `.json`, `.csv`, `.tsv` or `.parquet`; any other file is UTF-8 text. All but `.parquet` may also end in `.gz`."""
     field: str | None = None
-    """Where a row has its text or conversation; None takes text, messages, conversations or content, whichever comes first."""
+    """Name of the field with a row's text or conversation; None takes the first of text, messages, conversations and
+    content that exists."""
     weight: float = 1.0
-    """Its part of the windows, against the other sources' weights."""
+    """Share of the windows, relative to the weights of the other sources."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= HEAVIEST:
@@ -47,10 +48,10 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """``"PLACE[:FIELD][=WEIGHT]"``; a file or folder of the longest name that is there wins.
+        """Parse ``"PLACE[:FIELD][=WEIGHT]"``. If several readings name an existing file or folder, the longest name wins.
 
         Raises:
-            CalibrationError: there is no such file.
+            CalibrationError: the file does not exist.
             ConfigError: the weight is not a positive number.
         """
         if os.path.exists(text):
@@ -68,10 +69,10 @@ class Source:
         raise CalibrationError(f"cannot read the text {text}: No such file or directory")
 
     def open(self) -> Documents:
-        """Its documents.
+        """Open the source's documents.
 
         Raises:
-            CalibrationError, ConfigError: it cannot be read.
+            CalibrationError, ConfigError: the source cannot be read.
         """
         return open_documents(self.place, self.field)
 
@@ -80,11 +81,11 @@ class Source:
 
 
 Spec = str | Path | Source
-"""How a source is given: as text to be parsed, as a path to be taken as it is, or as what both become."""
+"""A source as the caller gives it: a string to parse, a path to use as it is, or a `Source`."""
 
 
 def source(given: Spec) -> Source:
-    """The source that is meant."""
+    """Convert a source as given to a `Source`."""
     if isinstance(given, Source):
         return given
     return Source.parse(given) if isinstance(given, str) else Source(str(given))
@@ -92,16 +93,16 @@ def source(given: Spec) -> Source:
 
 @dataclass(frozen=True)
 class Text:
-    """Sources to draw windows from."""
+    """One or several sources to draw windows from."""
 
     sources: tuple[Source, ...]
 
     @classmethod
     def of(cls, given: Spec | Sequence[Spec]) -> Text:
-        """One source or several.
+        """Create a text from one source or several.
 
         Raises:
-            CalibrationError, ConfigError: what `Source.parse` raises, or none is given.
+            CalibrationError, ConfigError: as `Source.parse`. ConfigError also if no source is given.
         """
         specs = [given] if isinstance(given, (str, Path, Source)) else list(given)
         if not specs:
@@ -109,10 +110,10 @@ class Text:
         return cls(tuple(source(spec) for spec in specs))
 
     def shares(self, samples: int) -> list[int]:
-        """`samples` windows by weight, largest remainders first, then earlier sources.
+        """Distribute `samples` windows over the sources by weight; the largest remainders, then earlier sources, round up.
 
         Raises:
-            ConfigError: a source would get none.
+            ConfigError: a source would get no window.
         """
         whole = math.fsum(source.weight for source in self.sources)
         exact = [samples * source.weight / whole for source in self.sources]
@@ -129,7 +130,7 @@ class Text:
         return shares
 
     def identity(self) -> dict[str, Any]:
-        """What tells this text from another, by the sources' numbers: content, field, and share of the weights."""
+        """Identify the text, JSON-ready: for each source, numbered from 1, its content, field and share of the weights."""
         whole = math.fsum(source.weight for source in self.sources)
         found = {}
         for number, source in enumerate(self.sources, start=1):

@@ -1,4 +1,4 @@
-"""Text to tokens to windows."""
+"""Tokenize text and cut the tokens into windows."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .source import Source, Spec, Text, source
 
 DEFAULT_LENGTH = 2048
 POOL = 1 << 22
-"""Characters of a source that windows are drawn from, at the least; a longer source is thinned to about so many."""
+"""Least number of characters of a source to draw windows from. A longer source is sampled down to about this size."""
 POOL_PER_TOKEN = 16
-"""The same per token of all its windows."""
+"""Least number of characters to draw windows from, per token of all windows of the source."""
 PIECE = 1 << 20
-"""Characters that are tokenised at once, so that the tokenizer's own records of a long text do not pile up."""
+"""Characters tokenized at a time, to bound the memory that the tokenizer's own records take."""
 
 
 def tokenize(tokenizer: Any, text: Spec, vocabulary: int) -> Tensor:
-    """A source whole and in order as token ids, no special tokens added: (tokens,) int64.
+    """Tokenize a whole source in order, without adding special tokens: (tokens,) int64.
 
     Raises:
-        CalibrationError: the text is unusable, or a token lies outside the model's vocabulary.
+        CalibrationError: the text is unusable, or a token is outside the model's vocabulary.
     """
     given = source(text)
     documents = given.open()
@@ -50,21 +50,25 @@ def sample(
     seed: int,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Windows at seeded random places of every source, as many as its weight asks for: (samples, length) int64.
+    """Draw windows at seeded random positions from every source, in proportion to its weight: (samples, length) int64.
 
-    A source of up to `POOL` characters (more, where many windows are asked for) is read whole; of a longer one, blocks
-    are drawn until they have so many.
+    A source of up to `POOL` characters (more if many windows are needed) is read whole. From a longer source, random
+    blocks are read until they hold that many characters.
 
     Args:
-        progress: is told of each source with fewer tokens than its windows hold, which then overlap heavily.
+        vocabulary: number of token ids of the model.
+        samples: number of windows.
+        length: tokens per window.
+        progress: receives a message for each source with fewer tokens than its windows hold. Such windows overlap
+            heavily.
 
     Raises:
         CalibrationError: a source is unusable or has fewer than `length` tokens.
-        ConfigError: a source's weight is worth no window.
+        ConfigError: a source's weight is too small for a single window.
     """
     windows = []
     for number, (given, share) in enumerate(zip(text.sources, text.shares(samples), strict=True)):
-        # Two sources with the same content shall not give the same windows.
+        # Two sources with the same content must not give the same windows.
         own = seed + number
         tokens = _pool(tokenizer, given, vocabulary, max(POOL, POOL_PER_TOKEN * share * length), own)
         windows.append(sample_windows(tokens, share, length, own, given))
@@ -77,18 +81,18 @@ def sample(
 
 
 def fingerprint(tokens: Tensor) -> str:
-    """What tells windows (samples, length) int64 from others: the start of their ids' SHA-256."""
+    """Identify windows (samples, length) int64 by the first 16 hex digits of the SHA-256 of their token ids."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def _pool(tokenizer: Any, given: Source, vocabulary: int, size: int, seed: int) -> Tensor:
-    """Tokens of a source, or of blocks drawn from it until they have `size` characters: (tokens,) int64."""
+    """Tokenize a source, or random blocks of it that hold at least `size` characters: (tokens,) int64."""
     documents = given.open()
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     found: dict[int, str] = {}
     drawn = characters = 0
     while drawn < len(order) and characters < size:
-        # As many more as those so far make likely, but at most twice as many in all: blocks may differ much.
+        # Estimate from the blocks so far how many more are needed, but at most double their number: sizes vary widely.
         likely = -(-(size - characters) * drawn // max(characters, 1))
         numbers = sorted(order[drawn : drawn + max(1, min(drawn, likely))])
         for number, text in _read(tokenizer, given, documents, numbers):
@@ -104,10 +108,10 @@ def _pool(tokenizer: Any, given: Source, vocabulary: int, size: int, seed: int) 
 
 
 def _read(tokenizer: Any, given: Source, documents: Documents, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Blocks as text: their documents, each with the separator behind it, and conversations as the model's template has them.
+    """Read blocks as text: each document followed by the separator, conversations formatted by the chat template.
 
     Raises:
-        CalibrationError: the text is unusable, or there is no template.
+        CalibrationError: the text is unusable, or the tokenizer has no chat template.
     """
     for number, block in documents.read(numbers):
         parts = [
@@ -134,7 +138,7 @@ def _conversation(tokenizer: Any, messages: Conversation, given: Source) -> str:
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Texts put together until they have `PIECE` characters."""
+    """Join texts into pieces of at least `PIECE` characters; the last piece may be shorter."""
     parts: list[str] = []
     for text in texts:
         parts.append(text)
@@ -162,10 +166,10 @@ def _encode(tokenizer: Any, text: str, vocabulary: int, given: Source) -> Tensor
 
 
 def window_length(asked: int | None, context: int | None) -> int:
-    """Tokens a window: what was asked, else 2048 or the model's context if that is shorter.
+    """Return the tokens per window: as asked, or by default 2048 or the model's context if that is shorter.
 
     Raises:
-        CalibrationError: more than the context was asked for.
+        CalibrationError: the length asked for exceeds the context.
     """
     if asked is not None and context is not None and asked > context:
         raise CalibrationError(f"seq-len is {asked}; the model's context is {context}")
@@ -173,7 +177,11 @@ def window_length(asked: int | None, context: int | None) -> int:
 
 
 def sample_windows(tokens: Tensor, samples: int, length: int, seed: int, source: object) -> Tensor:
-    """`samples` windows at seeded random places: (samples, length) int64. They may overlap.
+    """Draw `samples` windows at seeded random positions: (samples, length) int64. They may overlap.
+
+    Args:
+        tokens: (tokens,) int64.
+        source: name of the source for error messages.
 
     Raises:
         CalibrationError: the text has fewer than `length` tokens.
@@ -188,7 +196,7 @@ def sample_windows(tokens: Tensor, samples: int, length: int, seed: int, source:
 
 
 def random_windows(vocabulary: int, samples: int, length: int, seed: int) -> Tensor:
-    """Token ids drawn evenly from the vocabulary: (samples, length) int64.
+    """Draw token ids uniformly from the vocabulary: (samples, length) int64.
 
     Greedy Output Approximation, appendix: random input for covariances without data.
     """
@@ -196,7 +204,11 @@ def random_windows(vocabulary: int, samples: int, length: int, seed: int) -> Ten
 
 
 def consecutive_windows(tokens: Tensor, length: int, source: object) -> Tensor:
-    """The text cut into windows in order, a remainder dropped: (windows, length) int64.
+    """Cut the text into consecutive windows and drop the remainder: (windows, length) int64.
+
+    Args:
+        tokens: (tokens,) int64.
+        source: name of the source for error messages.
 
     Raises:
         CalibrationError: the text has fewer than `length` tokens.
@@ -210,7 +222,10 @@ def consecutive_windows(tokens: Tensor, length: int, source: object) -> Tensor:
 
 
 def text_identity(text: Text, model: Path) -> dict[str, Any]:
-    """What tells a text and its tokenizer from others: digests.
+    """Identify a text and its tokenizer by digests, JSON-ready.
+
+    Args:
+        model: directory with the tokenizer's files.
 
     Raises:
         CalibrationError: the text cannot be read.
