@@ -38,11 +38,12 @@ from ..system.host import return_freed_memory
 from ..system.progress import rest
 from ..system.strict_json import read_json, write_json
 from ..system.units import format_bytes
-from .block import CPU, DENSE, PRUNED, SEEN, Streams, Surgeon, left_alone, tokens_seen
+from .block import DENSE, PRUNED, BlockPruner, Streams
 from .correct import Corrector
 from .curves import write_curves
 from .job import Job
 from .refine import Refinement
+from .solve import CPU, SEEN, SiteSolver, left_alone, tokens_seen
 
 GRADIENT = "gradient"
 COST, DIGESTS = "cost.json", "sha256"
@@ -487,32 +488,35 @@ class Shot:
         if self.last and job.config.refine:
             zeros = job.recipe.writes_zeros(job.settings)
             refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch, keeps_zeros=zeros)
-        surgeon = Surgeon(
+        pruner = BlockPruner(
             skeleton=skeleton,
-            recipe=job.recipe,
-            settings=job.settings,
-            plan=plan,
-            survey=self.survey,
+            solver=SiteSolver(
+                recipe=job.recipe,
+                settings=job.settings,
+                plan=plan,
+                survey=self.survey,
+                seed=job.config.seed,
+                experts_alike=self._experts_alike,
+                device=skeleton.device,
+                grams=job.grams,
+            ),
             store=job.store if job.streams else None,
             batch=job.batch,
-            seed=job.config.seed,
             streams=self.streams,
             refinement=refinement,
-            experts_alike=self._experts_alike,
             ranks=self.ranks,
-            grams=job.grams,
         )
         if self.ranks.first:
             files.make_folder(self.pruned)
         self.progress.phase("prune", depth, done)
-        if surgeon.store is not None:
+        if pruner.store is not None:
             first = {sweep.boundary(DENSE, 0)} if done == 0 else set()
-            surgeon.store.keep_only(first | {sweep.boundary(stream, done) for stream in self.streams.into(done)})
+            pruner.store.keep_only(first | {sweep.boundary(stream, done) for stream in self.streams.into(done)})
             if done == 0:
                 self._embed_again()
-                surgeon.store.link(sweep.boundary(DENSE, 0), sweep.boundary(PRUNED, 0))
+                pruner.store.link(sweep.boundary(DENSE, 0), sweep.boundary(PRUNED, 0))
         for index, block in sweep.blocks(skeleton, range(done, depth)):
-            pruned, reports = surgeon.operate(block, index)
+            pruned, reports = pruner.prune(block, index)
             names = skeleton.block_names(index)
             shard = self.pruned / write.block_shard(skeleton, index)
             digest = None
@@ -520,7 +524,7 @@ class Shot:
                 digest = write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})
             self.record(f"prune/{index}", sites=reports, sha256=digest)
             del block, pruned
-            for stream in (DENSE, PRUNED) if surgeon.store is not None else ():
+            for stream in (DENSE, PRUNED) if pruner.store is not None else ():
                 job.store.remove(sweep.boundary(stream, index))
             for report in reports:
                 if report.get("left_alone"):

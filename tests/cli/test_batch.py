@@ -25,7 +25,7 @@ from streamprune.jobs.folder import Workplace
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.jobs.schedule import Schedule, Stretch, from_entries
-from streamprune.pruning.block import Surgeon
+from streamprune.pruning.block import BlockPruner
 from streamprune.system import files, signals
 
 Make = Callable[..., Config]
@@ -79,12 +79,12 @@ class Impatient(Callback):
 
 DRIVER = """
 import os, signal, sys, time
-from streamprune.surgery import Surgeon
+from streamprune.pruning.block import BlockPruner
 from streamprune_cli import main
 
-real = Surgeon.operate
+real = BlockPruner.prune
 
-def operate(self, block, index):
+def prune(self, block, index):
     if index == 1:
         for _ in range(int(sys.argv[2])):
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
@@ -94,7 +94,7 @@ def operate(self, block, index):
                 time.sleep(0.01)
     return real(self, block, index)
 
-Surgeon.operate = operate
+BlockPruner.prune = prune
 main(sys.argv[3:])
 """
 """The command, with so many signals in the middle of block 1; with none, its parent gets one and hands it on."""
@@ -137,15 +137,15 @@ def test_a_second_signal_stops_at_once(arguments: list[str], tmp_path: Path) -> 
 def test_interrupting_does_the_same(
     times: int, code: int, last: int, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Surgeon.operate
+    real = BlockPruner.prune
 
-    def operate(self: Surgeon, block: Any, index: int) -> Any:
+    def prune(self: BlockPruner, block: Any, index: int) -> Any:
         if index == 1:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
         return real(self, block, index)
 
-    monkeypatch.setattr(Surgeon, "operate", operate)
+    monkeypatch.setattr(BlockPruner, "prune", prune)
     # Whoever runs the tests in the background may have it ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -343,16 +343,16 @@ def test_every_state_has_its_exit_code(arguments: list[str], tmp_path: Path, mon
     # embed, forward and backward, head, surveyed, allocate; prune, pruned, finished, complete.
     assert (found["done"], found["total"], found["share"]) == (10, 16, 0.625)
     seen = []
-    real = Surgeon.operate
+    real = BlockPruner.prune
 
-    def operate(self: Surgeon, block: Any, index: int) -> Any:
+    def prune(self: BlockPruner, block: Any, index: int) -> Any:
         if index < 2:
             seen.append(state())
             return real(self, block, index)
         raise NumericalError("the numbers are wrong")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Surgeon, "operate", operate)
+        patch.setattr(BlockPruner, "prune", prune)
         assert invoke(*arguments).exit_code == 1
     assert [(found["state"], found["done"], found["phase"]) for found in seen] == [
         ("running", 10, "prune"),
@@ -443,10 +443,10 @@ def test_the_log_has_every_line_with_its_time(
 
 
 def test_a_bug_is_logged_with_its_kind(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def operate(self: Surgeon, block: Any, index: int) -> Any:
+    def prune(self: BlockPruner, block: Any, index: int) -> Any:
         raise KeyError("nothing\nat all")
 
-    monkeypatch.setattr(Surgeon, "operate", operate)
+    monkeypatch.setattr(BlockPruner, "prune", prune)
     config = configured(tiny("llama"))
     with pytest.raises(KeyError):
         streamprune.prune(config)

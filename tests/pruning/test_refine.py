@@ -22,7 +22,7 @@ from streamprune.errors import NumericalError
 from streamprune.jobs.forecast.needs import REFINE_SEQUENCES
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
-from streamprune.pruning import block as surgery
+from streamprune.pruning import block as pruning_block
 from streamprune.pruning import shot
 from streamprune.pruning.job import Job
 from streamprune.pruning.refine import Refinement, refine
@@ -210,7 +210,7 @@ def test_a_later_block_reads_what_the_refined_one_gives(
         *streams, how, ranks = rest
         return refine(skeleton, block, index, *streams, replace(how, rate=0.0 if index else 1e-2), ranks)
 
-    monkeypatch.setattr(surgery, "refine", first_only)
+    monkeypatch.setattr(pruning_block, "refine", first_only)
     streamprune.prune(config)
     tokens = Job(config, None).tokens
     sites = {site["site"]: site for site in json.loads((config.out / "report.json").read_text())["sites"]}

@@ -23,7 +23,7 @@ from streamprune.jobs.forecast.memory import device_peak, in_memory_peak
 from streamprune.jobs.forecast.needs import Needs
 from streamprune.jobs.names import job_folder
 from streamprune.model.skeleton import open_skeleton
-from streamprune.pruning import block as surgery
+from streamprune.pruning import block as pruning_block
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
@@ -98,7 +98,7 @@ def test_the_uniform_layout_cannot_leave_one_alone(recipe: str, tiny: Tiny, conf
 def test_grams_of_experts_in_turn_are_the_same(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     together, apart = (configured(tiny("mixtral"), out, recipe="default") for out in ("together", "apart"))
     streamprune.prune(together)
-    monkeypatch.setattr(surgery, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
+    monkeypatch.setattr(pruning_block, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
     streamprune.prune(apart)
     assert contents(together.out) == contents(apart.out)
 
@@ -147,7 +147,7 @@ def test_experts_that_do_not_change_count_among_the_grams(
     kept = {site.name: {"keep": 8 if site.place == "ffn.3" else site.units} for site in sites}
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.1, "sites": kept}))
-    most, real = 0, surgery.Surgeon._measure
+    most, real = 0, pruning_block.BlockPruner._sum_h
 
     def measured(self: Any, *arguments: Any) -> Any:
         nonlocal most
@@ -155,8 +155,8 @@ def test_experts_that_do_not_change_count_among_the_grams(
         most = max(most, *(len(sums), 0))
         return sums
 
-    monkeypatch.setattr(surgery.Surgeon, "_measure", measured)
-    monkeypatch.setattr(surgery, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
+    monkeypatch.setattr(pruning_block.BlockPruner, "_sum_h", measured)
+    monkeypatch.setattr(pruning_block, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
     streamprune.prune(configured(path, recipe="wanda-sp", ratio=0.1, plan=plan))
     assert most == 3
 

@@ -35,7 +35,7 @@ from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.maths.sums import SiteStatistics
 from streamprune.model.names import CURVES
-from streamprune.pruning.block import Surgeon
+from streamprune.pruning.block import BlockPruner
 from streamprune.system import files, ranks
 from streamprune.system.ranks import ALONE, Ranks, joined
 from streamprune.system.rendezvous import unused
@@ -102,16 +102,16 @@ def together(size: int, work: Callable[[int], Any], folder: Path) -> list[Ended]
 
 
 def command(arguments: Sequence[str], folder: Path, *, size: int = 2, sabotage: Sabotage | None = None) -> list[Ended]:
-    """The command in several processes, with something done in each before a block is operated on."""
-    real = Surgeon.operate
+    """The command in several processes, with something done in each before a block is pruned."""
+    real = BlockPruner.prune
 
     def work(rank: int) -> None:
-        def operate(self: Surgeon, block: Any, index: int) -> Any:
+        def prune(self: BlockPruner, block: Any, index: int) -> Any:
             if sabotage is not None:
                 sabotage(rank, index)
             return real(self, block, index)
 
-        Surgeon.operate = operate  # type: ignore[method-assign]
+        BlockPruner.prune = prune  # type: ignore[method-assign]
         main(list(arguments))
 
     return together(size, work, folder)
@@ -463,12 +463,12 @@ def test_ranks_find_those_of_their_own_attempt() -> None:
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from streamprune.surgery import Surgeon
+from streamprune.pruning.block import BlockPruner
 from streamprune_cli import main
 
-real = Surgeon.operate
+real = BlockPruner.prune
 
-def operate(self, block, index):
+def prune(self, block, index):
     if index == 1 and os.environ["RANK"] == "1" and not Path("stopped").exists():
         Path("stopped").touch()
         parent = os.getppid()
@@ -479,7 +479,7 @@ def operate(self, block, index):
             os.kill(os.getpid(), signal.SIGTERM)
     return real(self, block, index)
 
-Surgeon.operate = operate
+BlockPruner.prune = prune
 main(sys.argv[2:])
 """
 """The command, of whose second process something is asked to stop in its first life: itself, or the script around it with its group."""
