@@ -1,1 +1,1 @@
-"""Tensors in, tensors out."""
+"""Pure numerical code: tensors in, tensors out. No files and no models."""

@@ -1,4 +1,4 @@
-"""Gradient descent whose state can be put away and taken up again."""
+"""Adam with a state that can be saved and restored."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _BETAS = (0.9, 0.95)
 
 
 class Descent:
-    """Adam (Kingma & Ba 2015; without weight decay, so AdamW as well), its rate falling linearly to zero.
+    """Adam (Kingma & Ba 2015; equal to AdamW, since there is no weight decay) with a learning rate that falls linearly to zero.
 
     Args:
-        weights: what is trained, by name.
-        steps: after which the rate is zero.
-        rate: at the first step.
-        place: where the weights are, for messages.
-        state: what `state` gave, to go on from there.
+        weights: the trained parameters, by name.
+        steps: number of steps after which the learning rate is zero.
+        rate: learning rate of the first step.
+        place: name of the trained part, for messages.
+        state: result of `state`, to resume from there.
     """
 
     def __init__(
@@ -44,13 +44,15 @@ class Descent:
                 self._adam.state[weight] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
     def step(self) -> None:
-        """One step by the gradients that have been gathered, which begin anew then.
+        """Take one step with the accumulated gradients, then clear them.
 
         Raises:
             NumericalError: a gradient holds NaN or Inf.
         """
         gathered = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
-        sums = torch.stack([gradient.sum() for gradient in gathered.values()])  # one answer of the device for all
+        sums = torch.stack(
+            [gradient.sum() for gradient in gathered.values()]
+        )  # a single device synchronisation for all gradients
         for (name, gradient), total in zip(gathered.items(), sums.tolist(), strict=True):
             if not math.isfinite(total) and not all_finite(gradient):
                 raise NumericalError(f"{self.place}: the gradient of {name} holds NaN or Inf at step {self.done}")
@@ -61,7 +63,7 @@ class Descent:
         self.done += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Steps done, int64, and Adam's two moments of every weight, by `name.first` and `name.second`, on the host."""
+        """Return ``step`` () int64, the steps done, and both moments of each weight as ``name.first`` and ``name.second``, on the host."""
         found = {"step": torch.tensor(self.done)}
         for name, weight in self.weights.items():
             kept = self._adam.state[weight]
@@ -70,6 +72,6 @@ class Descent:
 
 
 def batch(samples: int, size: int, seed: int, step: int) -> Tensor:
-    """Which samples a step takes: `size` of them (or all, if there are fewer), none twice; the same for a seed and step."""
+    """Draw the sample indices of a step, (min(size, samples),) int64, without repetition; determined by `seed` and `step`."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     return torch.randperm(samples, generator=generator)[:size]

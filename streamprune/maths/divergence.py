@@ -1,7 +1,7 @@
-"""How alike attention heads are (greedy output approximation, section 3.2.2).
+"""Similarity of attention heads (greedy output approximation, section 3.2.2).
 
-Notation of the paper: `D` (heads, heads), the mean Jensen-Shannon divergence between the attention
-distributions of every two heads; natural logarithm, so that ``0 ≤ D ≤ log 2``.
+Notation of the paper: `D` (heads, heads) is the mean Jensen-Shannon divergence between the attention distributions of each
+pair of heads, with natural logarithms, so that ``0 ≤ D ≤ log 2``.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def redundant(d: Tensor, tau: float) -> list[int]:
-    """Candidates for removal (algorithm 2): heads nearer than `tau` to one that is none.
+    """Find candidates for removal (algorithm 2): heads whose divergence from a non-candidate is below `tau`.
 
-    Pairs are gone through row by row; of two that are near, and neither a candidate yet, the first becomes
-    one. So at least one head is never a candidate, however large `tau` is.
+    Pairs are visited row by row. If the two heads are close and neither is a candidate yet, the first becomes one. So
+    at least one head is never a candidate, however large `tau` is.
 
     Args:
-        d: D (heads, heads).
-        tau: divergence threshold; D below it counts as near.
+        d: D (heads, heads), nats.
+        tau: divergence threshold in nats; heads with D below it are close.
 
     Returns:
-        the candidates, in the order in which they were found (ascending).
+        The candidates in the order found, which is ascending.
     """
     candidates: list[int] = []
     for i, j in (d < tau).nonzero().tolist():
@@ -30,14 +30,14 @@ def redundant(d: Tensor, tau: float) -> list[int]:
 
 
 def between_units(d: Tensor, rep: int) -> Tensor:
-    """Divergence of key/value groups: the mean over all pairs of their query heads *(ours)*.
+    """Average D over all pairs of query heads of two key/value groups *(ours)*.
 
     Args:
-        d: D (heads, heads).
-        rep: query heads a key/value head; consecutive heads are one group.
+        d: D (heads, heads), nats.
+        rep: query heads per key/value head; consecutive heads form a group.
 
     Returns:
-        (heads/rep, heads/rep), symmetric, zero diagonal.
+        (heads/rep, heads/rep), symmetric, with a zero diagonal.
     """
     units = d.shape[0] // rep
     assert d.shape[0] == units * rep

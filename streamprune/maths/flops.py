@@ -1,9 +1,8 @@
-"""How many floating-point operations a piece of work takes, counted while it runs.
+"""Count floating-point operations while code runs.
 
-The convention is that of `torch.utils.flop_counter`: a multiplication and an addition are two operations,
-matrix products count in full (attention over all T × T pairs, whatever its mask), elementwise work does not
-count. Factorisations and solves, which torch's counter leaves out, count by their leading terms in Golub &
-Van Loan, *Matrix Computations*.
+Follows the convention of `torch.utils.flop_counter`: a multiply-add is two operations, matrix products count in full
+(attention over all T × T pairs, whatever its mask), and elementwise operations do not count. Factorisations and solves,
+which torch's counter ignores, count by their leading terms in Golub & Van Loan, *Matrix Computations*.
 """
 
 from __future__ import annotations
@@ -18,36 +17,36 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import flop_registry
 
 Kind = Literal["sweeps", "sums", "solving", "training", "writing"]
-"""What operations are for.
+"""Purpose of an operation.
 
-sweeps: the model's own forward and backward passes.
-sums: Grams and whatever else is summed over tokens.
-solving: factorisations, solves, removals, fits, errors: what is made of the sums.
-training: refinement, corrections and tuning, their passes included.
-writing: calibration tokens that the model writes.
+sweeps: forward and backward passes of the model.
+sums: Grams and other sums over tokens.
+solving: everything computed from the sums: factorisations, solves, removals, fits, errors.
+training: refinement, correction and tuning, including their forward and backward passes.
+writing: generation of calibration text by the model.
 """
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _running: list[Counter] = []
 _kinds: list[Kind] = ["sweeps"]
-"""The innermost last; for all threads, since autograd works in its own."""
+"""Stack of open `kind` contexts, innermost last. Shared by all threads, since autograd runs in its own."""
 _ATEN = torch.ops.aten
 
 Formula = Callable[..., float]
-"""(result, *arguments) of an op → its operations."""
+"""Maps (result, *arguments) of an op to its number of operations."""
 
 
 def counting() -> Counter:
-    """A context whose `total` is the operations that ran inside it, autograd's backward passes included.
+    """Return a context that counts the operations run inside it, including autograd's backward passes.
 
-    Contexts nest: an inner one's operations count in the outer one too.
+    Contexts nest: the operations of an inner context count in the outer one too.
     """
     return Counter()
 
 
 @contextmanager
 def kind(name: Kind) -> Iterator[None]:
-    """A context, or a decorator, whose operations are of that kind, but for those of contexts further in."""
+    """Context or decorator that attributes operations to a kind, except those in nested `kind` contexts."""
     _kinds.append(name)
     try:
         yield
@@ -57,9 +56,9 @@ def kind(name: Kind) -> Iterator[None]:
 
 @contextmanager
 def counted(operations: int) -> Iterator[None]:
-    """A context whose work counts as that many operations, whatever runs inside: for loops of small ones.
+    """Count a fixed number of operations for this context, whatever runs inside. For loops of small operations.
 
-    Looking at each costs a counter some 15 µs.
+    Dispatching an operation through a counter costs about 15 µs.
     """
     if not _running:
         yield
@@ -71,12 +70,12 @@ def counted(operations: int) -> Iterator[None]:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up. Work of other threads is not seen, but for those that autograd runs itself."""
+    """Adds up operations by kind. It does not see other threads, except those of autograd."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kinds: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-        """Operations so far, by what they were for."""
+        """Operations so far, by kind."""
 
     @property
     def total(self) -> int:
@@ -84,7 +83,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sum(self.kinds.values())
 
     def add(self, operations: int) -> None:
-        """Count operations of the kind at hand."""
+        """Add operations of the current kind."""
         self.kinds[_kinds[-1]] += operations
 
     def __enter__(self) -> Counter:
@@ -102,27 +101,27 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         formula = _FORMULAS[func.overloadpacket]
         if formula is not None:
-            # Whole numbers, so that parts add up to the same sum wherever they are cut.
+            # Rounded to integers, so that the total does not depend on how the work is split.
             self.add(round(formula(result, *args)))
         return result
 
 
 def _product(position: int) -> Formula:
-    """A product whose left factor (..., m, k) is that argument."""
+    """Matrix product whose left factor (..., m, k) is argument `position`."""
     return lambda result, *args: 2 * result.numel() * args[position].shape[-1]
 
 
 def _grouped(result: Any, left: Tensor, right: Tensor, *rest: Any) -> float:
-    """Products of groups of rows (tokens, k) with a matrix a group (groups, k, n), as a mixture's experts take them, or,
-    where both are (·, tokens) and (tokens, ·), of groups of tokens."""
+    """Grouped matrix product: groups of rows of (tokens, k) times one matrix per group (groups, k, n), as in a mixture of
+    experts; or (m, tokens) times (tokens, n) per group of tokens."""
     inner = left.shape[-1] if left.dim() == right.dim() == 3 or result.dim() == 2 else left.shape[-1] / len(result)
     return float(2 * result.numel() * inner)
 
 
 def _attention(products: int, query: int) -> Formula:
-    """So many products of size (T, head) × (head, T) a query head; half of them have the values' head size.
+    """Attention with `products` matrix products (T, head_dim) × (head_dim, T) per query head.
 
-    Grouped keys and values count as if each query head had its own.
+    Of these, ``products // 2`` have the head_dim of the values. Grouped keys and values count as if each query head had its own. `query` is the position of the query argument.
     """
 
     def formula(result: Any, *args: Any) -> float:
@@ -135,12 +134,12 @@ def _attention(products: int, query: int) -> Formula:
 
 
 def _cubes(factor: float) -> Formula:
-    """`factor`·n³ for each square matrix (..., n, n)."""
+    """``factor · n³`` per square matrix (..., n, n)."""
     return lambda result, a, *rest: factor * a.numel() * a.shape[-1]
 
 
 def _solve(triangles: int, factor: float = 0.0, matrix: int = 0) -> Formula:
-    """So many triangular solves of n² operations a right-hand side, after a factorisation of `factor`·n³."""
+    """A factorisation of ``factor · n³``, then `triangles` triangular solves of n² operations per right-hand side."""
 
     def formula(result: Any, *args: Any) -> float:
         x: Tensor = result if isinstance(result, Tensor) else result[0]
@@ -163,31 +162,31 @@ _FORWARD = (
 )
 
 _OTHERS: dict[str, Formula] = {
-    # Where torch has no grouped product for the device or the dtype.
+    # Used where torch has no grouped product for the device or dtype.
     "transformers.grouped_mm_fallback": _grouped,
     "transformers.grouped_mm_fallback_backward": lambda result, left, right, *rest: float(
         4 * left.numel() * right.shape[-1]
     ),
 }
-"""Those of ops that a library registers when it is imported, by name."""
+"""Formulas of ops that other libraries register on import, by op name."""
 
 
 class _Formulas(dict[Any, Formula | None]):
-    """By op; None for what does not count."""
+    """Formulas by op; None for ops that do not count."""
 
     def __missing__(self, op: Any) -> Formula | None:
         self[op] = _OTHERS.get(str(op))
         return self[op]
 
 
-# Ours stand before the registry's: those refuse grouped queries, and walk trees of arguments at every call.
+# Ours replace those of torch's registry, which reject grouped queries and traverse the argument tree on every call.
 _OURS: dict[Any, Formula] = {
     **{op: _registered(formula) for op, formula in flop_registry.items()},
     **{op: _product(0) for op in (_ATEN.mm, _ATEN.bmm, _ATEN.mv, _ATEN.dot)},
     **{op: _product(1) for op in (_ATEN.addmm, _ATEN.addmm_, _ATEN.baddbmm, _ATEN.baddbmm_, _ATEN.addmv, _ATEN.addmv_)},
     **({_ATEN._grouped_mm: _grouped} if hasattr(_ATEN, "_grouped_mm") else {}),
     **{getattr(_ATEN, name): _attention(2, query=0) for name in _FORWARD},
-    # The scores once more, then the gradients of values, probabilities, queries and keys.
+    # Recomputed scores, then the gradients of values, probabilities, queries and keys.
     **{getattr(_ATEN, f"{name}_backward"): _attention(5, query=1) for name in _FORWARD},
     _ATEN.linalg_cholesky_ex: _cubes(1 / 3),
     _ATEN.cholesky: _cubes(1 / 3),

@@ -1,4 +1,4 @@
-"""Exact greedy removal, one unit at a time, at the speed of matrix products.
+"""Exact greedy removal, one unit at a time, with most of the work in matrix products.
 
 Notation of `refit`. Removing unit `u` changes
 
@@ -6,17 +6,17 @@ Notation of `refit`. Removing unit `u` changes
 
     W ← W − W_u (P_uu)⁻¹ P_u:             P ← P − P_:u (P_uu)⁻¹ P_u:
 
-and the loop needs `P` and ``V = WᵀW`` only. With ``P_uu = L Lᵀ``, ``E = L⁻¹ V_uu L⁻ᵀ`` and the rows
+and the loop needs only `P` and ``V = WᵀW``. With ``P_uu = L Lᵀ``, ``E = L⁻¹ V_uu L⁻ᵀ`` and the rows
 
 ::
 
     C = L⁻¹ P_u:          Z = L⁻¹ V_u: − ½ E C
     P ← P − CᵀC           V ← V − CᵀZ − ZᵀC           cost_u = tr((P_uu)⁻¹ V_uu) = tr E
 
-so that a step needs whole rows of the removed unit alone, and of all others the blocks on the diagonal. As in a
-pivoted Cholesky factorisation, `C` and `Z` of the last steps are kept aside: a step brings its unit's rows up to date
-with them, and every `block` columns they are applied to all of `P` and `V` by matrix products, lower half only, from
-which what has gone is left out.
+so a step needs the full rows of the removed unit only, and the diagonal blocks of all others. As in a blocked, pivoted
+Cholesky factorisation, `C` and `Z` of recent steps are buffered. Each step first updates the rows of its unit with them. After
+every `block` columns they are applied to all of `P` and `V` by matrix products, to the lower halves only and without the
+removed units.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .refit import all_finite, cholesky_blocks, enough, inverse, unit_columns
 from .triangular import add_product, diagonal_blocks, invert_, shrink, whole_rows
 
 _SPARSE = 16
-"""P and V are made smaller when one in so many of their units has gone: it costs as much as one update."""
+"""P and V are compacted once one in this many of their units is removed. Compacting costs as much as one update."""
 
 
 def greedy_removal(
@@ -44,32 +44,35 @@ def greedy_removal(
     block: int = 64,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Remove `count` units one at a time, each time the one whose removal costs least (SoBP, stage 2).
+    """Remove `count` units one at a time, always the one with the lowest removal cost (SoBP, stage 2).
 
     ::
 
         cost_u = tr((P_uu)⁻¹ W_uᵀ W_u)        → remove the cheapest u
         W ← W − W_u (P_uu)⁻¹ P_u:             P ← P − P_:u (P_uu)⁻¹ P_u:
 
-    The order is that of this loop as written; of equal costs the first unit goes. Where `P` loses its positive diagonal to rounding
-    on the way, the loop begins anew with ten times the damping. A dead column (zero diagonal of H)
-    carries nothing, so its weights count as zero and it goes first.
+    The order is exactly that of this loop; ties go to the lower index. If rounding makes the diagonal of `P` non-positive,
+    the loop restarts with ten times the damping. A dead column (zero diagonal of H) carries no signal: its weights count
+    as zero, and it is removed first.
 
-    Beside `w` and `h` it takes two (n, n) matrices and some of (n, max(`width`, `block`)): see `workspace`.
+    Besides `w` and `h` this needs two (n, n) matrices and several of (n, max(`width`, `block`)); see `workspace`.
 
     Args:
-        w: (d_out, n), float32 or float64. The work is done on its device.
-        h: (n, n), mean Gram, same dtype.
-        width: columns a unit; n = units·width.
+        w: (d_out, n), float32 or float64. The computation runs on its device.
+        h: (n, n), mean Gram per token, same dtype, on any device.
+        width: columns per unit; n = units·width.
         count: units to remove, fewer than there are.
-        block: columns removed between two updates of all of P and V, at least a unit's.
-        factor: what `refit.cholesky` made of `h` with `damping`, on w's device, where it is at hand; its contents are lost.
+        damping: relative ridge λ of ``H_λ``, see `refit`.
+        place: name of the site, for messages.
+        block: columns removed between two updates of all of P and V; at least `width` are.
+        factor: (n, n), the factor that `refit.cholesky` returned for `h` and `damping`, on w's device, if available. It is
+            overwritten.
 
     Returns:
-        removed units in order (count,) int64, and each one's cost in output energy (count,), on the CPU.
+        The removed units in order (count,) int64, and the cost of each in output energy per token (count,), on the CPU.
 
     Raises:
-        NumericalError: W or H hold NaN or Inf, or no damping up to 10 was enough.
+        NumericalError: W or H holds NaN or Inf, or no damping up to 10 sufficed.
     """
     units = h.shape[0] // width
     assert 0 <= count < units
@@ -81,7 +84,7 @@ def greedy_removal(
         v = _energies(w, h, place)
         p = invert_(ready.pop()) if ready else inverse(h, damping, place, device=w.device)[0]
         order, costs = removal(p, v, width=width, count=count, block=block, place=place)
-        # Where rounding has brought a diagonal entry of P to zero or below, costs are negative, infinite or NaN.
+        # If rounding made a diagonal entry of P non-positive, costs are negative, infinite or NaN.
         if not bool((costs >= 0).all()) or not all_finite(costs):
             raise SingularError(f"{place}: no unit could be told from others with damping up to 10")
         return order, costs
@@ -90,7 +93,7 @@ def greedy_removal(
 
 
 def _energies(w: Tensor, h: Tensor, place: str) -> Tensor:
-    """``V = WᵀW`` (n, n), its lower half, dead columns' entries zero."""
+    """Return the lower half of ``V = WᵀW`` (n, n), with the rows and columns of dead columns zero."""
     v = w.new_zeros(h.shape)
     add_product(v, w, w)
     dead = (h.diagonal() <= 0).nonzero()[:, 0].to(w.device)
@@ -101,19 +104,31 @@ def _energies(w: Tensor, h: Tensor, place: str) -> Tensor:
 
 
 def workspace(columns: int, width: int, block: int = 64) -> int:
-    """Numbers that `greedy_removal` holds at most beside `w` and `h`, and beside what inverting takes by itself."""
+    """Return the peak number of elements that `greedy_removal` holds besides `w`, `h` and the workspace of the inversion."""
     return 2 * columns**2 + 12 * columns * max(width, block)
 
 
 def removal(p: Tensor, v: Tensor, *, width: int, count: int, block: int, place: str) -> tuple[Tensor, Tensor]:
-    """The loop on `P` and `V` (n, n), contiguous; only their lower halves are read, and their contents are lost."""
+    """Run the greedy loop on `P` and `V`, which it overwrites.
+
+    Args:
+        p: P (n, n), contiguous, float32 or float64; only the lower half is read.
+        v: V (n, n), likewise.
+        width: columns per unit.
+        count: units to remove.
+        block: columns removed between two updates of all of P and V.
+        place: name of the site, for messages.
+
+    Returns:
+        The removed units in order (count,) int64, and their costs (count,), on the CPU.
+    """
     state = _State(p, v, width)
     order, costs = torch.empty(count, dtype=torch.int64, device=p.device), p.new_empty(count)
     steps = max(1, block // width)
     for start in range(0, count, steps):
         stop = min(start + steps, count)
         rows, columns = (stop - start) * width, len(state.p)
-        late = p.new_empty(3, rows, columns)  # C, Z, C: with the third, CᵀZ + ZᵀC is one product
+        late = p.new_empty(3, rows, columns)  # C, Z, C: the copy turns CᵀZ + ZᵀC into one product
         with counted(rows * width * columns * (3 * (stop - start) + 12)):
             for step in range(start, stop):
                 state.remove(late[:2], (step - start) * width, order[step : step + 1], costs[step : step + 1], place)
@@ -123,9 +138,9 @@ def removal(p: Tensor, v: Tensor, *, width: int, count: int, block: int, place: 
 
 
 class _State:
-    """`P` and `V` as they were some steps ago, and what every step needs of them as it is now.
+    """`P` and `V` as of the last full update, and their diagonal blocks as of the current step.
 
-    Of units that went since the matrices were last made smaller, rows and columns are still there; they are passed over.
+    Units removed since the last compaction still have rows and columns in both matrices; they are skipped.
     """
 
     def __init__(self, p: Tensor, v: Tensor, width: int) -> None:
@@ -133,16 +148,17 @@ class _State:
         self.p_blocks, self.v_blocks = (
             diagonal_blocks(p, width),
             diagonal_blocks(v, width),
-        )  # (units, width, width), now
+        )  # (units, width, width), current
         self.units = torch.arange(len(self.p_blocks), device=p.device)
         self.gone = torch.zeros_like(self.units, dtype=torch.bool)
         self.number_gone = 0
         self.identity = torch.eye(width, dtype=p.dtype, device=p.device)
 
     def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor, place: str) -> None:
-        """One step: C and Z (2, ·, n) of those before are the first `rows` of `late`, the unit's own become the next.
+        """Remove one unit. The first `rows` rows of `late` (2, ·, n) are C and Z of the buffered steps; append those of this unit.
 
-        Writes which unit went and its cost, (1,) each. Of columns, nothing waits for an answer of the device.
+        Writes the removed unit and its cost to `unit` (1,) and `paid` (1,). With ``width == 1`` there is no device
+        synchronisation.
         """
         factors, cost = self._costs(place)
         u = cost.masked_fill_(self.gone, torch.inf).argmin(dim=0, keepdim=True)
@@ -166,7 +182,7 @@ class _State:
         self.gone.index_fill_(0, u, True)
 
     def settle(self, late: Tensor, steps: int) -> None:
-        """Brings `P` and `V` up to date with C and Z (2 of 3, ·, n) of the last `steps`."""
+        """Apply the buffered C and Z of the last `steps` steps, ``late[:2]`` of (3, ·, n), to all of `P` and `V`."""
         self.number_gone += steps
         if self.number_gone * _SPARSE >= len(self.units):
             live = (~self.gone).nonzero()[:, 0]
@@ -181,7 +197,7 @@ class _State:
         add_product(self.v, late[:2].flatten(0, 1), late[1:].flatten(0, 1), alpha=-1)
 
     def _costs(self, place: str) -> tuple[Tensor, Tensor]:
-        """``L⁻¹`` (units, width, width) and the cost (units,) of every unit."""
+        """Return ``L⁻¹`` (units, width, width) and the removal cost (units,) of every unit."""
         if self.width == 1:
             cost = self.v_blocks.clamp_min(0) / self.p_blocks
             return self.p_blocks.rsqrt(), cost[:, 0, 0]

@@ -1,9 +1,9 @@
-"""Costs and updates under Kronecker-factored curvature (LLM Surgeon, sections 3.2 to 3.4).
+"""Removal costs and updates under Kronecker-factored curvature (LLM Surgeon, sections 3.2 to 3.4).
 
-Notation of the paper: `W` (R, C), ``θ`` its entries row by row, and the loss's curvature ``F = G ⊗ A``, `G`
-(R, R) of the output gradients, `A` (C, C) of the inputs. `G` and `A` are damped ones throughout (`damped`),
-and `G⁻¹`, `A⁻¹` come from `refit.inverse`: then every update is the exact minimum of ``½ δᵀ F δ`` over the changes
-`δ` that remove what is to go (eqs. 7 and 8).
+Notation of the paper: `W` (R, C) with entries ``θ`` in row-major order; the curvature of the loss is ``F = G ⊗ A``, with `G`
+(R, R) the Gram of the output gradients and `A` (C, C) the Gram of the inputs. Unless noted otherwise, `G` and `A` are damped
+(see `damped`), and `G⁻¹` and `A⁻¹` come from `refit.inverse`. Each update is then the exact minimum of ``½ δᵀ F δ`` over all
+changes `δ` that remove the chosen weights (eqs. 7 and 8). All tensors are float32 or float64.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from ..errors import ConfigError
 from .refit import cholesky, cholesky_blocks, signs
 
 _BATCH_BYTES = 64 << 20
+"""Limit on the matrices of one batch of subsets, in bytes."""
 _SKETCH = 64
-"""Sums of rows from which `best_step` estimates."""
+"""Random row combinations from which `best_step` estimates."""
 
 
 def damped(h: Tensor, damping: float, *, device: torch.device | None = None) -> Tensor:
-    """``H + damping·mean(diag H)·I`` (n, n), on the device given or its own; the mean of an all-zero H counts as 1."""
+    """Return ``H + damping·mean(diag H)·I`` for `h` (n, n), on `device` or h's own. The mean of an all-zero H counts as 1."""
     ridge = damping * (float(h.diagonal().mean()) or 1.0)
     result = h.to(h.device if device is None else device, copy=True)
     result.diagonal().add_(ridge)
@@ -30,19 +31,25 @@ def damped(h: Tensor, damping: float, *, device: torch.device | None = None) -> 
 
 
 def row_costs(w: Tensor, a: Tensor, g_inverse: Tensor) -> Tensor:
-    """``L_r = ½ θ_rᵀ A θ_r / [G⁻¹]_rr`` (R,): loss added by removing row `r` alone (eq. 10)."""
+    """``L_r = ½ θ_rᵀ A θ_r / [G⁻¹]_rr`` (R,): loss added by removing row `r` alone (eq. 10). `w` (R, C), `a` (C, C), `g_inverse` (R, R)."""
     return (w @ a).mul_(w).sum(dim=1) / (2 * g_inverse.diagonal())
 
 
 def column_costs(w: Tensor, g: Tensor, a_inverse: Tensor) -> Tensor:
-    """``L_c = ½ θ_cᵀ G θ_c / [A⁻¹]_cc`` (C,): loss added by removing column `c` alone (eq. 10)."""
+    """``L_c = ½ θ_cᵀ G θ_c / [A⁻¹]_cc`` (C,): loss added by removing column `c` alone (eq. 10). `w` (R, C), `g` (R, R), `a_inverse` (C, C)."""
     return row_costs(w.T, g, a_inverse)
 
 
 def group_costs(w: Tensor, g: Tensor, a_inverse: Tensor, groups: int) -> Tensor:
-    """``½ tr(W_uᵀ G W_u ([A⁻¹]_uu)⁻¹)`` (groups,): loss added by removing a group of columns together (eq. 7).
+    """``½ tr(W_uᵀ G W_u ([A⁻¹]_uu)⁻¹)`` (groups,): loss added by removing a group of columns jointly (eq. 7).
 
-    With one column a group it is `column_costs`.
+    With one column per group this equals `column_costs`.
+
+    Args:
+        w: (R, C).
+        g: (R, R).
+        a_inverse: (C, C).
+        groups: number of groups of C/groups consecutive columns.
     """
     width = w.shape[1] // groups
     index = torch.arange(groups, device=w.device)
@@ -54,22 +61,23 @@ def group_costs(w: Tensor, g: Tensor, a_inverse: Tensor, groups: int) -> Tensor:
 
 
 def element_costs(w: Tensor, g_inverse: Tensor, a_inverse: Tensor) -> Tensor:
-    """``L_k = ½ θ_k² / [G⁻¹ ⊗ A⁻¹]_kk`` (R, C): loss added by removing element `k` alone (eq. 10)."""
+    """``L_k = ½ θ_k² / [G⁻¹ ⊗ A⁻¹]_kk`` (R, C): loss added by removing element `k` alone (eq. 10). `w` (R, C), `g_inverse` (R, R), `a_inverse` (C, C)."""
     return w.square() / (2 * g_inverse.diagonal()[:, None] * a_inverse.diagonal())
 
 
 def remove_columns(w: Tensor, a_inverse: Tensor, removed: Tensor, place: str) -> tuple[Tensor, float]:
     """Remove columns `S` jointly: ``W − W_S ([A⁻¹]_SS)⁻¹ [A⁻¹]_S:`` (eq. 12, by a Cholesky solve).
 
-    With Wᵀ and G⁻¹ in the place of W and A⁻¹ it removes rows.
+    To remove rows, pass Wᵀ and G⁻¹ in place of W and A⁻¹.
 
     Args:
         w: (R, C), float32 or float64.
         a_inverse: (C, C), same dtype.
-        removed: (k,) int64.
+        removed: S (k,) int64.
+        place: name of the site, for messages.
 
     Returns:
-        W (R, C), the removed columns exactly zero, and the relative ridge that `[A⁻¹]_SS` took to be factored.
+        W (R, C), with the removed columns exactly zero, and the relative ridge that factoring `[A⁻¹]_SS` needed.
 
     Raises:
         NumericalError: `[A⁻¹]_SS` could not be factored, even with a ridge.
@@ -85,29 +93,30 @@ def remove_columns(w: Tensor, a_inverse: Tensor, removed: Tensor, place: str) ->
 def remove_elements(
     w: Tensor, g_inverse: Tensor, a_inverse: Tensor, mask: Tensor, *, at_most: int, place: str
 ) -> tuple[Tensor, float]:
-    """Remove the elements `mask` marks, at most `at_most` of them jointly (eq. 11 and what follows it).
+    """Remove the elements marked in `mask`, up to `at_most` of them jointly (eq. 11 and the text after it).
 
     ::
 
         λ_K = (E_K F⁻¹ E_Kᵀ)⁻¹ θ_K,   [E_K F⁻¹ E_Kᵀ]_ij = [G⁻¹]_{r_i r_j} [A⁻¹]_{c_i c_j}
-        W ← W − G⁻¹ M A⁻¹,            M the multipliers λ at their elements' places, zero elsewhere
+        W ← W − G⁻¹ M A⁻¹,            M holds the multipliers λ at the removed elements, zero elsewhere
 
-    The marked elements are taken row by row, `at_most` at a time; each such subset is solved for on its own,
-    and their updates add up, so that M is filled by all of them and multiplied once. The work is that of a
-    Cholesky factorisation a subset: ``at_most² / 3`` multiplications an element.
+    The marked elements are split in row-major order into subsets of `at_most`. Each subset is solved separately, and the
+    updates are added: all subsets fill one M, which is multiplied once. Each subset costs one Cholesky factorisation,
+    ``at_most² / 3`` multiplications per element.
 
-    `G⁻¹` and `A⁻¹` are scaled to unit diagonals first, so the ridge that a subset takes where it is too
-    near singular to be factored (`cholesky_blocks`) is relative to each of its elements.
+    `G⁻¹` and `A⁻¹` are first scaled to unit diagonals, so that the ridge of a nearly singular subset (see
+    `cholesky_blocks`) is relative to each of its elements.
 
     Args:
         w: (R, C), float32 or float64.
         g_inverse: (R, R), same dtype.
         a_inverse: (C, C), same dtype.
-        mask: (R, C) bool, true where an element is to go. Elements that went before must be marked too.
-        at_most: most elements in one subset, at least 1.
+        mask: (R, C) bool, true for elements to remove. Must include all elements removed earlier.
+        at_most: maximum number of elements per subset, at least 1.
+        place: name of the site, for messages.
 
     Returns:
-        W (R, C), the marked elements exactly zero, and the largest ridge that a subset took.
+        W (R, C), with the marked elements exactly zero, and the largest relative ridge that a subset needed.
 
     Raises:
         NumericalError: a subset could not be factored, even with a ridge.
@@ -131,16 +140,22 @@ def remove_elements(
 
 
 def best_step(w: Tensor, updated: Tensor, mask: Tensor, g: Tensor, a: Tensor) -> tuple[Tensor, float]:
-    """As much of an update as adds least to the loss, and how much that is: all of it where it adds no more than none does.
+    """Scale an update to minimise the loss. The full update is kept if it adds no more loss than zeroing alone.
 
-    Each subset of `remove_elements` makes good its own loss as if the others stayed, so that together they may do too much. With `E`
-    the change of W by zeros alone and `D` what the update adds to it, ``½ tr(G (E + sD) A (E + sD)ᵀ)`` is least at
-    ``s = − tr(G E A Dᵀ) / tr(G D A Dᵀ)``. Both are estimated from sums of rows with random signs (Hutchinson).
+    Each subset of `remove_elements` compensates its own loss as if the others stayed, so together the updates may
+    overshoot. With `E` the change of W by zeroing alone and `D` the further change by the update,
+    ``½ tr(G (E + sD) A (E + sD)ᵀ)`` is minimal at ``s = − tr(G E A Dᵀ) / tr(G D A Dᵀ)``; s is clamped to [0, 1]. Both traces are
+    estimated from random-sign combinations of rows (Hutchinson).
 
     Args:
-        updated: what `remove_elements` made of `w` (R, C) and `mask`.
-        g: G (R, R), not damped, on any device.
-        a: A (C, C), likewise.
+        w: W (R, C) before the removal.
+        updated: (R, C), the result of `remove_elements` for `w` and `mask`.
+        mask: (R, C) bool, true for removed elements.
+        g: G (R, R), undamped, on any device.
+        a: A (C, C), undamped, on any device.
+
+    Returns:
+        W (R, C), with the marked elements zero, and s.
     """
     zeroed = w.masked_fill(mask, 0)
     change = updated - zeroed
@@ -156,7 +171,7 @@ def best_step(w: Tensor, updated: Tensor, mask: Tensor, g: Tensor, a: Tensor) ->
 
 
 def _subsets(mask: Tensor, at_most: int, itemsize: int) -> Iterator[Tensor]:
-    """Row-major indices of marked elements, (batch, m), a batch's three matrices within `_BATCH_BYTES`."""
+    """Yield row-major indices of marked elements (batch, m); the three matrices of a batch fit into `_BATCH_BYTES`."""
     marked = mask.flatten().nonzero()[:, 0]
     if not len(marked):
         return
@@ -171,15 +186,15 @@ def _subsets(mask: Tensor, at_most: int, itemsize: int) -> Iterator[Tensor]:
 
 
 def pattern_mask(costs: Tensor, m: int, n: int) -> Tensor:
-    """The `m` cheapest of every `n` consecutive columns of each row (M:N pruning, section 3.3).
+    """Mark the `m` cheapest of every `n` consecutive columns in each row (M:N pruning, section 3.3).
 
     Args:
-        costs: (R, C); of equal ones the first goes.
-        m: how many of a group go, ``0 < m < n``.
-        n: columns a group.
+        costs: (R, C); ties go to the lower column.
+        m: elements to remove per group, ``0 < m < n``.
+        n: columns per group.
 
     Returns:
-        (R, C) bool, true where an element is to go.
+        (R, C) bool, true for elements to remove.
 
     Raises:
         ConfigError: C is not a multiple of n.
@@ -190,7 +205,7 @@ def pattern_mask(costs: Tensor, m: int, n: int) -> Tensor:
 
 
 def pattern_costs(costs: Tensor, m: int, n: int) -> Tensor:
-    """What each group of `pattern_mask` costs: the sum of its `m` lowest, (R, C/n) (section 3.3)."""
+    """Return the cost of each group of `pattern_mask` (R, C/n): the sum of its `m` lowest `costs` (R, C) (section 3.3)."""
     return _groups(costs, m, n).sort(dim=-1).values[..., :m].sum(dim=-1)
 
 

@@ -1,9 +1,10 @@
-"""The exact solutions that the stages share.
+"""Closed-form solutions shared by the recipes: refit, fit, compensation, and the Cholesky factorisations behind them.
 
-Notation of METHODS: a consumer ``y = W x`` with `W` (d_out, n); `H` (n, n) the mean Gram of its inputs;
-``H_λ = H + λ·mean(diag H)·I``; `P` the inverse of ``H_λ``; `K` kept and `S` removed columns. The papers'
-Hessian is ``2 X Xᵀ``: same minimiser. `H` may lie on another device than `W`, where it waits while there is no room for
-it beside what is made of it: results are on W's.
+Notation of docs/methods.md: a consumer ``y = W x`` with `W` (d_out, n); `H` (n, n) is the mean Gram of its inputs per token;
+``H_λ = H + λ·mean(diag H)·I``; `P` is the inverse of ``H_λ``; `K` are the kept and `S` the removed columns. The papers' Hessian
+is ``2 X Xᵀ``, which has the same minimiser. All tensors are float32 or float64, the same dtype throughout.
+
+`H` may be on another device than `W`: it stays on the host when the device has no room for it. Results are on W's device.
 """
 
 from __future__ import annotations
@@ -20,48 +21,51 @@ from .triangular import PANEL, TILE, cholesky_, invert_, panels, solve_
 Result = TypeVar("Result")
 
 _MOST_DAMPING = 10.0
+"""Limit on the relative ridge λ."""
 SKETCH = 512
-"""Rows from which output energies of a wider layer are estimated."""
+"""Random row combinations from which output energies are estimated, for layers with more rows."""
 _TRIED = 8
-"""Rows on which a re-fit of a wider layer is tried."""
+"""Random row combinations on which `lowers_error` checks a refit, for layers with more rows."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float32, or float64 for float64 inputs."""
+    """Return the accumulation dtype: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit_columns(units: Tensor, width: int) -> Tensor:
-    """Columns (units·width,) that `units` (units,) own, in order."""
+    """Return the columns (k·width,) int64 of `units` (k,) int64, in the order of `units`."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf. A sum shows both at a fifth of the cost; it may overflow by itself."""
+    """Return whether `x`, of any shape, is free of NaN and Inf. The sum is checked first, at a fifth of the cost; it may overflow."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def advice(dtype: torch.dtype) -> str:
-    """What a message about NaN or Inf adds where numbers computed in `dtype` end early."""
+    """Return a hint for messages about NaN or Inf if `dtype` overflows easily (float16); else an empty string."""
     return "; float16 ends at 65504, and --dtype bfloat16 or float32 far beyond" if dtype == torch.float16 else ""
 
 
 def cholesky(
     h: Tensor, damping: float, place: str, *, scale: float | None = None, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
-    """Lower factor of ``H + damping·scale·I`` and the damping that it took.
+    """Factor ``H + damping·scale·I`` and return the lower Cholesky factor (n, n) and the damping used.
 
-    `scale` is mean(diag H) unless given, which makes it the factor of ``H_λ``; an all-zero H counts as 1.
-    Where float arithmetic cannot factor it, the damping is raised tenfold until it can, and returned, so
-    that the report says so.
+    If the factorisation fails in floating point, the damping is raised tenfold until it succeeds. The value used is
+    returned, so that it appears in the report.
 
     Args:
         h: (n, n), float32 or float64; only its lower triangle is read.
-        device: where the factor is to be; None for where `h` lies.
+        damping: relative ridge λ.
+        place: name of the site, for messages.
+        scale: mean(diag H) if None, which gives the factor of ``H_λ``. A scale of zero counts as 1.
+        device: device of the factor; None for that of `h`.
 
     Raises:
         NumericalError: H holds NaN or Inf.
-        SingularError: no damping up to 10 was enough.
+        SingularError: no damping up to 10 sufficed.
     """
     where = h.device if device is None else device
     scale = float(h.diagonal().mean()) if scale is None else scale
@@ -71,13 +75,13 @@ def cholesky(
 
 
 def inverse(h: Tensor, damping: float, place: str, *, device: torch.device | None = None) -> tuple[Tensor, float]:
-    """`P`, the inverse of ``H_λ`` (n, n), and the damping that it took: see `cholesky`."""
+    """Return `P`, the inverse of ``H_λ`` (n, n), and the damping used. Arguments and errors are those of `cholesky`."""
     factor, used = cholesky(h, damping, place, device=device)
     return invert_(factor), used
 
 
 def _factored(copy: Callable[[], Tensor], damping: float, scale: float, place: str) -> tuple[Tensor, float]:
-    """The factor of what `copy` gives, a matrix to be overwritten, with a ridge that is enough."""
+    """Factor the matrix that `copy` returns, which is overwritten, with a sufficient ridge. Returns the factor and the damping used."""
     scale = scale or 1.0
     while damping <= _MOST_DAMPING:
         damped = copy()
@@ -90,15 +94,15 @@ def _factored(copy: Callable[[], Tensor], damping: float, scale: float, place: s
 
 
 def raised(damping: float) -> float:
-    """The damping to try where `damping` was too little."""
+    """Return the next damping to try after `damping` was too small."""
     return max(10 * damping, 1e-6)
 
 
 def enough(damping: float, attempt: Callable[[float], Result]) -> Result:
-    """What `attempt` gives with `damping`, or with the least of its tenfolds with which it finds no matrix singular.
+    """Call `attempt` with `damping`, raised tenfold after each SingularError; return its first result.
 
     Raises:
-        SingularError: it does up to 10.
+        SingularError: no damping up to 10 sufficed.
     """
     while True:
         try:
@@ -110,18 +114,23 @@ def enough(damping: float, attempt: Callable[[float], Result]) -> Result:
 
 
 def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tuple[Tensor, float]:
-    """Re-fit what stays: ``W'_K = W H_λ[:,K] (H_λ[K,K])⁻¹`` (SoBP, stage 3; the OBS update).
+    """Refit the kept columns: ``W'_K = W H_λ[:,K] (H_λ[K,K])⁻¹`` (SoBP, stage 3; the OBS update).
 
-    The columns are rearranged, kept first and removed last, and one Cholesky factorisation of the kept
-    block gives ``W'_K = W_K + W_S H[S,K] (H_λ[K,K])⁻¹``. The ridge of ``H_λ`` is that of the whole H.
+    Computed as ``W'_K = W_K + W_S H[S,K] (H_λ[K,K])⁻¹``, with one Cholesky factorisation of the kept block. The ridge of
+    ``H_λ`` is that of the full H.
 
     Args:
-        w: (d_out, n).
-        h: (n, n), mean Gram, same dtype.
-        kept: (k,) int64, ascending, on w's device.
+        w: (d_out, n), float32 or float64.
+        h: (n, n), mean Gram per token, same dtype.
+        kept: K (k,) int64, ascending, on w's device.
+        damping: relative ridge λ.
+        place: name of the site, for messages.
 
     Returns:
-        W'_K (d_out, k), and the damping that it took.
+        W'_K (d_out, k), and the damping used.
+
+    Raises:
+        NumericalError: H holds NaN or Inf, or no damping up to 10 sufficed.
     """
     stays = kept.to(h.device)
     goes = torch.ones(h.shape[0], dtype=torch.bool, device=h.device).index_fill_(0, stays, False).nonzero()[:, 0]
@@ -138,12 +147,23 @@ def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tup
 def refit_as_stored(
     w: Tensor, h: Tensor, kept: Tensor, damping: float, stored: torch.dtype, place: str
 ) -> tuple[Tensor, float | None]:
-    """`refit` with the damping, or more, with which the weights that are stored are better than those of `w`.
+    """Like `refit`, but raise the damping until the refitted weights, rounded to `stored`, give a lower error than those of `w`.
 
-    Beside a channel that is far larger than others, rounding can cost more than a re-fit gains.
+    If one channel is much larger than the others, rounding can cost more than a refit gains.
+
+    Args:
+        w: (d_out, n), float32 or float64.
+        h: (n, n), mean Gram per token, same dtype.
+        kept: K (k,) int64, ascending, on w's device.
+        damping: relative ridge λ to start from.
+        stored: the dtype that the weights are written in.
+        place: name of the site, for messages.
 
     Returns:
-        W'_K (d_out, k), and the damping that it took; None where none was enough, and W'_K is W_K.
+        W'_K (d_out, k), and the damping used. If no damping up to 10 helps: W_K and None.
+
+    Raises:
+        NumericalError: see `refit`.
     """
     while damping <= _MOST_DAMPING:
         fitted, used = refit(w, h, kept, damping, place)
@@ -154,15 +174,18 @@ def refit_as_stored(
 
 
 def lowers_error(w: Tensor, h: Tensor, fitted: Tensor, kept: Tensor, stored: torch.dtype) -> bool:
-    """Whether re-fitted weights leave no more output error than the kept columns of `w` do, both as they are stored.
+    """Return whether the refitted weights leave no more output error than the kept columns of `w`, both rounded to `stored`.
 
-    With δ the difference of the two and `E` the change of W by removal alone, the error's energy changes by
-    ``tr(δ H δᵀ) + 2 tr(E H δᵀ)``. The exact solution takes away ``tr(δ H δᵀ)`` and more, row by row and in any sum of rows,
-    so a few such sums tell it from one that rounding has spoilt.
+    With δ the difference of the two and `E` the change of W by removal alone, the error energy changes by
+    ``tr(δ H δᵀ) + 2 tr(E H δᵀ)``. The exact solution lowers it by at least ``tr(δ H δᵀ)``, in each row and in any combination of
+    rows, so a few random combinations suffice to detect a solution that rounding has spoilt.
 
     Args:
+        w: (d_out, n), float32 or float64.
+        h: (n, n), mean Gram per token, same dtype.
         fitted: W'_K (d_out, k).
-        stored: the dtype that it will be rounded to.
+        kept: K (k,) int64, on w's device.
+        stored: the dtype that the weights are written in.
     """
     mixing = signs(_TRIED, w)
     lost = (mixing @ w).index_fill_(1, kept, 0)  # −E
@@ -177,19 +200,19 @@ def lowers_error(w: Tensor, h: Tensor, fitted: Tensor, kept: Tensor, stored: tor
 
 
 def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
-    """Fit all of `w` to what it should give on the input it has: ``W' = W + (B − W H) H_λ⁻¹``, a ridge pulling to W.
+    """Fit all of `w` to a target: ``W' = W + (B − W H) H_λ⁻¹``, with a ridge that pulls towards W.
 
-    It minimises ``E‖t − W' x̂‖² + λ̄ ‖W' − W‖²`` for a target `t`. With a consumer's dense output as the target it is
-    the recovery of greedy output approximation (algorithm 1).
+    Minimises ``E‖t − W' x̂‖² + λ̄ ‖W' − W‖²`` for a target `t`, with ``λ̄ = λ·mean(diag H)``. If the target is the dense output
+    of a consumer, this is the recovery step of greedy output approximation (algorithm 1).
 
     Args:
-        w: (rows, d).
-        h: (d, d), mean Gram of x̂.
-        aim: B (rows, d), mean of ``t x̂ᵀ``; overwritten.
-        factor: of H_λ, by `cholesky`.
+        w: (rows, d), float32 or float64.
+        h: (d, d), mean Gram of x̂ per token.
+        aim: B (rows, d), mean of ``t x̂ᵀ`` per token; overwritten.
+        factor: (d, d), the factor of H_λ by `cholesky`.
 
     Returns:
-        W' (rows, d), in the place of `aim`.
+        W' (rows, d), in the memory of `aim`.
     """
     for panel in panels(h.shape[1], TILE):
         aim[:, panel].addmm_(w, h[:, panel].to(w.device), alpha=-1)
@@ -199,14 +222,14 @@ def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
 
 
 def compensation(h: Tensor, c: Tensor, factor: Tensor) -> Tensor:
-    """Input compensation (SoBP): the fit of any layer that reads `x̂` where it was trained to read `x`, as a product.
+    """Input compensation (SoBP): a matrix that adapts any linear trained on `x` to read `x̂` instead.
 
-    That is `fit` with ``B = W C``, for all linears that read the same: ``W' = W + W M`` with ``M = (C − H) H_λ⁻¹``.
+    Equals `fit` with ``B = W C``, for all linears with the same input: ``W' = W + W M`` with ``M = (C − H) H_λ⁻¹``.
 
     Args:
-        h: (d, d), mean Gram of x̂.
-        c: C (d, d), mean of ``x x̂ᵀ``.
-        factor: of H_λ, by `cholesky`.
+        h: (d, d), mean Gram of x̂ per token, float32 or float64.
+        c: C (d, d), mean of ``x x̂ᵀ`` per token, same dtype.
+        factor: (d, d), the factor of H_λ by `cholesky`.
 
     Returns:
         M (d, d).
@@ -215,11 +238,17 @@ def compensation(h: Tensor, c: Tensor, factor: Tensor) -> Tensor:
 
 
 def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:
-    """``tr(E H Eᵀ) / tr(W H Wᵀ)``, E the change of W: the share of output energy lost on this input.
+    """Return ``tr(E H Eᵀ) / tr(W H Wᵀ)``, with E the change of W: the fraction of output energy lost on this input.
 
-    Exact for up to `SKETCH` rows. More of them are mixed into so many sums of random signs first (Hutchinson's estimate of a
-    trace): both energies keep their expectation, with a relative standard deviation of at most ``√(2 / SKETCH)``, 6 %; done in
-    full, this figure would take more work than all that makes the weights.
+    Exact for up to `SKETCH` rows. More rows are first mixed into `SKETCH` random-sign combinations (Hutchinson's trace
+    estimator). Both energies keep their expectation, with a relative standard deviation of at most ``√(2 / SKETCH)``, 6 %.
+    The exact value would take more work than computing the weights.
+
+    Args:
+        w: W (d_out, n), float32 or float64.
+        h: (n, n), symmetric Gram of the input. Its normalisation cancels.
+        w_kept: the new weights (d_out, k).
+        kept: their columns (k,) int64, on w's device.
     """
     d = len(w)
     if d > SKETCH:
@@ -232,14 +261,14 @@ def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:
 
 
 def output_error_work(d: int, n: float, k: float) -> float:
-    """Operations of `output_error` with W (d, n), of which `k` columns stay."""
+    """Return the floating-point operations of `output_error` for W (d, n) with `k` kept columns."""
     rows = min(d, SKETCH)
     mixing = 2 * rows * d * (n + k) if d > SKETCH else 0
     return mixing + 2 * rows * n * (n + min(n, PANEL))
 
 
 def signs(count: int, rows: Tensor) -> Tensor:
-    """(count, d) of ±1 to mix `rows` (d, n) with, the same ones every time; where they are no more than that, the identity (d, d)."""
+    """Return a fixed matrix of random signs ±1 (count, d) to mix `rows` (d, n) with; the identity (d, d) if ``d ≤ count``."""
     if len(rows) <= count:
         return torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     generator = torch.Generator().manual_seed(0)
@@ -247,7 +276,7 @@ def signs(count: int, rows: Tensor) -> Tensor:
 
 
 def _energy(w: Tensor, h: Tensor) -> float:
-    """``tr(W H Wᵀ)`` by the lower half of H: what lies below the diagonal counts twice."""
+    """Return ``tr(W H Wᵀ)`` from the blocks of H on and below the diagonal; those below count twice."""
     total = 0.0
     for panel in panels(h.shape[1], PANEL):
         product = w[:, panel] @ h[panel, panel].to(w.device)
@@ -258,12 +287,19 @@ def _energy(w: Tensor, h: Tensor) -> float:
 
 
 def cholesky_blocks(blocks: Tensor, place: str) -> tuple[Tensor, float]:
-    """Lower factors (batch, m, m) of positive definite `blocks` (batch, m, m), by one batched call, and the largest ridge taken.
+    """Factor a batch of symmetric positive definite matrices in one call.
 
-    A block that its dtype cannot factor takes the least relative ridge that `cholesky` finds for it.
+    A block that cannot be factored in its dtype gets the smallest relative ridge that `cholesky` finds.
+
+    Args:
+        blocks: (batch, m, m), float32 or float64.
+        place: name of the site, for messages.
+
+    Returns:
+        The lower factors (batch, m, m), and the largest relative ridge used.
 
     Raises:
-        NumericalError: a block holds NaN or Inf, or no ridge up to 10 was enough.
+        NumericalError: a block holds NaN or Inf, or no ridge up to 10 sufficed.
     """
     factors: Tensor
     factors, info = torch.linalg.cholesky_ex(blocks)

@@ -1,7 +1,7 @@
-"""Batched greedy pruning (SlimGPT): units by an estimated cost, removed with the exact update.
+"""Batched greedy pruning (SlimGPT): choose units by estimated cost, remove them with the exact update.
 
-Notation of `refit`; the paper's ``H⁻¹`` is our `P`. What goes is chosen by a cheap estimate of its cost;
-the update that follows is the joint one, so that what is left is always the optimum for what was removed.
+Notation of `refit`; the paper's ``H⁻¹`` is our `P`. A cheap estimate of the cost selects the units. The update that follows is
+the exact joint one, so the remaining weights are always optimal for the removed set.
 """
 
 from __future__ import annotations
@@ -15,36 +15,44 @@ from .triangular import add_product, diagonal_blocks, shrink, shrink_rows, whole
 
 
 def workspace(columns: int, outputs: int, most: int) -> int:
-    """Numbers that removing `most` columns at a time holds beside `w` and `h`, and beside what inverting takes by itself:
-    P, a copy of W, and rows of both."""
+    """Return the peak number of elements that removing up to `most` columns at a time holds: P, a copy of W, and rows of both.
+
+    `w`, `h` and the workspace of the inversion are not included.
+
+    Args:
+        columns: n.
+        outputs: d_out.
+    """
     return columns * (columns + outputs) + most * (5 * columns + outputs + most)
 
 
 def batched_group_removal(
     w: Tensor, h: Tensor, *, width: int, count: int, damping: float, place: str
 ) -> tuple[Tensor, Tensor]:
-    """Remove `count` heads one at a time, by one batched Cholesky a step (SlimGPT, batched greedy pruning).
+    """Remove `count` heads one at a time, with one batched Cholesky factorisation per step (SlimGPT, batched greedy pruning).
 
     ::
 
         P_uu = L Lᵀ for every head u,   estimate_u = Σ_j ‖W_:j‖² / L_jj²        → remove the cheapest u
 
-    ``L_jj²`` is what ``P_jj`` comes to once the head's columns before `j` are gone; that `W_:j` moves with
-    them too is what the estimate leaves out and `greedy.greedy_removal` does not. A dead column (zero
-    diagonal of H) carries nothing: its weights count as zero.
+    ``L_jj²`` is the value of ``P_jj`` after the head's columns before `j` are removed. The estimate ignores that their removal also
+    changes `W_:j`; `greedy.greedy_removal` takes this into account. A dead column (zero diagonal of H) carries no signal:
+    its weights count as zero.
 
     Args:
         w: (d_out, n), float32 or float64.
-        h: (n, n), mean Gram, same dtype.
-        width: columns a head; n = heads·width.
+        h: (n, n), mean Gram per token, same dtype.
+        width: columns per head; n = heads·width.
         count: heads to remove, fewer than there are.
+        damping: relative ridge λ of ``H_λ``, see `refit`.
+        place: name of the site, for messages.
 
     Returns:
-        removed heads in order (count,) int64, and the output energy that each one took (count,), on the CPU.
-        The energies are those of the updates, not the estimates, and add up to ``err(S)``.
+        The removed heads in order (count,) int64, and the output energy per token that each removal lost (count,), on the CPU.
+        The energies are those of the exact updates, not the estimates, and add up to ``err(S)``.
 
     Raises:
-        NumericalError: W or H hold NaN or Inf, or no damping up to 10 was enough.
+        NumericalError: W or H holds NaN or Inf, or no damping up to 10 sufficed.
     """
     heads = h.shape[0] // width
     assert 0 <= count < heads
@@ -72,30 +80,32 @@ def batched_group_removal(
 def dynamic_group_removal(
     w: Tensor, h: Tensor, *, count: int, damping: float, place: str, first: int = 1024, last: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """Remove `count` columns in groups that get smaller as the target nears (SlimGPT, dynamic group size).
+    """Remove `count` columns in groups that shrink as the target approaches (SlimGPT, dynamic group size).
 
     ::
 
         estimate_j = ‖W_:j‖² / P_jj        → remove the cheapest `take` columns S at once
         W ← W − W_S (P_SS)⁻¹ P_S:          P ← P − P_:S (P_SS)⁻¹ P_S:
 
-    The group size starts at `first` and ends at `last`: half of what is still to go, between the two, in
-    multiples of `last` (the halving is ours; the paper gives the two ends). A dead column (zero diagonal of
-    H) carries nothing, so its weights count as zero and it goes first.
+    Each group takes half of the columns still to be removed, rounded down to a multiple of `last` and clamped to between `last`
+    and `first`. The halving is ours; the paper gives only the first and last size. A dead column (zero diagonal of H)
+    carries no signal: its weights count as zero, and it is removed first.
 
     Args:
         w: (d_out, n), float32 or float64.
-        h: (n, n), mean Gram, same dtype.
+        h: (n, n), mean Gram per token, same dtype.
         count: columns to remove, fewer than there are.
-        first: most columns removed at once.
-        last: fewest, but for the last group.
+        damping: relative ridge λ of ``H_λ``, see `refit`.
+        place: name of the site, for messages.
+        first: largest group.
+        last: smallest group, except that the final one may be smaller.
 
     Returns:
-        removed columns in order (count,) int64, and the output energy that each one took (count,), on the CPU.
-        The energies are those of the updates, not the estimates, and add up to ``err(S)``.
+        The removed columns in order (count,) int64, and the output energy per token that each removal lost (count,), on the CPU.
+        The energies are those of the exact updates, not the estimates, and add up to ``err(S)``.
 
     Raises:
-        NumericalError: W or H hold NaN or Inf, or no damping up to 10 was enough.
+        NumericalError: W or H holds NaN or Inf, or no damping up to 10 sufficed.
     """
     n = h.shape[0]
     assert 0 <= count < n
@@ -122,7 +132,7 @@ def dynamic_group_removal(
 
 
 def _begin(w: Tensor, h: Tensor, damping: float, place: str) -> tuple[Tensor, Tensor]:
-    """Wᵀ (n, d_out) without its dead columns' weights, and P."""
+    """Return Wᵀ (n, d_out) with the weights of dead columns set to zero, and P (n, n)."""
     p, _ = inverse(h, damping, place, device=w.device)
     rows = w.T.clone(memory_format=torch.contiguous_format)
     rows.index_fill_(0, (h.diagonal() <= 0).nonzero()[:, 0].to(w.device), 0)
@@ -132,7 +142,7 @@ def _begin(w: Tensor, h: Tensor, damping: float, place: str) -> tuple[Tensor, Te
 
 
 def _energies(rows: Tensor) -> Tensor:
-    """``‖W_:j‖²`` of every column."""
+    """Return ``‖W_:j‖²`` of every column (n,), from `rows`, which is Wᵀ (n, d_out)."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms.square()
 
@@ -142,7 +152,11 @@ def _others(columns: Tensor, n: int) -> Tensor:
 
 
 def _remove(rows: Tensor, p: Tensor, columns: Tensor, place: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Wᵀ and P of the columns that stay, in the same memory, and the output energy of each that goes, given those before it."""
+    """Remove `columns` S (take,) from Wᵀ (n, d_out) and P (n, n).
+
+    Returns Wᵀ (k, d_out) and P (k, k) of the remaining columns, in the same memory, and the output energy per token that each
+    removed column loses given those before it (take,).
+    """
     # With P_SS = L Lᵀ, Y = L⁻¹ P_SK and Z = L⁻¹ W_Sᵀ:   W_K ← W_K − Zᵀ Y,   P_KK ← P_KK − Yᵀ Y.
     stay = _others(columns, len(p))
     p_s = whole_rows(p, columns)  # (take, n)

@@ -1,6 +1,6 @@
-"""Running sums of one site: fed micro-batch by micro-batch.
+"""Running sums over the tokens of one site, updated per micro-batch.
 
-Several workers' sums of the same site add up by `across`.
+`across` adds up the sums of several workers.
 """
 
 from __future__ import annotations
@@ -20,58 +20,61 @@ from .refit import accumulator, advice, all_finite
 from .triangular import mirror_, panels
 
 Statistic = Literal["mask-gradient", "gram", "gradient-gram", "factors", "divergence"]
-"""What a survey can sum at a site.
+"""Statistics that a survey can collect at a site.
 
 mask-gradient: `MaskGradient` of the units.
-gram: `H` of the consumer's input.
-gradient-gram: `G` of the consumer's output.
-factors: both K-FAC factors of every linear of the site, `H` and `G` among them.
+gram: `H`, the Gram of the consumer's input.
+gradient-gram: `G`, the Gram of the gradients of the consumer's output.
+factors: both K-FAC factors of every linear of the site, including `H` and `G`.
 divergence: `HeadDivergence` of the attention maps.
 """
 GRADIENTS = frozenset[Statistic]({"mask-gradient", "gradient-gram", "factors"})
-"""Those that need a backward sweep."""
+"""Statistics that need a backward sweep."""
 
 
 PANEL = {"cpu": 256, "cuda": 1024}
-"""Rows of `H` that are summed together, down to its diagonal and no further: n² (1 + PANEL / n) operations a row of x.
+"""Rows of `H` per matrix product, by device type. Each product stops at the diagonal: n² (1 + PANEL / n) operations per row of x.
 
-A 2-core AMD with AVX-512, one thread, 1024 rows of x: 0.78 of the time of the whole product at n = 512, 0.67 at 1024, 0.58 at
-2048, 0.54 at 4096, a quarter less in panels of 256 than of 1024. Up to one panel there is one product. A GPU wants larger ones.
+Time relative to the full product, on one thread of a 2-core AMD CPU with AVX-512 and 1024 rows of x: 0.78 at n = 512, 0.67 at
+1024, 0.58 at 2048, 0.54 at 4096. Panels of 256 take a quarter less time than panels of 1024. For n up to PANEL there is a single
+product. GPUs need larger panels.
 """
 
 
 class Gram:
-    """``H = Σ x xᵀ`` and, where ``cross`` rows are fed too, ``C = Σ y xᵀ``; sums over tokens until `mean`.
+    """``H = Σ x xᵀ`` (n, n) and, if `cross` is given, ``C = Σ y xᵀ`` (cross, n): unnormalised sums over tokens until `mean`.
 
-    Until then only what lies below H's diagonal, or in one panel with it, is summed.
+    Until then only the lower half of H, including the panels on the diagonal, is valid.
 
     Args:
         columns: n, length of x.
         cross: length of y; 0 for no cross sum.
+        device: device of the sums.
+        dtype: dtype of the sums, float32 or float64.
     """
 
     def __init__(self, columns: int, *, cross: int = 0, device: torch.device, dtype: torch.dtype) -> None:
         self.tokens = 0
         self.rows = 0
-        """As they were fed."""
+        """Rows of x added so far."""
         self.operations = 0
-        """What adding them took."""
+        """Floating-point operations spent on adding them."""
         self.fed = dtype
-        """What `add` was given last."""
+        """Dtype of the last x given to `add`."""
         self.h = torch.zeros(columns, columns, device=device, dtype=dtype)
         self.c = torch.zeros(cross, columns, device=device, dtype=dtype) if cross else None
 
     def add(self, x: Tensor, y: Tensor | None = None, *, tokens: int | None = None) -> None:
         """Add one micro-batch.
 
-        Where the device can, half-precision factors are multiplied as they are and summed in float32: their products are
-        exact in it. Elsewhere they are converted first, which is as exact.
+        Half-precision factors are multiplied directly and accumulated in float32 if the device supports it; products of halves
+        are exact in float32. Otherwise they are converted first, which is equally exact.
 
         Args:
             x: (..., n), any float dtype.
-            y: (..., cross); given exactly when the sum was made with ``cross``.
-            tokens: what the micro-batch counts as; None for as many as there are rows. Where a router sends a site only
-                some of them, `mean` is still one of all tokens, so that sites compare.
+            y: (..., cross), any float dtype; required if the Gram has a cross sum, forbidden otherwise.
+            tokens: number of tokens the micro-batch counts as; None for its number of rows. If a router sends only some
+                tokens to a site, pass all of them, so that `mean` is per token of the model and sites are comparable.
         """
         assert (y is None) == (self.c is None)
         self.fed = x.dtype
@@ -89,38 +92,40 @@ class Gram:
         self.tokens += flat.shape[0] if tokens is None else tokens
 
     def _factor(self, x: Tensor) -> Tensor:
-        """(rows, n) in the dtype that it is multiplied in."""
+        """Return `x` as (rows, n) in the dtype of the multiplication."""
         flat = x.reshape(-1, x.shape[-1])
         halves = flat.dtype in (torch.bfloat16, torch.float16) and self.h.dtype == torch.float32
         return flat if halves and _multiplies_halves(flat.device, flat.dtype) else flat.to(self.h.dtype)
 
     def copy(self) -> Gram:
-        """One of its own, for somebody who may use it up."""
+        """Return an independent copy, for a caller that overwrites it."""
         other = copy(self)
         other.h, other.c = self.h.clone(), None if self.c is None else self.c.clone()
         return other
 
     def park(self) -> None:
-        """Have H wait on the host, so that the device has room for what is made of it."""
+        """Move H to host memory while its site is solved."""
         self.h = self.h.cpu()
 
     def across(self, add_up: AddUp) -> None:
-        """Take in the other workers' sums."""
+        """Add the sums of the other workers."""
         add_up(self.h)
         if self.c is not None:
             add_up(self.c)
         self.tokens, self.rows, self.operations = add_counts(add_up, self.tokens, self.rows, self.operations)
 
     def mean(self, place: str) -> tuple[Tensor, Tensor | None]:
-        """(H, C) per token, H symmetric to the last bit, in place: they count as one token from then on.
+        """Normalise the sums per token, in place, and return H (n, n) and C (cross, n) or None. H is exactly symmetric.
+
+        The sums count as one token afterwards, so a second call changes nothing.
 
         Args:
-            place: where the sums are from, for messages.
+            place: name of the site, for messages.
 
         Raises:
-            NumericalError: they hold NaN or Inf.
+            NumericalError: the sums hold NaN or Inf.
         """
-        # An input that is neither finite, or too large to be squared and summed, shows on the diagonal.
+        # An input that is not finite, or too large to be squared and summed, shows on the diagonal.
         if not all_finite(self.h.diagonal()) or not (self.c is None or all_finite(self.c)):
             raise NumericalError(f"{place}: the Gram holds NaN or Inf{advice(self.fed)}")
         tokens, self.tokens = self.tokens, 1
@@ -128,7 +133,7 @@ class Gram:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += leftᵀ right``: computed where the factors are, added where the sum is; halves are summed in float32."""
+    """``total += leftᵀ right``. Computed on the device of the factors, added on that of the sum; halves accumulate in float32."""
     if left.dtype != total.dtype:
         total += torch.mm(left.T, right, out_dtype=total.dtype).to(total.device)
     elif left.device != total.device:
@@ -139,7 +144,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @cache
 def _multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies that dtype into float32; torch can on CUDA, from 2.8 on."""
+    """Return whether the device multiplies this dtype with a float32 result. torch 2.8 and later can on CUDA."""
     one = torch.ones(8, 8, device=device, dtype=dtype)
     try:
         torch.mm(one, one, out_dtype=torch.float32)
@@ -150,24 +155,25 @@ def _multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the rows of a micro-batch are from, where a router sends a site only some of the tokens."""
+    """Origin of the rows of a micro-batch, for sites that receive only some tokens from a router."""
 
     sequence: Tensor
-    """Of each row, (rows,) int64."""
+    """Sequence of each row, (rows,) int64."""
     sequences: int
+    """Number of sequences in the micro-batch."""
     tokens: int
-    """Of all sequences together."""
+    """Number of tokens in all sequences together."""
 
     def sum(self, x: Tensor) -> Tensor:
-        """(rows, n) summed by sequence: (sequences, n)."""
+        """Sum the rows of `x` (rows, n) per sequence: (sequences, n)."""
         return x.new_zeros(self.sequences, x.shape[1]).index_add_(0, self.sequence, x)
 
 
 class MaskGradient:
     """``g_u = ∂loss/∂m_u`` for a mask `m_u` that multiplies unit `u` of the consumer's input.
 
-    The loss is one sequence's mean negative log-likelihood a predicted token, so `g` is per sequence;
-    kept are the sums over sequences of `g²` and of `|g|`.
+    The loss is the mean negative log-likelihood per predicted token of one sequence, in nats, so `g` is per sequence. The sums over
+    sequences of ``g²`` and ``|g|``, (units,) float64 on the CPU, are kept.
     """
 
     def __init__(self, units: int, width: int) -> None:
@@ -180,9 +186,10 @@ class MaskGradient:
         """Add a micro-batch of sequences.
 
         Args:
-            x: the consumer's input, (sequences, tokens, units·width), or (rows, units·width) with an `origin`.
+            x: the consumer's input, (sequences, tokens, units·width), or (rows, units·width) with an `origin`; any float dtype.
             gradient: ∂(loss·scale)/∂x, same shape.
-            scale: what the loss was multiplied by.
+            scale: factor that the loss was multiplied by.
+            origin: required if the site received only some tokens.
         """
         dtype = accumulator(x.dtype)
         each = x.to(dtype) * gradient.to(dtype)
@@ -193,7 +200,7 @@ class MaskGradient:
         self.sequences += g.shape[0]
 
     def across(self, add_up: AddUp) -> None:
-        """Take in the other workers' sums."""
+        """Add the sums of the other workers."""
         add_up(self.squares)
         add_up(self.magnitudes)
         (self.sequences,) = add_counts(add_up, self.sequences)
@@ -207,18 +214,22 @@ _USERS: dict[str, frozenset[Statistic]] = {
     "producers": frozenset({"factors"}),
     "divergence": frozenset({"divergence"}),
 }
-"""By the names that `SiteStatistics` has for sums: who needs them."""
+"""Statistics that need each sum of `SiteStatistics`, by attribute name."""
 
 
 class SiteStatistics:
-    """What a survey sums at one site: whatever is wanted of `Statistic`, and nothing else.
+    """The sums of a survey at one site; only those that `wanted` needs.
 
     Args:
-        units, width: of the site.
+        wanted: statistics to collect.
+        units: units of the site.
+        width: columns of the consumer per unit.
         heads: query heads; 0 for an FFN, which has no attention maps.
-        inputs: d, what the producers read.
-        outputs: rows of the consumer.
-        rows: output rows of each producer; a fused one counts as its parts.
+        inputs: d, input width of the producers.
+        outputs: d_out, rows of the consumer.
+        rows: output rows of each producer; a fused producer is listed as its parts.
+        device: device of the Grams.
+        dtype: dtype of the Grams, float32 or float64.
     """
 
     def __init__(
@@ -238,7 +249,7 @@ class SiteStatistics:
             return Gram(columns, device=device, dtype=dtype) if wanted & _USERS[name] else None
 
         self.seen = 0
-        """Tokens that reached the site."""
+        """Number of tokens that reached the site."""
         self.mask = MaskGradient(units, width) if wanted & _USERS["mask"] else None
         self.gram = gram(units * width, "gram")
         self.gradient = gram(outputs, "gradient")
@@ -247,7 +258,7 @@ class SiteStatistics:
         self.divergence = HeadDivergence(heads) if wanted & _USERS["divergence"] and heads else None
 
     def part(self, wanted: frozenset[Statistic]) -> SiteStatistics:
-        """What one of several recipes wants of the sums, which it may use up; `wanted` is among what is summed."""
+        """Return the sums that `wanted`, a subset of what is collected, needs. Grams are copied, so that a recipe may overwrite them."""
 
         def own(gram: Gram | None, name: str) -> Gram | None:
             return gram.copy() if gram is not None and wanted & _USERS[name] else None
@@ -262,14 +273,14 @@ class SiteStatistics:
         return other
 
     def operations(self, wanted: frozenset[Statistic]) -> int:
-        """What summing took of what `wanted` needs."""
+        """Return the floating-point operations spent on the sums that `wanted` needs."""
         sums: list[tuple[str, Gram | HeadDivergence | None]] = [("gram", self.gram), ("gradient", self.gradient)]
         sums += [("inputs", self.inputs), *(("producers", each) for each in self.producers)]
         sums += [("divergence", self.divergence)]
         return sum(each.operations for name, each in sums if each is not None and wanted & _USERS[name])
 
     def across(self, add_up: AddUp) -> None:
-        """Take in the other workers' sums of this site."""
+        """Add the sums of the other workers."""
         for part in (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence):
             if part is not None:
                 part.across(add_up)
@@ -277,23 +288,23 @@ class SiteStatistics:
 
     @property
     def wants_producers(self) -> bool:
-        """Whether gradients of the producers' outputs are wanted."""
+        """Whether the gradients of the producers' outputs are needed."""
         return any(gram is not None for gram in self.producers)
 
     def park(self) -> None:
-        """Have all Grams wait on the host."""
+        """Move all Grams to host memory."""
         for gram in (self.gram, self.gradient, self.inputs, *self.producers):
             if gram is not None:
                 gram.park()
 
     def add(self, inputs: Tensor, z: Tensor, maps: Tensor | None, origin: Origin | None = None) -> None:
-        """Add a micro-batch of the forward pass.
+        """Add a micro-batch of the forward pass. Tensors may have any float dtype.
 
         Args:
-            inputs: what the producers read, (sequences, tokens, d).
-            z: the consumer's input, (sequences, tokens, n).
-            maps: attention maps (sequences, heads, tokens, tokens), where wanted.
-            origin: given where the site got only some tokens; then inputs and z are (rows, d) and (rows, n).
+            inputs: input of the producers, (sequences, tokens, d).
+            z: input of the consumer, (sequences, tokens, n).
+            maps: attention maps (sequences, heads, tokens, tokens); required if divergence is collected.
+            origin: required if the site received only some tokens; then inputs and z are (rows, d) and (rows, n).
         """
         tokens = None if origin is None else origin.tokens
         self.seen += z.numel() // z.shape[-1]
@@ -314,12 +325,16 @@ class SiteStatistics:
         scale: float,
         origin: Origin | None = None,
     ) -> None:
-        """Add a micro-batch of the backward pass; gradients are those of loss·scale, `z` of any sequence its own.
+        """Add a micro-batch of the backward pass. Gradients are those of loss·scale, per sequence.
 
         Args:
-            dz, dy: of the consumer's input and output, (sequences, tokens, n) and (sequences, tokens, d_out).
-            dp: of each producer's output, where wanted; fused ones in their parts.
-            origin: given where the site got only some tokens; then all of these have their rows only.
+            z: input of the consumer, (sequences, tokens, n).
+            dz: gradient of the consumer's input, (sequences, tokens, n).
+            dy: gradient of the consumer's output, (sequences, tokens, d_out).
+            dp: gradient of each producer's output, (sequences, tokens, rows) each, fused producers in their parts; empty if not
+                needed.
+            scale: factor that the loss was multiplied by.
+            origin: required if the site received only some tokens; then (rows, ...) replaces (sequences, tokens, ...).
         """
         tokens = None if origin is None else origin.tokens
         if self.mask is not None:
@@ -332,11 +347,11 @@ class SiteStatistics:
 
 
 AddUp = Callable[[Tensor], None]
-"""Makes a tensor the sum over all workers, in place."""
+"""Sums a tensor over all workers, in place."""
 
 
 def add_counts(add_up: AddUp, *counts: int) -> list[int]:
-    """Counts, added up over the workers."""
+    """Sum integer counts over all workers."""
     found = torch.tensor(counts)
     add_up(found)
     total: list[int] = found.tolist()
@@ -347,17 +362,17 @@ class HeadDivergence:
     """Eq. 1: ``D_ij = mean over sequences and rows of JS(P_i ‖ P_j)``, `P_i` a row of head i's attention map.
 
     With the entropy ``E(P) = −Σ p log p`` (0 log 0 = 0): ``JS(P ‖ Q) = E((P + Q)/2) − (E(P) + E(Q))/2``.
-    Kept is the sum over rows, float64, on the CPU; several workers' add up by `across`.
+    Natural logarithms. The sum over rows, (heads, heads) float64 on the CPU, is kept.
     """
 
     def __init__(self, heads: int) -> None:
         self.rows = 0
         self.operations = 0
-        """What computing the maps took, for whoever adds it."""
+        """Floating-point operations spent on computing the maps; set by the caller."""
         self.sums = torch.zeros(heads, heads, dtype=torch.float64)
 
     def add(self, maps: Tensor) -> None:
-        """Add a micro-batch, pair by pair: beside the maps a few (sequences, tokens, tokens) are held.
+        """Add a micro-batch, one pair of heads at a time. Needs a few (sequences, tokens, tokens) tensors besides the maps.
 
         Args:
             maps: (sequences, heads, tokens, tokens), any float dtype; rows sum to 1, masked entries are 0.
@@ -375,16 +390,16 @@ class HeadDivergence:
         self.rows += maps.shape[0] * maps.shape[2]
 
     def across(self, add_up: AddUp) -> None:
-        """Take in the other workers' sums."""
+        """Add the sums of the other workers."""
         add_up(self.sums)
         (self.rows,) = add_counts(add_up, self.rows)
 
     def mean(self) -> Tensor:
-        """D (heads, heads), float64, on the CPU: symmetric, zero diagonal, rounding below zero cut off."""
+        """Return D (heads, heads), float64, on the CPU: symmetric, zero diagonal, negative rounding errors clamped to zero."""
         return (self.sums / self.rows).clamp_min(0)
 
 
 def _entropy(p: Tensor) -> Tensor:
-    """Sum of the rows' entropies, a float64 scalar; a row is summed in p's own dtype."""
+    """Return the sum of the entropies of all rows of `p` (..., tokens), a float64 scalar. Each row is summed in p's dtype."""
     rows: Tensor = torch.special.entr(p).sum(dim=-1)
     return rows.sum(dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""Factorisations in place, a panel at a time: one n × n matrix of memory where LAPACK's way round holds two or three.
+"""In-place blocked factorisations. They hold one n × n matrix where the LAPACK route holds two or three.
 
-All of the work is matrix products and triangular solves with panels, so it runs at their speed, on a GPU as well. Golub &
-Van Loan, *Matrix Computations*, sections 4.2 (blocked Cholesky) and 3.1 (blocked triangular inverse).
+All work is matrix products and triangular solves on panels, so it runs at their speed on CPUs and GPUs. See Golub & Van Loan,
+*Matrix Computations*, sections 4.2 (blocked Cholesky) and 3.1 (blocked triangular inverse).
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ import torch
 from torch import Tensor
 
 PANEL = 512
-"""Columns that are factored at a time."""
+"""Columns factored at a time."""
 TILE = 2048
-"""Of a symmetric or triangular product, only tiles on one side of the diagonal are computed; columns a tile."""
+"""Columns per tile. Symmetric and triangular products compute only the tiles on one side of the diagonal."""
 
 
 def panels(n: int, size: int) -> list[slice]:
-    """``0 … n`` in stretches of `size`, the last one perhaps shorter."""
+    """Split ``range(n)`` into slices of length `size`; the last one may be shorter."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def inverse_work(n: int) -> float:
-    """Operations of a factorisation and an inverse, in leading terms: n³ where it is cut into many panels and tiles."""
+    """Return the floating-point operations of a factorisation and inversion (n, n), leading terms: n³ if n is many panels."""
     return n**3 * (1 + 2 * min(1, PANEL / n))
 
 
 def cholesky_(a: Tensor) -> bool:
-    """Overwrite a symmetric matrix with its lower factor, ``A = L Lᵀ``, zeros above the diagonal.
+    """Overwrite a symmetric matrix with its lower Cholesky factor, ``A = L Lᵀ``, with zeros above the diagonal.
 
     Args:
         a: (n, n), float32 or float64; only its lower triangle is read.
 
     Returns:
-        Whether `a` was positive definite to its dtype; if not, what is left of it is of no use.
+        Whether `a` was positive definite in its dtype. If not, the contents of `a` are undefined.
     """
     n = len(a)
     for panel in panels(n, PANEL):
@@ -55,10 +55,10 @@ def cholesky_(a: Tensor) -> bool:
 
 
 def invert_(factor: Tensor) -> Tensor:
-    """Overwrite a lower factor `L` with the whole inverse ``(L Lᵀ)⁻¹``; returns it.
+    """Overwrite a lower factor `L` with the full inverse ``(L Lᵀ)⁻¹``, and return it.
 
     Args:
-        factor: (n, n), zeros above the diagonal.
+        factor: L (n, n), float32 or float64, with zeros above the diagonal.
     """
     _invert_triangle_(factor)
     _square_(factor)
@@ -67,14 +67,14 @@ def invert_(factor: Tensor) -> Tensor:
 
 
 def inverse_workspace(n: int) -> int:
-    """Numbers that a factorisation and inverse take beside the matrix: panels, and as many that the heap keeps of them."""
+    """Return the number of elements that factoring and inverting (n, n) takes besides the matrix: panels, and freed panels that the heap retains."""
     return 8 * min(PANEL, n) * n
 
 
 def solve_(factor: Tensor, b: Tensor) -> Tensor:
-    """Overwrite `b` (n, m) with ``(L Lᵀ)⁻¹ b``, a panel of columns at a time; returns it.
+    """Overwrite `b` (n, m) with ``(L Lᵀ)⁻¹ b``, one panel of columns at a time, and return it. `factor` is L (n, n), lower.
 
-    `torch.cholesky_solve` copies the factor and all of `b`.
+    Unlike this, `torch.cholesky_solve` copies the factor and all of `b`.
     """
     for panel in panels(b.shape[1], PANEL):
         half = torch.linalg.solve_triangular(factor, b[:, panel], upper=False)
@@ -83,7 +83,7 @@ def solve_(factor: Tensor, b: Tensor) -> Tensor:
 
 
 def mirror_(a: Tensor) -> Tensor:
-    """Copy the lower triangle over the upper one; returns `a` (n, n)."""
+    """Copy the lower triangle of `a` (n, n) to the upper one, in place, and return `a`."""
     for panel in panels(len(a), TILE):
         a[panel, panel.stop :] = a[panel.stop :, panel].mT
         corner = a[panel, panel]
@@ -92,7 +92,7 @@ def mirror_(a: Tensor) -> Tensor:
 
 
 def _invert_triangle_(a: Tensor) -> None:
-    """``L → L⁻¹``, from the last panel to the first: ``[L⁻¹]₂₁ = −L₂₂⁻¹ L₂₁ L₁₁⁻¹``, with L₂₂⁻¹ in its place already."""
+    """Overwrite L (n, n) with L⁻¹, from the last panel to the first: ``[L⁻¹]₂₁ = −L₂₂⁻¹ L₂₁ L₁₁⁻¹``, with L₂₂⁻¹ already computed."""
     for panel in reversed(panels(len(a), PANEL)):
         corner = a[panel, panel]
         identity = torch.eye(len(corner), dtype=a.dtype, device=a.device)
@@ -107,64 +107,69 @@ def _invert_triangle_(a: Tensor) -> None:
 
 
 def _square_(a: Tensor) -> None:
-    """``M → MᵀM`` for a lower triangle M, its lower triangle: block row by block row, which those behind do not need."""
+    """Overwrite a lower triangle M (n, n) with the lower triangle of MᵀM. Later block rows do not need the overwritten ones."""
     for panel in panels(len(a), PANEL):
-        rest = a[panel.start :]  # M's rows from here on
+        rest = a[panel.start :]  # rows of M from here on
         a[panel, : panel.stop] = rest[:, panel].mT @ rest[:, : panel.stop]
 
 
 _PRODUCT_ROWS = 512
-"""Of a tile row of products: long enough for full speed, short enough to leave out nearly half."""
+"""Rows per tile of `add_product`: enough for full speed, yet few enough to skip nearly half of the product."""
 _COPY_ROWS = 64
-"""Moved at once: what a copy of them takes is all that `shrink` needs beside the matrix."""
+"""Rows moved at a time. `shrink` needs memory for a copy of this many rows besides the matrix."""
 
 
 def add_product(s: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """``S ← S + alpha·Aᵀ B`` in place, where ``Aᵀ B`` is symmetric.
+    """Add ``alpha·Aᵀ B``, which must be symmetric, to the lower half of S, in place. Tiles on the diagonal are updated in full.
 
     Args:
-        s: (n, n).
-        a: (k, n), same dtype and device.
-        b: (k, n), likewise.
+        s: S (n, n), float32 or float64.
+        a: A (k, n), same dtype and device.
+        b: B (k, n), same dtype and device.
     """
     for tile in panels(len(s), _PRODUCT_ROWS):
         s[tile, : tile.stop].addmm_(a[:, tile].T, b[:, : tile.stop], alpha=alpha)
 
 
 def product_work(n: float, k: float) -> float:
-    """Operations of `add_product`."""
+    """Return the floating-point operations of `add_product` with A and B (k, n)."""
     return k * n * (n + min(n, _PRODUCT_ROWS))
 
 
 def whole_rows(s: Tensor, index: Tensor) -> Tensor:
-    """The rows (k, n) of `s` (n, n) at `index` (k,) int64: up to the diagonal as they lie, the rest from the columns."""
+    """Return the rows (k, n) at `index` (k,) int64 of a symmetric `s` (n, n), of which only the lower half is read."""
     lower = torch.arange(len(s), device=s.device) <= index[:, None]
     return torch.where(lower, s.index_select(0, index), s.T.index_select(0, index))
 
 
 def diagonal_blocks(s: Tensor, width: int) -> Tensor:
-    """A copy (n // width, width, width) of the blocks on the diagonal of `s` (n, n)."""
+    """Copy the diagonal blocks of a symmetric `s` (n, n), of which only the lower half is read: (n // width, width, width)."""
     number = len(s) // width
     blocks = s.view(number, width, number, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     return blocks.tril() + blocks.tril(-1).mT
 
 
 def shrink(s: Tensor, kept: Tensor) -> Tensor:
-    """`s` (n, n), contiguous, without the rows and columns that are not `kept` (k,) int64 ascending, as (k, k).
+    """Keep only the rows and columns `kept` of a symmetric matrix, in place.
 
-    The result takes the place of `s` in memory, whose contents are lost.
+    Args:
+        s: (n, n), contiguous; only its lower half is kept up to date. Its contents are overwritten.
+        kept: (k,) int64, ascending.
+
+    Returns:
+        (k, k), in the memory of `s`.
     """
     k = len(kept)
     flat = s.view(-1)
     for tile in panels(k, _COPY_ROWS):
-        # Row i lands before row kept[i] began, so nothing that is still to be read is overwritten.
+        # New row i ends before old row kept[i] + 1 begins, so no unread entry is overwritten.
         rows = s.index_select(0, kept[tile]).index_select(1, kept[: tile.stop])
         flat[tile.start * k : tile.stop * k].view(-1, k)[:, : tile.stop] = rows
     return flat[: k * k].view(k, k)
 
 
 def shrink_rows(a: Tensor, kept: Tensor) -> Tensor:
-    """The rows of `a` (n, m) that are `kept` (k,) int64 ascending, moved up to be its first."""
+    """Keep only the rows `kept` (k,) int64, ascending, of `a` (n, m), in place. Returns (k, m), in the memory of `a`."""
     for tile in panels(len(kept), _COPY_ROWS):
         a[tile] = a.index_select(0, kept[tile])
     return a[: len(kept)]
