@@ -1,1 +1,1 @@
-"""What a job is asked, where it works, and what it will take."""
+"""Jobs: their configuration, folder, journal and caches, and the forecast of their resources."""

@@ -1,4 +1,7 @@
-"""Where a job's activations lie: in its own folder or, noted there before anything is, in one that jobs may share."""
+"""Locate a job's activations: in the job's folder, or in a folder that jobs may share.
+
+The job's folder records a shared folder before anything is written there.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ FOLDERS = "folders"
 
 
 def key(folder: Path) -> str:
-    """What tells a job from others of its name, however the path to its folder is spelled."""
+    """Return a hash of the resolved path of a job's folder, which distinguishes jobs of the same name."""
     return hashlib.sha256(str(folder.parent.resolve() / folder.name).encode()).hexdigest()[:8]
 
 
 class Caches:
-    """The activations of one job, and those that earlier processes at it left in folders they were given.
+    """Folders with activations of one job, including those that earlier processes of the job used.
 
     Args:
-        folder: the job's own.
-        given: a folder that jobs may share; None keeps activations in the job's own.
+        folder: the job's folder.
+        given: a folder that jobs may share; None keeps activations in the job's folder.
     """
 
     def __init__(self, folder: Path, given: Path | None) -> None:
@@ -33,25 +36,25 @@ class Caches:
 
     @property
     def own(self) -> Path:
-        """Where activations go."""
+        """Folder to which this process writes activations."""
         return self._folder / "cache" if self._given is None else self._within(self._given)
 
     def note(self) -> None:
-        """Durably write down where activations are about to go, so that they can be found without being told."""
+        """Durably record the folder for activations before its first use, so that a later process finds it."""
         noted = self._noted()
         if self._given is not None and (given := str(self._given.absolute())) not in noted:
             files.write_text(self._note, json.dumps({FOLDERS: [*noted, given]}) + "\n")
 
     def everywhere(self) -> list[Path]:
-        """Every folder where activations of this job may lie.
+        """Return every folder that may hold activations of this job.
 
         Raises:
-            ResumeError: the note is damaged.
+            ResumeError: the record is damaged.
         """
         return list(dict.fromkeys([self._folder / "cache", *map(self._within, map(Path, self._noted())), self.own]))
 
     def remove(self) -> None:
-        """Remove them all, the note last."""
+        """Remove all activations, then the record of their folders."""
         for path in self.everywhere():
             files.remove_tree(path)
         files.remove(self._note)

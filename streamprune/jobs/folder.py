@@ -1,6 +1,7 @@
-"""Where a command works that makes a checkpoint directory OUT: the folder beside it, with lock, journal and staging.
+"""The folder of a job that creates a checkpoint directory OUT: it lies beside OUT, with lock, journal and staging.
 
-OUT appears by one rename when all is done; what it held before goes only then, and only if it is ours.
+OUT appears by one rename when the job is complete. An earlier result in OUT is removed only then, and only if
+streamprune wrote it.
 """
 
 from __future__ import annotations
@@ -39,28 +40,28 @@ OTHER_CACHE = "mend that, or take a --cache elsewhere"
 
 @dataclass(frozen=True)
 class Lost:
-    """Something that a job kept for itself to go on from, and has no longer, or not as it was written."""
+    """A file that the job needs to resume but that is missing or damaged."""
 
     path: Path
     step: str
-    """How the name of the first step begins that is to be taken again, with all behind it."""
+    """Prefix of the name of the first step to repeat. All later steps are repeated too."""
 
 
 class Workplace:
     """Folders, lock and journal of one job.
 
     Args:
-        out: the directory to make, absolute.
-        cache: folder for activations; None keeps them in the job's own.
-        is_ours: whether a `report.json` is of this kind of job.
-        progress: who is told, besides the log.
-        ranks: those that share the job. The first holds its lock, journal and log, and alone changes what is for all.
+        out: the directory to create, absolute.
+        cache: folder for activations; None keeps them in the job's folder.
+        is_ours: whether the content of a `report.json` is from this kind of job.
+        progress: receives progress in addition to the log.
+        ranks: ranks that share the job. The first holds its lock, journal and log, and alone changes shared files.
     """
 
     known: ClassVar[set[str]] = {JOURNAL, LOCK, STAGING, LOG, caches.NOTE, "cache", REPLACED}
-    """What the job's folder may hold."""
+    """Names that the job's folder may contain."""
     known_prefixes: ClassVar[tuple[str, ...]] = (f"{LOCK}-",)
-    """How the names of what else it may hold begin."""
+    """Prefixes of other names that the job's folder may contain."""
 
     def __init__(
         self,
@@ -85,53 +86,53 @@ class Workplace:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What must be the same for a job to go on."""
+        """Settings and inputs that must be unchanged on resume, JSON-ready."""
         raise NotImplementedError
 
     @property
     def sources(self) -> Sequence[Skeleton]:
-        """The models that are read."""
+        """The models that the job reads."""
         raise NotImplementedError
 
     def differs(self, report: Entry) -> str | None:
-        """How a finished result is not the one asked for; None if it is."""
+        """Describe how a finished result differs from the one asked for; None if it does not."""
         difference = first_difference(report["job"], self.header)
         return f"of another job: {difference}" if difference else None
 
     def start(self, restart: bool) -> None:
-        """Begin, or find out where an earlier process stopped; called with the lock held."""
+        """Start the job, or find the point where an earlier process stopped. Called with the lock held."""
         raise NotImplementedError
 
     @property
     def cache(self) -> Path:
-        """Where activations go: a folder of this job's own."""
+        """Folder for this job's activations."""
         return self._caches.own
 
     @property
     def own_cache(self) -> Path:
-        """Where this rank's own go."""
+        """Folder for this rank's activations."""
         return self.cache if self.ranks.size == 1 else self.cache / f"rank-{self.ranks.rank}"
 
     @property
     def own(self) -> str:
-        """What tells this job's files from another's where both lie in one folder."""
+        """Key that distinguishes this job's files from another job's in a shared folder."""
         return caches.key(self.folder)
 
     @property
     def places(self) -> dict[str, Path]:
-        """What the job will make on the disk, by how the user calls it."""
+        """Paths that the job creates, by the name that messages give them."""
         return {"OUT": self.folder.absolute(), "cache": self.cache}
 
     @property
     def cache_given(self) -> str | None:
-        """For the journal: the activations' folder, if it is not the job's own."""
+        """Folder for activations that the user gave, as the journal records it; None for the job's folder."""
         return str(self._cache.absolute()) if self._cache else None
 
     def result_there(self, restart: bool) -> Entry | None:
-        """The report of a finished OUT that this very job made, or None when there is work to do.
+        """Return the report of OUT if this job already finished it; None if there is work to do.
 
         Raises:
-            ConfigError: OUT holds something else.
+            ConfigError: OUT contains something else.
         """
         report = self.report_in_out()
         if report is None or restart or self._replacing():
@@ -148,7 +149,7 @@ class Workplace:
         return report
 
     def tidy(self) -> None:
-        """Clear up after a process that ended behind the result it published; all ranks call this."""
+        """Clean up after a process that ended after publishing its result. All ranks call this."""
         if self.ranks.told(lambda: self.folder.is_dir() and self._is_own()):
             with files.locked(self.folder / LOCK) if self.ranks.first else nullcontext():
                 self.clear()
@@ -156,17 +157,17 @@ class Workplace:
                 self._remove_folder()
 
     def _is_own(self) -> bool:
-        """Whether the folder is this job's and not that of one, with other settings, which is to replace OUT."""
+        """Whether the folder belongs to this job, not to one with other settings that will replace OUT."""
         start = Journal(self.journal_path, repair=False).header
         if start is None:
             return self._stranger() is None
         return first_difference(start["job"], self.header) is None
 
     def report_in_out(self) -> Entry | None:
-        """The report of a result of ours in OUT; None when OUT is empty or not there.
+        """Return the report of streamprune's result in OUT; None if OUT is empty or missing.
 
         Raises:
-            ConfigError: OUT holds something else.
+            ConfigError: OUT contains something else.
         """
         out = self._out
         if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -179,7 +180,7 @@ class Workplace:
         return report
 
     def _replacing(self) -> bool:
-        """Whether a job with these very settings is under way that was told to replace what OUT holds."""
+        """Whether an unfinished job with the same settings was told to replace the content of OUT."""
         if not self.journal_path.is_file():
             return False
         start = Journal(self.journal_path, repair=False).header
@@ -187,7 +188,7 @@ class Workplace:
 
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
-        """A context in which this process, and no other, works on the job."""
+        """Hold the job exclusively: no other process works on it inside this context."""
         for name, path in self.places.items():
             try:
                 str(path).encode()
@@ -228,7 +229,7 @@ class Workplace:
                 raise
 
     def _leave(self, new: bool) -> None:
-        """Refused before it began: leave nothing behind, unless the folder holds what was there before."""
+        """Clean up after a failure before the first journal line, but keep files that existed before."""
         if self.folder.is_dir() and (new or all(path.name.startswith(LOCK) for path in self.folder.iterdir())):
             self._caches.remove()
             files.empty(self.folder)
@@ -237,11 +238,11 @@ class Workplace:
 
     @contextmanager
     def _claimed(self) -> Iterator[bool]:
-        """A context in which the folder is there and this rank's lock in it held: whether this process made it.
+        """Create the folder and hold this rank's lock in it; yield whether this process created the folder.
 
         Raises:
-            DiskError: a file system does not do what a job rests on.
-            ResumeError: another process has the lock.
+            DiskError: a file system lacks an operation that a job needs.
+            ResumeError: another process holds the lock.
         """
         first, rank = self.ranks.first, self.ranks.rank
         new = first and not self.folder.exists()
@@ -255,17 +256,17 @@ class Workplace:
                         self._probe()
                 except DiskError:
                     if new:
-                        files.empty(self.folder)  # where nothing can be locked, nobody else works
+                        files.empty(self.folder)  # safe: without locks, no other process can work here
                     raise
                 yield new
         finally:
             self._remove_folder()
 
     def _probe(self) -> None:
-        """See that the file systems are ones to rest on, before any work.
+        """Check that the file systems support what a job needs, before any work starts.
 
         Raises:
-            DiskError: which is not, and why.
+            DiskError: a file system does not. The message names it and the reason.
         """
         if not files.same_file_system(self.folder, self.folder.parent):
             raise DiskError(
@@ -276,15 +277,15 @@ class Workplace:
             files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
 
     def _rest(self) -> None:
-        """Where all ranks rest if one was asked to."""
+        """Stop all ranks at the same point if any of them was asked to stop."""
         if any(self.ranks.gather(self._asked())):
             raise Stopped(STOPPED)
 
     def go_back(self, lost: Callable[[], Lost | None]) -> None:
-        """Take steps back, if an earlier process left any, until nothing is lost of what the next one needs.
+        """Undo steps of earlier processes until no file that the next step needs is missing or damaged.
 
         Args:
-            lost: the first thing that is, as far as this rank is to know.
+            lost: returns the first such file that this rank can see, or None.
         """
         while self.resumed and any(found := self.ranks.gather(lost())):
             first = next(each for each in found if each is not None)
@@ -292,10 +293,10 @@ class Workplace:
             self.journal.rewind(first.step)
 
     def check_same(self, start: Entry) -> None:
-        """Hold what the job was started with against what is asked now.
+        """Compare the settings and inputs that the job was started with to the current ones.
 
         Raises:
-            ResumeError: other settings, inputs or versions, or another cache.
+            ResumeError: settings, inputs, versions or the cache folder differ.
         """
         if difference := first_difference(start["job"], self.header):
             raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
@@ -307,7 +308,11 @@ class Workplace:
         self.check_sources(start)
 
     def read_sources(self) -> list[Entry]:
-        """Read all weights once, refusing what cannot be worked with; returns what tells them from changed ones, for the journal."""
+        """Read all weights once and check that they are usable.
+
+        Returns:
+            For each source, file stamps and checksums that later detect changed weights, for the journal.
+        """
         found = []
         for skeleton in self.sources:
             stamps = skeleton.checkpoint.stamps()
@@ -316,10 +321,10 @@ class Workplace:
         return found
 
     def check_sources(self, start: Entry) -> None:
-        """Hold the weights that are read against those that the job was started with, where files were written to since.
+        """Compare the weights with those the job was started with, for files that were written to since.
 
         Raises:
-            ResumeError: a tensor is another.
+            ResumeError: a tensor has changed.
         """
         for skeleton, then in zip(self.sources, start["sources"], strict=True):
             checkpoint = skeleton.checkpoint
@@ -329,24 +334,32 @@ class Workplace:
                 )
 
     def check_folder(self) -> None:
-        """See that the job's folder, which is about to be emptied, holds nothing but what such jobs make.
+        """Check that the job's folder, which is about to be emptied, contains only files of such jobs.
 
         Raises:
-            ConfigError: it does.
+            ConfigError: it contains another file.
         """
         if (path := self._stranger()) is not None:
             raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
 
     def _stranger(self) -> Path | None:
         for path in sorted(self.folder.iterdir()):
-            # A process that was killed may have left a file half-written.
+            # A killed process may have left an incomplete file.
             name = path.name.removesuffix(files.TEMPORARY)
             if name not in self.known and not name.startswith(self.known_prefixes):
                 return path
         return None
 
     def check_disk(self, result: int, activations: int) -> None:
-        """The result's room in bytes, with the activations' where both lie on one file system."""
+        """Check free disk space for the result, and for the activations if they share its file system.
+
+        Args:
+            result: bytes.
+            activations: bytes.
+
+        Raises:
+            ResourceError: there is too little free space.
+        """
         free = files.free_bytes(self.folder)
         shared = files.same_file_system(self.folder, self.cache)
         needed = result + (activations if shared else 0)
@@ -357,10 +370,10 @@ class Workplace:
             )
 
     def publish(self) -> Entry:
-        """Have the finished result appear as OUT, if it has not, and clear up; returns its report.
+        """Publish the finished result as OUT, unless that is done already, and clean up; return its report.
 
         Raises:
-            ConfigError: OUT holds something that was not there, or not ours, when the job began.
+            ConfigError: OUT contains something that appeared after the job began or that streamprune did not write.
         """
         report = self.ranks.told(self._publish)
         self.clear()
@@ -385,7 +398,7 @@ class Workplace:
         return report
 
     def _make_way(self) -> None:
-        """Move an older result of ours aside, if this job was told to replace it."""
+        """Move an earlier result in OUT aside, if this job was told to replace it."""
         if self.report_in_out() is None:
             return
         start = self.journal.header
@@ -396,24 +409,27 @@ class Workplace:
         files.move_aside(self._out, self.folder / REPLACED)
 
     def _put_back(self) -> None:
-        """Have OUT hold again what was to make way for a result that did not get there."""
+        """Restore the earlier result to OUT if the new one was not published."""
         there = self._out.is_dir() and any(self._out.iterdir())
         if (self.folder / REPLACED).is_dir() and self.staging.is_dir() and not there:
             files.move_aside(self.folder / REPLACED, self._out)
 
     def clear(self) -> None:
-        """Remove the job's activations, and then all in its folder, the lock that is held last; all ranks call this."""
+        """Remove the job's activations, then the content of its folder, the held lock last. All ranks call this."""
         self._remove_caches()
         if self.ranks.first:
             files.empty_locked(self.folder, LOCK)
 
     def _remove_folder(self) -> None:
-        """Remove the job's folder once its lock is let go of, if no job is in it."""
+        """Remove the job's folder after the lock is released, unless it contains a job."""
         if self.folder.is_dir() and not self.journal_path.exists():
             files.remove_empty(self.folder)
 
     def let_go(self) -> None:
-        """Remove what an earlier job left but for the locks, the journal first, since it speaks of the rest; all ranks call this."""
+        """Remove all files of an earlier job except the locks. All ranks call this.
+
+        The journal goes first, because it refers to the other files.
+        """
         if self.ranks.first:
             files.remove(self.journal_path)
             files.sync(self.folder)
@@ -422,14 +438,14 @@ class Workplace:
             files.empty(self.folder, LOCK)
 
     def make_cache(self) -> None:
-        """Make the folder of this rank's activations."""
+        """Create the folder for this rank's activations."""
         if self.ranks.first:
             self._caches.note()
         self.ranks.barrier()
         files.make_folder(self.own_cache)
 
     def _remove_caches(self) -> None:
-        """Of all ranks, each of which may have a disk of its own; what says where they lie goes last."""
+        """Remove the activations of all ranks, which may have separate disks; the record of their folders goes last."""
         for _ in self.ranks.in_turn():
             for path in self._caches.everywhere():
                 files.remove_tree(path)
@@ -438,14 +454,14 @@ class Workplace:
 
 
 def first_difference(then: Any, now: Any, place: str = "") -> str | None:
-    """The first field in which two JSON values differ, with both values; None if they are equal."""
+    """Describe the first field in which two JSON values differ, with both values; None if they are equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted(then.keys() | now.keys()):
             inner = f"{place}.{key}" if place else key
             if found := first_difference(then.get(key), now.get(key), inner):
                 return found
         return None
-    # Through JSON, so that what was read back compares equal to what was written.
+    # Compare as JSON, so that a value read back equals the value written.
     if json.dumps(then) == json.dumps(now):
         return None
     return f"{place} is {_short(now)} and was {_short(then)}"

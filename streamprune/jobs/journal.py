@@ -1,8 +1,8 @@
-"""The finished steps of a job, append-only: the only record that resuming trusts.
+"""The journal: an append-only record of a job's finished steps, and the only record that resuming trusts.
 
-One line a step: the CRC-32 of the JSON text in hex, a space, the JSON text. The first line is the
-header: what the job was started with. A torn last line (a kill in the middle of an append) is cut off;
-a damaged line with others after it is an error.
+Each step is one line: the CRC-32 of the JSON text in hex, a space, the JSON text. The first line is the header, which
+holds the settings and inputs of the job. An incomplete last line (from a kill during an append) is cut off. A damaged
+line before the last one is an error.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ class Journal:
     """The journal at `path`, which need not exist yet.
 
     Args:
-        repair: cut off a torn last line; False only passes over it, for looking at a job that may be running.
-        ranks: those that work by it, all of which open it and append to it together: the first reads and writes the file.
+        repair: cut off an incomplete last line. False only ignores it, to inspect a job that may be running.
+        ranks: ranks that share the journal. All of them open it and append to it together; the first one reads and
+            writes the file.
     """
 
     def __init__(self, path: Path, *, repair: bool = True, ranks: Ranks = ALONE) -> None:
         self.path, self.repair, self.ranks = path, repair, ranks
         self.meter: Callable[[], Entry] = dict
-        """What every further line carries besides its own data."""
+        """Returns additional data for each new line."""
         self.rest: Callable[[], None] = lambda: None
-        """Called when a line is durable; may raise to end the work there."""
+        """Called once a line is durable; may raise to stop the work at that point."""
         self._entries: list[Entry] = ranks.told(self._read)
 
     @property
     def header(self) -> Entry | None:
-        """What the job was started with; None before the first line."""
+        """The first line, with the job's settings and inputs; None before it is written."""
         return self._entries[0] if self._entries else None
 
     def append(self, step: str, **data: Any) -> Entry:
-        """Record `step` as finished, durably. Whatever it speaks of must be durable before, on every rank."""
+        """Durably record `step` as finished. All results that the line refers to must already be durable on every rank."""
         self.ranks.barrier()
         entry = {"step": step, **data, **self.meter()}
         self._entries.append(self.ranks.told(lambda: self._write(entry)))
@@ -51,7 +52,7 @@ class Journal:
         return self._entries[-1]
 
     def rewind(self, prefix: str) -> None:
-        """Take back, durably, the first step whose name begins with `prefix` and all that came behind it."""
+        """Durably remove the first step whose name begins with `prefix`, and all later steps."""
         kept = next(number for number, entry in enumerate(self._entries) if entry["step"].startswith(prefix))
         self.ranks.barrier()
         if self.ranks.first:
@@ -61,16 +62,16 @@ class Journal:
         del self._entries[kept:]
 
     def find(self, step: str) -> Entry | None:
-        """The last entry of that step, or None if it is not finished."""
+        """Return the last entry of a step, or None if the step is not finished."""
         return next((entry for entry in reversed(self._entries) if entry["step"] == step), None)
 
     def steps(self, prefix: str = "") -> Iterator[Entry]:
-        """All finished steps whose name begins with `prefix`, in order, the header left out."""
+        """Iterate over the finished steps whose name begins with `prefix`, in order, without the header."""
         return (entry for entry in self._entries[1:] if entry["step"].startswith(prefix))
 
     def _write(self, entry: Entry) -> Entry:
         files.append_line(self.path, _encode(entry))
-        # Through JSON and back, so that a job that never stopped sees what a resumed one reads.
+        # Round-trip through JSON, so that an uninterrupted job sees the same values as a resumed one.
         written: Entry = json.loads(json.dumps(entry))
         return written
 
@@ -92,10 +93,10 @@ class Journal:
 
 @contextmanager
 def as_written(out: Path) -> Iterator[None]:
-    """A context that reads the lines of a job of `out` for what jobs write into them.
+    """Turn errors from unexpected content of the journal of `out` into ResumeError.
 
     Raises:
-        ResumeError: they hold something else. Each has its checksum, so that no accident can have done it.
+        ResumeError: an entry does not have the expected content. Its checksum is valid, so this is no accidental damage.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""What a job spends, told by its journal: every line carries operations by kind, seconds and peaks of memory since the one before.
+"""Measure what a job spends. Each journal line records FLOPs by kind, seconds and peak memory since the previous line.
 
-So the sum over all lines is what the job took, in however many processes it ran, and their maximum what it held; what a
-process did between its last line and its end is lost, like the work itself.
+The sum over all lines is the cost of the job, however many processes it ran in; the maximum is its peak memory. What a
+process did after its last line is not counted, and that work is lost too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from .journal import Entry, Journal
 
 @contextmanager
 def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE) -> Iterator[None]:
-    """A context in which `journal.append` adds operations, `seconds`, from `started` (monotonic), `memory`, and in seconds
-    how long the work `waited` for what, and how long each was `busy` (see `timing`).
+    """Make `journal.append` record FLOPs, `seconds`, `memory` (bytes), and the seconds `waited` and `busy` (`system.timing`).
 
-    Of several ranks it is all their operations, the most memory that one of them held, and the first one's seconds.
+    With several ranks, FLOPs are summed, memory is the largest of any rank, and seconds are those of the first rank.
+
+    Args:
+        started: monotonic time in seconds from which the first line counts.
     """
     told, told_seconds = dict.fromkeys(KINDS, 0), started
     peaks.lap()
@@ -47,7 +49,7 @@ def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE
 
 
 def _most(laps: list[Entry]) -> Entry:
-    """The most memory that any rank held on a step."""
+    """Return the largest memory that any rank held during a step, in bytes."""
     held = {
         name: max((lap[name] for lap in laps if lap[name] is not None), default=None)
         for name in ("host_bytes", "device_bytes")
@@ -56,7 +58,7 @@ def _most(laps: list[Entry]) -> Entry:
 
 
 def as_entry(kinds: Mapping[Kind, int]) -> Entry:
-    """Operations for the journal: the whole, and by kind."""
+    """Return FLOPs as journal fields: in total and by kind."""
     return {"operations": sum(kinds.values()), "operations_by_kind": dict(kinds)}
 
 
@@ -64,11 +66,11 @@ OWN = "own"
 
 
 def share_of(line: Entry, whose: str = OWN) -> Entry:
-    """What a journal line says was spent, as it would be had the step been made for one job alone.
+    """Return the cost of a journal line as if the step had been run for one job alone.
 
-    A survey that several recipes share says under "parts" what was for each: the operations of its own sums and its
-    digest, and the digest's seconds. The sweep itself counts for each as a whole, and so does the time of all sums, which
-    is not told apart.
+    The line of a survey that several recipes share has a field "parts" with each recipe's share: the FLOPs of its own
+    sums and digest, and the seconds of its digest. The sweep counts in full for each recipe. So does the time of all
+    sums, which is not measured separately.
     """
     if "parts" not in line:
         return line
@@ -82,7 +84,7 @@ _BLOCK = re.compile(r"shot-\d+/(forward|backward|prune)/(\d+)")
 
 
 def by_block(journal: Journal) -> list[Entry]:
-    """What each block took, over all shots: seconds of the survey and of the prune sweep, and peaks of both."""
+    """Return the cost of each block over all shots: seconds of survey and prune sweep, peak bytes of both together."""
     found: dict[int, Entry] = {}
     for step in journal.steps():
         match = _BLOCK.fullmatch(step["step"])
@@ -100,7 +102,7 @@ def by_block(journal: Journal) -> list[Entry]:
 
 
 def peaks(journal: Journal) -> Entry:
-    """The most memory that any step held, in bytes; None where no line says."""
+    """Return the peak memory of any step, in bytes; None if no line records it."""
     held = [step["memory"] for step in journal.steps() if "memory" in step]
     found = {}
     for name in ("host_bytes", "device_bytes"):
@@ -109,10 +111,11 @@ def peaks(journal: Journal) -> Entry:
 
 
 def totals(journal: Journal, prefix: str = "") -> Entry:
-    """Operations, seconds and occupancy of all finished steps whose name begins with `prefix`, and of what they were spared.
+    """Sum FLOPs, seconds and occupancy of all finished steps whose name begins with `prefix`, including reused work.
 
-    A step that several jobs had a part in counts with what was for this one (see `share_of`). A step that took over another job's work says under "spared" what that work had cost: whoever compares methods
-    wants to know what a method takes, not which of them came first.
+    A step that several jobs share counts with this job's share (see `share_of`). A step that reused another job's work
+    records the cost of that work under "spared", and it counts too: a comparison of recipes needs the cost of each
+    recipe, whichever ran first.
     """
     steps = list(journal.steps(prefix))
     spent = [*map(share_of, steps), *(step["spared"] for step in steps if "spared" in step)]

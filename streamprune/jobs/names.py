@@ -1,4 +1,4 @@
-"""Names of the files and folders that a job makes beside OUT, and what tells its result."""
+"""Names of the files and folders that a job creates beside OUT, and checks that identify its result."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ JOURNAL, LOCK, STAGING, REPLACED = "journal.jsonl", "lock", "out", "replaced"
 
 
 WORK = ".streamprune"
-"""The end of the name of a job's folder."""
+"""Suffix of the name of a job's folder."""
 
 
 ROWS, SURVEYS = "rows", "surveys"
-"""Folders of a comparison: its rows' results, and surveys that they share."""
+"""Folders of a comparison: results of its rows, and surveys that the rows share."""
 
 
 ASKED = "asked"
-"""The line in a comparison's journal that lists its rows."""
+"""Name of the line in a comparison's journal that lists its rows."""
 
 
 FIGURES = (
@@ -31,19 +31,19 @@ FIGURES = (
     "operations",
     "forward_equivalents",
 )
-"""What a report says of the whole."""
+"""Fields of a report that describe the whole model."""
 
 
 def job_folder(out: Path) -> Path:
-    """Where a job keeps its journal, its finished shards and, unless told otherwise, its activations."""
+    """Return the folder for a job's journal, its finished shards and, by default, its activations."""
     return out.absolute().parent / f"{out.absolute().name}{WORK}"
 
 
 def is_report(report: Any) -> bool:
-    """Whether a JSON value is the report of a pruning."""
+    """Return whether a JSON value is the report of a pruning job."""
     return isinstance(report, dict) and all(key in report for key in (*FIGURES, "job", "plan", "plan_given", "sites"))
 
 
 def is_tuning(report: Any) -> bool:
-    """Whether a JSON value is the report of a tuning."""
+    """Return whether a JSON value is the report of a tuning job."""
     return isinstance(report, dict) and all(key in report for key in ("tuning", "parameters_after", "job", "source"))

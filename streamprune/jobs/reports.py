@@ -1,4 +1,4 @@
-"""What a result says of how it was made: report and model card."""
+"""Model cards: describe how a result was made, from its report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from ..model.write import Card
 
 
 def extents(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """What a block's reports say in short: (units kept, units), or (zeros, weights), of attention and FFN; experts together."""
+    """Summarise the site reports of a block: (units kept, units) or (zeros, weights), for attention and for FFN.
+
+    The experts of a block are added up.
+    """
     families: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
         families.setdefault(report["site"].split(".")[2], []).append(report)
@@ -22,11 +25,11 @@ def extents(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
 
 
 def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
-    """The card of a pruned model.
+    """Write the model card of a pruned model.
 
     Args:
-        source: the name of the model that was pruned.
-        depth: how many blocks it has.
+        source: name of the model that was pruned.
+        depth: number of blocks of the model.
     """
     blocks: dict[str, list[dict[str, Any]]] = {}
     for site in report["sites"]:
@@ -65,7 +68,11 @@ def _left_alone(report: Mapping[str, Any]) -> str:
 
 
 def tuning_card(report: dict[str, Any], source: str) -> Card:
-    """The card of a tuned model; `source` is the name of the model that was tuned."""
+    """Write the model card of a tuned model.
+
+    Args:
+        source: name of the model that was tuned.
+    """
     tuning = report["tuning"]
     how = {
         "lora": "LoRA, end to end on the language modelling loss",

@@ -1,4 +1,4 @@
-"""The steps of a job from beginning to end, and how long those to come may take."""
+"""The schedule: all steps of a job in order, and an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from .journal import Entry, Journal
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of one kind in a row."""
+    """Consecutive steps of one kind."""
 
     name: str
-    """What their journal lines are called, or what these begin with: ``shot-1/prune``."""
+    """Name of the steps' journal lines, or a prefix of it: ``shot-1/prune``."""
     steps: int = 1
+    """Number of steps."""
     operations: int = 0
-    """Forecast for all of them; only proportions count."""
+    """Forecast FLOPs of all steps together; only proportions matter."""
     spared_by: str | None = None
-    """A line after which those that are missing will not come."""
+    """Name of a journal line after which the missing steps are no longer needed."""
 
     @property
     def kind(self) -> str:
-        """What they have in common with those of other shots or rows: ``prune``."""
+        """Kind of the steps, shared with other shots or rows: ``prune``."""
         return re.sub(r"^shot-\d+/", "", self.name).partition("/")[0]
 
     @property
     def shot(self) -> int | None:
-        """The shot that they belong to."""
+        """Number of the shot that the steps belong to; None outside shots."""
         found = re.match(r"shot-(\d+)/", self.name)
         return int(found[1]) if found else None
 
     @property
     def weight(self) -> float:
-        """Of one step, against others of its kind."""
+        """Weight of one step relative to other steps of its kind."""
         return self.operations / self.steps or 1.0
 
 
 class Schedule:
-    """A job's stretches in order, held against what its journal has."""
+    """A job's stretches in order, matched with the lines of its journal."""
 
     def __init__(self, stretches: Iterable[Stretch], journal: Journal) -> None:
         self.stretches = list(stretches)
@@ -54,28 +55,28 @@ class Schedule:
 
     @property
     def total(self) -> int:
-        """Steps, finished and to come; what was spared counts as finished."""
+        """Number of all steps, finished or not, including steps no longer needed."""
         return sum(stretch.steps for stretch in self.stretches)
 
     @property
     def done(self) -> int:
-        """Steps that are finished."""
+        """Number of finished steps; a step that is no longer needed counts as finished."""
         return self.total - sum(self._left.values())
 
     @property
     def under_way(self) -> Stretch | None:
-        """The first that is not finished."""
+        """The first unfinished stretch; None if all are finished."""
         return next((stretch for stretch in self.stretches if self._left[stretch.name]), None)
 
     def seconds_left(self, since: float = 0.0, known: Mapping[str, float] | None = None) -> float | None:
-        """What the steps to come may take; None before anything was measured that tells.
+        """Estimate the remaining time in seconds; None if no measurement allows it yet.
 
-        A kind of step that was measured takes as long as it took, scaled by the forecast's operations where they
-        differ; another one is weighed against all that was measured, by the forecast alone.
+        A kind of step that has been measured is assumed to take the measured time, scaled by its forecast FLOPs.
+        Other kinds are estimated from all measurements and the forecast FLOPs alone.
 
         Args:
-            since: seconds since the last line, which the step under way has had.
-            known: of stretches by name, where somebody knows better.
+            since: seconds since the last journal line, spent on the current step.
+            known: better estimates in seconds, by name of the stretch.
         """
         spent: dict[str, float] = {}
         weight: dict[str, float] = {}
@@ -108,17 +109,17 @@ class Schedule:
 
 
 def seconds_spent(journal: Journal) -> float:
-    """What all lines took together."""
+    """Return the total seconds of all journal lines."""
     return float(sum(line.get("seconds", 0.0) for line in journal.steps()))
 
 
 def as_entries(stretches: Sequence[Stretch]) -> list[Entry]:
-    """For the journal."""
+    """Convert stretches to entries for the journal."""
     return [asdict(stretch) for stretch in stretches]
 
 
 def from_entries(entries: Sequence[Mapping[str, Any]]) -> list[Stretch]:
-    """Back from the journal."""
+    """Convert entries of the journal to stretches."""
     return [Stretch(**entry) for entry in entries]
 
 

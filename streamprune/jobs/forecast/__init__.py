@@ -1,1 +1,1 @@
-"""What a job will hold, read and compute, before it begins."""
+"""Forecast of a job's memory, disk, reads and FLOPs, before the job starts."""

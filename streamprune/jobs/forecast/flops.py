@@ -1,4 +1,4 @@
-"""What a job computes and reads."""
+"""Forecast the FLOPs of a job and the bytes it reads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from .needs import REFINE_SEQUENCES
 from .shapes import Shapes
 
 Work = defaultdict[tuple[str, Kind], float]
-"""Operations by phase and kind."""
+"""FLOPs by phase and kind."""
 
 
 @dataclass(frozen=True)
 class _Passes:
-    """Operations of a forward pass through one site."""
+    """FLOPs of a forward pass of all tokens through one site."""
 
     producers: float
+    """FLOPs of the producers."""
     mixing: float
-    """Attention's two products."""
+    """FLOPs of the two matrix products of attention; 0 for an FFN."""
     consumer: float
+    """FLOPs of the consumer."""
 
     @property
     def whole(self) -> float:
@@ -35,9 +37,10 @@ def _left(site: Site, left: float) -> Site:
 
 
 class Effort(Shapes):
-    """Operations and bytes read of one job."""
+    """FLOPs of one job, and bytes of weights that it reads."""
 
     def bytes_to_read(self, every: int) -> int:
+        """Return the bytes of stored weights read over the whole job, given boundaries at every `every`-th block."""
         checkpoint, needs = self.skeleton.checkpoint, self.needs
         outside = sum(checkpoint[name].nbytes for name in {*self.skeleton.embed_names(), *self.skeleton.head_names()})
         if not needs.prunes:
@@ -46,7 +49,7 @@ class Effort(Shapes):
         head = sum(checkpoint[name].nbytes for name in self.skeleton.head_names()) + (
             embed if self.skeleton.tied else 0
         )
-        # All of it to check and to prune; with gradients forward and backward too, and to recompute boundaries.
+        # All weights are read to check and to prune. Gradients read them forward, backward and to recompute boundaries.
         survey = 2 + (every > 1) if needs.gradients else 1 if needs.survey else 0
         survey += 2 * needs.corrects + bool(needs.corrects)
         shot = (1 + survey) * self.stored_all + outside + needs.text * embed + needs.gradients * head
@@ -54,7 +57,7 @@ class Effort(Shapes):
         return self.stored_all + outside + needs.shots * shot + writing
 
     def operations(self) -> Work:
-        """By phase and kind, over all shots; attention counts in full and a router not at all."""
+        """Return FLOPs by phase and kind, over all shots. Causal masks save nothing; routers are not counted."""
         needs = self.needs
         total: Work = defaultdict(float)
         fraction = min(REFINE_SEQUENCES, needs.samples) / max(needs.samples, 1)
@@ -73,7 +76,7 @@ class Effort(Shapes):
                 work = self._survey_work(site, before)
                 if needs.prunes:
                     work |= self._prune_work(site, before, after, parted, leads, goes_on)
-                # Forward, and gradients of inputs and of weights; or forward twice and gradients of inputs.
+                # Forward, input gradients and weight gradients; or forward twice and input gradients.
                 a_step = 3 * fraction * self._passes(site, after).whole
                 work["prune", "training"] += needs.refines * (shot == needs.shots) * a_step
                 work["correct", "training"] += needs.corrects * a_step
@@ -86,21 +89,22 @@ class Effort(Shapes):
         return total
 
     def _passes(self, site: Site, left: float) -> _Passes:
-        """A forward pass of all tokens through what is left of a site."""
+        """Return FLOPs of a forward pass of all tokens through a site, of which a share `left` of the units remains."""
         tokens = left * self.needs.samples * self.needs.length * self.needs.text
         linears = [2 * weights * site.share * tokens for weights in site.linears]
         mixing = 4 * self.needs.length * site.columns * tokens if site.kind == "attention" else 0
         return _Passes(sum(linears[:-1]), mixing, linears[-1])
 
     def _survey_work(self, site: Site, left: float) -> Work:
-        """What the survey takes at what is left of a site."""
+        """Return FLOPs of the survey at a site, of which a share `left` of the units remains."""
         needs, passes = self.needs, self._passes(site, left)
         found: Work = defaultdict(float)
         survey = "backward" if needs.gradients else "forward"
         if needs.survey or not needs.prunes:
             found["forward", "sweeps"] += passes.whole
         if needs.gradients:
-            # Forward again, then gradients of inputs, not of weights; attention's takes five products to forward's two.
+            # Forward again, then gradients of inputs, not of weights. For attention, backward takes five products,
+            # forward two.
             found["backward", "sweeps"] += 2 * passes.whole + 1.5 * passes.mixing
         if needs.prunes:
             kept, tokens = _left(site, left), needs.samples * needs.length
@@ -111,13 +115,13 @@ class Effort(Shapes):
         return found
 
     def _prune_work(self, site: Site, before: float, after: float, parted: bool, leads: bool, goes_on: bool) -> Work:
-        """What the prune sweep takes at a site.
+        """Return FLOPs of the prune sweep at a site.
 
         Args:
-            before, after: what is left of it.
-            parted: whether the streams differ before it.
-            leads: whether it is the first of its sublayer.
-            goes_on: whether anything is measured behind it.
+            before, after: share of the units left before and after this shot.
+            parted: whether the dense and pruned streams differ at the site's input.
+            leads: whether the site is the first of its sublayer.
+            goes_on: whether the streams are needed after this site.
         """
         needs, passes, d = self.needs, self._passes(site, before), self.d
         n, tokens, kept = before * site.columns, needs.samples * needs.length, _left(site, before)
@@ -130,7 +134,7 @@ class Effort(Shapes):
         if needs.dense_stream and (goes_on or aims):
             sweeps += passes.whole
         if goes_on and (needs.gram or needs.dense_stream):
-            # With refinement a block moves on as a whole, once it is refined.
+            # With refinement, the streams advance by a whole block once it is refined.
             sweeps += self._passes(site, after).whole
         if aims:
             sums += 2 * tokens * n * d
@@ -143,5 +147,5 @@ class Effort(Shapes):
         return defaultdict(float, {("prune", "sweeps"): sweeps, ("prune", "sums"): sums, ("prune", "solving"): solving})
 
     def _half(self, n: float) -> float:
-        """Of n² products, those that `Gram` computes."""
+        """Return how many of the n² products per token `Gram` computes."""
         return n * (n + min(n, PANEL.get(self.skeleton.device.type, PANEL["cuda"]))) / 2

@@ -1,11 +1,11 @@
-"""What each step holds.
+"""Forecast the memory and disk of each step of a job.
 
-The figures are sums of what the code holds at each step, part by part; activations are counted a token from the
-widths of the sublayer at hand. `benchmarks/forecast.py` holds them to within a tenth of what is measured.
+Each figure sums the parts that the code holds at that step, in bytes. Activations are counted per token, from the
+widths of the sublayer. `benchmarks/forecast.py` checks that forecasts are within 10 % of the measured peaks.
 
-Less memory than is comfortable costs speed, not the job: micro-batches get smaller first; then, where the device is a
-GPU, a site's Gram waits on the host while it is solved; then Grams are summed and sites solved on the host, and the
-device runs the model alone (`GramPlace`).
+Scarce memory makes a job slower, but does not stop it. First, micro-batches shrink. Then, on a GPU, a site's Gram moves
+to host memory while the site is solved. Finally, Grams are summed and sites are solved on the host, and the device only
+runs the model (`GramPlace`).
 """
 
 from __future__ import annotations
@@ -25,83 +25,102 @@ from .needs import REFINE_SEQUENCES, Needs
 from .shapes import Shapes, Together
 
 GRAMS_AT_ONCE = 1 << 31
-"""Bytes of Grams of one block's experts that are summed in one pass."""
+"""Largest number of bytes of Grams of one block's experts summed in one pass, if more than one Gram."""
 IDLE_SHARE = 16
-"""One part in so many of what tensors take lies idle between them: in a GPU's allocator, in the CPU's heap, in a library's buffers."""
+"""Fragmentation: allocators and library buffers hold an extra 1/16 of the bytes of all tensors."""
 SLACK = 1.02
-"""Processes differ a little in what they hold before any work: a job that was started within a limit may go on within it."""
+"""Factor on the memory limit of a resumed job: processes differ slightly in what they hold before any work."""
 
 GramPlace = Literal["device", "parked", "host"]
-"""Where Grams are: with their solving on the device; waiting on the host while they are solved on the device; or both on
-the host. On a CPU the device is the host."""
+"""Where Grams are summed and sites solved. ``device``: both on the device. ``parked``: Grams move to the host while their
+site is solved on the device. ``host``: both on the host. On a CPU, the device is the host."""
 GRAM_PLACES: tuple[GramPlace, ...] = ("device", "parked", "host")
 Sizes = tuple[int, int, GramPlace]
-"""Sequences a micro-batch, forward and backward, and where Grams are: what decides the order of sums."""
+"""Sequences per micro-batch, forward and backward, and the place of Grams. They determine the order of summation."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Bytes that one step holds at once, by what they are."""
+    """Bytes that one step holds at the same time, by purpose."""
 
     weights: int = 0
-    """The block as it is and as it becomes; where a CPU computes in another dtype than is stored, in both."""
+    """Bytes of the block before and after pruning; on a CPU that computes in another dtype than is stored, in both."""
     sums: int = 0
-    """Grams and their kin."""
+    """Bytes of Grams and other running sums."""
     solving: int = 0
-    """What sites are solved with: weights in float32, factors, inverses."""
+    """Bytes of what solves a site: weights in the sums' dtype, factors, inverses."""
     activations: int = 0
-    """Of one micro-batch, with what the next one needs."""
+    """Bytes of one micro-batch's activations, and of the data that the next one needs."""
     slack: int = 0
-    """What allocators hold between tensors."""
+    """Bytes lost to fragmentation."""
     host: int = 0
-    """Beside a GPU: stored weights, this block's and the next one's; what of the others is on the host."""
+    """With a GPU, bytes in host memory: stored weights of this block and the next, and whatever moved from the device."""
 
     @property
     def device(self) -> int:
-        """All of it that the device holds."""
+        """Bytes that the device holds in total."""
         return self.weights + self.sums + self.solving + self.activations + self.slack
 
 
 def copies_ahead(skeleton: Skeleton, needs: Needs, sizes: Sizes, limit: int) -> bool:
-    """Whether a GPU has room for the next block's stored weights besides what it holds at most."""
+    """Return whether a GPU has room for the next block's stored weights in addition to the peak.
+
+    Args:
+        limit: bytes that the device may use.
+    """
     model = Memory(skeleton, needs)
     return skeleton.device.type == "cuda" and model.device_peak(*sizes) + model.stored_block <= limit
 
 
 def device_peak(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int, grams: GramPlace = "device") -> int:
-    """Bytes that work on the device holds at most with micro-batches of these sizes."""
+    """Return the peak bytes on the device.
+
+    Args:
+        batch, backward_batch: sequences per micro-batch, forward and backward.
+    """
     return Memory(skeleton, needs).device_peak(batch, backward_batch, grams)
 
 
 def in_memory_peak(skeleton: Skeleton, needs: Needs, batch: int) -> int:
-    """Bytes that the device holds while updates of the whole model are trained end to end, nothing streamed."""
+    """Return the bytes on the device while low-rank updates are trained end to end, with the whole model in memory.
+
+    Args:
+        batch: sequences per training step.
+    """
     return Memory(skeleton, needs).in_memory(batch)
 
 
 def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
-    """Sequences a micro-batch while calibration tokens are written: as many as other steps leave room for."""
+    """Return the sequences per micro-batch for generating calibration tokens: the most that fit the other steps' peak."""
     model = Memory(skeleton, needs)
     room = model.device_peak(batch, backward_batch, "device") - model.decoding(0)
     return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
 
 
 class Memory(Shapes):
-    """Bytes that a job holds, on the device, on the host and on the disk."""
+    """Bytes that a job holds on the device, on the host and on disk. Batch sizes are in sequences per micro-batch."""
 
     def _passed_rows(self, batch: int) -> int:
-        """Stored micro-batches: two boundaries read and the next two coming, and two written with two waiting for each."""
+        """Return bytes of micro-batches in transit, as stored: ten of them.
+
+        Two boundaries are read and the next micro-batch of both is being fetched; two are written with two micro-batches
+        queued for each.
+        """
         return 10 * self.stored_row * batch
 
-    # Memory: what is held at once in each step, by the step's name.
+    # Memory: the bytes held at the same time in each step, by the step's name.
 
     def device_peak(self, batch: int, backward_batch: int, grams: GramPlace) -> int:
+        """Return the peak bytes on the device over all steps."""
         return max(demand.device for demand in self.demands(batch, backward_batch, grams).values())
 
     def tightest(self, batch: int, backward_batch: int, grams: GramPlace) -> str:
+        """Return the name of the step with the device's peak."""
         steps = self.demands(batch, backward_batch, grams)
         return max(steps, key=lambda name: steps[name].device)
 
     def demands(self, batch: int, backward_batch: int, grams: GramPlace) -> dict[str, Demand]:
+        """Return the largest demand of each step, by the step's name."""
         found: dict[str, Demand] = {}
         for name, demand in self._steps(batch, backward_batch):
             placed = self._placed(demand, grams, batch)
@@ -110,7 +129,7 @@ class Memory(Shapes):
         return found
 
     def _placed(self, demand: Demand, grams: GramPlace, batch: int) -> Demand:
-        """Where the planner has put sums and solving, and what passes through the host."""
+        """Assign the bytes of sums and solving to device or host; add buffers in transit and fragmentation."""
         if self.on_cpu:
             buffers = self._passed_rows(batch) if demand.activations else 0
             placed = replace(demand, activations=demand.activations + buffers)
@@ -143,7 +162,7 @@ class Memory(Shapes):
             )
         if needs.generates:
             logits = min(LOGIT_BYTES, 4 * self.skeleton.vocabulary * needs.samples)
-            # In the computing dtype, as probabilities and their sums in up to float64, with what softmax makes of them.
+            # Logits in the computing dtype; probabilities and their cumulative sums in up to float64; softmax's copies.
             activations = needs.samples * self.d * self.item + 8 * logits
             yield "the head's next tokens", Demand(weights=self.head, activations=activations)
             yield "one block's next tokens", Demand(weights=block, activations=self.decoding(1) - block)
@@ -156,18 +175,18 @@ class Memory(Shapes):
             yield from (("a site's findings", Demand(block, *digest)) for digest in self._digests())
         if "divergence" in needs.survey:
             heads = max(site.heads for sites in self.blocks for site in sites)
-            # Scores, their softmax in float32 and its copy, and two maps with their mean and entropies.
+            # Scores, their softmax in float32 and a copy of it, and two maps with their mean and entropies.
             maps = batch * length**2 * ((2 * self.item + 4) * heads + 4 * 8)
             yield "one block's attention maps", Demand(block, activations=self.passing(batch) + maps)
         if needs.refines:
-            # Weights; gradients and Adam's two moments of what is trained.
+            # All weights, and for the trained parameters also gradients and Adam's two moments.
             parameters = self.block // self.weight_item
             updates = max(self._update_parameters(index, needs.rank or 0) for index in range(len(self.blocks)))
             trained = 4 * parameters if needs.rank is None else parameters + 4 * updates
             activations = backward * self.sum_item // self.item
             yield "refining one block", Demand(block, solving=self.sum_item * trained, activations=activations)
         if needs.corrects:
-            # The weights twice, as stored and as corrected, and their gradients.
+            # The weights as stored, the weights with their update, and the gradients.
             solving = 3 * self.sum_item * (self.block // self.weight_item)
             yield "correcting one block", Demand(block, solving=solving, activations=backward)
         if needs.prunes:
@@ -175,26 +194,27 @@ class Memory(Shapes):
                 yield from self._prune_steps(sublayer, batch)
 
     def _digests(self) -> Iterator[tuple[int, int]]:
-        """Sums and solving of each site's findings: what is summed at a site goes once its findings are made."""
+        """Yield bytes of sums and of solving for each site's findings. A site's sums are freed once it is digested."""
         for sites in self.blocks:
             left = sum(self._site_sums(site) for site in sites)
             for site in sites:
                 numbers = site.columns * site.outputs + self.needs.digest_workspace(site)
-                # What a digest may use up is a copy, where others are to come.
+                # A digest may overwrite its sums. If other recipes need them too, it works on a copy.
                 copied = self._site_sums(site) if self.needs.shared else 0
                 yield left, copied + self.sum_item * numbers
                 left -= self._site_sums(site)
 
     def _prune_steps(self, sublayer: Together, batch: int) -> Iterator[tuple[str, Demand]]:
+        """Yield the steps of the prune sweep at one sublayer, with the demand of each."""
         needs, tokens, site = self.needs, batch * self.needs.length, sublayer.widest
-        # Compensated producers are there beside what they were; then what the sites become, beside what they are.
+        # `weights` adds the compensated producers to the block. `after` adds the pruned sites to the block.
         producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if needs.compensates else 0
         weights = self.block + producers * self.weight_item
         after = self.block + sublayer.parameters * self.weight_item
         n, d, item = site.columns, self.d, self.sum_item
         w, grams = item * n * d, self._grams(sublayer) if needs.gram else 0
         forward = tokens * self._forward_token(sublayer)
-        converted = item if item != self.item else 0  # inputs of a sum, in its dtype
+        converted = item if item != self.item else 0  # inputs of a sum, converted to its dtype
         error = item * n * (2 * min(d, SKETCH) + PANEL) if needs.gram else 0
         solving = max(item * needs.workspace(site), error)
         yield f"re-fitting one {site.kind} site", Demand(weights, grams, w + solving)
@@ -216,67 +236,75 @@ class Memory(Shapes):
             yield "input compensation", Demand(weights, solving=solving)
 
     def _grams(self, sublayer: Together) -> int:
-        """Bytes of the Grams that are summed at once."""
+        """Return bytes of the Grams of a sublayer that are summed at the same time."""
         one = self.sum_item * sublayer.widest.columns**2
         return max(one, min(GRAMS_AT_ONCE, len(sublayer.sites) * one))
 
     def decoding(self, batch: int) -> int:
-        """Bytes while a block gives so many sequences a token: keys and values read, copied for attention, and masked."""
+        """Return bytes while a block processes one token for `batch` sequences.
+
+        Keys and values count three times: as read, copied for attention, and masked.
+        """
         residual = 2 * self.needs.samples * self.d * self.item
         return self.block + residual + batch * (3 * self.widest_pair + self.passing(1) // self.needs.length)
 
     def in_memory(self, batch: int) -> int:
-        """All weights, what is trained with its gradients and moments, all activations, and logits with their gradient."""
+        """Return bytes of in-memory training.
+
+        They are all weights, the trained updates with gradients and Adam's moments, all activations, and logits with
+        their gradient.
+        """
         weights = self.weight_item * self.skeleton.block_parameters() + self.head
         trained = 4 * self.sum_item * self._updates(self.needs.rank or 0)
         a_token = sum(self._backward_token(sublayer) for sublayer in self.all_sublayers())
         return weights + trained + batch * self.needs.length * (a_token + 4 * 4 * self.skeleton.vocabulary)
 
     def passing(self, batch: int) -> int:
-        """Bytes of activations while one sublayer runs forward."""
+        """Return bytes of activations during the forward pass of the largest sublayer."""
         return batch * self.needs.length * max(self._forward_token(sublayer) for sublayer in self.all_sublayers())
 
     def _forward_token(self, sublayer: Together) -> int:
-        """Bytes a token while one sublayer runs forward: stream, norm in float32, and what is inside."""
-        # What an expert gives is held until the last one has run.
+        """Return bytes per token during a sublayer's forward pass: stream, norm in float32, and inner activations."""
+        # The output of each expert is held until the last expert has run.
         given = self.item * (sublayer.widest.columns + self.d) if sublayer.routed else 0
         return self._stream_token + self._inner_token(sublayer.widest) + round(sublayer.reached * given)
 
     def _backward_token(self, sublayer: Together) -> int:
-        """Bytes a token that one sublayer keeps for its backward pass, and its gradients."""
+        """Return bytes per token that one sublayer keeps for its backward pass, and of its gradients."""
         return 2 * (self._stream_token + round(sublayer.reached * self._inner_token(sublayer.widest)))
 
     @property
     def _stream_token(self) -> int:
-        # With two micro-batches as they are stored: the next one that was read, and the last one that is being written.
+        """Bytes per token of the residual stream, its norm and stored micro-batches."""
+        # The last term is two stored micro-batches: the next one, already read, and the previous one, being written.
         return self.item * 4 * self.d + 8 * self.d + 2 * self.stored_row // max(self.needs.length, 1)
 
     def _inner_token(self, site: Site) -> int:
-        """Bytes a token between the norm and the stream."""
+        """Return bytes per token of the activations between the norm and the residual stream."""
         if site.kind == "attention":
-            # q, k, v, their rotated copies, k and v repeated for the query heads, the output
+            # q, k, v, their rotated copies, k and v repeated for the query heads, the output.
             maps = (3 * self.item + 4) * site.heads * self.needs.length if self.skeleton.writes_maps else 0
             return self.item * 8 * site.columns + maps
         if site.expert is None:
             return self.item * 4 * site.columns
-        # With the token itself, its weighted copy and what comes out.
+        # Also the token itself (d), its weighted copy (n) and the output (d).
         return self.item * (5 * site.columns + 2 * self.d)
 
     def _backward_tokens(self) -> int:
-        """Bytes a token that a whole block keeps for its backward pass, and its gradients."""
+        """Return bytes per token that a whole block keeps for its backward pass, and of its gradients."""
         return max(sum(self._backward_token(sublayer) for sublayer in sublayers) for sublayers in self.sublayers)
 
     def _update_parameters(self, index: int, rank: int) -> int:
-        """Of a block's low-rank updates."""
+        """Return the number of parameters of a block's low-rank updates."""
         names = self.skeleton.linears(index)
         return rank * sum(sum(linear_shape(self.skeleton.module(index, name))) for name in names)
 
     def _updates(self, rank: int) -> int:
-        """Parameters of all blocks' low-rank updates."""
+        """Return the number of parameters of all blocks' low-rank updates."""
         return sum(self._update_parameters(index, rank) for index in range(len(self.blocks)))
 
     def _survey_sums(self) -> int:
-        """Bytes of one block's statistics."""
+        """Return bytes of the largest block's statistics."""
         return max(sum(self._site_sums(site) for site in sites) for sites in self.blocks)
 
     def _site_sums(self, site: Site) -> int:
@@ -285,14 +313,22 @@ class Memory(Shapes):
     # Disk.
 
     def boundaries(self, limit: int, memory_host: int) -> tuple[int, int]:
-        """(k, bytes on the disk): boundaries of the survey kept at every k-th block, k the least that fits."""
+        """Choose how many boundaries the survey keeps.
+
+        Args:
+            limit: bytes of disk that activations may use.
+            memory_host: bytes of host memory that activations may be held in.
+
+        Returns:
+            (k, bytes on disk): the survey keeps the boundary of every k-th block; k is the least that fits `limit`.
+        """
         needs, depth = self.needs, len(self.skeleton)
         if not needs.text:
             return 1, 0
         one = file_bytes(needs.samples, self.stored_row)
         streams = 2 if needs.dense_stream else 1
-        # A stream has a block's input and its output until the journal has it and, while pruning, what is between its
-        # sublayers; of that no journal line speaks, and none of an evaluation's.
+        # Each stream stores a block's input and output until the journal records the block and, while pruning, the
+        # boundary between its sublayers. No journal line refers to that boundary, or to any boundary of an evaluation.
         kept = (3 if needs.prunes else 2) * streams
         passing = streams if needs.prunes else kept * needs.scores
         prune = (kept - min(passing, memory_host // (needs.samples * self.stored_row))) * one
@@ -310,17 +346,18 @@ class Memory(Shapes):
         return every, disk
 
     def beside_out(self) -> int:
-        """Bytes beside OUT at the most: the result, and what a job keeps there until it is made."""
+        """Return peak bytes on disk beside OUT: the result, and what the job keeps there until the result is complete."""
         needs, checkpoint = self.needs, self.skeleton.checkpoint
         result = sum(checkpoint[name].nbytes for name in checkpoint)
         found = result + self.sum_item * needs.findings
         if needs.shots > 1:
-            found += result  # of the shot before
+            found += result  # of the previous shot
         if needs.corrects:
             streams = (len(self.skeleton) + 3) * min(REFINE_SEQUENCES, needs.samples) * self.row_bytes
-            found += result + streams + self.states(needs.correction_rank)  # the blocks that are not yet corrected
+            # The result once more: the blocks without their correction.
+            found += result + streams + self.states(needs.correction_rank)
         return found
 
     def states(self, rank: int) -> int:
-        """Bytes of all low-rank updates with Adam's two moments, as they were and as they become."""
+        """Return bytes of all low-rank updates with Adam's two moments, before and after a step."""
         return 2 * 3 * self.sum_item * self._updates(rank)

@@ -1,4 +1,4 @@
-"""What a job will do, as far as resources go."""
+"""Needs: the properties of a job that determine its resources."""
 
 from __future__ import annotations
 
@@ -11,55 +11,59 @@ from ...maths.sums import GRADIENTS, Statistic
 from ...model.site import Site
 
 REFINE_SEQUENCES = 8
-"""A refinement step's batch."""
+"""Sequences per refinement step."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a job will do, as far as resources go."""
+    """What a job does, as far as its resources depend on it."""
 
     samples: int
+    """Number of sequences."""
     length: int
+    """Tokens per sequence."""
     text: bool
-    """Activations move at all."""
+    """Whether the job runs text through the model at all."""
     survey: frozenset[Statistic] = frozenset()
+    """Statistics that the survey sums."""
     shared: bool = False
-    """Several recipes make something of the survey's sums."""
+    """Whether several recipes use the sums of one survey."""
     findings: int = 0
-    """Numbers that wait on the disk between survey and prune sweep."""
+    """Elements of the sums' dtype stored on disk between survey and prune sweep."""
     gram: bool = False
+    """Whether the prune sweep sums the Gram of each consumer's input."""
     compensates: bool = False
-    """Sums the producers' inputs."""
+    """Whether producers are compensated, which sums the Grams of their inputs."""
     aims: bool = False
-    """Fits consumers to a target."""
+    """Whether consumers are fitted to a target."""
     refines: int = 0
-    """Steps of block refinement."""
+    """Steps of block refinement per block."""
     corrects: int = 0
-    """Low-rank steps after each shot."""
+    """Steps of low-rank training after each shot."""
     correction_rank: int = 0
-    """Of their updates."""
+    """Rank of the low-rank training after each shot."""
     shots: int = 1
     rank: int | None = None
-    """Of the updates that refinement trains; None for whole weights."""
+    """Rank of the updates that refinement trains; None trains whole weights."""
     prunes: bool = True
-    """False for evaluation and tuning."""
+    """Whether the job prunes; False for evaluation and tuning."""
     scores: bool = False
-    """The head gives losses."""
+    """Whether the head computes losses."""
     generates: bool = False
-    """The model writes its calibration tokens."""
+    """Whether the model generates its calibration tokens."""
     removes: float = 0.0
-    """Share of the blocks' parameters that is gone in the end."""
+    """Share of the blocks' parameters removed in the end."""
     work: Callable[[Site, float], float] = lambda site, keep: 0.0
-    """Operations of choosing what stays of a site and re-fitting it."""
+    """FLOPs of selecting and refitting at a site, given the units kept."""
     digest_work: Callable[[Site], float] = lambda site: 0.0
-    """Operations of a site's findings."""
+    """FLOPs of computing a site's findings."""
     workspace: Callable[[Site], int] = lambda site: 0
-    """Numbers that solving a site takes beside its W and H."""
+    """Peak elements that solving a site holds besides its W and H."""
     digest_workspace: Callable[[Site], int] = lambda site: 0
-    """Numbers that a site's findings take beside its W and statistics."""
+    """Peak elements that computing a site's findings holds besides its W and statistics."""
 
     def surveying_with(self, other: Needs) -> Needs:
-        """Those of a survey that serves another job as well."""
+        """Return the needs of a survey that serves another job as well."""
         return replace(
             self,
             survey=self.survey | other.survey,
@@ -68,14 +72,14 @@ class Needs:
         )
 
     activations: torch.dtype | None = None
-    """What they are stored in; None for what is computed."""
+    """Dtype in which activations are stored; None stores them as computed."""
 
     @property
     def gradients(self) -> bool:
-        """Whether a backward sweep is made."""
+        """Whether the survey includes a backward sweep."""
         return bool(self.survey & GRADIENTS)
 
     @property
     def dense_stream(self) -> bool:
-        """Whether the dense stream moves along in the prune sweep."""
+        """Whether the prune sweep also advances the dense stream."""
         return self.compensates or self.aims or self.refines > 0

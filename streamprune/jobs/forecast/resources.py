@@ -1,4 +1,4 @@
-"""The plan of resources: micro-batches that fit, where Grams are, and what the job takes with them."""
+"""Plan a job's resources: choose micro-batch sizes that fit and the place of Grams, and forecast the totals."""
 
 from __future__ import annotations
 
@@ -15,69 +15,74 @@ from .memory import GRAM_PLACES, GramPlace, Memory, Sizes, copies_ahead
 from .needs import Needs
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""More tokens a micro-batch than this make nothing faster."""
+"""Tokens per micro-batch beyond which nothing gets faster, by device type."""
 
 PHASES = ("calibrate", "forward", "head", "backward", "prune", "correct")
-"""What operations are forecast for; refinement belongs to ``prune``, whichever job it is."""
+"""Phases with a forecast of FLOPs. Block training belongs to ``prune`` in every kind of job."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """A job's forecast."""
+    """Forecast of a job's resources."""
 
     device: str
     batch: int
-    """Sequences a micro-batch, forward."""
+    """Sequences per micro-batch in forward passes."""
     backward_batch: int
+    """Sequences per micro-batch in backward passes."""
     grams: GramPlace
+    """Where Grams are kept and sites are solved."""
     boundary_every: int
-    """The survey keeps every k-th boundary and recomputes the others."""
+    """k: the survey keeps every k-th boundary and recomputes the others."""
     copies_ahead: bool
-    """Whether the next block's weights come to the device while this one's are used."""
+    """Whether the next block's weights are copied to the device while the current block is in use."""
     device_bytes: int
-    """Peak of weights, sums, solver workspace and activations; where the device is the CPU, of the whole process."""
+    """Peak bytes of weights, sums, solver workspace and activations; on a CPU, of the whole process."""
     host_bytes: int
-    """Peak of the process; where the device is the CPU, the device's share included."""
+    """Peak bytes of the process; on a CPU, including the device's share."""
     demands: dict[str, dict[str, int]]
-    """What each step holds, by its name: the parts of a `Demand`, and ``device_bytes`` and ``host_bytes`` in all."""
+    """Bytes that each step holds, by step name: the parts of a `Demand`, and totals ``device_bytes``, ``host_bytes``."""
     held_bytes: int
-    """Of the host's peak, activations that `memory_host` allows to be held."""
+    """Bytes of the host's peak that are activations held within `memory_host`."""
     disk_bytes: int
-    """Activations."""
+    """Peak bytes of activations on disk."""
     activations: str
-    """What they are stored in."""
+    """Dtype in which activations are stored."""
     output_bytes: int
-    """What lies beside OUT, at the most: the result, and until it is made an earlier shot's and what a survey found."""
+    """Peak bytes beside OUT: the result and, until it is complete, an earlier shot's result and the survey's findings."""
     bytes_to_read: int
+    """Bytes of weights read over the whole job."""
     operations: int
-    """Floating-point operations."""
+    """FLOPs of the whole job."""
     phases: dict[str, int]
-    """The same by phase, one entry for each of `PHASES`."""
+    """FLOPs by phase, one entry for each of `PHASES`."""
     operations_by_kind: dict[str, int]
-    """The same by what they are for, one entry for each of `maths.operations.KINDS`."""
+    """FLOPs by kind, one entry for each of `maths.flops.KINDS`."""
     device_limit: int
+    """Bytes that the device may use; on a CPU, the whole process."""
     disk_limit: int
+    """Bytes of disk that activations may use."""
     problems: tuple[str, ...]
-    """Why it does not fit, and what would; empty when it does."""
+    """Why the job does not fit, and what would; empty if it fits."""
     steps: int = 0
-    """Of a job: as many as `status` counts."""
+    """Number of steps of a job, as `status` counts them."""
     ratio_missed: str | None = None
-    """Why a job cannot remove what was asked, where that is certain beforehand."""
+    """Why a job cannot remove the ratio asked for, if that is certain beforehand."""
 
     @property
     def sizes(self) -> Sizes:
-        """Those that were chosen."""
+        """The chosen micro-batch sizes (in sequences) and place of Grams."""
         return self.batch, self.backward_batch, self.grams
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the forecast as JSON-ready data."""
         return {**asdict(self), "problems": list(self.problems), "fits": not self.problems}
 
     def require(self) -> Resources:
-        """Itself, if it fits.
+        """Return the forecast itself, if the job fits.
 
         Raises:
-            ResourceError: it does not.
+            ResourceError: the job does not fit.
         """
         if self.problems:
             raise ResourceError("; ".join(self.problems))
@@ -87,11 +92,12 @@ class Resources:
 def forecast(
     skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int, base: int = 0, memory_host: int = 0
 ) -> Resources:
-    """What the job takes, with the largest micro-batches that fit the device's limit.
+    """Forecast a job's resources, with the largest micro-batches that fit the device's limit.
 
     Args:
-        device_limit: bytes; where the device is the CPU, of the whole process.
-        base: bytes of host memory that the process takes for itself.
+        device_limit: bytes that the device may use; on a CPU, the whole process.
+        disk_limit: bytes of disk that activations may use.
+        base: bytes of host memory that the process takes before any work.
         memory_host: bytes of host memory that activations may be held in.
     """
     model, effort = Memory(skeleton, needs), Effort(skeleton, needs)
@@ -113,7 +119,7 @@ def forecast(
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size, grams) <= room)
     every, disk = model.boundaries(disk_limit, memory_host)
     held = min(memory_host, model.boundaries(disk_limit, 0)[1])
-    disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # these go before boundaries come
+    disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # removed before boundaries are written
     if disk > disk_limit:
         problems.append(
             f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "

@@ -1,4 +1,4 @@
-"""The sizes of a model under a job, from its headers alone: what memory and effort are forecast by."""
+"""Sizes of a model under a job, from the checkpoint's headers alone. The forecasts of memory and FLOPs use them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ from .needs import Needs
 
 
 class Together:
-    """The sites of one sublayer: one, or a mixture's experts."""
+    """The sites of one sublayer: a single site, or the experts of a mixture."""
 
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
         self.widest = max(sites, key=lambda site: site.columns)
         self.routed = self.widest.expert is not None
         self.reached = sum(site.share for site in sites)
-        """Of the sites, how many a token reaches."""
+        """Mean number of these sites that a token reaches."""
         self.parameters = sum(site.units * site.unit_parameters for site in sites)
 
 
 class Shapes:
-    """Sizes of one model under one job, in bytes unless their names say otherwise."""
+    """Sizes of one model under one job, in bytes.
+
+    Attributes:
+        item, sum_item: bytes per element of the computing dtype and of sums.
+        weight_item: bytes per weight in memory; on a CPU that computes in another dtype than is stored, of both copies.
+        d: width of the residual stream, in elements.
+        row_bytes, stored_row: bytes of one sequence's activations, as computed and as stored.
+        block, stored_block: bytes of the largest block's weights in memory and as stored.
+        stored_all: bytes of all blocks' weights as stored.
+        embed, head: bytes of the embeddings, and of embeddings and head, in memory.
+        keys_and_values, widest_pair: bytes of one sequence's keys and values, of all blocks and of the largest block.
+    """
 
     def __init__(self, skeleton: Skeleton, needs: Needs) -> None:
         self.skeleton, self.needs = skeleton, needs
@@ -35,7 +46,7 @@ class Shapes:
         self.sum_item = 8 if skeleton.dtype == torch.float64 else 4
         stored = next((entry.dtype for entry in checkpoint.values() if entry.numel), skeleton.dtype)
         self.on_cpu = skeleton.device.type == "cpu"
-        # On a CPU a block computes with its stored weights, or with a copy beside them.
+        # On a CPU, a block computes with its stored weights or, for another dtype, with a copy in addition to them.
         self.weight_item = self.item + (stored.itemsize if self.on_cpu and stored != skeleton.dtype else 0)
         self.d = skeleton.width
         self.row_bytes = needs.length * self.d * self.item
@@ -57,19 +68,21 @@ class Shapes:
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.weight_item
 
     def all_sublayers(self) -> Iterator[Together]:
+        """Iterate over the sublayers of all blocks."""
         return (sublayer for sublayers in self.sublayers for sublayer in sublayers)
 
     def summed(self, site: Site) -> list[int]:
-        """Sizes of the Grams that the survey sums at a site."""
+        """Return the numbers of rows of the (square) Grams that the survey sums at a site."""
         wanted, found = self.needs.survey, []
         if wanted & {"gram", "factors"}:
             found.append(site.columns)
         if wanted & {"gradient-gram", "factors"}:
             found.append(self.d)
         if "factors" in wanted:
-            # The producers' input, and what each of them gives.
+            # The producers' input, and the output of each producer.
             found += [self.d, *(weights // self.d for weights in site.linears[:-1])]
         return found
 
     def widest(self) -> int:
+        """Return the largest number of consumer columns of any site."""
         return max(site.columns for sites in self.blocks for site in sites)
