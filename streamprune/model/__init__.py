@@ -1,1 +1,1 @@
-"""Checkpoints and architectures: the only floor that knows safetensors and transformers' modules."""
+"""Checkpoints and architectures. Only this package works with safetensors files and transformers' modules."""

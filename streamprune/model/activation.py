@@ -1,4 +1,4 @@
-"""Activation functions by transformers' names, several of which are the same function."""
+"""Names of activation functions in transformers, and which of them are synonyms."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ SAME = (
     ("gelu", "gelu_python"),
     ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
 )
-"""Names of one function, up to rounding in float32."""
+"""Groups of names for the same function, up to float32 rounding."""
 _CANONICAL = {name: names[0] for names in SAME for name in names}
 
 
 def canonical(name: str | None) -> str | None:
-    """One name for all names of a function: ``"swish"`` → ``"silu"``. A name without synonyms, or none, stays as it is."""
+    """Return the canonical name of an activation function: ``"swish"`` → ``"silu"``. Other names, and None, are returned unchanged."""
     return name if name is None else _CANONICAL.get(name, name)

@@ -1,14 +1,14 @@
-"""The table of architectures: names, not classes.
+"""The table of supported architectures: module names, not classes.
 
 A block is a sequence of sublayers. A sublayer reads the residual stream and adds to it::
 
-    u = norm(x)                   what the producers read
-    z = mixer(u)                  the consumer's input; the mixer holds the producers
+    u = norm(x)                   input of the producers
+    z = mixer(u)                  input of the consumer; the mixer contains the producers
     y = x + scale · branch_norm(consumer(z))
 
-and may follow with a norm of the sum. With parallel residuals all sublayers of a block read what entered the block. Every
-sublayer is one site, or with a mixture of experts one site an expert. All of transformers' attention and FFN modules of the
-table fit once their last linear, the consumer, is taken out of them. A new architecture of this shape is one entry.
+A norm of the sum may follow. With parallel residuals, all sublayers of a block read the block's input. Each sublayer is one
+site; with a mixture of experts, each expert is one site. All attention and FFN modules of the table have this form once
+their last linear, the consumer, is taken out. Adding an architecture of this form takes one entry.
 """
 
 from __future__ import annotations
@@ -21,92 +21,91 @@ from ..errors import CheckpointError
 from .site import Kind, Site
 
 Part = Literal["rows", "columns", "heads"]
-"""A stretch of a module's rows, grouped by units: all of its rows, as many as the consumer has columns, or one
-head a unit."""
+"""A range of a module's rows, grouped by unit: all rows, as many rows as the consumer has columns, or one head per unit."""
 
 
 @dataclass(frozen=True)
 class Producer:
-    """A module whose output rows go with the units: a linear, or a norm over all heads at once."""
+    """A module whose output rows are removed with the units: a linear, or a norm over all heads."""
 
     name: str
     parts: tuple[Part, ...] = ("rows",)
-    """Its stretches in order; several where projections are fused one behind the other."""
+    """Ranges of its rows, in order; several if projections are fused one after the other."""
 
     def stretches(self, site: Site, rows: int) -> list[int]:
-        """Rows of each part, `rows` being all of the module's."""
+        """Return the number of rows of each part; `rows` is the total of the module."""
         sizes = {"rows": rows, "columns": site.columns, "heads": site.units * site.head_width}
         return [sizes[part] for part in self.parts]
 
 
 @dataclass(frozen=True)
 class SublayerEntry:
-    """Names inside a block."""
+    """One sublayer: names of modules and attributes, relative to the block."""
 
     kind: Kind
     mixer: tuple[str, ...]
-    """Modules run in turn between the norm and the consumer; the consumer's place in them is bypassed."""
+    """Modules between the norm and the consumer, run in order. A consumer inside one of them is replaced by the identity."""
     producers: tuple[Producer, ...]
     consumer: str
     norm: str | None = None
-    """What the stream is read through."""
+    """Norm of the residual stream before the producers."""
     branch_norm: str | None = None
-    """What the consumer's output goes through before it is added."""
+    """Norm of the consumer's output before it is added to the stream."""
     sum_norm: str | None = None
-    """What the sum goes through."""
+    """Norm of the sum."""
     scale: float = 1.0
-    """Factor on what is added."""
+    """Factor on the addition to the stream."""
     parallel: bool = False
-    """Whether it reads what entered the block, not what the sublayer before left."""
+    """Whether the sublayer reads the block's input instead of the previous sublayer's output."""
     vectors: tuple[Producer, ...] = ()
-    """Norms whose weights go with the units."""
+    """Norms whose weights are removed with the units."""
     counts: tuple[str, ...] = ()
-    """Attributes that shrink with the units, such as a number of heads; ``config`` in the path is the block's own view of it."""
+    """Attributes that shrink with the units, such as head counts. ``config`` in a path is the block's own view of the config."""
     widths: tuple[tuple[str, str], ...] = ()
-    """Fields of a stock config, each with the attribute of `Site` that it holds; empty where a stock config
-    cannot say fewer units."""
+    """Fields of the stock config and the attribute of `Site` that each holds; empty if the stock config cannot express
+    fewer units."""
     fixed: bool = False
-    """Whether no unit can go: something outside the block counts them."""
+    """Whether no unit can be removed, because code outside the block depends on their number."""
     repeats: bool = False
-    """Whether every query head has a key and a value of its own in the cache, not only every unit."""
+    """Whether the cache stores a key and a value per query head rather than per unit."""
     experts: str | None = None
-    """The list of experts, each of them with `producers` and `consumer`; None where there is one site."""
+    """The list of experts, each with `producers` and `consumer`; None if the sublayer is a single site."""
     router: str | None = None
-    """What sends tokens to experts; it is never changed."""
+    """The module that routes tokens to experts. It is never changed."""
 
     def expert(self, number: int) -> SublayerEntry:
-        """One expert's names, in full."""
+        """Return the entry of one expert, with names relative to the block."""
         inside = f"{self.experts}.{number}."
         producers = tuple(replace(producer, name=inside + producer.name) for producer in self.producers)
         return replace(self, producers=producers, consumer=inside + self.consumer)
 
     @property
     def family(self) -> str:
-        """Sites of one family are alike in what a stock config says of them."""
+        """The family of its sites. A stock config describes all sites of a family by the same fields."""
         return "experts" if self.experts else self.kind
 
 
 Sublayers = Callable[[Any, int], tuple[SublayerEntry, ...]]
-"""A config and a block's number → the block's sublayers in the order in which they run."""
+"""Maps a config and a block number to the block's sublayers, in execution order."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type`."""
+    """One supported `model_type`: where its blocks, embeddings, norms and head are."""
 
     model_type: str
     sublayers: Sublayers
     blocks: str = "model.layers"
     embed: tuple[str, ...] = ("model.embed_tokens",)
     final: tuple[str, ...] = ("model.norm",)
-    """Modules between the last block and the head, in order; those a config leaves out are skipped."""
+    """Modules between the last block and the head, in order. Modules that a config omits are skipped."""
     head: str = "lm_head"
     stored: tuple[tuple[str, str], ...] = ()
-    """Where tensors may be called otherwise in a checkpoint: (a piece of the model's name, the checkpoint's)."""
+    """Substrings of tensor names that may differ in a checkpoint: (in the model, in the checkpoint)."""
 
     @property
     def base(self) -> str:
-        """The module that holds the blocks."""
+        """Name of the module that holds the blocks."""
         return self.blocks.rpartition(".")[0]
 
 
@@ -141,12 +140,12 @@ _HEAD_NORMS = (Producer("self_attn.q_norm", ("columns",)), Producer("self_attn.k
 
 
 def _alike(*entries: SublayerEntry) -> Sublayers:
-    """The same in every block."""
+    """Use the same sublayers in every block."""
     return lambda config, block: entries
 
 
 def _gemma(config: Any, block: int) -> tuple[SublayerEntry, ...]:
-    """Norms before and after each sublayer."""
+    """Norms before the mixer and after the consumer."""
     return (
         replace(_ATTENTION, branch_norm="post_attention_layernorm"),
         replace(_GATED, norm="pre_feedforward_layernorm", branch_norm="post_feedforward_layernorm"),
@@ -154,13 +153,13 @@ def _gemma(config: Any, block: int) -> tuple[SublayerEntry, ...]:
 
 
 def _granite(config: Any, block: int) -> tuple[SublayerEntry, ...]:
-    """A factor on what each sublayer adds."""
+    """A factor on the addition of each sublayer."""
     scale = float(config.residual_multiplier)
     return replace(_ATTENTION, scale=scale), replace(_GATED, scale=scale)
 
 
 def _opt(config: Any, block: int) -> tuple[SublayerEntry, ...]:
-    """The norm stands before the sublayer or, in OPT-350m, behind the sum."""
+    """The norm comes before the sublayer or, in OPT-350m, after the sum."""
     attention = SublayerEntry(
         kind="attention",
         mixer=("self_attn",),
@@ -182,7 +181,7 @@ def _opt(config: Any, block: int) -> tuple[SublayerEntry, ...]:
 
 
 def _gpt_neox(config: Any, block: int) -> tuple[SublayerEntry, ...]:
-    """q, k and v of one head lie together."""
+    """The fused projection is grouped by head: q, k and v of one head are adjacent."""
     attention = SublayerEntry(
         kind="attention",
         norm="input_layernorm",
@@ -203,10 +202,10 @@ def _gpt_neox(config: Any, block: int) -> tuple[SublayerEntry, ...]:
 
 
 def _falcon(config: Any, block: int) -> tuple[SublayerEntry, ...]:
-    """q, k and v of one group lie together; one norm for both sublayers, one each side by side, or one after the other."""
+    """The fused projection is grouped by key/value group. Sublayers are parallel with one norm or two, or sequential."""
     parallel = bool(config.parallel_attn or config.new_decoder_architecture)
     norms = "input_layernorm", "input_layernorm" if parallel else "post_attention_layernorm"
-    # The model's class sets the number where the config leaves it open.
+    # If the config leaves the number open, the model class sets it to two.
     if config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2):
         norms = "ln_attn", "ln_mlp"
     attention = SublayerEntry(
@@ -217,7 +216,7 @@ def _falcon(config: Any, block: int) -> tuple[SublayerEntry, ...]:
         consumer="self_attention.dense",
         counts=("self_attention.num_heads", "self_attention.num_kv_heads"),
         repeats=bool(config.new_decoder_architecture),
-        fixed=bool(config.alibi),  # the model gives every block one slope a head
+        fixed=bool(config.alibi),  # the model passes every block one slope per head
     )
     ffn = SublayerEntry(
         kind="ffn",
@@ -232,7 +231,7 @@ def _falcon(config: Any, block: int) -> tuple[SublayerEntry, ...]:
 
 
 def _qwen3_moe(config: Any, block: int) -> tuple[SublayerEntry, ...]:
-    """Some blocks may have one FFN instead of experts."""
+    """Some blocks may have a plain FFN instead of experts."""
     sparse = config.num_experts > 0 and (block + 1) % config.decoder_sparse_step == 0
     if sparse and block not in (config.mlp_only_layers or ()):
         return _ATTENTION, replace(_EXPERTS, widths=(("moe_intermediate_size", "columns"),))
@@ -330,7 +329,7 @@ ARCHITECTURES = {
         Architecture(
             "olmoe",
             _alike(
-                # Its class ties the norms' widths to the residual width.
+                # The class ties the widths of the head norms to the residual width.
                 replace(_ATTENTION, vectors=_HEAD_NORMS, widths=()),
                 replace(_EXPERTS, widths=_WIDTH),
             ),
@@ -340,10 +339,13 @@ ARCHITECTURES = {
 
 
 def architecture_of(model_type: str | None, where: str) -> Architecture:
-    """The table's entry.
+    """Return the table entry of a model_type.
+
+    Args:
+        where: the model directory, for the message.
 
     Raises:
-        CheckpointError: not in the table.
+        CheckpointError: the model_type is not in the table.
     """
     entry = ARCHITECTURES.get(model_type or "")
     if entry is None:
@@ -356,10 +358,10 @@ def architecture_of(model_type: str | None, where: str) -> Architecture:
 def stock_config(
     model_type: str, entries: Mapping[str, SublayerEntry], config: Mapping[str, Any], sites: Sequence[Site]
 ) -> dict[str, Any]:
-    """`config` with the widths of `sites` in the fields that the stock architecture reads.
+    """Return `config` with the widths of `sites` in the fields that the stock architecture reads.
 
     Args:
-        entries: by family; the first site of each is taken.
+        entries: sublayer entry of each family; the widths are those of its first site.
     """
     fields = {"model_type": model_type}
     for family, entry in entries.items():
@@ -371,10 +373,10 @@ def stock_config(
 def is_stock(
     model_type: str, entries: Mapping[str, SublayerEntry], config: Mapping[str, Any], sites: Sequence[Site]
 ) -> bool:
-    """Whether the stock architecture can say these widths: alike in all blocks, and its config class takes them.
+    """Return whether the stock architecture can express these widths: equal in all blocks, and accepted by its config class.
 
-    transformers' `LlamaConfig`, for one, refuses a number of heads that does not divide the width, though
-    head_dim is given apart.
+    For example, transformers' `LlamaConfig` rejects a number of heads that does not divide the residual width, even if
+    head_dim is set.
     """
     from transformers import CONFIG_MAPPING
 
@@ -387,7 +389,7 @@ def is_stock(
     try:
         stock = CONFIG_MAPPING[model_type](**fields)
     except Exception:
-        # What the class raises is its own affair (huggingface_hub's validation errors are no ValueErrors).
+        # Config classes raise errors of any type (huggingface_hub's validation errors are not ValueErrors).
         return False
     heads = next((site.heads for site in sites if site.kind == "attention"), stock.num_attention_heads)
     return bool(stock.num_attention_heads == heads)

@@ -1,4 +1,4 @@
-"""One transformer block with real weights, cut into its sublayers."""
+"""One transformer block with its weights, split into sublayers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from .modeling_streamprune import Experts, count, set_count
 from .site import Site
 
 Arguments = Mapping[str, Any]
-"""What the model's own forward passes to a block besides the hidden states."""
+"""Arguments that the model's forward passes to a block besides the hidden states."""
 
 
 class Layer:
-    """Modules on the device in the computing dtype, and masters on the host in the stored dtype.
+    """The modules of a block on the device, in the computing dtype, and master weights on the host, in the stored dtype.
 
     Args:
-        modules: transformers' block on the meta device, with experts apart; taken over.
+        modules: transformers' block on the meta device, with separate experts. Ownership is transferred.
         weights: stored tensors by name inside the block.
-        entries: what the block is made of.
-        there: those of the weights that are on the device already.
+        entries: the sublayers of the block.
+        device: device of the modules.
+        dtype: computing dtype.
+        there: copies of weights that are already on the device.
     """
 
     def __init__(
@@ -47,8 +49,8 @@ class Layer:
         self.weights = weights
         for name, tensor in weights.items():
             place(modules, name, there[name].to(dtype) if name in there else self._computing(tensor))
-        # The mixers run with their consumer taken out, so that what they return is the consumer's input; experts
-        # are run by themselves, on the tokens that the router sends them.
+        # Take the consumers out of the mixers, so that a mixer returns the consumer's input. Experts run separately, on the
+        # tokens that the router sends to them.
         apart: dict[str, nn.Module] = {}
         for entry in entries:
             name, stand_in = (entry.experts, Routed()) if entry.experts else (entry.consumer, nn.Identity())
@@ -58,11 +60,11 @@ class Layer:
 
     @property
     def experts(self) -> Experts:
-        """The block's experts, where it has some."""
+        """The experts of the block. Only valid for a mixture of experts."""
         return next(module for module in self._modules[1].values() if isinstance(module, Experts))
 
     def twin(self) -> Layer:
-        """A layer of its own that shares every tensor until one of the two replaces it."""
+        """Return a copy that shares all tensors until one of the two replaces them."""
         other = copy.copy(self)
         modules, apart = self._modules
         tensors = [t for module in (modules, *apart.values()) for t in (*module.parameters(), *module.buffers())]
@@ -71,7 +73,7 @@ class Layer:
         return other
 
     def module(self, name: str) -> nn.Module:
-        """A module by its own name; what was taken out is found where it was."""
+        """Return a module by its original name, including consumers and experts that were taken out."""
         modules, apart = self._modules
         for path, module in apart.items():
             if name == path or name.startswith(path + "."):
@@ -79,21 +81,21 @@ class Layer:
         return modules.get_submodule(name)
 
     def count(self, name: str) -> int:
-        """An attribute that counts heads."""
+        """Return an attribute that counts heads."""
         value: int = count(self._modules[0], name)
         return value
 
     def set_count(self, name: str, value: int) -> None:
-        """Set it, for this block alone."""
+        """Set an attribute that counts heads, for this block only."""
         set_count(self._modules[0], name, value)
 
     def set(self, name: str, tensor: Tensor) -> None:
-        """Replace one tensor: the master is rounded to the stored dtype, the device gets what it holds."""
+        """Replace one tensor. The master is rounded to the stored dtype; the device receives the rounded values."""
         master = self.weights[name] = host_copy(tensor, self.weights[name].dtype)
         self.put(name, self._computing(master))
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Compute with `tensor` under that name; the master stays."""
+        """Compute with `tensor` as the parameter `name`, without changing the master."""
         module, _, leaf = name.rpartition(".")
         place(self.module(module), leaf, tensor)
 
@@ -105,26 +107,26 @@ class Layer:
 
 @dataclass(frozen=True)
 class Mixed:
-    """The consumers' inputs of one sublayer."""
+    """The inputs of all consumers of one sublayer."""
 
     z: tuple[Tensor, ...]
-    """A site's each: (sequences, tokens, n); of experts (their tokens, n), times the router's weight."""
+    """One per site: (sequences, tokens, n), or (tokens of the expert, n) multiplied by the router's weights."""
     rows: tuple[Tensor, ...] | None = None
-    """Which tokens each expert got, of all sequences' one after the other; None where all sites get all."""
+    """Tokens routed to each expert, (rows,) int64 indices into all tokens of the sequences in order; None without a router."""
     shape: tuple[int, int] = (0, 0)
-    """Sequences and tokens, with experts."""
+    """(sequences, tokens); only set with experts."""
 
     def of(self, number: int, x: Tensor) -> Tensor:
-        """The rows of `x` (sequences, tokens, d) that a site gets; all of it where there is no router."""
+        """Return the rows of `x` (sequences, tokens, d) that are routed to a site, (rows, d); all of `x` without a router."""
         return x if self.rows is None else x.flatten(0, 1)[self.rows[number]]
 
     def sequences(self, number: int) -> Tensor | None:
-        """Of each row of an expert's, the sequence that it is from."""
+        """Return the sequence number of each row of an expert, (rows,) int64; None without a router."""
         return None if self.rows is None else self.rows[number] // self.shape[1]
 
 
 class Routed(nn.Module):
-    """Stands where experts stood: keeps what the router sends them."""
+    """Takes the place of the experts and records their input and the router's choices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,11 +138,11 @@ class Routed(nn.Module):
 
 
 class Block:
-    """One block with real weights. Nothing in it refers back to it, so it goes when the last user lets go.
+    """One block with its weights. It has no reference cycles, so its memory is freed with the last reference.
 
     Args:
-        layer: its modules and weights.
-        sublayers: in the order in which they run.
+        layer: the modules and weights.
+        sublayers: in execution order.
     """
 
     def __init__(self, layer: Layer, sublayers: list[Sublayer]) -> None:
@@ -148,11 +150,11 @@ class Block:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """Masters by their names inside the block."""
+        """Master weights in the stored dtype, by name inside the block."""
         return self._layer.weights
 
     def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
-        """The block's output: (sequences, tokens, d) → same."""
+        """Run the block: (sequences, tokens, d) → same shape."""
         entered = x
         for sublayer in self.sublayers:
             x = sublayer(x, entered, arguments)
@@ -160,15 +162,15 @@ class Block:
 
     @property
     def prunables(self) -> list[Prunable]:
-        """The sites with their weights, in order."""
+        """The sites with their weights, in execution order."""
         return [prunable for sublayer in self.sublayers for prunable in sublayer.prunables]
 
     @contextmanager
     def training(self, dtype: torch.dtype) -> Iterator[dict[str, nn.Parameter]]:
-        """The block's weights by name, routers' left out, as trainable parameters of `dtype`, while open; then they are its weights.
+        """Yield the block's weights, except routers, as trainable parameters in `dtype`, by name. At the end they become its weights.
 
         Raises:
-            NumericalError: what came out is not finite in the stored dtype.
+            NumericalError: a trained weight is not finite in the stored dtype.
         """
         layer = self._layer
         routers = tuple(f"{s.entry.router}." for s in self.sublayers if s.entry.router)
@@ -185,16 +187,18 @@ class Block:
                 raise NumericalError(f"{self.prunables[0].site.name}: {name} is not finite after training")
 
     def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
-        """Low-rank updates of all linears, for training: ``W + U V``, `U` (out, r) zero and `V` (r, in) random.
+        """Create trainable low-rank updates ``W + U V`` for all linears, with `U` (out, r) zero and `V` (r, in) random.
 
-        LoRA (Hu et al. 2021), section 4.1: U is their B, V their A; entries of V have variance 1/in, and there is no
-        further factor.
+        LoRA (Hu et al. 2021), section 4.1: our U is their B, our V is their A. Entries of V have variance 1/in, and there is
+        no scaling factor.
 
         Args:
-            rank: r, at the most: a smaller side of `W` takes its place.
+            rank: r, capped at the smaller side of each `W`.
+            dtype: dtype of the updates.
+            generator: random generator for V.
 
         Returns:
-            By ``name.u`` and ``name.v``, on the device.
+            The updates by ``name.u`` and ``name.v``, on the device.
         """
         found = {}
         for _, name in self._linears():
@@ -207,10 +211,11 @@ class Block:
 
     @contextmanager
     def updated(self, updates: Mapping[str, nn.Parameter], *, keep_zeros: bool = False) -> Iterator[None]:
-        """While open, the block computes with ``W + U V``, differentiably in `updates`; its weights stay.
+        """Compute with ``W + U V``, differentiable in `updates`, while the context is open. The weights do not change.
 
         Args:
-            keep_zeros: where W is zero, nothing is added.
+            updates: by ``name.u`` (out, r) and ``name.v`` (r, in), see `updates`.
+            keep_zeros: leave zero entries of W at zero.
         """
 
         def hook(u: Tensor, v: Tensor, mask: Tensor | None) -> Any:
@@ -234,10 +239,10 @@ class Block:
 
     @torch.no_grad()
     def absorb(self, updates: Mapping[str, Tensor], *, keep_zeros: bool = False) -> None:
-        """Make ``W + U V`` the weights, as in `updated`; the masters are rounded to their stored dtype.
+        """Set the weights to ``W + U V``, as in `updated`. Masters are rounded to their stored dtype.
 
         Raises:
-            NumericalError: what came out is not finite in the stored dtype.
+            NumericalError: a new weight is not finite in the stored dtype.
         """
         for prunable, name in self._linears():
             change, weight = updates[f"{name}.u"] @ updates[f"{name}.v"], prunable.weight(name)
@@ -245,7 +250,7 @@ class Block:
 
     @contextmanager
     def frozen(self, dtype: torch.dtype) -> Iterator[None]:
-        """While open, the block computes with its stored weights in `dtype`."""
+        """Compute with the master weights, converted to `dtype`, while the context is open."""
         layer = self._layer
         for name, master in layer.weights.items():
             layer.put(name, master.to(layer.device, dtype))
@@ -259,7 +264,7 @@ class Block:
                 yield prunable, name
 
     def twin(self) -> Block:
-        """A block of its own that shares every tensor until one of the two replaces it."""
+        """Return a copy that shares all tensors until one of the two replaces them."""
         layer = self._layer.twin()
         return Block(
             layer, [Sublayer(layer, s.entry, [(p.site, p.entry) for p in s.prunables]) for s in self.sublayers]
@@ -270,7 +275,9 @@ class Sublayer:
     """One or more sites with their norms and mixer (see `architectures`).
 
     Args:
-        places: its sites, each with its names in full.
+        layer: the modules and weights of the block.
+        entry: its table entry.
+        places: its sites, each with an entry whose names are relative to the block.
     """
 
     def __init__(self, layer: Layer, entry: SublayerEntry, places: Sequence[tuple[Site, SublayerEntry]]) -> None:
@@ -282,27 +289,29 @@ class Sublayer:
         self._mixer = [layer.module(name) for name in entry.mixer]
 
     def __call__(self, x: Tensor, entered: Tensor, arguments: Arguments) -> Tensor:
-        """The stream behind it, from the stream `x` before it and what entered the block."""
+        """Return the stream after this sublayer, given the stream before it and the block's input; all (sequences, tokens, d)."""
         return self.output(x, self.mix(self.normed(self.source(x, entered)), arguments))
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Name of the sublayer in messages."""
         return f"blocks.{self.prunables[0].site.block}.{self.entry.kind}"
 
     def source(self, x: Tensor, entered: Tensor) -> Tensor:
-        """Which of the two it reads: the stream before it, or what entered the block."""
+        """Return what the sublayer reads: the stream before it or, if parallel, the block's input."""
         return entered if self.entry.parallel else x
 
     def normed(self, x: Tensor) -> Tensor:
-        """What the producers read: (sequences, tokens, d) → same."""
+        """Return the input of the producers: (sequences, tokens, d) → same shape."""
         return x if self._norm is None else self._norm(x)
 
     def mix(self, u: Tensor, arguments: Arguments, chosen: Sequence[int] | None = None) -> Mixed:
-        """The consumers' inputs: (sequences, tokens, d) → (sequences, tokens, n) each, or an expert's tokens.
+        """Compute the inputs of the consumers from the input `u` (sequences, tokens, d) of the producers.
 
         Args:
-            chosen: experts to run; the others' places are empty.
+            u: see `normed`.
+            arguments: see `Skeleton.arguments`.
+            chosen: experts to run; the inputs of the others are empty.
         """
         if self.entry.kind == "attention":
             return Mixed((self._mixer[0](hidden_states=u, **arguments)[0],))
@@ -326,7 +335,7 @@ class Sublayer:
         return Mixed(tuple(z), tuple(rows), shape)
 
     def produce(self, u: Tensor, arguments: Arguments) -> tuple[Mixed, list[list[Tensor]]]:
-        """`mix`, and what each site's producers gave on the way: (sequences, tokens, rows), or an expert's tokens, each."""
+        """Like `mix`, but also return the outputs of the producers of each site: (sequences, tokens, rows), or (tokens of the expert, rows)."""
         given: dict[str, Tensor] = {}
         hooks = []
         names = [name for prunable in self.prunables for name in prunable.producers]
@@ -344,10 +353,11 @@ class Sublayer:
         return mixed, [[given[name] for name in prunable.producers] for prunable in self.prunables]
 
     def attend(self, u: Tensor, arguments: Arguments) -> Tensor:
-        """Attention maps: (sequences, tokens, d) → (sequences, heads, tokens, tokens), rows summing to 1.
+        """Compute attention maps: (sequences, tokens, d) → (sequences, heads, tokens, tokens), rows sum to 1.
 
         Args:
-            arguments: as `Skeleton.arguments` gives them for ``maps=True``.
+            u: input of the producers, see `normed`.
+            arguments: result of `Skeleton.arguments` with ``maps=True``.
         """
         assert self.entry.kind == "attention"
         with upstream.eager_attention(self._mixer[0].config):
@@ -355,7 +365,7 @@ class Sublayer:
         return maps
 
     def consume(self, mixed: Mixed) -> Tensor:
-        """The consumers' output: (sequences, tokens, d)."""
+        """Return the output of the consumers, summed over experts: (sequences, tokens, d)."""
         if mixed.rows is None:
             o: Tensor = self.prunables[0].consume(mixed.z[0])
             return o
@@ -366,36 +376,38 @@ class Sublayer:
         return total.view(*mixed.shape, -1)
 
     def join(self, x: Tensor, o: Tensor) -> Tensor:
-        """The stream behind it, from the stream `x` before it and the consumers' output."""
+        """Return the stream after this sublayer, given the stream `x` before it and the consumers' output `o`, same shape."""
         if self._branch_norm is not None:
             o = self._branch_norm(o)
         y = x + (o if self.entry.scale == 1.0 else o * self.entry.scale)
         return y if self._sum_norm is None else self._sum_norm(y)
 
     def lacking(self, missing: Tensor) -> Tensor | float:
-        """What the consumers' output would have to gain for the stream to gain `missing`.
+        """Return the change of the consumers' output that changes the stream by `missing` (sequences, tokens, d).
 
-        Nothing where a norm stands between the two: no gain of its input is a given gain of its output.
+        Zero if a norm follows the consumer: a change of the norm's output does not translate into a change of its input.
         """
         return 0.0 if self._branch_norm is not None else missing / self.entry.scale
 
     def output(self, x: Tensor, mixed: Mixed) -> Tensor:
-        """What the sublayer adds to the residual stream `x`, added."""
+        """Return the stream after this sublayer, given the stream `x` before it and the inputs of the consumers."""
         return self.join(x, self.consume(mixed))
 
     def release(self) -> None:
-        """Free the producers and the consumers, once nothing will run through them again."""
+        """Free the weights of the producers and consumers. The sublayer cannot run afterwards."""
         for prunable in self.prunables:
             for name in (*prunable.producers, prunable.consumer):
                 place(self.layer.module(name), "weight", torch.empty(0, device="meta"))
-                self.layer.weights.pop(f"{name}.weight", None)  # a fused one is several sites'
+                self.layer.weights.pop(f"{name}.weight", None)  # already gone if several sites share a fused weight
 
 
 class Prunable:
     """A site with the weights of its producers and its consumer.
 
     Args:
-        entry: its names in full.
+        layer: the modules and weights of the block.
+        entry: its table entry, with names relative to the block.
+        site: its description.
     """
 
     def __init__(self, layer: Layer, entry: SublayerEntry, site: Site) -> None:
@@ -405,50 +417,50 @@ class Prunable:
         self._consumer = layer.module(entry.consumer)
 
     def consume(self, z: Tensor) -> Tensor:
-        """The consumer's output: (..., n) → (..., d)."""
+        """Run the consumer: (..., n) → (..., d)."""
         o: Tensor = self._consumer(z)
         return o
 
     def weight(self, name: str) -> Tensor:
-        """The stored weight of one linear, in float32 or better, on the device: (out, in)."""
+        """Return the master weight of a linear (out, in), in float32 (float64 if stored so), on the device."""
         stored = self.layer.weights[f"{name}.weight"].to(self.layer.device)
         return self._turned(name, stored.to(accumulator(stored.dtype)))
 
     @property
     def stored(self) -> torch.dtype:
-        """What the consumer's weight is stored in."""
+        """Stored dtype of the consumer's weight."""
         return self.layer.weights[f"{self.consumer}.weight"].dtype
 
     def split(self, producer: int, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """What belongs to each part of a producer, where its rows lie along `dim`."""
+        """Split a tensor along `dim`, which is indexed by the rows of a producer, into the producer's parts."""
         return torch.split(rows, self.entry.producers[producer].stretches(self.site, rows.shape[dim]), dim=dim)
 
     def producer_weights(self) -> tuple[Tensor, ...]:
-        """The producers' stored weights (rows, d), in float32 or better, on the device; fused ones in their parts."""
+        """Return the master weights of the producers (rows, d), fused ones in their parts; dtype and device as in `weight`."""
         return tuple(part for i, name in enumerate(self.producers) for part in self.split(i, self.weight(name)))
 
     def set_producer_weights(self, weights: Sequence[Tensor]) -> None:
-        """Replace what `producer_weights` gave."""
+        """Replace the weights of the producers; same order and shapes as `producer_weights`."""
         parts = iter(weights)
         for producer in self.entry.producers:
             self.set_weight(producer.name, torch.cat([next(parts) for _ in producer.parts]))
 
     def bias(self, name: str) -> Tensor | None:
-        """The bias that one linear computes with, where it has one."""
+        """Return the bias of a linear (out,) in the computing dtype, or None."""
         return self.layer.module(name)._parameters.get("bias")
 
     def set_weight(self, name: str, weight: Tensor) -> None:
-        """Replace the weight (out, in) of one linear.
+        """Replace the weight (out, in) of a linear.
 
         Raises:
-            NumericalError: not finite, or no longer so in the stored dtype.
+            NumericalError: the weight is not finite in the stored dtype.
         """
         self.layer.set(f"{name}.weight", self._turned(name, weight).contiguous())
         if not all_finite(self.layer.weights[f"{name}.weight"]):
             raise NumericalError(f"{self.site.name}: the new weights of {name} are not finite in their stored dtype")
 
     def shrink(self, kept: Tensor, consumer_weight: Tensor) -> None:
-        """Keep only the units `kept` (k,), ascending; the consumer gets `consumer_weight` (d_out, k·width)."""
+        """Keep only the units `kept` (k,) int64, ascending, and set the consumer's weight to `consumer_weight` (d_out, k·width)."""
         site = self.site
         for producer in (*self.entry.producers, *self.entry.vectors):
             for leaf in ("weight", "bias"):
@@ -463,7 +475,7 @@ class Prunable:
         self.site = site.keeping(len(kept))
 
     def _rows(self, stretches: Sequence[int], kept: Tensor) -> Tensor:
-        """Which rows of a module stay, part after part."""
+        """Return the rows of a module that stay, part by part."""
         found, start = [], 0
         for rows in stretches:
             found.append(unit_columns(kept, rows // self.site.units) + start)
@@ -471,24 +483,24 @@ class Prunable:
         return torch.cat(found)
 
     def _turned(self, name: str, weight: Tensor) -> Tensor:
-        """From how a module holds its weight to (out, in), or back."""
+        """Convert between the layout in which a module holds its weight and (out, in), in either direction."""
         return weight.T if isinstance(self.layer.module(name), Conv1D) else weight
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear, however it holds its weight."""
+    """Return (out, in) of a linear, whichever way it holds its weight."""
     rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def module_rows(module: nn.Module) -> int:
-    """Outputs of a linear, or entries of a norm."""
+    """Return the number of outputs of a linear, or of entries of a norm."""
     weight = module.get_parameter("weight")
     return linear_shape(module)[0] if weight.dim() == 2 else len(weight)
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor where a parameter or buffer of that name stands, without gradient; linears learn their widths."""
+    """Set a parameter or buffer to `tensor`, without gradient unless it is a Parameter, and update the widths of a linear."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._buffers:
