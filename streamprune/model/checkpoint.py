@@ -1,7 +1,7 @@
-"""Weights directories of safetensors shards: read lazily by tensor name, written shard by shard.
+"""Checkpoint directories of safetensors shards: read lazily by tensor name, written shard by shard.
 
-Reading goes by byte ranges into fresh tensors (no memory map), so that resident memory is what was
-asked for and bytes can be counted. `safetensors` itself validates every header first.
+Tensors are read by byte range into new memory, not memory-mapped. So resident memory is only what was requested, and the bytes
+read can be counted. `safetensors` validates every header first.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .names import ADAPTER, CONFIG, INDEX, RUN_TIME, SINGLE
 
 CPU = torch.device("cpu")
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-"""Ends of names of buffers that old checkpoints carry and no model reads any more."""
+"""Suffixes of the names of buffers that old checkpoints contain and current models do not read."""
 MODELOPT = "hf_quant_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
-"""A name that is no path, and no pattern either: the hub is asked for it."""
+"""A shard name that is neither a path nor a pattern, since it may be requested from the hub."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""Fields of a config that say how weights are packed."""
+"""Config fields that describe quantisation."""
 _PACKED = (
     (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
     (re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|quant_state\..*)$"), "bitsandbytes"),
@@ -48,40 +48,40 @@ _PACKED = (
     (re.compile(r"\.(weight_scale|input_scale)$"), "compressed-tensors or ModelOpt"),
     (re.compile(r"\.weight_scale_inv$|_proj_(blocks|scales)$"), "block-scaled float"),
 )
-"""Endings of the names of tensors that only packed weights have, and whose they are: the surest first."""
+"""Suffixes of tensor names that only quantised weights have, and the format they indicate. Most specific first."""
 
 _TABLES = ("I64", "BOOL")
-"""What no weights are packed in."""
+"""Dtypes that never hold packed weights."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What weights may be stored in."""
+"""Supported weight dtypes."""
 NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "I64"}
-"""What `write_shard` writes: weights, and counts."""
+"""Dtypes that `write_shard` supports: those of weights, and int64 for counts."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies."""
+    """Location of one tensor."""
 
     shard: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    """Offset in the file."""
+    """Offset in the file, in bytes."""
     nbytes: int
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.nbytes // self.dtype.itemsize
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
-    """A checkpoint directory: tensor names to their places; `read` fetches one.
+    """A checkpoint directory, as a mapping from tensor names to their locations. `read` loads a tensor.
 
     Raises:
-        CheckpointError: not a checkpoint, pickles only, two sets of weights, a shard that is missing, cut short or
-            corrupt, an index that names a file outside the directory or a tensor its shard lacks, a tensor in two
-            shards, a packed dtype or an integer one, a Git LFS pointer, a link that leads out of the directory, an
+        CheckpointError: not a checkpoint, only pickled weights, two sets of weights, a shard that is missing, truncated or
+            corrupt, an index that names a file outside the directory or a tensor that its shard lacks, a tensor in two
+            shards, a quantised or integer dtype, a Git LFS pointer, a link that leads out of the directory, or an
             adapter that is not merged.
     """
 
@@ -102,10 +102,10 @@ class Checkpoint(Mapping[str, TensorEntry]):
                 "delete the field, or that file"
             )
         self.config = {field: value for field, value in config.items() if field not in RUN_TIME}
-        """Without how somebody once ran the model."""
+        """The config without run-time fields (see `RUN_TIME`)."""
         self.bytes_read = 0
         self.headers: dict[str, str] = {}
-        """Digest of every shard's header, by file name."""
+        """SHA-256 in hex of every shard's header, by file name."""
         self._entries: dict[str, TensorEntry] = {}
         for shard, wanted in self._shards().items():
             self._open(directory / shard, wanted)
@@ -127,11 +127,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @property
     def claimed(self) -> Set[str]:
-        """Names of all tensors that there ought to be."""
+        """Names of all tensors that the checkpoint claims to hold."""
         return self._entries.keys()
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """One tensor on the host in its stored dtype, in memory of its own, ready to go to `device`."""
+        """Read a tensor to new host memory, in its stored dtype; pinned if `device` is a GPU."""
         entry = self[name]
         buffer = host_buffer(entry.nbytes, device)
         if files.read_into(entry.shard, entry.begin, buffer.numpy().data) < entry.nbytes:
@@ -141,24 +141,24 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in, by the first of them."""
+        """Stored dtype of the weights: that of the first non-empty tensor."""
         return next((entry.dtype for entry in self.values() if entry.numel), torch.float32)
 
     def announce(self, name: str) -> None:
-        """Have the kernel fetch a tensor that will be read soon."""
+        """Ask the kernel to read a tensor ahead."""
         entry = self[name]
         files.announce(entry.shard, entry.begin, entry.nbytes)
 
     def complete_names(self, prefix: str, head: str) -> None:
-        """Put `prefix` before all names but the head's, if none has it: so checkpoints of bare base models read."""
+        """If no tensor name starts with `prefix`, add it to all but the head's, so that checkpoints of base models can be read."""
         if not any(name.startswith(f"{prefix}.") for name in self._entries):
             full = {name if name.startswith(f"{head}.") else f"{prefix}.{name}": e for name, e in self._entries.items()}
             self._entries = full
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: its config, every shard's size, and digests of headers and samples.
+        """Return a fingerprint: the digest of the config and, per shard, size in bytes, digest of the header and digest of samples.
 
-        A sample is up to 512 bytes in the middle of each tensor, so that two fine-tunes of one model differ.
+        Samples are up to 512 bytes from the middle of each tensor, so that two fine-tunes of one model differ.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
         samples = {name: hashlib.sha256() for name in self.headers}
@@ -173,16 +173,16 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return {"config": digest, "shards": shards}
 
     def stamps(self) -> dict[str, list[int]]:
-        """Of every shard's file what changes when it is written to or exchanged: size, time of the last write, inode."""
+        """Return size in bytes, modification time in ns and inode of each shard: they change if the file is modified or replaced."""
         found = {name: (self.directory / name).stat() for name in self.headers}
         return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found.items()}
 
     def changed(self, stamps: Mapping[str, list[int]], sums: Mapping[str, int]) -> str | None:
-        """A tensor that is no longer what it was; None if there is none.
+        """Return the name of a tensor that has changed; None if there is none.
 
         Args:
-            stamps: of then: only files that have others now are read.
-            sums: CRC-32 of the tensors' bytes of then, by name.
+            stamps: earlier result of `stamps`. Only files whose stamps differ now are read.
+            sums: earlier CRC-32 of the tensors' bytes, by name.
         """
         now = self.stamps()
         suspects = {name for name in now if stamps.get(name) != now[name]}
@@ -192,7 +192,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return None
 
     def _shards(self) -> dict[str, set[str] | None]:
-        """Shard file names, each with the tensors that the index says it holds (None: whatever it holds)."""
+        """Return the shard file names, each with the tensors that the index places there; None if there is no index."""
         index = self.directory / INDEX
         if weight_file(self.directory) == SINGLE:
             return {SINGLE: None}
@@ -216,7 +216,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         if missing := sorted((wanted or set()) - header.keys()):
             raise CheckpointError(f"shard {path} lacks {missing[0]!r}, which the index places there")
         self._check_dtypes(path, {name: entry["dtype"] for name, entry in header.items()})
-        # As transformers, whatever a shard holds is read; the index only says which shards there are.
+        # Like transformers, read all tensors of a shard; the index only says which shards there are.
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 continue
@@ -228,13 +228,14 @@ class Checkpoint(Mapping[str, TensorEntry]):
             )
 
     def _check_dtypes(self, path: Path, dtypes: Mapping[str, str]) -> None:
-        """See that a shard's tensors, dtypes by name, can be computed with.
+        """Check that the tensors of a shard, dtypes by name, have supported dtypes.
 
         Raises:
-            CheckpointError: packed weights, and by whom; or a table of integers, such as DeepSeek V4's of experts.
+            CheckpointError: quantised weights, with the format if known; or an integer table, such as that of DeepSeek V4's
+                experts.
         """
         makers = {name: maker for ending, maker in reversed(_PACKED) for name in dtypes if ending.search(name)}
-        # Pythia's masks are truth values.
+        # Pythia's attention masks are boolean.
         unread = {n: d for n, d in dtypes.items() if n in makers or (d not in DTYPES and not n.endswith(UNREAD))}
         declared = quantised_by(self.config) or ("modelopt" if (self.directory / MODELOPT).exists() else None)
         packed = [
@@ -256,7 +257,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
 
 def quantised_by(config: Mapping[str, Any]) -> str | None:
-    """What a config says that its weights are packed by, such as ``gptq``; None where it says nothing."""
+    """Return the quantisation method that a config declares, such as ``gptq``; None if it declares none."""
     for field in QUANTISED:
         given = config.get(field)
         if given is not None:
@@ -266,12 +267,12 @@ def quantised_by(config: Mapping[str, Any]) -> str | None:
 
 
 def weight_file(directory: Path) -> str:
-    """The file that transformers takes a directory's weights from: `SINGLE` where that is there, else `INDEX`.
+    """Return the file from which transformers loads the weights of a directory: `SINGLE` if it exists, else `INDEX`.
 
-    An index beside `SINGLE` may be left over, its shards gone: transformers does not read it, nor does anything here.
+    A left-over index beside `SINGLE`, whose shards are gone, is ignored, as in transformers.
 
     Raises:
-        CheckpointError: both are there, with shards; transformers would not tell.
+        CheckpointError: `SINGLE` and shards of the index both exist. transformers would silently read `SINGLE`.
     """
     index = directory / INDEX
     if not (directory / SINGLE).is_file():
@@ -286,13 +287,13 @@ def weight_file(directory: Path) -> str:
 
 
 def read_header(path: Path) -> tuple[int, bytes]:
-    """A shard's header: its length and its JSON text, once `safetensors` has found all of it true.
+    """Return the length in bytes and the JSON text of a shard's header, after `safetensors` has validated it.
 
-    That checks the length against the file, that tensors follow each other without gaps or overlaps up to the end of
-    the file, and that each has as many bytes as its shape and dtype say.
+    The validation checks the header's length against the file, that tensors follow each other without gaps or overlaps up
+    to the end of the file, and that the size of each tensor matches its shape and dtype.
 
     Raises:
-        CheckpointError: the shard is corrupt or cut short, or a Git LFS pointer.
+        CheckpointError: the shard is corrupt, truncated or a Git LFS pointer.
     """
     try:
         with safe_open(path, framework="pt"):
@@ -308,10 +309,10 @@ def read_header(path: Path) -> tuple[int, bytes]:
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
-    """Shard file names, each with the tensors that an index says it holds.
+    """Return the shard file names of an index, each with the tensors that the index places there.
 
     Raises:
-        CheckpointError: not an index, or a shard that is no safetensors file of the same directory.
+        CheckpointError: not an index, or a shard name that is not a safetensors file in the same directory.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -327,23 +328,23 @@ def read_index(path: Path) -> dict[str, set[str]]:
 
 
 def shard_name(number: int, total: int) -> str:
-    """`model-00003-of-00010.safetensors`."""
+    """Return the file name of a shard, such as `model-00003-of-00010.safetensors`; `number` starts at 1."""
     return f"model-{number:05}-of-{total:05}.safetensors"
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write one shard durably; equal tensors give equal bytes.
+    """Durably write one shard. Equal tensors produce identical bytes.
 
-    By hand, since safetensors' own writer (0.8) goes by way of a randomly named file beside the target, which only its
-    owner may read and which a killed process leaves behind.
+    Does not use safetensors' own writer (0.8), which writes a randomly named file beside the target that only its owner can
+    read and that a killed process leaves behind.
 
     Returns:
-        The SHA-256 in hex of what was to be written.
+        The SHA-256 in hex of the bytes in memory.
 
     Raises:
-        DiskError: it could not be written, on a full disk for one.
+        DiskError: the shard cannot be written, for example because the disk is full.
     """
-    # Widest elements first, so that every tensor is aligned.
+    # Largest element size first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -356,10 +357,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
-    """All tensors of a shard whose digest `write_shard` gave.
+    """Read all tensors of a shard and check its digest.
+
+    Args:
+        digest: the result of `write_shard`.
 
     Raises:
-        DamageError: it is no longer what was written.
+        DamageError: the file is missing or differs from what was written.
     """
     data = files.read_bytes(path) if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != digest:
@@ -371,10 +375,10 @@ def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
 
 
 class Shard(Mapping[str, Tensor]):
-    """What `write_shard` wrote; a tensor is read when it is asked for.
+    """A shard written by `write_shard`, as a mapping that reads each tensor on access.
 
     Raises:
-        CheckpointError: the shard is corrupt or cut short.
+        CheckpointError: the shard is corrupt or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -398,14 +402,14 @@ class Shard(Mapping[str, Tensor]):
 
 
 def data_bytes(path: Path) -> int:
-    """Bytes of the tensors in a shard, its header left out."""
+    """Return the size of the tensors in a shard, in bytes, without its header."""
     beginning = bytearray(8)
     files.read_into(path, 0, memoryview(beginning))
     return path.stat().st_size - len(beginning) - int.from_bytes(beginning, "little")
 
 
 def write_index(directory: Path, placed: Mapping[str, str], parameters: int, size: int) -> str:
-    """Write the index: `placed` maps tensor names to shard names; `size` is in bytes. Returns its digest."""
+    """Durably write the index: `placed` maps tensor names to shard names, `size` is in bytes. Returns its SHA-256 in hex."""
     index = {
         "metadata": {"total_parameters": parameters, "total_size": size},
         "weight_map": dict(sorted(placed.items())),

@@ -1,8 +1,8 @@
-"""A model's config as transformers' own class has it, made of what we have read, checked and held against the shards.
+"""Build transformers' config object from a config file that has been checked against the shards.
 
-transformers' own way from a directory to a config goes further than a stranger's file should take it: the file may name
-another one to read instead, Python code, a kernel to fetch for attention, and sizes that are looped over before any
-weight is looked at. So transformers never reads it: its class gets the fields, without those that choose code or files.
+transformers' own loader trusts the file too much: it may name another file to read instead, Python code to run, an attention
+kernel to download, or sizes that are looped over before any weight is read. So transformers never reads the file: its config
+class receives the parsed fields, without those that select code or files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .modeling_streamprune import PREFIX
 from .names import CONFIG
 
 OURS = "streamprune"
-"""The field with per-block widths."""
+"""The config field with per-block widths."""
 _CHOOSING = {
     "auto_map",
     "name_or_path",
@@ -34,8 +34,8 @@ _CHOOSING = {
     "output_router_logits",
     "tie_last_hidden_states",
 }
-"""Fields that say what code computes, which files are read or what a forward returns, and labels, which no language
-model has."""
+"""Fields that select code, files or the outputs of a forward pass, and label fields, which language models do not
+have."""
 _ELSEWHERE = {
     "configuration_files": "another config to be read instead",
     "per_layer_config": "blocks of different configs, which the table of architectures does not know",
@@ -56,11 +56,11 @@ _WRAPPERS = {
     "text_model": _PART,
     "thinker": _PART,
 }
-"""Pieces of tensor names that no supported model has, by whom they are and what gets rid of them."""
+"""Parts of tensor names that no supported model has, with the tool that adds them and how to remove them."""
 _WIDEST = 1 << 31
-"""More than any side of a matrix."""
+"""Exclusive upper limit on any width."""
 _LARGEST = 3.4028234663852886e38
-"""Float32's largest number."""
+"""Largest finite float32."""
 _ROTATION = {
     "rope_theta",
     "factor",
@@ -73,16 +73,16 @@ _ROTATION = {
     "long_factor",
     "original_max_position_embeddings",
 }
-"""Settings of rotary embeddings by which frequencies are divided or whose logarithm is taken, or lists of such."""
+"""Rotary embedding settings that must be positive numbers or lists of them: divisors, or arguments of a logarithm."""
 
 
 def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
-    """The table's entry and transformers' config of a checkpoint; its tensors get their full names (`complete_names`).
+    """Return the table entry and transformers' config of a checkpoint, and complete its tensor names (`complete_names`).
 
     Raises:
-        CheckpointError: unknown architecture, a field left over from quantised weights, tensors by names that a tool
-            put around the model's, more blocks than the shards hold, a config that transformers refuses, or per-block
-            widths that are none of ours.
+        CheckpointError: unsupported architecture, a quantisation field but no quantised weights, tensor names with the prefix
+            of a wrapper, more blocks than the shards hold, a config that transformers rejects, numbers out of range, or
+            invalid per-block widths.
     """
     fields, where = checkpoint.config, f"{checkpoint.directory}/{CONFIG}"
     for name in QUANTISED:
@@ -104,7 +104,7 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
     try:
         stock = CONFIG_MAPPING[fields["model_type"]]
         _check_depth(fields, stock, checkpoint, architecture, where)
-        # A copy, since some classes change what they are given.
+        # A copy, since some config classes modify their arguments.
         config = stock.from_dict(copy.deepcopy({k: v for k, v in fields.items() if _is_setting(k)}))
         architecture_of(config.model_type.removeprefix(PREFIX), str(checkpoint.directory))
         entries = [architecture.sublayers(config, index) for index in range(config.num_hidden_layers)]
@@ -122,15 +122,15 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
 
 
 def _architecture(fields: Mapping[str, Any], where: str) -> Architecture:
-    """The table's entry of the declared model_type.
+    """Return the table entry of the declared model_type.
 
     Raises:
-        CheckpointError: not in the table, whatever code the model brings along.
+        CheckpointError: not in the table, even if the model brings its own code.
     """
     declared = fields.get("model_type")
     base = declared.removeprefix(PREFIX) if isinstance(declared, str) else None
     if base == "mistral" == declared and "layer_types" in fields:
-        base = "ministral"  # as transformers takes it
+        base = "ministral"  # as transformers does
     if base not in ARCHITECTURES and fields.get("auto_map") is not None:
         raise CheckpointError(
             f"{where}: model_type {declared!r} is not supported, and the code that the model brings along (auto_map) is "
@@ -140,10 +140,10 @@ def _architecture(fields: Mapping[str, Any], where: str) -> Architecture:
 
 
 def _check_names(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """See that tensors have the model's own names, with or without that of its base, and nothing around them.
+    """Check that tensors have the model's own names, with or without the base model's prefix, and no prefix of a wrapper.
 
     Raises:
-        CheckpointError: something is; its message says what, and who put it there.
+        CheckpointError: names have another prefix; the message names it, and the tool that adds it if known.
     """
     *bases, blocks = map(re.escape, architecture.blocks.split("."))
     own = "".join(rf"(?:{base}\.)?" for base in bases)
@@ -162,7 +162,7 @@ def _check_names(checkpoint: Checkpoint, architecture: Architecture) -> None:
 
 
 def _is_setting(name: str) -> bool:
-    """Whether a field is the model's to set: not a choice of code, and not part of how transformers' class works."""
+    """Return whether a field is a model setting: it selects no code and overrides no internals of transformers' config class."""
     from transformers import PreTrainedConfig
 
     own = inspect.getattr_static(PreTrainedConfig, name, None)
@@ -174,7 +174,11 @@ def _is_setting(name: str) -> bool:
 def _check_depth(
     fields: Mapping[str, Any], stock: Any, checkpoint: Checkpoint, architecture: Architecture, where: str
 ) -> None:
-    """Hold the number of blocks against the shards before anything counts up to it."""
+    """Check the number of blocks against the shards before anything loops over it.
+
+    Raises:
+        CheckpointError: the config has more blocks than the shards.
+    """
     prefix = f"{architecture.blocks}."
     held = len({name[len(prefix) :].partition(".")[0] for name in checkpoint.claimed if name.startswith(prefix)})
     for name in ("num_hidden_layers", stock.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
@@ -184,10 +188,10 @@ def _check_depth(
 
 
 def _check_rotation(settings: Any, where: str) -> None:
-    """Hold the settings of rotary embeddings, for all blocks or by kind of block, to numbers that give finite angles.
+    """Check that the settings of rotary embeddings, common or per kind of block, give finite angles.
 
     Raises:
-        CheckpointError: one that is no number above zero.
+        CheckpointError: a setting is not a finite number above zero.
     """
     for name, value in settings.items() if isinstance(settings, dict) else ():
         if isinstance(value, dict):
@@ -201,10 +205,10 @@ def _check_rotation(settings: Any, where: str) -> None:
 
 
 def _check_numbers(value: Any, where: str, name: str = "the config") -> None:
-    """Refuse numbers beyond float32, which torch's functions do not take.
+    """Reject numbers outside the range of float32, which torch functions do not accept.
 
     Raises:
-        CheckpointError: there is one, however deep.
+        CheckpointError: there is one, at any depth.
     """
     if isinstance(value, dict | list):
         for key, each in value.items() if isinstance(value, dict) else ((name, each) for each in value):
@@ -216,13 +220,15 @@ def _check_numbers(value: Any, where: str, name: str = "the config") -> None:
 def _check_widths(
     widths: Any, architecture: Architecture, entries: Sequence[Sequence[SublayerEntry]], most: int, where: str
 ) -> None:
-    """Hold per-block widths against what the architecture has to resize: no other module or attribute is touched.
+    """Check that per-block widths name only modules and attributes that the architecture can resize.
 
     Args:
-        most: experts that there can be.
+        widths: the value of the config field `OURS`.
+        entries: sublayers of each block.
+        most: maximum number of experts.
 
     Raises:
-        CheckpointError: anything else.
+        CheckpointError: an unknown part, module or attribute, a wrong number of blocks, or an invalid width.
     """
     known: dict[str, set[str]] = {"rows": set(), "columns": set(), "attributes": set(), "experts": set()}
     for entry in (entry for block in entries for entry in block):

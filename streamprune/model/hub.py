@@ -1,7 +1,7 @@
-"""A model by the name people have for it: a directory, or a repository of the Hugging Face hub.
+"""Resolve models given as a directory or as a repository on the Hugging Face hub.
 
-What the hub has is fetched once, safetensors and text files only, into the cache that all of huggingface_hub's users
-share, and read from there; ``HF_HUB_OFFLINE=1`` and ``HF_HOME`` mean what they always do.
+Hub models are downloaded once, safetensors and text files only, to the shared cache of huggingface_hub. ``HF_HUB_OFFLINE=1`` and
+``HF_HOME`` work as usual.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _FIRST = (CONFIG, SINGLE, INDEX, REPORT, CURVES, *COMPANIONS)
-"""What is fetched at once; shards follow, if there is no single file: transformers would not read them either."""
+"""Files fetched first. Shards follow only if there is no single file; otherwise transformers would ignore them too."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """A bar where stderr is a terminal, and nothing in a log."""
+    """A progress bar that is shown only if stderr is a terminal."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{**options, "disable": None})
 
 
 def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
-    """The directory of a model: itself, or the cached copy of ``org/name`` or ``org/name@revision``, fetched if need be.
+    """Return the directory of a model: the path itself, or the cached copy of ``org/name`` or ``org/name@revision``.
 
-    A directory of that name wins. Where the hub cannot be reached, a copy that is in the cache is taken.
+    Downloads the model if necessary. An existing directory takes precedence over a hub name. If the hub is unreachable, a
+    complete copy in the cache is used.
 
     Raises:
-        CheckpointError: neither a directory nor to be had from the hub or its cache.
+        CheckpointError: neither a directory nor a model that the hub or its cache can provide.
     """
     progress = progress or Silent()
     match = check_model(model)
@@ -53,10 +54,14 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint directory or a name on the hub, pruned or dense, as a transformers model; `options` go to `from_pretrained`.
+    """Load a checkpoint directory or hub model, pruned or dense, as a transformers model.
 
-    Neither code of the checkpoint's own nor pickles are loaded, unless `options` ask for it. Kernels that its config names,
-    such as FlashAttention, which this machine may not have, are passed over; `attn_implementation` chooses others.
+    Does not run the checkpoint's own code or load pickles, unless `options` say so. Kernels that its config names, such as
+    FlashAttention, are ignored, since this machine may not have them; choose kernels with `attn_implementation`.
+
+    Args:
+        path: a checkpoint directory, or a name on the hub.
+        options: passed to `from_pretrained`.
 
     Raises:
         CheckpointError: `path` is neither.
@@ -74,10 +79,10 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def check_model(model: str | Path) -> re.Match[str] | None:
-    """The parts of a model's name on the hub; None for a directory. Nothing is read or fetched.
+    """Return the match of a hub name (groups ``repo`` and ``revision``); None for a directory. Reads and downloads nothing.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: neither a directory nor a hub name.
     """
     if os.path.isdir(model):
         return None
@@ -90,39 +95,39 @@ def check_model(model: str | Path) -> re.Match[str] | None:
 
 
 def is_name(model: str | Path) -> bool:
-    """Whether this may be a model on the hub: it reads like a name, and nothing of that name is here."""
+    """Return whether this may be a hub model: it has the form of a hub name, and no such path exists."""
     return _NAME.fullmatch(str(model)) is not None and not os.path.exists(model)
 
 
 def commit(model: Path) -> str | None:
-    """The commit of a directory in the hub's cache; None for any other."""
+    """Return the commit of a directory in the hub's cache; None for other directories."""
     repo = model.parent.parent.name
     return model.name if model.parent.name == "snapshots" and repo.startswith("models--") else None
 
 
 def title(model: Path) -> str:
-    """What to call a resolved model: its name on the hub, or its directory's."""
+    """Return the name of a resolved model: its hub name, or the name of its directory."""
     if commit(model) is None:
         return model.resolve().name
     return model.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def shown(model: Path) -> str:
-    """Where a resolved model is from, for people: ``org/name@commit``, or the path."""
+    """Return the origin of a resolved model, for the user: ``org/name@commit``, or the path."""
     found = commit(model)
     return str(model) if found is None else f"{title(model)}@{found}"
 
 
 def origin(model: Path) -> dict[str, str | None]:
-    """Where a resolved model is from, for reports: no path of this machine."""
+    """Return the origin of a resolved model, for reports; contains no local path."""
     return {"name": title(model), "commit": commit(model)}
 
 
 def _fetched(repo: str, revision: str | None) -> Path:
-    """The copy in the cache, complete.
+    """Return a complete copy in the cache, downloading what is missing.
 
     Raises:
-        CheckpointError: it cannot be had.
+        CheckpointError: the model cannot be downloaded completely.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -161,10 +166,10 @@ def _fetched(repo: str, revision: str | None) -> Path:
 
 
 def _lacking(folder: Path) -> list[str]:
-    """Files of weights that a checkpoint directory should have and has not.
+    """Return the weight files that a checkpoint directory lacks.
 
     Raises:
-        CheckpointError: the index names what is no shard: a pattern, for one, would fetch whatever it matches.
+        CheckpointError: the index names something that is not a shard. A pattern, for example, would download all it matches.
     """
     from .checkpoint import read_index, weight_file
 
@@ -176,7 +181,7 @@ def _lacking(folder: Path) -> list[str]:
 
 
 def _lack(repo: str, folder: Path, lacking: list[str]) -> str:
-    """Why weights are not there, once all was fetched that could be."""
+    """Return why weight files are missing after the download, as part of a message."""
     from huggingface_hub import HfApi
 
     try:

@@ -1,7 +1,7 @@
-"""`SHA256SUMS`, the manifest of a directory: what every file of it was meant to hold, as ``sha256sum -c`` reads it.
+"""`SHA256SUMS`, the manifest of a directory: the intended SHA-256 of every file, in the format of ``sha256sum -c``.
 
-Digests are of bytes in memory on their way to the disk, never of a file that was read back, so that a write which went
-wrong does not match its own.
+Digests are computed from the bytes in memory before they are written, never from a file read back, so that a faulty write does
+not match its digest.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def write(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write a line for every file, by name, and see that the disk has it.
+    """Durably write the manifest, and read it back to check it.
+
+    Args:
+        digests: SHA-256 in hex, by file name.
 
     Raises:
-        DamageError: it has something else.
+        DamageError: the disk does not hold what was written.
     """
     path = folder / NAME
     digest = files.write_text(path, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
@@ -30,9 +33,9 @@ def write(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def read(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Digests by file name, and what is wrong with lines that give none.
+    """Return the digests by file name, and messages about invalid lines.
 
-    A name with a folder in it is wrong: what lies elsewhere is no part of this directory.
+    A name with a folder in it is invalid: files elsewhere are not part of this directory.
     """
     digests: dict[str, str] = {}
     wrong = []
@@ -51,10 +54,10 @@ def read(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def hold(path: Path, digest: str) -> None:
-    """See that the disk has a file as it was written.
+    """Check that a file on disk has this SHA-256 (hex), bypassing the page cache where possible.
 
     Raises:
-        DamageError: it has something else.
+        DamageError: its digest differs.
     """
     files.forget(path)
     if files.sha256(path) != digest:
