@@ -1,4 +1,4 @@
-"""What the parts of a recipe bring: the default's, each taken away, or the paper's ablation of SoBP, stage by stage.
+"""What each part of a recipe contributes: the default with one part removed, or the SoBP paper's ablation, stage by stage.
 
 python benchmarks/ablation.py --calibration ../shared/text/docs-calib.txt --validation ../shared/text/docs-valid.txt
 python benchmarks/ablation.py --recipe sobp ...

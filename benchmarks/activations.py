@@ -1,7 +1,7 @@
-"""What storing activations smaller costs in quality: the default recipe with each of them, everything else the same.
+"""What smaller stored activations cost in quality: the default recipe with each dtype, all else equal.
 
-The model is pruned with activations stored in float32, bfloat16 and float8 (a scale a token), and each result is measured
-with activations as they are computed. The bytes are those of one boundary on the disk.
+The model is pruned with activations stored in float32, bfloat16 and float8 (one scale per token). Each result is
+evaluated with activations stored in the computing dtype. The bytes in the table are those of one boundary on disk.
 
     python benchmarks/activations.py            about 2 minutes on 2 idle cores
     python benchmarks/activations.py --json --only float8
@@ -22,7 +22,7 @@ STORED = ["float32", "bfloat16", "float8"]
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Return the table as text."""
     lines = [
         f"{result['model']}, {result['recipe']} at {result['ratio']:g}, {result['samples']} × {result['seq_len']} tokens",
         f"{'stored in':12}{'a boundary':>12}{'perplexity':>12}{'seconds':>9}",

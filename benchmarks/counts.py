@@ -1,9 +1,9 @@
-"""What a recipe computes, counted while it runs: sweeps, sums and solving, in dense forward passes a shot, beside the forecast.
+"""Operations of each recipe, counted and forecast, in dense forward passes per shot: sweeps, sums and solving.
 
-python benchmarks/counts.py                                 the table of docs/methods.md, some minutes on two cores
-python benchmarks/counts.py --recipes sobp,default --json
+    python benchmarks/counts.py                                 the table of docs/methods.md, some minutes on two cores
+    python benchmarks/counts.py --recipes sobp,default --json
 
-Counts need no clock: any machine gives the same.
+Counts do not depend on time: every machine gives the same figures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def count(recipe: str, settings: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
-    """Operations by kind, counted and forecast, in dense forward passes a shot."""
+    """Return operations by kind, counted and forecast, in dense forward passes per shot."""
     with tempfile.TemporaryDirectory() as folder:
         config = streamprune.Config(
             model=options.model,

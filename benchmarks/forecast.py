@@ -1,8 +1,9 @@
-"""What `streamprune plan` says a job will hold, against what it held: recipe by recipe, and under a limit that is felt.
+"""Compare the memory forecast of `streamprune plan` with the measured peak, for each recipe and under a tight limit.
 
-A random llama whose blocks are large beside the interpreter (an FFN Gram of 256 MiB); every command runs in a process of
-its own. "comfortable" is without --memory, "limited" with the least that `plan` accepts, rounded up by a hundredth, so that
-micro-batches of one sequence are taken. The target: forecast / measured from 0.9 to 1.1, and no more held than the limit.
+The model is a random llama whose blocks are large compared with the interpreter (an FFN Gram of 256 MiB). Every command
+runs in its own process. "comfortable" is without --memory. "limited" uses the least that `plan` accepts, rounded up by
+one percent, so that micro-batches have one sequence. Targets: forecast / measured from 0.9 to 1.1, and the limit never
+exceeded.
 
     python benchmarks/forecast.py             about 10 minutes on 2 cores
     python benchmarks/forecast.py --json --recipes slimgpt sobp
@@ -29,7 +30,7 @@ LOW, HIGH = 0.9, 1.1
 
 
 def planned(*words: object) -> dict[str, Any]:
-    """What `streamprune plan` says; its exit code 1 means that it does not fit."""
+    """Return the JSON of `streamprune plan`; its exit code 1 means that the job does not fit."""
     command = [sys.executable, "-m", "streamprune_cli", "plan", *map(str, words), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode > 1:
@@ -39,7 +40,7 @@ def planned(*words: object) -> dict[str, Any]:
 
 
 def row(model: Path, out: Path, recipe: str, part: str, options: list[object], device: str) -> dict[str, Any]:
-    """One job, forecast and run."""
+    """Forecast and run one job."""
     forecast = planned(model, *options)
     done, _ = measured("run", model, out, *options)
     shutil.rmtree(out)

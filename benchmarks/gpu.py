@@ -1,26 +1,30 @@
-"""A 70B model on one card: blocks of its real shape pruned under device limits, and what 80 of them would take.
+"""A 70B model on one card: prune blocks of its real shape under device limits, and project the time of 80 of them.
 
-A random llama of 70B-shaped blocks (8192 wide, FFN 28672, 64 heads, 8 key/value heads, bfloat16; as many as the disk holds) goes
-through, each in processes of its own:
+A random llama of 70B-shaped blocks (width 8192, FFN 28672, 64 heads, 8 key/value heads, bfloat16; as many as fit on the
+disk) goes through these steps, each in its own processes:
 
-1. rates.py: what this machine can do (products, pinned copies, the disk);
-2. per limit `plan`, `run --plan-only` (the survey, whose journal has seconds and operations of each step) and `run`, which goes
-   on to the end: peak device memory as torch counts it and as nvidia-smi does (the driver's share and other processes included);
-3. the sweeps alone: `run --plan-only --recipe sobp`, forward and backward with next to nothing summed or solved;
-4. stream.py: the streamed forward pass beside transformers' own on the device, and by accelerate from disk.
+1. rates.py: the rates of this machine (products, pinned copies, disk).
+2. For each limit: `plan`, `run --plan-only` (the survey, whose journal has seconds and operations of each step) and
+   `run`, which resumes it. Peak device memory is reported as torch counts it and as nvidia-smi does (including the
+   driver and other processes).
+3. The sweeps alone: `run --plan-only --recipe sobp`, forward and backward with almost nothing summed or solved.
+4. stream.py: the streamed forward pass, compared with transformers' own on the device and with accelerate's disk
+   offload.
 
-"achieved" is the least time that the counted operations could have taken, over the time that they took: model passes and Grams
-at the measured rate of products in the computing dtype, solving at that of float32. The projection keeps what survey and pruning
-achieved: the least time of the operations that `plan` counts for the whole model (80 blocks of the real shape, 128 × 2048 tokens, the same
-recipe), over the achieved share, plus reading all weights once to check them. On the card wanted products run at --card TFLOP/s and
-float32 at half of that; what fills this device less than that card, or the other way round, is not known. Below it stands how long the
-disk takes to read all that the job reads, at the measured rate.
+"achieved" is the least time that the counted operations could have taken, divided by the time they took. Model passes
+and Grams count at the measured rate of products in the computing dtype, solving at that of float32.
+
+The projection keeps the achieved fraction of survey and pruning. It is the least time of the operations that `plan`
+counts for the whole model (80 blocks of the real shape, 128 × 2048 tokens, the same recipe), divided by the achieved
+fraction, plus one read of all weights to check them. On the target card, products run at --card TFLOP/s and float32
+products at half of that. How well the same sizes fill that card compared with this device is not known. The line below
+the projection gives the disk time for everything the job reads, at the measured rate.
 
     python benchmarks/gpu.py --folder /disk/gpu                 an H200: about 8 minutes; the checkpoint stays in the folder
     python benchmarks/gpu.py --device cpu                       a sixteenth of the widths: about 5 minutes on 2 idle cores
     python benchmarks/gpu.py --samples 32 --limits 24GiB --skip forward --json
 
-Needs accelerate for 4: pip install -e '.[bench]'
+Step 4 needs accelerate: pip install -e '.[bench]'
 """
 
 from __future__ import annotations
@@ -51,34 +55,34 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     | {"seq_len": 256, "limits": ["2GiB", "1GiB"]},
 }
 KV_SHARE = 8
-"""Query heads a key/value head."""
+"""Query heads per key/value head."""
 PARTS = ("runs", "sweeps", "forward")
 TFLOP = 1e12
 FORECAST = ("device_bytes", "host_bytes", "batch", "backward_batch", "grams", "bytes_to_read")
-"""Of what `plan` says."""
+"""Fields of the JSON of `plan` to report."""
 
 
 def device_kind() -> str:
-    """``cuda`` where there is a GPU for torch."""
+    """Return ``cuda`` if torch finds a GPU, otherwise ``cpu``."""
     asked = "import torch; print(torch.cuda.is_available())"
     found = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True)
     return "cuda" if found.stdout.strip() == "True" else "cpu"
 
 
 def blocks_that_fit(folder: Path, options: argparse.Namespace) -> int:
-    """So many blocks that checkpoint, result, activations and accelerate's copy find room on the disk; 2 to 8."""
+    """Return the number of blocks, 2 to 8, whose checkpoint, result, activations and accelerate copy fit on the disk."""
     attention = 2 * options.hidden * options.head_dim * (options.heads + options.heads // KV_SHARE)
     block = 2 * (attention + 3 * options.hidden * options.ffn)
     boundary = 2 * options.hidden * options.samples * options.seq_len
     outside = 4 * options.vocabulary * options.hidden
     free = shutil.disk_usage(folder).free
-    # A boundary a block for the survey; six, and at last the offloaded copy in place of all of them, beside it.
+    # The survey needs one boundary per block and up to six more; later the offloaded copy takes their place.
     return max(2, min(8, int((0.95 * free - 3 * outside - 6 * boundary) / (3 * block + boundary))))
 
 
 @contextmanager
 def watched(device: str) -> Iterator[dict[str, Any]]:
-    """What nvidia-smi says meanwhile: the most ``memory_bytes`` and the mean ``busy`` share; nothing where it is not."""
+    """Sample nvidia-smi during the context: peak ``memory_bytes`` and mean ``busy`` share; empty without nvidia-smi."""
     found: dict[str, Any] = {}
     query = ["nvidia-smi", "--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
     if not device.startswith("cuda") or shutil.which(query[0]) is None:
@@ -104,14 +108,14 @@ def watched(device: str) -> Iterator[dict[str, Any]]:
 
 
 def journal(out: Path) -> list[dict[str, Any]]:
-    """The lines of an unfinished job's journal, the header left out."""
+    """Return the lines of an unfinished job's journal without the header."""
     path = out.with_name(f"{out.name}.streamprune") / "journal.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line.partition(" ")[2]) for line in lines[1:]]
 
 
 def stages(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Seconds, of the blocks one by one, and operations by kind of each stage."""
+    """Return for each stage the seconds of each block and the operations by kind."""
     found: dict[str, dict[str, Any]] = {}
     for line in lines:
         name = line["step"].split("/")[1] if "/" in line["step"] else line["step"]
@@ -122,14 +126,14 @@ def stages(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def least(kinds: Mapping[str, float], rates: Mapping[str, float], dtype: str) -> float:
-    """Seconds that operations take at these rates."""
+    """Return the seconds that operations take at these rates."""
     solving = kinds.get("solving", 0)
     others = sum(kinds.values()) - solving
     return float(others / rates[f"{dtype}_operations"] + solving / rates["float32_operations"])
 
 
 def run(model: Path, out: Path, limit: str, options: argparse.Namespace, *recipe: str) -> dict[str, Any]:
-    """One limit: forecast, survey, the rest, and what they took."""
+    """Forecast and run one limit, survey first; return time and memory of each."""
     job = [*recipe, "--ratio", options.ratio, "--calibration", model.with_suffix(".txt"), "--samples", options.samples]
     job += ["--seq-len", options.seq_len, "--device", options.device, "--dtype", options.dtype, "--memory", limit]
     forecast, _ = measured("plan", model, *job)
@@ -162,7 +166,7 @@ def run(model: Path, out: Path, limit: str, options: argparse.Namespace, *recipe
 
 
 def survey_alone(model: Path, out: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Forward and backward sweeps with next to nothing else, by stage."""
+    """Run the forward and backward sweeps with almost nothing else; return their stages."""
     job = ["--recipe", "sobp", "--ratio", options.ratio, "--calibration", model.with_suffix(".txt"), "--samples"]
     job += [options.samples, "--seq-len", options.seq_len, "--device", options.device, "--dtype", options.dtype]
     measured("run", model, out, *job, "--memory", options.limits[0], "--plan-only")
@@ -172,7 +176,7 @@ def survey_alone(model: Path, out: Path, options: argparse.Namespace) -> dict[st
 
 
 def whole_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What `plan` says of all blocks in their real shape, with the tokens wanted; their weights are holes."""
+    """Return the JSON of `plan` for all blocks in their real shape and the target tokens; the weights are sparse files."""
     shape = DEFAULTS["cuda"]
     model = folder / "whole"
     words = [sys.executable, HERE / "make_checkpoint.py", model, "--hollow", *shape_options(BLOCKS, shape)]
@@ -190,7 +194,7 @@ def whole_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         options.device,
     ]
     plan = [sys.executable, "-m", "streamprune_cli", "plan", model, *job, "--json"]
-    # Whether it fits here does not matter.
+    # The exit code does not matter: the job need not fit on this machine.
     found = subprocess.run(list(map(str, plan)), capture_output=True, text=True)
     shutil.rmtree(model)
     if not found.stdout:
@@ -202,7 +206,7 @@ def whole_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def project(
     found: dict[str, Any], whole: Mapping[str, Any], rates: Mapping[str, float], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds of the whole model on this machine and on the wanted card."""
+    """Project the seconds of the whole model on this machine and on the target card."""
     stages = [found["stages"][name] for name in ("forward", "backward", "prune") if name in found["stages"]]
     seconds = sum(sum(stage["seconds"]) for stage in stages)
     achieved = sum(least(stage["kinds"], rates, options.dtype) for stage in stages) / seconds
@@ -220,7 +224,7 @@ def project(
 
 
 def shape_options(blocks: int, shape: Mapping[str, Any]) -> list[object]:
-    """Those of make_checkpoint.py."""
+    """Return the shape options of make_checkpoint.py."""
     words: list[object] = ["--blocks", blocks, "--kv-heads", max(1, shape["heads"] // KV_SHARE), "--dtype", "bfloat16"]
     for name in ("hidden", "ffn", "heads", "head_dim", "vocabulary"):
         words += [f"--{name.replace('_', '-')}", shape[name]]
@@ -228,7 +232,7 @@ def shape_options(blocks: int, shape: Mapping[str, Any]) -> list[object]:
 
 
 def table(result: dict[str, Any], options: argparse.Namespace) -> str:
-    """The report for people."""
+    """Return the report as text."""
     rates, gib = result["rates"], 2**30
     of = f"{options.blocks} blocks, {options.hidden} wide, FFN {options.ffn}, {options.heads} heads, {options.samples} × {options.seq_len} tokens"
     lines = [f"{rates['device']}: {of}, {options.dtype}", ""]
@@ -290,7 +294,7 @@ def table(result: dict[str, Any], options: argparse.Namespace) -> str:
 
 
 def stage_row(name: str, stage: Mapping[str, Any], rates: Mapping[str, float], dtype: str) -> str:
-    """One line of a table of stages."""
+    """Return one line of the table of stages."""
     seconds, count, kinds = sum(stage["seconds"]), len(stage["seconds"]), stage["kinds"]
     operations = sum(kinds.values())
     if not operations or not seconds:
@@ -319,7 +323,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for everything, the checkpoint is kept; default: a temporary one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed
     options.device = options.device or device_kind()
     options.kind = options.device.partition(":")[0]
     for name, value in DEFAULTS[options.kind].items():
@@ -334,7 +338,7 @@ def main() -> None:
 
 
 def benchmark(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All parts."""
+    """Run all parts."""
     words = shape_options(options.blocks, vars(options))
     model = folder / "-".join(["model", *map(str, words[1::2])])
     text = model.with_suffix(".txt")
@@ -343,7 +347,7 @@ def benchmark(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, HERE / "make_checkpoint.py", model, *words, "--text", text]
         command += ["--tokens", options.samples * options.seq_len]
         subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
-    for left in ("out", "out.streamprune", "whole"):  # of an earlier run
+    for left in ("out", "out.streamprune", "whole"):  # left by an earlier run
         shutil.rmtree(folder / left, ignore_errors=True)
     rates, _ = child(HERE / "rates.py", "--device", options.device, "--folder", folder, "--json")
     out = folder / "out"

@@ -1,15 +1,17 @@
-"""Exact greedy removal against the plain loop, and against one factorisation and inverse of the same matrix.
+"""Exact greedy removal, compared with the plain loop and with one factorisation and inverse of the same matrix.
 
-*Exact*: `streamprune.maths.greedy.greedy_removal` as recipes call it, its own factorisation and ``WᵀW`` included. *Plain*: the
-loop as docs/methods.md and the SoBP paper write it, `W` and `P` updated in full at every step, its own factorisation included too;
-`plain_in_place_seconds` is the same loop without temporaries (`addmm_`), of which a few steps are timed and scaled up. *Cholesky and
-inverse*: `torch.linalg.cholesky` and `torch.cholesky_inverse`. All in one process, on one random Gram of correlated inputs.
+*Exact*: `streamprune.maths.greedy.greedy_removal` as recipes call it, including its factorisation and ``WᵀW``. *Plain*:
+the loop as written in docs/methods.md and the SoBP paper, with `W` and `P` updated in full at every step, including its
+factorisation. `plain_in_place_seconds` is the same loop without temporaries (`addmm_`): a few steps are timed and
+extrapolated. *Cholesky and inverse*: `torch.linalg.cholesky` and `torch.cholesky_inverse`. All run in one process on
+one random Gram of correlated inputs.
 
-That the orders agree is shown twice: in float64 at a smaller size, all of both (`same_order`), and at the size timed, in its own
-dtype, as far as the plain loop ran (`same_order_timed`: the length of the common beginning; rounding may tell near ties apart).
+Two checks show that the removal orders agree. `same_order`: in float64, all steps at a smaller size.
+`same_order_timed`: in the timed size and dtype, for the steps that the plain loop ran (the length of the common prefix;
+rounding may swap near ties).
 
     python benchmarks/greedy.py                      the target: n = 11008, 30 %, float32; about 30 minutes on 2 cores, 5 GB of memory
-    python benchmarks/greedy.py --plain-steps 20     20 steps of the plain loop timed and scaled up: about 3 minutes
+    python benchmarks/greedy.py --plain-steps 20     20 steps of the plain loop timed and extrapolated: about 3 minutes
     python benchmarks/greedy.py --n 8192 --width 128 --ratio 0.5 --plain-steps 4
     python benchmarks/greedy.py --device cuda --n 28672 --rows 8192 --plain-steps 20
 """
@@ -34,7 +36,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def problem(n: int, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """W (rows, n), and H (n, n) of inputs with a falling spectrum and channels of very different size."""
+    """Return W (rows, n) and H (n, n), the Gram of inputs with a decaying spectrum and channels of very different scale."""
     generator = torch.Generator().manual_seed(0)
     tokens, factors = 2 * n, min(n, 1024)
     mix = torch.randn(factors, n, generator=generator) / (1 + torch.arange(factors)).sqrt()[:, None]
@@ -48,7 +50,7 @@ def problem(n: int, rows: int, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def inverse(h: Tensor) -> Tensor:
-    """P by LAPACK's routines."""
+    """Compute P (n, n) with LAPACK's routines."""
     damped = h.clone()
     damped.diagonal().add_(DAMPING * h.diagonal().mean())
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -57,7 +59,7 @@ def inverse(h: Tensor) -> Tensor:
 def plain(
     w: Tensor, h: Tensor, width: int, steps: int, in_place: bool = False
 ) -> tuple[list[int], list[float], float, float]:
-    """The plain loop's first steps: units, costs, seconds before the loop and in it."""
+    """Run the first steps of the plain loop: units, costs, seconds before the loop and in it."""
     start = now(w.device)
     w, p = w.clone(), inverse(h)
     begun = now(w.device)
@@ -88,27 +90,27 @@ def plain(
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Return the time in seconds after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What it gives, and its seconds."""
+    """Return the result of `work` and its seconds."""
     start = now(device)
     result = work()
     return result, now(device) - start
 
 
 def closed_form(w: Tensor, h: Tensor, gone: Tensor) -> float:
-    """``tr(W_S ([P]_SS)⁻¹ W_Sᵀ)``: what removing S with the best re-fit costs."""
+    """Return ``tr(W_S ([P]_SS)⁻¹ W_Sᵀ)``, the cost of removing S with the optimal refit."""
     p = inverse(h)[gone][:, gone]
     return float(torch.trace(w[:, gone] @ torch.linalg.solve(p, w[:, gone].T)))
 
 
 def check(n: int, width: int, ratio: float) -> dict[str, Any]:
-    """All of both loops in float64, at a smaller size."""
+    """Run both loops completely, in float64 at a smaller size."""
     n -= n % width
     count = min(max(1, round(ratio * n / width)), n // width - 1)
     w, h = problem(n, max(8, n // 3), torch.float64, torch.device("cpu"))
@@ -126,7 +128,7 @@ def check(n: int, width: int, ratio: float) -> dict[str, Any]:
 
 
 def common(a: list[int], b: list[int]) -> int:
-    """Length of the beginning that two lists share."""
+    """Return the length of the common prefix of two lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -173,7 +175,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """For people."""
+    """Return the report as text."""
     scaled = (
         ""
         if result["plain_steps_timed"] == result["count"]

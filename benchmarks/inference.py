@@ -1,9 +1,9 @@
-"""Inference speed of pruned checkpoints in transformers: achieved over allowed speed-up, prefill and decoding.
+"""Inference speed of pruned checkpoints in transformers: achieved and theoretical speed-up, prefill and decoding.
 
-A random llama checkpoint of 320 million parameters is pruned by weight magnitude at several ratios and in both layouts, and each
-result is timed against it as `streamprune bench` does: in turn, medians over rounds of the ratio. Prefill could gain what the
-removed operations allow, decoding one sequence what the bytes that are no longer read allow. The last table says what other
-values of `--round-to` would have given.
+A random llama checkpoint of 320 million parameters is pruned by weight magnitude at several ratios and in both layouts.
+Each result is timed against the dense checkpoint as in `streamprune bench`: alternating, median over rounds of the
+ratio. The theoretical speed-up follows from the removed operations for prefill, and from the bytes no longer read for
+decoding one sequence. The last table shows what other values of `--round-to` would give.
 
     python benchmarks/inference.py                         about 2 minutes on an idle core, 2.5 GB of temporary disk, 3 GB of memory
     python benchmarks/inference.py --threads 8 --prompt-tokens 1024 --repetitions 9
@@ -34,7 +34,7 @@ def measure(dense: Path, out: Path, ratio: float, layout: Any, sizes: dict[str, 
 
 
 def report(rows: list[dict[str, Any]], widths: list[streamprune.Width]) -> str:
-    """Both tables for people."""
+    """Return both tables as text."""
     lines = ["ratio  layout   phase     dense t/s  pruned t/s  speed-up     rounds  fastest  allowed  achieved"]
     for row in rows:
         for phase, limit in (("prefill", "by_operations"), ("decode", "by_bytes")):

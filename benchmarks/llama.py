@@ -1,10 +1,11 @@
-"""A pruned model in llama.cpp: its perplexity there and here, and its speed against the dense model's.
+"""A pruned model in llama.cpp: its perplexity compared with streamprune's, and its speed compared with the dense model's.
 
 Both checkpoint directories are exported with `streamprune.export_gguf`. Perplexity is that of `streamprune eval`, and
-the same windows scored from llama.cpp's logits (key/value cache in 16 bits, as it comes). Speed is of one sequence:
-tokens a second while reading a prompt and while writing one token after the other (the text's own, so that both models
-do the same), the models in turn, each repetition in another order, the first not counted; the ratios are taken within
-a repetition, their median is printed. "allowed" is the ratio of multiplications a token, head included.
+that of the same windows from llama.cpp's logits (key/value cache in 16 bits, its default). Speed is tokens per second
+of one sequence, while reading a prompt and while decoding one token after another (the text's own tokens, so both
+models do the same work). The models alternate, in a different order in each repetition; the first repetition does not
+count. Ratios are taken within a repetition and their median is printed. "allowed" is the ratio of multiplications per
+token, head included.
 
     streamprune run examples/docs-llama-7m OUT --ratio 0.3 --calibration examples/text/calibration.txt --seq-len 256 --samples 32
     python benchmarks/llama.py examples/docs-llama-7m OUT --text examples/text/validation.txt      about a minute
@@ -38,13 +39,13 @@ WRITTEN = 128
 
 
 def opened(path: Path, length: int, threads: int, *, scores: bool) -> Llama:
-    """A file in llama.cpp."""
+    """Open a GGUF file in llama.cpp."""
     sizes = {"n_ctx": length, "n_batch": length, "n_ubatch": length, "n_threads": threads, "n_threads_batch": threads}
     return Llama(str(path), **sizes, logits_all=scores, verbose=False)
 
 
 def perplexity(path: Path, windows: torch.Tensor, threads: int) -> float:
-    """llama.cpp's, over windows of (windows, length) token ids."""
+    """Return llama.cpp's perplexity over token ids (windows, length)."""
     model = opened(path, windows.shape[1], threads, scores=True)
     total = 0.0
     for window in windows:
@@ -57,7 +58,7 @@ def perplexity(path: Path, windows: torch.Tensor, threads: int) -> float:
 
 
 def speeds(model: Llama, tokens: list[int]) -> tuple[float, float]:
-    """Tokens a second of a prompt, and of single tokens after it."""
+    """Return tokens per second of a prompt, and of single tokens after it."""
     model.reset()
     begin = time.perf_counter()
     model.eval(tokens[:PROMPT])
@@ -69,13 +70,13 @@ def speeds(model: Llama, tokens: list[int]) -> tuple[float, float]:
 
 
 def multiplications(skeleton: Skeleton) -> int:
-    """Weights a token is multiplied with."""
+    """Return the number of multiplications per token."""
     linears = sum(sum(site.linears) for site in skeleton.all_sites())
     return linears + skeleton.width * skeleton.vocabulary
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, JSON-ready."""
+    """Measure both models; return a JSON-ready result."""
     torch.set_num_threads(options.threads)
     folders = {"dense": options.dense, "pruned": options.pruned}
     skeletons = {name: open_skeleton(path, torch.device("cpu"), "float32") for name, path in folders.items()}

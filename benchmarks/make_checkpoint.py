@@ -1,8 +1,8 @@
-"""Writes a random llama checkpoint of any depth, one block at a time: one is drawn while the one before is written.
+"""Write a random llama checkpoint of any depth, block by block; the next block is drawn while the previous one is written.
 
-Weights are drawn from N(0, 0.02²), norms are 1; a block's weights depend on the seed and its index only,
-so a deeper checkpoint begins with the blocks of a shallower one. The tokenizer has one word a token and
-needs no network; `make_text` writes text that it turns into tokens drawn at random.
+Weights are drawn from N(0, 0.02²); norms are 1. A block's weights depend only on the seed and its index, so a deeper
+checkpoint starts with the blocks of a shallower one. The tokenizer has one word per token and needs no network.
+`make_text` writes a text of random tokens for it.
 
     python benchmarks/make_checkpoint.py OUT --blocks 8
     python benchmarks/make_checkpoint.py OUT --blocks 32 --dtype bfloat16 --text OUT/random.txt --tokens 100000
@@ -30,7 +30,7 @@ UNKNOWN = "<unk>"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the checkpoint looks like. By default a block is 53.0 MB (50.5 MiB) in float32."""
+    """Shape of the checkpoint. By default a block is 53.0 MB (50.5 MiB) in float32."""
 
     blocks: int
     hidden: int = 1024
@@ -43,7 +43,7 @@ class Shape:
     dtype: str = "float32"
 
     def block(self) -> dict[str, tuple[int, ...]]:
-        """Tensor names inside one block and their shapes."""
+        """Return the tensor names of one block and their shapes."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "input_layernorm.weight": (self.hidden,),
@@ -58,7 +58,7 @@ class Shape:
         }
 
     def shards(self) -> Iterator[tuple[int, dict[str, tuple[int, ...]]]]:
-        """Shard by shard a number to seed with and names with shapes: embedding, each block, norm with head."""
+        """Yield a seed number and names with shapes for each shard: embedding, each block, norm with head."""
         yield 0, {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
         for index in range(self.blocks):
             yield 2 + index, {f"model.layers.{index}.{name}": shape for name, shape in self.block().items()}
@@ -66,12 +66,12 @@ class Shape:
 
     @property
     def block_bytes(self) -> int:
-        """Of one block's weights."""
+        """Size of one block's weights in bytes."""
         return sum(torch.Size(shape).numel() for shape in self.block().values()) * DTYPES[self.dtype].itemsize
 
 
 def make_checkpoint(directory: Path, shape: Shape, seed: int = 0) -> None:
-    """Write the checkpoint into `directory`, which is made: shards, index, configs, tokenizer."""
+    """Write the checkpoint into a new `directory`: shards, index, configs, tokenizer."""
     directory.mkdir(parents=True)
     placed: dict[str, str] = {}
     parameters = 0
@@ -95,7 +95,7 @@ def make_checkpoint(directory: Path, shape: Shape, seed: int = 0) -> None:
 
 
 def make_hollow(directory: Path, shape: Shape) -> None:
-    """Write a checkpoint whose weights are holes in sparse files, which take no room: for `streamprune plan`."""
+    """Write a checkpoint whose weights are sparse files without data, for `streamprune plan`."""
     directory.mkdir(parents=True)
     placed: dict[str, str] = {}
     item, parameters = DTYPES[shape.dtype].itemsize, 0
@@ -117,7 +117,7 @@ def make_hollow(directory: Path, shape: Shape) -> None:
 
 
 def make_text(path: Path, vocabulary: int, tokens: int, seed: int = 0) -> None:
-    """Write a text that the checkpoint's tokenizer turns into `tokens` tokens drawn evenly, none unknown."""
+    """Write a text of `tokens` tokens of the checkpoint's tokenizer, drawn uniformly, none unknown."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(1, vocabulary, (tokens,), generator=generator)
     path.write_text(" ".join(f"t{token}" for token in drawn.tolist()) + "\n", encoding="utf-8")

@@ -26,13 +26,13 @@ class Protocol:
     seq_len: int
 
     def perplexity(self, path: Path) -> float:
-        """On the validation text."""
+        """Return the perplexity on the validation text."""
         return streamprune.evaluate(path, self.validation, seq_len=self.seq_len).perplexity
 
     def measure(
         self, recipe: str, ratio: float, settings: dict[str, str] | None = None, **changes: Any
     ) -> dict[str, Any]:
-        """Prune into a temporary folder and measure the result; `changes` are further fields of `Config`."""
+        """Prune into a temporary folder and evaluate the result; `changes` are additional fields of `Config`."""
         with tempfile.TemporaryDirectory(prefix="streamprune-benchmark-") as folder:
             config = streamprune.Config(
                 model=self.model,
@@ -60,7 +60,7 @@ class Protocol:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """Options that choose the protocol; the defaults are the embedded example and its text."""
+    """Return a parser with the protocol's options; the defaults are the bundled example model and its text."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "docs-llama-7m")
     parser.add_argument("--calibration", type=Path, default=ROOT / "examples" / "text" / "calibration.txt")
@@ -72,5 +72,5 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def protocol(options: argparse.Namespace) -> Protocol:
-    """The protocol that the options ask for."""
+    """Return the protocol that the options select."""
     return Protocol(options.model, options.calibration, options.validation, options.samples, options.seq_len)

@@ -1,10 +1,10 @@
 """Peak memory against depth: `streamprune run` and `streamprune eval` on a shallow and a deep checkpoint.
 
-Random llama checkpoints of equal blocks, 8 and 32 of them, each block at least 50 MB; every command runs in
-a process of its own. What counts is the peak of `run` as its --json says it (it resets the kernel's reading at every step, to
-tell the blocks apart) and of `eval` as the kernel says it when the process ends. "above start" leaves out what
-`streamprune inspect` holds (interpreter, libraries, the model without weights), which would flatter the ratio.
-The target: deeper / shallower at most 1.05.
+Random llama checkpoints of equal blocks, 8 and 32 of them, each block at least 50 MB. Every command runs in its own
+process. The peak of `run` is the one in its --json output (it resets the kernel's high-water mark at every step, to
+measure each block separately); the peak of `eval` is the kernel's figure when the process ends. "above start" subtracts
+what `streamprune inspect` holds (interpreter, libraries, the model without weights), which would make the ratio look
+better. Target: deeper / shallower at most 1.05.
 
     python benchmarks/memory.py            about 6 minutes on 2 cores, 4 GB of temporary disk
     python benchmarks/memory.py --json
@@ -25,17 +25,17 @@ from typing import Any
 TARGET = 1.05
 HERE = Path(__file__).parent
 
-# No torch in this process: Linux counts what a process held before exec, so a child would start with the
-# parent's peak as its own.
+# No torch in this process: Linux keeps the peak of a process across exec, so a child would start with the
+# parent's peak.
 
 
 def measured(*words: object) -> tuple[dict[str, Any], int]:
-    """Run a streamprune command: its --json object, and the most memory its process held."""
+    """Run a streamprune command; return its --json object and the peak memory of its process in bytes."""
     return child("-m", "streamprune_cli", *words, "--json")
 
 
 def child(*words: object) -> tuple[dict[str, Any], int]:
-    """Run Python with these arguments: the JSON object that it prints, and the most memory its process held."""
+    """Run Python with these arguments; return the JSON object it prints and its peak memory in bytes."""
     command = [sys.executable, *map(str, words)]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=output, stderr=errors)
@@ -54,7 +54,7 @@ def child(*words: object) -> tuple[dict[str, Any], int]:
 
 
 def measure(folder: Path, blocks: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Make a checkpoint of that depth, prune and evaluate it, remove it; its figures."""
+    """Make a checkpoint of this depth, prune, evaluate and remove it; return its figures."""
     model, out, text = folder / f"model-{blocks}", folder / f"out-{blocks}", folder / "text.txt"
     shape = ("--blocks", blocks, "--hidden", options.hidden, "--ffn", options.ffn, "--dtype", options.dtype)
     tokens = options.samples * options.seq_len
@@ -79,7 +79,7 @@ def measure(folder: Path, blocks: int, options: argparse.Namespace) -> dict[str,
 
 
 def compare(shallow: dict[str, Any], deep: dict[str, Any]) -> dict[str, Any]:
-    """Ratios deeper / shallower of what both commands held, whole and above the start."""
+    """Return the ratios deeper / shallower of both commands' peaks, in full and above the start."""
     ratios = {}
     for command, key in (("run", "run_peak_host_bytes"), ("eval", "eval_peak_kernel_bytes")):
         ratios[command] = deep[key] / shallow[key]
@@ -88,7 +88,7 @@ def compare(shallow: dict[str, Any], deep: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(rows: list[dict[str, Any]], ratios: dict[str, Any]) -> str:
-    """The table for people."""
+    """Return the table as text."""
     lines = ["peak memory, MiB" + "".join(f"{row['blocks']:>8} blocks" for row in rows) + "    ratio  above start"]
     for name, key, ratio in (
         ("weights on disk", "weights_bytes", None),
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a window; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed
     with tempfile.TemporaryDirectory(prefix="streamprune-memory-") as folder:
         rows = [measure(Path(folder), blocks, options) for blocks in sorted(options.blocks)]
     ratios = compare(*rows)

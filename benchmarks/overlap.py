@@ -1,14 +1,15 @@
-"""How busy the bottleneck is: computing where the arithmetic is the floor, the disk where reading is.
+"""How busy the bottleneck is: the computation where arithmetic is the lower bound, the disk where reading is.
 
-A random llama checkpoint, 8 blocks of 50 MB in float32, is evaluated and pruned by several recipes, first with its files in
-the page cache, then with a disk that is simulated: weights arrive at a steady rate, one request after the other, as if
-nothing of them were ever cached. By default at half the rate at which the evaluation consumed them, so that reading is its
-floor and everything else has to hide behind it.
+A random llama checkpoint, 8 blocks of 50 MB in float32, is evaluated and pruned by several recipes: first with its
+files in the page cache, then with a simulated disk. The simulated disk delivers weights at a constant rate, one request
+after another, as if nothing were ever cached. By default the rate is half of that at which the evaluation consumed
+them, so reading is its lower bound and everything else has to be hidden behind it.
 
-Computing counts as busy whenever the main thread does not wait for reading, writing (fsync and the journal too) or copies:
-those it does itself are waited for. It is so measured on the CPU; on a GPU the main thread runs ahead of the device, and
-benchmarks/gpu.py has the rates. The simulated disk counts the seconds that its rate takes. What is printed is the share of
-the whole command, from opening the model to the published result; the target is at least 90 % for the busier of the two.
+The computation counts as busy whenever the main thread does not wait for reads, writes (including fsync and the
+journal) or copies; those that the main thread does itself count as waiting. This measure is for the CPU. On a GPU the
+main thread runs ahead of the device, and benchmarks/gpu.py measures rates instead. The simulated disk counts the
+seconds that its rate takes. The figure printed is the share of the whole command, from opening the model to the
+published result. Target: at least 90 % for the busier of the two.
 
     python benchmarks/overlap.py            about 4 minutes on 2 idle cores, 1 GB of temporary disk
     python benchmarks/overlap.py --json --recipes wanda-sp --disk-rate 100MB
@@ -40,7 +41,7 @@ TARGET = 0.9
 
 
 class Disk:
-    """Reads at so many bytes a second, one request after the other; what is announced is fetched meanwhile."""
+    """A simulated disk: `rate` bytes per second, one request after another; announced ranges arrive in the background."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -50,14 +51,14 @@ class Disk:
         self._arrives: dict[tuple[Path, int], float] = {}
 
     def request(self, path: Path, offset: int, length: int) -> None:
-        """Have a range come, after all that is to come before."""
+        """Queue a range behind all earlier requests."""
         with self._lock:
             self.busy += length / self.rate
             self._free_at = max(time.perf_counter(), self._free_at) + length / self.rate
             self._arrives[path, offset] = self._free_at
 
     def wait(self, path: Path, offset: int, length: int) -> None:
-        """Until a range is there."""
+        """Wait until a range has arrived."""
         if (path, offset) not in self._arrives:
             self.request(path, offset, length)
         with self._lock:
@@ -67,7 +68,7 @@ class Disk:
 
 @contextmanager
 def reading_from(disk: Disk | None) -> Iterator[None]:
-    """A context in which weights come from that disk."""
+    """Read weights from `disk` inside the context; None changes nothing."""
     read, announce = files.read_into, files.announce
 
     def slow_read(path: Path, offset: int, buffer: memoryview) -> int:
@@ -93,7 +94,7 @@ def reading_from(disk: Disk | None) -> Iterator[None]:
 
 
 def measured(name: str, disk: Disk | None, work: Callable[[], object]) -> dict[str, Any]:
-    """One command: seconds, and the shares of them in which computing and the simulated disk are busy."""
+    """Run one command; return its seconds and the shares in which computation and simulated disk were busy."""
     started = time.perf_counter()
     with reading_from(disk), watching() as occupancy:
         work()
@@ -116,7 +117,7 @@ def measured(name: str, disk: Disk | None, work: Callable[[], object]) -> dict[s
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All rows."""
+    """Measure all rows."""
     shape = Shape(blocks=options.blocks, hidden=options.hidden, ffn=options.ffn)
     model, text, tokens = folder / "model", folder / "text.txt", options.samples * options.seq_len
     make_checkpoint(model, shape)
@@ -137,7 +138,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         )
         return lambda: streamprune.prune(config)
 
-    evaluate()  # imports, and whatever else is done once
+    evaluate()  # imports and other one-time work
     rows = [measured("eval", None, evaluate)]
     rows += [measured(f"run {recipe}", None, run(recipe, 0)) for recipe in options.recipes]
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
@@ -155,7 +156,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Return the table as text."""
     lines = [
         f"{result['blocks']} blocks of {result['block_bytes'] / 1e6:.1f} MB, {result['tokens']} tokens",
         f"{'command':20}{'disk':>14}{'seconds':>9}{'computing':>11}{'disk':>7}   waited: read, write, copy",
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--disk-rate", metavar="SIZE", help="bytes a second; default: half of what eval consumed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed
     settle_malloc()
     with tempfile.TemporaryDirectory(prefix="streamprune-overlap-") as folder:
         result = measure(Path(folder), options)

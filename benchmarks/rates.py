@@ -1,7 +1,8 @@
-"""What a machine can do: matrix products, copies between host and device, reading and writing a file.
+"""Rates of a machine: matrix products, copies between host and device, reading and writing a file.
 
-Products are square, of the size that the largest Grams and linears have here; copies are of pinned memory (on the CPU, of memory);
-the file's pages are dropped from the cache before it is read. The best of several repetitions, each of which is waited for.
+Products are square, of the size of the largest Grams and linears here. Copies use pinned memory (on the CPU, ordinary
+memory). The file's pages are dropped from the cache before it is read. Each figure is the best of several synchronised
+repetitions.
 
     python benchmarks/rates.py                         half a minute on 2 cores
     python benchmarks/rates.py --device cuda --json
@@ -22,13 +23,13 @@ import torch
 from streamprune.system.machine import resolve_device
 
 SIZES = {"cpu": 2048, "cuda": 16384}
-"""Of matrices."""
+"""Side length of the square matrices, by device type."""
 COPIED = 1 << 29
 REPETITIONS = 4
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Least seconds of some repetitions after a first one."""
+    """Return the least seconds of `REPETITIONS` after a warm-up."""
     seconds = []
     for _ in range(REPETITIONS + 1):
         if device.type == "cuda":
@@ -42,7 +43,7 @@ def fastest(work: Callable[[], object], device: torch.device) -> float:
 
 
 def products(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product, as torch does it by default (float32 without TF32)."""
+    """Return operations per second of a matrix product with torch's defaults (float32 without TF32)."""
     n = SIZES[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
@@ -50,7 +51,7 @@ def products(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copies(device: torch.device) -> dict[str, float]:
-    """Bytes a second to the device and back."""
+    """Return bytes per second to the device and back."""
     host = torch.ones(COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty(COPIED, dtype=torch.uint8, device=device)
     return {
@@ -60,7 +61,7 @@ def copies(device: torch.device) -> dict[str, float]:
 
 
 def disk(folder: Path) -> dict[str, float]:
-    """Bytes a second of writing a file with fsync, and of reading it into memory that is there already."""
+    """Return bytes per second of writing a file with fsync, and of reading it into allocated memory."""
     data = memoryview(bytearray(os.urandom(1 << 20) * (COPIED >> 20)))
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         started = time.perf_counter()

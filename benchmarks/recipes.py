@@ -1,14 +1,14 @@
-"""Seconds and peak memory of `streamprune run` beside a plain in-memory implementation of the same recipe.
+"""Seconds and peak memory of `streamprune run`, compared with a plain in-memory implementation of the same recipe.
 
-The plain one is tests/plain.py: transformers' model whole in memory, statistics by hooks and autograd over all of it, the
-prune sweep with both streams in memory, the textbook loops; tests/recipes/test_plain.py holds both to the same result in float64. Here
-both compute in float32 with micro-batches of 1024 tokens, write what they made, and are measured in processes of their own, one
-after the other. Seconds are from opening the checkpoint to the written result, imports left out. Memory is that
-above what each holds before (interpreter, libraries, the model without weights): streamed, what `streamprune inspect` does. Their perplexities differ
-by rounding, and in `random` by the draw.
+The plain implementation is tests/plain.py: the whole model in transformers, statistics by hooks and autograd, the prune
+sweep with both streams in memory, the textbook loops. tests/recipes/test_plain.py checks that both give the same result
+in float64. Here both compute in float32 with micro-batches of 1024 tokens and write their result, each in its own
+process, one after the other. Seconds are from opening the checkpoint to the written result, without imports. Memory is
+the peak above what each process holds before any work (interpreter, libraries, the model without weights); for the
+streamed one, that of `streamprune inspect`. Perplexities differ by rounding; for `random`, by the random draw.
 
-Two models: examples/docs-llama-7m on its texts, and a random llama of 160 million parameters (768 wide, FFN 3072, 12 blocks, 32000
-words) on random text, of which perplexity only says whether both agree.
+There are two models: examples/docs-llama-7m on its texts, and a random llama of 160 million parameters (width 768, FFN
+3072, 12 blocks, vocabulary 32000) on random text, whose perplexity only shows whether both implementations agree.
 
     python benchmarks/recipes.py                     on 2 idle cores about 10 minutes for the first model and 20 for the second
     python benchmarks/recipes.py --only 7m --recipes slimgpt,magnitude --json
@@ -46,7 +46,7 @@ MODELS = ("7m", "160m")
 
 
 def measure(folder: Path, model: Path, recipe: str, job: list[str], text: Path, seq_len: int) -> dict[str, Any]:
-    """One recipe on one model, streamed and in memory."""
+    """Measure one recipe on one model, streamed and in memory."""
     out, weights = folder / "out", folder / "plain.safetensors"
     pruned, _ = measured("run", model, out, "--recipe", recipe, *SETTINGS[recipe], *job, "--device", "cpu")
     scored, _ = measured("eval", out, "--text", text, "--seq-len", seq_len, "--device", "cpu")
@@ -68,7 +68,7 @@ def measure(folder: Path, model: Path, recipe: str, job: list[str], text: Path, 
 
 
 def compare(folder: Path, name: str, recipes: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """All recipes on one model."""
+    """Measure all recipes on one model."""
     if name == "7m":
         model, text, calibration = (
             EXAMPLES / place for place in ("docs-llama-7m", "text/validation.txt", "text/calibration.txt")
@@ -103,12 +103,12 @@ def compare(folder: Path, name: str, recipes: list[str], options: argparse.Names
 
 
 def above_base(side: dict[str, Any]) -> int:
-    """Bytes."""
+    """Return the peak above the base, in bytes."""
     return int(side["peak_host_bytes"] - side["base_bytes"])
 
 
 def report(found: dict[str, Any], options: argparse.Namespace) -> str:
-    """The table for people."""
+    """Return the table as text."""
     lines = [
         f"{found['model']}: {found['weights_bytes'] / 2**20:.0f} MiB of weights, {options.ratio:.0%} removed, {options.samples} × "
         f"{options.seq_len} tokens",
@@ -137,7 +137,7 @@ def main() -> None:
     recipes = options.recipes.split(",")
     if unknown := set(recipes) - set(SETTINGS):
         parser.error(f"--recipes: there is no {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed
     found = []
     for name in [options.only] if options.only else MODELS:
         with tempfile.TemporaryDirectory(prefix="streamprune-recipes-") as folder:

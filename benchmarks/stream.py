@@ -1,28 +1,29 @@
-"""Speed of the streamed forward pass against the whole model in memory and against accelerate's disk offload.
+"""Speed of the streamed forward pass, compared with the whole model in memory and with accelerate's disk offload.
 
-One random llama checkpoint in float32, the same tokens, the same micro-batches, the same loss, in three ways:
+One random llama checkpoint in float32, with the same tokens, micro-batches and loss, in three ways:
 
-- streamed: embedding, blocks and head by streamprune's own sweep, as `streamprune eval` runs it: weights read
-  from the shards, activations written to disk and read back;
-- in memory: transformers' forward of the whole model, its weights in memory beforehand;
-- offload: the same, its weights on disk by `accelerate.disk_offload`, read again for every micro-batch.
+- streamed: embedding, blocks and head through streamprune's sweep, as in `streamprune eval`: weights are read from the
+  shards, activations are written to disk and read back;
+- in memory: transformers' forward pass of the whole model, with its weights loaded beforehand;
+- offload: the same, with weights on disk by `accelerate.disk_offload`, read again for every micro-batch.
 
-All on one device, each in a process of its own, interleaved: each repetition runs all three in turn, each time in
-another order, the first does not count. Opening the model is left out of all three. The files are in the page
-cache, so what is measured is the work of streaming, not the disk. This is done for micro-batches of one window, as
-on a machine with little memory, and for those that `streamprune eval` would take here. A pass takes 16384 tokens;
-with fewer, the reading of a block weighs more (--samples 8: a fourth of them).
+All three use one device, each in its own process. Each repetition runs all three, in a different order; the first
+repetition does not count. Opening the model is not timed. The files are in the page cache, so the benchmark measures
+the work of streaming, not the disk. It runs with micro-batches of one window, as on a machine with little memory, and
+with those that `streamprune eval` would choose here. A pass takes 16384 tokens; with fewer, reading a block takes a
+larger share of the time (--samples 8: a quarter of the tokens).
 
-Targets, by the median of the repetitions' ratios: speed streamed / in memory at least 0.85, streamed / offload
-above 1; beside it stands the ratio of the least seconds, which suffers less where other processes run. The three
-losses must agree to a relative 1e-5 (bfloat16: 1e-2), or the exit code is 1. Where a core is busy with something else, torch's
-threads wait for each other at every operation and the figures say little: leave that core out with --threads.
+Targets, for the median of the repetitions' ratios: speed streamed / in memory at least 0.85, streamed / offload above
+1. The ratio of least seconds is printed too; it is less sensitive to other processes. The three losses must agree to a
+relative 1e-5 (bfloat16: 1e-2), otherwise the exit code is 1. If a core is busy with other work, torch's threads wait
+for each other at every operation and the figures mean little: exclude that core with --threads.
 
     python benchmarks/stream.py            about 7 minutes on 2 idle cores, 1 GB of temporary disk
     python benchmarks/stream.py --json
     python benchmarks/stream.py --model FOLDER --device cuda --dtype bfloat16 --memory 24GiB --samples 64 --seq-len 2048
 
-With --model a llama that is there; --memory limits only the streamed way, whose micro-batches the others take too.
+--model uses an existing llama checkpoint. --memory limits only the streamed way, whose micro-batches the others use
+too.
 
 Needs accelerate: pip install -e '.[bench]'
 """
@@ -63,11 +64,11 @@ TARGETS = {"in memory": 0.85, "offload": 1.0}
 AGREEMENT = {"float32": 1e-5, "bfloat16": 1e-2}
 
 Way = Callable[[Tensor, int], float]
-"""Windows (samples, tokens) and the windows a micro-batch → mean loss in nats."""
+"""Windows (samples, tokens) and the windows per micro-batch → mean loss in nats."""
 
 
 def streamed(skeleton: Skeleton, folder: Path, windows: Tensor, size: int) -> float:
-    """By the project's own sweep, activations in `folder`."""
+    """Return the mean loss in nats from streamprune's sweep, with activations in `folder`."""
     shape = windows.shape[0], windows.shape[1], skeleton.width
     depth = len(skeleton)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
@@ -81,7 +82,7 @@ def streamed(skeleton: Skeleton, folder: Path, windows: Tensor, size: int) -> fl
 
 @torch.no_grad()
 def whole(model: Any, windows: Tensor, size: int) -> float:
-    """By the model's own forward."""
+    """Return the mean loss in nats from the model's own forward pass."""
     total, count = 0.0, 0
     for batch in torch.split(windows, size):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
@@ -93,19 +94,19 @@ def whole(model: Any, windows: Tensor, size: int) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """What all ways do."""
+    """The inputs shared by all ways."""
 
     model: Path
     folder: Path
-    """For what is written."""
+    """Folder for written files."""
     device: torch.device
     dtype: str
     memory: int | None
-    """Bytes that the streamed way may take."""
+    """Memory limit of the streamed way in bytes."""
 
 
 def opened(name: str, job: Job) -> Way:
-    """One way with everything before its forward pass done, as a process of its own would do it."""
+    """Prepare one way up to its forward pass, as a separate process would."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -132,7 +133,7 @@ def opened(name: str, job: Job) -> Way:
 
 
 def work(name: str, job: Job, windows: Tensor, threads: int, connection: Connection) -> None:
-    """The process of one way: gets micro-batch sizes, answers with seconds and loss, until the other end closes."""
+    """Serve one way in a process: receive micro-batch sizes, send seconds and loss, until the other end closes."""
     torch.set_num_threads(threads)
     way = opened(name, job)
     with suppress(EOFError, ConnectionError):
@@ -145,7 +146,7 @@ def work(name: str, job: Job, windows: Tensor, threads: int, connection: Connect
 
 @contextmanager
 def workers(job: Job, windows: Tensor, threads: int) -> Iterator[dict[str, Connection]]:
-    """A process for each way, waiting for its turn."""
+    """Start one process per way; each waits for its turn."""
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         ends = {}
@@ -160,14 +161,14 @@ def workers(job: Job, windows: Tensor, threads: int) -> Iterator[dict[str, Conne
 
 
 def own_size(job: Job, windows: Tensor) -> int:
-    """The windows a micro-batch that `streamprune eval` would take."""
+    """Return the windows per micro-batch that `streamprune eval` would choose."""
     needs = Needs(samples=len(windows), length=windows.shape[1], text=True, prunes=False, scores=True)
     skeleton = open_skeleton(job.model, job.device, job.dtype)
     return forecast(skeleton, needs, **room(job.device, job.memory), disk_limit=1 << 50).require().batch
 
 
 def measure(ends: dict[str, Connection], size: int, repetitions: int, agreement: float) -> dict[str, Any]:
-    """One micro-batch size: seconds of each repetition and the loss by way, and what follows from them."""
+    """Measure one micro-batch size: seconds of each repetition and loss by way, and the ratios."""
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     losses: dict[str, float] = {}
     for repetition in range(repetitions + 1):
@@ -187,7 +188,7 @@ def measure(ends: dict[str, Connection], size: int, repetitions: int, agreement:
         "seconds": seconds,
         "losses": losses,
         "losses_differ": max(abs(loss - right) / right for loss in losses.values()),
-        "losses_agree": all(abs(loss - right) <= agreement * right for loss in losses.values()),  # NaN does not
+        "losses_agree": all(abs(loss - right) <= agreement * right for loss in losses.values()),  # false for NaN
         "speed_ratios": {
             name: statistics.median(a / b for a, b in zip(seconds[name], seconds["streamed"], strict=True))
             for name in TARGETS
@@ -197,7 +198,7 @@ def measure(ends: dict[str, Connection], size: int, repetitions: int, agreement:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Return the table as text."""
     lines = [
         f"{result['blocks']} blocks of {result['block_bytes'] / 1e6:.1f} MB, {result['tokens']} tokens, "
         f"{result['threads']} threads, median of {result['repetitions']} repetitions"
@@ -238,9 +239,9 @@ def main() -> None:
     parser.add_argument("--memory", metavar="SIZE", help="the streamed way's; default: what is free")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed
     try:
-        import accelerate  # noqa: F401 - only whether it is there
+        import accelerate  # noqa: F401 - only checks that it is installed
     except ImportError:
         sys.exit("benchmarks/stream.py needs accelerate: pip install -e '.[bench]'")
     threads = options.threads or torch.get_num_threads()

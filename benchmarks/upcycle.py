@@ -1,7 +1,8 @@
-"""A mixture of experts that computes what a dense llama does: every expert a copy of its FFN, the router random.
+"""Make a mixture of experts that computes the same function as a dense llama.
 
-The model types with experts have no small trained checkpoint; this one has a perplexity that pruning can be measured by. Experts
-are mixtral's, two of them a token, whose weights sum to one.
+Every expert is a copy of the llama's FFN; the router is random. The model types with experts have no small trained
+checkpoint. This one has a meaningful perplexity, so pruning can be measured. The experts are mixtral's, two per token,
+with weights that sum to one.
 
     python benchmarks/upcycle.py ../shared/models/docs-llama-7m MIXTURE
     streamprune compare MIXTURE --recipes default,sobp,slimgpt,wanda-sp,magnitude --ratios 0.3 --samples 64 --seq-len 256 \\
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 STORED = {"gate_proj.weight": "w1", "down_proj.weight": "w2", "up_proj.weight": "w3"}
-"""What mixtral's files call an FFN's linears."""
+"""Mixtral's names of an FFN's linears."""
 SAME = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters bos_token_id eos_token_id"

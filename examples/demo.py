@@ -1,6 +1,6 @@
-"""Prunes the example model by 30 % with the default recipe and by magnitude, and prints what each did.
+"""Prune the example model by 30 % with the default recipe and by magnitude, and print the results.
 
-Run by `scripts/demo`; every step is a `streamprune` command as a user would type it.
+`scripts/demo` runs it. Every step is a `streamprune` command as a user would type it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPT = "The function returns"
 
 
 def streamprune(*arguments: object) -> dict[str, Any]:
-    """Run a command, shown as typed; its JSON result."""
+    """Print a command as typed, run it, and return its JSON result."""
     words = [str(argument) for argument in arguments]
     shown = " ".join(words).replace(f"{HERE.parent}/", "").replace(f"{OUT}/", "OUT/")
     print(f"$ streamprune {shown}", flush=True)
@@ -35,7 +35,7 @@ def streamprune(*arguments: object) -> dict[str, Any]:
 
 
 def sample(path: Path) -> str:
-    """A greedy continuation by the pruned model, through plain transformers."""
+    """Return a greedy continuation from the pruned model, through plain transformers."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar

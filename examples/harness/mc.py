@@ -1,8 +1,8 @@
-"""Reads the multiple-choice files for the task files beside this one.
+"""Read the multiple-choice files for the task files in this folder.
 
-A file is a JSON list of `{"instruction": ..., "answer": "answer3"}`; an instruction holds the question, the options after
-`Answer1:`, `Solution1:` or `Option1:`, and at its end `Answer format: answer1/answer2/...`. Nothing but `datasets` is needed,
-and no network.
+A file is a JSON list of `{"instruction": ..., "answer": "answer3"}`. An instruction contains the question, the options
+after `Answer1:`, `Solution1:` or `Option1:`, and at its end `Answer format: answer1/answer2/...`. Only `datasets` is
+needed, and no network.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from datasets import Dataset
 
 FOLDER = "STREAMPRUNE_MC"
-"""The variable that says where the folders ARC-Easy, piqa and so on lie; relative to the working directory, or absolute."""
+"""Environment variable: the folder that contains ARC-Easy, piqa and so on, absolute or relative."""
 
 
 def load(file: str, **metadata: Any) -> dict[str, Dataset]:
-    """What lm_eval calls for a task's data: the test split of one file below the folder."""
+    """Return a task's data for lm_eval: the test split of one file below the folder."""
     folder = os.environ.get(FOLDER)
     if folder is None:
         raise FileNotFoundError(f"set {FOLDER} to the folder that holds {file}")
@@ -29,7 +29,7 @@ def load(file: str, **metadata: Any) -> dict[str, Dataset]:
 
 
 def parsed(row: dict[str, str]) -> dict[str, Any]:
-    """`question`, `choices` and `gold`, the index of the right one."""
+    """Return `question`, `choices` and `gold`, the index of the correct choice."""
     text, _, names = row["instruction"].rpartition("Answer format:")
     labels = names.strip().split("/")
     marks = [f"{label.capitalize()}:" for label in labels]
@@ -45,15 +45,15 @@ def parsed(row: dict[str, str]) -> dict[str, Any]:
     }
 
 
-# winogrande scores what follows the blank, given the sentence with either option in it.
+# winogrande scores the text after the blank, given the sentence with either option filled in.
 
 
 def sentence_starts(doc: dict[str, Any]) -> list[str]:
-    """The sentence up to its blank, which an option fills."""
+    """Return the sentence up to its blank, with an option filled in."""
     before, _, _ = doc["question"].partition("_")
     return [before + choice for choice in doc["choices"]]
 
 
 def sentence_end(doc: dict[str, Any]) -> str:
-    """The sentence after its blank."""
+    """Return the sentence after its blank."""
     return str(doc["question"].partition("_")[2].strip())
