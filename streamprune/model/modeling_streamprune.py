@@ -1,16 +1,16 @@
 """Models whose blocks differ in width: transformers' own classes with some linears resized.
 
-A copy of this file lies beside every pruned checkpoint of free layout. It imports torch and transformers
-only. The checkpoint's config holds, under "streamprune", one value a block, null where a block has no such module:
+Every pruned checkpoint with the free layout contains a copy of this file. It imports only torch and transformers. The
+checkpoint's config field "streamprune" holds lists with one value per block, null if a block has no such module:
 
-    "blocks":     where the blocks are, such as "model.layers"
-    "rows":       output widths of linears, or widths of norms, by name, such as {"mlp.up_proj": [688, 704, ...]}
-    "columns":    input widths of linears by name
-    "attributes": module attributes that count heads, by name; behind "config", of the block's own view of the config
-    "experts":    widths of each expert, by the name of the list of experts
-    "renamed":    pieces of tensor names in the files, each with the model's
+    "blocks":     path of the blocks, such as "model.layers" (not a list)
+    "rows":       output widths of linears and widths of norms, by name, such as {"mlp.up_proj": [688, 704, ...]}
+    "columns":    input widths of linears, by name
+    "attributes": module attributes that count heads, by name; after "config.", attributes of the block's own config view
+    "experts":    width of each expert, by name of the list of experts
+    "renamed":    pairs of substrings of tensor names: in the model, in the files (not per block)
 
-`PrunedLlamaConfig`, `PrunedLlamaForCausalLM` and their like for every model_type are made on first use.
+The classes of each model_type, such as `PrunedLlamaConfig` and `PrunedLlamaForCausalLM`, are created on first use.
 """
 
 import copy
@@ -37,7 +37,7 @@ class Expert(nn.Module):
         self.activation = activation
 
     def mix(self, x):
-        """What `down_proj` reads."""
+        """Return the input of `down_proj`."""
         return self.activation(self.gate_proj(x)) * self.up_proj(x)
 
     def forward(self, x):
@@ -45,7 +45,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """Experts of different widths in the place of transformers' own, which holds them in one tensor."""
+    """Experts of different widths. Replaces transformers' module, which holds all experts in one tensor."""
 
     def __init__(self, widths, hidden, activation):
         super().__init__(Expert(width, hidden, activation) for width in widths)
@@ -60,7 +60,7 @@ class Experts(nn.ModuleList):
 
 
 class Fields(dict):
-    """A JSON object whose values are attributes too."""
+    """A dict whose values are also attributes."""
 
     def __getattr__(self, name):
         try:
@@ -70,7 +70,7 @@ class Fields(dict):
 
 
 class BlockConfig:
-    """A block's own view of the model's config, with some fields of its own."""
+    """A block's view of the model's config, in which some fields are overridden."""
 
     def __init__(self, config):
         vars(self).update(_config=config, _own={})
@@ -90,12 +90,12 @@ class BlockConfig:
         return twin
 
     def override(self, name, value):
-        """Let this block see another value."""
+        """Override a field for this block."""
         self._own[name] = value
 
 
 def separate_experts(block, name, widths=None):
-    """Put `Experts` in the place of transformers' own, of these widths; without any, with the weights that it has."""
+    """Replace transformers' experts by `Experts` of these widths. If `widths` is None, keep the widths and weights."""
     fused = block.get_submodule(name)
     number, hidden, width = fused.down_proj.shape
     with torch.device(fused.down_proj.device):
@@ -109,7 +109,7 @@ def separate_experts(block, name, widths=None):
 
 
 def resized(old, rows, columns):
-    """A linear, or a norm, like `old` with other numbers of outputs and inputs; None leaves a number as it is."""
+    """Return a linear or norm like `old` with other numbers of outputs and inputs; None keeps a number."""
     with torch.device(old.weight.device):
         if old.weight.dim() == 1:
             new = copy.copy(old)
@@ -122,14 +122,14 @@ def resized(old, rows, columns):
 
 
 def count(block, name):
-    """An attribute that counts heads."""
+    """Return an attribute that counts heads."""
     path, _, attribute = name.rpartition(".")
     owner = block.get_submodule(path.removesuffix(".config"))
     return getattr(owner.config if path.endswith(".config") else owner, attribute)
 
 
 def set_count(block, name, value):
-    """Set an attribute that counts heads, for this block alone."""
+    """Set an attribute that counts heads, for this block only."""
     path, _, attribute = name.rpartition(".")
     owner = block.get_submodule(path.removesuffix(".config"))
     if not path.endswith(".config"):
@@ -141,7 +141,7 @@ def set_count(block, name, value):
 
 
 def resize(model, widths):
-    """Replace the linears of `model` by ones of the widths that the config lists."""
+    """Resize the modules of `model` to the widths in the config."""
     for index, block in enumerate(model.get_submodule(widths["blocks"])):
         for name, each in widths.get("experts", {}).items():
             if each[index] is not None:
@@ -158,19 +158,19 @@ def resize(model, widths):
 
 
 def class_stem(base):
-    """The middle of the class names for a model_type: "qwen2" gives "PrunedQwen2"."""
+    """Return the class name of a model_type without its suffix: "qwen2" gives "PrunedQwen2"."""
     return "Pruned" + "".join(part.capitalize() for part in base.split("_"))
 
 
 @cache
 def config_class(base):
-    """The config class for pruned models of model_type `base`."""
+    """Return the config class for pruned models of model_type `base`."""
     stock = CONFIG_MAPPING[base]
 
     def __init__(self, *args, **kwargs):
         stock.__init__(self, *args, **kwargs)
         if blocks := getattr(self, "block_configs", None):
-            # Runtimes that have DeciLM's architecture read these as attributes.
+            # Runtimes with the DeciLM architecture read these as attributes.
             self.block_configs = [Fields({part: Fields(fields) for part, fields in block.items()}) for block in blocks]
 
     members = {"__init__": __init__, "model_type": PREFIX + base, "__module__": __name__}
@@ -178,20 +178,20 @@ def config_class(base):
 
 
 def stock_class(base):
-    """transformers' own causal language model of model_type `base`."""
+    """Return transformers' own causal language model class of model_type `base`."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]
 
 
 @cache
 def model_class(base):
-    """The causal language model for pruned models of model_type `base`."""
+    """Return the causal language model class for pruned models of model_type `base`."""
     stock = stock_class(base)
 
     def __init__(self, config, *args, **kwargs):
         stock.__init__(self, config, *args, **kwargs)
         resize(self, config.streamprune)
         if renamed := config.streamprune.get("renamed"):
-            # As transformers does for the stock model_type.
+            # transformers does the same for the stock model_type.
             from transformers.conversion_mapping import register_checkpoint_conversion_mapping
             from transformers.core_model_loading import WeightRenaming
 
@@ -200,7 +200,7 @@ def model_class(base):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         stock.save_pretrained(self, save_directory, *args, **kwargs)
-        # The config names this file: it goes along.
+        # The config refers to this file.
         shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
 
     members = {
@@ -213,11 +213,11 @@ def model_class(base):
 
 
 class PrunedForCausalLM:
-    """Stands in for every `model_class` until one is wanted, so that registering imports no model."""
+    """Placeholder for every `model_class`, so that registering does not import any model."""
 
     @classmethod
     def from_pretrained(cls, *args, config, **kwargs):
-        """As every model class has it."""
+        """Load with the class of the config's model_type."""
         return model_class(config.model_type.removeprefix(PREFIX)).from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
@@ -226,7 +226,7 @@ class PrunedForCausalLM:
 
 
 def register(base):
-    """Make AutoConfig and AutoModelForCausalLM know pruned models of model_type `base`."""
+    """Register pruned models of model_type `base` with AutoConfig and AutoModelForCausalLM."""
     AutoConfig.register(PREFIX + base, config_class(base), exist_ok=True)
     AutoModelForCausalLM.register(config_class(base), PrunedForCausalLM, exist_ok=True)
 

@@ -1,6 +1,6 @@
-"""Names of the files of a checkpoint, and of what a job makes beside OUT while it runs.
+"""File names in a checkpoint directory, and groups of config fields.
 
-`status` reads these without loading torch; so nothing here imports it.
+Must not import torch, because `status` uses these names without it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ KERNELS = {
     "_experts_implementation",
     "_experts_implementation_internal",
 }
-"""Fields of a config that say by which kernels somebody once ran the model."""
+"""Config fields that record which kernels a model was last run with."""
 RUN_TIME = KERNELS | {"output_attentions", "_output_attentions", "transformers_weights"}
-"""Fields that say how, or from which file, somebody once ran the model: no part of a checkpoint, and another machine may not
-have what they ask for."""
+"""Config fields that record how, or from which file, a model was last run. They are dropped: they are not part of the
+checkpoint, and other machines may lack what they ask for."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,4 +44,4 @@ COMPANIONS = (
     "NOTICE.txt",
     "USE_POLICY.md",
 )
-"""Files of a checkpoint that are copied unchanged."""
+"""Files that are copied unchanged from the source to the result."""

@@ -1,4 +1,4 @@
-"""Makes transformers' auto classes know pruned checkpoints, without importing transformers or torch before they are used."""
+"""Register pruned checkpoints with transformers' auto classes, without importing transformers or torch prematurely."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CONFIGS, MODELS = "transformers.models.auto.configuration_auto", "transformers.m
 """The modules of `AutoConfig` and of `AutoModelForCausalLM`."""
 OURS = f"{__package__}.modeling_streamprune"
 _NEXT = {CONFIGS: MODELS, MODELS: OURS}
-"""What is imported right after a module, unless its import is under way: OURS imports MODELS, which imports CONFIGS."""
+"""The module to import after each, unless it is already being imported. OURS imports MODELS, which imports CONFIGS."""
 
 
 def teach() -> None:
-    """Register every architecture with the auto classes: now if they are imported already, else right after their import."""
+    """Register every architecture with the auto classes: now if they are imported already, otherwise when they are."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if sys.modules.keys() & {CONFIGS, MODELS}:
@@ -33,7 +33,7 @@ def _register(modeling: Any) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the three modules as usual, and has each followed by the next, and the last by the registration."""
+    """Import hook that makes each of the three modules import the next one, and registers the architectures after the last."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in (CONFIGS, MODELS, OURS):

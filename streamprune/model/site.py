@@ -1,9 +1,9 @@
-"""A prunable place: one consumer linear with its producers, as plain data.
+"""Sites: one consumer linear with its producers, as plain data.
 
-Heads and channels are one problem: which column groups of the consumer's `W` to drop. A *unit* is what
-goes as one: an FFN channel, or an attention key/value group with its query heads. Unit `u` owns the
-consumer's columns ``[u·width, (u+1)·width)`` and, of a producer with `r` rows a unit, rows
-``[u·r, (u+1)·r)``. Removing it from both sides leaves the residual width untouched.
+Pruning heads and pruning channels are the same problem: which column groups of the consumer's `W` to drop. A *unit* is removed
+as a whole: an FFN channel, or an attention key/value group with its query heads. Unit `u` owns the consumer's columns
+``[u·width, (u+1)·width)`` and rows ``[u·r, (u+1)·r)`` of a producer with `r` rows per unit. Removing a unit does not change
+the residual width.
 """
 
 from __future__ import annotations
@@ -16,57 +16,58 @@ Kind = Literal["attention", "ffn"]
 
 @dataclass(frozen=True)
 class Site:
-    """One prunable place of one block."""
+    """One prunable site of one block."""
 
     block: int
+    """Number of the block, from 0."""
     kind: Kind
     units: int
-    """How many units there are."""
+    """Number of units."""
     width: int
-    """Consumer columns a unit."""
+    """Columns of the consumer per unit."""
     outputs: int
-    """Rows of the consumer: the residual width."""
+    """Rows of the consumer, d_out: the residual width."""
     unit_parameters: int
-    """Weights and biases that go with one unit, on both sides."""
+    """Parameters removed with one unit: its rows of producers and norms, with biases, and its columns of the consumer."""
     heads: int = 0
-    """Query heads, for attention."""
+    """Query heads; 0 for an FFN."""
     choices: tuple[int, ...] | None = None
-    """Unit counts that the layout asked for can express, ascending; None for all from 1 to `units`."""
+    """Unit counts that the requested layout can express, ascending; None for all from 1 to `units`."""
     linears: tuple[int, ...] = ()
-    """Weights of each linear, the producers in order, a fused one in its parts, and the consumer last."""
+    """Number of weights of each linear: the producers in order, fused ones in their parts, then the consumer."""
     expert: int | None = None
-    """Which of the block's experts it is, in a mixture of them."""
+    """Number of the expert in a mixture of experts, from 0; None otherwise."""
     share: float = 1.0
-    """Of the tokens, how many reach it: fewer than all where a router sends them."""
+    """Expected fraction of tokens that reach the site; below 1 if a router selects them."""
 
     @property
     def name(self) -> str:
-        """`blocks.3.attention`, `blocks.3.ffn.5`: how plans, reports and messages call it."""
+        """Name in plans, reports and messages: `blocks.3.attention`, `blocks.3.ffn.5`."""
         return f"blocks.{self.block}.{self.place}"
 
     @property
     def place(self) -> str:
-        """`attention`, `ffn`, `ffn.5`: the name inside the block."""
+        """Name inside the block: `attention`, `ffn`, `ffn.5`."""
         return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
 
     @property
     def family(self) -> str:
-        """Sites of one family are alike in what a stock config says of them."""
+        """Family of the site. A stock config describes all sites of a family by the same fields."""
         return self.kind if self.expert is None else "experts"
 
     def keeping(self, units: int) -> Site:
-        """The site with so many units."""
+        """Return the site with this number of units."""
         linears = tuple(weights // self.units * units for weights in self.linears)
         return replace(self, units=units, heads=self.heads // self.units * units, linears=linears)
 
     @property
     def columns(self) -> int:
-        """Consumer columns, n."""
+        """Columns of the consumer, n."""
         return self.units * self.width
 
     @property
     def head_width(self) -> int:
-        """Columns of one query head."""
+        """Columns of the consumer per query head; 0 for an FFN."""
         return self.columns // self.heads if self.heads else 0
 
 
@@ -76,13 +77,13 @@ class Layout:
 
     name: str
     alike: frozenset[str] = frozenset()
-    """Families (see `Site.family`) of one width in all blocks, one that the stock config class takes."""
+    """Families (see `Site.family`) that must have the same width in all blocks, one that the stock config class accepts."""
     multiple: int = 1
-    """FFN widths are multiples of this."""
+    """FFN widths must be multiples of this."""
 
 
 FREE = Layout("free")
 UNIFORM = Layout("uniform", frozenset({"attention", "ffn", "experts"}))
 DECILM = Layout("decilm", frozenset({"attention"}), multiple=256)
-"""DeciLM's configs (`nemotron_nas` in vLLM) have one number of query heads, and FFN widths a block as a multiple of 256."""
+"""DeciLM configs (`nemotron_nas` in vLLM) have one number of query heads, and one FFN width per block, a multiple of 256."""
 LAYOUTS = {layout.name: layout for layout in (FREE, UNIFORM, DECILM)}

@@ -1,7 +1,7 @@
-"""A model without its weights: transformers' own modules on the meta device, filled a part at a time.
+"""A model without its weights: transformers' own modules on the meta device, filled one part at a time.
 
-What surrounds the blocks (embeddings, positions, masks) is computed by the model's own forward with the
-blocks taken out of it, so no masking or position code is written again here.
+Embeddings, positions and masks are computed by the model's own forward with the blocks taken out, so no masking or position
+code is duplicated here.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Skeleton:
     """The model of a checkpoint directory, dense or pruned.
 
     Args:
-        checkpoint: where the weights are.
-        device: where blocks go.
-        dtype: what they compute in.
-        layout: what the widths of its sites must stay like.
-        check: whether to refuse what `layout_faults` and `extra` find. transformers passes over tensors that are extra, but
-            what is written from this model would lack them.
+        checkpoint: holds the weights.
+        device: device of the blocks.
+        dtype: computing dtype of the blocks.
+        layout: constrains the widths of the sites.
+        check: reject the faults that `layout_faults` and `extra` find. transformers ignores extra tensors, but a checkpoint
+            written from this model would lack them.
 
     Raises:
-        CheckpointError: what `read_configuration` refuses, a tensor that is missing, unexpected, or of another
-            shape than the config says, and sizes that the shards do not hold.
+        CheckpointError: `read_configuration` rejects the config, a tensor is missing, unexpected or of a shape that differs
+            from the config, or the config has sizes that exceed those of the shards.
         NumericalError: see `arguments`.
     """
 
@@ -60,13 +60,13 @@ class Skeleton:
     ) -> None:
         self.checkpoint, self.device, self.dtype, self.layout = checkpoint, device, dtype, layout
         self.copies_ahead = False
-        """Whether the next block's weights come to the device while this one's are used: see `memory.copies_ahead`."""
+        """Whether to copy the next block's weights to the device while the current block runs; decided by `jobs.forecast.memory`."""
         self.architecture, self.config = read_configuration(checkpoint)
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
         try:
             self._build(check)
             if check:
-                # What the blocks are made of and called with comes from the config too: see that it can be had.
+                # The blocks and their arguments depend on the config too: check that they work.
                 self.all_sites()
                 with counted(0):
                     self._try()
@@ -79,7 +79,7 @@ class Skeleton:
             ) from error
 
     def _build(self, check: bool) -> None:
-        """Take the model apart, on the meta device, and hold it against the shards before anything takes memory."""
+        """Take the model apart on the meta device and compare it with the shards, before anything takes memory."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -89,7 +89,7 @@ class Skeleton:
         assert isinstance(blocks, nn.ModuleList)
         self._templates: list[nn.Module] = list(blocks.children())
         self.entries = [self.architecture.sublayers(self.config, index) for index in range(len(self._templates))]
-        """Each block's sublayers, as the table has them."""
+        """Sublayers of each block, from the table."""
         self._separate_experts()
         self._slots = [upstream.Recorder(template) for template in self._templates]
         model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
@@ -112,12 +112,12 @@ class Skeleton:
                 f"{weights} weights"
             )
         upstream.rebuild_buffers(model, self.config, self.device, self.dtype)
-        # What is left of the model is its head, with whatever it does to logits.
+        # The rest of the model is its head, including any post-processing of logits.
         model.set_submodule(self.architecture.base, upstream.PassThrough())
         self._head = model
 
     def __len__(self) -> int:
-        """How many blocks there are."""
+        """Return the number of blocks."""
         return len(self._templates)
 
     @property
@@ -127,26 +127,26 @@ class Skeleton:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens the model knows."""
+        """Vocabulary size in tokens."""
         return int(self.config.vocab_size)
 
     @property
     def context(self) -> int | None:
-        """Most tokens a window may have, where the config says."""
+        """Maximum number of tokens per window, if the config has one."""
         value = getattr(self.config, "max_position_embeddings", None)
         return int(value) if value else None
 
     def sites(self, index: int) -> list[Site]:
-        """The block's sites, in the order of its sublayers, and in a mixture of experts in theirs."""
+        """Return the sites of a block, in the order of its sublayers and their experts."""
         return [site for site, _ in self.places(index)]
 
     @property
     def writes_maps(self) -> bool:
-        """Whether attention computes its maps in full, since the architecture knows no other way."""
+        """Whether attention computes its maps in full, because the architecture only has eager attention."""
         return upstream.attention(self._base.config) == "eager"
 
     def places(self, index: int) -> list[tuple[Site, SublayerEntry]]:
-        """The block's sites with their names, an expert's in full."""
+        """Return the sites of a block, each with an entry whose names are relative to the block."""
         layer = self._templates[index]
         found = []
         for entry in self.entries[index]:
@@ -176,7 +176,7 @@ class Skeleton:
         heads, units = 0, columns
         if entry.kind == "attention":
             attention: Any = layer.get_submodule(entry.mixer[0])
-            # Beside the queries, producers give a key and a value of one head each unit.
+            # Besides the queries, the producers output one key head and one value head per unit.
             head = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
             heads, units = columns // head, (sum(rows) - columns) // (2 * head)
         if units < 1 or any(width % units for width in (columns, *rows)):
@@ -201,13 +201,13 @@ class Skeleton:
 
     @cached_property
     def families(self) -> dict[str, SublayerEntry]:
-        """What a stock config says of each family of sites."""
+        """Sublayer entry of each family of sites, whose `widths` are the fields of the stock config."""
         return {entry.family: entry for entries in self.entries for entry in entries}
 
     def statistics(
         self, index: int, wanted: frozenset[Statistic], device: torch.device | None = None
     ) -> list[SiteStatistics]:
-        """Empty sums for a survey of the block, in the order of its sites, on the model's device or another."""
+        """Return empty sums for a survey of a block, one per site, on `device` or the model's own."""
         found = []
         for site, entry in self.places(index):
             inputs = linear_shape(self.module(index, entry.producers[0].name))[1]
@@ -227,28 +227,28 @@ class Skeleton:
         return found
 
     def linears(self, index: int) -> list[str]:
-        """All linears of a block's sites: the producers of each, then its consumer."""
+        """Return the names of all linears of a block's sites: the producers of each site, then its consumer."""
         return [name for _, e in self.places(index) for name in (*(p.name for p in e.producers), e.consumer)]
 
     def block(self, index: int) -> nn.Module:
-        """A block, on the meta device."""
+        """Return a block on the meta device."""
         return self._templates[index]
 
     def module(self, index: int, name: str) -> nn.Module:
-        """A module of a block, on the meta device."""
+        """Return a module of a block, on the meta device."""
         return self._templates[index].get_submodule(name)
 
     def all_sites(self) -> list[Site]:
-        """The sites of all blocks."""
+        """Return the sites of all blocks."""
         return [site for index in range(len(self)) for site in self.sites(index)]
 
     def block_names(self, index: int) -> dict[str, str]:
-        """Tensor names inside the block → names in the checkpoint."""
+        """Return a mapping from tensor names inside the block to names in the checkpoint."""
         prefix = f"{self.architecture.blocks}.{index}."
         return {name: self.stored_name(prefix + name) for name in self._templates[index].state_dict()}
 
     def stored_name(self, name: str) -> str:
-        """What the checkpoint calls a tensor of the model."""
+        """Return the name in the checkpoint of a tensor of the model."""
         stored = name
         for ours, theirs in self.architecture.stored:
             stored = stored.replace(ours, theirs)
@@ -256,33 +256,37 @@ class Skeleton:
 
     @cached_property
     def renamed(self) -> list[tuple[str, str]]:
-        """Pieces of the model's names that the checkpoint has otherwise: (the model's, the checkpoint's)."""
+        """Substrings of tensor names that differ in this checkpoint: (in the model, in the checkpoint)."""
         names = [*self.checkpoint]
         return [pair for pair in self.architecture.stored if any(pair[1] in f".{name}" for name in names)]
 
     def block_parameters(self, index: int | None = None) -> int:
-        """Parameters of one block, or of all blocks together."""
+        """Return the number of parameters of one block, or of all blocks if `index` is None."""
         layers = self._templates if index is None else [self._templates[index]]
         return sum(p.numel() for layer in layers for p in layer.parameters())
 
     def embed_names(self) -> list[str]:
-        """Tensors before the blocks, as the checkpoint names them."""
+        """Return the checkpoint's names of the tensors before the blocks."""
         return self._names(self._embed)
 
     def head_names(self) -> list[str]:
-        """Tensors after the blocks, as the checkpoint names them; a tied head is among the embeddings."""
+        """Return the checkpoint's names of the tensors after the blocks; a tied head is not included."""
         return [name for name in self._names(self._after) if name != self._head_weight or not self.tied]
 
     def parameters(self) -> int:
-        """Parameters of the whole model, a tied head counted once."""
+        """Return the number of parameters of the model; a tied head counts once."""
         outside = {*self.embed_names(), *self.head_names()}
         return self.block_parameters() + sum(self.checkpoint[name].numel for name in outside)
 
     def forward_operations(self, sequences: int, length: int) -> int:
-        """Floating-point operations of a forward pass through blocks and head, as `maths.operations` counts them.
+        """Return the floating-point operations of a forward pass through blocks and head, in the convention of `maths.flops`.
 
-        Two a weight of each linear and token, and attention's two products over all pairs of tokens; the head
-        works on all tokens of a sequence but the last, from which nothing is predicted.
+        Two per weight and token of each linear, plus the two attention products over all pairs of tokens. The head runs on all
+        tokens of a sequence except the last, which predicts nothing.
+
+        Args:
+            sequences: number of sequences.
+            length: tokens per sequence.
         """
         linears = sum(_matrix_elements(layer) for layer in self._templates)
         linears -= round(sum((1 - site.share) * sum(site.linears) for site in self.all_sites()))
@@ -291,16 +295,22 @@ class Skeleton:
         return sequences * (length * (2 * linears + mixing) + (length - 1) * 2 * head)
 
     def announce_block(self, index: int) -> None:
-        """Have the kernel fetch what `read_block` will read."""
+        """Ask the kernel to read ahead what `read_block` will read."""
         for full in self.block_names(index).values():
             self.checkpoint.announce(full)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        """The block's stored tensors by their names inside it."""
+        """Read the tensors of a block to host memory, in the stored dtype, by name inside the block."""
         return {name: self.checkpoint.read(full, self.device) for name, full in self.block_names(index).items()}
 
     def build_block(self, index: int, weights: dict[str, Tensor], there: Mapping[str, Tensor] | None = None) -> Block:
-        """A block with weights that `read_block` gave; `there` are those of them that have come to the device already."""
+        """Build a block.
+
+        Args:
+            index: number of the block.
+            weights: result of `read_block`.
+            there: copies of weights that are already on the device, by name.
+        """
         entries, places = self.entries[index], iter(self.places(index))
         layer = Layer(copy.deepcopy(self._templates[index]), weights, entries, self.device, self.dtype, there or {})
         sublayers = []
@@ -310,18 +320,19 @@ class Skeleton:
         return Block(layer, sublayers)
 
     def arguments(self, sequences: int, tokens: int, past: int = 0, *, maps: bool = False) -> list[Arguments]:
-        """What the model's own forward passes to each block for a batch of that size, `past` tokens having gone before.
+        """Return the arguments that the model's forward passes to each block for a batch (sequences, tokens).
 
         Args:
-            maps: for `Sublayer.attend`, which needs every mask written out.
+            past: number of preceding tokens in the cache.
+            maps: for `Sublayer.attend`, which needs all masks in full.
 
         Raises:
-            NumericalError: rotary embeddings that hold NaN or Inf. Attention itself may give finite numbers from them.
+            NumericalError: the rotary embeddings hold NaN or Inf. Attention might still return finite numbers.
         """
         key = sequences, tokens, past, maps
         if key not in self._arguments:
             attention = upstream.eager_attention(self._base.config) if maps else nullcontext()
-            # Not counted, since whether it is done again depends on what was asked for before.
+            # Not counted, because results are cached and a repeat depends on earlier calls.
             with attention, counted(0), self._filled(self._embed, self._blank):
                 self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
             self._check_rotation(tokens, past)
@@ -331,9 +342,9 @@ class Skeleton:
         return self._arguments[key]
 
     def _check_rotation(self, tokens: int, past: int) -> None:
-        """Hold what the slots were called with last to cosines and sines that are numbers."""
+        """Check that the rotary embeddings in the last recorded arguments are finite."""
         given = [slot.arguments.get("position_embeddings") or () for slot in self._slots]
-        # Blocks of one kind are given the same ones.
+        # Blocks of the same kind share their tables.
         for table in {id(table): table for tables in given for table in tables}.values():
             if not all_finite(table):
                 raise NumericalError(
@@ -343,19 +354,19 @@ class Skeleton:
 
     @contextmanager
     def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Token ids (sequences, tokens) after `past` others → the first block's input (sequences, tokens, d), while open."""
+        """Yield a function from token ids (sequences, tokens) int64, after `past` others, to the first block's input (sequences, tokens, d)."""
         with self._filled(self._embed, self._read):
             yield partial(self._embedded, past=past)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The last block's output (..., d) → logits (..., vocabulary), while open."""
+        """Yield a function from the last block's output (..., d) to logits (..., vocabulary)."""
         with self._filled(self._after, self._read):
             yield self._logits
 
-    @cache  # noqa: B019 - a handful of entries, for as long as the skeleton lives
+    @cache  # noqa: B019 - a handful of entries, for the life of the skeleton
     def _stock_choices(self, sites: tuple[Site, ...], site: Site) -> tuple[int, ...]:
-        """Unit counts of that site's family that a stock config can say, the other sites being as they are."""
+        """Return the unit counts for the site's family that the stock config can express, with other families unchanged."""
 
         def sayable(units: int) -> bool:
             others = [other for other in sites if other.family != site.family]
@@ -366,7 +377,7 @@ class Skeleton:
 
         if site.choices is not None:
             return site.choices
-        # An FFN is as wide as it likes wherever its width can be said at all.
+        # If the stock config can express the FFN width at all, it can express any width.
         if site.kind == "ffn":
             return tuple(range(1, site.units + 1)) if sayable(1) else (site.units,)
         return tuple(units for units in range(1, site.units + 1) if units == site.units or sayable(units))
@@ -377,7 +388,7 @@ class Skeleton:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the head is the embedding. A head that is stored besides and differs is not, as in transformers."""
+        """Whether the head shares the embedding's weight. As in transformers, a stored head that differs is not tied."""
         if not getattr(self.config, "tie_word_embeddings", False):
             return False
         if self._head_weight not in self.checkpoint:
@@ -393,15 +404,15 @@ class Skeleton:
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Run one token through every block and the head on the meta device, where nothing is computed, nor counted.
+        """Run one token through every block and the head on the meta device, without computing or counting anything.
 
-        What their modules cannot be called with, such as a factor that is no number, raises here whatever torch raises.
+        Settings that the modules cannot run with, such as a factor that is not a number, raise torch's own errors here.
         """
         meta = torch.device("meta")
         for template, entries, arguments in zip(self._templates, self.entries, self.arguments(1, 1), strict=True):
             dtype = next(template.parameters()).dtype
             given = {name: _moved(value, meta, dtype) for name, value in arguments.items()}
-            # How many tokens an expert gets is a matter of numbers.
+            # Routing depends on values, which meta tensors do not have.
             experts = {entry.experts: template.get_submodule(entry.experts) for entry in entries if entry.experts}
             try:
                 for name in experts:
@@ -436,7 +447,7 @@ class Skeleton:
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
     def _blank(self, name: str) -> Tensor:
-        """Zeros of a tensor's shape that take no memory."""
+        """Return zeros of a tensor's shape, expanded from one element so that they take no memory."""
         return torch.zeros((), device=self.device, dtype=self.dtype).expand(self.checkpoint[name].shape)
 
     @contextmanager
@@ -456,7 +467,11 @@ class Skeleton:
                 place(module, leaf, tensor)
 
     def _separate_experts(self) -> None:
-        """Give every expert modules of its own, unless they are more than the shards have tensors, or fewer than chosen."""
+        """Replace fused experts by separate modules.
+
+        Raises:
+            CheckpointError: there are more experts than tensors in the shards, or fewer than are chosen per token.
+        """
         counted = 0
         for template, entries in zip(self._templates, self.entries, strict=True):
             for name in (entry.experts for entry in entries if entry.experts):
@@ -481,9 +496,9 @@ class Skeleton:
         return [self.stored_name(f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
 
     def layout_faults(self) -> Iterator[tuple[str, str]]:
-        """Tensors that are missing, or of another shape than the config says: name, and what is wrong with it."""
+        """Yield tensors that are missing, or whose shape differs from the config: name, and what is wrong."""
         expected = self._expected()
-        # To tell a head that is stored from the embedding takes both.
+        # `tied` compares a stored head with the embedding, so it needs both.
         if (self._head_weight not in self.checkpoint or self._embedding_weight in self.checkpoint) and self.tied:
             expected.pop(self._head_weight)
         for name, shape in expected.items():
@@ -493,12 +508,12 @@ class Skeleton:
                 yield name, f"has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
 
     def extra(self) -> list[str]:
-        """Tensors that the model of the config has no place for, but for the buffers that old checkpoints carry."""
+        """Return tensors that the config's model does not have, except the unused buffers of old checkpoints."""
         expected = self._expected()
         return [name for name in self.checkpoint if name not in expected and not name.endswith(UNREAD)]
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors that the config says, by stored name, the head's among them whether tied or not."""
+        """Return the shapes of all tensors that the config implies, by stored name; the head is always included."""
         expected: dict[str, tuple[int, ...]] = {}
         for index, layer in enumerate(self._templates):
             state = layer.state_dict()
@@ -511,13 +526,13 @@ class Skeleton:
 
 
 def open_skeleton(model: Path, device: torch.device, dtype: str, *, layout: Layout = FREE) -> Skeleton:
-    """The skeleton of a checkpoint directory, computing in `dtype` (``auto``: see `resolve_dtype`)."""
+    """Open the skeleton of a checkpoint directory. `dtype` is the name of the computing dtype, see `resolve_dtype`."""
     checkpoint = Checkpoint(model)
     return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, checkpoint.dtype), layout=layout)
 
 
 def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Those modules that the config did not leave out."""
+    """Return the modules at `paths`, by path, except those that the config omits."""
     found = {}
     for path in paths:
         parent, _, leaf = path.rpartition(".")
@@ -528,7 +543,7 @@ def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """An argument of a block, whatever it is; tensors, and tuples of them, elsewhere, floats in that dtype."""
+    """Move an argument of a block to a device, and floating-point tensors to a dtype; other values are unchanged."""
     if isinstance(value, tuple):
         return tuple(_moved(each, device, dtype) for each in value)
     if not isinstance(value, Tensor):

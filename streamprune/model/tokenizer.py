@@ -1,4 +1,4 @@
-"""The model's own tokenizer, read without running code of its."""
+"""Load and check the model's tokenizer, without running code from the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .names import COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
 
 
 def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
-    """The model's own tokenizer.
+    """Load the model's tokenizer.
 
     Args:
-        vocabulary: tokens of the model; None leaves `check_vocabulary` to the caller.
+        vocabulary: vocabulary size of the model; None skips `check_vocabulary`.
 
     Raises:
-        CheckpointError: there is none, it wants code of its own, it is a Git LFS pointer, a library is missing,
-            transformers cannot read it, or what `check_vocabulary` refuses.
+        CheckpointError: there is no tokenizer, it needs its own code, a file is a Git LFS pointer, a library is missing,
+            transformers cannot read it, or `check_vocabulary` rejects it.
     """
     from transformers import AutoTokenizer
 
@@ -48,19 +48,19 @@ def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, directory: Path) -> dict[str, int]:
-    """See that a model has an embedding for each token that ordinary text is made of.
+    """Check that the model has an embedding for every token that ordinary text may contain.
 
-    Tokens that were added to a tokenizer and stand for themselves, such as Gemma 3's of images in its text models, may lie
-    beyond: only a text with their very name is cut into them, and such a text is refused when it is read.
+    Added tokens, such as Gemma 3's image tokens in its text-only models, may have ids beyond the vocabulary: a tokenizer
+    produces them only for text that contains their literal name, and such text is rejected when it is read.
 
     Args:
-        vocabulary: tokens of the model.
+        vocabulary: vocabulary size of the model.
 
     Returns:
-        Ids by name of added tokens beyond the vocabulary.
+        The ids of added tokens beyond the vocabulary, by name.
 
     Raises:
-        CheckpointError: any other token lies beyond.
+        CheckpointError: another token is beyond the vocabulary.
     """
     beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= vocabulary}
     beyond = dict(sorted(beyond.items(), key=lambda item: item[1]))
@@ -76,17 +76,17 @@ def check_vocabulary(tokenizer: Any, vocabulary: int, directory: Path) -> dict[s
 
 
 def _check_libraries(directory: Path) -> None:
-    """See that what a tokenizer without a `tokenizer.json` is read with is installed; transformers asks for another one.
+    """Check that the library for a tokenizer without `tokenizer.json` is installed. transformers' own message names the wrong one.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the library is not installed.
     """
     path, beginning = directory / "tokenizer.model", bytearray(1)
     others = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
     if not path.is_file() or any((directory / name).is_file() for name in others):
         return
     files.read_into(path, 0, memoryview(beginning))
-    # The tag of a SentencePiece model's first field; tiktoken's files are text.
+    # SentencePiece models start with the tag of their first protobuf field; tiktoken files are text.
     kind, needed = (
         ("a SentencePiece model", {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"})
         if beginning == b"\n"
@@ -102,13 +102,13 @@ def _check_libraries(directory: Path) -> None:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # nor the package that it would be in
+    except ModuleNotFoundError:  # its parent package is not installed either
         return False
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """A context in which a panic of the tokenizers library, which is no `Exception`, is a RuntimeError."""
+    """Turn panics of the tokenizers library, which are not `Exception`s, into RuntimeErrors."""
     try:
         yield
     except BaseException as error:
@@ -118,15 +118,16 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def check_companions(source: Path, vocabulary: int, progress: Progress, *, required: bool) -> None:
-    """See that what a result takes along from its source is there, and belongs to the model.
+    """Check the files that are copied from the source to the result, above all the tokenizer.
 
     Args:
-        vocabulary: tokens of the model.
-        required: whether the tokenizer must be readable, too, if there is one.
+        vocabulary: vocabulary size of the model.
+        progress: receives warnings.
+        required: whether an existing tokenizer must be readable.
 
     Raises:
-        CheckpointError: a Git LFS pointer, what `check_vocabulary` refuses, or a tokenizer that is required and
-            cannot be read.
+        CheckpointError: a file is a Git LFS pointer, `check_vocabulary` rejects the tokenizer, or it is required and cannot
+            be read.
     """
     for name in COMPANIONS:
         check_pointer(source / name)
@@ -149,10 +150,12 @@ def _has_tokenizer(source: Path) -> bool:
 
 
 def named_tokenizer(source: Path) -> dict[str, Any] | None:
-    """The tokenizer's config with its class, which transformers otherwise takes from a model_type it knows; None if it is there.
+    """Return the tokenizer's config with its class name added; None if it is there already, or there is no tokenizer.
+
+    Without the name, transformers derives the class from the model_type, which it does not know for pruned models.
 
     Raises:
-        CheckpointError: there is a tokenizer that cannot be read.
+        CheckpointError: the tokenizer cannot be read.
     """
     path = source / TOKENIZER_CONFIG
     if not _has_tokenizer(source):

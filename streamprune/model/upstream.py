@@ -1,10 +1,10 @@
-"""Every surface of transformers that is private or changes between releases, in one place.
+"""All uses of transformers interfaces that are private or change between releases.
 
-Two things cannot live here. `modeling_streamprune` lies beside written checkpoints and imports nothing of ours; it uses the
-public `CONFIG_MAPPING` and `MODEL_FOR_CAUSAL_LM_MAPPING`, and `transformers.conversion_mapping` where a checkpoint has other
-names than its modules. `maths.operations` counts the operators that transformers registers, by their names.
+There are two exceptions. `modeling_streamprune` is copied beside checkpoints and cannot import this package; it uses the public
+`CONFIG_MAPPING` and `MODEL_FOR_CAUSAL_LM_MAPPING`, and `transformers.conversion_mapping` if tensor names in the checkpoint differ
+from the model's. `maths.flops` refers by name to operators that transformers registers.
 
-tests/model/test_upstream.py has a test for each of these and names the versions that they were seen with.
+tests/model/test_upstream.py tests each of these, and lists the versions they were observed with.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 TESTED = {"transformers": (5, 24), "torch": (2, 14)}
-"""The newest minor version of each library that the whole test suite passed with."""
+"""Newest minor version of each library with which the full test suite has passed."""
 CACHES = ("cache", "past_key_values", "layer_past")
-"""What a forward may call its cache of keys and values: ``cache`` since transformers 5.24, ``past_key_values`` before, and
+"""Names of a forward's argument for the key/value cache: ``cache`` since transformers 5.24, ``past_key_values`` before, and
 ``layer_past`` in blocks of falcon and gpt_neox."""
 
 
 def untested() -> str:
-    """Advice for when a library failed: names those that are newer than what was tested; empty where there are none."""
+    """Return a hint for messages that names libraries newer than the tested versions; empty if there are none."""
     newer = [
         f"{name} {version(name)} is newer than {major}.{minor}, the newest version tested (pip install '{name}<={major}.{minor}.99')"
         for name, (major, minor) in TESTED.items()
@@ -47,10 +47,10 @@ def _minor(text: str) -> tuple[int, int]:
 
 @cache
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """The name of the argument through which `forward`, of a model or a block, takes its cache.
+    """Return the name of the cache argument of `forward`, of a model or a block.
 
     Raises:
-        TypeError: it takes none.
+        TypeError: `forward` has no such argument.
     """
     parameters = inspect.signature(forward).parameters
     for name in CACHES:
@@ -60,7 +60,7 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 class Past:
-    """What a model's forward asks of a cache outside its blocks: how many tokens precede these."""
+    """The part of a cache that a model's forward uses outside its blocks: the number of preceding tokens."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -72,26 +72,26 @@ class Past:
         return self.tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(number of keys, position of the first one)."""
+        """Return (number of keys, position of the first key)."""
         return self.tokens + query_length, 0
 
 
 class BlockCache(ABC):
-    """What the attention of a block asks of a cache."""
+    """The part of a cache that attention uses."""
 
     @abstractmethod
     def extend(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append (sequences, heads, new tokens, head_dim); returns those of all tokens so far."""
+        """Append keys and values (sequences, heads, new tokens, head_dim); return those of all tokens so far."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *others: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """As attention calls it; what else it passes differs between releases and is for other kinds of cache."""
+        """Entry point for attention. Further arguments differ between releases and serve other kinds of cache."""
         return self.extend(key_states, value_states, layer_idx)
 
 
 class Recorder(nn.Module):
-    """Takes the place of a block: records what the model calls it with and returns the hidden states unchanged."""
+    """Takes the place of a block: records the arguments of the call and returns the hidden states unchanged."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -107,28 +107,28 @@ class Recorder(nn.Module):
 
 @dataclass
 class _Output(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
-    """Has every field that some model's head reads."""
+    """Has every field that the head of any supported model reads."""
 
     router_logits: None = None
 
 
 class PassThrough(nn.Module):
-    """Takes the place of everything before the head: returns its ``inputs_embeds`` as the last hidden state."""
+    """Takes the place of all modules before the head: returns ``inputs_embeds`` as the last hidden state."""
 
     def forward(self, *positional: Any, inputs_embeds: Tensor, **arguments: Any) -> _Output:
         return _Output(last_hidden_state=inputs_embeds)
 
 
 def attention(config: Any) -> str:
-    """The implementation of attention that a model of this config runs, such as ``"sdpa"``."""
+    """Return the attention implementation that a model with this config uses, such as ``"sdpa"``."""
     return str(config._attn_implementation)
 
 
 @contextmanager
 def eager_attention(config: Any) -> Iterator[None]:
-    """A context in which models of this config compute attention maps and masks in full.
+    """Make models with this config compute attention maps and masks in full, while the context is open.
 
-    `PreTrainedModel.set_attn_implementation` is public, but refuses falcon.
+    The public `PreTrainedModel.set_attn_implementation` rejects falcon.
     """
     usual, config._attn_implementation = config._attn_implementation, "eager"
     try:
@@ -138,9 +138,12 @@ def eager_attention(config: Any) -> Iterator[None]:
 
 
 def rebuild_buffers(model: nn.Module, config: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Compute the buffers of a model on the meta device that no checkpoint stores, such as rotary tables, on `device`.
+    """Compute on `device` the buffers of a meta-device model that checkpoints do not store, such as rotary tables.
 
-    A module with such buffers takes the config as its only argument, or is an embedding with a scale.
+    Modules with such buffers take the config as their only argument, or are embeddings with a scale.
+
+    Args:
+        dtype: dtype of embedding scales.
     """
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
@@ -153,6 +156,6 @@ def rebuild_buffers(model: nn.Module, config: Any, device: torch.device, dtype: 
 
 
 def rotary_frequencies(config: Any, kind: str) -> Tensor:
-    """Rotary frequencies of a scaled embedding (head_dim / 2,) float32, by the kind that ``rope_type`` names."""
+    """Return the inverse frequencies (head_dim / 2,) float32 of a scaled rotary embedding; `kind` is a ``rope_type``."""
     frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
     return frequencies

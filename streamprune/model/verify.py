@@ -1,7 +1,6 @@
-"""Whether a directory holds the checkpoint that it should: files by their checksums, tensors by the config, values by being finite.
+"""Verify checkpoint directories: files against checksums, tensors against the config, and values for NaN and Inf.
 
-Every file is read once, from the disk, in pieces that checksum and values are both taken of. Whatever is wrong is
-listed, not only what comes first.
+Every file is read once, from the disk, in pieces that are both hashed and checked. All faults are reported, not only the first.
 """
 
 from __future__ import annotations
@@ -29,24 +28,23 @@ from .names import COMPANIONS, CONFIG, INDEX, SINGLE
 from .skeleton import Skeleton
 
 PIECE = 8 << 20
-"""Bytes that are held at a time, twice: one is looked at while the next one is read. A multiple of every element's."""
+"""Bytes per piece. Two pieces are in memory: one is checked while the next is read. A multiple of every element size."""
 SHOWN = 12
-"""Digits of a checksum."""
+"""Digits of a checksum shown in messages."""
 Kind = Literal["file", "layout", "values", "extra"]
-"""``file``: missing, unreadable, or not what the manifest says. ``layout``: a tensor that is missing or of another shape
-than the config says, or a file that tells nothing of its tensors. ``values``: NaN or Inf. ``extra``: what transformers
-passes over."""
+"""``file``: missing, unreadable, or different from the manifest. ``layout``: a tensor is missing or its shape differs from the
+config, or the tensors of a file cannot be determined. ``values``: NaN or Inf. ``extra``: ignored by transformers."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong, or too many; its `str` is a line for people."""
+    """One fault, or one extra item. Its `str` is a line for the user."""
 
     kind: Kind
     file: str
-    """Its name in the directory."""
+    """File name in the directory."""
     tensor: str | None
-    """Where it is one tensor that is wrong."""
+    """Name of the tensor, if the fault concerns a single one."""
     message: str
 
     def __str__(self) -> str:
@@ -55,47 +53,50 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found in a checkpoint directory."""
+    """The result of verifying a checkpoint directory."""
 
     path: str
     manifest: bool
-    """Whether there is a `SHA256SUMS`; without it, bytes cannot be held against what they were meant to be."""
+    """Whether there is a `SHA256SUMS`. Without it, file contents cannot be checked."""
     files: int
-    """Read whole: shards, and whatever else the manifest names."""
+    """Number of files read: the shards and all other files in the manifest."""
     tensors: int
+    """Number of tensors in the shards."""
     bytes: int
-    """Of those files."""
+    """Size of the files read, in bytes."""
     unlisted: tuple[str, ...]
-    """What the directory holds besides, which the manifest does not name and the model does not need."""
+    """Other files in the directory: not in the manifest, and not needed by the model."""
     faults: tuple[Fault, ...]
     extra: tuple[Fault, ...]
-    """Tensors that the config's model has no place for, and an index that is not read: transformers passes over them, and
-    they are no fault. Whatever prunes, tunes or measures refuses such tensors, since a result would lack them."""
+    """Tensors that the config's model does not have, and an index that is not read. transformers ignores them, so they are not
+    faults. Commands that prune, tune or measure reject such tensors, because a result would lack them."""
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong, apart from what is extra."""
+        """Whether there are no faults. Extra tensors and files do not count."""
         return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all fields, and `sound`, for JSON."""
         return {**asdict(self), "sound": self.sound}
 
 
 def check(folder: Path, digests: Mapping[str, str] | None, progress: Progress) -> Verification:
-    """Read a checkpoint directory and hold it against digests by file name, its own config, and the numbers.
+    """Check the files of a checkpoint directory against digests, its tensors against its config, and its values for NaN and Inf.
 
     Args:
-        digests: of every file that belongs there; None where nobody says.
+        folder: the checkpoint directory.
+        digests: SHA-256 in hex of every file that belongs there, by name; None if unknown.
+        progress: receives one step per file.
 
     Raises:
-        Stopped: whoever watches wants the work to end.
+        Stopped: `progress` requested a stop.
     """
     return _Reading(folder, digests, progress).done()
 
 
 class _Reading:
-    """One reading of a directory."""
+    """The state of one verification."""
 
     def __init__(self, folder: Path, digests: Mapping[str, str] | None, progress: Progress) -> None:
         self.folder, self.digests, self.progress = folder, digests or {}, progress
@@ -105,7 +106,7 @@ class _Reading:
         self.bytes = 0
 
     def done(self) -> Verification:
-        """All of it: what is small first, so that a mistake of the config's shows before the weights are read."""
+        """Run the verification. Small files come first, so that errors in the config show up before the weights are read."""
         checkpoint = self._opened()
         entries = {} if checkpoint is None else dict(checkpoint)
         shards = set() if checkpoint is None else checkpoint.shards
@@ -115,7 +116,7 @@ class _Reading:
             self._read(name, {})
         if checkpoint is not None and not self._damaged(CONFIG):
             self._hold_against_config(checkpoint)
-        # Nobody computes with what is extra: a mask may well hold Inf.
+        # Extra tensors are not used for computing, and masks may contain Inf.
         read = {name: each for name, each in entries.items() if name not in self.extra and not name.endswith(UNREAD)}
         for shard in sorted(shards):
             self._read(shard, {name: entry for name, entry in read.items() if entry.shard.name == shard})
@@ -131,7 +132,7 @@ class _Reading:
         )
 
     def _opened(self) -> _Opened | None:
-        """The checkpoint, as far as its shards open; None where config or index do not even say which they are."""
+        """Open the checkpoint, as far as its shards can be opened; None if the config or index is unusable."""
         for name in COMPANIONS:
             try:
                 check_pointer(self.folder / name)
@@ -160,7 +161,7 @@ class _Reading:
             skeleton = Skeleton(checkpoint, device=CPU, dtype=torch.float32, check=False)
             found, extra = list(skeleton.layout_faults()), skeleton.extra()
         except (CheckpointError, DiskError) as error:
-            if not checkpoint.faults:  # else it may be for what does not open
+            if not checkpoint.faults:  # otherwise an unreadable shard may be the cause
                 self._fault("layout", CONFIG, None, self._within(error, CONFIG))
             return
         index = weight_file(self.folder)
@@ -178,7 +179,7 @@ class _Reading:
                 self._fault("layout", index, name, f"{index}: tensor {name!r} {what}")
 
     def _read(self, name: str, entries: Mapping[str, TensorEntry]) -> None:
-        """One file: its checksum, and the values of the tensors in it."""
+        """Read one file; check its digest and the values of its tensors."""
         path = self.folder / name
         if not path.is_file():
             if not any(fault.file == name for fault in self.faults):
@@ -216,7 +217,7 @@ class _Reading:
             self._fault("values", path.name, tensor, f"{path.name}: tensor {tensor!r} holds NaN or Inf")
 
     def _unlisted(self, shards: set[str]) -> tuple[str, ...]:
-        """What the manifest does not name; a fault where the model needs it."""
+        """Return the files that the manifest does not name, and record a fault for each that the model needs."""
         there = {path.name + ("/" if path.is_dir() else "") for path in self.folder.iterdir()}
         others = there - self.digests.keys() - {manifest.NAME}
         needed = others & {CONFIG, INDEX, *shards}
@@ -228,7 +229,7 @@ class _Reading:
         return any(fault.file == name and fault.kind == "file" for fault in self.faults)
 
     def _within(self, error: object, name: str) -> str:
-        """A message about a file, in which files of the directory go by their names."""
+        """Return a message about a file, with paths in the directory shortened to file names."""
         message = str(error).removeprefix(f"{self.folder}: ").replace(f"{self.folder}/", "")
         return message if name in message else f"{name}: {message}"
 
@@ -243,18 +244,18 @@ class _Reading:
 
 
 class _Opened(Checkpoint):
-    """A checkpoint, some shards of which may not open."""
+    """A checkpoint that tolerates unreadable shards."""
 
     def __init__(self, directory: Path) -> None:
         self.faults: list[tuple[str, str]] = []
-        """Shards, and what is wrong with each."""
+        """Unreadable shards, and the error of each."""
         self._lost: set[str] = set()
         self._all_lost = False
         super().__init__(directory)
 
     @property
     def shards(self) -> set[str]:
-        """File names of all, whether or not they open."""
+        """File names of all shards, readable or not."""
         return {*self.headers, *(shard for shard, _ in self.faults)}
 
     @property
@@ -262,8 +263,8 @@ class _Opened(Checkpoint):
         return super().claimed | self._lost
 
     def had(self, name: str) -> bool:
-        """Whether the tensor may be in a shard that does not open."""
-        return self._all_lost or name.endswith(tuple(self._lost))  # names of base models lack the beginning
+        """Return whether the tensor may be in an unreadable shard."""
+        return self._all_lost or name.endswith(tuple(self._lost))  # names in base models lack the prefix
 
     def _open(self, path: Path, wanted: set[str] | None) -> None:
         try:
@@ -276,16 +277,16 @@ class _Opened(Checkpoint):
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of a file."""
+    """A range of bytes of a file."""
 
     begin: int
     length: int
     tensor: str | None
-    """Whose it is, the whole of it; None for headers and what has no values."""
+    """The tensor that contains the whole range; None for headers and data that is not checked."""
 
 
 def _pieces(size: int, entries: Mapping[str, TensorEntry]) -> Iterator[_Piece]:
-    """All of a file in order, no piece with parts of two tensors."""
+    """Split a file of `size` bytes into pieces, in order. No piece crosses the boundary of a tensor."""
     place = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
         yield from _cut(place, entry.begin, None)
@@ -299,16 +300,18 @@ def _cut(begin: int, end: int, tensor: str | None) -> Iterator[_Piece]:
 
 
 def verify(path: str | Path, *, progress: Progress | None = None) -> Verification:
-    """Whether a checkpoint directory is sound: files as its `SHA256SUMS` says, tensors as its config says, values finite.
+    """Verify a checkpoint directory: files against its `SHA256SUMS`, tensors against its config, values for NaN and Inf.
 
-    Everything is read once, from the disk; nothing is changed. Any checkpoint will do, a source model or what another
-    tool wrote; without a manifest it is held against its config only.
+    Reads every file once, from the disk, and changes nothing. Works for any checkpoint, including source models and those written
+    by other tools. Without a manifest, file contents are not checked.
 
     Args:
         path: a checkpoint directory, or a name on the hub.
+        progress: receives one step per file; None for no reports.
 
     Raises:
         CheckpointError: `path` is neither.
+        Stopped: `progress` requested a stop.
     """
     progress = progress or Silent()
     folder = resolve_model(path, progress)

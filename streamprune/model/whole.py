@@ -1,4 +1,4 @@
-"""A model whole in memory, as transformers has it: what few parts of this project want."""
+"""Load a whole model to memory with transformers. Only a few parts of the project need this."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .config import read_configuration
 
 
 def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
-    """transformers' model of a checkpoint directory, in memory, to be evaluated.
+    """Load a checkpoint directory as a transformers model in evaluation mode, on the CPU.
 
     Args:
-        dtype: of the weights; None leaves what they are stored in.
+        dtype: dtype of the weights; None for the stored dtype.
 
     Raises:
-        CheckpointError: `Checkpoint` or `read_configuration` refuses it, or transformers cannot load it.
+        CheckpointError: `Checkpoint` or `read_configuration` rejects it, or transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -39,7 +39,7 @@ def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
         raise CheckpointError(
             f"{directory}: transformers cannot load this model ({one_line(error)}){untested()}"
         ) from error
-    # How to generate is ours to say: what a checkpoint asks for may be sampling, or code to fetch.
+    # Ignore the checkpoint's generation settings, which may ask for sampling or remote code.
     asked = model.generation_config
     tokens = {name: _tokens(getattr(asked, name, None)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
@@ -47,6 +47,6 @@ def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def _tokens(value: Any) -> int | list[int] | None:
-    """A token's id, or several tokens'; None if it is neither."""
+    """Return a token id or a list of them; None if `value` is neither."""
     several = value if isinstance(value, list) else [value]
     return value if all(type(each) is int for each in several) else None

@@ -1,4 +1,4 @@
-"""What makes a folder of shards a checkpoint: index, config, tokenizer, model card, report."""
+"""Complete a folder of shards to a checkpoint: index, config, tokenizer, model card, report, manifest."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from .tokenizer import named_tokenizer
 from .verify import check
 
 BLOCK_CONFIGS = "block_configs"
-"""DeciLM's field."""
+"""The config field of DeciLM with per-block widths."""
 AGAIN = (
     "something is wrong with the disk or the memory, or another program was at work there; "
     "run the same command again, which makes it anew"
 )
-"""What can be said of damage."""
+"""Advice at the end of messages about damaged files."""
 
 
 def block_shard(skeleton: Skeleton, index: int) -> str:
-    """The shard that holds a block; the embeddings come before it, norm and head after all."""
+    """Return the file name of a block's shard. The first shard holds the embeddings, the last the final norm and head."""
     return shard_name(index + 2, _shards(skeleton))
 
 
 def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
-    """Write the shards of what surrounds the blocks, unchanged; returns their digests by file name."""
+    """Write the shards outside the blocks (embeddings, final norm, head) unchanged. Returns their digests by file name."""
     checkpoint, total = skeleton.checkpoint, _shards(skeleton)
     digests = {}
     for number, names in ((1, skeleton.embed_names()), (total, skeleton.head_names())):
@@ -50,7 +50,7 @@ def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card says of how this model was made."""
+    """The parts of the model card that describe how the model was made."""
 
     title: str
     tag: str
@@ -67,21 +67,25 @@ def finish(
     digests: Mapping[str, str],
     progress: Progress,
 ) -> dict[str, str]:
-    """Write everything but the shards and, last, the manifest; then read it all back.
+    """Write all files besides the shards, the manifest last; then read everything back and verify it.
 
     Args:
-        sites: of the pruned model, in order.
-        layout: what they were kept to; if the stock config can say their widths, it is stock whatever the layout.
-        report: what `report.json` holds; "parameters_after" is in it.
-        digests: of the files that are written already, all the shards among them, by name.
+        skeleton: the source model.
+        folder: holds the shards.
+        sites: sites of the pruned model, in order.
+        report: contents of `report.json`; must include "parameters_after".
+        card: text for the model card.
+        layout: the requested layout. If the stock config can express the widths, it is used whatever the layout.
+        digests: SHA-256 in hex of the files already written, including all shards, by name.
+        progress: receives the steps of the verification.
 
     Returns:
-        The digests of all files but the manifest.
+        The digests of all files except the manifest.
 
     Raises:
-        DamageError: the disk does not hold what was written.
-        NumericalError: a tensor that was written holds NaN or Inf.
-        CheckpointError: the tensors are not those of the config.
+        DamageError: a file on disk differs from what was written.
+        NumericalError: a written tensor holds NaN or Inf.
+        CheckpointError: the tensors do not match the config.
     """
     digests = dict(digests)
     placed = {name: shard_name(1, _shards(skeleton)) for name in skeleton.embed_names()}
@@ -114,18 +118,18 @@ def finish(
 
 
 def fits_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
-    """Whether a checkpoint with these sites is one that the stock architecture loads."""
+    """Return whether the stock architecture can load a checkpoint with these sites."""
     return is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
 
 
 def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
-    """See that the disk has what was written, and that this is a checkpoint."""
+    """Verify that the disk holds what was written, and that it is a valid checkpoint. Raises the errors of `finish`."""
     found = check(folder, digests, progress)
     for name in found.unlisted:
         progress.say(
             f"{name} lies in {folder}, and will in the result: it is no part of it, nor of its {manifest.NAME}"
         )
-    # Of what was just made, nothing may be extra.
+    # A checkpoint that was just written must not contain anything extra.
     faults = (*found.faults, *found.extra)
     if not faults:
         return
@@ -140,7 +144,7 @@ def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
 
 
 def uniform_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
-    """The source's config with the new widths, as the stock architecture reads it."""
+    """Return the source's config with the new widths, for the stock architecture."""
     base = skeleton.architecture.model_type
     stock = modeling.stock_class(base)
     config = stock_config(base, skeleton.families, _plain_config(skeleton), sites)
@@ -148,10 +152,10 @@ def uniform_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
 
 
 def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
-    """The source's config with per-block widths, as `modeling_streamprune` reads it."""
+    """Return the source's config with per-block widths, for `modeling_streamprune`."""
     base = skeleton.architecture.model_type
     stem, module = modeling.class_stem(base), modeling.__name__.rpartition(".")[2]
-    # One value a block and name; a block that has no such module keeps None.
+    # One value per name and block; None if the block has no such module.
     widths: dict[str, dict[str, list[Any]]] = {"rows": {}, "columns": {}, "attributes": {}, "experts": {}}
 
     def put(what: str, name: str, block: int, value: Any) -> None:
@@ -190,10 +194,10 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
 
 
 def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
-    """`free_config`, with what runtimes look for that have DeciLM's architecture (`nemotron_nas` in vLLM) of their own.
+    """Return `free_config` with the fields that runtimes with their own DeciLM architecture (`nemotron_nas` in vLLM) read.
 
-    They take FFN widths from a factor: ``2/3 · ffn_mult · d``, rounded up to a multiple of 256; half of one less is safe
-    from whatever the factor is rounded to.
+    These compute FFN widths from a factor: ``2/3 · ffn_mult · d``, rounded up to a multiple of 256. The factor here aims at half a
+    multiple below the width, so that its rounding cannot change the result.
     """
     attention = next(site for site in sites if site.kind == "attention")
     blocks: list[dict[str, Any]] = []
@@ -204,7 +208,7 @@ def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
         blocks.append({"attention": {**active, **group}, "ffn": {**active, "ffn_mult": factor}})
     return {
         **free_config(skeleton, sites),
-        # vLLM compares the name, not the function.
+        # vLLM compares names, not functions.
         "hidden_act": canonical(skeleton.config.hidden_act),
         **{field: getattr(attention, name) for field, name in skeleton.families["attention"].widths},
         "architectures": ["DeciLMForCausalLM"],
@@ -213,14 +217,15 @@ def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
 
 
 def layout_of(skeleton: Skeleton) -> Layout:
-    """What a checkpoint's own config says of its layout, where it is not stock."""
+    """Return the layout that the config of a non-stock checkpoint implies."""
     return DECILM if BLOCK_CONFIGS in skeleton.checkpoint.config else FREE
 
 
 def _current_rotation(skeleton: Skeleton, config: dict[str, Any]) -> dict[str, Any]:
-    """A config with rotary embeddings in transformers' present form, in place of `rope_scaling` and `rope_theta`.
+    """Return a config with `rope_parameters`, transformers' current form, in place of `rope_scaling` and `rope_theta`.
 
-    To load a tokenizer without our code, transformers reads the config as of no model, and then it cannot convert them.
+    When transformers loads only the tokenizer, without our code, it reads the config without knowing the model class, and then it
+    cannot convert the old fields.
     """
     if not config.get("rope_scaling"):
         return config
@@ -231,7 +236,7 @@ def _current_rotation(skeleton: Skeleton, config: dict[str, Any]) -> dict[str, A
 def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
     ours = ("streamprune", "auto_map", BLOCK_CONFIGS)
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
-    # A head that was stored apart from the embedding is not tied to it, whatever the config said.
+    # A head stored separately from the embedding, with other values, is not tied, whatever the config says.
     return (
         {**config, "tie_word_embeddings": False}
         if getattr(skeleton.config, "tie_word_embeddings", False) and not skeleton.tied
