@@ -1,11 +1,11 @@
 #!/bin/bash
-# One streamprune job under Slurm, requeued until it is finished:
+# Run one streamprune job under Slurm, requeued until it has finished:
 #
 #   sbatch examples/slurm.sh run MODEL OUT --ratio 0.3 --calibration text.txt
 #
-# Any long command does: run, tune, compare. Five minutes before its time is up the job gets SIGTERM, finishes the step
-# it is in and exits with 75; it is then requeued and goes on there. Give --cache a folder that is still there after a
-# requeue (the default, beside OUT, is), not a node's own disk.
+# Works for every long command: run, tune, compare. Five minutes before its time limit the job gets SIGTERM, finishes the
+# current step and exits with 75. It is then requeued and resumes. If you give --cache, use a folder that still exists
+# after a requeue (the default, beside OUT, does), not a node's own disk.
 #
 #SBATCH --job-name=streamprune
 #SBATCH --nodes=1
@@ -23,7 +23,7 @@ set -u
 
 RESUMABLE=75
 
-# Slurm signals job steps, so the command has to be one: srun.
+# Slurm signals job steps, so the command must be one: use srun.
 srun streamprune "$@" --quiet
 code=$?
 if [ "$code" -eq "$RESUMABLE" ]; then

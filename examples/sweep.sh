@@ -1,12 +1,12 @@
 #!/bin/bash
-# Prune one model at several ratios, one after the other; finished ones are skipped, interrupted ones go on.
+# Prune one model at several ratios, one after another. Finished jobs are skipped; interrupted ones resume.
 #
 #   examples/sweep.sh MODEL OUT "0.2 0.3 0.5" [options of `streamprune run`]
 #   SUBMIT="sbatch examples/slurm.sh" examples/sweep.sh MODEL OUT "0.2 0.3 0.5" [...]
 #
-# The results are OUT-0.2, OUT-0.3, ... With SUBMIT every job is handed to the queue at once, and this script polls
-# `streamprune status` every POLL seconds (60) until none is under way. Stopped by SIGTERM or Ctrl-C it exits with 75,
-# and the same command goes on. Exit code 1: a job failed; the others were done nevertheless.
+# The results are OUT-0.2, OUT-0.3, ... With SUBMIT all jobs are submitted at once, and this script polls
+# `streamprune status` every POLL seconds (60) until none is running. On SIGTERM or Ctrl-C it exits with 75, and the same
+# command resumes. Exit code 1: a job failed; the others still ran.
 
 set -u
 
@@ -17,7 +17,7 @@ fi
 model=$1 out=$2 ratios=$3
 shift 3
 
-# What `streamprune status` exits with.
+# Exit codes of `streamprune status`.
 FINISHED=0 FAILED=1 USAGE=2 NOT_STARTED=3 RUNNING=4 INTERRUPTED=75
 
 state() {
@@ -59,13 +59,13 @@ for ratio in $ratios; do
         fi
         continue
     fi
-    # In the background, so that a signal that comes to this script alone is handed on; the step is ended all the same.
+    # In the background, so that a signal sent only to this script is passed on; the job still finishes its step.
     streamprune run "$model" "$target" --ratio "$ratio" "$@" &
     job=$! signalled=
     trap 'signalled=yes; kill -TERM "$job" 2>/dev/null' TERM INT
     wait "$job"
     code=$?
-    while [ -n "$signalled" ]; do # which ended `wait` before the job
+    while [ -n "$signalled" ]; do # a signal ends `wait` before the job has ended
         signalled=
         wait "$job"
         again=$?
@@ -96,7 +96,7 @@ while [ ${#queued[@]} -gt 0 ]; do
         case $? in
             "$FINISHED") echo "$target: finished" ;;
             "$FAILED")
-                # A job that failed before and still waits in the queue has written nothing since.
+                # A job that failed earlier and is still queued has not written to its log since.
                 if [ "$target.streamprune/log.txt" -nt "$began" ]; then
                     streamprune status "$target" >&2
                     failed=1

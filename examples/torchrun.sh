@@ -1,15 +1,15 @@
 #!/bin/bash
-# One streamprune run on all GPUs of this machine, or in PROCESSES processes:
+# Run one streamprune job on all GPUs of this machine, or in PROCESSES processes:
 #
 #   examples/torchrun.sh MODEL OUT --ratio 0.3 --calibration text.txt
 #   PROCESSES=2 OMP_NUM_THREADS=8 examples/torchrun.sh MODEL OUT --ratio 0.3 --device cpu
 #
-# It exits like `streamprune run`: SIGTERM, Ctrl-C or a closed terminal finishes the step under way and ends with 75 (torchrun
-# itself knows 0 and 1 only), and the same command, with as many processes, goes on. GRACE seconds (3600) are given to that step;
-# torch 2.8, which does not know how to, gives 30.
+# It exits like `streamprune run`: on SIGTERM, Ctrl-C or a closed terminal it finishes the current step and exits with 75
+# (torchrun itself only has 0 and 1). The same command, with the same number of processes, resumes. The step may take GRACE
+# seconds (3600); torch 2.8 does not support this and gives it 30.
 
 set -u
-set -m # torchrun gets a process group of its own, and so only the one signal that is sent from here
+set -m # torchrun gets its own process group, so it receives only the signal sent from here
 
 if [ $# -lt 2 ]; then
     echo 'usage: torchrun.sh MODEL OUT [options of streamprune run]' >&2
@@ -25,7 +25,7 @@ asked=
 trap 'asked=1; kill -TERM "$launcher" 2>/dev/null' TERM INT HUP
 wait "$launcher"
 code=$?
-while kill -0 "$launcher" 2>/dev/null; do # a signal ends a wait
+while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait` early
     wait "$launcher"
     code=$?
 done
