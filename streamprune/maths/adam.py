@@ -63,7 +63,7 @@ class Descent:
         self.done += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Return ``step`` () int64, the steps done, and both moments of each weight as ``name.first`` and ``name.second``, on the host."""
+        """Return the state on the host: ``step`` () int64, and both moments of each weight, ``name.first`` and ``name.second``."""
         found = {"step": torch.tensor(self.done)}
         for name, weight in self.weights.items():
             kept = self._adam.state[weight]

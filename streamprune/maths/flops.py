@@ -121,7 +121,8 @@ def _grouped(result: Any, left: Tensor, right: Tensor, *rest: Any) -> float:
 def _attention(products: int, query: int) -> Formula:
     """Attention with `products` matrix products (T, head_dim) × (head_dim, T) per query head.
 
-    Of these, ``products // 2`` have the head_dim of the values. Grouped keys and values count as if each query head had its own. `query` is the position of the query argument.
+    Of these, ``products // 2`` have the head_dim of the values. Grouped keys and values count as if each query head had its own.
+    `query` is the position of the query argument.
     """
 
     def formula(result: Any, *args: Any) -> float:

@@ -31,12 +31,24 @@ def damped(h: Tensor, damping: float, *, device: torch.device | None = None) -> 
 
 
 def row_costs(w: Tensor, a: Tensor, g_inverse: Tensor) -> Tensor:
-    """``L_r = ½ θ_rᵀ A θ_r / [G⁻¹]_rr`` (R,): loss added by removing row `r` alone (eq. 10). `w` (R, C), `a` (C, C), `g_inverse` (R, R)."""
+    """``L_r = ½ θ_rᵀ A θ_r / [G⁻¹]_rr`` (R,): loss added by removing row `r` alone (eq. 10).
+
+    Args:
+        w: (R, C).
+        a: (C, C).
+        g_inverse: (R, R).
+    """
     return (w @ a).mul_(w).sum(dim=1) / (2 * g_inverse.diagonal())
 
 
 def column_costs(w: Tensor, g: Tensor, a_inverse: Tensor) -> Tensor:
-    """``L_c = ½ θ_cᵀ G θ_c / [A⁻¹]_cc`` (C,): loss added by removing column `c` alone (eq. 10). `w` (R, C), `g` (R, R), `a_inverse` (C, C)."""
+    """``L_c = ½ θ_cᵀ G θ_c / [A⁻¹]_cc`` (C,): loss added by removing column `c` alone (eq. 10).
+
+    Args:
+        w: (R, C).
+        g: (R, R).
+        a_inverse: (C, C).
+    """
     return row_costs(w.T, g, a_inverse)
 
 
@@ -61,7 +73,13 @@ def group_costs(w: Tensor, g: Tensor, a_inverse: Tensor, groups: int) -> Tensor:
 
 
 def element_costs(w: Tensor, g_inverse: Tensor, a_inverse: Tensor) -> Tensor:
-    """``L_k = ½ θ_k² / [G⁻¹ ⊗ A⁻¹]_kk`` (R, C): loss added by removing element `k` alone (eq. 10). `w` (R, C), `g_inverse` (R, R), `a_inverse` (C, C)."""
+    """``L_k = ½ θ_k² / [G⁻¹ ⊗ A⁻¹]_kk`` (R, C): loss added by removing element `k` alone (eq. 10).
+
+    Args:
+        w: (R, C).
+        g_inverse: (R, R).
+        a_inverse: (C, C).
+    """
     return w.square() / (2 * g_inverse.diagonal()[:, None] * a_inverse.diagonal())
 
 

@@ -81,7 +81,7 @@ def inverse(h: Tensor, damping: float, place: str, *, device: torch.device | Non
 
 
 def _factored(copy: Callable[[], Tensor], damping: float, scale: float, place: str) -> tuple[Tensor, float]:
-    """Factor the matrix that `copy` returns, which is overwritten, with a sufficient ridge. Returns the factor and the damping used."""
+    """Factor the matrix that `copy` returns, in place, with a sufficient ridge. Returns the factor and the damping used."""
     scale = scale or 1.0
     while damping <= _MOST_DAMPING:
         damped = copy()

@@ -258,7 +258,7 @@ class SiteStatistics:
         self.divergence = HeadDivergence(heads) if wanted & _USERS["divergence"] and heads else None
 
     def part(self, wanted: frozenset[Statistic]) -> SiteStatistics:
-        """Return the sums that `wanted`, a subset of what is collected, needs. Grams are copied, so that a recipe may overwrite them."""
+        """Return the sums that `wanted`, a subset of those collected, needs. Grams are copied, so that a recipe may overwrite them."""
 
         def own(gram: Gram | None, name: str) -> Gram | None:
             return gram.copy() if gram is not None and wanted & _USERS[name] else None

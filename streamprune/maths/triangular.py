@@ -67,7 +67,7 @@ def invert_(factor: Tensor) -> Tensor:
 
 
 def inverse_workspace(n: int) -> int:
-    """Return the number of elements that factoring and inverting (n, n) takes besides the matrix: panels, and freed panels that the heap retains."""
+    """Return the elements that factoring and inverting (n, n) holds besides the matrix: panels, live or retained by the heap."""
     return 8 * min(PANEL, n) * n
 
 

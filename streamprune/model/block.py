@@ -335,7 +335,10 @@ class Sublayer:
         return Mixed(tuple(z), tuple(rows), shape)
 
     def produce(self, u: Tensor, arguments: Arguments) -> tuple[Mixed, list[list[Tensor]]]:
-        """Like `mix`, but also return the outputs of the producers of each site: (sequences, tokens, rows), or (tokens of the expert, rows)."""
+        """Like `mix`, but also return the outputs of each site's producers.
+
+        These are (sequences, tokens, rows), or (tokens of the expert, rows).
+        """
         given: dict[str, Tensor] = {}
         hooks = []
         names = [name for prunable in self.prunables for name in prunable.producers]

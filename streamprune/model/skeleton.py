@@ -354,7 +354,11 @@ class Skeleton:
 
     @contextmanager
     def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield a function from token ids (sequences, tokens) int64, after `past` others, to the first block's input (sequences, tokens, d)."""
+        """Yield a function from token ids (sequences, tokens) int64 to the first block's input (sequences, tokens, d).
+
+        Args:
+            past: number of preceding tokens.
+        """
         with self._filled(self._embed, self._read):
             yield partial(self._embedded, past=past)
 

@@ -157,7 +157,7 @@ def within(device: torch.device, limit: int | None) -> Iterator[None]:
 
 
 def base_bytes() -> int:
-    """Return the bytes of host memory that this process takes by itself: what it holds now plus library pages still to be loaded."""
+    """Return the host memory that this process takes by itself, in bytes: held now, plus library pages still to be loaded."""
     return resident_bytes() + _WARM
 
 
@@ -244,7 +244,7 @@ def _host_available() -> int:
 def _control_groups(
     proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[tuple[Path, str, str]]:
-    """Yield the memory control groups of this process, its own and all above: folder, name of the limit file, name of the usage file."""
+    """Yield the memory control groups of this process, innermost first: folder, and the names of its limit and usage files."""
     try:
         lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
     except OSError:

@@ -37,7 +37,7 @@ Info = TypeVar("Info")
 JOINING = timedelta(minutes=10)
 """Time limit for all ranks to join."""
 WAITING = timedelta(days=1)
-"""Time limit of a collective on the host. Long, since another rank may be solving a large problem; a lost rank is noticed earlier."""
+"""Time limit of a host collective. Long, since another rank may be solving a large problem; a lost rank is noticed early."""
 SENDING = timedelta(minutes=30)
 """Time limit of a GPU collective."""
 FAILED, HEARD = "streamprune/failed", "streamprune/heard"
@@ -191,7 +191,7 @@ class Ranks:
                 yield item, self.told(partial(_given, info), place), self.share(tensors, place, device)
 
     def _assemble(self, tensor: Tensor) -> Any:
-        """Return the process group for a tensor. For GPU tensors, first wait for all ranks on the host, where a lost rank is detected."""
+        """Return the process group for a tensor. For GPU tensors, first wait for all ranks on the host, to detect a lost rank."""
         if not tensor.is_cuda:
             return None
         self.barrier()
