@@ -20,11 +20,11 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune.errors import CheckpointError
+from streamprune.model import tokenizer
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.names import INDEX
 from streamprune.model.tokenizer import _installed, load_tokenizer
 from streamprune.system import disk, files, machine
-from streamprune.text import windows
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(model: Path, text: Path, tmp_path: Path) -> Callable[..., Result]:
     """`streamprune run` on the model with small settings and whatever else is given."""
 
     def invoke(*more: str, source: Path = model, ratio: str | None = "0.3", calibration: Path = text) -> Result:
-        arguments = ["run", str(source), str(tmp_path / "out"), "--calibration", str(windows)]
+        arguments = ["run", str(source), str(tmp_path / "out"), "--calibration", str(calibration)]
         arguments += ["--samples", "4", "--seq-len", "24", "--round-to", "4"]
         return CliRunner().invoke(main, [*arguments, *(["--ratio", ratio] if ratio else []), *more])
 
@@ -316,7 +316,7 @@ def test_pointers_of_git_lfs(name: str, model: Path, run: Callable[..., Result],
 def test_libraries_of_tokenizers(
     data: bytes, lacking: set[str], message: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "_installed", lambda module: module not in lacking)
+    monkeypatch.setattr(tokenizer, "_installed", lambda module: module not in lacking)
     (model / "tokenizer.model").write_bytes(data)
     load_tokenizer(model)  # by its tokenizer.json
     (model / "tokenizer.json").unlink()

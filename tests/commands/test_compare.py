@@ -334,13 +334,13 @@ def test_budgets_agree_to_within_a_step(layout: str, compare: Compare, tiny: Tin
 def test_budgets_further_apart_are_said(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    real = sys.modules["streamprune.compare"].prune
+    real = sys.modules["streamprune.commands.compare.run"].prune
 
     def off(config: Config, **options: Any) -> streamprune.Result:
         result: streamprune.Result = real(config, **options)
         return replace(result, ratio_blocks=result.ratio_blocks + (0.1 if config.recipe == "sobp" else 0.0))
 
-    monkeypatch.setattr(sys.modules["streamprune.compare"], "prune", off)
+    monkeypatch.setattr(sys.modules["streamprune.commands.compare.run"], "prune", off)
     found = compare(ratios=[0.4])
     assert len(found.notes) == 1
     assert found.notes[0].startswith("At ratio 0.4 the recipes removed from")

@@ -24,7 +24,8 @@ PRELOADED = [
     "transformers.models.auto.tokenization_auto",
     "peft",
     "streamprune",
-    "streamprune.lora",
+    "streamprune.commands.compare.run",
+    "streamprune.commands.tune.lora",
     "streamprune_cli",
 ]
 """What a life would spend most of its time importing, in which a kill proves nothing."""

@@ -151,7 +151,9 @@ def test_a_model_that_no_paper_has(
         assert row["published"] is row["difference"] is None
         assert row["gap"] == pytest.approx(math.log(row["measured"] / row["dense"]))
     # The second time nothing is pruned again.
-    monkeypatch.setattr(sys.modules["streamprune.compare"], "prune", lambda *a, **k: pytest.fail("pruned again"))
+    monkeypatch.setattr(
+        sys.modules["streamprune.commands.compare.run"], "prune", lambda *a, **k: pytest.fail("pruned again")
+    )
     papers.main(given)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["recipe", "ratio", "ratio", "of", "removed", "dense", "measured", "gap"]

@@ -199,7 +199,9 @@ def compare(tiny: Tiny, text: Path) -> Run:
 def test_a_comparisons_own_folders_are_tried_before_any_work(
     there: bool, compare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["streamprune.compare"], "evaluate", lambda *given, **more: pytest.fail("work"))
+    monkeypatch.setattr(
+        sys.modules["streamprune.commands.compare.run"], "evaluate", lambda *given, **more: pytest.fail("work")
+    )
     out, cache = tmp_path / "out", tmp_path / "cache"
     cache.mkdir()
     if there:
