@@ -1,1 +1,1 @@
-"""What the other commands do, one module or folder per command."""
+"""The work of all commands but `run`, `plan` and `verify`: one module or folder per command."""

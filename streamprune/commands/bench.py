@@ -1,7 +1,7 @@
-"""Inference speed in transformers, dense against pruned, beside what the removed work would allow.
+"""Measure inference speed in transformers, pruned against dense, and compare it with the limit the removed work allows.
 
-Both models are in memory and take turns in short rounds, so that what else the machine does falls on both; what counts is the
-median over rounds of their ratio.
+Both models are in memory and alternate in short rounds, so that other load on the machine affects both. The result is
+the median over rounds of the ratio of their times.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from ..system.progress import Progress, Silent
 from ..system.units import format_bytes
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
-"""What `bench` takes unless told otherwise, where the models' context is long enough."""
+"""Defaults of `bench`, if the models' context is long enough."""
 
 MULTIPLES = (8, 16, 32, 64, 128, 256)
 """Values of `--round-to` that `bench_widths` tries."""
 
 ROUND_SECONDS = 0.02
-"""What a round of one width takes at least."""
+"""Least seconds per round of one width."""
 
 CACHE_BYTES = 1 << 26
-"""A width's weights take at least this much, in several copies if they must: more than most caches hold."""
+"""Least bytes of one width's weights, in several copies if necessary: more than most CPU caches hold."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class Phase:
     """Prefill or decoding of one model."""
 
     tokens: int
-    """Of all sequences together, in one round."""
+    """Tokens per round, of all sequences together."""
     operations: int
-    """Floating-point operations of a round, as `maths.operations` counts them."""
+    """FLOPs per round, as `maths.flops` counts them."""
     bytes_read: int
-    """Of a round: all weights but looked-up embeddings, at every step, and the keys and values there are."""
+    """Bytes read per round: at every step, all weights except looked-up embeddings, and the cached keys and values."""
     seconds: tuple[float, ...]
-    """Of each round."""
+    """Seconds of each round."""
     tokens_per_second: float
-    """In the median round."""
+    """Tokens per second in the median round."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One model."""
+    """Speed of one model."""
 
     path: str
     parameters: int
@@ -71,48 +71,50 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """One phase, dense over pruned."""
+    """Speed-up of one phase: time of the dense model over time of the pruned one."""
 
     rounds: tuple[float, ...]
-    """Seconds dense / seconds pruned, round by round."""
+    """Seconds dense / seconds pruned, of each round."""
     median: float
+    """Median of `rounds`."""
     fastest: float
-    """Of each one's fastest round: on a busy machine the better guess."""
+    """Ratio of the fastest rounds of the two models: the better estimate on a busy machine."""
     by_operations: float
-    """What the removed operations would allow: prefill's limit."""
+    """Ratio of FLOPs, dense over pruned: the limit for prefill."""
     by_bytes: float
-    """What the bytes that are no longer read would allow: the limit of decoding a few sequences."""
+    """Ratio of bytes read, dense over pruned: the limit for decoding a few sequences."""
     achieved: float
-    """The median over what that phase's limit allows."""
+    """`median` over the limit of the phase."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, and how."""
+    """Result of `bench`."""
 
     model: Speed
     against: Speed | None
     prefill: SpeedUp | None
-    """None without a model to compare with, as `decode`."""
+    """None without a model to compare with; the same holds for `decode`."""
     decode: SpeedUp | None
     protocol: str
+    """How it was measured."""
 
 
 @dataclass(frozen=True)
 class Width:
-    """The two products of an FFN at one width, d → width → d."""
+    """Speed of the two matrix products of an FFN at one width, d → width → d."""
 
     width: int
     round_to: tuple[int, ...]
-    """Values of `--round-to` that would have given it; 1 for an odd width."""
+    """Values of `--round-to` that give this width; 1 for an odd width."""
     own: bool
-    """Whether the model has it."""
+    """Whether the model has this width."""
     operations: float
-    """Over those at the model's own width."""
+    """FLOPs relative to the model's own width."""
     prefill: float
-    """Seconds over those at the model's own width, the median over rounds; all tokens of the prompts at once."""
+    """Seconds relative to the model's own width, median over rounds; all tokens of the prompts at once."""
     decode: float
-    """The same with one token a sequence."""
+    """Seconds relative to the model's own width, median over rounds; one token per sequence."""
 
 
 def bench(
@@ -129,23 +131,23 @@ def bench(
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time a checkpoint directory, against another if one is given: a forward pass over prompts, then token by token.
+    """Time prefill and decoding of a checkpoint directory, and compare it with another one if given.
 
-    Random tokens, transformers' own forward with its cache of keys and values, one round of each to warm up.
+    Runs random tokens through transformers' own forward with its key/value cache, after one warm-up round per model.
 
     Args:
-        model: the pruned one.
-        against: the dense one.
-        prompt_tokens: tokens of each prompt; None takes 512, or what the shorter context leaves beside `new_tokens`.
+        model: the pruned model.
+        against: the dense model.
+        prompt_tokens: tokens per prompt; None takes 512, or what `new_tokens` leaves of the shorter context.
         new_tokens: decoding steps after the prompt, one token each; None takes 64, or what `prompt_tokens` leaves of
             the shorter context, at most half of it.
-        batch: sequences at once.
-        repetitions: rounds; the two models change places after each.
-        threads: of the CPU; None leaves them as they are.
-        memory: bytes the device may use; None takes what is free.
+        batch: sequences processed together.
+        repetitions: number of rounds. The order of the two models alternates.
+        threads: CPU threads; None leaves the number unchanged.
+        memory: bytes that the device may use; None allows all free memory.
 
     Raises:
-        CheckpointError, ConfigError: unusable model, device or number.
+        CheckpointError, ConfigError: the model, the device or a number is unusable.
         ResourceError: the models do not fit in memory together.
     """
     progress = progress or Silent()
@@ -197,12 +199,13 @@ def bench_widths(
     device: str = "auto",
     dtype: str = "auto",
 ) -> list[Width]:
-    """What other values of `--round-to` would have given: an FFN's products at the next multiples above a model's width.
+    """Time an FFN's matrix products at the widths that other values of `--round-to` give.
 
-    Measured on random weights at the median width of the model's FFNs, all widths in turn.
+    The widths are the next multiples from the median FFN width of the model upwards. Weights are random, and all widths
+    take turns.
 
     Raises:
-        CheckpointError, ConfigError: unusable model, device or number.
+        CheckpointError, ConfigError: the model, the device or a number is unusable.
     """
     where = machine.resolve_device(device)
     _check(prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions, threads=threads)
@@ -229,7 +232,7 @@ def bench_widths(
 
 
 class _Runner:
-    """A model in memory, with what a round of it computes and reads."""
+    """A model in memory, with the FLOPs and bytes read of one round."""
 
     def __init__(self, skeleton: Skeleton, prompts: Tensor, new_tokens: int) -> None:
         self.path = skeleton.checkpoint.directory
@@ -247,7 +250,7 @@ class _Runner:
             self.decode_operations = counter.total - self.prefill_operations
 
     def run(self) -> tuple[float, float]:
-        """Seconds of prefill and of all steps after it."""
+        """Run one round; return the seconds of prefill and of all decoding steps."""
         start = self._now()
         cache, token = self._prefill()
         middle = self._now()
@@ -256,7 +259,7 @@ class _Runner:
         return middle - start, self._now() - middle
 
     def speed(self, seconds: Sequence[tuple[float, float]]) -> Speed:
-        """What those rounds come to."""
+        """Summarise the rounds, given as (prefill, decode) seconds."""
         prefill, decode = zip(*seconds, strict=True)
         return Speed(
             path=str(self.path),
@@ -283,7 +286,7 @@ class _Runner:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a step reads: all of them, but embeddings only where they are the head too."""
+    """Return the bytes of weights that a step reads: all weights, but embeddings only if they are also the head."""
     read = {
         parameter
         for module in model.modules()
@@ -294,15 +297,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a transformers cache holds."""
+    """Return the bytes of the keys and values that a transformers cache holds."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def _fitting(skeletons: Sequence[Skeleton], prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
-    """Prompt and new tokens, those that were not given chosen to fit the shortest context.
+    """Return prompt and new tokens; numbers that are not given are chosen to fit the shortest context.
 
     Raises:
-        ConfigError: those that were given do not fit.
+        ConfigError: the given numbers do not fit.
     """
     shortest = min(skeletons, key=lambda each: each.context or sys.maxsize)
     context = shortest.context
@@ -325,7 +328,11 @@ def _check(**numbers: int | None) -> None:
 
 
 def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room: dict[str, int]) -> None:
-    """Refuse models that are not in memory together, with keys, values and what passes through."""
+    """Check that all models fit in memory together, with their keys, values and activations.
+
+    Raises:
+        ResourceError: they do not fit.
+    """
     sizes, passing = [], 0
     for skeleton in skeletons:
         pairs = sum(2 * site.units * site.head_width for site in skeleton.all_sites())
@@ -347,7 +354,7 @@ def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[int]:
-    """So many threads of the CPU, while open."""
+    """Use `count` CPU threads inside the context; yield the number in use."""
     usual = torch.get_num_threads()
     torch.set_num_threads(count or usual)
     try:
@@ -375,13 +382,13 @@ def _speed_up(dense: Phase, pruned: Phase, *, memory_bound: bool) -> SpeedUp:
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median over rounds."""
+    """Return the median over rounds of the ratio."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 @torch.no_grad()
 def _width_seconds(skeleton: Skeleton, widths: Sequence[int], tokens: int, repetitions: int) -> dict[int, list[float]]:
-    """Seconds of the two products by width, round by round."""
+    """Return the seconds of the two products in each round, by width."""
     options: dict[str, Any] = {"device": skeleton.device, "dtype": skeleton.dtype}
     x = torch.randn(tokens, skeleton.width, **options)
     works, times = {}, {}
@@ -402,7 +409,12 @@ def _width_seconds(skeleton: Skeleton, widths: Sequence[int], tokens: int, repet
 
 
 def _products(x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[int], float]:
-    """Seconds of one pass x → width → d, over several with other weights."""
+    """Return a function that times passes x → width → d over several weight pairs: mean seconds per pass.
+
+    Args:
+        x: (tokens, d).
+        pairs: weights (width, d) and (d, width).
+    """
 
     def work(times: int) -> float:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Perplexity, streamed block by block like everything else."""
+"""Measure perplexity, streamed block by block."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from ..text.windows import consecutive_windows, tokenize, window_length
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, and how."""
+    """Result of `evaluate`."""
 
     perplexity: float
     tokens: int
-    """Predicted tokens: those of all windows but their first."""
+    """Number of predicted tokens: all tokens of the windows except the first of each."""
     seq_len: int
+    """Tokens per window."""
     protocol: str
+    """How perplexity was measured."""
 
 
 def evaluate(
@@ -47,24 +49,26 @@ def evaluate(
     memory_host: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of a checkpoint directory, dense or pruned, on a text.
+    """Measure the perplexity of a checkpoint directory, dense or pruned, on a text.
 
-    The text is one source (see `text.Source`), of documents joined by two newlines if it has any. It is tokenised whole
-    without special tokens and cut into consecutive windows of `seq_len` (default: 2048 or the model's context if that is
-    shorter), a remainder dropped; the perplexity is exp of the mean negative log-likelihood over all predicted tokens.
+    The text is one source (see `text.source.Source`). Its documents, if it has several, are joined by two newlines. The
+    whole text is tokenized without special tokens and cut into consecutive windows of `seq_len` tokens (default: 2048, or
+    the model's context if that is shorter); a remainder is dropped. Perplexity is the exponential of the mean negative
+    log-likelihood over all predicted tokens.
 
     Args:
-        memory: bytes the device may use; None takes what is free.
-        cache: folder for activations while it runs; None takes the system's temporary folder.
-        activations: what is stored of them, see `machine.resolve_activations`; None keeps what is computed, since this is
-            a measurement.
-        memory_host: bytes of host memory that they may be held in, besides `memory`; what finds room there is not written.
+        memory: bytes that the device may use; None allows all free memory.
+        cache: folder for activations during the run; None takes the system's temporary folder.
+        activations: dtype in which activations are stored, see `system.machine.resolve_activations`. None stores them as
+            computed, because this is a measurement.
+        memory_host: bytes of host memory for activations, in addition to `memory`. Activations held there are not
+            written to disk.
 
     Raises:
-        CheckpointError, CalibrationError, ConfigError: unusable model, text or device.
-        ResourceError: too little memory or disk.
-        NumericalError: NaN or Inf on the way.
-        Stopped: `progress` asked for it; nothing is kept of an evaluation.
+        CheckpointError, CalibrationError, ConfigError: the model, the text or the device is unusable.
+        ResourceError: there is too little memory or disk.
+        NumericalError: the computation produces NaN or Inf.
+        Stopped: `progress` asked to stop. Nothing is kept of an unfinished evaluation.
     """
     progress = progress or Silent()
     model, given = hub.resolve_model(model, progress), source(text)
@@ -113,7 +117,7 @@ def evaluate(
 
 
 def _whole(text: Source) -> str:
-    """How a source becomes one text, for the protocol."""
+    """Describe, for the protocol, how a source becomes one text."""
     documents = text.open()
     if documents.field is None:
         return "whole text"
@@ -123,10 +127,10 @@ def _whole(text: Source) -> str:
 
 
 def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tensor:
-    """What is scored: consecutive windows of a text in the model's own tokens, (windows, length) int64.
+    """Tokenize a text with the model's tokenizer and cut it into consecutive windows: (windows, length) int64.
 
     Raises:
-        CheckpointError, CalibrationError, ConfigError: unusable tokenizer, text or length.
+        CheckpointError, CalibrationError, ConfigError: the tokenizer, the text or the length is unusable.
     """
     if seq_len is not None and seq_len < 2:
         raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")

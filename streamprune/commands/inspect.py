@@ -1,4 +1,4 @@
-"""What a checkpoint is made of, and what a job has done so far."""
+"""Describe the structure of a checkpoint, and the progress or report of its job."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .status import check_there, read_journal, status
 
 
 def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Blocks, sites, units and widths of a checkpoint; progress or report of the job that makes or made it.
+    """Describe a checkpoint's blocks, sites, units and widths, and the job that writes or wrote it.
 
     Args:
-        path: a checkpoint directory, its name on the hub, or the OUT of a job under way.
+        path: a checkpoint directory, its name on the hub, or the OUT of an unfinished job.
 
     Returns:
-        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready; the job with the report and what units cost
-        (`curves`) if it is finished, else with its settings, finished steps and sites.
+        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready. The entry of a finished job has its report and
+        the cost curves of its sites (`curves`). That of an unfinished job has its settings, finished steps and sites.
 
     Raises:
-        CheckpointError: neither a checkpoint nor a job, or its report is damaged.
+        CheckpointError: `path` is neither a checkpoint nor a job, or its report is damaged.
     """
     path = Path(path)
     if hub.is_name(path) and not job_folder(path).is_dir():
@@ -46,7 +46,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
         if is_report(report) or is_tuning(report):
-            read_account(path)  # only to refuse what is damaged
+            read_account(path)  # only to raise for a damaged report
             job = {"state": "finished", "report": report}
             if (path / CURVES).is_file():
                 job["curves"] = read_json(path / CURVES)

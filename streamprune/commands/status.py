@@ -1,4 +1,4 @@
-"""How a job stands: read from beside its OUT, while it runs or after; nothing is changed."""
+"""Show the progress of a job, from the folder beside its OUT, during the run or afterwards. Read-only."""
 
 from __future__ import annotations
 
@@ -19,75 +19,77 @@ from .compare import table
 
 State = Literal["not started", "running", "interrupted", "failed", "finished"]
 EXIT_CODES: dict[State, int] = {"finished": 0, "failed": 1, "not started": 3, "running": 4, "interrupted": 75}
-"""Of `streamprune status`; 75 is what a stopped job itself exits with."""
+"""Exit codes of `streamprune status`. A stopped job itself also exits with 75."""
 LOOKS = 3
-"""Jobs that end meanwhile: the rows of a comparison, and it."""
+"""Attempts at reading. Jobs may end during one: the row of a comparison, then the comparison."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """One job's standing. What cannot be told is None."""
+    """Status of one job. Unknown values are None."""
 
     out: str
     state: State
-    """``running``: a live process holds the lock. ``interrupted`` and ``failed``: the same command goes on."""
+    """``running``: a live process holds the lock. ``interrupted``, ``failed``: the same command resumes the job."""
     phase: str | None = None
-    """The kind of step under way, or to go on with; ``starting`` before the first."""
+    """Kind of the current or next step; ``starting`` before the first step."""
     shot: int | None = None
+    """Number of the current shot."""
     done: int | None = None
-    """Steps finished: journal lines, of which `log` tells more often; of a comparison, rows pruned and rows measured."""
+    """Finished steps. They correspond to journal lines, and `log` is finer. A comparison counts prunings and evaluations."""
     total: int | None = None
+    """All steps."""
     share: float | None = None
-    """`done` of `total`."""
+    """`done` divided by `total`."""
     seconds: float | None = None
-    """Spent on what is finished, by all processes; of a running job also since its last line."""
+    """Seconds spent on finished steps by all processes and, if the job is running, since its last journal line."""
     seconds_left: float | None = None
-    """Estimated from what finished steps took."""
+    """Remaining seconds, estimated from the finished steps."""
     error: str | None = None
-    """What the last process failed with."""
+    """Error message of the last process, if it failed."""
     log: str | None = None
-    """The last line of the log, without its time."""
+    """Last line of the log, without its timestamp."""
     row: Status | None = None
-    """Of a comparison: the row being pruned."""
+    """For a comparison: status of the row being pruned."""
 
     @property
     def exit_code(self) -> int:
-        """See `EXIT_CODES`."""
+        """Exit code of `streamprune status`, from `EXIT_CODES`."""
         return EXIT_CODES[self.state]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the status as JSON-ready data."""
         return asdict(self)
 
 
 def status(out: str | Path) -> Status:
-    """How the pruning, tuning or comparison stands that makes or made `out`.
+    """Show the progress of the pruning, tuning or comparison that writes or wrote `out`.
 
     Raises:
-        ConfigError: `out` is something else.
-        ResumeError: its journal is damaged.
+        ConfigError: `out` is not from such a job.
+        ResumeError: the journal is damaged.
     """
     for _ in range(LOOKS - 1):
-        with suppress(FileNotFoundError):  # a job ended between two looks, and took its folder along
+        with suppress(FileNotFoundError):  # a job ended while it was read, and removed its folder
             return _look(Path(out), str(out))
     return _look(Path(out), str(out))
 
 
 def check_there(out: Path) -> None:
-    """Refuse a path at which nothing is and no job makes anything.
+    """Check that a path exists or that a job is writing it.
 
     Raises:
-        CheckpointError: that.
+        CheckpointError: neither is true.
     """
     if not out.exists() and not job_folder(out).is_dir():
         raise CheckpointError(f"{out} does not exist, and no job is making it")
 
 
 def check_finished(out: Path) -> None:
-    """Refuse what is not the finished result of a pruning or tuning.
+    """Check that a path is the finished result of a pruning or tuning job.
 
     Raises:
-        ConfigError: it is still being made, a comparison's folder, or something else.
+        ConfigError: the job is unfinished, or the path is a comparison's folder or something else.
     """
     if (out / REPORT).is_file():
         return
@@ -107,7 +109,7 @@ def _look(out: Path, given: str) -> Status:
 
 
 def read_journal(out: Path) -> Journal | None:
-    """The journal of a pruning or tuning that is under way; None where there is none."""
+    """Open the journal of an unfinished pruning or tuning job; None if there is none."""
     path = job_folder(out) / JOURNAL
     return Journal(path, repair=False) if path.is_file() else None
 
@@ -125,7 +127,7 @@ def _job(out: Path, given: str) -> Status:
 
 
 def _without_journal(out: Path, given: str) -> Status:
-    """Finished or never begun."""
+    """Return the status of a job without a journal: finished, or never started."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return Status(given, "not started")
     report = read_json(out / REPORT) if (out / REPORT).is_file() else None
@@ -169,7 +171,7 @@ def _comparison(out: Path, given: str) -> Status:
 def _standing(
     given: str, folder: Path, journal: Journal, schedule: Schedule, running: bool, row: Status | None = None
 ) -> Status:
-    """Of a job that has a journal and is not finished."""
+    """Return the status of an unfinished job that has a journal."""
     log_path, under_way = folder / log.NAME, schedule.under_way
     spent, since, known = seconds_spent(journal), 0.0, {}
     if row is not None and row.seconds is not None:

@@ -1,1 +1,1 @@
-"""Recipes × ratios in one table."""
+"""Compare recipes at several ratios in one table."""

@@ -1,7 +1,7 @@
-"""Several recipes at several ratios, on the same text and under the same budget, in one table.
+"""Compare several recipes at several ratios, on the same text and with the same budget, in one table.
 
-The work lies in one folder: a journal of finished rows, and under `rows` one ordinary pruning job a row, which
-resumes by itself. A row is pruned, measured and, unless it is to be kept, removed.
+One folder holds the work: a journal of finished rows and, under `rows`, one ordinary pruning job per row, which can
+itself be resumed. Each row is pruned, measured and, unless `keep` is set, removed.
 """
 
 from __future__ import annotations
@@ -41,12 +41,11 @@ from ...text.source import Source, Spec, Text, source
 from ..evaluate import evaluate, read_windows
 from .table import CSV, DENSE, JSON, MARKDOWN, PLOT, Comparison, Row, Variant, reach, require_plotting
 
-"""The line with the rows that the last command wanted."""
 KNOWN = {
     *(JOURNAL, LOCK, LOG, ROWS, SURVEYS, PROBE, caches.NOTE, "cache"),
     *(JSON, CSV, MARKDOWN, PLOT),
 }
-"""What the folder of a comparison holds."""
+"""Names that the folder of a comparison may contain."""
 
 
 def compare(
@@ -64,25 +63,25 @@ def compare(
     progress: Progress | None = None,
     **common: Any,
 ) -> Comparison:
-    """Prune a checkpoint by every recipe at every ratio and measure each result; an interrupted comparison goes on.
+    """Prune a checkpoint with every recipe at every ratio and measure each result. Resumes an interrupted comparison.
 
-    Rows of the same settings that `out` already has are taken as they are, so that ratios and recipes can be added.
+    Rows with the same settings that `out` already contains are reused, so ratios and recipes can be added later.
 
     Args:
         ratios: shares of the blocks' parameters to remove, each in (0, 1).
-        recipes: names, ``"label=name"``, or `Variant`s.
-        text: one source (see `text.Source`) that perplexity is measured on.
+        recipes: recipe names, ``"label=name"``, or `Variant`s.
+        text: one source (see `text.source.Source`) to measure perplexity on.
         out: folder for the table and the work; None takes the model's name with ``-compare`` appended, in the
             current folder.
-        eval_seq_len: tokens a window of `text`; None takes 2048, or the model's context if that is shorter.
-        perplexities: for each of these, say at which ratio every recipe reaches it (see `Comparison.reached`).
-        keep: leave the pruned checkpoints under `out`.
-        plot: draw the table too, which needs matplotlib.
-        restart: throw away what `out` holds of an earlier comparison.
-        common: fields of `Config` that hold for all rows, such as `calibration` and `samples`.
+        eval_seq_len: tokens per window of `text`; None takes 2048, or the model's context if that is shorter.
+        perplexities: for each of these, report the ratio at which every recipe reaches it (see `Comparison.reached`).
+        keep: keep the pruned checkpoints under `out`.
+        plot: also plot the table, which needs matplotlib.
+        restart: discard an earlier comparison in `out`.
+        common: fields of `Config` for all rows, such as `calibration` and `samples`.
 
     Raises:
-        StreamPruneError: see `errors`; what can be known to be wrong is said before any work.
+        StreamPruneError: see `errors`. Errors that can be detected in advance are raised before any work starts.
     """
     variants = _variants(recipes)
     _check(ratios, perplexities)
@@ -109,7 +108,7 @@ def compare(
 
 
 class _Candidate:
-    """One row to be: a variant at a ratio, with the job that makes it."""
+    """A row to produce: a variant at a ratio, with its pruning job."""
 
     def __init__(self, variant: Variant, config: Config) -> None:
         self.variant, self.config = variant, config
@@ -118,10 +117,10 @@ class _Candidate:
 
 
 class _Evaluation:
-    """How all rows are measured.
+    """The evaluation that all rows share.
 
     Raises:
-        StreamPruneError: the text cannot be used.
+        StreamPruneError: the text is unusable.
     """
 
     def __init__(self, job: Job, text: Source, seq_len: int | None) -> None:
@@ -141,7 +140,7 @@ class _Evaluation:
         }
 
     def measure(self, model: Path, cache: Path, progress: Progress) -> Entry:
-        """Perplexity and protocol, with activations in `cache`."""
+        """Measure a model; return perplexity and protocol. Activations go to `cache`."""
         config = self.config
         measured = evaluate(
             model,
@@ -158,7 +157,7 @@ class _Evaluation:
 
 
 class _Counted:
-    """Progress in which every phase says which row of how many it belongs to."""
+    """Progress that prefixes every phase with the row and the number of rows."""
 
     def __init__(self, log: Log, total: int) -> None:
         self.log, self._total = log, total
@@ -166,7 +165,7 @@ class _Counted:
         self._said: set[str] = set()
 
     def row(self, number: int, name: str) -> None:
-        """A row begins."""
+        """Start a row."""
         self._place = f"row {number} of {self._total}, {name}"
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
@@ -176,7 +175,7 @@ class _Counted:
         self.log.step(note)
 
     def say(self, message: str) -> None:
-        # What holds for all rows is said once.
+        # Report a message that is the same for all rows only once.
         if message not in self._said:
             self._said.add(message)
             self.log.say(message)
@@ -186,7 +185,7 @@ class _Counted:
 
 
 class _Work:
-    """The folder with its journal, and the rows in turn."""
+    """The comparison's folder and journal. Produces the rows one after another."""
 
     def __init__(
         self, folder: Path, candidates: Sequence[_Candidate], evaluation: _Evaluation, *, keep: bool, progress: _Counted
@@ -198,12 +197,12 @@ class _Work:
 
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
-        """A context in which this process, and no other, works on the comparison.
+        """Hold the comparison exclusively: no other process works on it inside this context.
 
         Raises:
-            ConfigError: there are symbolic links where the work would lie.
-            DiskError: a file system does not do what the work rests on.
-            ResumeError: rows asked for were begun with other settings, inputs or versions.
+            ConfigError: a path that the work uses is a symbolic link.
+            DiskError: a file system lacks an operation that the work needs.
+            ResumeError: a requested row was started with other settings, inputs or versions.
         """
         for place in (*map(self.folder.joinpath, sorted(KNOWN)), self.caches.own):
             if link := files.first_link(place):
@@ -215,7 +214,7 @@ class _Work:
             if self.journal.header is None:
                 self.journal.append("start", evaluation=self.evaluation.header)
             self._compare_with_before()
-            files.remove_tree(self.caches.own)  # of an evaluation that was killed
+            files.remove_tree(self.caches.own)  # left by a killed evaluation
             for path in self.folder.glob(f"*{files.TEMPORARY}"):
                 files.remove(path)
             self.caches.note()
@@ -236,7 +235,7 @@ class _Work:
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        """A context in which the folder is there and its lock held, on file systems that were tried; refused, nothing is left behind."""
+        """Create the folder, hold its lock and check the file systems. On failure, leave no new files behind."""
         lock = self.folder / LOCK
         new_folder, new_lock = not self.folder.exists(), not lock.exists()
         try:
@@ -259,8 +258,10 @@ class _Work:
             raise
 
     def _let_go(self) -> None:
-        """Remove what an earlier comparison left: the journal first, since rows without one are nothing, and activations, wherever
-        they are, before what says so."""
+        """Remove an earlier comparison.
+
+        The journal goes first, because rows without it are ignored. Activations go before the record of their folders.
+        """
         files.remove(self.folder / JOURNAL)
         files.sync(self.folder)
         for job in (self.folder / ROWS).glob(f"*{WORK}"):
@@ -281,7 +282,7 @@ class _Work:
                 raise ResumeError(f"{self.folder} holds a comparison made otherwise: {found}; --restart starts over")
 
     def _schedule(self) -> list[Stretch]:
-        """Every row's pruning and measuring, with the forecast's operations: what other rows spare it left out."""
+        """Return the steps of all rows with their forecast FLOPs, without the work that other rows save them."""
         measuring = self.evaluation.operations
         found = [Stretch(f"eval/{DENSE}", 1, measuring)]
         swept: list[Any] = []
@@ -305,7 +306,7 @@ class _Work:
         return found
 
     def table(self, perplexities: Sequence[float]) -> Comparison:
-        """Whatever rows are missing, and then all of them."""
+        """Produce the missing rows; return all of them."""
         job = self.candidates[0].job
         self.progress.row(1, DENSE)
         dense = self._measured(DENSE, job.config.model)
@@ -369,7 +370,10 @@ class _Work:
         )
 
     def _pruned(self, candidate: _Candidate) -> Entry:
-        """The journal's line of the row's pruning: figures, whether its peak of host memory is its own, why a ratio is missed."""
+        """Prune a row unless that is done; return its journal line.
+
+        The line has the row's figures, whether its peak of host memory is its own, and why a ratio is missed, if it is.
+        """
         line = self.journal.find(f"prune/{candidate.name}")
         if line is not None and self.journal.find(f"eval/{candidate.name}") is None:
             self._hold(candidate)
@@ -399,7 +403,7 @@ class _Work:
         return line
 
     def _hold(self, candidate: _Candidate) -> None:
-        """See that what an earlier process pruned, and nobody has measured, is as it was written."""
+        """Verify a checkpoint that an earlier process pruned but did not measure; prune again if it is damaged."""
         out = candidate.config.out
         if not out.is_dir() or not verify(out, progress=self.progress).sound:
             self.progress.say(f"{out} is missing, or not what was written there; pruning again")
@@ -407,7 +411,7 @@ class _Work:
             prune(candidate.config, progress=self.progress)
 
     def _measured(self, name: str, model: Path) -> Entry:
-        """Perplexity, protocol, and whether the checkpoint is to stay."""
+        """Measure a row unless that is done; return perplexity, protocol, and whether to keep the checkpoint."""
         line = self.journal.find(f"eval/{name}")
         if line is None:
             started = time.monotonic()
@@ -432,7 +436,7 @@ class _Work:
         }
 
     def _budget_notes(self, rows: Sequence[Row]) -> list[str]:
-        """Ratios at which recipes removed different amounts, beyond what the steps of the widths explain."""
+        """Return a note for each ratio at which the recipes' removals differ by more than one step of the widths."""
         job, notes = self.candidates[0].job, []
         step, blocks = largest_step(job.sites, job.budget()), job.skeleton.block_parameters()
         for ratio in dict.fromkeys(row.ratio for row in rows[1:]):
@@ -446,19 +450,19 @@ class _Work:
 
 
 def _default_folder(model: Path) -> Path:
-    """Where the work lies if it is not said: in the current folder, by the model's name."""
+    """Return the default folder for the work: in the current folder, named after the model."""
     name = os.path.abspath(model) if hub.commit(model) is None else hub.title(model)
     return Path(f"{Path(name).name}-compare")
 
 
 def _spent_before(candidate: _Candidate) -> float:
-    """Seconds that earlier processes spent on a row that is under way."""
+    """Return the seconds that earlier processes spent on an unfinished row."""
     path = candidate.job.journal_path
     return seconds_spent(Journal(path, repair=False)) if path.is_file() else 0.0
 
 
 def _config(model: Path, folder: Path, variant: Variant, ratio: float, common: Mapping[str, Any]) -> Config:
-    """The job of one row."""
+    """Return the configuration of one row's pruning job."""
     return Config(
         model=model,
         out=folder / ROWS / f"{variant.label}-{ratio}",
@@ -493,7 +497,11 @@ def _check(ratios: Sequence[float], perplexities: Sequence[float]) -> None:
 
 
 def _refuse_others(folder: Path) -> None:
-    """See that the folder can be made, or is a comparison's."""
+    """Check that the folder can be created or belongs to a comparison.
+
+    Raises:
+        ConfigError: it cannot be created, or contains other files.
+    """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"out is {folder}; {existing} is not a directory")

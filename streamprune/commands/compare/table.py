@@ -1,4 +1,4 @@
-"""What a comparison found: rows, the ratio at which a perplexity is reached, tables and files."""
+"""Results of a comparison: rows, the ratio at which a perplexity is reached, tables and files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ JSON, CSV, MARKDOWN, PLOT = "compare.json", "compare.csv", "compare.md", "compar
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe with settings of its own, under a label.
+    """A recipe with its settings, under a label.
 
     Raises:
-        ConfigError: the label is not letters, digits, - and _, or is taken by the dense model.
+        ConfigError: the label has other characters than letters, digits, - and _, or is that of the dense model.
     """
 
     label: str
@@ -43,75 +43,77 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """``"recipe"`` or ``"label=recipe"``."""
+        """Parse ``"recipe"`` or ``"label=recipe"``."""
         label, equals, recipe = text.partition("=")
         return cls(label, recipe if equals else label)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model: the dense one first, then every recipe at every ratio."""
+    """One model of a comparison: the dense model, or a recipe at a ratio."""
 
     label: str
     recipe: str | None
     """None for the dense model."""
     settings: Mapping[str, str]
     ratio: float
-    """Share of the blocks' parameters that was to go."""
+    """Share of the blocks' parameters to remove, as requested."""
     ratio_blocks: float
-    """Share that went or became zero."""
+    """Share of the blocks' parameters removed or zeroed."""
     parameters: int
-    """Of the whole model, afterwards, zeros too."""
+    """Parameters of the whole model after pruning, including zeros."""
     perplexity: float
     log_gap: float
-    """Log-perplexity above the dense model's."""
+    """Log-perplexity minus that of the dense model."""
     seconds: float
-    """To prune, over all processes that worked on it."""
+    """Seconds of pruning, over all processes that worked on it."""
     operations: int
-    """To prune, floating-point."""
+    """FLOPs of pruning."""
     forward_equivalents: float
-    """The same in dense forward passes over the calibration set."""
+    """FLOPs of pruning, in dense forward passes over the calibration set."""
     peak_host_bytes: int | None
-    """While pruning, of the process that finished it; None for the dense model."""
+    """Peak bytes of the process that finished the pruning; None for the dense model."""
     peak_device_bytes: int | None
+    """Peak bytes on the device during pruning; None for the dense model."""
     out: str | None
-    """The checkpoint, where it was kept."""
+    """Path of the checkpoint, if it was kept."""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """Where a recipe's line, log-perplexity over ratio, reaches a perplexity."""
+    """Ratio at which a recipe reaches a perplexity, by linear interpolation of log-perplexity over ratio."""
 
     label: str
     perplexity: float
     ratio: float | None
-    """None outside of what was measured."""
+    """None outside the measured range."""
     text: str
-    """The ratio, or which side it lies on."""
+    """The ratio or, outside the measured range, the side it lies on."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and how they were made."""
+    """Result of `compare`."""
 
     model: str
     out: str
     protocol: str
     """How perplexity was measured."""
     settings: Mapping[str, Any]
-    """What all recipes had in common."""
+    """Settings shared by all rows."""
     rows: tuple[Row, ...]
+    """The dense model first, then every recipe at every ratio."""
     reached: tuple[Reached, ...]
     notes: tuple[str, ...]
-    """What a reader of the table should know besides."""
+    """Remarks for readers of the table."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: None stands for it."""
+        """Return the comparison as JSON-ready data; None stands for infinity, which JSON lacks."""
         plain: dict[str, Any] = finite(asdict(self))
         return plain
 
     def cells(self) -> list[list[str]]:
-        """The table, its heading first."""
+        """Return the cells of the table, heading first."""
         heading = ["recipe", "ratio", "removed", "parameters", "perplexity", "log gap"]
         heading += ["seconds", "host peak", "device peak", "TFLOP", "forwards"]
         return [heading] + [
@@ -131,7 +133,7 @@ class Comparison:
         ]
 
     def reached_cells(self) -> list[list[str]]:
-        """Recipes by perplexities asked for: the ratio at which each is reached; empty if none was asked for."""
+        """Return the table of ratios at which each recipe reaches the requested perplexities; empty without requests."""
         asked = list(dict.fromkeys(entry.perplexity for entry in self.reached))
         if not asked:
             return []
@@ -141,7 +143,7 @@ class Comparison:
         return [heading] + [[label, *(found[label, perplexity] for perplexity in asked)] for label in labels]
 
     def write(self, folder: Path, *, plot: bool) -> None:
-        """The files of the table, durably."""
+        """Durably write the files of the table to a folder."""
         files.write_text(folder / JSON, json.dumps(self.as_dict(), indent=2) + "\n")
         files.write_text(folder / CSV, self._csv())
         files.write_text(folder / MARKDOWN, self._markdown())
@@ -196,7 +198,7 @@ class Comparison:
 
 
 def require_plotting() -> None:
-    """See that a picture can be drawn.
+    """Check that a plot can be drawn.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -206,7 +208,7 @@ def require_plotting() -> None:
 
 
 def reach(rows: Sequence[Row], perplexities: Sequence[float]) -> tuple[Reached, ...]:
-    """Where every recipe reaches every one of these perplexities; `rows` with the dense one first."""
+    """Return the ratio at which every recipe reaches each perplexity. `rows` starts with the dense model."""
     found = []
     for label, line in _lines(rows).items():
         for perplexity in perplexities:
@@ -218,7 +220,7 @@ def reach(rows: Sequence[Row], perplexities: Sequence[float]) -> tuple[Reached, 
 
 
 def ratio_at(line: Sequence[tuple[float, float]], level: float) -> float | None:
-    """The first ratio at which a line through points (ratio, log-perplexity) meets `level`; None if it never does."""
+    """Return the first ratio at which a line through points (ratio, log-perplexity) meets `level`; None if it does not."""
     if line[0][1] == level:
         return line[0][0]
     for (left, low), (right, high) in pairwise(line):
@@ -228,7 +230,7 @@ def ratio_at(line: Sequence[tuple[float, float]], level: float) -> float | None:
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-    """Per recipe its points (ratio that went, log-perplexity), ascending, from the dense model's on."""
+    """Return the points (share removed, log-perplexity) of each recipe, ascending, starting with the dense model."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.recipe is not None:
