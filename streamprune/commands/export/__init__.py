@@ -1,4 +1,4 @@
-"""Checkpoints in other runtimes' formats: GGUF, for llama.cpp and what is built on it."""
+"""Export checkpoints to other runtimes' formats: GGUF, for llama.cpp and programs built on it."""
 
 from .gguf import Exported, export_gguf
 

@@ -1,4 +1,4 @@
-"""One checkpoint directory to one GGUF file, a tensor at a time."""
+"""Write a checkpoint directory as one GGUF file, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+\.weight)")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """Result of an export."""
 
     path: Path
     architecture: str
-    """llama.cpp's name of it."""
+    """llama.cpp's name of the architecture."""
     dtype: str
     parameters: int
     size: int
     """Bytes of the file."""
     context: int
-    """Tokens a window may have."""
+    """Largest number of tokens in the context."""
     notes: list[str] = field(default_factory=list)
-    """Where the file falls short of the checkpoint."""
+    """Differences between the file and the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class _Planned:
 
     name: str
     shape: tuple[int, ...]
+    """Shape in elements, in torch's order of dimensions."""
     kind: Any
-    """A `GGMLQuantizationType`."""
+    """The stored type, a `GGMLQuantizationType`."""
     read: Callable[[], Tensor]
 
 
@@ -60,18 +61,18 @@ def export_gguf(
 ) -> Exported:
     """Write a checkpoint directory, dense or pruned, as a GGUF file for llama.cpp, tokenizer included.
 
-    Memory follows the largest tensor. `out` appears, or is replaced, at once when all is written.
+    Peak memory depends on the largest tensor. `out` appears, or is replaced, in one rename once it is complete.
 
     Args:
-        out: a file whose name ends in ``.gguf``, in a folder that is there.
-        dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``. Norms and biases stay float32.
+        out: path of the file; its name must end in ``.gguf`` and its folder must exist.
+        dtype: type of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``. Norms and biases stay float32.
 
     Raises:
-        ConfigError: unusable `out` or `dtype`; the `gguf` package is absent.
-        CheckpointError: unusable model; or llama.cpp cannot say what it is, or follow its tokenizer.
-        ResourceError: too little disk.
+        ConfigError: `out` or `dtype` is unusable, or the `gguf` package is not installed.
+        CheckpointError: the model is unusable, or llama.cpp does not support its architecture or tokenizer.
+        ResourceError: there is too little disk space.
         ResumeError: another process is writing `out`.
-        NumericalError: NaN or Inf in the weights, or too large ones for f16.
+        NumericalError: a weight is NaN, Inf or too large for f16.
     """
     out, progress = Path(out), progress or Silent()
     model = resolve_model(model, progress)
@@ -135,7 +136,7 @@ def _check(out: Path, dtype: str) -> None:
 
 def _write(writer: Any, planned: list[_Planned], progress: Progress) -> None:
     for each in planned:
-        # The shape is in elements, whatever they are stored as.
+        # The shape counts elements, whatever the stored type; raw_dtype gives that type.
         writer.add_tensor_info(
             each.name, each.shape, "float32", stored_bytes(each.kind, each.shape), raw_dtype=each.kind
         )
@@ -149,7 +150,7 @@ def _write(writer: Any, planned: list[_Planned], progress: Progress) -> None:
 
 
 def _plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | None) -> Iterator[_Planned]:
-    """Every tensor of the file, in its order."""
+    """Yield every tensor of the file, in order."""
 
     def planned(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> _Planned:
         return _Planned(name, shape, stored_as(dtype, name, shape), read)
@@ -191,7 +192,7 @@ def _plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | No
 
 
 def _names(skeleton: Skeleton, runtime: Runtime) -> Callable[[str], str]:
-    """transformers' names → llama.cpp's."""
+    """Return a function that maps transformers' tensor names to llama.cpp's."""
     from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
     from gguf.tensor_mapping import get_tensor_name_map
 
@@ -221,7 +222,7 @@ def _plain(skeleton: Skeleton, name: str, norm_shift: float) -> Tensor:
 
 
 def _stacked(skeleton: Skeleton, names: list[str], *, deep: bool = False) -> Tensor:
-    """Rows behind rows, or with `deep` in a dimension of their own."""
+    """Read tensors (rows, columns) and concatenate their rows or, with `deep`, stack them in a new first dimension."""
     return (torch.stack if deep else torch.cat)([skeleton.checkpoint.read(name) for name in names])
 
 
@@ -230,7 +231,7 @@ def _transposed(skeleton: Skeleton, name: str) -> Tensor:
 
 
 def _paired(skeleton: Skeleton, name: str, head_width: int) -> Tensor:
-    """Each head's rows in the order ``0, d/2, 1, d/2+1, ...``."""
+    """Read (heads · head_width, ...) and reorder the rows of each head as ``0, d/2, 1, d/2+1, ...``, d = head_width."""
     tensor = skeleton.checkpoint.read(name)
     halves = tensor.reshape(-1, 2, head_width // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)

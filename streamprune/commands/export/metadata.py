@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model beside its tensors: widths, norms, rotary embedding, context."""
+"""Write a GGUF file's metadata: widths, norms, rotary embedding, context."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _YARN = {
     "beta_slow": 1,
     "truncate": True,
 }
-"""What some of llama.cpp's programs assume of YaRN, whatever the file says."""
+"""YaRN settings that some of llama.cpp's programs assume, whatever the file says."""
 
 _EPSILONS = ("layer_norm_epsilon", "norm_epsilon")
 
 
 def context_of(skeleton: Skeleton, runtime: Runtime) -> tuple[int, int | None]:
-    """Tokens a window may have, and the sliding window that made them fewer than the config says.
+    """Return the context in tokens and, if a sliding window reduces it below the config's context, that window.
 
-    Within one window sliding attention is plain attention, which is all that most architectures of llama.cpp have.
+    Most of llama.cpp's architectures have no sliding attention. Within one window it equals plain attention.
     """
     config = skeleton.config
     context = skeleton.context or 2048
@@ -40,7 +40,7 @@ def context_of(skeleton: Skeleton, runtime: Runtime) -> tuple[int, int | None]:
 
 
 def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int) -> None:
-    """Put everything but the vocabulary and the rotary embedding into a `GGUFWriter`."""
+    """Add all metadata but the vocabulary and the rotary embedding to a `GGUFWriter`."""
     config, sites = skeleton.config, skeleton.all_sites()
     attention = [site for site in sites if site.kind == "attention"]
     widths = {
@@ -73,13 +73,13 @@ def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int
 
 
 def add_rotary(writer: Any, skeleton: Skeleton, runtime: Runtime, head_width: int) -> Tensor | None:
-    """Put the rotary embedding into a `GGUFWriter`.
+    """Add the rotary embedding to a `GGUFWriter`.
 
     Returns:
-        Factors by which the frequencies are divided, (head_width / 2,) float32, where the model has them.
+        (head_width / 2,) float32: factors by which the frequencies are divided; None if the model has none.
 
     Raises:
-        CheckpointError: llama.cpp has no such embedding.
+        CheckpointError: llama.cpp does not support the embedding.
     """
     from gguf.constants import RopeScalingType
 

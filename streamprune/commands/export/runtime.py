@@ -1,7 +1,7 @@
-"""Which of llama.cpp's architectures can say a checkpoint, and what it wants changed: a table.
+"""Table of llama.cpp's architectures: which one can represent a checkpoint, and what must be converted for it.
 
-llama.cpp builds most architectures from one number of heads and one FFN width; a few take a number a block.
-What none of them can say is refused here, before anything is written.
+llama.cpp builds most architectures with one number of heads and one FFN width; a few take numbers per block.
+Checkpoints that none of them can represent are rejected here, before anything is written.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from ...model.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class Runtime:
-    """One of llama.cpp's architectures. Linears go by their names inside transformers' block."""
+    """One of llama.cpp's architectures. Linears have their names from transformers' block."""
 
     name: str
     activation: str = "silu"
-    """The FFN's, as transformers calls it: it is part of the architecture."""
+    """Activation of the FFN, by transformers' name. It is fixed by the architecture."""
     biases: frozenset[str] = frozenset()
     """Linears that may have a bias."""
     paired: frozenset[str] = frozenset()
-    """Linears whose heads' rows it wants as ``0, d/2, 1, d/2+1, ...``, since it turns neighbours in its rotary embedding."""
+    """Linears whose rows per head must be reordered as ``0, d/2, 1, d/2+1, ...``: the rotary embedding rotates
+    neighbouring pairs."""
     fused: Mapping[str, Sequence[str]] = field(default_factory=lambda: MappingProxyType({}))
-    """Its own names of tensors that hold several linears, rows behind rows."""
+    """Fused tensors, by llama.cpp's name: the linears whose rows they concatenate."""
     factors: bool = False
     """Whether it divides the rotary frequencies by a tensor of factors."""
     own_head: bool = True
@@ -37,15 +38,15 @@ class Runtime:
     full_heads: bool = False
     """Whether all query heads together must be as wide as the residual stream."""
     stored_head: bool = False
-    """Whether it wants the head stored even where it is the embedding."""
+    """Whether the head must be stored even if it is tied to the embedding."""
     slides: bool = False
-    """Whether it has the sliding windows of the model."""
+    """Whether it supports the sliding windows of the model."""
     norm_shift: float = 0.0
-    """What it wants added to the weights of norms."""
+    """Constant to add to the weights of norms."""
     scales: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Fields of the config that go into the file, each with its name there."""
+    """Fields of the config to store in the file, with their names there."""
     assumes: Mapping[str, Callable[[Any], Any]] = field(default_factory=lambda: MappingProxyType({}))
-    """Fields of the config that it takes for granted, each with the value, which the config may decide."""
+    """Fields of the config that it assumes, with a function from the config to the assumed value."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,21 @@ class Entry:
     """How llama.cpp runs one `model_type`."""
 
     uniform: Runtime
-    """For blocks that are alike."""
+    """Architecture for blocks of equal widths."""
     free: Runtime | None = None
-    """With a number a block; None where llama.cpp has nothing that fits."""
+    """Architecture with widths per block; None if llama.cpp has none that fits."""
     obstacle: str = ""
-    """Why not."""
+    """Why there is none, for messages."""
 
 
 def _sliding(period: int) -> Callable[[Any], list[str]]:
-    """Every so many blocks, one whose attention does not slide."""
+    """Return the layer types of a model in which every `period`-th block has full attention."""
     kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
     return lambda config: [kinds[index % period] for index in range(config.num_hidden_layers)]
 
 
 def _query_scale(largest: int) -> Callable[[Any], int]:
-    """Gemma's: the width of a head, but for the model with the most blocks, told by their number."""
+    """Return Gemma's query scale: the head width, except in the largest model, identified by its number of blocks."""
     return lambda c: c.hidden_size // c.num_attention_heads if c.num_hidden_layers == largest else c.head_dim
 
 
@@ -173,10 +174,10 @@ RUNTIMES = {
 
 
 def choose(skeleton: Skeleton) -> Runtime:
-    """The architecture that runs a checkpoint.
+    """Return the architecture that can run a checkpoint.
 
     Raises:
-        CheckpointError: none can; says why and which option of `run` avoids it.
+        CheckpointError: none can. The message says why, and which option of `run` avoids it.
     """
     where, model_type = skeleton.checkpoint.directory, skeleton.architecture.model_type
     entry = RUNTIMES.get(model_type)
@@ -199,7 +200,7 @@ def choose(skeleton: Skeleton) -> Runtime:
 
 
 def are_alike(sites: Sequence[Site]) -> bool:
-    """Whether every block has the same heads and channels."""
+    """Return whether all blocks have the same numbers of heads and channels."""
     return len({(site.kind, site.heads, site.units, site.width) for site in sites}) == len(
         {site.kind for site in sites}
     )

@@ -1,4 +1,4 @@
-"""Tensors as GGUF stores them: f32, f16, bf16, or 8-bit numbers in blocks of 32 with a scale."""
+"""Convert tensors to GGUF's storage types: f32, f16, bf16, or q8_0 (8-bit numbers in blocks of 32 with a scale)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 
 def stored_as(dtype: str, name: str, shape: tuple[int, ...]) -> Any:
-    """The `GGMLQuantizationType` of a tensor: norms, biases and positions stay f32, rows that no block divides f16."""
+    """Return the `GGMLQuantizationType` of a tensor.
+
+    Norms, biases and positions stay f32. A tensor whose row length is no multiple of the type's block becomes f16.
+    """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     wanted = GGMLQuantizationType[dtype.upper()]
@@ -28,7 +31,7 @@ def stored_as(dtype: str, name: str, shape: tuple[int, ...]) -> Any:
 
 
 def stored_bytes(kind: Any, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor stored as `kind`."""
+    """Return the bytes of a tensor stored as `kind`."""
     from gguf.constants import GGML_QUANT_SIZES
 
     block, size = GGML_QUANT_SIZES[kind]
@@ -36,10 +39,10 @@ def stored_bytes(kind: Any, shape: tuple[int, ...]) -> int:
 
 
 def pack(tensor: Tensor, kind: Any, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of a tensor of one or two dimensions, converted a few rows at a time.
+    """Convert a tensor (..., columns) to the bytes of type `kind`, a few rows at a time: (rows, row_bytes) uint8.
 
     Raises:
-        NumericalError: NaN, Inf, or a weight that f16 cannot hold.
+        NumericalError: the tensor contains NaN, Inf or, for f16, a number outside its range.
     """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import quantize

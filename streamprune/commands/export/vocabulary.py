@@ -1,8 +1,8 @@
-"""A tokenizer as llama.cpp reads it: pieces, their types and scores or merges, and the name of how text is split.
+"""Convert a tokenizer for llama.cpp: pieces, their types and scores or merges, and the name of the pre-tokenizer.
 
-llama.cpp has two byte-complete tokenizers that fit: "gpt2", which merges pairs by rank inside the stretches that a
-regular expression cuts, one of those it knows by name; and "llama", which joins any two neighbours that are a piece
-together, the best score first. Everything else is refused, and so is what would be cut into other tokens.
+llama.cpp has two suitable tokenizers that cover all bytes. "gpt2" splits the text by a regular expression, one of
+those it knows by name, and merges pairs by rank inside each part. "llama" joins any two neighbours that form a piece,
+highest score first. All other tokenizers are rejected, and so are those whose tokens would differ.
 """
 
 from __future__ import annotations
@@ -41,36 +41,38 @@ SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((TEKKEN_SPLIT,), True): "tekken",
     ((GPT4O_SPLIT,), False): "gpt-4o",
 }
-"""How the text is cut, step by step, and whether a stretch that is a piece is taken whole → llama.cpp's name of it."""
+"""llama.cpp's names of pre-tokenizers, by splitting steps and by whether a part that is a piece is taken whole."""
 APPROXIMATE = ("tekken", "gpt-4o")
-"""Where llama.cpp cuts words of mixed case outside ASCII elsewhere."""
+"""Pre-tokenizers that split non-ASCII words of mixed case differently in llama.cpp."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What goes into the file."""
+    """The tokenizer's data in a GGUF file."""
 
     model: str
     """``"gpt2"`` or ``"llama"``."""
     pre: str
-    """How text is split."""
+    """llama.cpp's name of the pre-tokenizer."""
     tokens: list[str]
+    """Pieces, by token id."""
     types: list[int]
+    """Types of the pieces, by token id."""
     merges: list[str]
-    """For ``"gpt2"``."""
+    """Merges by rank; empty for ``"llama"``."""
     scores: list[float]
-    """For ``"llama"``."""
+    """Scores by token id; empty for ``"gpt2"``."""
     special: dict[str, int]
-    """Ids of ``bos``, ``eos``, ``unk`` and ``pad``, those there are."""
+    """Ids of those of ``bos``, ``eos``, ``unk`` and ``pad`` that exist."""
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
     chat_template: str | None
     notes: list[str]
-    """What llama.cpp does otherwise, on some texts."""
+    """Differences of llama.cpp's tokenization on some texts."""
 
     def add_to(self, writer: Any) -> None:
-        """Put it into a `GGUFWriter`."""
+        """Add the vocabulary to a `GGUFWriter`."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -88,14 +90,14 @@ class Vocabulary:
 
 
 def read_vocabulary(directory: Path, size: int, defaults: Mapping[str, int]) -> Vocabulary:
-    """The tokenizer of a checkpoint directory.
+    """Read the tokenizer of a checkpoint directory.
 
     Args:
-        size: tokens of the model; ids that the tokenizer does not use become unused pieces.
-        defaults: ids of special tokens that the tokenizer does not name, from the model's config.
+        size: vocabulary size of the model. Ids that the tokenizer does not use become unused pieces.
+        defaults: ids of special tokens from the model's config, for those that the tokenizer does not define.
 
     Raises:
-        CheckpointError: no tokenizer, or one that llama.cpp would not follow token by token.
+        CheckpointError: the tokenizer is missing, or llama.cpp would not produce the same tokens.
     """
     tokenizer = load_tokenizer(directory)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -167,7 +169,11 @@ def read_vocabulary(directory: Path, size: int, defaults: Mapping[str, int]) -> 
 
 
 def _split_name(data: Mapping[str, Any], directory: Path) -> str:
-    """llama.cpp's name of how a byte-level tokenizer cuts the text."""
+    """Return llama.cpp's name of a byte-level tokenizer's pre-tokenizer.
+
+    Raises:
+        CheckpointError: llama.cpp has no such pre-tokenizer.
+    """
     steps = _steps(data["pre_tokenizer"])
     normalizer = (data["normalizer"] or {"type": "NFC"})["type"]
     name = SPLITS.get((steps, bool(data["model"].get("ignore_merges")))) if steps else None
@@ -178,7 +184,7 @@ def _split_name(data: Mapping[str, Any], directory: Path) -> str:
 
 
 def _steps(pre: Mapping[str, Any] | None) -> tuple[str, ...] | None:
-    """The regular expressions in turn, ``"digits"`` for one digit at a time; None where a step is neither."""
+    """Return the regular expressions in order, ``"digits"`` for splitting single digits; None if a step is neither."""
     steps: list[str] = []
     parts = [pre] if pre and pre["type"] != "Sequence" else (pre or {}).get("pretokenizers", [])
     for part in parts:
@@ -197,14 +203,18 @@ def _steps(pre: Mapping[str, Any] | None) -> tuple[str, ...] | None:
 
 
 def _space_prefix(data: Mapping[str, Any], directory: Path) -> bool:
-    """Whether a space is put before the text; spaces become `SPACE` in either case."""
+    """Return whether the tokenizer prepends a space to the text; it replaces spaces by `SPACE` in either case.
+
+    Raises:
+        CheckpointError: llama.cpp cannot prepare the text in the same way.
+    """
     normalizer, pre = data["normalizer"], data["pre_tokenizer"]
     parts = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     prepend, replace = (
         {"type": "Prepend", "prepend": SPACE},
         {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
     )
-    # Where every space has become something else, a split at spaces does nothing.
+    # A split at spaces does nothing once all spaces are replaced.
     if parts in ([prepend, replace], [replace]) and (pre is None or pre.get("pattern") == {"String": " "}):
         return prepend in parts
     if not parts and pre and pre["type"] == "Metaspace" and pre["replacement"] == SPACE and not pre.get("split", True):
@@ -233,9 +243,13 @@ def _scores(
     size: int,
     directory: Path,
 ) -> list[float]:
-    """Scores that join what the merges join, in the same order: minus the piece's place among all that are joined.
+    """Return scores by token id that reproduce the merges in the same order: minus the rank of the merged piece.
 
-    That is the same only if every pair that makes a piece is a merge, and if a piece's merges stand together.
+    The scores are equivalent only if every pair that forms a piece is a merge and the merges of a piece are
+    consecutive.
+
+    Raises:
+        CheckpointError: they are not equivalent.
     """
     ranks: dict[str, int] = {}
     last = ""
@@ -262,7 +276,7 @@ def _scores(
 
 
 def _first(*ids: Any) -> int | None:
-    """The first id there is; of a list, its first."""
+    """Return the first id that is not None; of a list, take its first element."""
     for id in ids:
         value = id[0] if isinstance(id, list) and id else id
         if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a streamed model: its tasks, its model's interface, and the scores of many sequences in one sweep."""
+"""Run lm-evaluation-harness on a streamed model, with the requests of all tasks scored in one sweep."""
 
 from .tasks import Tasks, TaskScores, evaluate_tasks, find_tasks
 

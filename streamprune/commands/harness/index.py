@@ -1,4 +1,4 @@
-"""Which names can be those of lm_eval's own tasks, without importing lm_eval or parsing its thousands of files."""
+"""Find unknown task names quickly, without importing lm_eval or parsing its thousands of task files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _NO_YAML = (".py", ".pyc", ".md", ".sh")
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """Those of `names` that no task file of lm_eval contains as a word: none of them can be a task, a group or a tag.
+    """Return the names that no task file of lm_eval contains as a word. They cannot be tasks, groups or tags.
 
-    A name that is not missing may still be none of these.
+    A name that is not returned may still be none of these.
     """
-    # YAML may write other characters as escapes.
+    # YAML may escape non-ASCII characters, so such names are never reported.
     left = [name for name in names if name.isascii()]
     for path in _files():
         if not left:
@@ -34,7 +34,7 @@ def _contains(data: bytes, name: str) -> bool:
 
 
 def _files() -> list[Path]:
-    """Task files and whatever they may include, which has any name."""
+    """Return the task files, and all files that they may include, which can have any suffix."""
     spec = importlib.util.find_spec("lm_eval")
     places = (spec and spec.submodule_search_locations) or []
     return [

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given tokens: one sweep over the blocks for any number of sequences of any lengths."""
+"""Compute log-likelihoods of given tokens: one sweep over the blocks for any number of sequences of any lengths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ...system import files, machine
 from ...system.progress import Progress, rest
 
 OCTAVE = 8
-"""Lengths to which sequences are padded between one power of two and the next: at most an eighth more tokens."""
+"""Number of padded lengths between one power of two and the next. Padding adds at most an eighth of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,33 +29,34 @@ class Query:
     """Tokens to score."""
 
     inputs: tuple[int, ...]
-    """What the model reads."""
+    """Token ids that the model reads."""
     targets: tuple[int, ...]
-    """What its last positions should predict: at least one, at most as many as there are inputs."""
+    """Token ids that the last positions should predict: at least one, at most as many as there are inputs."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What came of a query."""
+    """Result of a query."""
 
     loglikelihood: float
-    """Of all targets together, in nats."""
+    """Log-likelihood of all targets together, in nats."""
     greedy: bool
-    """Whether each target is the model's first choice."""
+    """Whether each target is the model's most likely token."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of like length, padded on the right, where a causal model does not look."""
+    """Sequences of similar length, padded on the right; a causal model does not attend to the padding."""
 
     tokens: Tensor
-    """(sequences, length) int64"""
+    """(sequences, length) int64."""
     store: ActivationStore
     batch: int
+    """Sequences per micro-batch."""
 
 
 def padded(length: int, context: int | None) -> int:
-    """The length that a sequence of that length is padded to, within the model's context."""
+    """Return the length to which a sequence is padded, within the model's context."""
     step = max(1, (1 << (length - 1).bit_length()) // (2 * OCTAVE))
     full = -(-length // step) * step
     return full if context is None else max(length, min(full, context))
@@ -71,17 +72,17 @@ def score(
     memory_host: int | None = None,
     progress: Progress,
 ) -> list[Score]:
-    """Score all queries, in their order. Queries that read the same are computed once.
+    """Score all queries; return scores in the same order. Queries with equal inputs are computed once.
 
     Args:
-        memory: bytes the device may use; None takes what is free.
-        cache: folder for activations while it runs; None takes the system's temporary folder.
+        memory: bytes that the device may use; None allows all free memory.
+        cache: folder for activations during the run; None takes the system's temporary folder.
         activations, memory_host: as in `evaluate`.
 
     Raises:
-        ResourceError: too little memory or disk.
-        NumericalError: NaN or Inf on the way.
-        Stopped: `progress` asked for it; nothing is kept.
+        ResourceError: there is too little memory or disk.
+        NumericalError: the computation produces NaN or Inf.
+        Stopped: `progress` asked to stop. Nothing is kept.
     """
     if not queries:
         return []
@@ -124,7 +125,7 @@ def score(
                 stored=stored,
                 memory=held * length * len(rows) // tokens_in_all,
             )
-            # As many tokens a micro-batch as with the longest sequences, for which the forecast was made.
+            # As many tokens per micro-batch as for the longest sequences, which the forecast assumes.
             buckets[length] = Bucket(tokens, store, max(1, resources.batch * longest // length))
         _sweep(skeleton, list(buckets.values()), progress)
         scores = _scores(skeleton, queries, places, buckets)
@@ -135,7 +136,7 @@ def score(
 def _grouped(
     queries: Sequence[Query], context: int | None
 ) -> tuple[list[tuple[int, int]], dict[int, list[tuple[int, ...]]]]:
-    """Every query's (length, row), and the different inputs by the length they are padded to."""
+    """Return the (padded length, row) of every query, and the distinct inputs by padded length."""
     known: dict[tuple[int, ...], tuple[int, int]] = {}
     groups: dict[int, list[tuple[int, ...]]] = {}
     for query in queries:
@@ -147,7 +148,7 @@ def _grouped(
 
 
 def _sweep(skeleton: Skeleton, buckets: list[Bucket], progress: Progress) -> None:
-    """Bring all buckets from their tokens to the last block's output."""
+    """Run all buckets through the model, from their tokens to the last block's output."""
     progress.phase("score", len(skeleton) + 2)
     with skeleton.embedding() as embedding:
         for bucket in buckets:
@@ -168,7 +169,7 @@ def _sweep(skeleton: Skeleton, buckets: list[Bucket], progress: Progress) -> Non
 def _scores(
     skeleton: Skeleton, queries: Sequence[Query], places: list[tuple[int, int]], buckets: dict[int, Bucket]
 ) -> list[Score]:
-    """Scores from the last block's output, logits of a few targets at a time."""
+    """Compute the scores from the last block's output, in chunks of targets that bound the logits' memory."""
     asked: dict[tuple[int, int], list[int]] = {}
     for number, place in enumerate(places):
         asked.setdefault(place, []).append(number)
@@ -198,6 +199,6 @@ def _scores(
 
 
 def _predictions(query: Query) -> list[tuple[int, int]]:
-    """Positions among the inputs, and what each should predict."""
+    """Return pairs of a position among the inputs and the token that it should predict."""
     first = len(query.inputs) - len(query.targets)
     return [(first + offset, target) for offset, target in enumerate(query.targets)]

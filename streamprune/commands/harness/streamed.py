@@ -1,4 +1,4 @@
-"""A streamed model as lm-evaluation-harness sees one. Imported only where `lm_eval` is installed."""
+"""Implement the model interface of lm-evaluation-harness for a streamed model. Import only if `lm_eval` is installed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ...text.windows import DEFAULT_LENGTH
 from .scoring import Query, score
 
 UNSTATED = 10**9
-"""A tokenizer without a limit says something larger."""
+"""A tokenizer without a length limit states a larger number."""
 
 
 class StreamedModel(TemplateLM):  # type: ignore[misc]
-    """Answers requests for log-likelihoods, all that are made at once in one sweep.
+    """Answer log-likelihood requests. One sweep scores all requests of a call.
 
-    Everything before the model is as in lm_eval's `HFLM` with its defaults: special tokens as the tokenizer adds them, none
-    where the text begins with the beginning-of-sequence token, that token before an empty context, and what is too long cut
-    off on the left. Everything after it is in float32 or better.
+    Inputs are prepared as by lm_eval's `HFLM` with its defaults. The tokenizer adds special tokens, unless the text
+    begins with the beginning-of-sequence token. That token precedes an empty context. Inputs that are too long are
+    truncated on the left. Everything after the model is computed in float32 or better.
 
     Args:
-        machine: `score`'s other options.
+        machine: other options of `score`.
     """
 
     def __init__(self, skeleton: Skeleton, tokenizer: Any, *, progress: Progress, **machine: Any) -> None:
@@ -43,10 +43,10 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before an empty context.
+        """The token before an empty context.
 
         Raises:
-            CalibrationError: the tokenizer has neither a first nor a last token of a text.
+            CalibrationError: the tokenizer has neither a beginning-of-sequence nor an end-of-sequence token.
         """
         first: int | None = self.tokenizer.bos_token_id
         token = self.eot_token_id if first is None else first
@@ -56,12 +56,12 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Most tokens that the model reads at once: its context or, where the config has none, what the tokenizer says."""
+        """Largest number of tokens in one input: the model's context or, if the config has none, the tokenizer's limit."""
         stated = int(self.tokenizer.model_max_length)
         return self.skeleton.context or (stated if stated < UNSTATED else DEFAULT_LENGTH)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        """Token ids of a text; None for `add_special_tokens` leaves them to the tokenizer, unless the text has one already."""
+        """Tokenize a text. If `add_special_tokens` is None, the tokenizer decides, unless the text already begins with one."""
         first = self.tokenizer.bos_token if self.tokenizer.bos_token is not None else self.tokenizer.eos_token
         if add_special_tokens is None and first is not None and string.startswith(first):
             add_special_tokens = False
@@ -70,7 +70,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
         return ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """As every model has it; quiet, since `progress` speaks."""
+        """Answer requests as the base class does, without its progress bar: `progress` reports instead."""
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return answers
 
@@ -83,7 +83,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the model's context that predict each token once."""
+        """Compute log-likelihoods of whole texts, in windows of the model's context that predict each token once."""
         owners, pairs = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
@@ -98,7 +98,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Refused: every token would be a sweep over all blocks.
+        """Reject generation: every token would need a sweep over all blocks.
 
         Raises:
             ConfigError: always.
@@ -106,13 +106,17 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
         raise ConfigError("a streamed model only scores given text; with the model in memory: lm_eval --model hf")
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding would give it) of continuations after contexts, both as token ids."""
+        """Score (context, continuation) pairs of token ids: log-likelihood, and whether greedy decoding gives it."""
         queries = [self._query(context, continuation) for context, continuation in pairs]
         scores = score(self.skeleton, queries, progress=self.progress, **self._machine)
         return [(each.loglikelihood, each.greedy) for each in scores]
 
     def _query(self, context: list[int], continuation: list[int]) -> Query:
-        """Both in a row without the last token, which nothing follows, cut off on the left to what the model reads."""
+        """Join context and continuation without the last token, and truncate on the left to the model's limit.
+
+        Raises:
+            CalibrationError: either part is empty, the continuation is too long, or a token is outside the vocabulary.
+        """
         whole = (context + continuation)[-(self.max_length + 1) :]
         if not context or not continuation or len(continuation) > self.max_length:
             raise CalibrationError(

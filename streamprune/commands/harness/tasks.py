@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a streamed model: the same prompts, tokens and metrics as its own `hf` backend."""
+"""Evaluate a streamed model on lm-evaluation-harness tasks, with the prompts, tokens and metrics of its `hf` backend."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ from ...system.progress import Progress, Silent
 from .index import missing
 
 SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-"""Kinds of task that need no generated text."""
+"""Output types of tasks that need no generated text."""
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What the harness found."""
+    """Result of `evaluate_tasks`."""
 
     results: dict[str, dict[str, Any]]
-    """By task or group lm_eval's own entries, such as ``"acc,none"`` and ``"acc_stderr,none"``."""
+    """lm_eval's entries by task or group, such as ``"acc,none"`` and ``"acc_stderr,none"``."""
     documents: dict[str, int]
-    """How many of each task were scored."""
+    """Number of documents scored, by task."""
     table: str
-    """lm_eval's own table of them."""
+    """lm_eval's table of the results."""
     protocol: str
+    """How the tasks were evaluated."""
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks with their data, ready to be asked for."""
+    """Tasks with their data loaded."""
 
     names: tuple[str, ...]
     manager: Any
-    """lm_eval's TaskManager, which has them loaded."""
+    """lm_eval's TaskManager, with the tasks loaded."""
     limit: int | None
+    """Documents per task; None for all."""
     num_fewshot: int | None
+    """Examples before each document; None for the task's default."""
 
 
 def find_tasks(
@@ -52,12 +55,12 @@ def find_tasks(
 
     Args:
         names: tasks, groups and tags of lm_eval and of the task files below `include_path`.
-        limit: documents of each task; None takes all.
-        num_fewshot: examples before each; None leaves it to the task.
+        limit: documents per task; None takes all.
+        num_fewshot: examples before each document; None takes the task's default.
 
     Raises:
-        ConfigError: lm_eval is not installed, a name it does not know, a task that wants generated text, a limit or number
-            of examples that cannot be.
+        ConfigError: lm_eval is not installed, a name is unknown, a task needs generated text, or `limit` or
+            `num_fewshot` is out of range.
         CalibrationError: a task's data cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -85,7 +88,7 @@ def find_tasks(
                 f"task {name!r} wants {task.OUTPUT_TYPE}; a streamed model only scores given text. "
                 "With the model in memory: lm_eval --model hf"
             )
-    # Loaded once: the evaluator asks the manager again.
+    # Load only once, although the evaluator asks the manager again.
     manager.load = lambda task_list: loaded
     return Tasks(tuple(names), manager, limit, num_fewshot)
 
@@ -97,10 +100,10 @@ def _refuse(unknown: Sequence[str], include_path: Path | None) -> None:
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """lm_eval's TaskManager. Its own tasks are thousands of files, which single tasks of the user's do not need.
+    """Create lm_eval's TaskManager, without its own thousands of task files if only the user's tasks are needed.
 
     Raises:
-        ConfigError: a name that is in none of the files.
+        ConfigError: a name occurs in no task file.
     """
     if include_path is None:
         _refuse(missing(names), None)
@@ -128,20 +131,20 @@ def evaluate_tasks(
 ) -> TaskScores:
     """Score a checkpoint directory, dense or pruned, on tasks of lm-evaluation-harness, streamed block by block.
 
-    Prompts, tokens, truncation and metrics are those of lm_eval's own `hf` backend. All requests of one kind, from all tasks,
-    take one sweep over the blocks together.
+    Prompts, tokens, truncation and metrics are those of lm_eval's `hf` backend. One sweep over the blocks serves all
+    requests of one type, from all tasks.
 
     Args:
-        tasks: names, or what `find_tasks` made of them.
-        memory: bytes the device may use; None takes what is free.
-        cache: folder for activations while it runs; None takes the system's temporary folder.
+        tasks: names, or the result of `find_tasks`.
+        memory: bytes that the device may use; None allows all free memory.
+        cache: folder for activations during the run; None takes the system's temporary folder.
         activations, memory_host: as in `evaluate`.
 
     Raises:
-        CheckpointError, CalibrationError, ConfigError: unusable model, task or device.
-        ResourceError: too little memory or disk.
-        NumericalError: NaN or Inf on the way.
-        Stopped: `progress` asked for it; nothing is kept of an evaluation.
+        CheckpointError, CalibrationError, ConfigError: the model, a task or the device is unusable.
+        ResourceError: there is too little memory or disk.
+        NumericalError: the computation produces NaN or Inf.
+        Stopped: `progress` asked to stop. Nothing is kept of an unfinished evaluation.
     """
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
     from ...model.skeleton import open_skeleton
@@ -190,8 +193,11 @@ def evaluate_tasks(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """A context in which lm_eval does not speak, since `progress` does: no bars, no notes, and no questions about the
-    machine and the working directory's repository, which take seconds and of which git complains on stderr."""
+    """Silence lm_eval inside the context, because `progress` reports instead.
+
+    This disables its progress bars, its log messages, and its queries about the machine and the working directory's
+    git repository, which take seconds and print git's complaints to stderr.
+    """
     from lm_eval import evaluator
     from lm_eval.api import task
 

@@ -1,1 +1,1 @@
-"""Low-rank recovery of a checkpoint."""
+"""Recover a pruned checkpoint by low-rank training."""

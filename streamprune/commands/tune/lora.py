@@ -1,7 +1,7 @@
-"""LoRA end to end on the language modelling loss, with the whole model in memory (Hu et al. 2021; SlimGPT's last step).
+"""Train LoRA end to end on the language modelling loss, with the whole model in memory (Hu et al. 2021; SlimGPT).
 
-`peft` adapts transformers' own model; what it trained is handed out as low-rank updates by block, so that the result is
-written by the same hand as every other.
+`peft` adapts transformers' own model. The trained updates are returned per block, so that the result is written by the
+same code as every other result.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from ...model.skeleton import Skeleton
 from ...model.whole import load_whole
 
 SAVE_EVERY = 25
-"""Steps after which the state is put away."""
+"""Number of steps between two saved states."""
 
 
 def installed() -> bool:
-    """Whether `peft` is there."""
+    """Return whether `peft` is installed."""
     return importlib.util.find_spec("peft") is not None
 
 
 @dataclass(frozen=True)
 class Lora:
-    """How a model is tuned."""
+    """Hyperparameters of LoRA training."""
 
     rank: int
     steps: int
     rate: float
+    """Adam's learning rate at the first step."""
     seed: int
     size: int
-    """Sequences a step."""
+    """Sequences per step."""
     micro: int
-    """Sequences whose activations are held at once."""
+    """Sequences per micro-batch."""
 
 
 def train(
@@ -55,17 +56,17 @@ def train(
     state: Mapping[str, Tensor] | None,
     save: Callable[[dict[str, Tensor], list[float]], None],
 ) -> Iterator[float]:
-    """Train updates of all linears of all blocks; yields every step's loss, nats a token.
+    """Train updates of all linears of all blocks; yield the loss of every step, in nats per token.
 
     Args:
-        skeleton: of the checkpoint, whose model is loaded for this; nothing of it changes.
-        tokens: windows (samples, length), int64.
-        state: what `save` was given last, to go on from there.
-        save: called every `SAVE_EVERY` steps and at the end with updates by ``block.name.u`` and ``.v`` (see
-            `Block.updates`), what `Descent.state` gives, and the losses since the last call.
+        skeleton: the checkpoint, which is loaded as a whole and not modified.
+        tokens: windows (samples, length) int64.
+        state: the state last passed to `save`, to resume from; None starts from the beginning.
+        save: called every `SAVE_EVERY` steps and at the end. Receives the state, which holds the updates by
+            ``block.name.u`` and ``.v`` (see `Block.updates`) and `Descent.state`, and the losses since the last call.
 
     Raises:
-        NumericalError: the loss is no longer finite.
+        NumericalError: the loss is NaN or Inf.
     """
     model, weights = _adapted(skeleton, how)
     if state is not None:
@@ -95,7 +96,7 @@ def train(
 
 
 def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter]]:
-    """The model with updates, and these by name."""
+    """Load the model and add low-rank updates; return the model and the updates by name."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model = load_whole(skeleton.checkpoint.directory, skeleton.dtype).requires_grad_(False)
@@ -106,16 +107,16 @@ def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter
                 separate_experts(block, entry.experts)
     names = [f"{index}.{name}" for index in range(len(skeleton)) for name in skeleton.linears(index)]
     turned = isinstance(blocks.get_submodule(names[0]), Conv1D)
-    # alpha = rank: no factor before U V.
+    # alpha = rank, so that U V has no scale factor.
     config = LoraConfig(r=how.rank, lora_alpha=how.rank, target_modules=names, fan_in_fan_out=turned, bias="none")
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # How peft calls transformers is not ours to mend.
+        # peft's own calls to transformers raise these warnings.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(how.seed)
-        # The blocks alone: by the model_type of a whole mixture of experts, peft looks for linears in transformers' own
-        # module of fused experts.
+        # Pass only the blocks. Given the model_type of a whole mixture of experts, peft would look for the linears in
+        # transformers' module of fused experts.
         inject_adapter_in_model(config, blocks)
-    # Without dropout, which would want a generator's state put away as well.
+    # No dropout: it would require saving the state of a random generator as well.
     model.eval().to(skeleton.device)
     weights = {}
     for name in names:
@@ -126,7 +127,7 @@ def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter
 
 
 def _first_not_finite(model: Any, skeleton: Skeleton, tokens: Tensor) -> str:
-    """Which part of the model gives NaN or Inf first."""
+    """Name the first part of the model that produces NaN or Inf for `tokens` (sequences, length)."""
     found = []
 
     def watch(index: int) -> Any:
@@ -147,6 +148,6 @@ def _first_not_finite(model: Any, skeleton: Skeleton, tokens: Tensor) -> str:
 
 
 def _loss(model: Any, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood of all tokens of the windows but their first."""
+    """Return the mean negative log-likelihood, in nats, of all tokens (sequences, length) except the first of each."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1).to(accumulator(logits.dtype)), tokens[:, 1:].flatten())

@@ -1,7 +1,7 @@
-"""Recovery of a pruned checkpoint by low-rank training: LoRA in memory, or block by block towards a dense model's outputs.
+"""Recover a pruned checkpoint by low-rank training: LoRA in memory, or distillation block by block from a dense model.
 
-Like pruning, a step counts once it is journalled, and what a step needs is removed only after the line that makes it
-unneeded; the result is written by the same hand and appears at once.
+As in pruning, a step is finished once the journal has its line, and files that a step needs are removed only after the
+line that makes them unnecessary. The same code writes the result, and it appears in one rename.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from . import lora
 STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
 RATES = {"lora": 1e-3, "distil": 3e-3}
-"""Where no rate is given."""
+"""Default learning rates by method."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a tuning job did."""
+    """Result of a tuning job."""
 
     out: str
     method: str
@@ -64,31 +64,32 @@ class Tuned:
     steps: int
     parameters: int
     loss_first: float
-    """Mean over the first tenth of the steps: nats a token for `lora`; for `distil` the blocks' mean squared error, averaged."""
+    """Mean over the first tenth of the steps: nats per token for `lora`; mean squared error, averaged over the blocks, for
+    `distil`."""
     loss_last: float
-    """The same over the last tenth."""
+    """The same mean over the last tenth of the steps."""
     tokens: str | None
-    """The training windows' fingerprint."""
+    """Fingerprint of the training windows."""
     operations: int
-    """Floating-point operations of the whole job, as `maths.operations` counts them."""
+    """FLOPs of the whole job, as `maths.flops` counts them."""
     seconds: float
-    """Of this process."""
+    """Seconds that this process took."""
     peak_device_bytes: int
     peak_host_bytes: int
     bytes_read: int
-    """From the checkpoints, block by block, by this process."""
+    """Bytes that this process read from the checkpoints, block by block."""
     resumed: bool
-    """Whether an earlier process had done some of the work."""
+    """Whether earlier processes did part of the work."""
 
 
 def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None = None) -> Tuned:
-    """Train low-rank updates of a checkpoint directory's linears into another directory; an interrupted job goes on.
+    """Train low-rank updates of a checkpoint's linears and write the result to a new directory. Resumes interrupted jobs.
 
     Args:
-        restart: throw away what an earlier job of the same `out` left, its result too.
+        restart: discard an earlier job with the same `out`, including its result.
 
     Raises:
-        StreamPruneError: see `errors`; `out` is then as it was.
+        StreamPruneError: see `errors`. `out` is then unchanged.
     """
     started = time.monotonic()
     job = Tuning(config, progress, restart)
@@ -115,10 +116,10 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
 
 
 class Tuning(Workplace):
-    """One job, from wherever its journal says.
+    """One tuning job, which resumes from its journal.
 
     Raises:
-        StreamPruneError: whatever can be known to be wrong before any work.
+        StreamPruneError: an error that can be detected before any work starts.
     """
 
     known_prefixes: ClassVar = (*Workplace.known_prefixes, STATE)
@@ -144,14 +145,14 @@ class Tuning(Workplace):
 
     @property
     def sources(self) -> list[Skeleton]:
-        """All models that are read."""
+        """All models that the job reads."""
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
     def _source(self) -> Entry | None:
-        """The report of the model that is tuned, where there is one.
+        """Read the report of the model to tune, if it has one.
 
         Raises:
-            ConfigError: it says that weights were made zero, which a change would fill.
+            ConfigError: the model has zeroed weights, which a low-rank update would fill.
         """
         path = self.config.model / REPORT
         report = read_json(path) if path.is_file() else None
@@ -163,7 +164,7 @@ class Tuning(Workplace):
         return report
 
     def _method(self, restart: bool) -> TuneMethod:
-        """The method asked for; ``auto`` stays what it was, or takes what fits."""
+        """Return the method. ``auto`` keeps the method of an existing job, or takes one that fits into memory."""
         config, method = self.config, self.config.method
         if method == "auto":
             method = (None if restart else self._begun()) or self._fitting()
@@ -174,7 +175,7 @@ class Tuning(Workplace):
         return method
 
     def _begun(self) -> TuneMethod | None:
-        """The method of the job under way or of the finished result."""
+        """Return the method of the unfinished job or of the finished result; None without either."""
         if self.journal_path.is_file():
             start = Journal(self.journal_path, repair=False).header
             begun = start["job"]["settings"] if start is not None else {}
@@ -201,7 +202,7 @@ class Tuning(Workplace):
     def _teacher(self) -> Skeleton:
         assert self.config.teacher is not None
         student, path = self.student, self.config.teacher
-        # Whatever it is stored in, its outputs are compared with the student's.
+        # Compute in the student's dtype, whatever the stored dtype: the outputs are compared with the student's.
         teacher = Skeleton(Checkpoint(path), device=self.device, dtype=student.dtype)
         for name, ours, theirs in (
             ("blocks", len(student), len(teacher)),
@@ -219,7 +220,7 @@ class Tuning(Workplace):
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """What must be the same for a job to go on: settings, inputs, and versions that change numbers."""
+        """Settings, inputs, and versions that affect the numbers. They must be unchanged on resume."""
         import transformers
 
         teacher = {} if self.teacher is None else {"teacher": self.teacher.checkpoint.identity()}
@@ -242,12 +243,12 @@ class Tuning(Workplace):
 
     @cached_property
     def text(self) -> Text:
-        """What is trained on."""
+        """The text to train on."""
         return Text.of(self.config.text)
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Training windows (samples, length)."""
+        """Training windows (samples, length) int64."""
         config, vocabulary = self.config, self.student.vocabulary
         tokenizer = load_tokenizer(config.model, vocabulary)
         return windows.sample(tokenizer, self.text, vocabulary, config.samples, self.length, config.seed, self.progress)
@@ -258,7 +259,7 @@ class Tuning(Workplace):
 
     @property
     def _held(self) -> int:
-        """What of the memory limit is taken before any work."""
+        """Bytes of the memory limit that are taken before any work."""
         return self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
 
     def _needs(self, *, trains: bool = True) -> Needs:
@@ -277,14 +278,14 @@ class Tuning(Workplace):
         return in_memory_peak(self.student, self._needs(), micro)
 
     def _peak(self, batch: int, micro: int) -> int:
-        """Bytes that the device holds at most with micro-batches of these sizes."""
+        """Return the peak bytes on the device, given the sequences per micro-batch of forward passes and of training."""
         if self.teacher is None:
             return self._lora_peak(micro)
         teacher = device_peak(self.teacher, self._needs(trains=False), batch, 1)
         return max(teacher, device_peak(self.student, self._needs(), batch, micro))
 
     def _forecast(self) -> Resources:
-        """What it takes, given what this machine has free."""
+        """Forecast the job's resources within what this machine has free."""
         limits = {**self._room, "disk_limit": files.free_bytes(self.cache)}
         limit, work = self._room["device_limit"], self._room["device_limit"] - self._held
         found = forecast(self.student, self._needs(), **limits)
@@ -305,10 +306,10 @@ class Tuning(Workplace):
     # Opening and resuming.
 
     def start(self, restart: bool) -> None:
-        """Begin, or find out where an earlier process stopped.
+        """Start the job, or find the point where an earlier process stopped.
 
         Raises:
-            ResumeError: started with other settings, inputs or versions.
+            ResumeError: the job was started with other settings, inputs or versions.
         """
         self.journal = Journal(self.journal_path)
         start = self.journal.header
@@ -332,7 +333,7 @@ class Tuning(Workplace):
             )
 
     def _begin(self) -> Entry:
-        """Check whatever can be known beforehand; then, and only then, let go of what was there."""
+        """Check everything that can be checked in advance; only then discard an earlier job."""
         self.check_folder()
         resources = self._forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes)
@@ -356,7 +357,7 @@ class Tuning(Workplace):
         )
 
     def _schedule(self) -> list[Stretch]:
-        """The steps to come."""
+        """Return the steps of the job."""
         if self.method == "lora":
             work = [Stretch("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
         else:
@@ -366,7 +367,7 @@ class Tuning(Workplace):
     # The work.
 
     def work(self) -> Entry:
-        """Train, write, publish; returns the report."""
+        """Train, write and publish; return the report."""
         self.go_back(self._lost)
         if self.journal.find("complete") is None:
             figures, shards = self._lora() if self.method == "lora" else self._distil()
@@ -376,7 +377,7 @@ class Tuning(Workplace):
         return self.publish()
 
     def _lost(self) -> Lost | None:
-        """Something of what this or an earlier step left; the first block's inputs are embedded again."""
+        """Find a missing or damaged file of a finished step; missing inputs of the first block are embedded again."""
         complete = self.journal.find("complete")
         if complete is not None and not self.staging.is_dir():
             return None
@@ -399,7 +400,7 @@ class Tuning(Workplace):
 
     @cached_property
     def _store(self) -> ActivationStore:
-        """Both streams of a distillation."""
+        """The student's and teacher's streams of a distillation."""
         shape = self.config.samples, self.length, self.student.width
         return ActivationStore(
             self.cache,
@@ -412,7 +413,7 @@ class Tuning(Workplace):
         )
 
     def _distil(self) -> tuple[Entry, dict[str, str]]:
-        """Block by block, from the tuned stream's input to the teacher's output; returns figures, and digests of the shards."""
+        """Fit each block from the tuned stream's input to the teacher's output; return figures and digests of the shards."""
         assert self.teacher is not None
         student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
         done = len(list(self.journal.steps("block/")))
@@ -426,7 +427,7 @@ class Tuning(Workplace):
         how = Refinement(
             self.config.steps, self.config.seed, self.micro, keeps_zeros=False, rate=self.rate, rank=self.config.rank
         )
-        # One block at a time: the teacher's has gone when the student's comes.
+        # Hold one block at a time: the teacher's block is freed before the student's is read.
         dense = sweep.forward(teacher, store, TEACHER, done, depth, self.batch)
         tuned = sweep.blocks(student, range(done, depth))
         for index in range(done, depth):
@@ -450,7 +451,7 @@ class Tuning(Workplace):
 
     @kind("training")
     def _lora(self) -> tuple[Entry, dict[str, str]]:
-        """End to end, in memory; then block by block into the weights; returns figures, and digests of the shards."""
+        """Train end to end in memory, then add the updates block by block; return figures and digests of the shards."""
         config = self.config
         saved = [step["step"].removeprefix("steps/") for step in self.journal.steps("steps/")]
         done = int(saved[-1]) if saved else 0
@@ -492,19 +493,19 @@ class Tuning(Workplace):
         return self.folder / f"{STATE}{step:06}.safetensors"
 
     def _keep_state(self, step: int) -> None:
-        """Remove every state but that of `step`, and what a killed process left half-written."""
+        """Remove all states but that of `step`, and incomplete files from killed processes."""
         for path in self.folder.glob(f"{STATE}*"):
             if path != self._state_path(step):
                 files.remove(path)
 
     def _write_block(self, block: Block, index: int) -> str:
-        """Returns the shard's digest."""
+        """Write a block's shard; return its digest."""
         names = self.student.block_names(index)
         shard = self.staging / write.block_shard(self.student, index)
         return write_shard(shard, {full: block.weights[name] for name, full in names.items()})
 
     def _write(self, figures: Mapping[str, Any], shards: Mapping[str, str]) -> dict[str, str]:
-        """What surrounds the blocks' shards, whose digests are given; returns all files' digests."""
+        """Write everything but the blocks' shards, whose digests are given; return the digests of all files."""
         student, config = self.student, self.config
         report = {
             "tuning": {
