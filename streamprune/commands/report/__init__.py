@@ -1,4 +1,4 @@
-"""What was done, on one page: a finished OUT read, drawn and written as HTML."""
+"""Write an HTML report of a finished OUT."""
 
 from .report import report
 

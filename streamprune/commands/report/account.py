@@ -1,4 +1,4 @@
-"""What a finished job wrote down of itself, read back and checked: a report may come from anywhere."""
+"""Read and validate what a finished job recorded about itself. The files are untrusted: they may come from anywhere."""
 
 from __future__ import annotations
 
@@ -19,46 +19,48 @@ from ..status import check_finished
 
 @dataclass(frozen=True)
 class SiteAccount:
-    """What happened at one site."""
+    """Result of pruning one site."""
 
     name: str
     block: int
     kind: str
     kept: int
-    """Units; where weights became zero, weights that did not."""
+    """Units kept or, if weights were zeroed, the number of nonzero weights."""
     whole: int
+    """Units or weights before pruning."""
     zeros: bool
-    """Whether weights became zero, and no unit went."""
+    """Whether weights were zeroed instead of units removed."""
     error: float | None
-    """Share of the consumer's output energy that was lost; None where nothing was measured."""
+    """Share of the consumer's output energy that was lost; None if it was not measured."""
     damping: float | None
     seconds: float | None
     left_alone: bool
-    """Whether it is an expert that too few tokens reached."""
+    """Whether the site is an expert left unpruned because too few tokens reached it."""
 
     @property
     def share(self) -> float:
-        """What it kept, in [0, 1]."""
+        """Share kept, in [0, 1]."""
         return self.kept / self.whole if self.whole else 1.0
 
 
 @dataclass(frozen=True)
 class BlockAccount:
-    """What one block took."""
+    """Cost of one block."""
 
     block: int
     survey_seconds: float
     prune_seconds: float
     host_bytes: int | None
-    """Held at most while it was pruned."""
+    """Peak bytes of host memory while the block was surveyed and pruned."""
     device_bytes: int | None
+    """Peak bytes of device memory while the block was surveyed and pruned."""
     own_peak: bool
-    """Whether the host's figure is of this block alone, not of all until then."""
+    """Whether `host_bytes` is the peak of this block alone, not of the process so far."""
 
 
 @dataclass(frozen=True)
 class TuningAccount:
-    """A recovery that came after pruning."""
+    """Result of a tuning job after pruning."""
 
     method: str
     rank: int
@@ -76,7 +78,7 @@ class CompareRow:
     ratio: float
     ratio_blocks: float
     perplexity: float | None
-    """None where it is not finite."""
+    """None if it is not finite."""
     parameters: int
     seconds: float
     forward_equivalents: float
@@ -84,7 +86,7 @@ class CompareRow:
 
 @dataclass(frozen=True)
 class CompareAccount:
-    """A comparison; the dense model's row is the first."""
+    """A comparison; the first row is the dense model."""
 
     model: str
     protocol: str
@@ -94,35 +96,35 @@ class CompareAccount:
 
 @dataclass(frozen=True)
 class Account:
-    """All that a finished checkpoint says of how it was made."""
+    """Everything that a finished checkpoint records about the jobs that produced it."""
 
     name: str
     source: Mapping[str, Any] | None
-    """What tells the model that the first of its jobs read: the checkpoint's `identity`."""
+    """`identity` of the checkpoint that the first job read."""
     model: str | None
-    """The name of the model that was pruned."""
+    """Name of the model that was pruned."""
     recipe: str | None
-    """None for a tuned model that was not pruned here."""
+    """None for a tuned model that streamprune did not prune."""
     figures: Mapping[str, float]
-    """What the report says of the whole, as far as it is a number."""
+    """Numeric top-level fields of the report."""
     operations: Mapping[str, int]
-    """Of pruning, by what they were for; empty where the report does not say."""
+    """FLOPs of pruning by kind; empty if the report has none."""
     sites: tuple[SiteAccount, ...]
     blocks: tuple[BlockAccount, ...]
     curve_label: str | None
     curves: Mapping[str, tuple[tuple[int, float], ...]]
-    """By site name: with so many units gone, what the next costs."""
+    """Cost curves by site name, as (units removed so far, cost of the next unit)."""
     tunings: tuple[TuningAccount, ...]
-    """The last one first."""
+    """Tuning jobs, the last one first."""
     settings: Mapping[str, Mapping[str, Any]]
-    """Settings, inputs and versions of the job, and of those before it, by what they are of; each flat."""
+    """Flattened settings, inputs and versions of this job and the jobs before it, by title."""
 
 
 def read_account(out: Path) -> Account:
-    """What lies in a finished OUT.
+    """Read the records of a finished OUT.
 
     Raises:
-        ConfigError: it is not finished, or not a result of ours.
+        ConfigError: OUT is unfinished, or streamprune did not write it.
         CheckpointError: the report is damaged.
     """
     path = out / REPORT
@@ -181,11 +183,11 @@ def read_account(out: Path) -> Account:
 
 
 def read_comparison(path: Path) -> CompareAccount:
-    """A comparison: its folder or its compare.json.
+    """Read a comparison from its folder or its compare.json.
 
     Raises:
-        ConfigError: there is none.
-        CheckpointError: it is damaged.
+        ConfigError: the file does not exist or is not from a comparison.
+        CheckpointError: the file is damaged.
     """
     path = path / JSON if path.is_dir() else path
     if not path.is_file():
@@ -268,7 +270,7 @@ def _curves(path: Path) -> tuple[str | None, dict[str, tuple[tuple[int, float], 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Fields of JSON objects, of the type they must have."""
+    """Read fields of JSON objects and check their types; raise CheckpointError for a wrong one."""
 
     path: Path
 
@@ -298,7 +300,7 @@ class _Reader:
         return value
 
     def objects(self, entry: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
-        """Those of a list; none where there is no such field."""
+        """Return the objects of a list; none if the field is missing."""
         value = entry.get(name, [])
         if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
             raise CheckpointError(f"{self.path}: {name} must be a list of objects")
@@ -306,12 +308,12 @@ class _Reader:
 
 
 def _is_number(value: Any) -> bool:
-    # Compared, since a whole number may be larger than any that `math.isfinite` takes.
+    # Compare instead of `math.isfinite`, which raises for an integer beyond the range of floats.
     return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a JSON value by its dotted place; lists are leaves."""
+    """Yield every leaf of a JSON value with its dotted path; lists are leaves."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{place}.{key}" if place else str(key))

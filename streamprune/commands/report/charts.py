@@ -1,6 +1,7 @@
-"""Charts as SVG text: axes, bars, lines and dots, each with a tooltip.
+"""Draw charts as SVG text: axes, bars, lines and dots, each with a tooltip.
 
-Colours and type are the page's, by class: a chart says what a mark is, not how it looks. Every text is escaped here.
+The page's style sheet sets colours and fonts by class. A chart states what a mark is, not how it looks. All texts are
+escaped here.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 30, 44
 DECADES = 9
-"""A logarithmic axis shows at most so many below its highest value."""
+"""Largest number of decades that a logarithmic axis shows below its highest value."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a chart."""
+    """One axis of a chart."""
 
     label: str
     low: float
     high: float
     ticks: tuple[tuple[float, str], ...]
-    """Where there are marks, and what they say."""
+    """Values with a tick mark, and their labels."""
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies, 0 to 1; what is outside lies at the edge."""
+        """Return the position of a value on the axis, from 0 to 1; values outside are clamped to the ends."""
         low, high, value = (
             (math.log10(v) for v in (self.low, self.high, max(value, self.low)))
             if self.log
@@ -42,7 +43,7 @@ class Axis:
 
 
 def linear(label: str, high: float, say: Callable[[float], str], *, low: float = 0.0) -> Axis:
-    """An axis with some five round ticks; `say` writes a tick's value."""
+    """Create an axis with about five ticks at round values; `say` formats a value."""
     high = high if high > low else low + 1.0
     step = _round_step((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -51,16 +52,19 @@ def linear(label: str, high: float, say: Callable[[float], str], *, low: float =
 
 
 def share(label: str) -> Axis:
-    """0 to 100 %."""
+    """Create an axis from 0 to 100 %."""
     return Axis(label, 0.0, 1.0, tuple((k / 4, f"{25 * k}%") for k in range(5)))
 
 
 def logarithmic(label: str, values: Iterable[float], say: Callable[[float], str]) -> Axis:
-    """An axis around positive values, ticks at powers of ten or, within less than two, at 1, 2 and 5 times those."""
+    """Create a logarithmic axis around the positive values.
+
+    Ticks are at powers of ten or, if at most two of them are in range, at 1, 2 and 5 times powers of ten.
+    """
     positive = [value for value in values if value > 0]
     most = max(positive, default=1.0)
     least = max(min(positive, default=most / 10), most / 10**DECADES)
-    # Ends at 1, 2 or 5 times a power of ten.
+    # The ends are at 1, 2 or 5 times a power of ten.
     bottom, top = math.floor(math.log10(least)), math.ceil(math.log10(most))
     marks = [factor * 10.0**k for k in range(bottom, top + 1) for factor in (1, 2, 5)]
     low = max(mark for mark in marks if mark <= least * (1 + 1e-9))
@@ -71,7 +75,7 @@ def logarithmic(label: str, values: Iterable[float], say: Callable[[float], str]
 
 
 def positions(label: str, names: Sequence[str]) -> Axis:
-    """One place a name, at 0, 1, 2, ...; as many are written as there is room for."""
+    """Create an axis with one position per name, at 0, 1, 2, ...; label as many as fit."""
     every = max(1, math.ceil(len(names) / 10))
     every = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 100, 10**9) if step >= every)
     ticks = tuple((float(k), names[k]) for k in range(0, len(names), every))
@@ -80,22 +84,22 @@ def positions(label: str, names: Sequence[str]) -> Axis:
 
 @dataclass(frozen=True)
 class Frame:
-    """A chart's two axes on its paper."""
+    """The two axes of a chart, mapped to SVG coordinates."""
 
     x: Axis
     y: Axis
 
     def across(self, value: float) -> float:
-        """Paper's x."""
+        """Return the SVG x coordinate of a value."""
         return LEFT + self.x.place(value) * (WIDTH - LEFT - RIGHT)
 
     def up(self, value: float) -> float:
-        """Paper's y."""
+        """Return the SVG y coordinate of a value."""
         return HEIGHT - BOTTOM - self.y.place(value) * (HEIGHT - TOP - BOTTOM)
 
 
 def svg(frame: Frame, summary: str, marks: Iterable[str]) -> str:
-    """The whole chart; `summary` is what it is read out as."""
+    """Draw the whole chart; screen readers read `summary`."""
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">']
     for value, said in frame.y.ticks:
@@ -104,7 +108,7 @@ def svg(frame: Frame, summary: str, marks: Iterable[str]) -> str:
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(said)}</text>')
     for value, said in frame.x.ticks:
         x = frame.across(value)
-        # The last one keeps to the paper, and the first leaves the corner to the other axis.
+        # Keep the last label inside the chart, and the first one away from the other axis.
         anchor = "end" if x > right - 8 else "start" if x < LEFT + 2 else "middle"
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="{anchor}">{escape(said)}</text>')
     parts.append(f'<text class="axis" x="0" y="13">{escape(frame.y.label)}</text>')
@@ -115,7 +119,7 @@ def svg(frame: Frame, summary: str, marks: Iterable[str]) -> str:
 
 
 def bar(frame: Frame, at: float, low: float, high: float, kind: str, note: str = "", width: float = 0.72) -> str:
-    """From `low` to `high` at a place of a `positions` axis."""
+    """Draw a bar from `low` to `high` at a position of a `positions` axis."""
     left, right = frame.across(at - width / 2), frame.across(at + width / 2)
     top, bottom = frame.up(high), frame.up(low)
     return (
@@ -125,19 +129,19 @@ def bar(frame: Frame, at: float, low: float, high: float, kind: str, note: str =
 
 
 def hover(frame: Frame, at: float, note: str) -> str:
-    """Nothing to be seen, as high as the chart: what is said of the place."""
+    """Draw an invisible bar over the height of the chart that carries a position's tooltip."""
     return bar(frame, at, frame.y.low, frame.y.high, "hover", note, width=1.0)
 
 
 def line(frame: Frame, points: Sequence[tuple[float, float]], kind: str, note: str = "", style: str = "") -> str:
-    """Through points, in order."""
+    """Draw a line through points in order."""
     path = " ".join(f"{frame.across(x):.1f},{frame.up(y):.1f}" for x, y in points)
     styled = f' style="{escape(style)}"' if style else ""
     return f'<polyline class="line {kind}"{styled} points="{path}">{_title(note)}</polyline>'
 
 
 def dot(frame: Frame, x: float, y: float, kind: str, note: str = "", style: str = "", radius: float = 3.5) -> str:
-    """A point."""
+    """Draw a dot."""
     styled = f' style="{escape(style)}"' if style else ""
     return (
         f'<circle class="dot {kind}"{styled} cx="{frame.across(x):.1f}" cy="{frame.up(y):.1f}" r="{radius:g}">'
@@ -146,18 +150,18 @@ def dot(frame: Frame, x: float, y: float, kind: str, note: str = "", style: str 
 
 
 def level(frame: Frame, y: float, kind: str, note: str = "") -> str:
-    """A line across at one height."""
+    """Draw a horizontal line across the chart."""
     return line(frame, [(frame.x.low, y), (frame.x.high, y)], kind, note)
 
 
 def range_mark(frame: Frame, at: float, low: float, high: float, kind: str) -> str:
-    """A thin upright line: from the least to the most of several at one place."""
+    """Draw a thin vertical line from the least to the largest of several values at one position."""
     x = frame.across(at)
     return f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.up(low):.1f}" y2="{frame.up(high):.1f}"/>'
 
 
 def escape(text: object) -> str:
-    """For text and quoted attributes."""
+    """Escape a value for text and quoted attributes."""
     return html.escape(str(text), quote=True)
 
 

@@ -1,4 +1,7 @@
-"""The report as one HTML page: its words, its charts, its tables. No scripts, nothing fetched; every value is escaped."""
+"""Render the report as one HTML page of text, charts and tables. It has no scripts and fetches nothing.
+
+Every value is escaped.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,26 @@ KINDS = {
     "attention": ("Attention", "key/value groups, which go with their query heads"),
     "ffn": ("FFN", "channels"),
 }
-"""What kinds of site are called, and what their units are."""
+"""Title of each kind of site, and the description of its units."""
 LINES = 96
-"""Curves that one chart shows at most."""
+"""Largest number of curves per chart."""
 DOTS = 40
-"""Beyond so many, dots are small."""
+"""Number of dots in a chart above which they are drawn small."""
 SERIES = 8
-"""Colours of a comparison; beyond them they come again, dashed."""
+"""Number of colours in a comparison; further series repeat them with dashed lines."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""For the browser: run nothing and fetch nothing, whatever a value says."""
+"""Content security policy: the browser runs and fetches nothing, whatever a value contains."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a page is made of."""
+    """The contents of a page."""
 
     account: Account
     dense: str | None
-    """The name of the model it is held against."""
+    """Name of the model to compare with."""
     is_source: bool
-    """Whether that is the very checkpoint that the job read."""
+    """Whether `dense` is exactly the checkpoint that the job read."""
     perplexity: Evaluation | None
     dense_perplexity: Evaluation | None
     samples: Sequence[Sample]
@@ -55,7 +58,7 @@ class _Section:
 
 
 def render(contents: Contents) -> str:
-    """The page's HTML."""
+    """Return the page's HTML."""
     account = contents.account
     lacks: list[str] = []
     found = [
@@ -167,7 +170,7 @@ def _facts(contents: Contents) -> str:
     return f'<dl class="facts">{tiles}</dl>' if tiles else ""
 
 
-# The sections; what one cannot show it says in `lacks`.
+# The sections. A section without data adds the reason to `lacks`.
 
 
 def _budget(contents: Contents, lacks: list[str]) -> _Section | None:
@@ -191,7 +194,7 @@ def _budget(contents: Contents, lacks: list[str]) -> _Section | None:
                 note += f"; {len(group)} sites from {least:.1%} to {most:.1%}"
             marks.append(charts.hover(frame, at, note))
         mean = _kept_share([site for group in by_block.values() for site in group])
-        # Below the last block's tooltip, on an outline, so that it is seen on bars too.
+        # Draw the mean below the last block's tooltip, and on an outline so that it is visible on bars.
         marks[-1:-1] = [charts.level(frame, mean, "outline"), charts.level(frame, mean, "mean")]
         several = any(len(group) > 1 for group in by_block.values())
         legend = [
@@ -476,7 +479,7 @@ def _samples(contents: Contents, lacks: list[str]) -> _Section | None:
 
 
 def _said(label: str, text: str, alike: int) -> str:
-    """One model's words, what follows the first `alike` characters marked."""
+    """Return one model's continuation with everything after the first `alike` characters highlighted."""
     shared, apart = text[:alike].lstrip(" "), text[alike:]
     marked = f'<span class="apart">{escape(apart)}</span>' if apart else ""
     return f"<div><h3>{escape(label)}</h3><p>{escape(shared)}{marked}</p></div>"
@@ -547,7 +550,7 @@ def _settings(contents: Contents, lacks: list[str]) -> _Section | None:
 
 
 def _by_kind(sites: Iterable[SiteAccount]) -> dict[str, dict[int, list[SiteAccount]]]:
-    """Sites by kind and block, of which a mixture has several."""
+    """Group sites by kind and block; a mixture of experts has several per block."""
     found: dict[str, dict[int, list[SiteAccount]]] = {}
     for site in sites:
         found.setdefault(site.kind, {}).setdefault(site.block, []).append(site)
@@ -564,7 +567,7 @@ def _depth(by_block: Mapping[int, Any]) -> charts.Axis:
 
 
 def _class(kind: str) -> str:
-    """How the style sheet calls a kind."""
+    """Return the CSS class of a kind of site."""
     return kind if kind in KINDS else "other"
 
 
@@ -591,12 +594,12 @@ def _table(label: str, head: str, rows: Iterable[str], kind: str = "") -> str:
 
 
 def _share_text(value: float) -> str:
-    """0.0123 → ``"1.2%"``, with two digits that count."""
+    """Format a share with two significant digits: 0.0123 → ``"1.2%"``."""
     return f"{100 * value:.2g}%" if value < 0.995 else f"{value:.0%}"
 
 
 def _count(number: float) -> str:
-    """6951168 → ``"6.95 M"``."""
+    """Format a count with a unit: 6951168 → ``"6.95 M"``."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.2f} {unit}"

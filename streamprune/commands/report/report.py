@@ -1,4 +1,4 @@
-"""A page that shows what was done to a finished checkpoint: one HTML file, which needs nothing else."""
+"""Write the report of a finished checkpoint as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def report(
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the page of a finished OUT; returns where it is.
+    """Write the report of a finished OUT; return the path of the page.
 
-    Budget over depth, reconstruction errors, importance curves, time and memory a block, settings and fingerprints come
-    from what the job wrote down. The rest is made now, where it is asked for.
+    Budget by depth, reconstruction errors, importance curves, time and memory per block, settings and fingerprints come
+    from the job's records. Samples and perplexity are computed now, if requested.
 
     Args:
-        out: a checkpoint directory that `prune` or `tune` made.
-        against: the dense model, for samples and perplexity side by side.
-        prompts: texts that both models go on with, greedily, each model whole in memory, one after the other.
-        tokens: of each sample, at most; None takes 48, or what a prompt leaves of the shorter context.
-        text: one source (see `text.Source`) to measure perplexity on, streamed.
-        seq_len: tokens a window of it; see `evaluate`.
+        out: a checkpoint directory that `prune` or `tune` wrote.
+        against: the dense model, to compare samples and perplexity with.
+        prompts: texts that both models continue greedily. One model at a time is in memory, as a whole.
+        tokens: largest number of tokens per sample; None takes 48, or what a prompt leaves of the shorter context.
+        text: one source (see `text.source.Source`) to measure perplexity on, streamed.
+        seq_len: tokens per window of `text`; see `evaluate`.
         comparison: the folder of a `compare`, or its compare.json.
-        html: where to write; None takes ``report.html`` in `out`.
-        memory: bytes the device may use to measure perplexity; None takes what is free.
+        html: path of the page; None takes ``report.html`` in `out`.
+        memory: bytes that the device may use to measure perplexity; None allows all free memory.
 
     Raises:
-        ConfigError: `out` is not a finished result, or what was asked for makes no page.
-        CheckpointError: a file in it, or the model it is held against, is damaged.
-        ResourceError: samples are asked of a model that does not fit into the free memory.
+        ConfigError: `out` is not a finished result, or the arguments do not fit together.
+        CheckpointError: a file in `out`, or the model to compare with, is damaged.
+        ResourceError: samples are requested from a model that does not fit into free memory.
     """
     out, progress = Path(out), progress or Silent()
     page = out / PAGE if html is None else Path(html)

@@ -1,4 +1,4 @@
-"""How models go on with a prompt: greedily, each in memory, one after the other."""
+"""Continue prompts greedily with several models, one model in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from ...system.progress import Progress
 from ...system.units import format_bytes
 
 TOKENS = 48
-"""Of a sample, unless told otherwise."""
+"""Default number of tokens per sample."""
 ROOM = 1.2
-"""Memory that generating takes, in sizes of the model."""
+"""Memory that generation takes, as a multiple of the model's size."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt, and how each model goes on."""
+    """One prompt, and each model's continuation."""
 
     prompt: str
     texts: Mapping[str, str]
-    """By the models' labels, the prompt left out."""
+    """Continuations without the prompt, by model label."""
     alike: int
-    """Characters on which all of them agree, from the first on."""
+    """Number of leading characters on which all continuations agree."""
     same: int
-    """The same in tokens."""
+    """Number of leading tokens on which all continuations agree."""
     tokens: int
-    """What the longest of them has."""
+    """Tokens of the longest continuation."""
 
 
 def check_samples(
     models: Mapping[str, Path], prompts: Sequence[str], tokens: int | None, device: torch.device
 ) -> list[int]:
-    """Refuse what cannot be generated, before any work; returns how many tokens may follow each prompt.
+    """Check in advance that samples can be generated; return how many tokens may follow each prompt.
 
     Args:
-        tokens: that many; None takes `TOKENS`, or what the prompt leaves of the models' contexts.
+        tokens: tokens per sample; None takes `TOKENS`, or what the prompt leaves of the models' contexts.
 
     Raises:
-        ConfigError: an empty prompt, no tokens to write, or more than a model's context takes.
-        CheckpointError: not a checkpoint, or its tokenizer cannot be read.
-        ResourceError: a model does not fit into the free memory.
+        ConfigError: a prompt is empty, `tokens` is below 1, or both together exceed a model's context.
+        CheckpointError: a model is not a checkpoint, or its tokenizer cannot be read.
+        ResourceError: a model does not fit into free memory.
     """
     if tokens is not None and tokens < 1:
         raise ConfigError(f"tokens is {tokens}; it must be at least 1")
@@ -72,7 +72,7 @@ def check_samples(
 
 
 def _room(path: Path, prompt: str, tokens: int | None) -> int:
-    """Tokens that may follow a prompt."""
+    """Return how many tokens may follow a prompt."""
     _, config = read_configuration(Checkpoint(path))
     context: int | None = getattr(config, "max_position_embeddings", None)
     length = len(load_tokenizer(path)(prompt)["input_ids"])
@@ -92,13 +92,14 @@ def _room(path: Path, prompt: str, tokens: int | None) -> int:
 def write_samples(
     models: Mapping[str, Path], prompts: Sequence[str], limits: Sequence[int], device: torch.device, progress: Progress
 ) -> list[Sample]:
-    """Greedy continuations of every prompt by every model, by label.
+    """Continue every prompt greedily with every model.
 
     Args:
-        limits: tokens to write after each prompt, at most; fewer where a model ends by itself.
+        models: checkpoint directories by label.
+        limits: largest number of tokens to generate after each prompt. A model may end its text earlier.
 
     Raises:
-        CheckpointError: transformers cannot load a model, or its tokenizer.
+        CheckpointError: transformers cannot load a model or its tokenizer.
     """
     progress.phase("samples", len(models) * len(prompts))
     written: dict[str, list[list[int]]] = {}
@@ -124,8 +125,8 @@ def write_samples(
 
 @torch.no_grad()
 def _greedy(model: Any, ids: torch.Tensor, tokens: int) -> list[int]:
-    """Ids that the most likely token gives, the prompt's left out."""
-    # A checkpoint's own generation config may ask for sampling, whose settings greedy search would be warned about.
+    """Generate up to `tokens` token ids greedily after `ids` (1, prompt tokens) int64; return them without the prompt."""
+    # Override a checkpoint's generation config: greedy search warns about sampling settings.
     plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     end = model.generation_config.eos_token_id
     pad = model.generation_config.pad_token_id
@@ -139,5 +140,5 @@ def _greedy(model: Any, ids: torch.Tensor, tokens: int) -> list[int]:
 
 
 def _agreed(each: Sequence[Sequence[Any]]) -> int:
-    """How many first items all have in common."""
+    """Return the number of leading items that all sequences have in common."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*each, strict=False)))
