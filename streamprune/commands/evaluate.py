@@ -52,15 +52,15 @@ def evaluate(
     """Measure the perplexity of a checkpoint directory, dense or pruned, on a text.
 
     The text is one source (see `text.source.Source`). Its documents, if it has several, are joined by two newlines. The
-    whole text is tokenized without special tokens and cut into consecutive windows of `seq_len` tokens (default: 2048, or
-    the model's context if that is shorter); a remainder is dropped. Perplexity is the exponential of the mean negative
-    log-likelihood over all predicted tokens.
+    whole text is tokenized without special tokens and cut into consecutive windows of `seq_len` tokens (default: 2048,
+    or the model's context if that is shorter); a remainder is dropped. Perplexity is the exponential of the mean
+    negative log-likelihood over all predicted tokens.
 
     Args:
         memory: bytes that the device may use; None allows all free memory.
         cache: folder for activations during the run; None takes the system's temporary folder.
-        activations: dtype in which activations are stored, see `system.machine.resolve_activations`. None stores them as
-            computed, because this is a measurement.
+        activations: dtype in which activations are stored, see `system.machine.resolve_activations`. None stores them
+            as computed, because this is a measurement.
         memory_host: bytes of host memory for activations, in addition to `memory`. Activations held there are not
             written to disk.
 

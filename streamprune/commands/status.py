@@ -36,7 +36,7 @@ class Status:
     shot: int | None = None
     """Number of the current shot."""
     done: int | None = None
-    """Finished steps. They correspond to journal lines, and `log` is finer. A comparison counts prunings and evaluations."""
+    """Finished steps: journal lines; for a comparison, rows pruned and rows measured. The log is updated more often."""
     total: int | None = None
     """All steps."""
     share: float | None = None

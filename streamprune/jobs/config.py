@@ -119,8 +119,8 @@ class Config:
     memory: int | None = _free(default=None)
     """Bytes that the device may use; None allows all free memory."""
     memory_host: int | None = _free(default=None)
-    """Bytes of host memory for activations, in addition to `memory`. None reserves none: the kernel's page cache already
-    keeps written files in free memory."""
+    """Bytes of host memory for activations, in addition to `memory`. None reserves none: the kernel's page cache
+    already keeps written files in free memory."""
     disk: int | None = _free(default=None)
     """Bytes of disk that activations may use; None allows all free space."""
     plan: Path | None = _free(default=None)
@@ -193,8 +193,8 @@ class TuneConfig:
     memory: int | None = _free(default=None)
     """Bytes that the device may use; None allows all free memory."""
     memory_host: int | None = _free(default=None)
-    """Bytes of host memory for activations, in addition to `memory`. None reserves none: the kernel's page cache already
-    keeps written files in free memory."""
+    """Bytes of host memory for activations, in addition to `memory`. None reserves none: the kernel's page cache
+    already keeps written files in free memory."""
 
     def __post_init__(self) -> None:
         _make_paths(self, "model", "out", "teacher", "cache")

@@ -44,7 +44,7 @@ class Journal:
         return self._entries[0] if self._entries else None
 
     def append(self, step: str, **data: Any) -> Entry:
-        """Durably record `step` as finished. All results that the line refers to must already be durable on every rank."""
+        """Durably record `step` as finished. Everything that the line refers to must be durable on every rank."""
         self.ranks.barrier()
         entry = {"step": step, **data, **self.meter()}
         self._entries.append(self.ranks.told(lambda: self._write(entry)))
@@ -96,7 +96,7 @@ def as_written(out: Path) -> Iterator[None]:
     """Turn errors from unexpected content of the journal of `out` into ResumeError.
 
     Raises:
-        ResumeError: an entry does not have the expected content. Its checksum is valid, so this is no accidental damage.
+        ResumeError: an entry does not have the expected content. Its checksum is valid, so the damage is no accident.
     """
     try:
         yield

@@ -20,7 +20,9 @@ from .journal import Entry, Journal
 
 @contextmanager
 def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Make `journal.append` record FLOPs, `seconds`, `memory` (bytes), and the seconds `waited` and `busy` (`system.timing`).
+    """Make `journal.append` record FLOPs, `seconds`, `memory` (bytes), and the seconds `waited` and `busy`.
+
+    See `system.timing` for the last two.
 
     With several ranks, FLOPs are summed, memory is the largest of any rank, and seconds are those of the first rank.
 

@@ -41,7 +41,7 @@ class Surveyed:
 
     @property
     def producers(self) -> tuple[Tensor, ...]:
-        """Weights of the producers, (rows, d) each, dtype of `w`; a fused linear is split. Read again on every access."""
+        """Weights of the producers, (rows, d) each, dtype of `w`; fused ones are split. Read again on every access."""
         return self.read_producers()
 
 
@@ -121,7 +121,7 @@ class Curve:
     label: str
     """What the values measure."""
     values: Callable[[Site, Findings], Tensor | None]
-    """Cost of each further removed unit as `allocate` uses it, (units,) ascending; None or empty if there is no curve."""
+    """Cost of each further removed unit as `allocate` uses it, (units,) ascending; None or empty without a curve."""
 
 
 @dataclass(frozen=True)

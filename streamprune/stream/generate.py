@@ -83,7 +83,7 @@ class KeysAndValues(BlockCache):
 
 
 def _next_tokens(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one token per sequence from the last block's output (samples, d), in chunks that bound the logits: (samples,)."""
+    """Draw one token per sequence from the last block's output (samples, d): (samples,). Chunks bound the logits."""
     uniform = torch.rand(len(hidden), generator=generator, dtype=torch.float64)
     chunk = max(1, sweep.LOGIT_BYTES // (4 * skeleton.vocabulary))
     found = []

@@ -275,7 +275,7 @@ class Delimited:
                 yield number, found
 
     def _rows(self, file: BinaryIO, place: int, stop: int) -> Iterator[tuple[int, list[str]]]:
-        """Yield the rows that begin in [`place`, `stop`), each with its offset. The file must be positioned at `place`."""
+        """Yield the rows that begin in [`place`, `stop`), each with its offset. The file must be at `place`."""
         end = place
 
         def lines() -> Iterator[str]:

@@ -34,8 +34,8 @@ class Source:
     """
 
     place: str
-    """A file, a folder that the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``. Files are `.jsonl`, `.ndjson`,
-    `.json`, `.csv`, `.tsv` or `.parquet`; any other file is UTF-8 text. All but `.parquet` may also end in `.gz`."""
+    """A file, a folder that the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``. Files are `.jsonl`,
+    `.ndjson`, `.json`, `.csv`, `.tsv` or `.parquet`; others are UTF-8 text. All but `.parquet` may be gzipped (`.gz`)."""
     field: str | None = None
     """Name of the field with a row's text or conversation; None takes the first of text, messages, conversations and
     content that exists."""
@@ -48,7 +48,7 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Parse ``"PLACE[:FIELD][=WEIGHT]"``. If several readings name an existing file or folder, the longest name wins.
+        """Parse ``"PLACE[:FIELD][=WEIGHT]"``. If several readings name an existing file, the longest wins.
 
         Raises:
             CalibrationError: the file does not exist.
@@ -110,7 +110,7 @@ class Text:
         return cls(tuple(source(spec) for spec in specs))
 
     def shares(self, samples: int) -> list[int]:
-        """Distribute `samples` windows over the sources by weight; the largest remainders, then earlier sources, round up.
+        """Distribute `samples` windows by weight; the largest remainders, then earlier sources, round up.
 
         Raises:
             ConfigError: a source would get no window.
@@ -130,7 +130,7 @@ class Text:
         return shares
 
     def identity(self) -> dict[str, Any]:
-        """Identify the text, JSON-ready: for each source, numbered from 1, its content, field and share of the weights."""
+        """Identify the text, JSON-ready: content, field and share of the weights of each source, numbered from 1."""
         whole = math.fsum(source.weight for source in self.sources)
         found = {}
         for number, source in enumerate(self.sources, start=1):

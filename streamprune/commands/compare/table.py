@@ -133,7 +133,7 @@ class Comparison:
         ]
 
     def reached_cells(self) -> list[list[str]]:
-        """Return the table of ratios at which each recipe reaches the requested perplexities; empty without requests."""
+        """Return the table of ratios at which each recipe reaches the requested perplexities; empty without any."""
         asked = list(dict.fromkeys(entry.perplexity for entry in self.reached))
         if not asked:
             return []
@@ -220,7 +220,7 @@ def reach(rows: Sequence[Row], perplexities: Sequence[float]) -> tuple[Reached, 
 
 
 def ratio_at(line: Sequence[tuple[float, float]], level: float) -> float | None:
-    """Return the first ratio at which a line through points (ratio, log-perplexity) meets `level`; None if it does not."""
+    """Return the first ratio at which a line through points (ratio, log-perplexity) meets `level`, or None."""
     if line[0][1] == level:
         return line[0][0]
     for (left, low), (right, high) in pairwise(line):

@@ -1,4 +1,4 @@
-"""Implement the model interface of lm-evaluation-harness for a streamed model. Import only if `lm_eval` is installed."""
+"""Implement the model interface of lm-evaluation-harness for a streamed model. Needs `lm_eval` to be installed."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Largest number of tokens in one input: the model's context or, if the config has none, the tokenizer's limit."""
+        """Largest number of tokens in one input: the model's context or, without one, the tokenizer's limit."""
         stated = int(self.tokenizer.model_max_length)
         return self.skeleton.context or (stated if stated < UNSTATED else DEFAULT_LENGTH)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        """Tokenize a text. If `add_special_tokens` is None, the tokenizer decides, unless the text already begins with one."""
+        """Tokenize a text. None leaves special tokens to the tokenizer, unless the text already begins with one."""
         first = self.tokenizer.bos_token if self.tokenizer.bos_token is not None else self.tokenizer.eos_token
         if add_special_tokens is None and first is not None and string.startswith(first):
             add_special_tokens = False

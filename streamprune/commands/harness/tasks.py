@@ -1,4 +1,4 @@
-"""Evaluate a streamed model on lm-evaluation-harness tasks, with the prompts, tokens and metrics of its `hf` backend."""
+"""Evaluate a streamed model on lm-evaluation-harness tasks, with prompts, tokens and metrics of its `hf` backend."""
 
 from __future__ import annotations
 

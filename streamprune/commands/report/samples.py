@@ -125,7 +125,7 @@ def write_samples(
 
 @torch.no_grad()
 def _greedy(model: Any, ids: torch.Tensor, tokens: int) -> list[int]:
-    """Generate up to `tokens` token ids greedily after `ids` (1, prompt tokens) int64; return them without the prompt."""
+    """Generate up to `tokens` ids greedily after `ids` (1, prompt tokens) int64; return them without the prompt."""
     # Override a checkpoint's generation config: greedy search warns about sampling settings.
     plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     end = model.generation_config.eos_token_id

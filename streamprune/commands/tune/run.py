@@ -64,8 +64,8 @@ class Tuned:
     steps: int
     parameters: int
     loss_first: float
-    """Mean over the first tenth of the steps: nats per token for `lora`; mean squared error, averaged over the blocks, for
-    `distil`."""
+    """Mean over the first tenth of the steps: nats per token for `lora`; mean squared error, averaged over the blocks,
+    for `distil`."""
     loss_last: float
     """The same mean over the last tenth of the steps."""
     tokens: str | None
@@ -83,7 +83,9 @@ class Tuned:
 
 
 def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None = None) -> Tuned:
-    """Train low-rank updates of a checkpoint's linears and write the result to a new directory. Resumes interrupted jobs.
+    """Train low-rank updates of a checkpoint's linears and write the result to a new directory.
+
+    Resumes an interrupted job.
 
     Args:
         restart: discard an earlier job with the same `out`, including its result.
@@ -216,7 +218,7 @@ class Tuning(Workplace):
         windows.window_length(self.length, teacher.context)
         return teacher
 
-    # What the job is.
+    # Definition of the job.
 
     @cached_property
     def header(self) -> dict[str, Any]:
@@ -278,7 +280,7 @@ class Tuning(Workplace):
         return in_memory_peak(self.student, self._needs(), micro)
 
     def _peak(self, batch: int, micro: int) -> int:
-        """Return the peak bytes on the device, given the sequences per micro-batch of forward passes and of training."""
+        """Return the peak bytes on the device, given the sequences per micro-batch, forward and training."""
         if self.teacher is None:
             return self._lora_peak(micro)
         teacher = device_peak(self.teacher, self._needs(trains=False), batch, 1)
@@ -413,7 +415,7 @@ class Tuning(Workplace):
         )
 
     def _distil(self) -> tuple[Entry, dict[str, str]]:
-        """Fit each block from the tuned stream's input to the teacher's output; return figures and digests of the shards."""
+        """Fit each block from the tuned stream's input to the teacher's output; return figures and shards' digests."""
         assert self.teacher is not None
         student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
         done = len(list(self.journal.steps("block/")))

@@ -32,8 +32,8 @@ SLACK = 1.02
 """Factor on the memory limit of a resumed job: processes differ slightly in what they hold before any work."""
 
 GramPlace = Literal["device", "parked", "host"]
-"""Where Grams are summed and sites solved. ``device``: both on the device. ``parked``: Grams move to the host while their
-site is solved on the device. ``host``: both on the host. On a CPU, the device is the host."""
+"""Where Grams are summed and sites solved. ``device``: both on the device. ``parked``: Grams move to the host while
+their site is solved on the device. ``host``: both on the host. On a CPU, the device is the host."""
 GRAM_PLACES: tuple[GramPlace, ...] = ("device", "parked", "host")
 Sizes = tuple[int, int, GramPlace]
 """Sequences per micro-batch, forward and backward, and the place of Grams. They determine the order of summation."""
@@ -54,7 +54,7 @@ class Demand:
     slack: int = 0
     """Bytes lost to fragmentation."""
     host: int = 0
-    """With a GPU, bytes in host memory: stored weights of this block and the next, and whatever moved from the device."""
+    """With a GPU, bytes in host memory: stored weights of this block and the next, and what moved from the device."""
 
     @property
     def device(self) -> int:
@@ -91,7 +91,7 @@ def in_memory_peak(skeleton: Skeleton, needs: Needs, batch: int) -> int:
 
 
 def generation_batch(skeleton: Skeleton, needs: Needs, batch: int, backward_batch: int) -> int:
-    """Return the sequences per micro-batch for generating calibration tokens: the most that fit the other steps' peak."""
+    """Return the sequences per micro-batch for generating calibration tokens, within the other steps' peak."""
     model = Memory(skeleton, needs)
     room = model.device_peak(batch, backward_batch, "device") - model.decoding(0)
     return max(1, min(needs.samples, room // (model.decoding(1) - model.decoding(0))))
@@ -103,8 +103,8 @@ class Memory(Shapes):
     def _passed_rows(self, batch: int) -> int:
         """Return bytes of micro-batches in transit, as stored: ten of them.
 
-        Two boundaries are read and the next micro-batch of both is being fetched; two are written with two micro-batches
-        queued for each.
+        Two boundaries are read and the next micro-batch of both is being fetched; two are written with two
+        micro-batches queued for each.
         """
         return 10 * self.stored_row * batch
 
@@ -346,7 +346,7 @@ class Memory(Shapes):
         return every, disk
 
     def beside_out(self) -> int:
-        """Return peak bytes on disk beside OUT: the result, and what the job keeps there until the result is complete."""
+        """Return peak bytes on disk beside OUT: the result, and what the job keeps there until it is complete."""
         needs, checkpoint = self.needs, self.skeleton.checkpoint
         result = sum(checkpoint[name].nbytes for name in checkpoint)
         found = result + self.sum_item * needs.findings

@@ -41,7 +41,7 @@ class Resources:
     host_bytes: int
     """Peak bytes of the process; on a CPU, including the device's share."""
     demands: dict[str, dict[str, int]]
-    """Bytes that each step holds, by step name: the parts of a `Demand`, and totals ``device_bytes``, ``host_bytes``."""
+    """Bytes that each step holds, by step name: the parts of a `Demand`, totals ``device_bytes``, ``host_bytes``."""
     held_bytes: int
     """Bytes of the host's peak that are activations held within `memory_host`."""
     disk_bytes: int
@@ -49,7 +49,7 @@ class Resources:
     activations: str
     """Dtype in which activations are stored."""
     output_bytes: int
-    """Peak bytes beside OUT: the result and, until it is complete, an earlier shot's result and the survey's findings."""
+    """Peak bytes beside OUT: the result and, until it is complete, an earlier shot's and the survey's findings."""
     bytes_to_read: int
     """Bytes of weights read over the whole job."""
     operations: int
