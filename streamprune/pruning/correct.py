@@ -17,15 +17,62 @@ from torch import Tensor, nn
 from ..jobs.forecast.needs import REFINE_SEQUENCES
 from ..maths.adam import Descent, batch
 from ..maths.refit import accumulator
+from ..model import write
 from ..model.block import Block
 from ..model.checkpoint import load_shard, write_shard
-from ..model.skeleton import Skeleton
+from ..model.skeleton import Skeleton, open_skeleton
 from ..recipes.recipe import Correction
 from ..stream import sweep
 from ..stream.store import ActivationStore
 from ..system import files
+from ..system.progress import rest
+from .shot import Shot
 
 STREAM, GRADIENT = "dense", "gradient"
+
+
+def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
+    """Correct the pruned checkpoint of a shot; return the digests of the corrected blocks' shards by name.
+
+    The first rank does it alone, since a step takes only a few samples; the others return nothing.
+    """
+    if not shot.ranks.first:
+        for step in range(len(shot.steps("correct/")), how.steps):
+            shot.record(f"correct/{step}")
+        return {}
+    job = shot.job
+    files.make_folder(shot.folder)
+    journalled = shot.steps("correct/")
+    corrector = Corrector(
+        open_skeleton(shot.pruned, job.device, job.dtype, layout=job.skeleton.layout),
+        job.tokens,
+        shot.corrections,
+        how,
+        journalled[-1]["sha256"] if journalled else {},
+        window=job.window,
+        seed=job.config.seed,
+        micro=job.backward_batch,
+        keep_zeros=job.recipe.writes_zeros(job.settings),
+    )
+    shot.progress.phase("correct", how.steps, len(journalled))
+    for step, digests in corrector.steps(len(journalled)):
+        shot.record(f"correct/{step}", sha256=digests)
+        shot.progress.step(f"step {step}")
+    return _absorb(shot, corrector)
+
+
+def _absorb(shot: Shot, corrector: Corrector) -> dict[str, str]:
+    """Write all blocks with their updates absorbed; return their shards' digests by name."""
+    skeleton, shards = corrector.skeleton, {}
+    for index, block in sweep.blocks(skeleton, range(len(skeleton))):
+        names = skeleton.block_names(index)
+        corrector.absorb(block, index)
+        shard = write.block_shard(skeleton, index)
+        tensors = {full: block.weights[name] for name, full in names.items()}
+        shards[shard] = write_shard(shot.folder / shard, tensors)
+        del block, tensors
+        rest(shot.progress)
+    return shards
 
 
 class Corrector:

@@ -1,4 +1,4 @@
-"""The job as a whole: shot after shot, then the result is published."""
+"""The whole job: each shot surveys, allocates, prunes, corrects and writes; then the result is published."""
 
 from __future__ import annotations
 
@@ -15,16 +15,27 @@ from ..jobs.forecast.resources import Resources
 from ..jobs.journal import Entry
 from ..jobs.meter import metered
 from ..jobs.names import FIGURES
+from ..jobs.reports import pruning_card
 from ..maths.flops import kind
+from ..model import hub, write
 from ..model.checkpoint import write_shard
+from ..model.names import CURVES
+from ..recipes.plan import Plan
+from ..recipes.recipe import Correction
 from ..stream.generate import generate
 from ..system import files
 from ..system.machine import within
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
+from .allocate import allocate
+from .correct import correct_blocks
+from .curves import write_curves
 from .job import Job
+from .prune import prune_blocks
 from .resume import lost
+from .sharing import Sharing
 from .shot import Shot
+from .survey import Surveyor
 
 
 @dataclass(frozen=True)
@@ -143,23 +154,23 @@ def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
 
 
 class Run:
-    """An opened job from wherever its journal says."""
+    """An opened job, from wherever its journal ends: survey, allocate, prune, correct and write, shot after shot."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
     def work(self) -> Entry:
-        """Shot after shot to the finished OUT; returns the report."""
+        """Do everything up to the finished OUT; return the report."""
         job = self.job
-        self.job.go_back(lambda: lost(self.job))
+        job.go_back(lambda: lost(job))
         if job.journal.find("complete") is None:
-            self._prepare()
+            self._get_text()
             for number in range(1, job.shots + 1):
                 shot = Shot(job, number)
                 if shot.finished is None:
                     if job.shots > 1:
                         job.progress.say(f"shot {number} of {job.shots}")
-                    shot.work()
+                    self._prune_once(shot)
                 if number > 1 and job.ranks.first:
                     files.remove_tree(job.shot_folder(number - 1))
             assert job.journal.header is not None
@@ -170,12 +181,60 @@ class Run:
         return job.publish()
 
     def prepare(self) -> None:
-        """What comes before the prune sweep."""
+        """Do what comes before the prune sweep."""
         self.job.go_back(lambda: lost(self.job))
-        self._prepare()
-        Shot(self.job, 1).prepare()
+        self._get_text()
+        self._plan(Shot(self.job, 1))
 
-    def _prepare(self) -> None:
+    # One shot.
+
+    def _prune_once(self, shot: Shot) -> None:
+        """Take a shot from wherever the journal ends to its finished directory."""
+        plan = self._plan(shot)
+        if not shot.journalled("pruned"):
+            shards = prune_blocks(shot, plan)
+            shot.record("pruned", sha256=self._write(shot, plan, shot.pruned, shards))
+        pruned = shot.journalled("pruned")
+        assert pruned is not None
+        digests = pruned["sha256"] if shot.correction is None else self._correct(shot, plan, shot.correction)
+        shot.record("finished", removed=shot.removed, sha256=digests)
+        if shot.correction is not None and shot.ranks.first:
+            files.remove_tree(shot.pruned)
+            files.remove_tree(shot.corrections)
+
+    def _plan(self, shot: Shot) -> Plan:
+        """Survey and allocate, as far as that is not done."""
+        if self.job.needs_text and not shot.journalled("embed"):
+            shot.embed()
+            shot.record("embed")
+        if self.job.surveys and not shot.journalled("allocate"):
+            Surveyor(shot, Sharing(shot)).survey()
+        return allocate(shot)
+
+    @kind("training")
+    def _correct(self, shot: Shot, plan: Plan, how: Correction) -> dict[str, str]:
+        """Correct the pruned checkpoint into the shot's result; return the digests of all its files."""
+        return self._write(shot, plan, shot.folder, correct_blocks(shot, how))
+
+    def _write(self, shot: Shot, plan: Plan, folder: Path, shards: Mapping[str, str]) -> dict[str, str]:
+        """Complete a checkpoint around the blocks' shards, given as digests by name; return the digests of all files."""
+        if not shot.ranks.first:
+            return {}
+        job, reports = self.job, shot.reports
+        after = [site.keeping(report["kept"]) for site, report in zip(shot.sites, reports, strict=True)]
+        report = job.report(plan, reports, shot.removed)
+        digests = {**shards, **write.write_outside(shot.skeleton, folder)}
+        card = pruning_card(report, hub.title(job.config.model), len(shot.skeleton))
+        curve = job.recipe.curve(job.settings) if shot.last and job.surveys else None
+        if curve is not None:
+            dense = {site.name: site.units for site in job.sites}
+            digests[CURVES] = write_curves(folder / CURVES, curve, job.changeable(shot.sites), shot.survey, plan, dense)
+        return write.finish(shot.skeleton, folder, after, report, card, shot.skeleton.layout, digests, shot.progress)
+
+    # The text.
+
+    def _get_text(self) -> None:
+        """Say which text is used if none was given, and have the model write it if it was asked to."""
         if self.job.needs_text and self.job.config.calibration is None:
             self.job.progress.say(
                 "no --calibration given: using the built-in English sample; text of your own domain does better"
@@ -185,9 +244,9 @@ class Run:
 
     @kind("writing")
     def _write_text(self) -> None:
-        """Calibration tokens of the model's own; a killed process's are begun again, and come out the same.
+        """Generate the calibration tokens. After an interruption they are generated again, and come out the same.
 
-        One generator draws them, so they are the first rank's work alone.
+        A single generator draws them, so the first rank does it alone.
         """
         job, digest = self.job, None
         if job.ranks.first:

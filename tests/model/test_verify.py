@@ -425,10 +425,10 @@ def test_what_old_checkpoints_carry_is_passed_over_silently(tiny: Tiny, tmp_path
 def test_a_result_with_something_extra_is_no_result(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune.pruning import shot
+    from streamprune.pruning import prune
 
-    real = shot.write_shard
-    monkeypatch.setattr(shot, "write_shard", lambda path, tensors: real(path, {**tensors, path.stem: torch.ones(1)}))
+    real = prune.write_shard
+    monkeypatch.setattr(prune, "write_shard", lambda path, tensors: real(path, {**tensors, path.stem: torch.ones(1)}))
     with pytest.raises(CheckpointError, match="has no place in the llama model that the config says"):
         streamprune.prune(configured(tiny("llama"), recipe="magnitude"))
 
@@ -745,9 +745,9 @@ def test_reading_back_can_be_stopped_and_is_begun_again(tiny: Tiny, configured: 
 def test_a_result_that_holds_no_numbers_is_no_result(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune.pruning import shot
+    from streamprune.pruning import prune
 
-    real = shot.write_shard
+    real = prune.write_shard
 
     def write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         bad = {name: tensor * float("nan") if name == UP else tensor for name, tensor in tensors.items()}
@@ -755,7 +755,7 @@ def test_a_result_that_holds_no_numbers_is_no_result(
 
     config = configured(tiny("llama"), recipe="magnitude")
     with monkeypatch.context() as patch:
-        patch.setattr(shot, "write_shard", write)
+        patch.setattr(prune, "write_shard", write)
         with pytest.raises(NumericalError, match=rf"{UP}' holds NaN or Inf"):
             streamprune.prune(config)
     assert not config.out.exists()
@@ -764,7 +764,7 @@ def test_a_result_that_holds_no_numbers_is_no_result(
     def short(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         return real(path, {name: tensor[1:] if name == UP else tensor for name, tensor in tensors.items()})
 
-    monkeypatch.setattr(shot, "write_shard", short)
+    monkeypatch.setattr(prune, "write_shard", short)
     with pytest.raises(CheckpointError, match=rf"{UP}' has shape .*; the config says"):
         streamprune.prune(configured(tiny("llama"), "other", recipe="magnitude"))
     assert REPORT in os.listdir(job_folder(configured(tiny("llama"), "other").out) / "out")

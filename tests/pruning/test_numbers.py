@@ -23,7 +23,8 @@ from streamprune.maths.sampling import sample
 from streamprune.maths.slimgpt import batched_group_removal, dynamic_group_removal
 from streamprune.maths.sums import Gram, HeadDivergence, MaskGradient
 from streamprune.model.block import Sublayer
-from streamprune.pruning import block, refine, shot
+from streamprune.pruning import block, refine, survey
+from streamprune.pruning import solve as solving
 from streamprune.recipes import masks, obs, surgeon
 from streamprune.recipes.obs import best
 from streamprune.stream import sweep
@@ -187,12 +188,12 @@ def test_mask_gradients_and_attention_maps(run: Run, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("recipe", ["default", "sobp", "surgeon", "greedy-output"])
 def test_findings(recipe: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = shot.Shot._digest
+    real = survey.Surveyor._digest
 
     def digest(self: Any, *arguments: Any) -> dict[str, Tensor]:
         return {name: planted(each, torch.nan) for name, each in real(self, *arguments).items()}
 
-    monkeypatch.setattr(shot.Shot, "_digest", digest)
+    monkeypatch.setattr(survey.Surveyor, "_digest", digest)
     stopped(run(recipe), tmp_path, "the survey's", "is NaN or Inf")
 
 
@@ -251,8 +252,8 @@ def test_batched_removal_of_weights_that_cannot_be_squared(value: float) -> None
 @pytest.mark.parametrize(
     ("recipe", "module", "name", "words"),
     [
-        ("default", block, "fit", "blocks.0.ffn: the fit to the target is not finite"),
-        ("greedy-output", block, "fit", "blocks.0.ffn: the fit to the target is not finite"),
+        ("default", solving, "fit", "blocks.0.ffn: the fit to the target is not finite"),
+        ("greedy-output", solving, "fit", "blocks.0.ffn: the fit to the target is not finite"),
         ("sobp", block, "compensation", ": the new weights of mlp.gate_proj are not finite"),
         ("sobp", obs, "refit_as_stored", ".ffn: the new weights of mlp.down_proj are not finite"),
         ("slimgpt", obs, "refit_as_stored", "are not finite in their stored dtype"),
