@@ -1,8 +1,8 @@
 """Low-rank corrections between shots (LLM Surgeon, section 3.6): LoRA steps on the language modelling loss, streamed.
 
-A step is one forward and one backward sweep over the blocks for a small batch: ``W + U V`` computes, the gradient reaches
-`U` and `V`, Adam moves them. Only one block is in memory; its `U`, `V` and Adam's moments lie on the disk, one file a
-block and step, until the last step absorbs ``U V`` into `W`.
+A step is one forward and one backward sweep over the blocks for a small batch. Linears compute with ``W + U V``; Adam
+updates `U` and `V` by their gradients. Only one block is in memory. `U`, `V` and Adam's moments are on disk, one file per
+block and step, until ``U V`` is absorbed into `W` after the last step.
 """
 
 from __future__ import annotations
@@ -76,16 +76,16 @@ def _absorb(shot: Shot, corrector: Corrector) -> dict[str, str]:
 
 
 class Corrector:
-    """The steps of one shot's correction.
+    """Run the steps of one shot's correction.
 
     Args:
         skeleton: the checkpoint to correct.
         tokens: calibration windows (samples, length).
-        folder: for states and activations, a folder of its own.
-        micro: sequences whose activations are held at once.
-        digests: of the files that the last step left, by name.
+        folder: folder for states and activations, used by nothing else.
+        digests: digests of the files that the last step wrote, by name.
         window: the blocks that may change.
-        keep_zeros: weights that are zero stay zero.
+        micro: sequences per micro-batch.
+        keep_zeros: whether weights that are zero stay zero.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class Corrector:
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
 
     def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:
-        """Steps from `done` on; yields each one's number, and the digests of its files by name, once its state is durable.
+        """Run the steps from `done` on; yield each one's number and the digests of its files by name, once its state is durable.
 
         Raises:
-            DamageError: a state is not on the disk as it was written.
+            DamageError: a state on disk was altered.
         """
         for step in range(done, self.how.steps):
             files.remove_tree(state(self.folder, step + 1))
@@ -122,7 +122,7 @@ class Corrector:
             files.remove_tree(state(self.folder, step))
 
     def absorb(self, block: Block, index: int) -> None:
-        """Put what the last step left into the block's weights."""
+        """Add the updates of the last step to the block's weights."""
         if index in self.window:
             block.absorb(self._read(self.how.steps, index, block)[0], keep_zeros=self.keep_zeros)
 
@@ -136,7 +136,7 @@ class Corrector:
             del block
         sweep.head_gradient(skeleton, store, tokens, self.micro)
         digests = {}
-        # Below the window nothing asks for the gradient.
+        # Below the window no gradient is needed.
         for index, block in sweep.blocks(skeleton, range(depth - 1, self.window.start - 1, -1)):
             updates, state = self._read(step, index, block)
             self._gather(block, index, updates)
@@ -155,7 +155,7 @@ class Corrector:
         return block.updated(updates, keep_zeros=self.keep_zeros) if index in self.window else nullcontext()
 
     def _gather(self, block: Block, index: int, updates: Mapping[str, nn.Parameter]) -> None:
-        """Gradients of the mean loss with respect to the updates; the stream's gradient moves on."""
+        """Set the gradients of the mean loss with respect to the updates, and write the gradient of the block's input."""
         skeleton, store = self.skeleton, self._store
         names = sweep.boundary(STREAM, index), sweep.boundary(GRADIENT, index + 1)
         predictions = self.size * (self.tokens.shape[1] - 1)
@@ -175,7 +175,7 @@ class Corrector:
                 write(dx)
 
     def _read(self, step: int, index: int, block: Block) -> tuple[dict[str, nn.Parameter], dict[str, Tensor] | None]:
-        """Every linear's update before that step, and what Adam knew of it; nothing outside the window."""
+        """Each linear's update before that step, and Adam's state for it; nothing outside the window."""
         if index not in self.window:
             return {}, None
         dtype = accumulator(self.skeleton.dtype)
@@ -192,5 +192,5 @@ class Corrector:
 
 
 def state(folder: Path, step: int) -> Path:
-    """Where the state lies that so many steps left."""
+    """Folder of the state after `step` steps."""
     return folder / f"step-{step:06}"

@@ -1,6 +1,6 @@
-"""What the units of each site cost, as the recipe weighed them: a few points a site, for people to see.
+"""The cost of each site's units by the recipe's measure: a few points per site, for plots.
 
-A survey's findings go with the job; these points stay, in a file of their own beside the report.
+A survey's findings are removed with the job's folder. These points stay, in a separate file beside the report.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ..system import files
 
 FORMAT = "streamprune-curves-1"
 POINTS = 64
-"""At most, of a site."""
+"""The most points per site."""
 
 
 def write_curves(
     path: Path, curve: Curve, sites: Sequence[Site], survey: Survey, plan: Plan, dense: Mapping[str, int]
 ) -> str:
-    """Write ``{"format", "label", "sites": {name: [[gone, cost], ...]}}``: with `gone` units away, the next costs that.
+    """Write ``{"format", "label", "sites": {name: [[gone, cost], ...]}}``: with `gone` units removed, the next one costs `cost`.
 
     Args:
-        sites: those that were weighed, as the survey found them.
-        dense: units by site name before any went, in earlier shots too.
+        sites: sites that the recipe weighed, with their units at the time of the survey.
+        dense: units by site name in the dense model, before any shot.
 
     Returns:
         The file's digest.
@@ -47,13 +47,13 @@ def write_curves(
 
 
 def sample(costs: Tensor, cut: int) -> list[tuple[int, float]]:
-    """At most `POINTS` of a curve, evenly spaced, its ends among them and where it was cut.
+    """Return at most `POINTS` points of a curve, evenly spaced, with both ends and the cut.
 
     Args:
-        costs: (units,), not empty.
-        cut: units that went; the point is that of the first which stays.
+        costs: (units,) float64, not empty.
+        cut: number of removed units; its point is the first unit that stays.
     """
     count = len(costs)
     places = torch.linspace(0, count - 1, min(count, POINTS - 1)).round().long().tolist()
-    # Six digits: as many as anyone sees, and no more than a float32 holds.
+    # Six digits: enough for a plot, and no more than a float32 holds.
     return [(k, float(f"{costs[k]:.6g}")) for k in sorted({*places, min(cut, count - 1)})]

@@ -1,6 +1,6 @@
-"""A job: what it was asked, where it lies, and whether it may begin, go on or end.
+"""A job: its request, its folder, and whether it may start, resume or finish.
 
-`Job` owns the folder beside OUT with its lock and journal; what the steps do is `run`'s.
+`Job` owns the folder beside OUT with its lock and journal. `run` has the steps.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ PLAN, WRITTEN = "plan.json", "calibration.safetensors"
 
 
 class Job(Workplace):
-    """One job: everything that both a first and a resumed process need to know.
+    """One job: everything that a first and a resumed process need to know.
 
     Args:
-        ranks: those that share it.
-        alongside: jobs to come with the same `surveys`: what of their surveys the same sweep can sum is made in passing.
+        ranks: processes that share the job.
+        alongside: later jobs with the same folder of `surveys`; this job's sweep also surveys for those that it can serve.
 
     Raises:
-        StreamPruneError: whatever can be known to be wrong before any work.
+        StreamPruneError: any error that can be found before the work starts.
     """
 
     known: ClassVar = Workplace.known | {PLAN, WRITTEN}
@@ -100,13 +100,13 @@ class Job(Workplace):
         self.plan_path = self.folder / PLAN
         self.written_path = self.folder / WRITTEN
 
-    # What the job is.
+    # The request.
 
     def budget(self, part: float = 1.0, gone: int = 0) -> Budget:
-        """What is to go.
+        """How many parameters to remove.
 
         Args:
-            part: of the whole, after a shot.
+            part: share of the whole to have removed after a shot, in (0, 1].
             gone: parameters that earlier shots removed.
         """
         blocks = self.skeleton.block_parameters()
@@ -121,12 +121,12 @@ class Job(Workplace):
         )
 
     def changeable(self, sites: Sequence[Site]) -> list[Site]:
-        """Those inside the window."""
+        """Return the sites inside the window."""
         return [site for site in sites if site.block in self.window]
 
     @kind("solving")
     def allocate(self, sites: Sequence[Site], reached: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-        """The recipe's plan for those of `reached` inside the window; the other `sites` keep everything."""
+        """Return the recipe's plan for those of `reached` that lie inside the window; all other `sites` keep everything."""
         plan = self.recipe.allocate(self.settings, self.changeable(reached), survey, budget)
         whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
         return Plan(whole, plan.ratio)
@@ -142,7 +142,7 @@ class Job(Workplace):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        """What a survey sums."""
+        """What a survey sums at each site; empty without a survey, or if it reads only weights."""
         return (self.surveys and self.recipe.statistics(self.settings)) or frozenset()
 
     @property
@@ -157,7 +157,7 @@ class Job(Workplace):
 
     @cached_property
     def text(self) -> Text | DataFree:
-        """The calibration text, or how to do without."""
+        """The calibration text, or the name of a substitute that needs none."""
         given = self.config.calibration
         for word in DATA_FREE:
             if given == word:
@@ -171,9 +171,9 @@ class Job(Workplace):
 
     @cached_property
     def needs(self) -> Needs:
-        """What the forecast has to count."""
+        """What the forecast counts."""
         correction = self.recipe.correction(self.settings)
-        # The first rank alone writes text and corrects.
+        # Only the first rank generates text and corrects.
         divided = not self.writes_text and correction is None
         return Needs(
             samples=self.ranks.most(self.config.samples) if divided else self.config.samples,
@@ -201,7 +201,7 @@ class Job(Workplace):
 
     @cached_property
     def keeps(self) -> Mapping[str, int]:
-        """Units that stay at most of those sites of which that is known before any work."""
+        """The most units that stay at each site for which that is known before the work starts."""
         if self.given_plan is not None:
             return {name: site.keep for name, site in self.given_plan.items()}
         if self.shots > 1:
@@ -214,18 +214,18 @@ class Job(Workplace):
 
     @property
     def forward_operations(self) -> int:
-        """Of one dense forward pass over as much text as is asked for, whether or not the recipe reads it."""
+        """Operations of one dense forward pass over the requested text, whether or not the recipe reads it."""
         most = self.skeleton.context or windows.DEFAULT_LENGTH
         length = self.length or min(self.config.seq_len or windows.DEFAULT_LENGTH, most)
         return self.skeleton.forward_operations(self.config.samples, length)
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """What must be the same for a job to go on: settings, inputs, and versions that change numbers."""
+        """What must be unchanged on resume: settings, inputs, and versions of libraries that change numbers."""
         import transformers
 
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
-        # Whether or not a plan spares the survey: a job may go on with a plan that began without one.
+        # Also if a plan makes the survey unnecessary: a job that started without a plan may resume with one.
         if self.recipe.statistics(self.settings) or self.streams:
             inputs |= self._text_identity()
         return {
@@ -246,7 +246,7 @@ class Job(Workplace):
         )
 
     def forecast(self) -> Resources:
-        """What it takes, given what this machine has free; of several ranks, what each takes, given what the poorest has."""
+        """Estimate what the job takes on this machine. With several ranks: what each takes, given what the poorest has free."""
         disk = files.free_bytes(self.cache)
         disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.here
         rooms = self.ranks.gather({**self._room, "disk_limit": disk})
@@ -263,7 +263,7 @@ class Job(Workplace):
 
     @cached_property
     def goal(self) -> Goal:
-        """What the result is held against: the ratio or, where none was given, the plan."""
+        """What the result is compared with: the ratio or, if none was given, the plan."""
         budget, sites, plan = self.budget(), self.changeable(self.sites), self.given_plan
         target, slack = budget.target, largest_unit(sites, budget)
         if plan is not None and self.config.ratio is None:
@@ -284,13 +284,13 @@ class Job(Workplace):
 
     @property
     def _planned(self) -> Mapping[str, int] | None:
-        """Units that stay, where they are known before any work."""
+        """Units that stay at each site, if they are known before the work starts."""
         whole = self.given_plan is not None or (self.shots == 1 and self.recipe.statistics(self.settings) is None)
         return self.keeps if whole and not self.recipe.writes_zeros(self.settings) else None
 
     @property
     def _counted_tokens(self) -> int | None:
-        """Calibration tokens, where it is counted how many reach each expert."""
+        """Number of calibration tokens, if the tokens that reach each expert are counted."""
         counted = self.statistics or self.recipe.wants_gram(self.settings)
         return self.config.samples * self.length if counted else None
 
@@ -299,7 +299,7 @@ class Job(Workplace):
         return machine.room(self.device, self.config.memory, self.config.memory_host or 0, self.ranks)
 
     def first_sweep(self, sizes: Sizes) -> list[Any]:
-        """All that tells the sweep of the first shot's survey, made with these sizes, from other jobs' sweeps."""
+        """Everything that distinguishes the sweep of the first shot's survey, run with these sizes, from other jobs' sweeps."""
         deciding = ("samples", "seq_len", "seed", "dtype", "activations")
         settings = {k: v for k, v in self.header["settings"].items() if k in deciding}
         gradients = self.needs.gradients
@@ -307,7 +307,7 @@ class Job(Workplace):
         return [gradients, labels, settings, self.header["inputs"], self.header["versions"], list(sizes)]
 
     def shared_survey(self, sizes: Sizes) -> Path | None:
-        """Where the findings of the first shot, made with these sizes, lie for jobs that would find the same."""
+        """Folder where the first shot's findings, made with these sizes, are left for jobs that would find the same."""
         if self.config.surveys is None or self.given_plan is not None or not self.surveys or self.ranks.size > 1:
             return None
         same = [self.recipe.name, asdict(self.settings), *self.first_sweep(sizes)]
@@ -315,7 +315,7 @@ class Job(Workplace):
         return self.config.surveys.absolute() / f"{self.recipe.name}-{key}"
 
     def shot_folder(self, number: int) -> Path:
-        """Where the checkpoint goes that a shot makes."""
+        """Folder for the checkpoint that a shot writes."""
         return self.staging if number == self.shots else self.folder / f"shot-{number:02}"
 
     @property
@@ -332,10 +332,10 @@ class Job(Workplace):
         return None if given == report["plan_given"] else f"by plan {report['plan_given']}, not {given}"
 
     def start(self, restart: bool) -> None:
-        """Begin, or find out where an earlier process stopped.
+        """Start the job, or find the point where an earlier process stopped.
 
         Raises:
-            ResumeError: started with other settings, inputs or versions.
+            ResumeError: the job was started with other settings, inputs or versions.
         """
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         start = self.journal.header
@@ -343,7 +343,7 @@ class Job(Workplace):
             start = self._begin()
         else:
             self.check_same(start)
-            # A plan may come later, by --plan-only and --plan; it cannot go again.
+            # A plan may be given later, after --plan-only; it cannot be withdrawn.
             if start["plan"] and not self.given_plan:
                 raise ResumeError("plan is not given; this job was started with one; --restart starts over")
             if start["shots"] != self.shots:
@@ -364,7 +364,7 @@ class Job(Workplace):
         self.skeleton.copies_ahead = copies_ahead(self.skeleton, self.needs, self.sizes, self._room["device_limit"])
 
     def _begin(self) -> Entry:
-        """Check whatever can be known beforehand; then, and only then, let go of what was there."""
+        """Check everything that can be checked beforehand; only then remove the files of an earlier job."""
         self.check_folder()
         resources = self.forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
@@ -395,18 +395,18 @@ class Job(Workplace):
 
     @property
     def _may_need_loader(self) -> bool:
-        """Whether the result may be no stock checkpoint, and so has to name its tokenizer's class."""
+        """Whether the result may not be a stock checkpoint, so that it must name its tokenizer's class."""
         if self.recipe.writes_zeros(self.settings):
             return not write.fits_stock(self.skeleton, self.sites)
         return self.skeleton.layout is not UNIFORM
 
     def _check_agreed(self) -> None:
-        """See that all ranks were asked the same of the same model, text and versions."""
+        """Check that all ranks have the same settings, model, text and versions."""
         if difference := first_difference(self.ranks.told(lambda: self.header), self.header):
             raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
 
     def _schedule(self, operations: Mapping[str, int]) -> list[Stretch]:
-        """The steps to come, with the forecast's operations by phase."""
+        """The steps of the job, with the forecast's operations by phase."""
         depth, correction = len(self.skeleton), self.recipe.correction(self.settings)
         found = [Stretch("calibrate", 1, operations["calibrate"])] if self.writes_text else []
         for number in range(1, self.shots + 1):
@@ -424,14 +424,14 @@ class Job(Workplace):
                 "finished": 1,
             }
             for step, count in steps.items():
-                # A plan, or another job's survey, makes what is missing of the survey unneeded.
+                # A plan or another job's survey makes the rest of the survey unnecessary.
                 spared_by = f"{shot}/allocate" if step in survey or step == "surveyed" else None
                 share = operations.get(step, 0) // self.shots
                 found += [Stretch(f"{shot}/{step}", count, share, spared_by)] if count else []
         return [*found, Stretch("complete")]
 
     def _check_memory(self, resources: Mapping[str, Any]) -> None:
-        """Hold the micro-batches of a job under way, which decide the order of sums, against the limit given now."""
+        """Compare the micro-batches of a started job, which fix the order of sums, with the current memory limit."""
         if self.config.memory is None:
             return
         sizes = resources["batch"], resources["backward_batch"], resources["grams"]
@@ -443,17 +443,17 @@ class Job(Workplace):
             )
 
     def peak(self, needs: Needs, sizes: Sizes) -> tuple[int, int]:
-        """Bytes that work with these needs and sizes holds at most, and how many it may."""
+        """Peak device bytes of work with these needs and sizes, and the limit in bytes."""
         room = self._room
         base = room["base"] + room["memory_host"] if self.device.type == "cpu" else 0
         return base + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
-        """What `report.json` holds.
+        """The contents of `report.json`.
 
         Args:
-            sites: what happened at each of them, in the last shot.
-            removed: parameters that are gone, or zero, by now.
+            sites: the report of each site, from the last shot.
+            removed: parameters removed or zeroed so far.
         """
         before = self.skeleton.parameters()
         units = {site.name: site.units for site in self.sites}
@@ -486,7 +486,7 @@ class Job(Workplace):
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Calibration windows (samples, length); those that the model writes are there once they are journalled."""
+        """Calibration windows (samples, length) int64; those that the model writes exist once they are journalled."""
         if self.text == "self":
             line = self.journal.find("calibrate")
             assert line is not None
@@ -504,12 +504,12 @@ class Job(Workplace):
 
     @property
     def part(self) -> slice:
-        """The samples that are this rank's."""
+        """This rank's samples."""
         return self.ranks.samples(self.config.samples)
 
     @cached_property
     def store(self) -> ActivationStore:
-        """Inputs of blocks for this rank's samples, for whichever sweep is under way."""
+        """Inputs of blocks for this rank's samples, for the sweep in progress."""
         shape = self.part.stop - self.part.start, self.length, self.skeleton.width
         return ActivationStore(
             self.own_cache,
@@ -521,10 +521,10 @@ class Job(Workplace):
             memory=self.config.memory_host or 0,
         )
 
-    # What people give.
+    # Checks of what the user gives.
 
     def _check_layout(self) -> None:
-        """See that DeciLM's config can say this model at all."""
+        """Check that DeciLM's config can describe this model."""
         if self.skeleton.layout is not DECILM:
             return
         if self.skeleton.architecture.model_type != "llama":
@@ -585,10 +585,10 @@ class Job(Workplace):
 
 
 def idle(config: Config) -> dict[str, str]:
-    """Fields of a config that change nothing, each with the reason: those about text where none is read, and what a plan decides.
+    """Fields of a config that have no effect, each with the reason: text options if no text is read, and what a plan decides.
 
     Raises:
-        ConfigError: no such recipe, or settings that it does not have.
+        ConfigError: unknown recipe, or a setting that it does not have.
     """
     settings, recipe = parse(config.recipe, config.settings), RECIPES[config.recipe]
     summed = _surveys(config, recipe, settings) and recipe.statistics(settings)

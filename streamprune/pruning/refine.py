@@ -1,7 +1,7 @@
-"""Training in the small: one block's weights, or low-rank updates of them, from its pruned input to its dense output.
+"""Train one block's weights, or low-rank updates of them, to map its pruned input to its dense output.
 
-Nothing else is in memory. No labels and no end-to-end gradient: mean squared error, Adam, a rate falling linearly to zero. What it costs on top
-of the closed form is counted and reported apart.
+Only that block is in memory. There are no labels and no end-to-end gradient: the loss is the mean squared error, and
+Adam's rate falls linearly to zero. Its operations are reported apart from those of the closed form.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Refinement:
     steps: int
     seed: int
     batch: int
-    """Sequences whose activations are held at once; gradients of a step's micro-batches add up."""
+    """Sequences per micro-batch; the gradients of a step's micro-batches add up."""
     keeps_zeros: bool = False
-    """Whether linears' weights that are zero stay so."""
+    """Whether zeros in the weights of linears stay zero."""
     rate: float = 3e-4
-    """Adam's, at the first step."""
+    """Adam's learning rate at the first step."""
     rank: int | None = None
-    """Of the updates that are trained, one a linear; None trains all weights themselves."""
+    """Rank of the updates, one per linear; None trains all weights themselves."""
 
 
 @kind("training")
@@ -54,17 +54,17 @@ def refine(
     how: Refinement,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Train a block in float32 or better; its masters get what came out, in their stored dtype.
+    """Train a block in float32 or better, and store the result in its masters, in their stored dtype.
 
     Args:
-        source, target: boundaries with its inputs and with the outputs it should give.
-        ranks: those that train it together, each with its own samples in its store; gradients are added up every step.
+        source, target: boundaries with the block's inputs and its target outputs, (samples, length, d) each.
+        ranks: processes that train it together, each with its own samples in its store; gradients are summed every step.
 
     Returns:
-        For the report: the mean squared errors of the first and of the last tenth of the steps.
+        For the report: the mean squared error over the first tenth of the steps, and over the last tenth.
 
     Raises:
-        NumericalError: the loss is no longer finite.
+        NumericalError: the loss is not finite.
     """
     dtype = accumulator(skeleton.dtype)
     shares = ranks.gather(store.shape[0])
@@ -100,14 +100,14 @@ def refine(
                         weight.grad.masked_fill_(weight == 0, 0)
             descent.step()
             losses.append(total)
-        # Ranks on unlike machines may have come to differ in the last digits.
+        # Ranks on different machines may differ in the last digits.
         for weight in weights.values():
             weight.data = ranks.share([weight.data], 0, weight.device)[0]
     return {"refinement": ends(losses)}
 
 
 def ends(losses: Sequence[float]) -> list[float]:
-    """The means of the first and of the last tenth of the steps."""
+    """Return the mean loss over the first tenth of the steps, and over the last tenth."""
     tenth = max(1, len(losses) // 10)
     return [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])]
 
@@ -116,7 +116,7 @@ def ends(losses: Sequence[float]) -> list[float]:
 def _trained(
     block: Block, dtype: torch.dtype, rank: int | None, generator: torch.Generator
 ) -> Iterator[Mapping[str, nn.Parameter]]:
-    """What is trained, while open; then it is in the block's weights."""
+    """A context that gives the parameters to train; on exit the block's weights have taken them over."""
     if rank is None:
         with block.training(dtype) as weights:
             yield weights

@@ -1,7 +1,7 @@
-"""What a job keeps for itself and has no longer, or not as it was written: found before it goes on, to be made anew.
+"""Find files of a job that are missing or altered before it resumes, so that they are made again.
 
-Every file that a journal line speaks of has its digest in that line; boundaries carry their own checksums. What is only
-read in the same process is checked as it is read.
+Each file that a journal line mentions has its digest in that line; boundaries carry their own checksums. Files that only
+the same process reads are checked as they are read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .shot import GRADIENT, Shot
 
 
 def lost(job: Job) -> Lost | None:
-    """The first thing that is not there as it was; None if the job may go on from where its journal ends.
+    """Return the first file that is missing or altered; None if the job may resume where its journal ends.
 
-    Of several ranks each looks at its own boundaries, the first one at what it wrote for all. A block's input that is
-    embedded, or computed from those before it, is never missed.
+    With several ranks, each checks its own boundaries, and the first also checks what it wrote for all. The input of a
+    block is not needed if it can be embedded, or computed from the inputs of earlier blocks.
     """
     number = next((n for n in range(1, job.shots + 1) if Shot(job, n).finished is None), job.shots + 1)
     shot = Shot(job, min(number, job.shots))
@@ -39,7 +39,7 @@ def lost(job: Job) -> Lost | None:
 
 
 def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
-    """What is needed before shot `number` goes on: its digest, None for a plan, and how the step begins that it comes from."""
+    """Files needed to resume shot `number`: path, digest (None for a plan), and the prefix of the step that wrote it."""
     shards = [write.block_shard(job.skeleton, index) for index in range(len(job.skeleton))]
     if (written := job.journal.find("calibrate")) is not None:
         yield job.written_path, written["sha256"], "calibrate"
@@ -48,7 +48,7 @@ def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
         entry = done.finished
         assert entry is not None
         for name, digest in entry["sha256"].items():
-            # With more shots, what it was made from is gone as well.
+            # With several shots, its source has been removed too.
             step = "" if job.shots > 1 else "prune/" if name in shards else "pruned"
             yield done.folder / name, digest, done.named(step)
     if number > job.shots:
@@ -72,7 +72,7 @@ def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
 
 
 def _is_plan(path: Path) -> bool:
-    """Whether it can be read at all: one that was edited is for the shot to refuse, and not to be thrown away."""
+    """Whether a file can be read as a plan. An edited plan is not discarded here: the shot refuses it."""
     try:
         Plan.read(path)
     except ConfigError:
@@ -81,7 +81,7 @@ def _is_plan(path: Path) -> bool:
 
 
 def _boundary(shot: Shot) -> Lost | None:
-    """The inputs that the next block needs."""
+    """Check the inputs that the next block needs."""
     job, depth = shot.job, len(shot.job.skeleton)
     wanted: list[tuple[str, str]] = []
     forward, backward, pruned = (len(shot.steps(f"{name}/")) for name in ("forward", "backward", "prune"))

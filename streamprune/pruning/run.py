@@ -40,44 +40,44 @@ from .survey import Surveyor
 
 @dataclass(frozen=True)
 class Result:
-    """What a job did."""
+    """The outcome of a job."""
 
     out: str
     recipe: str
     ratio_requested: float
     ratio_blocks: float
-    """Share of the blocks' parameters that went or became zero."""
+    """Share of the blocks' parameters that were removed or zeroed."""
     ratio_model: float
-    """Share of the whole model's parameters that went or became zero."""
+    """Share of the whole model's parameters that were removed or zeroed."""
     ratio_missed: str | None
-    """Why what went is further than one unit from what was asked, a sentence with both shares and what to do; None if it is not."""
+    """Why the result misses the ratio by more than one unit: a sentence with both shares and a remedy; None if it does not."""
     parameters_before: int
     parameters_after: int
-    """What the checkpoint holds, zeros too."""
+    """Parameters in the checkpoint, zeros included."""
     zeros: int
-    """Weights that became zero where shapes stay; 0 where units went."""
+    """Weights zeroed if shapes stay; 0 if units were removed."""
     operations: int
-    """Floating-point operations of the whole job, as `maths.operations` counts them."""
+    """Floating-point operations of the whole job, as `maths.flops` counts them."""
     forward_equivalents: float
-    """The same in dense forward passes over the calibration set."""
+    """The same, in dense forward passes over the calibration set."""
     operations_by_kind: Mapping[str, int]
-    """What they were for, one entry for each of `maths.operations.KINDS`; empty for a result that an older version made."""
+    """The same by purpose, one entry for each of `maths.flops.KINDS`; empty for a result of an older version."""
     sweeps_per_shot: float | None
-    """Dense forward passes that the sweeps of one shot took; None for such a result."""
+    """Cost of the sweeps of one shot, in dense forward passes; None for a result of an older version."""
     tokens: str | None
-    """The calibration windows' fingerprint; None where no text was read."""
+    """Fingerprint of the calibration windows; None if no text was read."""
     seconds: float
-    """Of this process."""
+    """Wall-clock seconds of this process."""
     peak_device_bytes: int
     peak_host_bytes: int
     bytes_read: int
-    """From the checkpoint, by this process."""
+    """Bytes that this process read from the checkpoint."""
     waited: dict[str, float]
-    """Seconds of the whole job in which nothing was computed, waiting for what was read, written or copied."""
+    """Seconds of the whole job spent waiting for reads, writes or copies, by kind."""
     busy: dict[str, float]
-    """Seconds of the whole job in which something was read, written or copied, much of it while something was computed."""
+    """Seconds of the whole job with reads, writes or copies in progress, by kind; much of it overlaps computation."""
     resumed: bool
-    """Whether an earlier process had done some of the work."""
+    """Whether an earlier process did some of the work."""
 
 
 def prune(
@@ -88,15 +88,15 @@ def prune(
     alongside: Sequence[Config] = (),
     ranks: Ranks = ALONE,
 ) -> Result:
-    """Prune a checkpoint directory into another one; a job that was interrupted goes on.
+    """Prune a checkpoint directory into another one. An interrupted job resumes.
 
     Args:
-        restart: throw away what an earlier job of the same `out` left, its result too.
-        alongside: jobs to come with the same folder of `surveys`: the sweep of this one's survey serves theirs too.
-        ranks: the processes that share the job, all of which call this (see `joined`); the first one's progress is told.
+        restart: discard the files of an earlier job with the same `out`, its result included.
+        alongside: later jobs with the same folder of `surveys`; this job's sweep also surveys for those that it can serve.
+        ranks: processes that share the job; all of them call this (see `joined`). The first one reports progress.
 
     Raises:
-        StreamPruneError: see `errors`; `out` is then as it was.
+        StreamPruneError: see `errors`; `out` is then unchanged.
     """
     started = time.monotonic()
     job = Job(config, progress, alongside, ranks)
@@ -110,9 +110,9 @@ def prune(
 
 
 def plan_only(config: Config, *, restart: bool = False, progress: Progress | None = None, ranks: Ranks = ALONE) -> Path:
-    """Do what comes before the prune sweep and stop: returns the plan file, inside the job's folder.
+    """Survey and allocate, then stop; return the path of the plan file, inside the job's folder.
 
-    `prune` with the same config goes on from there; with `plan` set to an edited copy, by that.
+    `prune` with the same config resumes from there. With `plan` set to an edited copy, it prunes by that copy.
     """
     started = time.monotonic()
     job = Job(config, progress, ranks=ranks)
@@ -129,12 +129,12 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
 
 
 def forecast_job(config: Config, *, progress: Progress | None = None) -> Resources:
-    """What the job would take, and whether it fits; nothing is written, but for a model that the hub has."""
+    """Estimate what the job would take, and whether it fits. Only a model from the hub is written to disk."""
     return Job(config, progress).forecast()
 
 
 def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
-    """The report's figures with this process's own."""
+    """Combine the report's figures with those of this process."""
     host, device = job.peaks.most()
     return Result(
         out=job.out_given,

@@ -1,4 +1,4 @@
-"""Whether what a job removes is what it was asked to remove, to within one unit, and why not."""
+"""Whether a job removes what it was asked to remove, to within one unit, and if not, why."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ REMEDY = "raise --samples or --seq-len"
 
 @dataclass(frozen=True)
 class Goal:
-    """What a job is to remove."""
+    """What a job has to remove."""
 
     sites: Sequence[Site]
-    """Those that may change."""
+    """Sites that may change."""
     budget: Budget
     target: int
-    """Parameters to remove, or to make zero."""
+    """Number of parameters to remove or to zero."""
     slack: int
-    """Parameters by which a result may differ: one unit's, or where shapes stay those that lie in no linear."""
+    """Parameters by which a result may miss the target: those of one unit or, if shapes stay, those outside linears."""
     what: str
-    """What the ratio counts, for people."""
+    """What the ratio counts, for messages."""
     zeros: bool
     """Whether shapes stay and weights become zero."""
     plan: str | None
-    """The plan file that decides, if one was given."""
+    """The plan file that sets the target, if one was given."""
 
     def missed(self, gone: int, reports: Sequence[Mapping[str, Any]]) -> str | None:
-        """Why `gone` parameters are not the target; None if they are.
+        """Explain why `gone` parameters miss the target; None if they meet it.
 
         Args:
-            reports: what happened at each site, as in ``report.json``.
+            reports: the report of each site, as in ``report.json``.
         """
         if abs(self.target - gone) <= self.slack:
             return None
@@ -52,11 +52,11 @@ class Goal:
         )
 
     def foreseen(self, keeps: Mapping[str, int] | None, tokens: int | None) -> str | None:
-        """Why the target cannot be met, as far as that is certain before any work.
+        """Explain why the target cannot be met, if that is certain before the work starts; else None.
 
         Args:
-            keeps: units to keep by site, where they are known.
-            tokens: calibration tokens; None where nobody counts how many reach an expert.
+            keeps: units to keep by site name, if known.
+            tokens: number of calibration tokens; None if the tokens that reach each expert are not counted.
         """
         most = 0
         capped: tuple[int, int, int] | None = None
@@ -105,7 +105,7 @@ class Goal:
 
 
 def largest_unit(sites: Sequence[Site], budget: Budget) -> int:
-    """Parameters of one unit of the largest site, of `round_to` FFN channels, or of as many in every block that is to be alike."""
+    """Parameters of the largest step: a unit of attention or `round_to` FFN channels, in all blocks if they must be alike."""
     sizes: dict[str, int] = {}
     for site in sites:
         if site.choices == (site.units,):
