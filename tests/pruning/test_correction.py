@@ -1,4 +1,4 @@
-"""Low-rank corrections against full autograd, and across kills."""
+"""Low-rank corrections, compared with full autograd and across kills."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tiny = Callable[..., Path]
 
 
 def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Correction) -> dict[str, torch.Tensor]:
-    """The same steps on the whole model in memory: every corrected weight (out, in) by its full name."""
+    """Take the same steps on the whole model in memory; return each corrected weight (out, in) by its full name."""
     model = reference.load(path)
     model.requires_grad_(False)
     skeleton = corrector.skeleton

@@ -27,7 +27,7 @@ from streamprune.jobs.journal import Journal
 from streamprune.system import disk, files
 
 QUICK = 2
-"""Operations of each scenario and fault, unless `scripts/faults` asks for more."""
+"""Operations tried per scenario and fault, unless `scripts/faults` asks for more."""
 
 T = TypeVar("T")
 Make = Callable[..., Any]
@@ -49,11 +49,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "compare": {"recipes": ["sobp", "wanda-sp"], "ratios": [0.4]},
     "compare, uniform": {"recipes": ["sobp"], "ratios": [0.2, 0.4], "layout": "uniform"},
 }
-"""What each is besides `SMALL`. A comparison shares surveys between recipes, and between ratios."""
+"""Settings of each scenario besides `SMALL`. A comparison shares surveys between recipes and between ratios."""
 
 
 class Scenario:
-    """A job below a folder of its own, as often as asked for, with its result's bytes."""
+    """A job in its own folder, run as often as needed, with its result's bytes."""
 
     def __init__(self, name: str, folder: Path, tiny: Tiny, configured: Make, text: Path) -> None:
         self.name, self.folder = name, folder
@@ -79,13 +79,13 @@ class Scenario:
             )
         elif not self.compares:
             self.before = folder.with_name("before")
-            """A finished result that the job is to replace, if that is what it does."""
+            """Make a finished result for the job to replace, if the scenario replaces one."""
             self.config = replace(configured(model, **{**SMALL, **SCENARIOS[name]}), out=self.out)
         self.model, self.text = model, text
 
     @cached_property
     def whole(self) -> tuple[list[str], dict[str, bytes]]:
-        """(operations, result) of a job with which nothing happens."""
+        """(operations, result) of an undisturbed job."""
         self.fresh()
         watched = self.faulty()
         with disk.using(watched):
@@ -103,7 +103,7 @@ class Scenario:
             common = {**SMALL, "calibration": self.text, "round_to": 4, **SCENARIOS[self.name]}
             streamprune.compare(self.model, text=self.text, out=self.out, eval_seq_len=8, keep=True, **common)
         elif self.replaces:
-            # Another --restart would begin anew what only waits to be published.
+            # Another --restart would start over a job that only waits to be published.
             journal = self.folder / "out.streamprune" / "journal.jsonl"
             begun = journal.exists() and Journal(journal, repair=False).header is not None
             streamprune.prune(self.config, restart=not begun)
@@ -112,12 +112,12 @@ class Scenario:
 
     @property
     def compares(self) -> bool:
-        """Whether it is a comparison, whose OUT is not all or nothing."""
+        """Whether the scenario is a comparison, whose OUT is not all or nothing."""
         return self.name.startswith("compare")
 
     @property
     def replaces(self) -> bool:
-        """Whether an older result makes way for this one."""
+        """Whether this result replaces an older one."""
         return self.name.endswith("replacing")
 
     def check_out(self, expected: dict[str, bytes]) -> None:
@@ -128,7 +128,7 @@ class Scenario:
             assert not self.out.exists() or contents(self.out) == expected
 
     def result(self) -> dict[str, bytes]:
-        """Every file's bytes, what a job spent taken out."""
+        """Each file's bytes, without what the job spent."""
         found = contents(self.out)
         if self.compares:
             rows = json.loads(found["compare.json"])["rows"]
@@ -140,7 +140,7 @@ class Scenario:
         return found
 
     def fresh(self) -> None:
-        """As if nothing had been done."""
+        """Restore the state before the job."""
         for folder in (self.folder, self.graveyard):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -150,7 +150,7 @@ class Scenario:
             shutil.copytree(self.before, self.out)
 
     def left_behind(self) -> list[str]:
-        """What there is beside the result."""
+        """Files beside the result."""
         return sorted(path.name for path in self.folder.iterdir() if path != self.out)
 
     def faulty(self, fault: Fault | None = None, at: int = 0) -> FaultyDisk:
@@ -169,7 +169,7 @@ def scenario(
     text: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Scenario]:
-    """One by its name, made once: it is run undisturbed only once."""
+    """A scenario by name, made once, so that it runs undisturbed only once."""
     if (name := request.param) not in _made:
         _made[name] = Scenario(name, tmp_path_factory.mktemp("scenario") / "work", tiny, configured, text)
     found = _made[name]
@@ -180,13 +180,13 @@ def scenario(
 
 
 def places(operations: list[str], fault: Fault, name: str) -> list[int]:
-    """Every operation where the fault makes a difference, or a few drawn among them."""
+    """All operations for which the fault makes a difference, or a few of them."""
     found = [n for n, operation in enumerate(operations, start=1) if operation.split()[0] in AT[fault]]
     return drawn(found, QUICK, name)
 
 
 def drawn(found: list[T], quick: int, seed: object) -> list[T]:
-    """A few of what could be tried, or as many as `scripts/faults` asks for: every n-th."""
+    """Every n-th of what could be tried: a few, or as many as `scripts/faults` asks for."""
     if every := os.environ.get("STREAMPRUNE_FAULTS"):
         return found[:: int(every)]
     few = random.Random(f"{seed}").sample(range(len(found)), min(quick, len(found)))
@@ -222,18 +222,18 @@ def test_whatever_fails_the_same_command_ends_with_the_same_bytes(scenario: Scen
     print(f"\n{scenario.name}: {fault} at {happened} of {len(operations)} operations, all survived")
 
 
-# What lies on the disk is altered between two processes.
+# Files altered between two processes.
 
 
 def stopped(scenario: Scenario, at: int) -> None:
-    """The job, killed before that operation."""
+    """Run the job and kill it before that operation."""
     scenario.fresh()
     with suppress(Stopped), disk.using(scenario.faulty("stop", at)):
         scenario.run()
 
 
 def kept_for_itself(scenario: Scenario) -> list[Path]:
-    """Files that the job would go on from: whole ones, and not the lock or the log, or an older result."""
+    """Complete files that the job would resume from, without the lock, the log and an older result."""
     older = (scenario.out, scenario.folder / "out.streamprune" / "replaced")
     found = [
         path
@@ -275,11 +275,11 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
             altered += 1
             where = f"{victim.relative_to(scenario.folder)} {harm} before {at} of {len(operations)}"
             if victim.name == "plan.json":
-                # One that can be read is people's to edit, and not to be thrown away.
+                # A readable plan may be an edited one, which must not be discarded.
                 with suppress(ResumeError):
                     scenario.run()
                 victim.unlink(missing_ok=True)
-            # What is noticed only when it is read is made anew the next time.
+            # Damage found only on reading is repaired by the next run.
             with suppress(DamageError):
                 scenario.run()
             scenario.run()
@@ -317,7 +317,7 @@ def largest_shard(model: Path) -> Path:
 
 
 def test_a_source_that_changes_underneath_is_noticed(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    """Wherever in the weights, also where the samples that tell models apart do not look."""
+    """Anywhere in the weights, also outside the samples that identify a model."""
     model = Path(shutil.copytree(tiny("llama", num_hidden_layers=2), tmp_path / "model"))
     graves, shard = tmp_path / "graves", largest_shard(model)
     graves.mkdir()
@@ -336,7 +336,7 @@ def test_a_source_that_changes_underneath_is_noticed(tiny: Tiny, configured: Mak
         shard.write_bytes(data)
         with pytest.raises(ResumeError, match=rf"{shard.name}.* was|is not what it was when the job was started"):
             streamprune.prune(config)
-        # A copy of what it was has another time, and the same bytes.
+        # A copy has another modification time and the same bytes.
         shard.write_bytes(before)
         assert streamprune.prune(config).resumed
         assert contents(config.out) == expected

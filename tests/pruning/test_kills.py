@@ -24,7 +24,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture
 def killed(inputs: Inputs, tmp_path: Path) -> Callable[..., None]:
-    """Have the jobs of a scenario killed so many times."""
+    """Kill the jobs of a scenario so many times."""
 
     def kill(name: str, kills: int, number: signal.Signals = signal.SIGKILL) -> None:
         tally = Campaign(SCENARIOS[name], inputs, tmp_path, seed=1, number=number).kill(kills)

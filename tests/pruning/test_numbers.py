@@ -1,4 +1,4 @@
-"""NaN and Inf, planted wherever such a number can arise: one line that names the block, exit code 1, and no OUT."""
+"""NaN and Inf, planted wherever they can arise, give one line that names the block, exit code 1, and no OUT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from streamprune.stream import sweep
 
 CPU = torch.device("cpu")
 MEASURING = ["default", "sobp", "slimgpt", "greedy-output", "surgeon", "wanda-sp"]
-"""The recipes that read text."""
+"""Recipes that read text."""
 SETTINGS = {"surgeon": ["--set", "shots=1"]}
 Run = Callable[..., Result]
 Hook = Callable[[Tensor], Tensor]
@@ -57,7 +57,7 @@ def run(model: Path, text: Path, tmp_path: Path) -> Run:
 
 
 def stopped(result: Result, folder: Path, *words: str) -> None:
-    """One line on stderr with all `words`, exit code 1, no traceback, nothing in OUT."""
+    """Check for one line on stderr with all `words`, exit code 1, no traceback, and nothing in OUT."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     lines = [line for line in result.stderr.splitlines() if line.startswith("streamprune: ")]
@@ -69,14 +69,14 @@ def stopped(result: Result, folder: Path, *words: str) -> None:
 
 
 def planted(x: Tensor, value: float) -> Tensor:
-    """A copy of `x` with one number replaced."""
+    """Return a copy of `x` with one number replaced."""
     copy = x.detach().clone(memory_format=torch.contiguous_format)
     copy.view(-1)[copy.numel() // 2] = value
     return copy
 
 
 def changed(folder: Path, name: str, value: float, dtype: torch.dtype = torch.float32) -> Path:
-    """A tiny checkpoint with one number of one tensor replaced."""
+    """Make a tiny checkpoint with one number of one tensor replaced."""
     make_tiny(folder, "llama-biased", dtype, num_hidden_layers=2)
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -88,7 +88,7 @@ def changed(folder: Path, name: str, value: float, dtype: torch.dtype = torch.fl
 
 
 def plant_at(monkeypatch: pytest.MonkeyPatch, method: str, place: str, value: float) -> None:
-    """Have a method of one sublayer return `value` among its numbers."""
+    """Make a method of one sublayer return `value` among its numbers."""
     real = getattr(Sublayer, method)
 
     def call(self: Sublayer, *arguments: Any) -> Any:
@@ -128,7 +128,7 @@ def test_gradients(recipe: str, run: Run, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_heads_gradient_and_what_it_draws(run: Run, tmp_path: Path) -> None:
-    # Weights that are finite, and logits that are not.
+    # Finite weights with logits that are not finite.
     path = changed(tmp_path / "model", "lm_head.weight", 3e38)
     edit_tensors(path, lambda tensors: [t.fill_(100) for name, t in tensors.items() if name == "model.norm.weight"])
     stopped(run("sobp", source=path), tmp_path, "the head's gradient gives NaN or Inf")
@@ -152,7 +152,7 @@ def test_a_draw_from_what_is_no_distribution() -> None:
 def test_every_gram_of_a_job(
     recipe: str, value: float, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each in turn is fed one bad number, which nothing else sees; then each of the cross sums."""
+    """Feed one bad number to each Gram in turn and to nothing else; then to each of the cross sums."""
     make, add = Gram.__init__, Gram.add
     made: list[Gram] = []
     bad: tuple[int, bool] | None = None
@@ -311,7 +311,7 @@ def test_tuning(method: str, model: Path, text: Path, tmp_path: Path, monkeypatc
         patch.setattr(F, "cross_entropy", rootless(F.cross_entropy))
         place = "block 0" if method == "distil" else "lora"
         stopped(tune(), tmp_path, f"{place}: the gradient of ", "holds NaN or Inf at step 0")
-    # Weights that are finite, and activations that are not.
+    # Finite weights with activations that are not finite.
     path = changed(tmp_path / "model", "model.layers.1.post_attention_layernorm.weight", 3e38)
     edit_tensors(path, lambda tensors: [t.mul_(1e5) for name, t in tensors.items() if name == UP])
     stopped(tune(path), tmp_path, "block 1", "NaN or Inf" if method == "lora" else "the refinement's loss is")
@@ -344,7 +344,7 @@ def test_evaluation(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest
         path = make_tiny(tmp_path / place, "llama-biased")
         edit_tensors(path, lambda tensors, name=name: [t.fill_(torch.nan) for n, t in tensors.items() if n == name])
         stopped(evaluate(path), tmp_path, f"{place} gives NaN or Inf")
-    # float16 ends where the other dtypes go on.
+    # The values overflow float16 but not the other dtypes.
     path = changed(tmp_path / "model", UP, 6e4, torch.float16)
     edit_tensors(path, lambda tensors: [t.mul_(100) for name, t in tensors.items() if "layers.1.mlp.gate" in name])
     assert evaluate(path).exit_code == 0
@@ -370,7 +370,7 @@ def test_a_head_that_overflows_is_told_while_measuring(tmp_path: Path, text: Pat
 
 
 def test_sums_of_finite_numbers_that_overflow_are_no_fault() -> None:
-    # A sum is how NaN and Inf are looked for.
+    # The check for NaN and Inf takes a sum.
     sums = Gram(2, cross=3, device=CPU, dtype=torch.float32)
     sums.h[:], sums.tokens = torch.eye(2) * 3e38, 1
     assert sums.c is not None

@@ -1,4 +1,4 @@
-"""Block refinement: against plain PyTorch Adam on transformers' own block, and within a job."""
+"""Block refinement, compared with PyTorch's Adam on transformers' own block, and within a job."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_steps_are_plain_adams_on_transformers_own_block(name: str, tiny: Tiny, 
         # Weights, norms and biases: the first two steps of Adam move all that has any gradient by their rates.
         if "k_proj.bias" not in leaf:  # a key's bias changes no attention
             assert float((block.weights[leaf] - before[leaf]).abs().max()) > 3e-4
-    # What the block computes with is what its masters hold.
+    # The block computes with the values of its masters.
     with torch.no_grad():
         arguments = skeleton.arguments(6, LENGTH)[1]
         torch.testing.assert_close(block(x, arguments), call(x), rtol=1e-7, atol=1e-7)
@@ -140,7 +140,7 @@ def test_a_step_takes_some_sequences_anew_each_time(
 
 
 def block_error(config: Config, index: int, tokens: Tensor) -> float:
-    """Mean squared difference of a block's outputs in the source and in the result."""
+    """Mean squared difference between a block's outputs in the source and in the result."""
     outputs = []
     for model in (reference.load(config.model), streamprune.load(config.out, dtype=torch.float64)):
         block = model.get_submodule("model.layers")[index]
@@ -233,7 +233,7 @@ def test_every_recipe_can_be_refined(recipe: str, tiny: Tiny, configured: Make) 
 
 
 class Stop(BaseException):
-    """Stands for a kill."""
+    """Stands in for a kill."""
 
 
 @pytest.mark.parametrize("step", [1, 4, 8, 12])

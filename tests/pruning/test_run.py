@@ -1,4 +1,4 @@
-"""The whole job: against a plain in-memory implementation, across kills, and with what a user may change."""
+"""Whole jobs, compared with a plain in-memory implementation, across kills, and with everything a user may change."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_baselines_are_the_masked_dense_model(name: str, recipe: str, tiny: Tiny
         for entry, site in [(entry, site) for site, entry in skeleton.places(index)]:
             module = f"{skeleton.architecture.blocks}.{index}.{entry.consumer}"
             w, left = (reference.weight_of(model.get_submodule(module)) for model in (masked, apart))
-            # Columns are found again by their values, since these recipes do not change them.
+            # Columns are identified by their values, which these recipes do not change.
             column = {tuple(w[:, c].tolist()): c for c in range(w.shape[1])}
             stays = [column[tuple(left[:, c].tolist())] for c in range(left.shape[1])]
             assert stays == sorted(stays)
@@ -131,7 +131,7 @@ def test_global_selection_alone_keeps_the_plans_units(tiny: Tiny, configured: Ma
 
 
 SHOTS: dict[str, Any] = {"recipe": "default", "settings": {"shots": "3"}, "refine": 3, "blocks": (1, 3)}
-"""A job with everything that a job can do: several shots, a window, refinement."""
+"""A job with several shots, a window and refinement."""
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_stopped_after_every_journal_line_the_bytes_are_the_same(
     whole = configured(path, "whole", **changes)
     streamprune.prune(whole)
     expected = contents(whole.out)
-    # One journal line a life: every line is followed by a new process's work.
+    # One journal line per process: a new process continues after each line.
     config = configured(path, "stopped", **changes)
     lives = 0
     while not config.out.exists():
@@ -198,7 +198,7 @@ def test_sparse_boundaries_change_nothing(
 
 @contextmanager
 def stopping_at(instant: int, monkeypatch: pytest.MonkeyPatch, *, before: bool) -> Iterator[list[str]]:
-    """Stop right before or after so many renames and links were made; yields what was made."""
+    """Stop right before or after so many renames and links; yield those that were made."""
     made: list[str] = []
 
     def counted(name: str) -> Callable[..., None]:
@@ -239,7 +239,7 @@ def test_stopped_at_any_rename_the_bytes_are_the_same(
     if "surveys" in changes:
         streamprune.prune(replace(job("alone"), surveys=None))
         assert contents(job("alone").out) == expected
-    # Every seventh, and all around the one that shares a survey.
+    # Every seventh one, and all those around the one that shares a survey.
     instants = {*range(1, len(made), 7)}
     if "surveys" in changes:
         instants |= {made.index("folder") + k for k in range(-2, 3)}
@@ -404,7 +404,7 @@ def test_an_interrupted_restart_goes_on(tiny: Tiny, configured: Make, monkeypatc
     changed = configured(path, ratio=0.4)
     with stopping_after(10, monkeypatch), pytest.raises(Stop):
         streamprune.prune(changed, restart=True)
-    # Until the new result is whole the old one stays.
+    # The old result stays until the new one is complete.
     assert contents(changed.out) == before
     result = streamprune.prune(changed)
     assert result.resumed

@@ -1,4 +1,4 @@
-"""The same command gives the same bytes, again in one process and in another one: docs/reproducible.md."""
+"""The same command gives the same bytes, in the same process and in another: docs/reproducible.md."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RECIPES: list[dict[str, Any]] = [
 
 
 def make_all(folder: Path, given: Path, every: int = 1) -> None:
-    """Every job once, or every so manieth of them, into `folder`; `given` has models of all kinds and a text."""
+    """Run every job, or every n-th, once into `folder`; `given` has models of all kinds and a text."""
     text, small = given / "text.txt", {"samples": 10, "seq_len": 24, "round_to": 4}
     for number, changes in list(enumerate(RECIPES))[::every]:
         model = given / changes.get("model", "llama")
@@ -62,7 +62,7 @@ def make_all(folder: Path, given: Path, every: int = 1) -> None:
 
 
 def made(folder: Path) -> dict[str, bytes]:
-    """What must be equal: all but what was spent on it."""
+    """What must be equal: everything except what was spent."""
     found = {}
     for out in sorted(folder.iterdir()):
         files = contents(out)
@@ -103,7 +103,7 @@ def test_again_and_in_another_process(tmp_path: Path, text: Path) -> None:
 
 
 def test_what_does_not_decide_the_bytes(tmp_path: Path, text: Path) -> None:
-    """Where Grams and activations wait, and how much room there is, as long as micro-batches stay the same."""
+    """Places for Grams and activations, and memory limits, with the same micro-batches."""
     path = make_tiny(tmp_path / "model", "llama")
 
     def job(out: str, **changes: Any) -> dict[str, bytes]:

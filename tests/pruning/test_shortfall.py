@@ -1,4 +1,4 @@
-"""Whether a result misses its ratio: to within one unit it does not."""
+"""A result meets its ratio if it is within one unit of it."""
 
 from __future__ import annotations
 

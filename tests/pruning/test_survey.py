@@ -1,4 +1,4 @@
-"""What a survey sums at every site, against transformers' whole model with hooks and full autograd, in float64."""
+"""What a survey sums at each site, compared with transformers' whole model with hooks and full autograd, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tiny = Callable[..., Path]
 
 
 def opened(path: Path, folder: Path, size: int = 3) -> tuple[Skeleton, ActivationStore, Tensor]:
-    """A skeleton, a store with the embedded tokens in it, and the tokens."""
+    """Return a skeleton, a store with the embedded tokens, and the tokens."""
     skeleton = open_skeleton(path, CPU, "float64")
     store = ActivationStore(folder, (SAMPLES, LENGTH, skeleton.width), skeleton.dtype, CPU, durable=False)
     tokens = torch.randint(skeleton.vocabulary, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,7 @@ def opened(path: Path, folder: Path, size: int = 3) -> tuple[Skeleton, Activatio
 
 
 def backward(path: Path, folder: Path, *wanted: Statistic, size: int = 3) -> tuple[list[SiteStatistics], Tensor]:
-    """Every site's statistics, in order, by a forward and a backward sweep; and the tokens."""
+    """Return the statistics of each site, in order, from a forward and a backward sweep; and the tokens."""
     skeleton, store, tokens = opened(path, folder, size)
     for _ in sweep.forward(skeleton, store, "dense", 0, len(skeleton), size):
         pass
@@ -48,7 +48,7 @@ def backward(path: Path, folder: Path, *wanted: Statistic, size: int = 3) -> tup
 def forward(
     path: Path, folder: Path, *wanted: Statistic, size: int = 3
 ) -> tuple[list[SiteStatistics], ActivationStore]:
-    """Every site's statistics by a forward sweep; and the store that it leaves."""
+    """Return the statistics of each site from a forward sweep, and the store afterwards."""
     skeleton, store, _ = opened(path, folder, size)
     found = []
     for index, block in sweep.blocks(skeleton, range(len(skeleton))):
@@ -64,7 +64,7 @@ def whole(path: Path) -> tuple[reference.Any, list[reference.Place]]:
 
 
 def close(found: object, expected: Tensor) -> None:
-    """A Gram's mean is `expected` to float64's precision."""
+    """Check that a Gram's mean is `expected`, to the precision of float64."""
     from streamprune.maths.sums import Gram
 
     assert isinstance(found, Gram)

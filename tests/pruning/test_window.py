@@ -1,4 +1,4 @@
-"""Windows of blocks: what lies outside stays as it is, what lies inside is pruned as if there were nothing else."""
+"""Windows of blocks: blocks outside stay unchanged, blocks inside are pruned as if there were no others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def skeleton_of(path: Path) -> Skeleton:
 
 
 def outside_is_untouched(source: Path, out: Path, window: range) -> None:
-    """Every tensor outside the window has the source's bytes, and some inside have not."""
+    """Check that each tensor outside the window has the source's bytes, and that some inside differ."""
     before, after = Checkpoint(source), Checkpoint(out)
     blocks = skeleton_of(source).architecture.blocks
     inside = tuple(f"{blocks}.{index}." for index in window)
