@@ -73,21 +73,23 @@ class Job(Workplace):
         alongside: Sequence[Config] = (),
         ranks: Ranks = ALONE,
     ) -> None:
-        self.alongside = alongside
+        # Parse.
+        self.alongside, self.out_given = alongside, str(config.out)
         self.settings = parse(config.recipe, config.settings)
         self.recipe: Recipe[Any] = RECIPES[config.recipe]
         if config.samples < ranks.size:
             raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
+        # Open.
         self.device = machine.resolve_device(config.device, ranks)
-        self.out_given = str(config.out)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, out=config.out.absolute())
-        self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
         self.dtype = config.dtype
+        self.skeleton: Skeleton = open_skeleton(config.model, self.device, self.dtype, layout=LAYOUTS[config.layout])
         stored = self.skeleton.checkpoint.dtype
         self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
         self.peaks = machine.Peaks(self.device)
         self.sites = self.skeleton.all_sites()
+        # Check.
         self._check_layout()
         self.window = self._window()
         self.given_plan = self._given_plan()
@@ -96,6 +98,7 @@ class Job(Workplace):
         self.length = windows.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.given_plan is None:
             self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
+        # The folder.
         super().__init__(config.out, config.cache, is_report, progress, ranks)
         self.plan_path = self.folder / PLAN
         self.written_path = self.folder / WRITTEN
