@@ -180,25 +180,30 @@ class _Formulas(dict[Any, Formula | None]):
         return self[op]
 
 
+_NAMED: dict[str, Formula] = {
+    **dict.fromkeys(("mm", "bmm", "mv", "dot"), _product(0)),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_", "addmv", "addmv_"), _product(1)),
+    "_grouped_mm": _grouped,
+    **dict.fromkeys(_FORWARD, _attention(2, query=0)),
+    # Recomputed scores, then the gradients of values, probabilities, queries and keys.
+    **dict.fromkeys((f"{name}_backward" for name in _FORWARD), _attention(5, query=1)),
+    "linalg_cholesky_ex": _cubes(1 / 3),
+    "cholesky": _cubes(1 / 3),
+    "cholesky_inverse": _cubes(2 / 3),
+    "cholesky_solve": _solve(2, matrix=1),
+    "linalg_solve_triangular": _solve(1),
+    "triangular_solve": _solve(1, matrix=1),
+    "_linalg_solve_ex": _solve(2, factor=2 / 3),
+    "linalg_lu_factor_ex": _cubes(2 / 3),
+    "linalg_lu_solve": _solve(2),
+    "linalg_inv_ex": _cubes(2.0),
+    "_linalg_eigh": _cubes(9.0),
+}
+"""Formulas by the name of an op of torch's. Not every release has every op: torch 2.14 has no `cholesky`."""
+
 # Ours replace those of torch's registry, which reject grouped queries and traverse the argument tree on every call.
 _OURS: dict[Any, Formula] = {
     **{op: _registered(formula) for op, formula in flop_registry.items()},
-    **{op: _product(0) for op in (_ATEN.mm, _ATEN.bmm, _ATEN.mv, _ATEN.dot)},
-    **{op: _product(1) for op in (_ATEN.addmm, _ATEN.addmm_, _ATEN.baddbmm, _ATEN.baddbmm_, _ATEN.addmv, _ATEN.addmv_)},
-    **({_ATEN._grouped_mm: _grouped} if hasattr(_ATEN, "_grouped_mm") else {}),
-    **{getattr(_ATEN, name): _attention(2, query=0) for name in _FORWARD},
-    # Recomputed scores, then the gradients of values, probabilities, queries and keys.
-    **{getattr(_ATEN, f"{name}_backward"): _attention(5, query=1) for name in _FORWARD},
-    _ATEN.linalg_cholesky_ex: _cubes(1 / 3),
-    _ATEN.cholesky: _cubes(1 / 3),
-    _ATEN.cholesky_inverse: _cubes(2 / 3),
-    _ATEN.cholesky_solve: _solve(2, matrix=1),
-    _ATEN.linalg_solve_triangular: _solve(1),
-    _ATEN.triangular_solve: _solve(1, matrix=1),
-    _ATEN._linalg_solve_ex: _solve(2, factor=2 / 3),
-    _ATEN.linalg_lu_factor_ex: _cubes(2 / 3),
-    _ATEN.linalg_lu_solve: _solve(2),
-    _ATEN.linalg_inv_ex: _cubes(2.0),
-    _ATEN._linalg_eigh: _cubes(9.0),
+    **{getattr(_ATEN, name): formula for name, formula in _NAMED.items() if hasattr(_ATEN, name)},
 }
 _FORMULAS = _Formulas(_OURS)
