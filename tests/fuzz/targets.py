@@ -31,6 +31,7 @@ from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
 from streamprune.model.write import free_config
 from streamprune.recipes.plan import Plan
+from streamprune.system import machine
 from streamprune.text import documents, windows
 from streamprune.text.source import Source, Text
 
@@ -136,7 +137,7 @@ def config(home: Path) -> Target:
         (folders[kind] / CONFIG).write_bytes(data)
         assert inspect(folders[kind])["model"] is not None
         load_tokenizer(folders[kind])
-        evaluate(folders[kind], str(few), seq_len=4, device="cpu", memory=1 << 30, cache=home)
+        evaluate(folders[kind], str(few), seq_len=4, device="cpu", memory=machine.base_bytes() + (1 << 29), cache=home)
 
     return Target(seeds, mutation.as_json, read, 300, 12_000)
 

@@ -171,8 +171,8 @@ def test_operators_that_are_counted_by_name_exist() -> None:
     import transformers.integrations.moe
 
     assert transformers.integrations.moe
+    # Its backward is an op of its own in later releases than 5.14.
     assert torch.ops.transformers.grouped_mm_fallback
-    assert torch.ops.transformers.grouped_mm_fallback_backward
 
 
 def test_a_library_newer_than_tested_is_named(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
