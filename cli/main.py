@@ -23,10 +23,10 @@ class Group(click.Group):
             if isinstance(error, BrokenPipeError):
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            _tell(f"{where}{error.strerror or error}{_advice(ctx)}")
+            show.tell(f"{where}{error.strerror or error}{_advice(ctx)}")
             ctx.exit(1)
         except KeyboardInterrupt:
-            _tell(f"interrupted{_advice(ctx)}")
+            show.tell(f"interrupted{_advice(ctx)}")
             ctx.exit(130)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
@@ -37,12 +37,8 @@ class Group(click.Group):
             if not isinstance(error, StreamPruneError):
                 raise
             if not error.told:
-                _tell(str(error))
+                show.tell(str(error))
             ctx.exit(error.exit_code)
-
-
-def _tell(message: str) -> None:
-    click.echo(f"streamprune: {show.printable(' '.join(message.split()))}", err=True)
 
 
 def _advice(ctx: click.Context) -> str:

@@ -41,12 +41,12 @@ def window(context: click.Context, parameter: click.Parameter, text: str | None)
 
 
 def checked(check: str) -> Callable[[click.Context, click.Parameter, str], str]:
-    """A callback that passes the value to a check in `streamprune.config`."""
+    """A callback that passes the value to a check in `streamprune.system.units`."""
 
     def callback(context: click.Context, parameter: click.Parameter, value: str) -> str:
-        from streamprune.jobs import config
+        from streamprune.system import units
 
-        getattr(config, check)(value)
+        getattr(units, check)(value)
         return value
 
     return callback

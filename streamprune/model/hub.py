@@ -68,12 +68,14 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from .upstream import forget_kernels
+
     folder = resolve_model(path)
     careful = {"trust_remote_code": False, "use_safetensors": True, **options}
     settings = folder / CONFIG
     if "config" not in careful and settings.is_file() and read_json(settings).keys() & KERNELS:
         careful["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=careful["trust_remote_code"])
-        careful["config"]._attn_implementation = careful["config"]._experts_implementation = None
+        forget_kernels(careful["config"])
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **careful)
     return model
 

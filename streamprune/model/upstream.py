@@ -137,6 +137,11 @@ def eager_attention(config: Any) -> Iterator[None]:
         config._attn_implementation = usual
 
 
+def forget_kernels(config: Any) -> None:
+    """Make a config name no kernels, so that transformers chooses among those of this machine."""
+    config._attn_implementation = config._experts_implementation = None
+
+
 def rebuild_buffers(model: nn.Module, config: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Compute on `device` the buffers of a meta-device model that checkpoints do not store, such as rotary tables.
 

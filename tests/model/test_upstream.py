@@ -117,6 +117,13 @@ def test_eager_attention_ends_with_its_context(tiny: Any) -> None:
     assert upstream.attention(config) == usual
 
 
+def test_a_config_that_forgets_its_kernels_builds_without_them() -> None:
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=8, vocab_size=9)
+    config._attn_implementation = "flash_attention_2"
+    upstream.forget_kernels(config)
+    assert upstream.attention(AutoModelForCausalLM.from_config(config).config) == "sdpa"
+
+
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_rebuilt_buffers_are_what_transformers_computes(tiny: Any, name: str) -> None:
     config = read_configuration(Checkpoint(tiny(name)))[1]
