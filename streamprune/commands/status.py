@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..errors import CheckpointError, ConfigError
 from ..jobs.journal import Journal, as_written
 from ..jobs.names import ASKED, JOURNAL, LOCK, ROWS, STAGING, is_report, is_tuning, job_folder
-from ..jobs.schedule import Schedule, from_entries, seconds_spent
+from ..jobs.schedule import Schedule, seconds_spent
 from ..model.names import REPORT
 from ..system import files, log
 from ..system.strict_json import read_json
@@ -122,7 +122,7 @@ def _job(out: Path, given: str) -> Status:
         return _without_journal(out, given)
     if journal is None or journal.header is None:
         return Status(given, "running", phase="starting")
-    schedule = Schedule(from_entries(journal.header["schedule"]), journal)
+    schedule = Schedule(journal.header["schedule"], journal)
     return _standing(given, folder, journal, schedule, running)
 
 
@@ -150,8 +150,8 @@ def _comparison(out: Path, given: str) -> Status:
     asked = journal.find(ASKED) if journal.header is not None else None
     if asked is None:
         return Status(given, "running" if running else "not started", phase="starting" if running else None)
-    schedule = Schedule(from_entries(asked["schedule"]), journal)
-    if schedule.under_way is None and not (out / LOCK).exists() and (out / table.JSON).is_file():
+    schedule = Schedule(asked["schedule"], journal)
+    if schedule.current is None and not (out / LOCK).exists() and (out / table.JSON).is_file():
         return Status(
             given,
             "finished",
@@ -163,8 +163,8 @@ def _comparison(out: Path, given: str) -> Status:
             log=log.last_line(out / log.NAME),
         )
     row = None
-    if schedule.under_way is not None and schedule.under_way.kind == "prune":
-        row = _job(out / ROWS / schedule.under_way.name.partition("/")[2], schedule.under_way.name.partition("/")[2])
+    if schedule.current is not None and schedule.current.kind == "prune":
+        row = _job(out / ROWS / schedule.current.name.partition("/")[2], schedule.current.name.partition("/")[2])
     return _standing(given, out, journal, schedule, running, row)
 
 
@@ -172,25 +172,24 @@ def _standing(
     given: str, folder: Path, journal: Journal, schedule: Schedule, running: bool, row: Status | None = None
 ) -> Status:
     """Return the status of an unfinished job that has a journal."""
-    log_path, under_way = folder / log.NAME, schedule.under_way
-    spent, since, known = seconds_spent(journal), 0.0, {}
+    log_path, current = folder / log.NAME, schedule.current
+    since, step = 0.0, None
     if row is not None and row.seconds is not None:
-        spent += row.seconds
-        if under_way is not None and row.seconds_left is not None:
-            known = {under_way.name: row.seconds_left}
+        since = row.seconds
+        step = None if row.seconds_left is None else row.seconds + row.seconds_left
     elif running:
         since = max(0.0, time.time() - journal.path.stat().st_mtime)
     error = None if running else log.failure(log_path)
-    left = schedule.seconds_left(since, known)
+    left = schedule.seconds_left(since, step)
     return Status(
         given,
         "running" if running else "failed" if error is not None else "interrupted",
-        phase=under_way.kind if under_way is not None else "publish",
-        shot=under_way.shot if under_way is not None else None,
+        phase=current.kind if current is not None else "publish",
+        shot=current.shot if current is not None else None,
         done=schedule.done,
         total=schedule.total,
         share=round(schedule.done / schedule.total, 4),
-        seconds=round(spent + since, 3),
+        seconds=round(seconds_spent(journal) + since, 3),
         seconds_left=None if left is None else round(left, 3),
         error=error,
         log=log.last_line(log_path),

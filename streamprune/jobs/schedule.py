@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-from .journal import Entry, Journal
+from .journal import Journal
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Phase:
     """Consecutive steps of one kind."""
 
     name: str
     """Name of the steps' journal lines, or a prefix of it: ``shot-1/prune``."""
     steps: int = 1
-    """Number of steps."""
-    operations: int = 0
-    """Forecast FLOPs of all steps together; only proportions matter."""
-    spared_by: str | None = None
-    """Name of a journal line after which the missing steps are no longer needed."""
+    skipped_after: str | None = None
+    """Name of a journal line after which missing steps are skipped."""
 
     @property
     def kind(self) -> str:
@@ -34,94 +32,57 @@ class Stretch:
         found = re.match(r"shot-(\d+)/", self.name)
         return int(found[1]) if found else None
 
-    @property
-    def weight(self) -> float:
-        """Weight of one step relative to other steps of its kind."""
-        return self.operations / self.steps or 1.0
-
 
 class Schedule:
-    """A job's stretches in order, matched with the lines of its journal."""
+    """A job's phases in order, matched with the lines of its journal.
 
-    def __init__(self, stretches: Iterable[Stretch], journal: Journal) -> None:
-        self.stretches = list(stretches)
-        self._lines = {stretch.name: _lines(stretch, journal) for stretch in self.stretches}
-        self._left = {
-            stretch.name: 0
-            if stretch.spared_by is not None and journal.find(stretch.spared_by)
-            else max(0, stretch.steps - len(self._lines[stretch.name]))
-            for stretch in self.stretches
-        }
+    Args:
+        phases: fields of each `Phase`, as the journal stores them.
+    """
 
-    @property
-    def total(self) -> int:
-        """Number of all steps, finished or not, including steps no longer needed."""
-        return sum(stretch.steps for stretch in self.stretches)
+    def __init__(self, phases: Iterable[Mapping[str, Any]], journal: Journal) -> None:
+        self.phases = [Phase(**phase) for phase in phases]
+        self.total = sum(phase.steps for phase in self.phases)
+        """Number of all steps, including skipped ones."""
+        self._left: dict[Phase, int] = {}
+        self._seconds: dict[str, list[float]] = {}
+        for phase in self.phases:
+            lines = [line for line in journal.steps(phase.name) if line["step"][len(phase.name) :][:1] in ("", "/")]
+            skipped = phase.skipped_after is not None and journal.find(phase.skipped_after)
+            self._left[phase] = 0 if skipped else max(0, phase.steps - len(lines))
+            self._seconds.setdefault(phase.kind, []).extend(line.get("seconds", 0.0) for line in lines)
 
     @property
     def done(self) -> int:
-        """Number of finished steps; a step that is no longer needed counts as finished."""
+        """Number of finished or skipped steps."""
         return self.total - sum(self._left.values())
 
     @property
-    def under_way(self) -> Stretch | None:
-        """The first unfinished stretch; None if all are finished."""
-        return next((stretch for stretch in self.stretches if self._left[stretch.name]), None)
+    def current(self) -> Phase | None:
+        """The first unfinished phase; None if all are finished."""
+        return next((phase for phase, left in self._left.items() if left), None)
 
-    def seconds_left(self, since: float = 0.0, known: Mapping[str, float] | None = None) -> float | None:
-        """Estimate the remaining time in seconds; None if no measurement allows it yet.
+    def seconds_left(self, since: float = 0.0, step: float | None = None) -> float | None:
+        """Estimate the remaining time in seconds; None before the first step is finished.
 
-        A kind of step that has been measured is assumed to take the measured time, scaled by its forecast FLOPs.
-        Other kinds are estimated from all measurements and the forecast FLOPs alone.
+        A step takes the mean time of the finished steps of its kind or, without any, of all finished steps.
 
         Args:
-            since: seconds since the last journal line, spent on the current step.
-            known: better estimates in seconds, by name of the stretch.
+            since: seconds spent on the current step so far.
+            step: seconds that the current step takes in total, if there is a better estimate.
         """
-        spent: dict[str, float] = {}
-        weight: dict[str, float] = {}
-        seconds = operations = 0.0
-        for stretch in self.stretches:
-            lines = self._lines[stretch.name]
-            took = sum(line.get("seconds", 0.0) for line in lines)
-            if lines:
-                spent[stretch.kind] = spent.get(stretch.kind, 0.0) + took
-                weight[stretch.kind] = weight.get(stretch.kind, 0.0) + stretch.weight * len(lines)
-            if lines and stretch.operations:
-                seconds += took
-                operations += stretch.operations / stretch.steps * len(lines)
-        left = 0.0
-        for stretch in self.stretches:
-            count = self._left[stretch.name]
-            if not count:
-                continue
-            if stretch.kind in spent:
-                a_step = spent[stretch.kind] / weight[stretch.kind] * stretch.weight
-            elif operations:
-                a_step = seconds / operations * stretch.operations / stretch.steps
-            elif stretch.operations and stretch.name not in (known or {}):
-                return None
-            else:
-                a_step = 0.0
-            whole = (known or {}).get(stretch.name, a_step * count)
-            left += whole - (min(since, a_step) if stretch is self.under_way else 0.0)
-        return left if spent else None
+        current, seconds = self.current, dict(self._seconds)
+        if current is not None and step is not None:
+            seconds[current.kind] = [*seconds[current.kind], step]
+        measured = [each for steps in seconds.values() for each in steps]
+        if current is None or not measured:
+            return 0.0 if current is None else None
+        means = {kind: fmean(steps or measured) for kind, steps in seconds.items()}
+        left = sum(count * means[phase.kind] for phase, count in self._left.items())
+        mean = means[current.kind]
+        return left - mean + max(0.0, (mean if step is None else step) - since)
 
 
 def seconds_spent(journal: Journal) -> float:
     """Return the total seconds of all journal lines."""
     return float(sum(line.get("seconds", 0.0) for line in journal.steps()))
-
-
-def as_entries(stretches: Sequence[Stretch]) -> list[Entry]:
-    """Convert stretches to entries for the journal."""
-    return [asdict(stretch) for stretch in stretches]
-
-
-def from_entries(entries: Sequence[Mapping[str, Any]]) -> list[Stretch]:
-    """Convert entries of the journal to stretches."""
-    return [Stretch(**entry) for entry in entries]
-
-
-def _lines(stretch: Stretch, journal: Journal) -> list[Entry]:
-    return [line for line in journal.steps(stretch.name) if line["step"][len(stretch.name) :][:1] in ("", "/")]

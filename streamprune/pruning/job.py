@@ -26,7 +26,7 @@ from ..jobs.forecast.resources import Resources, forecast
 from ..jobs.journal import Entry, Journal
 from ..jobs.meter import by_block, peaks, totals
 from ..jobs.names import is_report
-from ..jobs.schedule import Stretch, as_entries
+from ..jobs.schedule import Phase
 from ..maths.flops import kind
 from ..maths.sums import Statistic
 from ..model import hub, write
@@ -195,8 +195,6 @@ class Job(Workplace):
             removes=0.0
             if self.recipe.writes_zeros(self.settings)
             else self.budget().target / self.skeleton.block_parameters(),
-            work=lambda site, keep: self.recipe.work(self.settings, site, keep),
-            digest_work=lambda site: self.recipe.digest_work(self.settings, site),
             workspace=lambda site: self.recipe.workspace(self.settings, site, self.keeps.get(site.name, site.units)),
             digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
             activations=self.activations,
@@ -260,7 +258,7 @@ class Job(Workplace):
         )
         return replace(
             found,
-            steps=sum(stretch.steps for stretch in self._schedule(found.phases)),
+            steps=sum(phase.steps for phase in self._schedule()),
             ratio_missed=self.goal.foreseen(self._planned, self._counted_tokens),
         )
 
@@ -393,7 +391,7 @@ class Job(Workplace):
             resources={
                 name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
             },
-            schedule=as_entries(self._schedule(resources.phases)),
+            schedule=[asdict(phase) for phase in self._schedule()],
         )
 
     @property
@@ -408,10 +406,10 @@ class Job(Workplace):
         if difference := first_difference(self.ranks.told(lambda: self.header), self.header):
             raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
 
-    def _schedule(self, operations: Mapping[str, int]) -> list[Stretch]:
-        """The steps of the job, with the forecast's operations by phase."""
+    def _schedule(self) -> list[Phase]:
+        """The phases of the job, in order."""
         depth, correction = len(self.skeleton), self.recipe.correction(self.settings)
-        found = [Stretch("calibrate", 1, operations["calibrate"])] if self.writes_text else []
+        found = [Phase("calibrate")] if self.writes_text else []
         for number in range(1, self.shots + 1):
             survey = {"forward": depth}
             if self.needs.gradients:
@@ -428,10 +426,9 @@ class Job(Workplace):
             }
             for step, count in steps.items():
                 # A plan or another job's survey makes the rest of the survey unnecessary.
-                spared_by = f"{shot}/allocate" if step in survey or step == "surveyed" else None
-                share = operations.get(step, 0) // self.shots
-                found += [Stretch(f"{shot}/{step}", count, share, spared_by)] if count else []
-        return [*found, Stretch("complete")]
+                skipped_after = f"{shot}/allocate" if step in survey or step == "surveyed" else None
+                found += [Phase(f"{shot}/{step}", count, skipped_after)] if count else []
+        return [*found, Phase("complete")]
 
     def _check_memory(self, resources: Mapping[str, Any]) -> None:
         """Compare the micro-batches of a started job, which fix the order of sums, with the current memory limit."""

@@ -24,7 +24,7 @@ from streamprune.errors import ConfigError, NumericalError, ResumeError
 from streamprune.jobs.folder import Workplace
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
-from streamprune.jobs.schedule import Schedule, Stretch, from_entries
+from streamprune.jobs.schedule import Phase, Schedule
 from streamprune.pruning.block import BlockPruner
 from streamprune.system import files, signals
 
@@ -474,43 +474,44 @@ def journal_of(tmp_path: Path, steps: dict[str, float]) -> Journal:
     return journal
 
 
-STRETCHES = [
-    Stretch("shot-1/forward", 2, 200, "shot-1/allocate"),
-    Stretch("shot-1/allocate"),
-    Stretch("shot-1/prune", 2, 600),
-    Stretch("shot-2/forward", 2, 100, "shot-2/allocate"),
-    Stretch("shot-2/allocate"),
-    Stretch("shot-2/prune", 2, 300),
+PHASES = [
+    {"name": "shot-1/forward", "steps": 2, "skipped_after": "shot-1/allocate"},
+    {"name": "shot-1/allocate"},
+    {"name": "shot-1/prune", "steps": 2},
+    {"name": "shot-2/forward", "steps": 2, "skipped_after": "shot-2/allocate"},
+    {"name": "shot-2/allocate"},
+    {"name": "shot-2/prune", "steps": 2},
 ]
 
 
 def test_the_estimate_by_hand(tmp_path: Path) -> None:
-    assert Schedule(STRETCHES, journal_of(tmp_path, {})).seconds_left() is None
+    assert Schedule(PHASES, journal_of(tmp_path, {})).seconds_left() is None
     journal = journal_of(tmp_path, {"shot-1/forward/0": 10.0, "shot-1/forward/1": 14.0})
-    schedule = Schedule(STRETCHES, journal)
+    schedule = Schedule(PHASES, journal)
     assert (schedule.done, schedule.total) == (2, 10)
-    assert schedule.under_way == STRETCHES[1]
-    # 24 s for 200 operations; 1000 are to come, and nothing is known of allocating.
-    assert schedule.seconds_left() == pytest.approx(24 / 200 * 1000)
+    assert schedule.current == Phase("shot-1/allocate")
+    # Nothing else is measured yet: 8 steps of 12 s.
+    assert schedule.seconds_left() == pytest.approx(8 * 12)
     journal.append("shot-1/allocate", seconds=5.0)
     journal.append("shot-1/prune/0", seconds=30.0)
-    schedule = Schedule(STRETCHES, journal)
-    # Another prune of 30 s; then a forward of half the work, an allocation like the last, two prunes of half the work.
-    assert schedule.seconds_left() == pytest.approx(30 + 12 + 5 + 30)
-    assert schedule.seconds_left(since=10) == pytest.approx(67)
-    assert schedule.seconds_left(since=1000) == pytest.approx(47)
-    assert schedule.seconds_left(known={"shot-1/prune": 1.0}) == pytest.approx(1 + 12 + 5 + 30)
+    schedule = Schedule(PHASES, journal)
+    assert schedule.seconds_left() == pytest.approx(30 + 2 * 12 + 5 + 2 * 30)
+    assert schedule.seconds_left(since=10) == pytest.approx(20 + 2 * 12 + 5 + 2 * 30)
+    assert schedule.seconds_left(since=1000) == pytest.approx(2 * 12 + 5 + 2 * 30)
+    # A step known to take 40 s counts as measured.
+    assert schedule.seconds_left(since=10, step=40.0) == pytest.approx(30 + 2 * 12 + 5 + 2 * 35)
 
 
-def test_what_was_spared_will_not_come(tmp_path: Path) -> None:
-    schedule = Schedule(STRETCHES, journal_of(tmp_path, {"shot-1/allocate": 2.0}))
+def test_skipped_steps_count_as_done(tmp_path: Path) -> None:
+    schedule = Schedule(PHASES, journal_of(tmp_path, {"shot-1/allocate": 2.0}))
     assert (schedule.done, schedule.total) == (3, 10)
-    assert schedule.under_way == STRETCHES[2]
+    assert schedule.current == Phase("shot-1/prune", 2)
 
 
 def test_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
-    schedule = Schedule([Stretch("prune/a-0.2"), Stretch("prune/a-0.25")], journal_of(tmp_path, {"prune/a-0.25": 1.0}))
-    assert schedule.under_way == Stretch("prune/a-0.2")
+    journal = journal_of(tmp_path, {"prune/a-0.25": 1.0})
+    schedule = Schedule([{"name": "prune/a-0.2"}, {"name": "prune/a-0.25"}], journal)
+    assert schedule.current == Phase("prune/a-0.2")
     assert schedule.done == 1
 
 
@@ -535,25 +536,16 @@ def test_the_schedule_is_what_the_job_does(
     streamprune.prune(config)
     journal = Journal(job_folder(config.out) / "journal.jsonl")
     assert journal.header is not None
-    stretches = from_entries(journal.header["schedule"])
-    schedule = Schedule(stretches, journal)
-    assert schedule.under_way is None
+    schedule = Schedule(journal.header["schedule"], journal)
+    assert schedule.current is None
     assert schedule.seconds_left() == 0
     names = [entry["step"] for entry in journal.steps()]
     assert schedule.total == len(names)
     place = [
-        next(i for i, s in enumerate(stretches) if name == s.name or name.startswith(f"{s.name}/")) for name in names
+        next(i for i, p in enumerate(schedule.phases) if name == p.name or name.startswith(f"{p.name}/"))
+        for name in names
     ]
     assert place == sorted(place)
-    # The forecast has a figure for every kind that computes much.
-    assert all(s.operations for s in stretches if s.kind in ("calibrate", "head", "backward", "correct"))
-
-
-def test_the_forecast_by_phase_adds_up(arguments: list[str]) -> None:
-    forecast = json.loads(invoke("plan", arguments[1], *arguments[3:], "--json").stdout)
-    assert sum(forecast["phases"].values()) == forecast["operations"]
-    assert forecast["phases"]["backward"] > 2 * forecast["phases"]["forward"] > 0
-    assert forecast["phases"]["calibrate"] == forecast["phases"]["correct"] == 0
 
 
 # The scripts.

@@ -25,7 +25,6 @@ from streamprune.commands.compare import table as comparison
 from streamprune.commands.compare.table import Row, ratio_at, reach
 from streamprune.errors import ConfigError, ResumeError
 from streamprune.jobs.config import Config
-from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.maths.sums import SiteStatistics, Statistic
 from streamprune.model.skeleton import Skeleton
@@ -161,9 +160,6 @@ def test_recipes_share_sweeps_and_each_gets_what_it_would_have_had_alone(
     # Drawn labels are another sweep; and of those that share one, none is asked twice.
     union = frozenset({"mask-gradient", "factors", "gram", "gradient-gram"})
     assert seen == [union] * 3 + [frozenset({"gram", "gradient-gram"})] * 3
-    asked = Journal(tmp_path / "out" / "journal.jsonl", repair=False).find("asked")
-    assert asked is not None
-    planned = {entry["name"]: entry["operations"] for entry in asked["schedule"]}
     for row in found.rows[1:]:
         alone = Config(
             model=tiny("llama"),
@@ -173,12 +169,6 @@ def test_recipes_share_sweeps_and_each_gets_what_it_would_have_had_alone(
             settings=row.settings,
             calibration=text,
             **SHARED,  # type: ignore[arg-type]
-        )
-        # The time left does not count on surveys that another row makes.
-        phases = streamprune.forecast_job(alone).phases
-        spared = row.label in ("kfac", "text")
-        assert planned[f"prune/{row.label}-0.4"] == phases["prune"] + (
-            0 if spared else phases["forward"] + phases["head"] + phases["backward"]
         )
         result = streamprune.prune(alone)
         assert row.out is not None

@@ -242,7 +242,7 @@ def journal(home: Path) -> Target:
     out = home / "out"
     path = home / "out.streamprune" / "journal.jsonl"
     path.parent.mkdir()
-    schedule = [{"name": "shot-1/prune", "steps": 2, "operations": 10, "spared_by": None}, {"name": "complete"}]
+    schedule = [{"name": "shot-1/prune", "steps": 2, "skipped_after": None}, {"name": "complete"}]
     job = {"settings": {"ratio": 0.5, "recipe": "sobp"}, "inputs": {}, "versions": {}}
     site = {"site": "blocks.0.ffn", "kept": 4, "units": 8, "error": 0.5, "seconds": 0.1}
     entries = [

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ...jobs.config import Config
 from ...jobs.folder import OTHER_CACHE, OTHER_OUT, PROBE, first_difference
 from ...jobs.journal import Entry, Journal
 from ...jobs.names import ASKED, JOURNAL, LOCK, ROWS, SURVEYS, WORK
-from ...jobs.schedule import Stretch, as_entries, seconds_spent
+from ...jobs.schedule import Phase, seconds_spent
 from ...model import hub
 from ...model.names import REPORT
 from ...model.verify import verify
@@ -129,7 +130,6 @@ class _Evaluation:
         self.text, self.config = text, job.config
         windows = read_windows(job.skeleton, text, seq_len)
         self.length = windows.shape[1]
-        self.operations = job.skeleton.forward_operations(*windows.shape)
         self.header = {
             "model": job.skeleton.checkpoint.identity(),
             "text": Text((text,)).identity(),
@@ -219,7 +219,7 @@ class _Work:
                 files.remove(path)
             self.caches.note()
             resumed = any(self.journal.steps())
-            schedule = as_entries(self._schedule())
+            schedule = [asdict(phase) for phase in self._schedule()]
             asked = self.journal.find(ASKED)
             if asked is None or asked["schedule"] != schedule:
                 self.journal.append(ASKED, schedule=schedule)
@@ -281,29 +281,10 @@ class _Work:
             if found := first_difference(then, now, place):
                 raise ResumeError(f"{self.folder} holds a comparison made otherwise: {found}; --restart starts over")
 
-    def _schedule(self) -> list[Stretch]:
-        """Return the steps of all rows with their forecast FLOPs, without the work that other rows save them."""
-        measuring = self.evaluation.operations
-        found = [Stretch(f"eval/{DENSE}", 1, measuring)]
-        swept: list[Any] = []
-        for candidate in self.candidates:
-            resources = candidate.job.forecast()
-            operations = resources.operations
-            if candidate.job.surveys:
-                shared = candidate.job.shared_survey(resources.sizes)
-                of_all = candidate.job.statistics and not candidate.job.writes_text
-                sweep = candidate.job.first_sweep(resources.sizes) if of_all else shared
-                if sweep in swept:
-                    phases = resources.phases
-                    operations -= sum(phases[name] for name in ("forward", "head", "backward")) // candidate.job.shots
-                finished = self.journal.find(f"prune/{candidate.name}") is not None
-                if not finished or (shared is not None and shared.is_dir()):
-                    swept.append(sweep)
-            found += [
-                Stretch(f"prune/{candidate.name}", 1, operations),
-                Stretch(f"eval/{candidate.name}", 1, measuring),
-            ]
-        return found
+    def _schedule(self) -> list[Phase]:
+        """Return the phases of all rows, in order."""
+        rows = [Phase(f"{step}/{each.name}") for each in self.candidates for step in ("prune", "eval")]
+        return [Phase(f"eval/{DENSE}"), *rows]
 
     def table(self, perplexities: Sequence[float]) -> Comparison:
         """Produce the missing rows; return all of them."""

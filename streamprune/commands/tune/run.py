@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from ...jobs.journal import Entry, Journal
 from ...jobs.meter import metered, peaks, totals
 from ...jobs.names import is_report, is_tuning
 from ...jobs.reports import tuning_card
-from ...jobs.schedule import Stretch, as_entries
+from ...jobs.schedule import Phase
 from ...maths.flops import kind
 from ...model import hub, write
 from ...model.block import Block
@@ -355,16 +355,16 @@ class Tuning(Workplace):
             cache=self.cache_given,
             replaces=self.report_in_out() is not None,
             resources={"batch": resources.batch, "micro": resources.backward_batch},
-            schedule=as_entries(self._schedule()),
+            schedule=[asdict(phase) for phase in self._schedule()],
         )
 
-    def _schedule(self) -> list[Stretch]:
+    def _schedule(self) -> list[Phase]:
         """Return the steps of the job."""
         if self.method == "lora":
-            work = [Stretch("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
+            work = [Phase("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
         else:
-            work = [Stretch("embed"), Stretch("block", len(self.student))]
-        return [*work, Stretch("complete")]
+            work = [Phase("embed"), Phase("block", len(self.student))]
+        return [*work, Phase("complete")]
 
     # The work.
 

@@ -53,10 +53,6 @@ class Needs:
     """Whether the model generates its calibration tokens."""
     removes: float = 0.0
     """Share of the blocks' parameters removed in the end."""
-    work: Callable[[Site, float], float] = lambda site, keep: 0.0
-    """FLOPs of selecting and refitting at a site, given the units kept."""
-    digest_work: Callable[[Site], float] = lambda site: 0.0
-    """FLOPs of computing a site's findings."""
     workspace: Callable[[Site], int] = lambda site: 0
     """Peak elements that solving a site holds besides its W and H."""
     digest_workspace: Callable[[Site], int] = lambda site: 0

@@ -6,19 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...errors import ResourceError
-from ...maths.flops import KINDS
 from ...model.skeleton import Skeleton
 from ...system.machine import dtype_name
 from ...system.units import format_bytes
-from .flops import Effort
+from .flops import bytes_to_read, flops_by_kind
 from .memory import GRAM_PLACES, GramPlace, Memory, Sizes, copies_ahead
 from .needs import Needs
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens per micro-batch beyond which nothing gets faster, by device type."""
-
-PHASES = ("calibrate", "forward", "head", "backward", "prune", "correct")
-"""Phases with a forecast of FLOPs. Block training belongs to ``prune`` in every kind of job."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +49,9 @@ class Resources:
     bytes_to_read: int
     """Bytes of weights read over the whole job."""
     operations: int
-    """FLOPs of the whole job."""
-    phases: dict[str, int]
-    """FLOPs by phase, one entry for each of `PHASES`."""
+    """FLOPs of the whole job without solving."""
     operations_by_kind: dict[str, int]
-    """FLOPs by kind, one entry for each of `maths.flops.KINDS`."""
+    """FLOPs by kind, one entry for each of `maths.flops.KINDS`; 0 for solving, which is not forecast."""
     device_limit: int
     """Bytes that the device may use; on a CPU, the whole process."""
     disk_limit: int
@@ -100,7 +94,7 @@ def forecast(
         base: bytes of host memory that the process takes before any work.
         memory_host: bytes of host memory that activations may be held in.
     """
-    model, effort = Memory(skeleton, needs), Effort(skeleton, needs)
+    model = Memory(skeleton, needs)
     problems = []
     on_cpu = skeleton.device.type == "cpu"
     places = GRAM_PLACES[:1] if on_cpu else GRAM_PLACES
@@ -125,7 +119,7 @@ def forecast(
             f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
             f"fewer samples than {needs.samples}, windows shorter than {needs.length} or another --cache would do"
         )
-    operations = effort.operations()
+    operations = flops_by_kind(model)
     demands = model.demands(batch, backward_batch, grams)
     ahead = copies_ahead(skeleton, needs, (batch, backward_batch, grams), device_limit)
     totals = {
@@ -149,14 +143,9 @@ def forecast(
         disk_bytes=disk,
         activations=dtype_name(needs.activations or skeleton.dtype),
         output_bytes=model.beside_out() if needs.prunes or needs.refines else 0,
-        bytes_to_read=effort.bytes_to_read(every),
-        operations=sum(round(count) for count in operations.values()),
-        phases={
-            phase: sum(round(count) for (each, _), count in operations.items() if each == phase) for phase in PHASES
-        },
-        operations_by_kind={
-            kind: sum(round(count) for (_, each), count in operations.items() if each == kind) for kind in KINDS
-        },
+        bytes_to_read=bytes_to_read(model, every),
+        operations=sum(operations.values()),
+        operations_by_kind={str(kind): count for kind, count in operations.items()},
         device_limit=device_limit,
         disk_limit=disk_limit,
         problems=tuple(problems),

@@ -7,6 +7,7 @@ from itertools import groupby
 
 import torch
 
+from ...maths.sums import PANEL
 from ...model.site import Site
 from ...model.skeleton import Skeleton
 from ...stream.encoding import token_bytes
@@ -82,6 +83,10 @@ class Shapes:
             # The producers' input, and the output of each producer.
             found += [self.d, *(weights // self.d for weights in site.linears[:-1])]
         return found
+
+    def gram_products(self, n: int) -> float:
+        """Return how many of the n² products per token are computed for a Gram of n rows."""
+        return n * (n + min(n, PANEL.get(self.skeleton.device.type, PANEL["cuda"]))) / 2
 
     def widest(self) -> int:
         """Return the largest number of consumer columns of any site."""
