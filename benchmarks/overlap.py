@@ -33,7 +33,7 @@ from make_checkpoint import Shape, make_checkpoint, make_text
 
 import streamprune
 from streamprune.system import files
-from streamprune.system.host import settle_malloc
+from streamprune.system.host import configure_malloc
 from streamprune.system.timing import spent, watching
 from streamprune.system.units import format_bytes, parse_bytes
 
@@ -69,7 +69,7 @@ class Disk:
 @contextmanager
 def reading_from(disk: Disk | None) -> Iterator[None]:
     """Read weights from `disk` inside the context; None changes nothing."""
-    read, announce = files.read_into, files.announce
+    read, announce = files.read_into, files.advise_read
 
     def slow_read(path: Path, offset: int, buffer: memoryview) -> int:
         assert disk is not None
@@ -86,11 +86,11 @@ def reading_from(disk: Disk | None) -> Iterator[None]:
             announce(path, offset, length)
 
     if disk is not None:
-        files.read_into, files.announce = slow_read, slow_announce
+        files.read_into, files.advise_read = slow_read, slow_announce
     try:
         yield
     finally:
-        files.read_into, files.announce = read, announce
+        files.read_into, files.advise_read = read, announce
 
 
 def measured(name: str, disk: Disk | None, work: Callable[[], object]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed
-    settle_malloc()
+    configure_malloc()
     with tempfile.TemporaryDirectory(prefix="streamprune-overlap-") as folder:
         result = measure(Path(folder), options)
     print(json.dumps(result) if options.json else report(result))

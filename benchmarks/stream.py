@@ -55,8 +55,8 @@ from streamprune.jobs.forecast.resources import forecast
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore
-from streamprune.system.host import settle_malloc
-from streamprune.system.machine import resolve_device, room, within
+from streamprune.system.host import configure_malloc
+from streamprune.system.machine import limit_memory, memory_limits, resolve_device
 from streamprune.system.units import parse_bytes
 
 WAYS = ["streamed", "in memory", "offload"]
@@ -111,11 +111,11 @@ def opened(name: str, job: Job) -> Way:
     from transformers.utils.logging import disable_progress_bar
 
     if name == "streamed":
-        settle_malloc()
+        configure_malloc()
         skeleton = open_skeleton(job.model, job.device, job.dtype)
 
         def run(windows: Tensor, size: int) -> float:
-            with within(job.device, job.memory):
+            with limit_memory(job.device, job.memory):
                 return streamed(skeleton, job.folder, windows, size)
 
         return run
@@ -164,7 +164,7 @@ def own_size(job: Job, windows: Tensor) -> int:
     """Return the windows per micro-batch that `streamprune eval` would choose."""
     needs = Needs(samples=len(windows), length=windows.shape[1], text=True, prunes=False, scores=True)
     skeleton = open_skeleton(job.model, job.device, job.dtype)
-    return forecast(skeleton, needs, **room(job.device, job.memory), disk_limit=1 << 50).require().batch
+    return forecast(skeleton, needs, **memory_limits(job.device, job.memory), disk_limit=1 << 50).require().batch
 
 
 def measure(ends: dict[str, Connection], size: int, repetitions: int, agreement: float) -> dict[str, Any]:

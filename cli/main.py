@@ -36,7 +36,7 @@ class Group(click.Group):
 
             if not isinstance(error, StreamPruneError):
                 raise
-            if not error.told:
+            if not error.reported:
                 show.tell(str(error))
             ctx.exit(error.exit_code)
 

@@ -213,9 +213,9 @@ def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = 
 
     from transformers.utils.logging import disable_progress_bar
 
-    from streamprune.system.host import settle_malloc
+    from streamprune.system.host import configure_malloc
 
-    settle_malloc()
+    configure_malloc()
     disable_progress_bar()  # `show` alone shows progress
 
 

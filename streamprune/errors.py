@@ -31,7 +31,7 @@ class StreamPruneError(Exception):
     """Base class for errors the user can fix. Messages are one line."""
 
     exit_code = 1
-    told = False
+    reported = False
     """Whether another process of the same job has already reported this error."""
 
 
@@ -85,7 +85,7 @@ class ElsewhereError(StreamPruneError):
         exit_code: the exit code of the failed process.
     """
 
-    told = True
+    reported = True
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -156,7 +156,7 @@ def bench(
     _check(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repetitions=repetitions, threads=threads)
     skeletons = [open_skeleton(path, where, dtype) for path in paths]
     prompt_tokens, new_tokens = _fitting(skeletons, prompt_tokens, new_tokens)
-    _require_memory(skeletons, batch, prompt_tokens + new_tokens, machine.room(where, memory))
+    _require_memory(skeletons, batch, prompt_tokens + new_tokens, machine.memory_limits(where, memory))
     vocabulary = min(skeleton.vocabulary for skeleton in skeletons)
     prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(where)
     with _threads(threads) as used:

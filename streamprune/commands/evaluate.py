@@ -83,14 +83,14 @@ def evaluate(
     resources = forecast(
         skeleton,
         Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True, activations=stored),
-        **machine.room(where, memory, held),
+        **machine.memory_limits(where, memory, held),
         disk_limit=files.free_bytes(parent),
     ).require()
     skeleton.copies_ahead = resources.copies_ahead
     if cache is not None:
         files.make_folder(cache)
     with (
-        machine.within(where, memory),
+        machine.limit_memory(where, memory),
         files.scratch(parent, "streamprune-eval-") as folder,
     ):
         shape = len(windows), length, skeleton.width

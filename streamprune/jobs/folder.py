@@ -39,7 +39,7 @@ OTHER_CACHE = "mend that, or take a --cache elsewhere"
 
 
 @dataclass(frozen=True)
-class Lost:
+class MissingFile:
     """A file that the job needs to resume but that is missing or damaged."""
 
     path: Path
@@ -47,7 +47,7 @@ class Lost:
     """Prefix of the name of the first step to repeat. All later steps are repeated too."""
 
 
-class Workplace:
+class JobFolder:
     """Folders, lock and journal of one job.
 
     Args:
@@ -109,7 +109,7 @@ class Workplace:
         return self._caches.own
 
     @property
-    def own_cache(self) -> Path:
+    def rank_cache(self) -> Path:
         """Folder for this rank's activations."""
         return self.cache if self.ranks.size == 1 else self.cache / f"rank-{self.ranks.rank}"
 
@@ -124,17 +124,17 @@ class Workplace:
         return {"OUT": self.folder.absolute(), "cache": self.cache}
 
     @property
-    def cache_given(self) -> str | None:
+    def given_cache(self) -> str | None:
         """Folder for activations that the user gave, as the journal records it; None for the job's folder."""
         return str(self._cache.absolute()) if self._cache else None
 
-    def result_there(self, restart: bool) -> Entry | None:
+    def finished_report(self, restart: bool) -> Entry | None:
         """Return the report of OUT if this job already finished it; None if there is work to do.
 
         Raises:
             ConfigError: OUT contains something else.
         """
-        report = self.report_in_out()
+        report = self.existing_report()
         if report is None or restart or self._replacing():
             return None
         if difference := self.differs(report):
@@ -150,7 +150,7 @@ class Workplace:
 
     def tidy(self) -> None:
         """Clean up after a process that ended after publishing its result. All ranks call this."""
-        if self.ranks.told(lambda: self.folder.is_dir() and self._is_own()):
+        if self.ranks.broadcast(lambda: self.folder.is_dir() and self._is_own()):
             with files.locked(self.folder / LOCK) if self.ranks.first else nullcontext():
                 self.clear()
             if self.ranks.first:
@@ -163,7 +163,7 @@ class Workplace:
             return self._stranger() is None
         return first_difference(start["job"], self.header) is None
 
-    def report_in_out(self) -> Entry | None:
+    def existing_report(self) -> Entry | None:
         """Return the report of streamprune's result in OUT; None if OUT is empty or missing.
 
         Raises:
@@ -204,7 +204,7 @@ class Workplace:
                 if self._cache.resolve().is_relative_to(place.resolve()):
                     raise ConfigError(f"cache is {self._cache}, which is in {place}, where only the job itself writes")
         for place in (self.folder, self.cache):
-            if link := files.first_link(place):
+            if link := files.find_symlink(place):
                 raise ConfigError(f"{link} is a symbolic link, where the work would lie; a job follows none")
         if self._out.is_mount():
             raise ConfigError(
@@ -213,12 +213,12 @@ class Workplace:
         first = self.ranks.first
         with self._claimed() as new:
             try:
-                if first and not restart and self.report_in_out() is not None and not self._replacing():
+                if first and not restart and self.existing_report() is not None and not self._replacing():
                     raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
                 if first:
                     self._put_back()
                 self.start(restart)
-                self.journal.rest = self._rest
+                self.journal.after_append = self._check_stop
                 with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
                     yield
             except BaseException as error:
@@ -274,14 +274,14 @@ class Workplace:
             )
         files.probe(self.folder, PROBE, OTHER_OUT)
         if self._cache is not None:
-            files.probe(self.own_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
+            files.probe(self.rank_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
 
-    def _rest(self) -> None:
+    def _check_stop(self) -> None:
         """Stop all ranks at the same point if any of them was asked to stop."""
         if any(self.ranks.gather(self._asked())):
             raise Stopped(STOPPED)
 
-    def go_back(self, lost: Callable[[], Lost | None]) -> None:
+    def rewind_to_existing(self, lost: Callable[[], MissingFile | None]) -> None:
         """Undo steps of earlier processes until no file that the next step needs is missing or damaged.
 
         Args:
@@ -300,9 +300,9 @@ class Workplace:
         """
         if difference := first_difference(start["job"], self.header):
             raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
-        if start["cache"] != self.cache_given:
+        if start["cache"] != self.given_cache:
             raise ResumeError(
-                f"cache is {self.cache_given or 'not given'}; this job was started with {start['cache'] or 'none'}; "
+                f"cache is {self.given_cache or 'not given'}; this job was started with {start['cache'] or 'none'}; "
                 "--restart starts over"
             )
         self.check_sources(start)
@@ -328,7 +328,7 @@ class Workplace:
         """
         for skeleton, then in zip(self.sources, start["sources"], strict=True):
             checkpoint = skeleton.checkpoint
-            if name := self.ranks.told(lambda c=checkpoint, then=then: c.changed(**then)):  # type: ignore[misc]
+            if name := self.ranks.broadcast(lambda c=checkpoint, then=then: c.changed(**then)):  # type: ignore[misc]
                 raise ResumeError(
                     f"{checkpoint[name].shard}: tensor {name!r} is not what it was when the job was started; --restart starts over"
                 )
@@ -375,7 +375,7 @@ class Workplace:
         Raises:
             ConfigError: OUT contains something that appeared after the job began or that streamprune did not write.
         """
-        report = self.ranks.told(self._publish)
+        report = self.ranks.broadcast(self._publish)
         self.clear()
         return report
 
@@ -399,7 +399,7 @@ class Workplace:
 
     def _make_way(self) -> None:
         """Move an earlier result in OUT aside, if this job was told to replace it."""
-        if self.report_in_out() is None:
+        if self.existing_report() is None:
             return
         start = self.journal.header
         assert start is not None
@@ -442,7 +442,7 @@ class Workplace:
         if self.ranks.first:
             self._caches.note()
         self.ranks.barrier()
-        files.make_folder(self.own_cache)
+        files.make_folder(self.rank_cache)
 
     def _remove_caches(self) -> None:
         """Remove the activations of all ranks, which may have separate disks; the record of their folders goes last."""

@@ -34,9 +34,9 @@ class Journal:
         self.path, self.repair, self.ranks = path, repair, ranks
         self.meter: Callable[[], Entry] = dict
         """Returns additional data for each new line."""
-        self.rest: Callable[[], None] = lambda: None
+        self.after_append: Callable[[], None] = lambda: None
         """Called once a line is durable; may raise to stop the work at that point."""
-        self._entries: list[Entry] = ranks.told(self._read)
+        self._entries: list[Entry] = ranks.broadcast(self._read)
 
     @property
     def header(self) -> Entry | None:
@@ -47,8 +47,8 @@ class Journal:
         """Durably record `step` as finished. Everything that the line refers to must be durable on every rank."""
         self.ranks.barrier()
         entry = {"step": step, **data, **self.meter()}
-        self._entries.append(self.ranks.told(lambda: self._write(entry)))
-        self.rest()
+        self._entries.append(self.ranks.broadcast(lambda: self._write(entry)))
+        self.after_append()
         return self._entries[-1]
 
     def rewind(self, prefix: str) -> None:

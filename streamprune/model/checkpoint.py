@@ -147,7 +147,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def announce(self, name: str) -> None:
         """Ask the kernel to read a tensor ahead."""
         entry = self[name]
-        files.announce(entry.shard, entry.begin, entry.nbytes)
+        files.advise_read(entry.shard, entry.begin, entry.nbytes)
 
     def complete_names(self, prefix: str, head: str) -> None:
         """If no tensor name starts with `prefix`, add it to all but the head's, so that checkpoints of base models can be read."""

@@ -59,7 +59,7 @@ def hold(path: Path, digest: str) -> None:
     Raises:
         DamageError: its digest differs.
     """
-    files.forget(path)
+    files.drop_cached(path)
     if files.sha256(path) != digest:
         raise DamageError(
             f"{path} is not on the disk as it was written: something is wrong with the disk or the memory; "

@@ -139,7 +139,7 @@ class _Reading:
             except (CheckpointError, DiskError) as error:
                 self._fault("file", name, None, self._within(error, name))
         for name in (CONFIG, INDEX, SINGLE):
-            files.forget(self.folder / name)
+            files.drop_cached(self.folder / name)
         try:
             checkpoint = _Opened(self.folder)
         except (CheckpointError, DiskError) as error:
@@ -195,7 +195,7 @@ class _Reading:
     def _read_pieces(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         digest, expected = hashlib.sha256(), self.digests.get(path.name)
         wrong: dict[str, None] = {}
-        files.forget(path)
+        files.drop_cached(path)
 
         def load(piece: _Piece) -> Tensor:
             buffer = host_buffer(piece.length, CPU)

@@ -27,7 +27,7 @@ def allocate(shot: Shot) -> Plan:
     elif chosen is not None and chosen["given"]:
         raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
     elif chosen is None:
-        allocated = shot.ranks.told(
+        allocated = shot.ranks.broadcast(
             lambda: job.allocate(shot.sites, _reached(shot), shot.survey, shot.budget).to_json()
         )
         return _choose(shot, Plan.parse(allocated, "the plan"), given=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, ResourceError, ResumeError
 from ..jobs.config import DATA_FREE, Config, DataFree
-from ..jobs.folder import Workplace, first_difference
+from ..jobs.folder import JobFolder, first_difference
 from ..jobs.forecast.memory import SLACK, GramPlace, Sizes, copies_ahead, device_peak
 from ..jobs.forecast.needs import Needs
 from ..jobs.forecast.resources import Resources, forecast
@@ -52,7 +52,7 @@ from .shortfall import Goal, largest_unit
 PLAN, WRITTEN = "plan.json", "calibration.safetensors"
 
 
-class Job(Workplace):
+class Job(JobFolder):
     """One job: everything that a first and a resumed process need to know.
 
     Args:
@@ -63,8 +63,8 @@ class Job(Workplace):
         StreamPruneError: any error that can be found before the work starts.
     """
 
-    known: ClassVar = Workplace.known | {PLAN, WRITTEN}
-    known_prefixes: ClassVar = (*Workplace.known_prefixes, "survey-", "shot-")
+    known: ClassVar = JobFolder.known | {PLAN, WRITTEN}
+    known_prefixes: ClassVar = (*JobFolder.known_prefixes, "survey-", "shot-")
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Job(Workplace):
         # Only the first rank generates text and corrects.
         divided = not self.writes_text and correction is None
         return Needs(
-            samples=self.ranks.most(self.config.samples) if divided else self.config.samples,
+            samples=self.ranks.max_samples(self.config.samples) if divided else self.config.samples,
             length=self.length,
             text=self.needs_text,
             survey=self.statistics,
@@ -249,7 +249,7 @@ class Job(Workplace):
     def forecast(self) -> Resources:
         """Estimate what the job takes on this machine. With several ranks: what each takes, given what the poorest has free."""
         disk = files.free_bytes(self.cache)
-        disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.here
+        disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.local_size
         rooms = self.ranks.gather({**self._room, "disk_limit": disk})
         found = forecast(
             self.skeleton,
@@ -297,7 +297,7 @@ class Job(Workplace):
 
     @property
     def _room(self) -> dict[str, int]:
-        return machine.room(self.device, self.config.memory, self.config.memory_host or 0, self.ranks)
+        return machine.memory_limits(self.device, self.config.memory, self.config.memory_host or 0, self.ranks)
 
     def first_sweep(self, sizes: Sizes) -> list[Any]:
         """Everything that distinguishes the sweep of the first shot's survey, run with these sizes, from other jobs' sweeps."""
@@ -368,7 +368,7 @@ class Job(Workplace):
         """Check everything that can be checked beforehand; only then remove the files of an earlier job."""
         self.check_folder()
         resources = self.forecast().require()
-        self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.here)
+        self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.local_size)
         if self.needs_text and not self.writes_text:
             _ = self.tokens
         check_companions(self.config.model, self.skeleton.vocabulary, self.progress, required=self._may_need_loader)
@@ -383,10 +383,10 @@ class Job(Workplace):
             "start",
             job=header,
             sources=sources,
-            cache=self.cache_given,
+            cache=self.given_cache,
             plan="given" if self.given_plan else None,
             shots=self.shots,
-            replaces=self.report_in_out() is not None,
+            replaces=self.existing_report() is not None,
             ranks=self.ranks.size,
             resources={
                 name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
@@ -403,7 +403,7 @@ class Job(Workplace):
 
     def _check_agreed(self) -> None:
         """Check that all ranks have the same settings, model, text and versions."""
-        if difference := first_difference(self.ranks.told(lambda: self.header), self.header):
+        if difference := first_difference(self.ranks.broadcast(lambda: self.header), self.header):
             raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
 
     def _schedule(self) -> list[Phase]:
@@ -500,7 +500,7 @@ class Job(Workplace):
     @property
     def published(self) -> bool:
         """Whether the result has its final name."""
-        return not self.staging.is_dir() and self.report_in_out() is not None
+        return not self.staging.is_dir() and self.existing_report() is not None
 
     @property
     def part(self) -> slice:
@@ -512,7 +512,7 @@ class Job(Workplace):
         """Inputs of blocks for this rank's samples, for the sweep in progress."""
         shape = self.part.stop - self.part.start, self.length, self.skeleton.width
         return ActivationStore(
-            self.own_cache,
+            self.rank_cache,
             shape,
             self.skeleton.dtype,
             self.device,

@@ -102,7 +102,7 @@ def refine(
             losses.append(total)
         # Ranks on different machines may differ in the last digits.
         for weight in weights.values():
-            weight.data = ranks.share([weight.data], 0, weight.device)[0]
+            weight.data = ranks.broadcast_tensors([weight.data], 0, weight.device)[0]
     return {"refinement": ends(losses)}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..jobs.folder import Lost
+from ..jobs.folder import MissingFile
 from ..model import write
 from ..recipes.plan import Plan
 from ..stream import sweep
@@ -21,7 +21,7 @@ from .job import Job
 from .shot import GRADIENT, Shot
 
 
-def lost(job: Job) -> Lost | None:
+def lost(job: Job) -> MissingFile | None:
     """Return the first file that is missing or altered; None if the job may resume where its journal ends.
 
     With several ranks, each checks its own boundaries, and the first also checks what it wrote for all. The input of a
@@ -32,8 +32,8 @@ def lost(job: Job) -> Lost | None:
     candidates = [*_files(job, number)] if job.ranks.first else []
     job.progress.phase("look over", len(candidates))
     for path, digest, step in candidates:
-        if not (_is_plan(path) if digest is None else files.holds(path, digest)):
-            return Lost(path, step)
+        if not (_is_plan(path) if digest is None else files.has_digest(path, digest)):
+            return MissingFile(path, step)
         job.progress.step(path.name)
     return _boundary(shot) if number <= job.shots else None
 
@@ -80,7 +80,7 @@ def _is_plan(path: Path) -> bool:
     return True
 
 
-def _boundary(shot: Shot) -> Lost | None:
+def _boundary(shot: Shot) -> MissingFile | None:
     """Check the inputs that the next block needs."""
     job, depth = shot.job, len(shot.job.skeleton)
     wanted: list[tuple[str, str]] = []
@@ -96,5 +96,5 @@ def _boundary(shot: Shot) -> Lost | None:
         wanted = [(sweep.boundary(stream, pruned), "prune/") for stream in shot.streams.into(pruned)]
     for name, step in wanted:
         if not job.store.intact(name):
-            return Lost(job.store.path(name), shot.named(step))
+            return MissingFile(job.store.path(name), shot.named(step))
     return None

@@ -24,7 +24,7 @@ from ..recipes.plan import Plan
 from ..recipes.recipe import Correction
 from ..stream.generate import generate
 from ..system import files
-from ..system.machine import within
+from ..system.machine import limit_memory
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
 from .allocate import allocate
@@ -100,9 +100,13 @@ def prune(
     """
     started = time.monotonic()
     job = Job(config, progress, alongside, ranks)
-    finished = ranks.told(lambda: job.result_there(restart))
+    finished = ranks.broadcast(lambda: job.finished_report(restart))
     if finished is None:
-        with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
+        with (
+            job.opened(restart),
+            limit_memory(job.device, config.memory),
+            metered(job.journal, started, job.peaks, ranks),
+        ):
             finished = Run(job).work()
     else:
         job.tidy()
@@ -121,9 +125,9 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
             f"recipe {job.recipe.name} takes {job.shots} shots with these settings, and every shot makes a plan "
             "of its own; --plan-only needs one shot"
         )
-    if ranks.told(lambda: job.result_there(restart)) is not None:
+    if ranks.broadcast(lambda: job.finished_report(restart)) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart), within(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
+    with job.opened(restart), limit_memory(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
         Run(job).prepare()
     return job.plan_path
 
@@ -162,7 +166,7 @@ class Run:
     def work(self) -> Entry:
         """Do everything up to the finished OUT; return the report."""
         job = self.job
-        job.go_back(lambda: lost(job))
+        job.rewind_to_existing(lambda: lost(job))
         if job.journal.find("complete") is None:
             self._get_text()
             for number in range(1, job.shots + 1):
@@ -182,7 +186,7 @@ class Run:
 
     def prepare(self) -> None:
         """Do what comes before the prune sweep."""
-        self.job.go_back(lambda: lost(self.job))
+        self.job.rewind_to_existing(lambda: lost(self.job))
         self._get_text()
         self._plan(Shot(self.job, 1))
 

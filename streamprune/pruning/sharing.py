@@ -123,7 +123,7 @@ class Sharing:
         cost = read_json(shared / COST)
         digests = cost.pop(DIGESTS)
         for index, digest in enumerate(digests):
-            if not files.holds(shared / shot.survey_path(index).name, digest):
+            if not files.has_digest(shared / shot.survey_path(index).name, digest):
                 files.remove_tree(shared)
                 return
             files.link(shared / shot.survey_path(index).name, shot.survey_path(index))

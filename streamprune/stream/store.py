@@ -126,7 +126,7 @@ class ActivationStore:
             for name in names:
                 if name not in self._held:
                     length = (batch.stop - batch.start) * self.row_bytes
-                    files.announce(self.path(name), batch.start * self.row_bytes, length)
+                    files.advise_read(self.path(name), batch.start * self.row_bytes, length)
 
         for batch, take in read_ahead(self.device, self.batches(size), announce, load):
             tensors = [[self.encoding.decode(raw) for raw in take()]]
@@ -166,7 +166,7 @@ class ActivationStore:
                 raw = self.encoding.encode(batch)
                 # A sum reveals NaN and Inf at a fifth of the cost. It can also overflow, so `keep` checks again.
                 take = self._copies.outward([raw, self.encoding.telling(raw).sum()])
-                background.hand(lambda: keep(*take()))
+                background.submit(lambda: keep(*take()))
 
             def keep(raw: Tensor, total: Tensor) -> None:
                 nonlocal written
@@ -187,7 +187,7 @@ class ActivationStore:
                     append(sums)
 
             yield write
-            background.hand(close)
+            background.submit(close)
         self._held.pop(name, None)
         if held is not None:
             held.on_disk = append is not None

@@ -314,7 +314,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
             yield bytes(buffer[:count])
 
 
-def announce(path: Path, offset: int, length: int) -> None:
+def advise_read(path: Path, offset: int, length: int) -> None:
     """Ask the kernel to read ahead, where it supports that. A missing file is ignored here; the reader reports it."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError), _opened(path, "rb") as file:
@@ -323,7 +323,7 @@ def announce(path: Path, offset: int, length: int) -> None:
                 os.posix_fadvise(file.fileno(), begin, min(1 << 17, offset + length - begin), os.POSIX_FADV_WILLNEED)
 
 
-def forget(path: Path) -> None:
+def drop_cached(path: Path) -> None:
     """Ask the kernel to drop a file from the page cache, where it supports that, so that the next read comes from the disk.
 
     Pages that are not yet written back, or that a process has mapped, stay cached.
@@ -357,7 +357,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def holds(path: Path, digest: str) -> bool:
+def has_digest(path: Path, digest: str) -> bool:
     """Return whether a file exists and has this SHA-256 (hex)."""
     return path.is_file() and sha256(path) == digest
 
@@ -519,7 +519,7 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
         yield folder
 
 
-def first_link(folder: Path) -> Path | None:
+def find_symlink(folder: Path) -> Path | None:
     """Return `folder` if it is a symbolic link, else the first symbolic link at any depth below it, else None."""
     if folder.is_symlink():
         return folder

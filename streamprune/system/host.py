@@ -13,7 +13,7 @@ from torch import Tensor
 _OWN_PAGES = 1 << 20
 """Host buffers of at least this many bytes are mapped separately, outside malloc's heap."""
 HEAP_KEPT = 256 << 20
-"""Bytes of free memory at the end of malloc's heap that are kept for reuse (see `settle_malloc`)."""
+"""Bytes of free memory at the end of malloc's heap that are kept for reuse (see `configure_malloc`)."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -45,7 +45,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def settle_malloc() -> None:
+def configure_malloc() -> None:
     """Configure glibc's malloc so that memory does not grow with the number of blocks, at no cost in speed.
 
     All threads share one heap. By default each thread has its own; tensors that one thread allocates and another frees

@@ -34,7 +34,7 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     if ranks.size > 1 and name.startswith("cuda"):
         if name != "cuda":
             raise ConfigError(f"device is {name!r}; with {ranks.size} processes it must be auto, cpu or cuda")
-        name = f"cuda:{ranks.local}"
+        name = f"cuda:{ranks.local_rank}"
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
@@ -103,7 +103,9 @@ def available_memory(device: torch.device) -> int:
     return int(_host_available() * 0.9)
 
 
-def room(device: torch.device, asked: int | None, activations: int = 0, ranks: Ranks = ALONE) -> dict[str, int]:
+def memory_limits(
+    device: torch.device, asked: int | None, activations: int = 0, ranks: Ranks = ALONE
+) -> dict[str, int]:
     """Return the memory limits of a job, in bytes, as keyword arguments for `forecast`.
 
     Args:
@@ -118,7 +120,7 @@ def room(device: torch.device, asked: int | None, activations: int = 0, ranks: R
     Raises:
         ResourceError: less host memory is free than `activations`.
     """
-    base, free = base_bytes(), available_memory(torch.device("cpu")) // ranks.here
+    base, free = base_bytes(), available_memory(torch.device("cpu")) // ranks.local_size
     if activations > free:
         raise ResourceError(
             f"activations may be held in {format_bytes(activations)} of host memory; {format_bytes(free)} are free"
@@ -132,7 +134,7 @@ def room(device: torch.device, asked: int | None, activations: int = 0, ranks: R
 
 
 @contextmanager
-def within(device: torch.device, limit: int | None) -> Iterator[None]:
+def limit_memory(device: torch.device, limit: int | None) -> Iterator[None]:
     """Limit torch to `limit` bytes of a GPU's memory while the context is open; None for no limit.
 
     Memory that torch caches counts. The few hundred MB per process that the driver takes do not.

@@ -54,16 +54,22 @@ class Ranks:
     Args:
         rank: number of this process, from 0.
         size: number of ranks.
-        local: number of this process on its machine, which is also the number of its GPU.
-        here: number of ranks on this machine.
+        local_rank: number of this process on its machine, which is also the number of its GPU.
+        local_size: number of ranks on this machine.
         store: the group's key-value store.
         gpus: the process group for GPU tensors; None for the default group, which is for host tensors.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, local: int = 0, here: int = 1, store: Any = None, gpus: Any = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        local_rank: int = 0,
+        local_size: int = 1,
+        store: Any = None,
+        gpus: Any = None,
     ) -> None:
-        self.rank, self.size, self.local, self.here = rank, size, local, here
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self._store, self._gpus = store, gpus
 
     # Division of work.
@@ -77,7 +83,7 @@ class Ranks:
         """Return this rank's samples out of `total`: a contiguous range. Ranges differ in length by at most one."""
         return slice(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
-    def most(self, total: int) -> int:
+    def max_samples(self, total: int) -> int:
         """Return the largest number of samples that any rank has."""
         return -(-total // self.size)
 
@@ -114,7 +120,7 @@ class Ranks:
                 distributed.all_gather_object(values, value)
         return values
 
-    def told(self, make: Callable[[], T], source: int = 0) -> T:
+    def broadcast(self, make: Callable[[], T], source: int = 0) -> T:
         """Return, on all ranks, the value that `make` returns on rank `source`. For small, picklable values."""
         if self.size == 1:
             return make()
@@ -145,7 +151,7 @@ class Ranks:
             else:
                 distributed.reduce(tensor, dst=owner, group=group)
 
-    def share(self, tensors: Sequence[Tensor] | None, source: int, device: torch.device) -> list[Tensor]:
+    def broadcast_tensors(self, tensors: Sequence[Tensor] | None, source: int, device: torch.device) -> list[Tensor]:
         """Broadcast the tensors of one rank to all ranks.
 
         Args:
@@ -158,7 +164,7 @@ class Ranks:
         import torch
 
         own = [tensor.contiguous() for tensor in tensors or ()] if self.rank == source else []
-        kinds = self.told(lambda: [(tuple(tensor.shape), tensor.dtype, tensor.is_cuda) for tensor in own], source)
+        kinds = self.broadcast(lambda: [(tuple(tensor.shape), tensor.dtype, tensor.is_cuda) for tensor in own], source)
         found = own or [
             torch.empty(shape, dtype=dtype, device=device if on_gpu else None) for shape, dtype, on_gpu in kinds
         ]
@@ -181,14 +187,14 @@ class Ranks:
         Args:
             items: assigned to ranks by their position, see `owner`.
             work: returns a small, picklable value and tensors.
-            device: see `share`.
+            device: see `broadcast_tensors`.
         """
         for start in range(0, len(items), self.size):
             together = items[start : start + self.size]
             own = [work(item) for place, item in enumerate(together) if self.mine(place)]
             for place, item in enumerate(together):
                 info, tensors = own.pop() if self.mine(place) else (None, None)
-                yield item, self.told(partial(_given, info), place), self.share(tensors, place, device)
+                yield item, self.broadcast(partial(_given, info), place), self.broadcast_tensors(tensors, place, device)
 
     def _assemble(self, tensor: Tensor) -> Any:
         """Return the process group for a tensor. For GPU tensors, first wait for all ranks on the host, to detect a lost rank."""
@@ -217,8 +223,8 @@ class Ranks:
     def _loss(self, error: RuntimeError) -> StreamPruneError:
         with suppress(RuntimeError):  # the store may be gone with the rank that hosted it
             if self._store.check([FAILED]):
-                told = json.loads(self._store.get(FAILED))
-                return ElsewhereError(told["message"], told["code"])
+                failure = json.loads(self._store.get(FAILED))
+                return ElsewhereError(failure["message"], failure["code"])
         reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the location in the backend's source
         return LostError(f"another process of this job was lost ({reason}); run the same command again to go on")
 
@@ -228,11 +234,11 @@ class Ranks:
         message = one_line(error) if isinstance(error, ElsewhereError) else f"rank {self.rank}: {one_line(error)}"
         own = json.dumps({"rank": self.rank, "message": message, "code": code})
         with suppress(RuntimeError):
-            told = self._store.compare_set(FAILED, "", own).decode()
-            if told != own:
+            first = self._store.compare_set(FAILED, "", own).decode()
+            if first != own:
                 self._store.add(HEARD, 1)
                 if isinstance(error, StreamPruneError):
-                    error.told = True
+                    error.reported = True
 
     def linger(self) -> None:
         """On rank 0, which may host the store, wait until the other ranks have read the error."""
@@ -285,7 +291,7 @@ def joined() -> Iterator[Ranks]:
         ) from None
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store=store, gpus=gpus)
     try:
-        ranks.here = ranks.gather(socket.gethostname()).count(socket.gethostname())
+        ranks.local_size = ranks.gather(socket.gethostname()).count(socket.gethostname())
         with _launched():
             yield ranks
         ranks.barrier()

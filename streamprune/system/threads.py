@@ -50,14 +50,14 @@ def read_ahead(
         yield from prefetch(keys, load)
 
 
-PIECES = 2
+MAX_PENDING = 2
 """Queue length of `Background`: one task runs and one waits."""
 
 
 class Background:
-    """A context that runs tasks, such as writes, in one background thread, with at most `PIECES` tasks pending.
+    """A context that runs tasks, such as writes, in one background thread, with at most `MAX_PENDING` tasks pending.
 
-    An exception in a task is raised by a later `hand`, or when the context ends; waiting tasks are then cancelled. If the
+    An exception in a task is raised by a later `submit`, or when the context ends; waiting tasks are then cancelled. If the
     context ends without an exception, all tasks are done.
     """
 
@@ -65,9 +65,9 @@ class Background:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
         self._under_way: deque[Future[None]] = deque()
 
-    def hand(self, work: Callable[[], None]) -> None:
-        """Queue a task behind all earlier ones; block while `PIECES` tasks are pending."""
-        while len(self._under_way) >= PIECES:
+    def submit(self, work: Callable[[], None]) -> None:
+        """Queue a task behind all earlier ones; block while `MAX_PENDING` tasks are pending."""
+        while len(self._under_way) >= MAX_PENDING:
             self._finish_one()
         self._under_way.append(self._worker.submit(work))
 

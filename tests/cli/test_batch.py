@@ -21,7 +21,7 @@ import streamprune
 from streamprune import Callback, Config, Event, Stopped, TuneConfig
 from streamprune.commands.status import EXIT_CODES
 from streamprune.errors import ConfigError, NumericalError, ResumeError
-from streamprune.jobs.folder import Workplace
+from streamprune.jobs.folder import JobFolder
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.jobs.schedule import Phase, Schedule
@@ -395,7 +395,7 @@ def test_a_result_that_was_renamed_but_not_cleared_is_finished(
 ) -> None:
     config = configured(tiny("llama"))
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "clear", lambda self: None)
+        patch.setattr(JobFolder, "clear", lambda self: None)
         streamprune.prune(config)
     assert job_folder(config.out).is_dir()
     assert streamprune.status(config.out).state == "finished"
@@ -532,7 +532,7 @@ def test_the_schedule_is_what_the_job_does(
     changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(tiny("llama", num_hidden_layers=2), **changes)
-    monkeypatch.setattr(Workplace, "clear", lambda self: None)
+    monkeypatch.setattr(JobFolder, "clear", lambda self: None)
     streamprune.prune(config)
     journal = Journal(job_folder(config.out) / "journal.jsonl")
     assert journal.header is not None

@@ -159,9 +159,9 @@ def test_sizes_for_people() -> None:
 
 def test_running_out_of_memory_is_said_not_traced() -> None:
     device = torch.device("cpu")
-    with pytest.raises(ResourceError, match="cpu ran out of memory"), machine.within(device, None):
+    with pytest.raises(ResourceError, match="cpu ran out of memory"), machine.limit_memory(device, None):
         torch.empty(1 << 60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="something else"), machine.within(device, None):
+    with pytest.raises(RuntimeError, match="something else"), machine.limit_memory(device, None):
         raise RuntimeError("something else")
 
 

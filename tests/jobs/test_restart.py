@@ -14,7 +14,7 @@ import streamprune
 from streamprune import Config, TuneConfig
 from streamprune.errors import CheckpointError, ConfigError, DiskError, ResumeError
 from streamprune.jobs.caches import NOTE
-from streamprune.jobs.folder import Workplace
+from streamprune.jobs.folder import JobFolder
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.system import files
@@ -204,7 +204,7 @@ def test_what_a_finished_job_had_no_time_to_clear_goes_with_the_next(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "clear", kill)
+        patch.setattr(JobFolder, "clear", kill)
         with pytest.raises(Killed):
             streamprune.prune(configured(path, cache=tmp_path / "elsewhere"))
     assert list((tmp_path / "elsewhere").iterdir())
@@ -259,7 +259,7 @@ def test_a_result_that_cannot_appear_leaves_the_older_one(
     """Also where the older one has been moved, and only making that durable fails."""
     before = contents(replacing.out)
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "_make_way", followed_by(DiskError("Input/output error"), in_time=in_time))
+        patch.setattr(JobFolder, "_make_way", followed_by(DiskError("Input/output error"), in_time=in_time))
         with pytest.raises(DiskError, match="Input/output error; run the same command again to go on"):
             streamprune.prune(replacing, restart=True)
     assert contents(replacing.out) == before
@@ -275,24 +275,24 @@ def test_killed_between_two_results_the_older_one_is_put_back(
 ) -> None:
     before = contents(replacing.out)
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "_make_way", followed_by(Killed()))
+        patch.setattr(JobFolder, "_make_way", followed_by(Killed()))
         with pytest.raises(Killed):
             streamprune.prune(replacing, restart=True)
         assert not replacing.out.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "check_same", killed)
-        patch.setattr(Workplace, "check_folder", killed)
+        patch.setattr(JobFolder, "check_same", killed)
+        patch.setattr(JobFolder, "check_folder", killed)
         with pytest.raises(Killed):
             streamprune.prune(replacing, restart=restart)
     assert contents(replacing.out) == before
     assert streamprune.prune(replacing, restart=restart).ratio_requested == replacing.ratio
 
 
-def followed_by(error: BaseException, *, in_time: bool = False) -> Callable[[Workplace], None]:
+def followed_by(error: BaseException, *, in_time: bool = False) -> Callable[[JobFolder], None]:
     """Making way, behind which nothing can be published; or which itself fails at its end."""
-    real = Workplace._make_way
+    real = JobFolder._make_way
 
-    def make_way(self: Workplace) -> None:
+    def make_way(self: JobFolder) -> None:
         real(self)
         if in_time:
             raise error

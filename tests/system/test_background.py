@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from streamprune.system.threads import PIECES, Background
+from streamprune.system.threads import MAX_PENDING, Background
 from streamprune.system.timing import spent, waiting, watching
 
 
@@ -15,7 +15,7 @@ def test_in_order_in_another_thread_and_done_at_the_end() -> None:
     done: list[tuple[int, bool]] = []
     with Background() as background:
         for i in range(9):
-            background.hand(lambda i=i: done.append((i, threading.current_thread() is threading.main_thread())))
+            background.submit(lambda i=i: done.append((i, threading.current_thread() is threading.main_thread())))
     assert done == [(i, False) for i in range(9)]
 
 
@@ -25,16 +25,16 @@ def test_no_more_than_a_piece_or_two_wait() -> None:
     def hand_in() -> None:
         with Background() as background:
             for i in range(5):
-                background.hand(gate.wait)
+                background.submit(gate.wait)
                 handed.append(i)
 
     thread = threading.Thread(target=hand_in)
     thread.start()
     deadline = time.monotonic() + 5
-    while len(handed) < PIECES and time.monotonic() < deadline:
+    while len(handed) < MAX_PENDING and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.02)
-    assert handed == list(range(PIECES))
+    assert handed == list(range(MAX_PENDING))
     gate.set()
     thread.join()
     assert len(handed) == 5
@@ -49,13 +49,13 @@ def test_an_error_is_raised_and_nothing_is_begun_after_it_was(later: int) -> Non
 
     def hand_in() -> None:
         with Background() as background:
-            background.hand(fail)
+            background.submit(fail)
             for i in range(later):
-                background.hand(lambda i=i: done.append(i))
+                background.submit(lambda i=i: done.append(i))
 
     with pytest.raises(OSError, match="No space"):
         hand_in()
-    assert len(done) < PIECES
+    assert len(done) < MAX_PENDING
 
 
 def test_whoever_leaves_by_an_error_waits_for_what_is_under_way_only() -> None:
@@ -70,8 +70,8 @@ def test_whoever_leaves_by_an_error_waits_for_what_is_under_way_only() -> None:
 
     def hand_in() -> None:
         with Background() as background:
-            background.hand(slow)
-            background.hand(lambda: done.append("next"))
+            background.submit(slow)
+            background.submit(lambda: done.append("next"))
             begun.wait()
             raise Stop
 
@@ -87,7 +87,7 @@ def test_waiting_and_work_are_told_apart() -> None:
 
     with watching() as outer:
         with watching() as occupancy, Background() as background:
-            background.hand(work)
+            background.submit(work)
         with spent("read"), waiting("write"):
             time.sleep(0.01)
     assert occupancy.busy["write"] >= 0.02

@@ -253,9 +253,9 @@ def test_what_a_killed_probe_left_goes(run: Run, tmp_path: Path) -> None:
 
 def _name_in_cache(folder: Path) -> str:
     """How a job calls what it tries in a cache that holds nothing of it yet."""
-    from streamprune.jobs.folder import Workplace
+    from streamprune.jobs.folder import JobFolder
 
-    place = Workplace(folder / "out", folder / "cache", lambda report: False, None)
+    place = JobFolder(folder / "out", folder / "cache", lambda report: False, None)
     return f"{place.cache.name}-probe"
 
 

@@ -22,7 +22,7 @@ import streamprune
 from streamprune import Config
 from streamprune.commands.status import read_journal
 from streamprune.errors import DiskError, ResumeError
-from streamprune.jobs.folder import Workplace
+from streamprune.jobs.folder import JobFolder
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import JOURNAL, LOCK, job_folder
 from streamprune.pruning.job import Job
@@ -185,16 +185,16 @@ def test_a_result_that_appears_before_the_lock_is_had_is_not_replaced(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (configured(tiny("llama"), seed=seed, recipe="random") for seed in (1, 2))
-    real = Workplace.opened
+    real = JobFolder.opened
 
-    def opened(self: Workplace, restart: bool) -> object:
+    def opened(self: JobFolder, restart: bool) -> object:
         with monkeypatch.context() as patch:
-            patch.setattr(Workplace, "opened", real)
+            patch.setattr(JobFolder, "opened", real)
             streamprune.prune(first)
         return real(self, restart)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "opened", opened)
+        patch.setattr(JobFolder, "opened", opened)
         with pytest.raises(ResumeError, match="another process has just finished this job: OUT is"):
             streamprune.prune(second)
     assert not job_folder(first.out).exists()

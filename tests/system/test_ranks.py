@@ -162,7 +162,7 @@ def test_samples_are_dealt_out_whole() -> None:
         parts = [Ranks(rank, size).samples(7) for rank in range(size)]
         assert [i for part in parts for i in range(7)[part]] == list(range(7))
         lengths = [part.stop - part.start for part in parts]
-        assert max(lengths) == Ranks(0, size).most(7) <= min(lengths) + 1
+        assert max(lengths) == Ranks(0, size).max_samples(7) <= min(lengths) + 1
 
 
 def test_a_process_by_itself_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_a_process_by_itself_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -
         alone.barrier()
         assert x.tolist() == [1, 1]
         assert alone.gather("a") == ["a"]
-        assert alone.told(lambda: 3) == 3
+        assert alone.broadcast(lambda: 3) == 3
         spread = alone.spread([1, 2], lambda item: (item * 2, [torch.tensor(item)]), torch.device("cpu"))
         assert [(item, info, tensors[0].item()) for item, info, tensors in spread] == [(1, 2, 1), (2, 4, 2)]
 
@@ -186,9 +186,9 @@ def test_what_ranks_send_each_other(tmp_path: Path) -> None:
 
     def work(rank: int) -> None:
         with joined() as everyone:
-            assert (everyone.rank, everyone.size, everyone.local, everyone.here) == (rank, 3, rank, 3)
+            assert (everyone.rank, everyone.size, everyone.local_rank, everyone.local_size) == (rank, 3, rank, 3)
             assert everyone.gather({"rank": rank}) == [{"rank": each} for each in range(3)]
-            assert everyone.told(lambda: rank, source=1) == 1
+            assert everyone.broadcast(lambda: rank, source=1) == 1
             x = torch.full((2, 3), 10.0**rank, dtype=torch.float64)
             everyone.sum(x, owner=2)
             assert rank != 2 or bool((x == 111).all())
@@ -201,7 +201,7 @@ def test_what_ranks_send_each_other(tmp_path: Path) -> None:
                 torch.tensor(7),
                 torch.tensor([1.5], dtype=torch.bfloat16),
             ]
-            got = everyone.share(given if rank == 1 else None, 1, cpu)
+            got = everyone.broadcast_tensors(given if rank == 1 else None, 1, cpu)
             assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, given, strict=True))
             did = []
 

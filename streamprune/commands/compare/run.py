@@ -205,7 +205,7 @@ class _Work:
             ResumeError: a requested row was started with other settings, inputs or versions.
         """
         for place in (*map(self.folder.joinpath, sorted(KNOWN)), self.caches.own):
-            if link := files.first_link(place):
+            if link := files.find_symlink(place):
                 raise ConfigError(f"{link} is a symbolic link, where the work would lie; a comparison follows none")
         with self._claimed():
             if restart:

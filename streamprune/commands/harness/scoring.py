@@ -103,13 +103,13 @@ def score(
             scores=True,
             activations=stored,
         ),
-        **machine.room(skeleton.device, memory, held),
+        **machine.memory_limits(skeleton.device, memory, held),
         disk_limit=files.free_bytes(parent),
     ).require()
     skeleton.copies_ahead = resources.copies_ahead
     if cache is not None:
         files.make_folder(cache)
-    with machine.within(skeleton.device, memory), files.scratch(parent, "streamprune-score-") as folder:
+    with machine.limit_memory(skeleton.device, memory), files.scratch(parent, "streamprune-score-") as folder:
         buckets = {}
         for length, rows in groups.items():
             tokens = torch.zeros(len(rows), length, dtype=torch.int64)

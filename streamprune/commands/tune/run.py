@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, ResourceError
 from ...jobs.config import TuneConfig, TuneMethod
-from ...jobs.folder import Lost, Workplace
+from ...jobs.folder import JobFolder, MissingFile
 from ...jobs.forecast.memory import SLACK, Memory, copies_ahead, device_peak, in_memory_peak
 from ...jobs.forecast.needs import REFINE_SEQUENCES, Needs
 from ...jobs.forecast.resources import Resources, forecast
@@ -95,9 +95,13 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
     """
     started = time.monotonic()
     job = Tuning(config, progress, restart)
-    report = job.result_there(restart)
+    report = job.finished_report(restart)
     if report is None:
-        with job.opened(restart), machine.within(job.device, config.memory), metered(job.journal, started, job.peaks):
+        with (
+            job.opened(restart),
+            machine.limit_memory(job.device, config.memory),
+            metered(job.journal, started, job.peaks),
+        ):
             report = job.work()
     else:
         job.tidy()
@@ -117,14 +121,14 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
     )
 
 
-class Tuning(Workplace):
+class Tuning(JobFolder):
     """One tuning job, which resumes from its journal.
 
     Raises:
         StreamPruneError: an error that can be detected before any work starts.
     """
 
-    known_prefixes: ClassVar = (*Workplace.known_prefixes, STATE)
+    known_prefixes: ClassVar = (*JobFolder.known_prefixes, STATE)
 
     def __init__(self, config: TuneConfig, progress: Progress | None, restart: bool) -> None:
         teacher = config.teacher and hub.resolve_model(config.teacher, progress)
@@ -182,7 +186,7 @@ class Tuning(Workplace):
             start = Journal(self.journal_path, repair=False).header
             begun = start["job"]["settings"] if start is not None else {}
         else:
-            report = self.report_in_out()
+            report = self.existing_report()
             begun = report["job"]["settings"] if report is not None else {}
         method: TuneMethod | None = begun.get("method")
         return method
@@ -257,7 +261,7 @@ class Tuning(Workplace):
 
     @cached_property
     def _room(self) -> dict[str, int]:
-        return machine.room(self.device, self.config.memory, self.config.memory_host or 0)
+        return machine.memory_limits(self.device, self.config.memory, self.config.memory_host or 0)
 
     @property
     def _held(self) -> int:
@@ -352,8 +356,8 @@ class Tuning(Workplace):
             "start",
             job=header,
             sources=sources,
-            cache=self.cache_given,
-            replaces=self.report_in_out() is not None,
+            cache=self.given_cache,
+            replaces=self.existing_report() is not None,
             resources={"batch": resources.batch, "micro": resources.backward_batch},
             schedule=[asdict(phase) for phase in self._schedule()],
         )
@@ -370,7 +374,7 @@ class Tuning(Workplace):
 
     def work(self) -> Entry:
         """Train, write and publish; return the report."""
-        self.go_back(self._lost)
+        self.rewind_to_existing(self._lost)
         if self.journal.find("complete") is None:
             figures, shards = self._lora() if self.method == "lora" else self._distil()
             assert self.journal.header is not None
@@ -378,26 +382,26 @@ class Tuning(Workplace):
             self.journal.append("complete", sha256=self._write(figures, shards))
         return self.publish()
 
-    def _lost(self) -> Lost | None:
+    def _lost(self) -> MissingFile | None:
         """Find a missing or damaged file of a finished step; missing inputs of the first block are embedded again."""
         complete = self.journal.find("complete")
         if complete is not None and not self.staging.is_dir():
             return None
         for name, digest in (complete or {"sha256": {}})["sha256"].items():
-            if not files.holds(self.staging / name, digest):
-                return Lost(self.staging / name, "complete")
+            if not files.has_digest(self.staging / name, digest):
+                return MissingFile(self.staging / name, "complete")
         blocks, states = (list(self.journal.steps(name)) for name in ("block/", "steps/"))
         for index, line in enumerate(blocks):
             shard = self.staging / write.block_shard(self.student, index)
-            if not files.holds(shard, line["sha256"]):
-                return Lost(shard, "block/")
+            if not files.has_digest(shard, line["sha256"]):
+                return MissingFile(shard, "block/")
         if states:
             state = self._state_path(int(states[-1]["step"].removeprefix("steps/")))
-            if not files.holds(state, states[-1]["sha256"]):
-                return Lost(state, "steps/")
+            if not files.has_digest(state, states[-1]["sha256"]):
+                return MissingFile(state, "steps/")
         for stream in (STUDENT, TEACHER) if 0 < len(blocks) < len(self.student) else ():
             if not self._store.intact(name := sweep.boundary(stream, len(blocks))):
-                return Lost(self._store.path(name), "block/")
+                return MissingFile(self._store.path(name), "block/")
         return None
 
     @cached_property
