@@ -109,12 +109,12 @@ class BlockPruner:
     @property
     def _compensation(self) -> float | None:
         """Relative damping of the compensation; None for a recipe without."""
-        return self.solver.recipe.compensation(self.solver.settings)
+        return self.solver.recipe.compensation
 
     @property
     def _wants_inputs(self) -> bool:
         """Whether the recipe reads the Gram of the producers' input."""
-        return self.solver.recipe.wants_inputs(self.solver.settings)
+        return self.solver.recipe.wants_inputs
 
     def _compensates(self, sub: Sublayer, here: _Place) -> bool:
         """Whether producers are fitted to their input, which must then differ from the dense one."""
@@ -205,8 +205,7 @@ class BlockPruner:
         """
         aims = self._aims(sub, here)
         sums_h = aims or (
-            self.solver.recipe.wants_gram(self.solver.settings)
-            and any(self.solver.changes(each.site) for each in sub.prunables)
+            self.solver.recipe.wants_gram and any(self.solver.changes(each.site) for each in sub.prunables)
         )
         reports = []
         for numbers in _in_turn(sub):

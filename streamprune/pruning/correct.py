@@ -52,7 +52,7 @@ def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
         window=job.window,
         seed=job.config.seed,
         micro=job.backward_batch,
-        keep_zeros=job.recipe.writes_zeros(job.settings),
+        keep_zeros=job.recipe.writes_zeros,
     )
     shot.progress.phase("correct", how.steps, len(journalled))
     for step, digests in corrector.steps(len(journalled)):

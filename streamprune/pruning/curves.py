@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.site import Site
 from ..recipes.plan import Plan
-from ..recipes.recipe import Curve, Survey
+from ..recipes.recipe import Recipe, Survey
 from ..system import files
 
 FORMAT = "streamprune-curves-1"
@@ -23,7 +24,7 @@ POINTS = 64
 
 
 def write_curves(
-    path: Path, curve: Curve, sites: Sequence[Site], survey: Survey, plan: Plan, dense: Mapping[str, int]
+    path: Path, recipe: Recipe[Any], sites: Sequence[Site], survey: Survey, plan: Plan, dense: Mapping[str, int]
 ) -> str:
     """Write ``{"format", "label", "sites": {name: [[gone, cost], ...]}}``: with `gone` units removed, the next one costs `cost`.
 
@@ -36,13 +37,13 @@ def write_curves(
     """
     lines = []
     for site in sites:
-        costs = curve.values(site, survey[site.name])
+        costs = recipe.curve(site, survey[site.name])
         if costs is not None and len(costs):
             points = sample(costs.double().cpu(), site.units - plan[site.name].keep)
             gone = dense[site.name] - site.units
             lines.append(f"    {json.dumps(site.name)}: {json.dumps([[gone + k, cost] for k, cost in points])}")
     body = ",\n".join(lines)
-    head = f'  "format": {json.dumps(FORMAT)},\n  "label": {json.dumps(curve.label)}'
+    head = f'  "format": {json.dumps(FORMAT)},\n  "label": {json.dumps(recipe.curve_label)}'
     return files.write_text(path, f'{{\n{head},\n  "sites": {{\n{body}\n  }}\n}}\n')
 
 

@@ -75,8 +75,7 @@ class Job(JobFolder):
     ) -> None:
         # Parse.
         self.alongside, self.out_given = alongside, str(config.out)
-        self.settings = parse(config.recipe, config.settings)
-        self.recipe: Recipe[Any] = RECIPES[config.recipe]
+        self.recipe: Recipe[Any] = RECIPES[config.recipe](parse(config.recipe, config.settings))
         if config.samples < ranks.size:
             raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
         # Open.
@@ -94,10 +93,10 @@ class Job(JobFolder):
         self.window = self._window()
         self.given_plan = self._given_plan()
         self.ratio = self._agreed_ratio()
-        self.shots = 1 if self.given_plan else self.recipe.shots(self.settings, self.ratio)
+        self.shots = 1 if self.given_plan else self.recipe.shots(self.ratio)
         self.length = windows.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.given_plan is None:
-            self.recipe.check(self.settings, self.changeable(self.sites), self.budget())
+            self.recipe.check(self.changeable(self.sites), self.budget())
         # The folder.
         super().__init__(config.out, config.cache, is_report, progress, ranks)
         self.plan_path = self.folder / PLAN
@@ -130,7 +129,7 @@ class Job(JobFolder):
     @kind("solving")
     def allocate(self, sites: Sequence[Site], reached: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         """Return the recipe's plan for those of `reached` that lie inside the window; all other `sites` keep everything."""
-        plan = self.recipe.allocate(self.settings, self.changeable(reached), survey, budget)
+        plan = self.recipe.allocate(self.changeable(reached), survey, budget)
         whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
         return Plan(whole, plan.ratio)
 
@@ -141,17 +140,17 @@ class Job(JobFolder):
     @property
     def surveys(self) -> bool:
         """Whether the model is surveyed before anything is removed."""
-        return _surveys(self.config, self.recipe, self.settings)
+        return _surveys(self.config, self.recipe)
 
     @property
     def statistics(self) -> frozenset[Statistic]:
         """What a survey sums at each site; empty without a survey, or if it reads only weights."""
-        return (self.surveys and self.recipe.statistics(self.settings)) or frozenset()
+        return (self.surveys and self.recipe.statistics) or frozenset()
 
     @property
     def streams(self) -> bool:
         """Whether the prune sweep needs activations."""
-        return _streams(self.config, self.recipe, self.settings)
+        return _streams(self.config, self.recipe)
 
     @property
     def needs_text(self) -> bool:
@@ -175,7 +174,7 @@ class Job(JobFolder):
     @cached_property
     def needs(self) -> Needs:
         """What the forecast counts."""
-        correction = self.recipe.correction(self.settings)
+        correction = self.recipe.correction
         # Only the first rank generates text and corrects.
         divided = not self.writes_text and correction is None
         return Needs(
@@ -183,20 +182,18 @@ class Job(JobFolder):
             length=self.length,
             text=self.needs_text,
             survey=self.statistics,
-            findings=sum(self.recipe.findings(self.settings, site) for site in self.sites) if self.surveys else 0,
-            gram=self.recipe.wants_gram(self.settings) or self.recipe.target(self.settings) is not None,
-            compensates=self.recipe.compensation(self.settings) is not None or self.recipe.wants_inputs(self.settings),
-            aims=self.recipe.target(self.settings) is not None,
+            findings=sum(self.recipe.findings(site) for site in self.sites) if self.surveys else 0,
+            gram=self.recipe.wants_gram or self.recipe.target is not None,
+            compensates=self.recipe.compensation is not None or self.recipe.wants_inputs,
+            aims=self.recipe.target is not None,
             refines=self.config.refine,
             corrects=correction.steps if correction else 0,
             correction_rank=correction.rank if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
-            removes=0.0
-            if self.recipe.writes_zeros(self.settings)
-            else self.budget().target / self.skeleton.block_parameters(),
-            workspace=lambda site: self.recipe.workspace(self.settings, site, self.keeps.get(site.name, site.units)),
-            digest_workspace=lambda site: self.recipe.digest_workspace(self.settings, site),
+            removes=0.0 if self.recipe.writes_zeros else self.budget().target / self.skeleton.block_parameters(),
+            workspace=lambda site: self.recipe.workspace(site, self.keeps.get(site.name, site.units)),
+            digest_workspace=lambda site: self.recipe.digest_workspace(site),
             activations=self.activations,
         )
 
@@ -208,10 +205,10 @@ class Job(JobFolder):
         if self.shots > 1:
             return {}
         sites = self.changeable(self.sites)
-        if self.recipe.statistics(self.settings) is None:
-            plan = self.recipe.allocate(self.settings, sites, {}, self.budget())
+        if self.recipe.statistics is None:
+            plan = self.recipe.allocate(sites, {}, self.budget())
             return {name: site.keep for name, site in plan.items()}
-        return self.recipe.foresee(self.settings, sites, self.budget())
+        return self.recipe.foresee(sites, self.budget())
 
     @property
     def forward_operations(self) -> int:
@@ -227,12 +224,12 @@ class Job(JobFolder):
 
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
         # Also if a plan makes the survey unnecessary: a job that started without a plan may resume with one.
-        if self.recipe.statistics(self.settings) or self.streams:
+        if self.recipe.statistics or self.streams:
             inputs |= self._text_identity()
         return {
             "settings": {
                 **self.config.fixed(),
-                "settings": asdict(self.settings),
+                "settings": asdict(self.recipe.settings),
                 "ratio": self.ratio,
                 "dtype": machine.dtype_name(self.skeleton.dtype),
                 "activations": machine.activations_name(self.activations, self.skeleton.dtype),
@@ -272,7 +269,7 @@ class Job(JobFolder):
                 (site.units - plan[site.name].keep) * site.unit_parameters + sum(plan[site.name].zeros or ())
                 for site in sites
             )
-        zeros = self.recipe.writes_zeros(self.settings)
+        zeros = self.recipe.writes_zeros
         if zeros:
             window = sum(self.skeleton.block_parameters(index) for index in self.window)
             slack = window - sum(sum(site.linears) for site in sites)
@@ -286,13 +283,13 @@ class Job(JobFolder):
     @property
     def _planned(self) -> Mapping[str, int] | None:
         """Units that stay at each site, if they are known before the work starts."""
-        whole = self.given_plan is not None or (self.shots == 1 and self.recipe.statistics(self.settings) is None)
-        return self.keeps if whole and not self.recipe.writes_zeros(self.settings) else None
+        whole = self.given_plan is not None or (self.shots == 1 and self.recipe.statistics is None)
+        return self.keeps if whole and not self.recipe.writes_zeros else None
 
     @property
     def _counted_tokens(self) -> int | None:
         """Number of calibration tokens, if the tokens that reach each expert are counted."""
-        counted = self.statistics or self.recipe.wants_gram(self.settings)
+        counted = self.statistics or self.recipe.wants_gram
         return self.config.samples * self.length if counted else None
 
     @property
@@ -304,14 +301,14 @@ class Job(JobFolder):
         deciding = ("samples", "seq_len", "seed", "dtype", "activations")
         settings = {k: v for k, v in self.header["settings"].items() if k in deciding}
         gradients = self.needs.gradients
-        labels = gradients and self.recipe.draws_labels(self.settings)
+        labels = gradients and self.recipe.draws_labels
         return [gradients, labels, settings, self.header["inputs"], self.header["versions"], list(sizes)]
 
     def shared_survey(self, sizes: Sizes) -> Path | None:
         """Folder where the first shot's findings, made with these sizes, are left for jobs that would find the same."""
         if self.config.surveys is None or self.given_plan is not None or not self.surveys or self.ranks.size > 1:
             return None
-        same = [self.recipe.name, asdict(self.settings), *self.first_sweep(sizes)]
+        same = [self.recipe.name, asdict(self.recipe.settings), *self.first_sweep(sizes)]
         key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
         return self.config.surveys.absolute() / f"{self.recipe.name}-{key}"
 
@@ -397,7 +394,7 @@ class Job(JobFolder):
     @property
     def _may_need_loader(self) -> bool:
         """Whether the result may not be a stock checkpoint, so that it must name its tokenizer's class."""
-        if self.recipe.writes_zeros(self.settings):
+        if self.recipe.writes_zeros:
             return not write.fits_stock(self.skeleton, self.sites)
         return self.skeleton.layout is not UNIFORM
 
@@ -408,7 +405,7 @@ class Job(JobFolder):
 
     def _schedule(self) -> list[Phase]:
         """The phases of the job, in order."""
-        depth, correction = len(self.skeleton), self.recipe.correction(self.settings)
+        depth, correction = len(self.skeleton), self.recipe.correction
         found = [Phase("calibrate")] if self.writes_text else []
         for number in range(1, self.shots + 1):
             survey = {"forward": depth}
@@ -570,9 +567,9 @@ class Job(JobFolder):
             )
         for site in self.sites:
             kept = plan[site.name]
-            if self.recipe.plans_units(self.settings, site) and kept.units is None and kept.keep < site.units:
+            if self.recipe.plans_units(site) and kept.units is None and kept.keep < site.units:
                 raise ConfigError(f'{path}: with these settings {site.name} needs "units", not only how many to keep')
-        self.recipe.check_plan(self.settings, self.sites, plan, str(path))
+        self.recipe.check_plan(self.sites, plan, str(path))
         return plan
 
     def _agreed_ratio(self) -> float:
@@ -590,20 +587,20 @@ def idle(config: Config) -> dict[str, str]:
     Raises:
         ConfigError: unknown recipe, or a setting that it does not have.
     """
-    settings, recipe = parse(config.recipe, config.settings), RECIPES[config.recipe]
-    summed = _surveys(config, recipe, settings) and recipe.statistics(settings)
+    recipe = RECIPES[config.recipe](parse(config.recipe, config.settings))
+    summed = _surveys(config, recipe) and recipe.statistics
     found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
-    if not summed and not _streams(config, recipe, settings):
+    if not summed and not _streams(config, recipe):
         names = ["calibration", "samples", "seq_len", *([] if recipe.seeded else ["seed"])]
         found |= dict.fromkeys(names, f"{config.recipe} reads no text here")
     return found
 
 
-def _surveys(config: Config, recipe: Recipe[Any], settings: Any) -> bool:
-    spared = config.plan is not None and not recipe.keeps_findings(settings)
-    return recipe.statistics(settings) is not None and not spared
+def _surveys(config: Config, recipe: Recipe[Any]) -> bool:
+    spared = config.plan is not None and not recipe.keeps_findings
+    return recipe.statistics is not None and not spared
 
 
-def _streams(config: Config, recipe: Recipe[Any], settings: Any) -> bool:
-    wants = recipe.wants_gram(settings) or recipe.wants_inputs(settings) or recipe.target(settings) is not None
-    return wants or recipe.compensation(settings) is not None or config.refine > 0
+def _streams(config: Config, recipe: Recipe[Any]) -> bool:
+    wants = recipe.wants_gram or recipe.wants_inputs or recipe.target is not None
+    return wants or recipe.compensation is not None or config.refine > 0

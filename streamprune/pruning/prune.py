@@ -44,11 +44,10 @@ def _pruner(shot: Shot, plan: Plan) -> BlockPruner:
     """What prunes each block of the shot."""
     job, refinement = shot.job, None
     if shot.last and job.config.refine:
-        zeros = job.recipe.writes_zeros(job.settings)
+        zeros = job.recipe.writes_zeros
         refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch, keeps_zeros=zeros)
     solver = SiteSolver(
         recipe=job.recipe,
-        settings=job.settings,
         plan=plan,
         survey=shot.survey,
         seed=job.config.seed,

@@ -229,10 +229,11 @@ class Run:
         report = job.report(plan, reports, shot.removed)
         digests = {**shards, **write.write_outside(shot.skeleton, folder)}
         card = pruning_card(report, hub.title(job.config.model), len(shot.skeleton))
-        curve = job.recipe.curve(job.settings) if shot.last and job.surveys else None
-        if curve is not None:
+        if shot.last and job.surveys and job.recipe.curve_label is not None:
             dense = {site.name: site.units for site in job.sites}
-            digests[CURVES] = write_curves(folder / CURVES, curve, job.changeable(shot.sites), shot.survey, plan, dense)
+            digests[CURVES] = write_curves(
+                folder / CURVES, job.recipe, job.changeable(shot.sites), shot.survey, plan, dense
+            )
         return write.finish(shot.skeleton, folder, after, report, card, shot.skeleton.layout, digests, shot.progress)
 
     # The text.

@@ -41,7 +41,7 @@ class Shot:
         self.last = number == job.shots
         self.folder = job.shot_folder(number)
         """Where the result goes."""
-        self.correction = job.recipe.correction(job.settings)
+        self.correction = job.recipe.correction
         self.pruned = job.folder / f"shot-{number:02}-pruned" if self.correction else self.folder
         """Where blocks go that are pruned but not yet corrected."""
         self.corrections = job.folder / f"shot-{number:02}-corrections"
@@ -73,15 +73,15 @@ class Shot:
     @property
     def experts_alike(self) -> bool:
         """Whether all experts must end with the same width."""
-        return "experts" in self.skeleton.layout.alike and not self.job.recipe.writes_zeros(self.job.settings)
+        return "experts" in self.skeleton.layout.alike and not self.job.recipe.writes_zeros
 
     # The streams.
 
     @cached_property
     def streams(self) -> Streams:
         """Streams of the prune sweep."""
-        recipe, settings = self.job.recipe, self.job.settings
-        apart = recipe.compensation(settings) is not None or recipe.target(settings) is not None
+        recipe = self.job.recipe
+        apart = recipe.compensation is not None or recipe.target is not None
         moving = (PRUNED, DENSE) if apart or (self.last and self.job.config.refine) else (PRUNED,)
         return Streams(moving if self.job.streams else (), self.job.window)
 

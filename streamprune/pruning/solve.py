@@ -37,7 +37,6 @@ class SiteSolver:
     """Compute the new weights of any site of a model."""
 
     recipe: Recipe[Any]
-    settings: Any
     plan: Plan
     survey: Survey
     """Findings of the dense model; empty without a survey."""
@@ -56,7 +55,7 @@ class SiteSolver:
     @property
     def target(self) -> Target | None:
         """What consumers are fitted to; None if the recipe has no target."""
-        return self.recipe.target(self.settings)
+        return self.recipe.target
 
     def changes(self, site: Site) -> bool:
         """Whether the plan removes units of a site or zeroes some of its weights."""
@@ -66,7 +65,7 @@ class SiteSolver:
     def counts(self, site: Site) -> dict[str, Any]:
         """The first entries of a site's report: its units, or the zeros among its weights."""
         counts: dict[str, Any] = {"site": site.name, "units": site.units}
-        if self.recipe.writes_zeros(self.settings):
+        if self.recipe.writes_zeros:
             counts |= {"zeros": sum(self.plan[site.name].zeros or ()), "weights": sum(site.linears)}
         return counts
 
@@ -105,7 +104,7 @@ class SiteSolver:
             return Solved({**untouched(site), **report}), [w]
         problem = self._problem(prunable, w, h, inputs, factors)
         kept = self._select(problem)
-        refit = self.recipe.reconstruct(self.settings, problem, kept)
+        refit = self.recipe.reconstruct(problem, kept)
         report |= self._outcome(problem, kept, refit)
         return Solved(report, kept.tolist()), [refit.w, *(refit.producers or ())]
 
@@ -171,11 +170,11 @@ class SiteSolver:
         site, entry = problem.site, self.plan[problem.site.name]
         if entry.keep == site.units:
             kept = torch.arange(site.units)
-        elif self.recipe.plans_units(self.settings, site):
+        elif self.recipe.plans_units(site):
             assert entry.units is not None
             kept = torch.tensor(entry.units)
         else:
-            kept = self.recipe.select(self.settings, problem, entry.keep)
+            kept = self.recipe.select(problem, entry.keep)
         problem.factors.clear()
         assert kept.numel() == entry.keep
         assert bool((kept.diff() > 0).all())

@@ -127,7 +127,7 @@ class Surveyor:
 
     def _uniform(self) -> Tensor | None:
         """Uniform numbers (samples, length) float64 that the model's own labels are drawn with, if the recipe wants them."""
-        if not self.job.recipe.draws_labels(self.job.settings):
+        if not self.job.recipe.draws_labels:
             return None
         generator = torch.Generator().manual_seed(self.job.config.seed)
         return torch.rand(self.job.tokens.shape, generator=generator, dtype=torch.float64)[self.job.part]
@@ -218,7 +218,7 @@ class Surveyor:
             read_producers=lambda: tuple(w.to(where) for w in prunable.producer_weights()),
             statistics=statistics,
         )
-        findings = job.recipe.digest(job.settings, surveyed)
+        findings = job.recipe.digest(surveyed)
         if site.expert is not None and job.statistics:
             findings[SEEN] = torch.tensor(statistics.seen)
         return {f"{site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}

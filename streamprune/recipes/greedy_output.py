@@ -21,19 +21,10 @@ from ..errors import ConfigError
 from ..maths.divergence import between_units, redundant
 from ..model.site import Site
 from .allocation import Budget, allocate, even_densities
-from .obs import best, kept_columns, obs, obs_work, obs_workspace, others
+from .obs import ObsRecipe, best, kept_columns, obs_workspace, others
 from .plan import Plan, SitePlan
-from .recipe import Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed, Target
+from .recipe import Findings, Problem, Refit, Survey, Surveyed, Target
 from .settings import GreedyOutputSettings
-
-
-def divergence(settings: GreedyOutputSettings, surveyed: Surveyed) -> dict[str, Tensor]:
-    """Return the divergence between every two units of an attention site, (units, units); nothing for FFN sites."""
-    if surveyed.statistics.divergence is None:
-        return {}
-    return {
-        "divergence": between_units(surveyed.statistics.divergence.mean(), surveyed.site.heads // surveyed.site.units)
-    }
 
 
 def candidates(d: Tensor, count: int) -> list[int]:
@@ -66,54 +57,10 @@ def rising_thresholds(d: Tensor) -> Tensor:
     return torch.tensor([*taus, taus[-1] if taus else 0.0], dtype=torch.float64)
 
 
-def rising(site: Site, findings: Findings) -> Tensor | None:
-    """Return the rising thresholds of an attention site, (units,) float64 ascending; None for an FFN site."""
-    return rising_thresholds(findings["divergence"]) if site.kind == "attention" else None
-
-
 def _thresholds(d: Tensor) -> list[float]:
     """Return every τ at which the redundant set can change, ascending: the next float above each divergence."""
     pairs = torch.tensor(sorted(set(d[~torch.eye(len(d), dtype=torch.bool)].tolist())), dtype=d.dtype)
     return torch.nextafter(pairs, torch.tensor(torch.inf, dtype=pairs.dtype)).tolist()
-
-
-def share_out(settings: GreedyOutputSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    """Remove heads by similarity, then channels (the same share in every block) for the rest of the budget.
-
-    Raises:
-        ConfigError: τ removes more than the ratio, or different numbers of heads where the layout needs one number.
-    """
-    if settings.heads == "second-moment":
-        keep = allocate(sites, even_densities(sites), budget)
-        return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
-    attention = [site for site in sites if site.kind == "attention"]
-    ffn = [site for site in sites if site.kind == "ffn"]
-    divergences = {site.name: survey[site.name]["divergence"] for site in attention}
-    if settings.tau:
-        gone = {
-            site.name: _as_many_as_can_go(site, len(redundant(divergences[site.name], settings.tau)))
-            for site in attention
-        }
-        if "attention" in budget.alike and len(set(gone.values())) > 1:
-            raise ConfigError(
-                f"tau is {settings.tau:g}; it removes {sorted(set(gone.values()))} heads a block, and the layout needs one number"
-            )
-    else:
-        part = _of_attention(sites, budget)
-        keep = allocate(attention, {name: rising_thresholds(d) for name, d in divergences.items()}, part)
-        gone = {site.name: site.units - keep[site.name] for site in attention}
-    removed = sum(gone[site.name] * site.unit_parameters for site in attention)
-    if removed > budget.target:
-        raise ConfigError(
-            f"tau is {settings.tau:g}; the heads it removes are {removed / budget.parameters:.3f} of the parameters, "
-            f"more than the ratio {budget.ratio:g}"
-        )
-    plan = {}
-    for site in attention:
-        units = others(site.units, torch.tensor(candidates(divergences[site.name], gone[site.name]), dtype=torch.int64))
-        plan[site.name] = SitePlan(len(units), tuple(units.tolist()))
-    left = allocate(ffn, even_densities(ffn), replace(budget, gone=budget.gone + removed))
-    return Plan({**plan, **{name: SitePlan(units) for name, units in left.items()}}, budget.ratio)
 
 
 def _of_attention(sites: Sequence[Site], budget: Budget) -> Budget:
@@ -123,71 +70,119 @@ def _of_attention(sites: Sequence[Site], budget: Budget) -> Budget:
     return Budget(budget.target / whole, own, budget.round_to, budget.alike)
 
 
-def channels(settings: GreedyOutputSettings, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
-    """Bound the FFN channels that stay: attention loses at most its own share. No bound if τ is set."""
-    if settings.tau:
-        return {}
-    ffn = [site for site in sites if site.kind == "ffn"]
-    gone = budget.gone + _of_attention(sites, budget).target
-    return allocate(ffn, even_densities(ffn), replace(budget, gone=gone))
-
-
 def _as_many_as_can_go(site: Site, units: int) -> int:
     return max(site.units - keep for keep in site.choices or range(1, site.units + 1) if site.units - keep <= units)
 
 
-def second_moment(settings: GreedyOutputSettings, problem: Problem, keep: int) -> Tensor:
-    """Return the units with the largest second moment: (keep,) int64, ascending.
+class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
+    name = "greedy-output"
+    summary = "greedy output approximation: heads by likeness, channels by second moment, two-step recovery"
+    wants_inputs = True
 
-    FFN (eq. 4): ``M_j = ½‖B_:j‖² (A_jᵀ Σ A_j)``; a gated FFN takes the product of the moments of (down, up) and
-    (down, gate). `B` (d_out, n) is the consumer, `A_j` (d,) a producer's row, `Σ` (d, d) the mean Gram of its input.
+    def __init__(self, settings: GreedyOutputSettings) -> None:
+        super().__init__(settings)
+        self.by_similarity = settings.heads == "similarity"
+        self.wants_gram = settings.recover or not self.by_similarity
+        if self.by_similarity:
+            self.statistics, self.curve_label = frozenset({"divergence"}), "divergence from the most similar head"
+        if settings.recover:
+            self.compensation, self.target = settings.damping, Target(settings.damping, residual=False)
 
-    Attention: treat each head's value path as a linear module whose input is the attention-weighted hidden state.
-    ``A_jᵀ Σ A_j`` is then the second moment of the consumer's input, the diagonal of H (n, n). A unit's moment is the
-    sum over its columns.
-    """
-    problem.factors.clear()  # Free the Cholesky factor of the target's fit: it is as large as H.
-    energy = problem.w.square().sum(dim=0)
-    if problem.site.kind == "attention":
-        moments = (energy * problem.gram.diagonal().to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
-    else:
-        assert problem.inputs is not None
-        # Work in logarithms: a product of two moments can leave float32's range.
-        inputs = problem.inputs.to(energy)
-        each = [energy * (a @ inputs).mul_(a).sum(dim=1) / 2 for a in problem.producers]
-        moments = torch.stack(each).clamp_min(0).log().sum(dim=0)
-    return best(moments, keep, problem.site.name)
+    def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
+        """Return the divergence between every two units of an attention site, (units, units); nothing for FFN sites."""
+        if surveyed.statistics.divergence is None:
+            return {}
+        return {
+            "divergence": between_units(
+                surveyed.statistics.divergence.mean(), surveyed.site.heads // surveyed.site.units
+            )
+        }
 
+    def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """Remove heads by similarity, then channels (the same share in every block) for the rest of the budget.
 
-def recovered(settings: GreedyOutputSettings, problem: Problem, kept: Tensor) -> Refit:
-    """Restrict the consumer, already fitted on all columns, to the units `kept` (k,) int64.
+        Raises:
+            ConfigError: τ removes more than the ratio, or different numbers of heads where the layout needs one number.
+        """
+        if not self.by_similarity:
+            keep = allocate(sites, even_densities(sites), budget)
+            return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
+        attention = [site for site in sites if site.kind == "attention"]
+        ffn = [site for site in sites if site.kind == "ffn"]
+        divergences = {site.name: survey[site.name]["divergence"] for site in attention}
+        if self.settings.tau:
+            gone = {
+                site.name: _as_many_as_can_go(site, len(redundant(divergences[site.name], self.settings.tau)))
+                for site in attention
+            }
+            if "attention" in budget.alike and len(set(gone.values())) > 1:
+                raise ConfigError(
+                    f"tau is {self.settings.tau:g}; it removes {sorted(set(gone.values()))} heads a block, and the layout needs one number"
+                )
+        else:
+            part = _of_attention(sites, budget)
+            keep = allocate(attention, {name: rising_thresholds(d) for name, d in divergences.items()}, part)
+            gone = {site.name: site.units - keep[site.name] for site in attention}
+        removed = sum(gone[site.name] * site.unit_parameters for site in attention)
+        if removed > budget.target:
+            raise ConfigError(
+                f"tau is {self.settings.tau:g}; the heads it removes are {removed / budget.parameters:.3f} of the parameters, "
+                f"more than the ratio {budget.ratio:g}"
+            )
+        plan = {}
+        for site in attention:
+            units = others(
+                site.units, torch.tensor(candidates(divergences[site.name], gone[site.name]), dtype=torch.int64)
+            )
+            plan[site.name] = SitePlan(len(units), tuple(units.tolist()))
+        left = allocate(ffn, even_densities(ffn), replace(budget, gone=budget.gone + removed))
+        return Plan({**plan, **{name: SitePlan(units) for name, units in left.items()}}, budget.ratio)
 
-    OBS-updates the kept columns if `recover` is on, otherwise copies them.
-    """
-    return obs(problem, kept, settings.damping) if settings.recover else kept_columns(problem, kept)
+    def select(self, problem: Problem, keep: int) -> Tensor:
+        """Return the units with the largest second moment: (keep,) int64, ascending.
 
+        FFN (eq. 4): ``M_j = ½‖B_:j‖² (A_jᵀ Σ A_j)``; a gated FFN takes the product of the moments of (down, up) and
+        (down, gate). `B` (d_out, n) is the consumer, `A_j` (d,) a producer's row, `Σ` (d, d) the mean Gram of its input.
 
-GREEDY_OUTPUT = Recipe(
-    name="greedy-output",
-    summary="greedy output approximation: heads by likeness, channels by second moment, two-step recovery",
-    statistics=lambda settings: frozenset({"divergence"}) if settings.heads == "similarity" else None,
-    digest=divergence,
-    curve=lambda settings: Curve("divergence from the most alike", rising) if settings.heads == "similarity" else None,
-    allocate=share_out,
-    select=second_moment,
-    reconstruct=recovered,
-    wants_gram=lambda settings: settings.recover or settings.heads == "second-moment",
-    wants_inputs=lambda settings: True,
-    work=lambda settings, site, keep: (
-        settings.recover * obs_work(site, keep) + (site.kind == "ffn") * 2 * site.outputs * sum(site.linears[:-1])
-    ),
-    foresee=channels,
-    # Selection needs the Gram of the producers' inputs, (d, d), which is held until then.
-    workspace=lambda settings, site, keep: max(
-        settings.recover * obs_workspace(site, keep),
-        site.outputs**2 + sum(site.linears[:-1]) + max(site.linears[:-1]),
-    ),
-    compensation=lambda settings: settings.damping if settings.recover else None,
-    target=lambda settings: Target(settings.damping, residual=False) if settings.recover else None,
-    plans_units=lambda settings, site: settings.heads == "similarity" and site.kind == "attention",
-)
+        Attention: treat each head's value path as a linear module whose input is the attention-weighted hidden state.
+        ``A_jᵀ Σ A_j`` is then the second moment of the consumer's input, the diagonal of H (n, n). A unit's moment is the
+        sum over its columns.
+        """
+        problem.factors.clear()  # Free the Cholesky factor of the target's fit: it is as large as H.
+        energy = problem.w.square().sum(dim=0)
+        if problem.site.kind == "attention":
+            moments = (energy * problem.gram.diagonal().to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
+        else:
+            assert problem.inputs is not None
+            # Work in logarithms: a product of two moments can leave float32's range.
+            inputs = problem.inputs.to(energy)
+            each = [energy * (a @ inputs).mul_(a).sum(dim=1) / 2 for a in problem.producers]
+            moments = torch.stack(each).clamp_min(0).log().sum(dim=0)
+        return best(moments, keep, problem.site.name)
+
+    def reconstruct(self, problem: Problem, kept: Tensor) -> Refit:
+        """Restrict the consumer, already fitted on all columns, to the units `kept` (k,) int64.
+
+        OBS-updates the kept columns if `recover` is on, otherwise copies them.
+        """
+        return super().reconstruct(problem, kept) if self.settings.recover else kept_columns(problem, kept)
+
+    def plans_units(self, site: Site) -> bool:
+        return self.by_similarity and site.kind == "attention"
+
+    def foresee(self, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
+        """Bound the FFN channels that stay: attention loses at most its own share. No bound if τ is set."""
+        if self.settings.tau:
+            return {}
+        ffn = [site for site in sites if site.kind == "ffn"]
+        gone = budget.gone + _of_attention(sites, budget).target
+        return allocate(ffn, even_densities(ffn), replace(budget, gone=gone))
+
+    def workspace(self, site: Site, keep: int) -> int:
+        # Selection needs the Gram of the producers' inputs, (d, d), which is held until then.
+        selection = site.outputs**2 + sum(site.linears[:-1]) + max(site.linears[:-1])
+        return max(selection, obs_workspace(site, keep) if self.settings.recover else 0)
+
+    def curve(self, site: Site, findings: Findings) -> Tensor | None:
+        """Return the rising thresholds of an attention site, (units,) float64 ascending; None for an FFN site."""
+        return rising_thresholds(findings["divergence"]) if site.kind == "attention" else None

@@ -9,7 +9,7 @@ later, when the costs of their linear are computed again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from ..errors import ConfigError, NumericalError
 from ..maths.kfac import pattern_costs, pattern_mask
 from ..maths.refit import all_finite
 from ..model.site import Site
-from .allocation import Budget, check_budget
-from .plan import Plan, SitePlan, units_only
-from .recipe import Findings, Survey
+from .allocation import Budget
+from .plan import Plan, SitePlan
+from .recipe import Findings, Recipe, Survey
 from .settings import UNITS, UNSTRUCTURED
 
+S = TypeVar("S", bound=Any)
 _BITS = 12
 """Low mantissa bits of a float32 cost that a histogram drops; 11 of the 23 mantissa bits stay. The sign bit is 0."""
 _BINS = 1 << (31 - _BITS)
@@ -38,69 +39,74 @@ def pattern(structure: str) -> tuple[int, int]:
     return int(m), int(n)
 
 
-class Structured(Protocol):
-    """Settings that have a structure."""
+class MaskRecipe(Recipe[S]):
+    """A recipe whose setting `structure` can keep shapes and zero weights instead of removing units."""
 
-    @property
-    def structure(self) -> str:
-        """One of `STRUCTURES`."""
+    def __init__(self, settings: S) -> None:
+        super().__init__(settings)
+        self.writes_zeros = settings.structure != UNITS
 
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        """Check that the structure can meet the budget.
 
-def check_structure(settings: Structured, sites: Sequence[Site], budget: Budget) -> None:
-    """Check that the structure can meet the budget.
-
-    Raises:
-        ConfigError: the ratio is above what the pattern can remove or below its smallest step, or the pattern
-            does not divide a width.
-    """
-    structure = settings.structure
-    if structure == UNITS:
-        check_budget(sites, budget)
-        return
-    m, n = pattern(structure)
-    if n > 1 and budget.ratio > m / n:
-        raise ConfigError(
-            f"ratio is {budget.ratio:g}; structure {structure} makes at most {m / n:g} of the weights zero"
-        )
-    _check_widths(structure, sites)
-    most = sum(weights // n * m for site in sites for weights in site.linears)
-    # A ratio of exactly M/N asks for the pattern everywhere. It falls short by the norms and biases only.
-    if most < budget.target * (_LINEARS if budget.ratio == m / n else 1):
-        raise ConfigError(
-            f"ratio is {budget.ratio:g}; structure {structure} can make at most {most / budget.parameters:.3f} "
-            "of what the ratio counts zero"
-        )
-    if budget.target < m:
-        raise ConfigError(
-            f"ratio is {budget.ratio:g}; the smallest step is {m / budget.parameters:.2g} of what it counts"
-        )
-
-
-def check_plan(settings: Structured, sites: Sequence[Site], plan: Plan, where: str) -> None:
-    """Check that the structure can follow a plan, which already fits the model.
-
-    Raises:
-        ConfigError: the plan removes units but the structure zeroes weights (or the reverse), a count is not possible
-            with the pattern, or the pattern does not divide a width.
-    """
-    structure = settings.structure
-    if structure == UNITS:
-        units_only(sites, plan, where)
-        return
-    m, n = pattern(structure)
-    for site in sites:
-        entry = plan[site.name]
-        if entry.keep < site.units:
+        Raises:
+            ConfigError: the ratio is above what the pattern can remove or below its smallest step, or the pattern
+                does not divide a width.
+        """
+        structure = self.settings.structure
+        if structure == UNITS:
+            super().check(sites, budget)
+            return
+        m, n = pattern(structure)
+        if n > 1 and budget.ratio > m / n:
             raise ConfigError(
-                f"{where}: {site.name} keeps {entry.keep} of {site.units}; structure {structure} keeps all units"
+                f"ratio is {budget.ratio:g}; structure {structure} makes at most {m / n:g} of the weights zero"
             )
-        for zeros, weights in zip(entry.zeros or (), site.linears, strict=False):
-            if zeros % m or zeros > weights // n * m:
+        _check_widths(structure, sites)
+        most = sum(weights // n * m for site in sites for weights in site.linears)
+        # A ratio of exactly M/N asks for the pattern everywhere. It falls short by the norms and biases only.
+        if most < budget.target * (_LINEARS if budget.ratio == m / n else 1):
+            raise ConfigError(
+                f"ratio is {budget.ratio:g}; structure {structure} can make at most {most / budget.parameters:.3f} "
+                "of what the ratio counts zero"
+            )
+        if budget.target < m:
+            raise ConfigError(
+                f"ratio is {budget.ratio:g}; the smallest step is {m / budget.parameters:.2g} of what it counts"
+            )
+
+    def check_plan(self, sites: Sequence[Site], plan: Plan, where: str) -> None:
+        """Check that the structure can follow a plan, which already fits the model.
+
+        Raises:
+            ConfigError: the plan removes units but the structure zeroes weights (or the reverse), a count is not
+                possible with the pattern, or the pattern does not divide a width.
+        """
+        structure = self.settings.structure
+        if structure == UNITS:
+            super().check_plan(sites, plan, where)
+            return
+        m, n = pattern(structure)
+        for site in sites:
+            entry = plan[site.name]
+            if entry.keep < site.units:
                 raise ConfigError(
-                    f"{where}: {site.name} has {zeros} zeros in a linear of {weights} weights; structure {structure} "
-                    f"makes multiples of {m} zero, at most {weights // n * m}"
+                    f"{where}: {site.name} keeps {entry.keep} of {site.units}; structure {structure} keeps all units"
                 )
-    _check_widths(structure, sites)
+            for zeros, weights in zip(entry.zeros or (), site.linears, strict=False):
+                if zeros % m or zeros > weights // n * m:
+                    raise ConfigError(
+                        f"{where}: {site.name} has {zeros} zeros in a linear of {weights} weights; structure {structure} "
+                        f"makes multiples of {m} zero, at most {weights // n * m}"
+                    )
+        _check_widths(structure, sites)
+
+    def findings(self, site: Site) -> int:
+        """Return the largest possible size of a site's histograms, in float32 elements; an int64 counts as two."""
+        if not self.writes_zeros:
+            return 0
+        _, n = pattern(self.settings.structure)
+        return sum(2 * 2 * min(_BINS, weights // n) for weights in site.linears)
 
 
 def _check_widths(structure: str, sites: Sequence[Site]) -> None:
@@ -128,14 +134,6 @@ def histograms(costs: Iterable[Tensor], structure: str, place: str) -> dict[str,
         NumericalError: a cost is NaN or Inf.
     """
     return {f"histogram.{i}": _histogram(_checked(cost, place), structure) for i, cost in enumerate(costs)}
-
-
-def findings(structure: str, site: Site) -> int:
-    """Return the largest possible size of a site's histograms, in float32 elements; an int64 counts as two."""
-    if structure == UNITS:
-        return 0
-    _, n = pattern(structure)
-    return sum(2 * 2 * min(_BINS, weights // n) for weights in site.linears)
 
 
 def _checked(costs: Tensor, place: str) -> Tensor:

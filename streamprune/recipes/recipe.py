@@ -1,14 +1,15 @@
-"""A recipe as data: the statistics it needs, and its digest, allocate, select and reconstruct functions.
+"""The base class of recipes: the statistics that a recipe needs, and its steps digest, allocate, select and reconstruct.
 
-The needs of a recipe decide what runs. If it needs gradients, the survey includes a backward sweep. If it needs
+What a recipe needs decides what runs. If it needs gradients, the survey includes a backward sweep. If it needs
 Grams, the pruned stream is computed. If it needs neither, no calibration text is read.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,24 +21,20 @@ from .plan import Plan, units_only
 from .settings import SETTINGS
 
 S = TypeVar("S")
-
-
 Findings = Mapping[str, Tensor]
 """What a recipe's `digest` kept from the survey of one site."""
 Survey = Mapping[str, Findings]
 """Findings by site name. Tensors are read from disk on access."""
-Producers = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Surveyed:
-    """One site of the dense model after its survey."""
+class SiteWeights:
+    """One site and its weights."""
 
     site: Site
     w: Tensor
     """The consumer's weight (d_out, n), float32 or float64."""
-    read_producers: Producers
-    statistics: SiteStatistics
+    read_producers: Callable[[], tuple[Tensor, ...]]
 
     @property
     def producers(self) -> tuple[Tensor, ...]:
@@ -46,15 +43,18 @@ class Surveyed:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One site of the partly pruned model, as a recipe sees it."""
+class Surveyed(SiteWeights):
+    """One site of the dense model after its survey."""
 
-    site: Site
-    w: Tensor
-    """The consumer's weight (d_out, n), float32 or float64; already fitted to the target if the recipe has one."""
+    statistics: SiteStatistics
+
+
+@dataclass(frozen=True)
+class Problem(SiteWeights):
+    """One site of the partly pruned model; `w` is already fitted to the target if the recipe has one."""
+
     stored: torch.dtype
     """Dtype in which the weight will be stored."""
-    read_producers: Producers
     zeros: tuple[int, ...] | None
     """Number of weights to zero in each producer and, last, in the consumer; None if whole units are removed."""
     h: Tensor | None
@@ -67,11 +67,6 @@ class Problem:
     """Random generator, seeded for this site."""
     factors: dict[float, Tensor] = field(default_factory=dict)
     """Cholesky factors of H_λ (n, n) already computed, by requested damping. `select` may pop and overwrite them."""
-
-    @property
-    def producers(self) -> tuple[Tensor, ...]:
-        """Weights of the producers, (rows, d) each, dtype of `w`. Read again on every access: few recipes need them."""
-        return self.read_producers()
 
     @property
     def gram(self) -> Tensor:
@@ -114,72 +109,101 @@ class Refit:
     """Smallest fraction of a linear's update that was applied; below 1 where the full update would add loss."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """The cost curve that decides how many units a site loses, for display."""
+class Recipe(ABC, Generic[S]):
+    """One pruning method with its settings.
 
-    label: str
-    """What the values measure."""
-    values: Callable[[Site, Findings], Tensor | None]
-    """Cost of each further removed unit as `allocate` uses it, (units,) ascending; None or empty without a curve."""
+    Args:
+        settings: an instance of the recipe's dataclass in `settings`. The class itself has that dataclass as `settings`.
+    """
 
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    settings: S
 
-@dataclass(frozen=True)
-class Recipe(Generic[S]):
-    """One pruning method, with settings of type `S`, a frozen dataclass."""
+    # What the recipe needs.
 
-    name: str
-    summary: str
-    allocate: Callable[[S, Sequence[Site], Survey, Budget], Plan]
-    select: Callable[[S, Problem, int], Tensor]
-    """Select the given number of units to keep: (k,) int64, ascending."""
-    reconstruct: Callable[[S, Problem, Tensor], Refit]
-    """Compute the new weights, given the kept units (k,) int64, ascending."""
-    statistics: Callable[[S], frozenset[Statistic] | None] = lambda settings: None
+    statistics: frozenset[Statistic] | None = None
     """Statistics that the survey sums on the dense model. An empty set surveys weights only; None skips the survey."""
-    draws_labels: Callable[[S], bool] = lambda settings: False
+    draws_labels: bool = False
     """Whether the loss predicts tokens drawn from the model itself instead of those of the text."""
-    digest: Callable[[S, Surveyed], dict[str, Tensor]] = lambda settings, surveyed: {}
-    """Reduce the statistics to what `allocate` and `reconstruct` need."""
-    wants_gram: Callable[[S], bool] = lambda settings: False
-    wants_inputs: Callable[[S], bool] = lambda settings: False
-    compensation: Callable[[S], float | None] = lambda settings: None
-    """Relative damping of the producers' input compensation; None for no compensation."""
-    target: Callable[[S], Target | None] = lambda settings: None
-    shots: Callable[[S, float], int] = lambda settings, ratio: 1
-    """Number of shots in which to remove the given ratio."""
-    correction: Callable[[S], Correction | None] = lambda settings: None
-    """Low-rank training at the end of each shot; None for none."""
-    foresee: Callable[[S, Sequence[Site], Budget], Mapping[str, int]] = lambda settings, sites, budget: {}
-    """Upper bounds on the units kept, known before the survey, at sites whose count the survey does not decide."""
-    check: Callable[[S, Sequence[Site], Budget], None] = lambda settings, sites, budget: check_budget(sites, budget)
-    """Raise ConfigError for a budget that cannot be met, before any work starts."""
-    check_plan: Callable[[S, Sequence[Site], Plan, str], None] = lambda settings, sites, plan, where: units_only(
-        sites, plan, where
-    )
-    """Raise ConfigError for a plan that fits the model but not the recipe; the string names the plan's source."""
-    plans_units: Callable[[S, Site], bool] = lambda settings, site: False
-    """Whether the plan says which units of the site stay, not only how many."""
-    keeps_findings: Callable[[S], bool] = lambda settings: False
+    keeps_findings: bool = False
     """Whether `reconstruct` needs the survey's findings. If so, the survey runs even when a plan is given."""
-    findings: Callable[[S, Site], int] = lambda settings, site: 0
-    """Number of elements that `digest` stores on disk for a site; 0 if they are few enough to ignore."""
-    work: Callable[[S, Site, float], float] = lambda settings, site, keep: 0.0
-    """FLOPs of `select` and `reconstruct` for the given number of kept units, leading terms only."""
-    digest_work: Callable[[S, Site], float] = lambda settings, site: 0.0
-    """FLOPs of `digest`, leading terms only."""
-    workspace: Callable[[S, Site, int], int] = lambda settings, site, keep: 0
-    """Peak elements that `select` and `reconstruct` hold besides the site's W and H, given the most units kept."""
-    digest_workspace: Callable[[S, Site], int] = lambda settings, site: 0
-    """Peak elements that `digest` holds besides the site's W and statistics."""
-    curve: Callable[[S], Curve | None] = lambda settings: None
-    """Cost curve from the survey's findings; None for a recipe without one."""
+    wants_gram: bool = False
+    """Whether `select` or `reconstruct` reads the Gram of the consumer's input."""
+    wants_inputs: bool = False
+    """Whether `select` reads the Gram of the producers' input."""
+    compensation: float | None = None
+    """Relative damping of the producers' input compensation; None for no compensation."""
+    target: Target | None = None
+    """Target that consumers are fitted to before units are chosen; None for no such fit."""
+    correction: Correction | None = None
+    """Low-rank training at the end of each shot; None for none."""
     seeded: bool = False
     """Whether `select` draws from the problem's generator."""
-    writes_zeros: Callable[[S], bool] = lambda settings: False
+    writes_zeros: bool = False
     """Whether pruning keeps shapes and zeroes weights. The plan then counts zeros, and no unit is removed."""
+    curve_label: str | None = None
+    """What the values of `curve` measure; None for a recipe without a cost curve."""
 
-    @property
-    def settings(self) -> type[S]:
-        """The dataclass of the recipe's settings; each field's metadata holds ``help``, ``choices`` and ``limits``."""
-        return SETTINGS[self.name]
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            cls.settings = SETTINGS[cls.name]  # type: ignore[assignment]
+
+    def __init__(self, settings: S) -> None:
+        self.settings = settings
+
+    # Its steps.
+
+    def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
+        """Reduce the statistics of a site to what `allocate` and `reconstruct` need."""
+        return {}
+
+    @abstractmethod
+    def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """Decide how many units, or zeros, each site loses."""
+
+    @abstractmethod
+    def select(self, problem: Problem, keep: int) -> Tensor:
+        """Select `keep` units that stay: (keep,) int64, ascending."""
+
+    @abstractmethod
+    def reconstruct(self, problem: Problem, kept: Tensor) -> Refit:
+        """Compute the new weights, given the kept units (k,) int64, ascending."""
+
+    # What is known or checked before the work starts.
+
+    def shots(self, ratio: float) -> int:
+        """Return the number of shots in which to remove `ratio`."""
+        return 1
+
+    def foresee(self, sites: Sequence[Site], budget: Budget) -> Mapping[str, int]:
+        """Return upper bounds on the units kept, known before the survey, at sites whose count the survey does not decide."""
+        return {}
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        """Raise ConfigError for a budget that cannot be met."""
+        check_budget(sites, budget)
+
+    def check_plan(self, sites: Sequence[Site], plan: Plan, where: str) -> None:
+        """Raise ConfigError for a plan that fits the model but not the recipe; `where` names the plan's source."""
+        units_only(sites, plan, where)
+
+    def plans_units(self, site: Site) -> bool:
+        """Return whether the plan says which units of the site stay, not only how many."""
+        return False
+
+    def findings(self, site: Site) -> int:
+        """Return the number of elements that `digest` stores on disk for a site; 0 if they are few enough to ignore."""
+        return 0
+
+    def workspace(self, site: Site, keep: int) -> int:
+        """Return the peak elements that `select` and `reconstruct` hold besides the site's W and H, if at most `keep` units stay."""
+        return 0
+
+    def digest_workspace(self, site: Site) -> int:
+        """Return the peak elements that `digest` holds besides the site's W and statistics."""
+        return 0
+
+    def curve(self, site: Site, findings: Findings) -> Tensor | None:
+        """Return the cost of each further removed unit as `allocate` uses it, (units,) ascending; None without a curve."""
+        return None

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..maths.slimgpt import batched_group_removal, dynamic_group_removal
 from ..maths.slimgpt import workspace as removal_workspace
-from ..maths.triangular import inverse_work, product_work
 from ..model.site import Site
 from .allocation import Budget, allocate, even_densities
-from .obs import greedy, greedy_workspace, obs, obs_work, obs_workspace, others
+from .obs import ObsRecipe, obs_workspace, others
 from .plan import Plan, SitePlan
-from .recipe import Problem, Recipe, Survey
+from .recipe import Problem, Survey
 from .settings import SlimGptSettings
 
 
@@ -41,60 +40,41 @@ def incremental_ratios(blocks: int, r0: float) -> list[float]:
     return [r0 + (last - r0) * step for step in steps]
 
 
-def schedule(settings: SlimGptSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    """Allocate by the incremental pruning ratio. A uniform layout has one width, so it uses the mean over blocks."""
-    blocks = sorted({site.block for site in sites})
-    # `even_densities` divides by the shares, so they must be positive.
-    shares = [max(share, 1e-6) for share in incremental_ratios(len(blocks), settings.r0)]
-    keep = allocate(sites, even_densities(sites, dict(zip(blocks, shares, strict=True))), budget)
-    return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
+class SlimGpt(ObsRecipe[SlimGptSettings]):
+    name = "slimgpt"
+    summary = "SlimGPT: ratio growing with the logarithm of depth, batched greedy pruning, OBS reconstruction"
 
+    def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """Allocate by the incremental pruning ratio. A uniform layout has one width, so it uses the mean over blocks."""
+        blocks = sorted({site.block for site in sites})
+        # `even_densities` divides by the shares, so they must be positive.
+        shares = [max(share, 1e-6) for share in incremental_ratios(len(blocks), self.settings.r0)]
+        keep = allocate(sites, even_densities(sites, dict(zip(blocks, shares, strict=True))), budget)
+        return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
 
-def batched(settings: SlimGptSettings, problem: Problem, keep: int) -> Tensor:
-    """Select units by batched greedy pruning on the mean Gram H (n, n): (keep,) int64, ascending."""
-    site, damping = problem.site, settings.damping
-    if settings.exact:
-        return greedy(problem, keep, damping)
-    count = site.units - keep
-    if site.kind == "attention":
-        removed, _ = batched_group_removal(
-            problem.w, problem.gram, width=site.width, count=count, damping=damping, place=site.name
-        )
-    else:
-        removed, _ = dynamic_group_removal(
-            problem.w,
-            problem.gram,
-            count=count,
-            damping=damping,
-            place=site.name,
-            first=max(settings.first_group, settings.last_group),
-            last=settings.last_group,
-        )
-    return others(site.units, removed)
+    def select(self, problem: Problem, keep: int) -> Tensor:
+        """Select units by batched greedy pruning on the mean Gram H (n, n): (keep,) int64, ascending."""
+        if self.settings.exact:
+            return super().select(problem, keep)
+        site, w, h, damping = problem.site, problem.w, problem.gram, self.settings.damping
+        count = site.units - keep
+        if site.kind == "attention":
+            removed, _ = batched_group_removal(w, h, width=site.width, count=count, damping=damping, place=site.name)
+        else:
+            first, last = self._groups
+            removed, _ = dynamic_group_removal(
+                w, h, count=count, damping=damping, place=site.name, first=first, last=last
+            )
+        return others(site.units, removed)
 
+    @property
+    def _groups(self) -> tuple[int, int]:
+        """Sizes of the first and the last group of FFN channels removed together."""
+        return max(self.settings.first_group, self.settings.last_group), self.settings.last_group
 
-def batched_work(site: Site, keep: float) -> float:
-    """Count the FLOPs of `batched`: after each removed group, the remaining columns of P and W are updated."""
-    count = (site.units - keep) * site.width
-    left = site.columns - count / 2
-    return inverse_work(site.columns) + product_work(left, count) + 2 * count * left * site.outputs
-
-
-def workspace(settings: SlimGptSettings, site: Site, keep: int) -> int:
-    """Count the elements held at the peak: P, W and the rows of the first removed group, or those of the refit."""
-    n, d = site.columns, site.outputs
-    group = site.width if site.kind == "attention" else min(max(settings.first_group, settings.last_group), n // 2)
-    removal = greedy_workspace(site) if settings.exact else removal_workspace(n, d, group)
-    return max(removal, obs_workspace(site, keep))
-
-
-SLIMGPT = Recipe(
-    name="slimgpt",
-    summary="SlimGPT: ratio growing with the logarithm of depth, batched greedy pruning, OBS reconstruction",
-    allocate=schedule,
-    select=batched,
-    reconstruct=lambda settings, problem, kept: obs(problem, kept, settings.damping),
-    wants_gram=lambda settings: True,
-    work=lambda settings, site, keep: batched_work(site, keep) + obs_work(site, keep),
-    workspace=workspace,
-)
+    def workspace(self, site: Site, keep: int) -> int:
+        """Count the elements held at the peak: P, W and the rows of the first removed group, or those of the refit."""
+        if self.settings.exact:
+            return super().workspace(site, keep)
+        group = site.width if site.kind == "attention" else min(self._groups[0], site.columns // 2)
+        return max(removal_workspace(site.columns, site.outputs, group), obs_workspace(site, keep))

@@ -19,196 +19,18 @@ from torch import Tensor
 
 from ..maths.kfac import best_step, column_costs, damped, element_costs, group_costs, remove_columns, remove_elements
 from ..maths.refit import inverse, lowers_error, refit_as_stored, unit_columns
-from ..maths.triangular import inverse_work
+from ..maths.sums import Statistic
 from ..model.site import Site
-from . import masks
 from .allocation import Budget, allocate
+from .masks import MaskRecipe, count_zeros, histograms, mask
 from .obs import best, others
 from .plan import Plan, SitePlan
-from .recipe import Correction, Curve, Findings, Problem, Recipe, Refit, Survey, Surveyed
-from .settings import UNITS, SurgeonSettings
-
-
-def shots(settings: SurgeonSettings, ratio: float) -> int:
-    """Return the number of shots: the setting or, if it is 0, the paper's number."""
-    if settings.shots:
-        return settings.shots
-    return max(1, round(80 * ratio)) if settings.structure == UNITS else 5
-
-
-def digest(settings: SurgeonSettings, surveyed: Surveyed) -> dict[str, Tensor]:
-    """Return the site's Kronecker factors and what the threshold needs: unit costs, or histograms of weight costs.
-
-    Returns:
-        The factors that `update` reads (`_needed`), normalised per token: ``a`` (d, d) of the producers' input,
-        ``a.consumer`` (n, n) of the consumer's input, ``g.i`` (rows, rows) of the gradient of producer i's output,
-        ``g.consumer`` (d_out, d_out) of the gradient of the consumer's output. For units, also ``costs`` (units,)
-        float64; for weights, also ``histogram.i`` (see `masks.histograms`).
-    """
-    site, statistics = surveyed.site, surveyed.statistics
-    grams = {"a": statistics.inputs, "a.consumer": statistics.gram, "g.consumer": statistics.gradient}
-    grams |= {f"g.{i}": gram for i, gram in enumerate(statistics.producers)}
-    factors = {}
-    for name, gram in grams.items():
-        assert gram is not None
-        factors[name] = gram.mean(f"{site.name}, {name}")[0]
-    linears = _linears(factors, surveyed.w, surveyed.producers)
-    if settings.structure != UNITS:
-        costs = (element_costs(w, g, a) for w, g, a, _ in _inverses(settings, linears, site))
-        return {**factors, **masks.histograms(costs, settings.structure, site.name)}
-    *producers, (w, g, a) = linears
-    price = group_costs if settings.joint else _single_costs
-    cost = price(w, *_sides(settings, w, g, a, site), site.units)
-    for w, g, a in producers:
-        cost = cost + price(w.T, *_sides(settings, w, a, g, site), site.units)
-    return {**{name: factors[name] for name in _needed(settings, site)}, "costs": cost.double()}
-
-
-def _needed(settings: SurgeonSettings, site: Site) -> list[str]:
-    """Name the factors of a site that `update` reads."""
-    producers = [f"g.{i}" for i in range(len(site.linears) - 1)]
-    if settings.structure != UNITS:
-        return ["a", "a.consumer", "g.consumer", *producers]
-    return ["a.consumer", *(producers if settings.update_rows else ())]
-
-
-def findings(settings: SurgeonSettings, site: Site) -> int:
-    """Count the elements stored on disk for a site: those of all needed factors and of the histograms."""
-    return _factor_numbers(settings, site) + masks.findings(settings.structure, site)
-
-
-def _factor_numbers(settings: SurgeonSettings, site: Site) -> int:
-    d = site.outputs  # width of the residual stream, which the producers read and the consumer writes
-    sides = {"a": d, "a.consumer": site.columns, "g.consumer": d}
-    sides |= {f"g.{i}": weights // d for i, weights in enumerate(site.linears[:-1])}
-    return sum(sides[name] ** 2 for name in _needed(settings, site))
-
-
-def work(settings: SurgeonSettings, site: Site, keep: float) -> float:
-    """Count the FLOPs of `update`."""
-    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
-    if settings.structure != UNITS:
-        # The inverses, and the products that apply the multipliers. The subsets' cost depends on the mask: omit it.
-        return 2 * inverse_work(d) + sum(inverse_work(n) + 2 * n * d * (n + d) for n in sides)
-    gone, total = (site.units - keep) / site.units, 0.0
-    for n in sides if settings.update_rows else sides[-1:]:
-        s = gone * n
-        total += inverse_work(n) + s**3 / 3 + 2 * d * s * (s + n)
-    return total
-
-
-def digest_work(settings: SurgeonSettings, site: Site) -> float:
-    """Count the FLOPs of `digest`."""
-    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
-    if settings.structure != UNITS:
-        return 2 * inverse_work(d) + sum(inverse_work(n) for n in sides)
-    return sum(inverse_work(n) + 2 * d * d * n + 2 * n * d * n / site.units for n in sides)
-
-
-def workspace(settings: SurgeonSettings, site: Site, keep: int) -> int:
-    """Count the elements that `update` holds at its peak.
-
-    For weights: the factors, their inverses and scaled copies of both. For units: also rows of the inverse.
-    """
-    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
-    if settings.structure != UNITS:
-        return _factor_numbers(settings, site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
-    return max(3 * n * n + 3 * n * d for n in (sides if settings.update_rows else sides[-1:]))
-
-
-def digest_workspace(settings: SurgeonSettings, site: Site) -> int:
-    """Count the elements that `digest` holds at its peak: all weights, and one linear's inverses and cost terms."""
-    d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
-    return sum(site.linears) + max(n * n + d * d + 3 * n * d for n in sides)
+from .recipe import Correction, Findings, Problem, Refit, Survey, Surveyed
+from .settings import SurgeonSettings
 
 
 def _single_costs(w: Tensor, g: Tensor, a_inverse: Tensor, units: int) -> Tensor:
     return column_costs(w, g, a_inverse).view(units, -1).sum(dim=1)
-
-
-def threshold(settings: SurgeonSettings, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-    """Allocate by one global threshold on the cost per parameter."""
-    if settings.structure != UNITS:
-        return masks.count_zeros(sites, survey, budget, settings.structure)
-    costs = {site.name: survey[site.name]["costs"] for site in sites}
-    keep = allocate(sites, {site.name: densities(site, survey[site.name]) for site in sites}, budget)
-    return Plan(
-        {name: SitePlan(units, tuple(best(costs[name], units, name).tolist())) for name, units in keep.items()},
-        budget.ratio,
-    )
-
-
-def densities(site: Site, findings: Findings) -> Tensor:
-    """Return the cost per parameter of each unit, (units,) float64 ascending."""
-    return findings["costs"].sort().values / site.unit_parameters
-
-
-def update(settings: SurgeonSettings, problem: Problem, kept: Tensor) -> Refit:
-    """Apply the correlated updates to all linears of the site.
-
-    Args:
-        kept: (k,) int64, ascending: the units that stay. Ignored when single weights are zeroed.
-    """
-    site = problem.site
-
-    def factor(name: str) -> Tensor:
-        return problem.findings[name].to(problem.w.dtype)
-
-    if problem.zeros is not None:
-        factors = {name: factor(name) for name in _needed(settings, site)}
-        linears = _linears(factors, problem.w, problem.producers)
-        return _without_elements(settings, problem, linears)
-    consumer, damping = _updated(settings, problem, problem.w, factor("a.consumer"), kept)
-    if not settings.update_rows:
-        return Refit(consumer, damping)
-    producers, dampings = [], [damping]
-    for i, w in enumerate(problem.producers):
-        rows, took = _updated(settings, problem, w.T, factor(f"g.{i}"), kept)
-        stays = unit_columns(kept.to(w.device), len(w) // site.units)
-        producers.append(torch.zeros_like(w).index_copy_(0, stays, rows.T))
-        dampings.append(took)
-    return Refit(consumer, max((each for each in dampings if each is not None), default=None), tuple(producers))
-
-
-def _without_elements(
-    settings: SurgeonSettings, problem: Problem, linears: Sequence[tuple[Tensor, Tensor, Tensor]]
-) -> Refit:
-    """Zero single weights in all linears (W, G, A) of a site and apply the correlated updates."""
-    assert problem.zeros is not None
-    place, used, weights, steps = problem.site.name, settings.damping, [], []
-    each = zip(linears, _inverses(settings, linears, problem.site), problem.zeros, strict=True)
-    for (_, g, a), (w, g_inverse, a_inverse, took), zeros in each:
-        gone = masks.mask(element_costs(w, g_inverse, a_inverse), zeros, settings.structure, place)
-        updated, ridge = remove_elements(w, g_inverse, a_inverse, gone, at_most=settings.correlated, place=place)
-        updated, step = best_step(w, updated, gone, g, a)
-        weights.append(updated)
-        steps.append(step)
-        used = max(used, took, ridge)
-    *producers, consumer = weights
-    return Refit(consumer, used, tuple(producers), step=min(steps))
-
-
-def _updated(
-    settings: SurgeonSettings, problem: Problem, w: Tensor, factor: Tensor, kept: Tensor
-) -> tuple[Tensor, float | None]:
-    """Return the updated columns that stay, (rows, k·width), and the damping used.
-
-    Args:
-        w: (rows, columns); for a producer, its transpose.
-        factor: (columns, columns), normalised per token.
-        kept: (k,) int64.
-    """
-    site, device = problem.site, w.device
-    width = len(factor) // site.units
-    removed, stays = (unit_columns(each.to(device), width) for each in (others(site.units, kept), kept))
-    inverted, used = inverse(factor, settings.damping, site.name, device=device)
-    updated, ridge = remove_columns(w, inverted, removed, site.name)
-    del inverted
-    updated = updated[:, stays]
-    if not ridge and lowers_error(w, factor, updated, stays, problem.stored):
-        return updated, used
-    # Compute the same update from a factor of the remaining columns, without an inverse: its rounding error is smaller.
-    return refit_as_stored(w, factor, stays, used, problem.stored, site.name)
 
 
 def _linears(
@@ -220,45 +42,180 @@ def _linears(
     return [*each, (consumer, factors["g.consumer"], factors["a.consumer"])]
 
 
-def _inverses(
-    settings: SurgeonSettings, linears: Sequence[tuple[Tensor, Tensor, Tensor]], site: Site
-) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-    """Yield (W, G⁻¹, A⁻¹) of each linear on W's device, and the larger damping used. Producers share one A⁻¹."""
-    of: Tensor | None = None
-    for w, g, a in linears:
-        if a is not of:
-            of, (a_inverse, other) = a, inverse(a, settings.damping, site.name, device=w.device)
-        g_inverse, one = inverse(g, settings.damping, site.name, device=w.device)
-        yield w, g_inverse, a_inverse, max(one, other)
+class Surgeon(MaskRecipe[SurgeonSettings]):
+    name = "surgeon"
+    summary = "LLM Surgeon: K-FAC curvature, one global threshold, correlated updates, many shots; units or weights"
+    statistics: frozenset[Statistic] = frozenset({"factors"})
+    keeps_findings = True
 
+    def __init__(self, settings: SurgeonSettings) -> None:
+        super().__init__(settings)
+        self.curve_label = None if self.writes_zeros else "loss per parameter"
+        if settings.lora_steps:
+            self.correction = Correction(settings.lora_steps, settings.lora_rank, settings.lora_rate)
 
-def _sides(settings: SurgeonSettings, w: Tensor, kept: Tensor, removed: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-    """Return, on W's device, the damped factor of the side that stays whole and the inverse of the other side's."""
-    inverted = inverse(removed, settings.damping, site.name, device=w.device)[0]
-    return damped(kept, settings.damping, device=w.device), inverted
+    def shots(self, ratio: float) -> int:
+        """Return the number of shots: the setting or, if it is 0, the paper's number."""
+        if self.settings.shots:
+            return self.settings.shots
+        return 5 if self.writes_zeros else max(1, round(80 * ratio))
 
+    def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
+        """Return the site's Kronecker factors and what the threshold needs: unit costs, or histograms of weight costs.
 
-SURGEON = Recipe(
-    name="surgeon",
-    summary="LLM Surgeon: K-FAC curvature, one global threshold, correlated updates, many shots; units or weights",
-    statistics=lambda settings: frozenset({"factors"}),
-    digest=digest,
-    allocate=threshold,
-    curve=lambda settings: Curve("loss a parameter", densities) if settings.structure == UNITS else None,
-    select=lambda settings, problem, keep: torch.arange(keep),
-    reconstruct=update,
-    shots=shots,
-    correction=lambda settings: (
-        Correction(settings.lora_steps, settings.lora_rank, settings.lora_rate) if settings.lora_steps else None
-    ),
-    plans_units=lambda settings, site: settings.structure == UNITS,
-    keeps_findings=lambda settings: True,
-    findings=findings,
-    work=work,
-    digest_work=digest_work,
-    workspace=workspace,
-    digest_workspace=digest_workspace,
-    check=masks.check_structure,
-    check_plan=masks.check_plan,
-    writes_zeros=lambda settings: settings.structure != UNITS,
-)
+        Returns:
+            The factors that `reconstruct` reads (`_needed`), normalised per token: ``a`` (d, d) of the producers' input,
+            ``a.consumer`` (n, n) of the consumer's input, ``g.i`` (rows, rows) of the gradient of producer i's output,
+            ``g.consumer`` (d_out, d_out) of the gradient of the consumer's output. For units, also ``costs`` (units,)
+            float64; for weights, also ``histogram.i`` (see `masks.histograms`).
+        """
+        site, statistics = surveyed.site, surveyed.statistics
+        grams = {"a": statistics.inputs, "a.consumer": statistics.gram, "g.consumer": statistics.gradient}
+        grams |= {f"g.{i}": gram for i, gram in enumerate(statistics.producers)}
+        factors = {}
+        for name, gram in grams.items():
+            assert gram is not None
+            factors[name] = gram.mean(f"{site.name}, {name}")[0]
+        linears = _linears(factors, surveyed.w, surveyed.producers)
+        if self.writes_zeros:
+            costs = (element_costs(w, g, a) for w, g, a, _ in self._inverses(linears, site))
+            return {**factors, **histograms(costs, self.settings.structure, site.name)}
+        *producers, (w, g, a) = linears
+        price = group_costs if self.settings.joint else _single_costs
+        cost = price(w, *self._sides(w, g, a, site), site.units)
+        for w, g, a in producers:
+            cost = cost + price(w.T, *self._sides(w, a, g, site), site.units)
+        return {**{name: factors[name] for name in self._needed(site)}, "costs": cost.double()}
+
+    def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """Allocate by one global threshold on the cost per parameter."""
+        if self.writes_zeros:
+            return count_zeros(sites, survey, budget, self.settings.structure)
+        costs = {site.name: survey[site.name]["costs"] for site in sites}
+        keep = allocate(sites, {site.name: self.curve(site, survey[site.name]) for site in sites}, budget)
+        return Plan(
+            {name: SitePlan(units, tuple(best(costs[name], units, name).tolist())) for name, units in keep.items()},
+            budget.ratio,
+        )
+
+    def curve(self, site: Site, findings: Findings) -> Tensor:
+        """Return the cost per parameter of each unit, (units,) float64 ascending."""
+        return findings["costs"].sort().values / site.unit_parameters
+
+    def plans_units(self, site: Site) -> bool:
+        return not self.writes_zeros
+
+    def select(self, problem: Problem, keep: int) -> Tensor:
+        """Keep all units: only weights are zeroed here, since the plan names the units to keep."""
+        return torch.arange(keep)
+
+    def reconstruct(self, problem: Problem, kept: Tensor) -> Refit:
+        """Apply the correlated updates to all linears of the site.
+
+        Args:
+            kept: (k,) int64, ascending: the units that stay. Ignored when single weights are zeroed.
+        """
+        site = problem.site
+
+        def factor(name: str) -> Tensor:
+            return problem.findings[name].to(problem.w.dtype)
+
+        if problem.zeros is not None:
+            factors = {name: factor(name) for name in self._needed(site)}
+            linears = _linears(factors, problem.w, problem.producers)
+            return self._without_elements(problem, linears)
+        consumer, damping = self._updated(problem, problem.w, factor("a.consumer"), kept)
+        if not self.settings.update_rows:
+            return Refit(consumer, damping)
+        producers, dampings = [], [damping]
+        for i, w in enumerate(problem.producers):
+            rows, took = self._updated(problem, w.T, factor(f"g.{i}"), kept)
+            stays = unit_columns(kept.to(w.device), len(w) // site.units)
+            producers.append(torch.zeros_like(w).index_copy_(0, stays, rows.T))
+            dampings.append(took)
+        return Refit(consumer, max((each for each in dampings if each is not None), default=None), tuple(producers))
+
+    def _without_elements(self, problem: Problem, linears: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Refit:
+        """Zero single weights in all linears (W, G, A) of a site and apply the correlated updates."""
+        assert problem.zeros is not None
+        place, used, weights, steps = problem.site.name, self.settings.damping, [], []
+        each = zip(linears, self._inverses(linears, problem.site), problem.zeros, strict=True)
+        for (_, g, a), (w, g_inverse, a_inverse, took), zeros in each:
+            gone = mask(element_costs(w, g_inverse, a_inverse), zeros, self.settings.structure, place)
+            updated, ridge = remove_elements(
+                w, g_inverse, a_inverse, gone, at_most=self.settings.correlated, place=place
+            )
+            updated, step = best_step(w, updated, gone, g, a)
+            weights.append(updated)
+            steps.append(step)
+            used = max(used, took, ridge)
+        *producers, consumer = weights
+        return Refit(consumer, used, tuple(producers), step=min(steps))
+
+    def _updated(self, problem: Problem, w: Tensor, factor: Tensor, kept: Tensor) -> tuple[Tensor, float | None]:
+        """Return the updated columns that stay, (rows, k·width), and the damping used.
+
+        Args:
+            w: (rows, columns); for a producer, its transpose.
+            factor: (columns, columns), normalised per token.
+            kept: (k,) int64.
+        """
+        site, device = problem.site, w.device
+        width = len(factor) // site.units
+        removed, stays = (unit_columns(each.to(device), width) for each in (others(site.units, kept), kept))
+        inverted, used = inverse(factor, self.settings.damping, site.name, device=device)
+        updated, ridge = remove_columns(w, inverted, removed, site.name)
+        del inverted
+        updated = updated[:, stays]
+        if not ridge and lowers_error(w, factor, updated, stays, problem.stored):
+            return updated, used
+        # Compute the same update from a factor of the remaining columns, without an inverse: its rounding error is smaller.
+        return refit_as_stored(w, factor, stays, used, problem.stored, site.name)
+
+    def _inverses(
+        self, linears: Sequence[tuple[Tensor, Tensor, Tensor]], site: Site
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """Yield (W, G⁻¹, A⁻¹) of each linear on W's device, and the larger damping used. Producers share one A⁻¹."""
+        of: Tensor | None = None
+        for w, g, a in linears:
+            if a is not of:
+                of, (a_inverse, other) = a, inverse(a, self.settings.damping, site.name, device=w.device)
+            g_inverse, one = inverse(g, self.settings.damping, site.name, device=w.device)
+            yield w, g_inverse, a_inverse, max(one, other)
+
+    def _sides(self, w: Tensor, kept: Tensor, removed: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+        """Return, on W's device, the damped factor of the side that stays whole and the inverse of the other side's."""
+        inverted = inverse(removed, self.settings.damping, site.name, device=w.device)[0]
+        return damped(kept, self.settings.damping, device=w.device), inverted
+
+    def _needed(self, site: Site) -> list[str]:
+        """Name the factors of a site that `reconstruct` reads."""
+        producers = [f"g.{i}" for i in range(len(site.linears) - 1)]
+        if self.writes_zeros:
+            return ["a", "a.consumer", "g.consumer", *producers]
+        return ["a.consumer", *(producers if self.settings.update_rows else ())]
+
+    def findings(self, site: Site) -> int:
+        """Count the elements stored on disk for a site: those of all needed factors and of the histograms."""
+        return self._factor_numbers(site) + super().findings(site)
+
+    def _factor_numbers(self, site: Site) -> int:
+        d = site.outputs  # width of the residual stream, which the producers read and the consumer writes
+        sides = {"a": d, "a.consumer": site.columns, "g.consumer": d}
+        sides |= {f"g.{i}": weights // d for i, weights in enumerate(site.linears[:-1])}
+        return sum(sides[name] ** 2 for name in self._needed(site))
+
+    def workspace(self, site: Site, keep: int) -> int:
+        """Count the elements that `reconstruct` holds at its peak.
+
+        For weights: the factors, their inverses and scaled copies of both. For units: also rows of the inverse.
+        """
+        d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+        if self.writes_zeros:
+            return self._factor_numbers(site) + max(4 * (d * d + n * n) + 4 * n * d for n in sides)
+        return max(3 * n * n + 3 * n * d for n in (sides if self.settings.update_rows else sides[-1:]))
+
+    def digest_workspace(self, site: Site) -> int:
+        """Count the elements that `digest` holds at its peak: all weights, and one linear's inverses and cost terms."""
+        d, sides = site.outputs, [weights // site.outputs for weights in site.linears]
+        return sum(site.linears) + max(n * n + d * d + 3 * n * d for n in sides)

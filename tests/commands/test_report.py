@@ -426,7 +426,7 @@ def test_a_tuned_model_shows_what_was_pruned(pruned: Path, tiny: Tiny, text: Pat
     (row,) = [row for row in read.rows if row[0] == "distil"]
     assert row[1:3] == ["2", "3"]
     assert "by its digests the very checkpoint that was pruned" in read.words
-    assert "cost: loss a parameter" in CliRunner().invoke(main, ["inspect", str(out)]).stdout
+    assert "cost: loss per parameter" in CliRunner().invoke(main, ["inspect", str(out)]).stdout
 
 
 # Beside the result.
@@ -586,7 +586,7 @@ def test_inspect_draws(pruned: Path, tiny: Tiny) -> None:
         row = next(line for line in shown.splitlines() if line.startswith(site["site"]))
         full = row.count("█") - row.partition(f"{site['error']:.4f}")[2].count("█")
         assert full == int(16 * site["kept"] / site["units"])
-    assert "cost: loss a parameter" in shown
+    assert "cost: loss per parameter" in shown
     assert "  ratio 0.3\n" in shown
     assert report["job"]["inputs"]["calibration"]["1"]["sha256"] in shown
     assert "host peak" in shown

@@ -201,8 +201,7 @@ def problem(width: int, w: Tensor, h: Tensor, stored: torch.dtype, generator: to
 def test_what_stays_is_no_worse_than_without_a_re_fit(
     recipe: str, damping: float, stored: torch.dtype, case: Callable[[Tensor], Tensor]
 ) -> None:
-    method = RECIPES[recipe]
-    settings = parse(recipe, {"damping": str(damping)})
+    method = RECIPES[recipe](parse(recipe, {"damping": str(damping)}))
     for seed in range(2):
         generator, x = inputs(case, seed)
         h, w = gram(x), torch.randn(D, N, generator=generator).to(stored).float()
@@ -210,9 +209,9 @@ def test_what_stays_is_no_worse_than_without_a_re_fit(
             given = problem(width, w, h, stored, generator)
             chosen = list(removals(h, N // width, width, generator))
             if recipe != "surgeon":  # whose choice is made from whole surveys
-                chosen.append(method.select(settings, given, N // width // 2))
+                chosen.append(method.select(given, N // width // 2))
             for kept in chosen:
-                refit = method.reconstruct(settings, given, kept)
+                refit = method.reconstruct(given, kept)
                 assert refit.damping is None or refit.damping >= damping
                 no_worse(w, x, refit.w, linalg.unit_columns(kept, width), stored)
 

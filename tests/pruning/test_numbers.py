@@ -257,7 +257,7 @@ def test_batched_removal_of_weights_that_cannot_be_squared(value: float) -> None
         ("sobp", block, "compensation", ": the new weights of mlp.gate_proj are not finite"),
         ("sobp", obs, "refit_as_stored", ".ffn: the new weights of mlp.down_proj are not finite"),
         ("slimgpt", obs, "refit_as_stored", "are not finite in their stored dtype"),
-        ("surgeon", surgeon, "_updated", "are not finite in their stored dtype"),
+        ("surgeon", surgeon.Surgeon, "_updated", "are not finite in their stored dtype"),
     ],
 )
 def test_solutions(

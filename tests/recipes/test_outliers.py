@@ -22,8 +22,9 @@ from streamprune.model.site import Site
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning import solve
 from streamprune.pruning.job import Job
-from streamprune.recipes.baselines import magnitude_score, wanda_score
+from streamprune.recipes.baselines import Magnitude, WandaSp
 from streamprune.recipes.recipe import Problem
+from streamprune.recipes.settings import MagnitudeSettings, NoSettings
 
 Make = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -112,8 +113,8 @@ def test_costs_and_scores_are_those_of_float64() -> None:
             kfac.group_costs(w_, kfac.damped(g_, 0.01), a_inverse, n // 4),
             kfac.row_costs(w_, kfac.damped(a_, 0.01), g_inverse),
             kfac.element_costs(w_, g_inverse, a_inverse),
-            magnitude_score(problem(dtype)),
-            wanda_score(problem(dtype)),
+            Magnitude(MagnitudeSettings()).score(problem(dtype)),
+            WandaSp(NoSettings()).score(problem(dtype)),
             torch.tensor(output_error(w_, a_, w_[:, kept] * 0.5, kept)),
         ]
 

@@ -32,7 +32,8 @@ from streamprune.pruning.job import Job
 from streamprune.recipes import masks, surgeon
 from streamprune.recipes.allocation import Budget
 from streamprune.recipes.plan import Plan, SitePlan
-from streamprune.recipes.surgeon import SurgeonSettings, shots
+from streamprune.recipes.settings import SurgeonSettings
+from streamprune.recipes.surgeon import Surgeon
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
@@ -443,7 +444,7 @@ def test_shots_of_masks_are_exact_and_zeros_stay(
     [(0.5, "units", 0, 40), (0.3, "units", 0, 24), (0.004, "units", 0, 1), (0.5, "2:4", 0, 5), (0.5, "2:4", 2, 2)],
 )
 def test_shots_by_default(ratio: float, structure: str, given: int, expected: int) -> None:
-    assert shots(SurgeonSettings(structure=structure, shots=given), ratio) == expected
+    assert Surgeon(SurgeonSettings(structure=structure, shots=given)).shots(ratio) == expected
 
 
 @pytest.mark.parametrize(("structure", "lines"), [("units", 2), ("2:4", 3)])
@@ -654,7 +655,7 @@ def test_what_waits_on_the_disk_is_what_the_updates_need(
         kept += sum(t.numel() for n, t in found.items() if n.split(".")[1] in ("a", "g"))
         histograms += sum(2 * t.numel() for n, t in found.items() if n.split(".")[1] == "histogram")
     job = Job(config, None)
-    most = sum(masks.findings(job.settings.structure, site) for site in job.sites)
-    assert job.needs.findings == sum(job.recipe.findings(job.settings, site) for site in job.sites) == kept + most > 0
+    most = sum(masks.MaskRecipe.findings(job.recipe, site) for site in job.sites)
+    assert job.needs.findings == sum(job.recipe.findings(site) for site in job.sites) == kept + most > 0
     assert most / 3 <= histograms <= most
     streamprune.prune(config)  # and it is enough
