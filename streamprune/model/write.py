@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import CheckpointError, DamageError, NumericalError
 from ..system import files
 from ..system.progress import Progress
@@ -35,6 +37,12 @@ AGAIN = (
 def block_shard(skeleton: Skeleton, index: int) -> str:
     """Return the file name of a block's shard. The first shard holds the embeddings, the last the final norm and head."""
     return shard_name(index + 2, _shards(skeleton))
+
+
+def write_block(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], folder: Path) -> str:
+    """Write a block's shard from its weights by name inside the block; return its digest."""
+    tensors = {full: weights[name] for name, full in skeleton.block_names(index).items()}
+    return write_shard(folder / block_shard(skeleton, index), tensors)
 
 
 def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from ..jobs.reports import extents
 from ..model import write
-from ..model.block import Block
-from ..model.checkpoint import write_shard
 from ..recipes.plan import Plan
 from ..stream import sweep
 from ..system import files
@@ -26,7 +24,7 @@ def prune_blocks(shot: Shot, plan: Plan) -> dict[str, str]:
         _prepare_streams(shot, done)
     for index, block in sweep.blocks(skeleton, range(done, depth)):
         pruned, reports = pruner.prune(block, index)
-        digest = _write_block(shot, pruned, index) if shot.ranks.first else None
+        digest = write.write_block(skeleton, index, pruned.weights, shot.pruned) if shot.ranks.first else None
         shot.record(f"prune/{index}", sites=reports, sha256=digest)
         del block, pruned
         for stream in (DENSE, PRUNED) if pruner.store is not None else ():
@@ -74,10 +72,3 @@ def _prepare_streams(shot: Shot, done: int) -> None:
     if done == 0:
         shot.ensure_embedded()
         store.link(sweep.boundary(DENSE, 0), sweep.boundary(PRUNED, 0))
-
-
-def _write_block(shot: Shot, pruned: Block, index: int) -> str:
-    """Write a block's shard; return its digest."""
-    names = shot.skeleton.block_names(index)
-    shard = shot.pruned / write.block_shard(shot.skeleton, index)
-    return write_shard(shard, {full: pruned.weights[name] for name, full in names.items()})

@@ -6,6 +6,7 @@ Adam's rate falls linearly to zero. Its operations are reported apart from those
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from torch.utils._pytree import tree_map
 
 from ..errors import NumericalError
 from ..jobs.forecast.needs import REFINE_SEQUENCES
-from ..maths.adam import Descent
+from ..maths.adam import Descent, seeded
 from ..maths.flops import kind
 from ..maths.refit import accumulator
-from ..model.block import Arguments, Block
+from ..model.block import Block
 from ..model.skeleton import Skeleton
 from ..stream.store import ActivationStore
 from ..system.ranks import ALONE, Ranks
@@ -29,7 +30,7 @@ from ..system.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class Refinement:
-    """How a block is refined."""
+    """Hyperparameters of training, of one block or of the whole model."""
 
     steps: int
     seed: int
@@ -70,8 +71,12 @@ def refine(
     shares = ranks.gather(store.shape[0])
     samples, before = sum(shares), sum(shares[: ranks.rank])
     size = min(REFINE_SEQUENCES, samples)
-    generator = torch.Generator().manual_seed((how.seed * 1_000_003 + index) % 2**63)
+    generator = seeded(how.seed, index)
     losses: list[float] = []
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
     with _trained(block, dtype, how.rank, generator) as weights, torch.enable_grad():
         descent = Descent(weights, steps=how.steps, rate=how.rate, place=f"block {index}")
         for step in range(how.steps):
@@ -83,7 +88,7 @@ def refine(
                 x, y = (
                     torch.cat([store.read(name, slice(r, r + 1)) for r in rows]).to(dtype) for name in (source, target)
                 )
-                arguments = _cast(skeleton.arguments(x.shape[0], x.shape[1])[index], dtype)
+                arguments = tree_map(cast, dict(skeleton.arguments(x.shape[0], x.shape[1])[index]))
                 loss = F.mse_loss(block(x, arguments), y) * (len(rows) / size)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
@@ -92,12 +97,11 @@ def refine(
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
                 ranks.sum(weight.grad)
-            if not torch.isfinite(torch.tensor(total)):
+            if not math.isfinite(total):
                 raise NumericalError(f"block {index}: the refinement's loss is {total} at step {step}")
-            if how.keeps_zeros:
-                for weight in weights.values():
-                    if weight.dim() == 2 and weight.grad is not None:
-                        weight.grad.masked_fill_(weight == 0, 0)
+            for weight in weights.values() if how.keeps_zeros else ():
+                if weight.dim() == 2 and weight.grad is not None:
+                    weight.grad.masked_fill_(weight == 0, 0)
             descent.step()
             losses.append(total)
         # Ranks on different machines may differ in the last digits.
@@ -116,7 +120,7 @@ def ends(losses: Sequence[float]) -> list[float]:
 def _trained(
     block: Block, dtype: torch.dtype, rank: int | None, generator: torch.Generator
 ) -> Iterator[Mapping[str, nn.Parameter]]:
-    """A context that gives the parameters to train; on exit the block's weights have taken them over."""
+    """Yield the parameters to train; on exit they are absorbed into the block's weights."""
     if rank is None:
         with block.training(dtype) as weights:
             yield weights
@@ -125,11 +129,3 @@ def _trained(
     with block.frozen(dtype), block.updated(updates):
         yield updates
     block.absorb(updates)
-
-
-def _cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    cast_all: Arguments = tree_map(cast, dict(arguments))
-    return cast_all

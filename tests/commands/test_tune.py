@@ -26,6 +26,7 @@ from streamprune.jobs.names import job_folder
 from streamprune.maths.adam import Descent, batch
 from streamprune.model.skeleton import open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
+from streamprune.pruning.refine import Refinement
 from streamprune.system import machine
 from streamprune.system.progress import Silent
 from streamprune.text import windows as calibration
@@ -302,7 +303,7 @@ def test_lora_is_the_plain_implementation(name: str, tiny: Tiny, tuning: Make) -
     config = tuning(path, method="lora", dtype="float64")
     result = streamprune.tune(config)
     model, tokens = loaded(path), windows(config)
-    _, begun = lora._adapted(open_skeleton(path, CPU, "float64"), lora.Lora(2, 4, 1e-2, 0, 8, 8))
+    _, begun = lora._adapted(open_skeleton(path, CPU, "float64"), Refinement(4, 0, 8, rate=1e-2, rank=2))
     updates, place = {}, next(iter(linears(model, 0))).split(".0.")[0]
     for key in dict.fromkeys(key.rpartition(".")[0] for key in begun):
         u, v = (begun[f"{key}.{leaf}"].detach().clone() for leaf in "uv")
@@ -339,7 +340,7 @@ def test_lora_of_stock_experts(name: str, tiny: Tiny, tuning: Make) -> None:
     assert "2.mlp.experts.3.down_proj" in names
     config = tuning(path, method="lora", steps=3)
     states: list[dict[str, Tensor]] = []
-    how = lora.Lora(2, 3, 1e-2, 0, 8, 8)
+    how = Refinement(3, 0, 8, rate=1e-2, rank=2)
     list(lora.train(skeleton, windows(config), how, None, lambda state, losses: states.append(state)))
     assert {key.removesuffix(".u") for key in states[-1] if key.endswith(".u") and key.count(".") > 2} >= names
     result = streamprune.tune(config)
@@ -356,7 +357,7 @@ def test_lora_of_stock_experts(name: str, tiny: Tiny, tuning: Make) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lora_trains_in_float32(dtype: torch.dtype, tiny: Tiny) -> None:
     skeleton = open_skeleton(tiny("llama", dtype), CPU, str(dtype).removeprefix("torch."))
-    model, weights = lora._adapted(skeleton, lora.Lora(2, 3, 1e-2, 0, 8, 8))
+    model, weights = lora._adapted(skeleton, Refinement(3, 0, 8, rate=1e-2, rank=2))
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(weight) for weight in weights.values()}
@@ -370,7 +371,7 @@ def test_micro_batches_add_up(tiny: Tiny, tuning: Make) -> None:
     found = []
     for micro in (8, 3):
         states: list[dict[str, Tensor]] = []
-        how = lora.Lora(2, 3, 1e-2, 0, 8, micro)
+        how = Refinement(3, 0, micro, rate=1e-2, rank=2)
         list(lora.train(skeleton, tokens, how, None, lambda state, losses, to=states: to.append(state)))  # type: ignore[misc]
         found.append(states[-1])
     for key, value in found[0].items():
@@ -673,4 +674,4 @@ def test_a_model_that_transformers_cannot_load(tiny: Tiny, monkeypatch: pytest.M
     skeleton = open_skeleton(tiny("llama"), CPU, "float32")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(CheckpointError, match="transformers cannot load this model \\(no such luck\\)"):
-        next(lora.train(skeleton, torch.zeros(2, 4, dtype=torch.int64), lora.Lora(1, 1, 1.0, 0, 1, 1), None, print))
+        next(lora.train(skeleton, torch.zeros(2, 4, dtype=torch.int64), Refinement(1, 0, 1, rank=1), None, print))

@@ -17,13 +17,13 @@ from stopping import interrupted
 import streamprune
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.correct import Corrector
-from streamprune.recipes.recipe import Correction
+from streamprune.pruning.refine import Refinement
 
 Make = Callable[..., streamprune.Config]
 Tiny = Callable[..., Path]
 
 
-def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Correction) -> dict[str, torch.Tensor]:
+def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Refinement) -> dict[str, torch.Tensor]:
     """Take the same steps on the whole model in memory; return each corrected weight (out, in) by its full name."""
     model = reference.load(path)
     model.requires_grad_(False)
@@ -31,14 +31,16 @@ def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Corr
     pairs: dict[str, list[torch.nn.Parameter]] = {}
     for index in range(len(skeleton)):
         block = skeleton.build_block(index, skeleton.read_block(index))
-        for name, update in corrector._read(0, index, block)[0].items():
+        descent = corrector.descent(0, index, block)
+        assert descent is not None
+        for name, update in descent.weights.items():
             pairs.setdefault(f"{skeleton.architecture.blocks}.{index}.{name[:-2]}", []).append(update)
     base = {name: reference.weight_of(model.get_submodule(name)).detach().clone() for name in pairs}
     optimiser = torch.optim.Adam([p for pair in pairs.values() for p in pair], lr=how.rate, betas=(0.9, 0.95))
     for step in range(how.steps):
         for group in optimiser.param_groups:
             group["lr"] = how.rate * (1 - step / how.steps)
-        generator = torch.Generator().manual_seed(corrector.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
         rows = tokens[torch.randperm(len(tokens), generator=generator)[:8]]
         weights = {}
         for name, (u, v) in pairs.items():
@@ -58,10 +60,8 @@ def test_steps_are_those_of_full_autograd(name: str, tiny: Tiny, tmp_path: Path)
     path = tiny(name, torch.float64)
     skeleton = open_skeleton(path, torch.device("cpu"), "float64")
     tokens = torch.randint(skeleton.vocabulary, (11, 12), generator=torch.Generator().manual_seed(5))
-    how = Correction(steps=3, rank=2, rate=1e-2)
-    corrector = Corrector(
-        skeleton, tokens, tmp_path / "work", how, {}, window=range(3), seed=3, micro=3, keep_zeros=False
-    )
+    how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2)
+    corrector = Corrector(skeleton, tokens, tmp_path / "work", how, range(3), {})
     assert [step for step, _ in corrector.steps(0)] == [0, 1, 2]
     expected = plain_lora(path, tokens, corrector, how)
     for index in range(len(skeleton)):

@@ -10,7 +10,6 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ...errors import NumericalError
+from ...jobs.forecast.needs import REFINE_SEQUENCES
 from ...maths.adam import Descent, batch
 from ...maths.refit import accumulator, advice, all_finite
 from ...model.modeling_streamprune import Experts, separate_experts
 from ...model.skeleton import Skeleton
 from ...model.whole import load_whole
+from ...pruning.refine import Refinement
 
 SAVE_EVERY = 25
 """Number of steps between two saved states."""
@@ -34,25 +35,10 @@ def installed() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Hyperparameters of LoRA training."""
-
-    rank: int
-    steps: int
-    rate: float
-    """Adam's learning rate at the first step."""
-    seed: int
-    size: int
-    """Sequences per step."""
-    micro: int
-    """Sequences per micro-batch."""
-
-
 def train(
     skeleton: Skeleton,
     tokens: Tensor,
-    how: Lora,
+    how: Refinement,
     state: Mapping[str, Tensor] | None,
     save: Callable[[dict[str, Tensor], list[float]], None],
 ) -> Iterator[float]:
@@ -62,40 +48,40 @@ def train(
         skeleton: the checkpoint, which is loaded as a whole and not modified.
         tokens: windows (samples, length) int64.
         state: the state last passed to `save`, to resume from; None starts from the beginning.
-        save: called every `SAVE_EVERY` steps and at the end. Receives the state, which holds the updates by
-            ``block.name.u`` and ``.v`` (see `Block.updates`) and `Descent.state`, and the losses since the last call.
+        save: called every `SAVE_EVERY` steps and at the end. Receives `Descent.state`, which holds the updates by
+            ``block.name.u`` and ``.v`` (see `Block.updates`), and the losses since the last call.
 
     Raises:
         NumericalError: the loss is NaN or Inf.
     """
     model, weights = _adapted(skeleton, how)
-    if state is not None:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(state[name])
     descent = Descent(weights, steps=how.steps, rate=how.rate, place="lora", state=state)
     losses: list[float] = []
     while descent.done < how.steps:
-        chosen = tokens[batch(len(tokens), how.size, how.seed, descent.done)]
+        chosen = tokens[batch(len(tokens), REFINE_SEQUENCES, how.seed, descent.done)]
         total = 0.0
-        for part in torch.split(chosen, how.micro):
-            loss = _loss(model, part.to(skeleton.device)) * (len(part) / len(chosen))
+        for part in torch.split(chosen, how.batch):
+            ids = part.to(skeleton.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            # The first token of a window is not predicted.
+            nll = F.cross_entropy(logits.to(accumulator(logits.dtype)), ids[:, 1:].flatten())
+            loss = nll * (len(part) / len(chosen))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not math.isfinite(total):
-            place = _first_not_finite(model, skeleton, chosen[: how.micro])
+            place = _first_not_finite(model, skeleton, chosen[: how.batch])
             raise NumericalError(
                 f"{place} gives NaN or Inf: the loss is {total} at step {descent.done}{advice(skeleton.dtype)}"
             )
         descent.step()
         losses.append(total)
         if descent.done % SAVE_EVERY == 0 or descent.done == how.steps:
-            save({name: weight.detach().cpu() for name, weight in weights.items()} | descent.state(), losses)
+            save(descent.state(), losses)
             losses = []
         yield total
 
 
-def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter]]:
+def _adapted(skeleton: Skeleton, how: Refinement) -> tuple[Any, dict[str, nn.Parameter]]:
     """Load the model and add low-rank updates; return the model and the updates by name."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -107,7 +93,8 @@ def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter
                 separate_experts(block, entry.experts)
     names = [f"{index}.{name}" for index in range(len(skeleton)) for name in skeleton.linears(index)]
     turned = isinstance(blocks.get_submodule(names[0]), Conv1D)
-    # alpha = rank, so that U V has no scale factor.
+    assert how.rank is not None
+    # alpha = rank, so that U V has no scale factor. No dropout: its random state would have to be saved as well.
     config = LoraConfig(r=how.rank, lora_alpha=how.rank, target_modules=names, fan_in_fan_out=turned, bias="none")
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft's own calls to transformers raise these warnings.
@@ -116,7 +103,6 @@ def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter
         # Pass only the blocks. Given the model_type of a whole mixture of experts, peft would look for the linears in
         # transformers' module of fused experts.
         inject_adapter_in_model(config, blocks)
-    # No dropout: it would require saving the state of a random generator as well.
     model.eval().to(skeleton.device)
     weights = {}
     for name in names:
@@ -126,28 +112,15 @@ def _adapted(skeleton: Skeleton, how: Lora) -> tuple[Any, dict[str, nn.Parameter
     return model, weights
 
 
+@torch.no_grad()
 def _first_not_finite(model: Any, skeleton: Skeleton, tokens: Tensor) -> str:
     """Name the first part of the model that produces NaN or Inf for `tokens` (sequences, length)."""
-    found = []
+    finite: list[bool] = []
 
-    def watch(index: int) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if not all_finite(hidden):
-                found.append(f"block {index}")
+    def look(block: nn.Module, inputs: Any, output: Any) -> None:
+        finite.append(all_finite(output[0] if isinstance(output, tuple) else output))
 
-        return look
-
-    blocks = model.get_submodule(skeleton.architecture.blocks)
-    hooks = [block.register_forward_hook(watch(index)) for index, block in enumerate(blocks)]
-    with torch.no_grad():
-        model(input_ids=tokens.to(skeleton.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return found[0] if found else "the head"
-
-
-def _loss(model: Any, tokens: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood, in nats, of all tokens (sequences, length) except the first of each."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).to(accumulator(logits.dtype)), tokens[:, 1:].flatten())
+    for block in model.get_submodule(skeleton.architecture.blocks):
+        block.register_forward_hook(look)
+    model(input_ids=tokens.to(skeleton.device), use_cache=False)
+    return f"block {finite.index(False)}" if False in finite else "the head"

@@ -36,11 +36,12 @@ from ...model.checkpoint import Checkpoint, load_shard, write_shard
 from ...model.names import CURVES, REPORT
 from ...model.skeleton import Skeleton, open_skeleton
 from ...model.tokenizer import check_companions, load_tokenizer
+from ...pruning.correct import write_blocks
 from ...pruning.refine import Refinement, ends, refine
 from ...stream import sweep
 from ...stream.store import ActivationStore
 from ...system import files, machine
-from ...system.progress import Progress, rest
+from ...system.progress import Progress
 from ...system.strict_json import read_json
 from ...system.units import format_bytes
 from ...text import windows
@@ -137,14 +138,12 @@ class Tuning(JobFolder):
         super().__init__(config.out, config.cache, is_tuning, progress)
         self.device = machine.resolve_device(config.device)
         self.peaks = machine.Peaks(self.device)
-        self.student: Skeleton = open_skeleton(config.model, self.device, config.dtype)
-        self.activations = machine.resolve_activations(
-            config.activations, self.student.dtype, self.student.checkpoint.dtype
-        )
+        self.student = student = open_skeleton(config.model, self.device, config.dtype)
+        self.activations = machine.resolve_activations(config.activations, student.dtype, student.checkpoint.dtype)
         self.source = self._source()
-        if config.rank > self.student.width:
-            raise ConfigError(f"rank is {config.rank}; the model's width is {self.student.width}")
-        self.length = windows.window_length(config.seq_len, self.student.context)
+        if config.rank > student.width:
+            raise ConfigError(f"rank is {config.rank}; the model's width is {student.width}")
+        self.length = windows.window_length(config.seq_len, student.context)
         self.method: TuneMethod = self._method(restart)
         self.rate = config.rate or RATES[self.method]
         self.teacher = self._teacher() if self.method == "distil" else None
@@ -171,24 +170,16 @@ class Tuning(JobFolder):
 
     def _method(self, restart: bool) -> TuneMethod:
         """Return the method. ``auto`` keeps the method of an existing job, or takes one that fits into memory."""
-        config, method = self.config, self.config.method
+        method = self.config.method
+        if method == "auto" and not restart:
+            begun = Journal(self.journal_path, repair=False).header or self.existing_report()
+            method = begun["job"]["settings"].get("method", method) if begun is not None else method
         if method == "auto":
-            method = (None if restart else self._begun()) or self._fitting()
+            method = self._fitting()
         if method == "lora" and not lora.installed():
             raise ConfigError("method is 'lora', which needs peft: pip install 'streamprune[tune]'")
-        if method == "distil" and config.teacher is None:
+        if method == "distil" and self.config.teacher is None:
             raise ConfigError("method is 'distil', which needs the dense model: --teacher DIR")
-        return method
-
-    def _begun(self) -> TuneMethod | None:
-        """Return the method of the unfinished job or of the finished result; None without either."""
-        if self.journal_path.is_file():
-            start = Journal(self.journal_path, repair=False).header
-            begun = start["job"]["settings"] if start is not None else {}
-        else:
-            report = self.existing_report()
-            begun = report["job"]["settings"] if report is not None else {}
-        method: TuneMethod | None = begun.get("method")
         return method
 
     def _fitting(self) -> TuneMethod:
@@ -222,15 +213,19 @@ class Tuning(JobFolder):
         windows.window_length(self.length, teacher.context)
         return teacher
 
-    # Definition of the job.
+    # Settings, text and resources.
 
     @cached_property
     def header(self) -> dict[str, Any]:
         """Settings, inputs, and versions that affect the numbers. They must be unchanged on resume."""
         import transformers
 
-        teacher = {} if self.teacher is None else {"teacher": self.teacher.checkpoint.identity()}
-        peft = {"peft": version("peft")} if self.method == "lora" else {}
+        inputs = {"model": self.student.checkpoint.identity(), **text_identity(self.text, self.config.model)}
+        versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+        if self.teacher is not None:
+            inputs["teacher"] = self.teacher.checkpoint.identity()
+        else:
+            versions["peft"] = version("peft")
         return {
             "settings": {
                 "method": self.method,
@@ -239,12 +234,8 @@ class Tuning(JobFolder):
                 "dtype": machine.dtype_name(self.student.dtype),
                 "activations": machine.activations_name(self.activations, self.student.dtype),
             },
-            "inputs": {
-                "model": self.student.checkpoint.identity(),
-                **teacher,
-                **text_identity(self.text, self.config.model),
-            },
-            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__, **peft},
+            "inputs": inputs,
+            "versions": versions,
         }
 
     @cached_property
@@ -268,36 +259,36 @@ class Tuning(JobFolder):
         """Bytes of the memory limit that are taken before any work."""
         return self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
 
-    def _needs(self, *, trains: bool = True) -> Needs:
+    def _needs(self, skeleton: Skeleton) -> Needs:
         config = self.config
         return Needs(
             samples=config.samples,
             length=self.length,
             text=True,
-            refines=config.steps if trains else 0,
+            refines=config.steps if skeleton is self.student else 0,
             rank=config.rank,
             prunes=False,
             activations=self.activations,
         )
 
     def _lora_peak(self, micro: int) -> int:
-        return in_memory_peak(self.student, self._needs(), micro)
+        return in_memory_peak(self.student, self._needs(self.student), micro)
 
     def _peak(self, batch: int, micro: int) -> int:
         """Return the peak bytes on the device, given the sequences per micro-batch, forward and training."""
-        if self.teacher is None:
+        if self.method == "lora":
             return self._lora_peak(micro)
-        teacher = device_peak(self.teacher, self._needs(trains=False), batch, 1)
-        return max(teacher, device_peak(self.student, self._needs(), batch, micro))
+        return max(device_peak(skeleton, self._needs(skeleton), batch, micro) for skeleton in self.sources)
 
     def _forecast(self) -> Resources:
         """Forecast the job's resources within what this machine has free."""
         limits = {**self._room, "disk_limit": files.free_bytes(self.cache)}
         limit, work = self._room["device_limit"], self._room["device_limit"] - self._held
-        found = forecast(self.student, self._needs(), **limits)
+        needs = self._needs(self.student)
+        found = forecast(self.student, needs, **limits)
         if self.teacher is not None:
-            teacher = forecast(self.teacher, self._needs(trains=False), **limits).require()
-            return replace(found, batch=min(found.batch, teacher.batch))
+            teacher = forecast(self.teacher, self._needs(self.teacher), **limits).require()
+            return replace(found, batch=min(found.batch, teacher.batch)).require()
         least = self._lora_peak(1)
         if least > work:
             raise ResourceError(
@@ -306,8 +297,8 @@ class Tuning(JobFolder):
             )
         most = min(REFINE_SEQUENCES, self.config.samples)
         micro = max(size for size in range(1, most + 1) if self._lora_peak(size) <= work)
-        states = Memory(self.student, self._needs()).states(self.config.rank)
-        return replace(found, backward_batch=micro, disk_bytes=0, output_bytes=found.output_bytes + states, problems=())
+        states = Memory(self.student, needs).states(self.config.rank)
+        return replace(found, backward_batch=micro, disk_bytes=0, output_bytes=found.output_bytes + states)
 
     # Opening and resuming.
 
@@ -329,19 +320,17 @@ class Tuning(JobFolder):
                     f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches "
                     f"that need {format_bytes(needed)}; --restart starts over"
                 )
-            self.resumed = len(list(self.journal.steps())) > 0
+            self.resumed = any(self.journal.steps())
         self.batch: int = start["resources"]["batch"]
         self.micro: int = start["resources"]["micro"]
         for skeleton in self.sources if self.method == "distil" else ():
-            needs = self._needs(trains=skeleton is self.student)
-            skeleton.copies_ahead = copies_ahead(
-                skeleton, needs, (self.batch, self.micro, "device"), self._room["device_limit"]
-            )
+            needs, limit = self._needs(skeleton), self._room["device_limit"]
+            skeleton.copies_ahead = copies_ahead(skeleton, needs, (self.batch, self.micro, "device"), limit)
 
     def _begin(self) -> Entry:
         """Check everything that can be checked in advance; only then discard an earlier job."""
         self.check_folder()
-        resources = self._forecast().require()
+        resources = self._forecast()
         self.check_disk(resources.output_bytes, resources.disk_bytes)
         _ = self.tokens
         check_companions(self.config.model, self.student.vocabulary, self.progress, required=True)
@@ -349,8 +338,10 @@ class Tuning(JobFolder):
         sources = self.read_sources()
         self.let_go()
         files.make_folder(self.staging)
+        work = [Phase("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
         if self.method == "distil":
             self.make_cache()
+            work = [Phase("embed"), Phase("block", len(self.student))]
         self.journal = Journal(self.journal_path)
         return self.journal.append(
             "start",
@@ -359,22 +350,33 @@ class Tuning(JobFolder):
             cache=self.given_cache,
             replaces=self.existing_report() is not None,
             resources={"batch": resources.batch, "micro": resources.backward_batch},
-            schedule=[asdict(phase) for phase in self._schedule()],
+            schedule=[asdict(phase) for phase in (*work, Phase("complete"))],
         )
 
-    def _schedule(self) -> list[Phase]:
-        """Return the steps of the job."""
-        if self.method == "lora":
-            work = [Phase("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
+    def _missing(self) -> MissingFile | None:
+        """Find a missing or damaged file of a finished step; missing inputs of the first block are embedded again."""
+        if (complete := self.journal.find("complete")) is not None:
+            made = complete["sha256"] if self.staging.is_dir() else {}
+            needed = [(self.staging / name, digest, "complete") for name, digest in made.items()]
         else:
-            work = [Phase("embed"), Phase("block", len(self.student))]
-        return [*work, Phase("complete")]
+            shards = self._distilled()
+            needed = [(self.staging / name, digest, "block/") for name, digest in shards.items()]
+            if (saved := self._saved) is not None:
+                needed.append((self._state_path(saved["step"]), saved["sha256"], "steps/"))
+        for path, digest, step in needed:
+            if not files.has_digest(path, digest):
+                return MissingFile(path, step)
+        done = len([*self.journal.steps("block/")])
+        for stream in (STUDENT, TEACHER) if complete is None and 0 < done < len(self.student) else ():
+            if not self._store.intact(name := sweep.boundary(stream, done)):
+                return MissingFile(self._store.path(name), "block/")
+        return None
 
     # The work.
 
     def work(self) -> Entry:
         """Train, write and publish; return the report."""
-        self.rewind_to_existing(self._lost)
+        self.rewind_to_existing(self._missing)
         if self.journal.find("complete") is None:
             figures, shards = self._lora() if self.method == "lora" else self._distil()
             assert self.journal.header is not None
@@ -382,35 +384,17 @@ class Tuning(JobFolder):
             self.journal.append("complete", sha256=self._write(figures, shards))
         return self.publish()
 
-    def _lost(self) -> MissingFile | None:
-        """Find a missing or damaged file of a finished step; missing inputs of the first block are embedded again."""
-        complete = self.journal.find("complete")
-        if complete is not None and not self.staging.is_dir():
-            return None
-        for name, digest in (complete or {"sha256": {}})["sha256"].items():
-            if not files.has_digest(self.staging / name, digest):
-                return MissingFile(self.staging / name, "complete")
-        blocks, states = (list(self.journal.steps(name)) for name in ("block/", "steps/"))
-        for index, line in enumerate(blocks):
-            shard = self.staging / write.block_shard(self.student, index)
-            if not files.has_digest(shard, line["sha256"]):
-                return MissingFile(shard, "block/")
-        if states:
-            state = self._state_path(int(states[-1]["step"].removeprefix("steps/")))
-            if not files.has_digest(state, states[-1]["sha256"]):
-                return MissingFile(state, "steps/")
-        for stream in (STUDENT, TEACHER) if 0 < len(blocks) < len(self.student) else ():
-            if not self._store.intact(name := sweep.boundary(stream, len(blocks))):
-                return MissingFile(self._store.path(name), "block/")
-        return None
+    @property
+    def _how(self) -> Refinement:
+        config = self.config
+        return Refinement(config.steps, config.seed, self.micro, rate=self.rate, rank=config.rank)
 
     @cached_property
     def _store(self) -> ActivationStore:
         """The student's and teacher's streams of a distillation."""
-        shape = self.config.samples, self.length, self.student.width
         return ActivationStore(
             self.cache,
-            shape,
+            (self.config.samples, self.length, self.student.width),
             self.student.dtype,
             self.device,
             durable=True,
@@ -422,7 +406,7 @@ class Tuning(JobFolder):
         """Fit each block from the tuned stream's input to the teacher's output; return figures and shards' digests."""
         assert self.teacher is not None
         student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
-        done = len(list(self.journal.steps("block/")))
+        done = len([*self.journal.steps("block/")])
         for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
             if not done and not store.intact(name := sweep.boundary(stream, 0)):
                 sweep.embed(skeleton, self.tokens, store, name, self.batch)
@@ -430,9 +414,6 @@ class Tuning(JobFolder):
             self.journal.append("embed")
         store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})
         self.progress.phase("distil", depth, done)
-        how = Refinement(
-            self.config.steps, self.config.seed, self.micro, keeps_zeros=False, rate=self.rate, rank=self.config.rank
-        )
         # Hold one block at a time: the teacher's block is freed before the student's is read.
         dense = sweep.forward(teacher, store, TEACHER, done, depth, self.batch)
         tuned = sweep.blocks(student, range(done, depth))
@@ -440,75 +421,64 @@ class Tuning(JobFolder):
             next(dense)
             _, block = next(tuned)
             source, target = sweep.boundary(STUDENT, index), sweep.boundary(TEACHER, index + 1)
-            losses = refine(student, block, index, store, source, target, how)["refinement"]
+            losses = refine(student, block, index, store, source, target, self._how)["refinement"]
             if index + 1 < depth:
                 sweep.advance(student, block, index, store, STUDENT, self.batch)
-            digest = self._write_block(block, index)
+            digest = write.write_block(student, index, block.weights, self.staging)
             del block
             self.journal.append(f"block/{index}", losses=losses, sha256=digest)
             for stream in (STUDENT, TEACHER):
                 store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: {losses[0]:.3g} → {losses[1]:.3g}")
-        blocks = [step["losses"] for step in self.journal.steps("block/")]
-        lines = enumerate(self.journal.steps("block/"))
-        shards = {write.block_shard(student, index): line["sha256"] for index, line in lines}
+        blocks = [line["losses"] for line in self.journal.steps("block/")]
         first, last = (sum(each) / depth for each in zip(*blocks, strict=True))
-        return {"loss_first": first, "loss_last": last, "blocks": blocks}, shards
+        return {"loss_first": first, "loss_last": last, "blocks": blocks}, self._distilled()
+
+    def _distilled(self) -> dict[str, str]:
+        """Return the digests of the shards of all distilled blocks, by name."""
+        lines = enumerate(self.journal.steps("block/"))
+        return {write.block_shard(self.student, index): line["sha256"] for index, line in lines}
 
     @kind("training")
     def _lora(self) -> tuple[Entry, dict[str, str]]:
         """Train end to end in memory, then add the updates block by block; return figures and digests of the shards."""
-        config = self.config
-        saved = [step["step"].removeprefix("steps/") for step in self.journal.steps("steps/")]
-        done = int(saved[-1]) if saved else 0
-        self._keep_state(done)
 
         def save(state: dict[str, Tensor], losses: list[float]) -> None:
-            reached = int(state["step"])
-            digest = write_shard(self._state_path(reached), state)
-            self.journal.append(f"steps/{reached}", losses=losses, sha256=digest)
-            self._keep_state(reached)
+            step = f"steps/{int(state['step'])}"
+            path = self._state_path(step)
+            self.journal.append(step, losses=losses, sha256=write_shard(path, state))
+            for other in self.folder.glob(f"{STATE}*"):
+                if other != path:
+                    files.remove(other)
 
-        if done < config.steps:
-            how = lora.Lora(config.rank, config.steps, self.rate, config.seed, REFINE_SEQUENCES, self.micro)
-            state = self._state(done) if done else None
-            self.progress.phase("lora", config.steps, done)
-            for loss in lora.train(self.student, self.tokens, how, state, save):
+        def absorb(block: Block, index: int) -> None:
+            names = [f"{name}.{leaf}" for name in self.student.linears(index) for leaf in "uv"]
+            block.absorb({name: updates[f"{index}.{name}"].to(self.device) for name in names})
+
+        state = self._state()
+        done = 0 if state is None else int(state["step"])
+        if done < self.config.steps:
+            self.progress.phase("lora", self.config.steps, done)
+            for loss in lora.train(self.student, self.tokens, self._how, state, save):
                 self.progress.step(f"loss {loss:.4f}")
-        updates, shards = self._state(config.steps), {}
-        self.progress.phase("write", len(self.student))
-        for index, block in sweep.blocks(self.student, range(len(self.student))):
-            prefix = f"{index}."
-            block.absorb(
-                {n.removeprefix(prefix): t.to(self.device) for n, t in updates.items() if n.startswith(prefix)}
-            )
-            shards[write.block_shard(self.student, index)] = self._write_block(block, index)
-            del block
-            self.progress.step(f"block {index}")
-            rest(self.progress)
-        losses = [loss for step in self.journal.steps("steps/") for loss in step["losses"]]
+        del state
+        updates = self._state() or {}
+        shards = write_blocks(self.student, self.staging, absorb, self.progress)
+        losses = [loss for line in self.journal.steps("steps/") for loss in line["losses"]]
         first, last = ends(losses)
         return {"loss_first": first, "loss_last": last, "losses": losses}, shards
 
-    def _state(self, step: int) -> dict[str, Tensor]:
-        line = self.journal.find(f"steps/{step}")
-        assert line is not None
-        return load_shard(self._state_path(step), line["sha256"])
+    @property
+    def _saved(self) -> Entry | None:
+        """The journal's last line of a saved LoRA state."""
+        return next(reversed([*self.journal.steps("steps/")]), None)
 
-    def _state_path(self, step: int) -> Path:
-        return self.folder / f"{STATE}{step:06}.safetensors"
+    def _state(self) -> dict[str, Tensor] | None:
+        """Read the last saved LoRA state."""
+        return self._saved and load_shard(self._state_path(self._saved["step"]), self._saved["sha256"])
 
-    def _keep_state(self, step: int) -> None:
-        """Remove all states but that of `step`, and incomplete files from killed processes."""
-        for path in self.folder.glob(f"{STATE}*"):
-            if path != self._state_path(step):
-                files.remove(path)
-
-    def _write_block(self, block: Block, index: int) -> str:
-        """Write a block's shard; return its digest."""
-        names = self.student.block_names(index)
-        shard = self.staging / write.block_shard(self.student, index)
-        return write_shard(shard, {full: block.weights[name] for name, full in names.items()})
+    def _state_path(self, step: str) -> Path:
+        return self.folder / f"{STATE}{int(step.removeprefix('steps/')):06}.safetensors"
 
     def _write(self, figures: Mapping[str, Any], shards: Mapping[str, str]) -> dict[str, str]:
         """Write everything but the blocks' shards, whose digests are given; return the digests of all files."""
