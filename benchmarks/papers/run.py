@@ -159,7 +159,7 @@ def measured(rows: Sequence[Row], model: Path, calibration: Path, text: Path, ou
     ratios: dict[tuple[str, str], tuple[float, ...]] = {}
     for row in rows:
         ratios[row.folder, row.label] = (*ratios.get((row.folder, row.label), ()), row.ratio)
-    # Recipes with the same ratios go into one comparison, whose rows share their surveys.
+    # Recipes with the same ratios go into one comparison.
     together: dict[tuple[str, tuple[float, ...]], dict[str, Row]] = {}
     for row in rows:
         together.setdefault((row.folder, ratios[row.folder, row.label]), {})[row.label] = row

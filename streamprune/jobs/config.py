@@ -125,11 +125,9 @@ class Config:
     """Bytes of disk that activations may use; None allows all free space."""
     plan: Path | None = _free(default=None)
     """Plan file that replaces the recipe's allocation, in one shot. The journal stores its digest."""
-    surveys: Path | None = _free(default=None)
-    """Folder in which jobs on the same model and text share their surveys."""
 
     def __post_init__(self) -> None:
-        _make_paths(self, "model", "out", "cache", "plan", "surveys")
+        _make_paths(self, "model", "out", "cache", "plan")
         if not isinstance(self.calibration, (str, Path, Source)) and self.calibration is not None:
             for word in DATA_FREE:
                 if word in self.calibration:

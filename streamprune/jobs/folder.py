@@ -114,11 +114,6 @@ class JobFolder:
         return self.cache if self.ranks.size == 1 else self.cache / f"rank-{self.ranks.rank}"
 
     @property
-    def own(self) -> str:
-        """Key that distinguishes this job's files from another job's in a shared folder."""
-        return caches.key(self.folder)
-
-    @property
     def places(self) -> dict[str, Path]:
         """Paths that the job creates, by the name that messages give them."""
         return {"OUT": self.folder.absolute(), "cache": self.cache}

@@ -64,24 +64,6 @@ def as_entry(kinds: Mapping[Kind, int]) -> Entry:
     return {"operations": sum(kinds.values()), "operations_by_kind": dict(kinds)}
 
 
-OWN = "own"
-
-
-def share_of(line: Entry, whose: str = OWN) -> Entry:
-    """Return the cost of a journal line as if the step had been run for one job alone.
-
-    The line of a survey that several recipes share has a field "parts" with each recipe's share: the FLOPs of its own
-    sums and digest, and the seconds of its digest. The sweep counts in full for each recipe. So does the time of all
-    sums, which is not measured separately.
-    """
-    if "parts" not in line:
-        return line
-    part = line["parts"][whose]
-    others = sum(each["seconds"] for each in line["parts"].values())
-    kinds = {**line["operations_by_kind"], **part["operations_by_kind"]}
-    return {**as_entry(kinds), "seconds": line["seconds"] - others + part["seconds"]}
-
-
 _BLOCK = re.compile(r"shot-\d+/(forward|backward|prune)/(\d+)")
 
 
@@ -113,14 +95,8 @@ def peaks(journal: Journal) -> Entry:
 
 
 def totals(journal: Journal, prefix: str = "") -> Entry:
-    """Sum FLOPs, seconds and occupancy of all finished steps whose name begins with `prefix`, including reused work.
-
-    A step that several jobs share counts with this job's share (see `share_of`). A step that reused another job's work
-    records the cost of that work under "spared", and it counts too: a comparison of recipes needs the cost of each
-    recipe, whichever ran first.
-    """
-    steps = list(journal.steps(prefix))
-    spent = [*map(share_of, steps), *(step["spared"] for step in steps if "spared" in step)]
+    """Sum FLOPs, seconds and occupancy of all finished steps whose name begins with `prefix`."""
+    spent = list(journal.steps(prefix))
     kinds = [each.get("operations_by_kind", {}) for each in spent]
     return {
         **as_entry({kind: sum(each.get(kind, 0) for each in kinds) for kind in KINDS}),

@@ -12,8 +12,8 @@ WORK = ".streamprune"
 """Suffix of the name of a job's folder."""
 
 
-ROWS, SURVEYS = "rows", "surveys"
-"""Folders of a comparison: results of its rows, and surveys that the rows share."""
+ROWS = "rows"
+"""Folder with the results of a comparison's rows."""
 
 
 ASKED = "asked"

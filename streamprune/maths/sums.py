@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -57,8 +56,6 @@ class Gram:
         self.tokens = 0
         self.rows = 0
         """Rows of x added so far."""
-        self.operations = 0
-        """Floating-point operations spent on adding them."""
         self.fed = dtype
         """Dtype of the last x given to `add`."""
         self.h = torch.zeros(columns, columns, device=device, dtype=dtype)
@@ -87,7 +84,6 @@ class Gram:
                 _add_product(self.h[panel, : panel.stop], flat[:, panel], flat[:, : panel.stop])
             if y is not None and self.c is not None:
                 _add_product(self.c, self._factor(y), flat)
-        self.operations += 2 * len(flat) * products
         self.rows += flat.shape[0]
         self.tokens += flat.shape[0] if tokens is None else tokens
 
@@ -96,12 +92,6 @@ class Gram:
         flat = x.reshape(-1, x.shape[-1])
         halves = flat.dtype in (torch.bfloat16, torch.float16) and self.h.dtype == torch.float32
         return flat if halves and _multiplies_halves(flat.device, flat.dtype) else flat.to(self.h.dtype)
-
-    def copy(self) -> Gram:
-        """Return an independent copy, for a caller that overwrites it."""
-        other = copy(self)
-        other.h, other.c = self.h.clone(), None if self.c is None else self.c.clone()
-        return other
 
     def park(self) -> None:
         """Move H to host memory while its site is solved."""
@@ -112,7 +102,7 @@ class Gram:
         add_up(self.h)
         if self.c is not None:
             add_up(self.c)
-        self.tokens, self.rows, self.operations = add_counts(add_up, self.tokens, self.rows, self.operations)
+        self.tokens, self.rows = add_counts(add_up, self.tokens, self.rows)
 
     def mean(self, place: str) -> tuple[Tensor, Tensor | None]:
         """Normalise the sums per token, in place, and return H (n, n) and C (cross, n) or None. H is exactly symmetric.
@@ -257,28 +247,6 @@ class SiteStatistics:
         self.producers = [gram(each, "producers") for each in rows]
         self.divergence = HeadDivergence(heads) if wanted & _USERS["divergence"] and heads else None
 
-    def part(self, wanted: frozenset[Statistic]) -> SiteStatistics:
-        """Return the sums that `wanted`, a subset of those collected, needs. Grams are copied, so that a recipe may overwrite them."""
-
-        def own(gram: Gram | None, name: str) -> Gram | None:
-            return gram.copy() if gram is not None and wanted & _USERS[name] else None
-
-        other = copy(self)
-        other.mask = self.mask if wanted & _USERS["mask"] else None
-        other.gram = own(self.gram, "gram")
-        other.gradient = own(self.gradient, "gradient")
-        other.inputs = own(self.inputs, "inputs")
-        other.producers = [own(each, "producers") for each in self.producers]
-        other.divergence = self.divergence if wanted & _USERS["divergence"] else None
-        return other
-
-    def operations(self, wanted: frozenset[Statistic]) -> int:
-        """Return the floating-point operations spent on the sums that `wanted` needs."""
-        sums: list[tuple[str, Gram | HeadDivergence | None]] = [("gram", self.gram), ("gradient", self.gradient)]
-        sums += [("inputs", self.inputs), *(("producers", each) for each in self.producers)]
-        sums += [("divergence", self.divergence)]
-        return sum(each.operations for name, each in sums if each is not None and wanted & _USERS[name])
-
     def across(self, add_up: AddUp) -> None:
         """Add the sums of the other workers."""
         for part in (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence):
@@ -367,8 +335,6 @@ class HeadDivergence:
 
     def __init__(self, heads: int) -> None:
         self.rows = 0
-        self.operations = 0
-        """Floating-point operations spent on computing the maps; set by the caller."""
         self.sums = torch.zeros(heads, heads, dtype=torch.float64)
 
     def add(self, maps: Tensor) -> None:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -57,7 +55,6 @@ class Job(JobFolder):
 
     Args:
         ranks: processes that share the job.
-        alongside: later jobs with the same folder of `surveys`; this job's sweep also surveys for those that it can serve.
 
     Raises:
         StreamPruneError: any error that can be found before the work starts.
@@ -66,15 +63,9 @@ class Job(JobFolder):
     known: ClassVar = JobFolder.known | {PLAN, WRITTEN}
     known_prefixes: ClassVar = (*JobFolder.known_prefixes, "survey-", "shot-")
 
-    def __init__(
-        self,
-        config: Config,
-        progress: Progress | None,
-        alongside: Sequence[Config] = (),
-        ranks: Ranks = ALONE,
-    ) -> None:
+    def __init__(self, config: Config, progress: Progress | None, ranks: Ranks = ALONE) -> None:
         # Parse.
-        self.alongside, self.out_given = alongside, str(config.out)
+        self.out_given = str(config.out)
         self.recipe: Recipe[Any] = RECIPES[config.recipe](parse(config.recipe, config.settings))
         if config.samples < ranks.size:
             raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
@@ -296,30 +287,9 @@ class Job(JobFolder):
     def _room(self) -> dict[str, int]:
         return machine.memory_limits(self.device, self.config.memory, self.config.memory_host or 0, self.ranks)
 
-    def first_sweep(self, sizes: Sizes) -> list[Any]:
-        """Everything that distinguishes the sweep of the first shot's survey, run with these sizes, from other jobs' sweeps."""
-        deciding = ("samples", "seq_len", "seed", "dtype", "activations")
-        settings = {k: v for k, v in self.header["settings"].items() if k in deciding}
-        gradients = self.needs.gradients
-        labels = gradients and self.recipe.draws_labels
-        return [gradients, labels, settings, self.header["inputs"], self.header["versions"], list(sizes)]
-
-    def shared_survey(self, sizes: Sizes) -> Path | None:
-        """Folder where the first shot's findings, made with these sizes, are left for jobs that would find the same."""
-        if self.config.surveys is None or self.given_plan is not None or not self.surveys or self.ranks.size > 1:
-            return None
-        same = [self.recipe.name, asdict(self.recipe.settings), *self.first_sweep(sizes)]
-        key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
-        return self.config.surveys.absolute() / f"{self.recipe.name}-{key}"
-
     def shot_folder(self, number: int) -> Path:
         """Folder for the checkpoint that a shot writes."""
         return self.staging if number == self.shots else self.folder / f"shot-{number:02}"
-
-    @property
-    def places(self) -> dict[str, Path]:
-        surveys = {} if self.config.surveys is None else {"surveys": self.config.surveys.absolute() / "one"}
-        return {**super().places, **surveys}
 
     # Opening, resuming, ending.
 
@@ -422,7 +392,7 @@ class Job(JobFolder):
                 "finished": 1,
             }
             for step, count in steps.items():
-                # A plan or another job's survey makes the rest of the survey unnecessary.
+                # A plan makes the rest of the survey unnecessary.
                 skipped_after = f"{shot}/allocate" if step in survey or step == "surveyed" else None
                 found += [Phase(f"{shot}/{step}", count, skipped_after)] if count else []
         return [*found, Phase("complete")]
@@ -432,18 +402,14 @@ class Job(JobFolder):
         if self.config.memory is None:
             return
         sizes = resources["batch"], resources["backward_batch"], resources["grams"]
-        needed, limit = self.peak(self.needs, sizes)
+        room = self._room
+        base = room["base"] + room["memory_host"] if self.device.type == "cpu" else 0
+        needed, limit = base + device_peak(self.skeleton, self.needs, *sizes), room["device_limit"]
         if limit * SLACK < needed:
             raise ResourceError(
                 f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
                 f"{sizes[0]} and {sizes[1]}, which need {format_bytes(needed)}; --restart starts over"
             )
-
-    def peak(self, needs: Needs, sizes: Sizes) -> tuple[int, int]:
-        """Peak device bytes of work with these needs and sizes, and the limit in bytes."""
-        room = self._room
-        base = room["base"] + room["memory_host"] if self.device.type == "cpu" else 0
-        return base + device_peak(self.skeleton, needs, *sizes), room["device_limit"]
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
         """The contents of `report.json`.

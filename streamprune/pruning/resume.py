@@ -54,12 +54,8 @@ def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
     if number > job.shots:
         return
     shot = Shot(job, number)
-    allocated, surveyed = shot.journalled("allocate"), shot.journalled("surveyed")
-    if allocated is not None:
+    if shot.journalled("allocate") is not None:
         yield job.plan_path, None, shot.named("allocate")
-    if surveyed is not None and "sha256" in surveyed:
-        for index, digest in enumerate(surveyed["sha256"]):
-            yield shot.survey_path(index), digest, shot.named("surveyed")
     for line in shot.survey_lines if job.surveys else ():
         yield shot.survey_path(int(line["step"].rpartition("/")[2])), line["sha256"], shot.named("forward/")
     made = dict(zip(shards, (line["sha256"] for line in shot.steps("prune/")), strict=False))

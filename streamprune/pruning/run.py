@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,8 @@ from .curves import write_curves
 from .job import Job
 from .prune import prune_blocks
 from .resume import lost
-from .sharing import Sharing
 from .shot import Shot
-from .survey import Surveyor
+from .survey import survey
 
 
 @dataclass(frozen=True)
@@ -85,21 +84,19 @@ def prune(
     *,
     restart: bool = False,
     progress: Progress | None = None,
-    alongside: Sequence[Config] = (),
     ranks: Ranks = ALONE,
 ) -> Result:
     """Prune a checkpoint directory into another one. An interrupted job resumes.
 
     Args:
         restart: discard the files of an earlier job with the same `out`, its result included.
-        alongside: later jobs with the same folder of `surveys`; this job's sweep also surveys for those that it can serve.
         ranks: processes that share the job; all of them call this (see `joined`). The first one reports progress.
 
     Raises:
         StreamPruneError: see `errors`; `out` is then unchanged.
     """
     started = time.monotonic()
-    job = Job(config, progress, alongside, ranks)
+    job = Job(config, progress, ranks)
     finished = ranks.broadcast(lambda: job.finished_report(restart))
     if finished is None:
         with (
@@ -119,7 +116,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
     `prune` with the same config resumes from there. With `plan` set to an edited copy, it prunes by that copy.
     """
     started = time.monotonic()
-    job = Job(config, progress, ranks=ranks)
+    job = Job(config, progress, ranks)
     if job.shots > 1:
         raise ConfigError(
             f"recipe {job.recipe.name} takes {job.shots} shots with these settings, and every shot makes a plan "
@@ -212,7 +209,7 @@ class Run:
             shot.embed()
             shot.record("embed")
         if self.job.surveys and not shot.journalled("allocate"):
-            Surveyor(shot, Sharing(shot)).survey()
+            survey(shot)
         return allocate(shot)
 
     @kind("training")

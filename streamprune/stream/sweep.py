@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
-from ..maths.flops import counting, kind
+from ..maths.flops import kind
 from ..maths.refit import advice, all_finite
 from ..maths.sampling import sample
 from ..maths.sums import Origin, SiteStatistics
@@ -243,11 +243,10 @@ def _observed(
         mixed = sublayer.mix(u, arguments)
     with torch.no_grad():
         maps = None
-        if (divergence := stats[0].divergence) is not None:
+        if stats[0].divergence is not None:
             # Compute attention a second time: transformers' eager maps serve the statistics only.
-            with kind("sums"), counting() as counter:
+            with kind("sums"):
                 maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
-            divergence.operations += counter.total
         for number, stat in enumerate(stats):
             stat.add(mixed.of(number, u.detach()), mixed.z[number].detach(), maps, _origin(mixed, number))
     return mixed, given

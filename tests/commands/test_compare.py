@@ -26,8 +26,6 @@ from streamprune.commands.compare.table import Row, ratio_at, reach
 from streamprune.errors import ConfigError, ResumeError
 from streamprune.jobs.config import Config
 from streamprune.jobs.names import job_folder
-from streamprune.maths.sums import SiteStatistics, Statistic
-from streamprune.model.skeleton import Skeleton
 from streamprune.recipes.allocation import largest_step
 from streamprune.system import machine
 from streamprune.system import progress as progress_module
@@ -69,10 +67,6 @@ class Watched(progress_module.Silent):
     def __init__(self, stop: str | None = None, steps: int = 0) -> None:
         self.stop, self.left = stop, steps
         self.phases: list[str] = []
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         self.phases.append(name)
@@ -129,84 +123,6 @@ def test_rows_are_what_single_runs_give(compare: Compare, tiny: Tiny, text: Path
     # Nothing is left but the table.
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"journal.jsonl", "log.txt", "compare.json", "compare.csv", "compare.md"}
-
-
-SHARING = [
-    "sobp",
-    Variant("kfac", "surgeon", {"shots": "1"}),
-    Variant("text", "default", {"labels": "text"}),
-    "default",
-]
-
-
-def count_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
-    """What each block's backward pass is asked to sum, from now on."""
-    real, seen = Skeleton.statistics, []
-
-    def statistics(self: Skeleton, index: int, wanted: frozenset[Statistic], *where: Any) -> list[SiteStatistics]:
-        seen.append(wanted)
-        return real(self, index, wanted, *where)
-
-    monkeypatch.setattr(Skeleton, "statistics", statistics)
-    return seen
-
-
-def test_recipes_share_sweeps_and_each_gets_what_it_would_have_had_alone(
-    compare: Compare, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        seen = count_sweeps(patch)
-        found = compare(recipes=SHARING, ratios=[0.4], keep=True)
-    # Drawn labels are another sweep; and of those that share one, none is asked twice.
-    union = frozenset({"mask-gradient", "factors", "gram", "gradient-gram"})
-    assert seen == [union] * 3 + [frozenset({"gram", "gradient-gram"})] * 3
-    for row in found.rows[1:]:
-        alone = Config(
-            model=tiny("llama"),
-            out=tmp_path / row.label,
-            ratio=0.4,
-            recipe=row.recipe or "",
-            settings=row.settings,
-            calibration=text,
-            **SHARED,  # type: ignore[arg-type]
-        )
-        result = streamprune.prune(alone)
-        assert row.out is not None
-        assert contents(Path(row.out)) == contents(alone.out)
-        told = json.loads((Path(row.out) / "report.json").read_text())
-        assert told["operations_by_kind"] == result.operations_by_kind
-        assert row.operations == result.operations
-
-
-def test_a_comparison_stopped_in_a_shared_survey_goes_on(
-    compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {"recipes": SHARING[:2], "ratios": [0.4]}
-    whole = compare(out=tmp_path / "whole", **given)
-    for steps in (4, 1):
-        with pytest.raises(Stop):
-            compare(progress=Watched("row 2 of 3, sobp at 0.4: survey", steps), **given)
-    seen = count_sweeps(monkeypatch)
-    assert numbers(compare(**given)) == numbers(whole)
-    assert len(seen) == 1  # of three blocks, two were done
-
-
-def test_where_the_sums_of_all_do_not_fit_surveys_stay_apart_and_it_is_said(
-    compare: Compare, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from streamprune.pruning import job
-
-    whole = compare(recipes=SHARING[:2], ratios=[0.4], out=tmp_path / "whole")
-    real = job.device_peak
-    monkeypatch.setattr(
-        job, "device_peak", lambda skeleton, needs, *sizes: real(skeleton, needs, *sizes) + (needs.shared << 50)
-    )
-    seen, watched = count_sweeps(monkeypatch), Watched()
-    assert numbers(compare(recipes=SHARING[:2], ratios=[0.4], progress=watched)) == numbers(whole)
-    assert seen == [frozenset({"mask-gradient"})] * 3 + [frozenset({"factors"})] * 3
-    assert any(
-        "kfac-0.4 will survey by itself: to sum for it too would need 1024.0 TiB" in note for note in watched.said
-    )
 
 
 def test_the_files_agree(compare: Compare, tmp_path: Path) -> None:
@@ -293,8 +209,14 @@ def test_changed_texts_are_refused(compare: Compare, scored: Path, tmp_path: Pat
     compare()
 
 
-def test_kept_checkpoints_load_and_stay(compare: Compare, tmp_path: Path) -> None:
+def test_kept_checkpoints_are_those_of_single_runs_and_stay(
+    compare: Compare, tiny: Tiny, text: Path, tmp_path: Path
+) -> None:
     found = compare(keep=True, ratios=[0.2])
+    single = Config(model=tiny("llama"), out=tmp_path / "single", ratio=0.2, recipe="sobp", calibration=text, **SHARED)  # type: ignore[arg-type]
+    streamprune.prune(single)
+    assert found.rows[1].out is not None
+    assert contents(Path(found.rows[1].out)) == contents(single.out)
     for row in found.rows[1:]:
         assert row.out is not None
         assert streamprune.load(row.out).num_parameters() == row.parameters

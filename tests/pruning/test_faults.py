@@ -47,9 +47,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "tune, lora": {},
     "tune, free, distil": {},
     "compare": {"recipes": ["sobp", "wanda-sp"], "ratios": [0.4]},
-    "compare, uniform": {"recipes": ["sobp"], "ratios": [0.2, 0.4], "layout": "uniform"},
 }
-"""Settings of each scenario besides `SMALL`. A comparison shares surveys between recipes and between ratios."""
+"""Settings of each scenario besides `SMALL`."""
 
 
 class Scenario:

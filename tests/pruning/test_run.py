@@ -20,12 +20,10 @@ import streamprune
 from streamprune import Config
 from streamprune.errors import CalibrationError, ConfigError, ResourceError, ResumeError
 from streamprune.jobs.forecast import resources
-from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.job import Job
 from streamprune.recipes.plan import Plan
-from streamprune.system import files
 
 
 @pytest.mark.check("SoBP = plain float64 implementation")
@@ -205,7 +203,7 @@ def stopping_at(instant: int, monkeypatch: pytest.MonkeyPatch, *, before: bool) 
         real = getattr(os, name)
 
         def call(source: Any, target: Any) -> None:
-            made.append("folder" if Path(source).is_dir() else name)
+            made.append(name)
             if len(made) == instant and before:
                 raise Stop
             real(source, target)
@@ -220,106 +218,25 @@ def stopping_at(instant: int, monkeypatch: pytest.MonkeyPatch, *, before: bool) 
         yield made
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"recipe": "default", "settings": {"shots": "2"}, "refine": 2}, {"recipe": "default", "surveys": "shared"}],
-)
+@pytest.mark.parametrize("changes", [{}, {"recipe": "default", "settings": {"shots": "2"}, "refine": 2}])
 def test_stopped_at_any_rename_the_bytes_are_the_same(
-    changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny("llama", num_hidden_layers=2)
 
     def job(out: str) -> Config:
-        surveys = {"surveys": tmp_path / f"surveys-{out}"} if "surveys" in changes else {}
-        return configured(path, out, samples=3, **{**changes, **surveys})
+        return configured(path, out, samples=3, **changes)
 
     with stopping_at(0, monkeypatch, before=True) as made:
         streamprune.prune(job("whole"))
     expected = contents(job("whole").out)
-    if "surveys" in changes:
-        streamprune.prune(replace(job("alone"), surveys=None))
-        assert contents(job("alone").out) == expected
-    # Every seventh one, and all those around the one that shares a survey.
-    instants = {*range(1, len(made), 7)}
-    if "surveys" in changes:
-        instants |= {made.index("folder") + k for k in range(-2, 3)}
-    for instant in sorted(instants):
+    for instant in range(1, len(made), 7):
         config = job(f"stopped{instant}")
         for before in (True, False):
             with stopping_at(instant, monkeypatch, before=before), suppress(Stop):
                 streamprune.prune(config)
         streamprune.prune(config)
         assert contents(config.out) == expected
-
-
-def test_a_shared_survey_changes_nothing_wherever_jobs_stop(
-    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = tiny("llama", num_hidden_layers=2)
-
-    def job(out: str, ratio: float, *, share: bool) -> Config:
-        surveys = tmp_path / "surveys" if share else None
-        return configured(path, out, recipe="default", ratio=ratio, samples=3, surveys=surveys)
-
-    for ratio in (0.3, 0.4):
-        streamprune.prune(job(f"alone{ratio}", ratio, share=False))
-    lives = {}
-    for ratio in (0.3, 0.4):
-        config = job(f"shared{ratio}", ratio, share=True)
-        lives[ratio] = 0
-        while not config.out.exists():
-            lives[ratio] += 1
-            with stopping_after(2 if lives[ratio] == 1 else 1, monkeypatch), suppress(Stop):
-                streamprune.prune(config)
-        assert contents(config.out) == contents(job(f"alone{ratio}", ratio, share=False).out)
-    # The first was stopped before it could share; a job that goes through shares, and then one is spared the sweeps.
-    assert lives[0.3] == lives[0.4]
-    assert not (tmp_path / "surveys").exists() or not list((tmp_path / "surveys").iterdir())
-    streamprune.prune(job("sharing", 0.35, share=True))
-    (shared,) = (tmp_path / "surveys").iterdir()
-    steps: list[str] = []
-    real = Journal.append
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", lambda self, step, **data: (steps.append(step), real(self, step, **data))[1])
-        streamprune.prune(job("spared", 0.4, share=True))
-    assert "shot-1/surveyed" in steps
-    assert not any("forward" in step or "backward" in step for step in steps)
-    assert contents(job("spared", 0.4, share=True).out) == contents(job("alone0.4", 0.4, share=False).out)
-    for changes in ({"seed": 3}, {"samples": 4}, {"dtype": "float64"}, {"settings": {"damping": "0.02"}}):
-        streamprune.prune(replace(job(f"other{changes}", 0.3, share=True), **changes))
-    assert len(list((tmp_path / "surveys").iterdir())) == 5
-    assert shared.is_dir()
-
-
-def test_two_jobs_may_share_the_same_survey_at_once(
-    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = tiny("llama")
-    surveys = tmp_path / "surveys"
-    one, other = (configured(path, out, recipe="default", surveys=surveys) for out in ("one", "other"))
-    real = files.publish
-
-    def publish(staging: Path, target: Path) -> None:
-        if target.parent == surveys and not target.exists():
-            with monkeypatch.context() as patch:
-                patch.setattr(files, "publish", real)
-                streamprune.prune(other)
-        real(staging, target)
-
-    monkeypatch.setattr(files, "publish", publish)
-    streamprune.prune(one)
-    assert contents(one.out) == contents(other.out)
-    (shared,) = surveys.iterdir()
-    assert sorted(p.name for p in shared.iterdir()) == ["cost.json", *(f"survey-000{i}.safetensors" for i in range(3))]
-
-
-def test_surveys_that_are_no_folder_are_refused(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for surveys in (tmp_path / "file", tmp_path / "file" / "below"):
-        config = configured(tiny("llama"), recipe="default", surveys=surveys)
-        with pytest.raises(ConfigError, match=r"surveys cannot be below .*file, which is not a directory"):
-            streamprune.prune(config)
-        assert not job_folder(config.out).exists()
 
 
 @pytest.mark.parametrize(

@@ -109,13 +109,6 @@ def test_the_stored_dtype_decides_the_bytes_and_the_disk(
         streamprune.prune(replace(config, activations="auto"))
 
 
-def test_a_survey_is_not_shared_with_a_job_that_stores_otherwise(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    surveys = tmp_path / "surveys"
-    for name in ("bfloat16", "float32"):
-        streamprune.prune(configured(tiny("llama"), name, activations=name, recipe="default", surveys=surveys))
-    assert len(list(surveys.iterdir())) == 2
-
-
 @pytest.mark.parametrize("stored", ["bfloat16", "float8"])
 def test_what_is_rounded_changes_the_result_by_little(stored: str, tiny: Tiny, configured: Make, text: Path) -> None:
     path = tiny("llama")

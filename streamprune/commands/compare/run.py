@@ -24,7 +24,7 @@ from ...jobs.caches import Caches
 from ...jobs.config import Config
 from ...jobs.folder import OTHER_CACHE, OTHER_OUT, PROBE, first_difference
 from ...jobs.journal import Entry, Journal
-from ...jobs.names import ASKED, JOURNAL, LOCK, ROWS, SURVEYS, WORK
+from ...jobs.names import ASKED, JOURNAL, LOCK, ROWS, WORK
 from ...jobs.schedule import Phase, seconds_spent
 from ...model import hub
 from ...model.names import REPORT
@@ -43,7 +43,7 @@ from ..evaluate import evaluate, read_windows
 from .table import CSV, DENSE, JSON, MARKDOWN, PLOT, Comparison, Row, Variant, reach, require_plotting
 
 KNOWN = {
-    *(JOURNAL, LOCK, LOG, ROWS, SURVEYS, PROBE, caches.NOTE, "cache"),
+    *(JOURNAL, LOCK, LOG, ROWS, PROBE, caches.NOTE, "cache"),
     *(JSON, CSV, MARKDOWN, PLOT),
 }
 """Names that the folder of a comparison may contain."""
@@ -228,7 +228,6 @@ class _Work:
                 yield
                 self.progress.log.finish()
             self.caches.remove()
-            files.remove_tree(self.folder / SURVEYS)
             if not any((self.folder / ROWS).iterdir()):
                 files.remove_tree(self.folder / ROWS)
             files.remove(self.folder / LOCK)
@@ -364,8 +363,7 @@ class _Work:
             return_freed_memory()
             own_peak = machine.reset_peaks(candidate.job.device)
             started = time.monotonic() - _spent_before(candidate)
-            others = [c.config for c in self.candidates if self.journal.find(f"prune/{c.name}") is None]
-            result = prune(candidate.config, progress=self.progress, alongside=others)
+            result = prune(candidate.config, progress=self.progress)
             line = self.journal.append(
                 f"prune/{candidate.name}",
                 figures={
@@ -450,7 +448,6 @@ def _config(model: Path, folder: Path, variant: Variant, ratio: float, common: M
         ratio=ratio,
         recipe=variant.recipe,
         settings=variant.settings,
-        surveys=folder / SURVEYS,
         **common,
     )
 

@@ -199,9 +199,7 @@ class Memory(Shapes):
             left = sum(self._site_sums(site) for site in sites)
             for site in sites:
                 numbers = site.columns * site.outputs + self.needs.digest_workspace(site)
-                # A digest may overwrite its sums. If other recipes need them too, it works on a copy.
-                copied = self._site_sums(site) if self.needs.shared else 0
-                yield left, copied + self.sum_item * numbers
+                yield left, self.sum_item * numbers
                 left -= self._site_sums(site)
 
     def _prune_steps(self, sublayer: Together, batch: int) -> Iterator[tuple[str, Demand]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -26,8 +26,6 @@ class Needs:
     """Whether the job runs text through the model at all."""
     survey: frozenset[Statistic] = frozenset()
     """Statistics that the survey sums."""
-    shared: bool = False
-    """Whether several recipes use the sums of one survey."""
     findings: int = 0
     """Elements of the sums' dtype stored on disk between survey and prune sweep."""
     gram: bool = False
@@ -57,15 +55,6 @@ class Needs:
     """Peak elements that solving a site holds besides its W and H."""
     digest_workspace: Callable[[Site], int] = lambda site: 0
     """Peak elements that computing a site's findings holds besides its W and statistics."""
-
-    def surveying_with(self, other: Needs) -> Needs:
-        """Return the needs of a survey that serves another job as well."""
-        return replace(
-            self,
-            survey=self.survey | other.survey,
-            shared=True,
-            digest_workspace=lambda site: max(self.digest_workspace(site), other.digest_workspace(site)),
-        )
 
     activations: torch.dtype | None = None
     """Dtype in which activations are stored; None stores them as computed."""
