@@ -17,7 +17,6 @@ from ..system import machine
 from ..system.progress import Progress
 from ..system.strict_json import read_json
 from .compare.table import JSON, MARKDOWN
-from .report.account import read_account
 from .status import check_there, read_journal, status
 
 
@@ -32,7 +31,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
         the cost curves of its sites (`curves`). That of an unfinished job has its settings, finished steps and sites.
 
     Raises:
-        CheckpointError: `path` is neither a checkpoint nor a job, or its report is damaged.
+        CheckpointError: `path` is neither a checkpoint nor a job.
     """
     path = Path(path)
     if hub.is_name(path) and not job_folder(path).is_dir():
@@ -46,7 +45,6 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
         if is_report(report) or is_tuning(report):
-            read_account(path)  # only to raise for a damaged report
             job = {"state": "finished", "report": report}
             if (path / CURVES).is_file():
                 job["curves"] = read_json(path / CURVES)

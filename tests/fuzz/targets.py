@@ -15,14 +15,12 @@ from typing import Any
 
 import mutation
 import torch
-from click.testing import CliRunner
 from conftest import make_tiny, write_tokenizer
 from mutation import Form
 from safetensors.torch import load_file, save
-from streamprune_cli import main
 
-from streamprune import Config, evaluate, inspect, prune, status
-from streamprune.errors import CalibrationError, CheckpointError
+from streamprune import evaluate, inspect, status
+from streamprune.errors import CalibrationError
 from streamprune.jobs.journal import Journal
 from streamprune.model import hub
 from streamprune.model.checkpoint import Checkpoint, write_index, write_shard
@@ -262,33 +260,6 @@ def journal(home: Path) -> Target:
     return Target((seed,), mutation.as_journal, read, 300, 10_000)
 
 
-def report(home: Path) -> Target:
-    """What a finished job, or somebody in its name, wrote down, as `inspect` prints it."""
-    (home / "report.txt").write_text(WORDS)
-    config = Config(
-        model=make_model(home / "reported"),
-        out=home / "reported-out",
-        recipe="wanda-sp",
-        ratio=0.3,
-        calibration=home / "report.txt",
-        samples=2,
-        seq_len=16,
-        round_to=1,
-    )
-    prune(config)
-    path = config.out / "report.json"
-
-    def read(data: bytes) -> None:
-        path.write_bytes(data)
-        result = CliRunner().invoke(main, ["inspect", str(config.out)])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        if result.exit_code:
-            raise CheckpointError(result.stderr.strip())
-
-    return Target((path.read_bytes(),), mutation.as_json, read, 150, 6_000)
-
-
 class _Read:
     """Reads texts with a tokenizer that was loaded once."""
 
@@ -412,7 +383,6 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         vocabulary,
         plan,
         journal,
-        report,
         text,
         lines,
         delimited,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...errors import ConfigError
 from ...model.checkpoint import Checkpoint
 from ...model.hub import resolve_model, title
 from ...system import files, machine
 from ...system.progress import Progress, Silent
+from ...system.units import format_bytes, format_passes, format_seconds
+from ...system.version import __version__
 from ...text.source import Spec
 from ..evaluate import evaluate
-from .account import read_account, read_comparison
-from .page import Contents, render
+from . import charts, figures
+from .records import read_comparison, read_records
 from .samples import check_samples, write_samples
 
 PAGE = "report.html"
@@ -42,7 +45,7 @@ def report(
     Args:
         out: a checkpoint directory that `prune` or `tune` wrote.
         against: the dense model, to compare samples and perplexity with.
-        prompts: texts that both models continue greedily. One model at a time is in memory, as a whole.
+        prompts: texts that both models continue greedily. One whole model at a time is in memory.
         tokens: largest number of tokens per sample; None takes 48, or what a prompt leaves of the shorter context.
         text: one source (see `text.source.Source`) to measure perplexity on, streamed.
         seq_len: tokens per window of `text`; see `evaluate`.
@@ -57,46 +60,90 @@ def report(
     """
     out, progress = Path(out), progress or Silent()
     page = out / PAGE if html is None else Path(html)
-    account = read_account(out)
+    records = read_records(out)
     _check_page(page)
     table = None if comparison is None else read_comparison(Path(comparison))
     dense = None if against is None else resolve_model(against, progress)
     if dense is not None and not prompts and text is None:
-        raise ConfigError(f"against is {dense}; it needs prompts to go on with, or a text to measure perplexity on")
-    for name, value, needed, what in (
-        ("tokens", tokens, prompts, "prompts to go on with"),
-        ("seq_len", seq_len, text is not None, "a text to measure perplexity on"),
-    ):
-        if value is not None and not needed:
-            raise ConfigError(f"{name} is {value}; it needs {what}")
-    identity = None if dense is None else json.loads(json.dumps(Checkpoint(dense).identity()))
-    dense_name = None if dense is None else title(dense)
-    models = {} if dense is None else {f"{dense_name} (dense)": dense}
-    models[f"{out.resolve().name} (pruned)"] = out
+        raise ConfigError(f"against is {dense}; it needs prompts to continue or a text to measure perplexity on")
+    if tokens is not None and not prompts:
+        raise ConfigError(f"tokens is {tokens}; it needs prompts to continue")
+    if seq_len is not None and text is None:
+        raise ConfigError(f"seq_len is {seq_len}; it needs a text to measure perplexity on")
+    models = {} if dense is None else {f"{title(dense)} (dense)": dense}
+    models[f"{records.name} (pruned)"] = out
     where = machine.resolve_device(device)
     limits = check_samples(models, prompts, tokens, where) if prompts else []
-    measured = [
+    dense_perplexity, perplexity = (
         None
         if text is None or path is None
         else evaluate(path, text, seq_len=seq_len, device=device, memory=memory, progress=progress)
         for path in (dense, out)
-    ]
-    contents = Contents(
-        account=account,
-        dense=dense_name,
-        is_source=identity is not None and identity == account.source,
-        dense_perplexity=measured[0],
-        perplexity=measured[1],
-        samples=write_samples(models, prompts, limits, where, progress) if prompts else (),
-        comparison=table,
     )
-    files.write_text(page, render(contents))
+    sites = records.sites
+    html_text = _render(
+        records=records,
+        dense=None if dense is None else title(dense),
+        # The report's copy went through JSON, which turns tuples into lists.
+        is_source=dense is not None and json.loads(json.dumps(Checkpoint(dense).identity())) == records.source,
+        perplexity=perplexity,
+        dense_perplexity=dense_perplexity,
+        samples=write_samples(models, prompts, limits, where, progress) if prompts else [],
+        comparison=table,
+        comparison_chart=None if table is None else figures.comparison(table),
+        best=[] if table is None else _best(table["rows"][1:]),
+        budget=figures.budget(sites) if sites else [],
+        errors=figures.errors(sites),
+        curves=figures.curves(records.curves, sites) if records.curves else [],
+        spent=figures.time_and_memory(records.pruning["blocks"]) if records.pruning else [],
+    )
+    files.write_text(page, html_text)
     return page
+
+
+def _render(**contents: Any) -> str:
+    """Fill in the page; every value is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"amount": _amount, "bytes": format_bytes, "duration": format_seconds, "plain": _plain}
+    environment.globals |= {"charts": charts, "passes": format_passes, "version": __version__}
+    return environment.get_template("page.html.j2").render(contents)
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows with the lowest perplexity of their ratio."""
+    finite = [row for row in rows if row["perplexity"] is not None]
+    return [
+        row for row in finite if row["perplexity"] == min(r["perplexity"] for r in finite if r["ratio"] == row["ratio"])
+    ]
+
+
+def _amount(number: float) -> str:
+    """Format a number with a unit: 6951168 → ``"6.95 M"``."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _plain(value: object) -> str:
+    """Format a JSON value that is not an object."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " · ".join(map(_plain, value))
+    return "—" if value is None else str(value)
 
 
 def _check_page(page: Path) -> None:
     if page.suffix not in (".html", ".htm"):
         raise ConfigError(f"html is {page}; its name must end in .html")
-    wrong = page if page.is_dir() else page.absolute().parent
-    if page.is_dir() or not wrong.is_dir():
-        raise ConfigError(f"html is {page}; {wrong} is {'' if page.is_dir() else 'not '}a folder")
+    if page.is_dir() or not page.absolute().parent.is_dir():
+        raise ConfigError(f"html is {page}; it must be a file in an existing directory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -56,9 +57,6 @@ def check_samples(
     """
     if tokens is not None and tokens < 1:
         raise ConfigError(f"tokens is {tokens}; it must be at least 1")
-    for prompt in prompts:
-        if not prompt.strip():
-            raise ConfigError(f"prompt is {prompt!r}; it must say something")
     for path in models.values():
         needed = int(ROOM * sum(entry.nbytes for entry in Checkpoint(path).values()))
         for place in {torch.device("cpu"), device}:
@@ -66,27 +64,25 @@ def check_samples(
             if needed > free:
                 raise ResourceError(
                     f"samples need all of {path} in memory, about {format_bytes(needed)}; {format_bytes(free)} are free "
-                    f"on {place}; without --prompt the report is made all the same"
+                    f"on {place}; without --prompt the report needs no samples"
                 )
     return [min(_room(path, prompt, tokens) for path in models.values()) for prompt in prompts]
 
 
 def _room(path: Path, prompt: str, tokens: int | None) -> int:
     """Return how many tokens may follow a prompt."""
-    _, config = read_configuration(Checkpoint(path))
-    context: int | None = getattr(config, "max_position_embeddings", None)
-    length = len(load_tokenizer(path)(prompt)["input_ids"])
+    length = len(load_tokenizer(path)(prompt)["input_ids"]) if prompt.strip() else 0
     if not length:
-        raise ConfigError(f"prompt is {prompt!r}; the tokenizer of {path} makes no tokens of it")
+        raise ConfigError(f"prompt is {prompt!r}; it must have at least one token")
+    _, config = read_configuration(Checkpoint(path))
+    left = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - length
     wanted = tokens or TOKENS
-    if not context:
-        return wanted
-    if context - length < (tokens or 1):
+    if left < (tokens or 1):
         raise ConfigError(
-            f"--tokens is {wanted} after a --prompt of length {length}; the context of {path} is {context} tokens and "
-            "must hold both"
+            f"--tokens is {wanted} after a --prompt of length {length}; the context of {path} is {left + length} tokens "
+            "and must hold both"
         )
-    return min(wanted, context - length)
+    return min(wanted, left)
 
 
 def write_samples(
@@ -102,40 +98,29 @@ def write_samples(
         CheckpointError: transformers cannot load a model or its tokenizer.
     """
     progress.phase("samples", len(models) * len(prompts))
-    written: dict[str, list[list[int]]] = {}
-    tokenizers = {label: load_tokenizer(path) for label, path in models.items()}
+    found: list[tuple[dict[str, str], list[list[int]]]] = [({}, []) for _ in prompts]
     for label, path in models.items():
-        model = load_whole(path).to(device)
-        check_vocabulary(tokenizers[label], model.config.vocab_size, path)
-        written[label] = []
-        for prompt, limit in zip(prompts, limits, strict=True):
-            ids = tokenizers[label](prompt, return_tensors="pt")["input_ids"].to(device)
-            written[label].append(_greedy(model, ids, limit))
+        model, tokenizer = load_whole(path).to(device), load_tokenizer(path)
+        check_vocabulary(tokenizer, model.config.vocab_size, path)
+        for prompt, limit, (texts, ids) in zip(prompts, limits, found, strict=True):
+            ids.append(_continue(model, tokenizer(prompt, return_tensors="pt")["input_ids"].to(device), limit))
+            texts[label] = tokenizer.decode(ids[-1], skip_special_tokens=True)
             progress.step(label)
         del model
         return_freed_memory()
-    samples = []
-    for number, prompt in enumerate(prompts):
-        ids = {label: each[number] for label, each in written.items()}
-        texts = {label: tokenizers[label].decode(each, skip_special_tokens=True) for label, each in ids.items()}
-        alike, same = _agreed(list(texts.values())), _agreed(list(ids.values()))
-        samples.append(Sample(prompt, texts, alike, same, tokens=max(map(len, ids.values()))))
-    return samples
+    return [
+        Sample(prompt, texts, _agreed(list(texts.values())), _agreed(ids), tokens=max(map(len, ids)))
+        for prompt, (texts, ids) in zip(prompts, found, strict=True)
+    ]
 
 
 @torch.no_grad()
-def _greedy(model: Any, ids: torch.Tensor, tokens: int) -> list[int]:
-    """Generate up to `tokens` ids greedily after `ids` (1, prompt tokens) int64; return them without the prompt."""
-    # Override a checkpoint's generation config: greedy search warns about sampling settings.
-    plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    end = model.generation_config.eos_token_id
-    pad = model.generation_config.pad_token_id
-    if pad is None:
-        pad = end[0] if isinstance(end, list) else end
-    found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=0 if pad is None else pad, **plain
-    )
-    written: list[int] = found[0, ids.shape[1] :].tolist()
+def _continue(model: Any, prompt: torch.Tensor, tokens: int) -> list[int]:
+    """Generate up to `tokens` ids greedily after `prompt` (1, length) int64; return them without the prompt."""
+    # A checkpoint's generation config may ask for sampling or beams. A single sequence has no padding.
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": 0}
+    found = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, **greedy)
+    written: list[int] = found[0, prompt.shape[1] :].tolist()
     return written
 
 

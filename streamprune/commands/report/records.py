@@ -1,0 +1,143 @@
+"""Read what finished jobs recorded about their result, and the table of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ...jobs.names import is_report, is_tuning
+from ...model.names import CURVES, REPORT
+from ...system.strict_json import read_json
+from ..compare.table import JSON
+from ..status import check_finished
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """Result of pruning one site."""
+
+    name: str
+    kept: int
+    """Units kept or, if weights were zeroed, the number of nonzero weights."""
+    total: int
+    """Units or weights before pruning."""
+    zeroed: bool
+    """Whether weights were zeroed instead of units removed."""
+    error: float | None
+    """Share of the consumer's output energy that was lost; None if it was not measured."""
+    damping: float | None
+    seconds: float | None
+    left_alone: bool
+    """Whether the site is an expert that saw too few tokens to be pruned."""
+
+    @property
+    def block(self) -> int:
+        """Index of its block."""
+        return int(self.name.split(".")[1])
+
+    @property
+    def kind(self) -> str:
+        """``attention`` or ``ffn``."""
+        return self.name.split(".")[2]
+
+    @property
+    def share(self) -> float:
+        """Share kept, in [0, 1]."""
+        return self.kept / self.total
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything that a finished checkpoint records about the jobs that produced it."""
+
+    name: str
+    pruning: dict[str, Any] | None
+    """Report of the pruning job; None for a tuned model that streamprune did not prune."""
+    tunings: list[dict[str, Any]]
+    """Reports of the tuning jobs, the last one first."""
+    curves: dict[str, Any] | None
+    """Contents of curves.json (see `pruning.curves.write_curves`); None if the recipe computes no curves."""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """`Checkpoint.identity` of the model that the first job read."""
+        identity: dict[str, Any] = (self.pruning or self.tunings[-1])["job"]["inputs"]["model"]
+        return identity
+
+    @property
+    def sites(self) -> list[SiteRecord]:
+        """The pruned sites in the order of the model."""
+        return [_site(site) for site in self.pruning["sites"]] if self.pruning else []
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Settings, inputs and versions of all jobs, and the figures of the pruning job, by title, flattened."""
+        parts: dict[str, Any] = {}
+        for number, tuning in enumerate(self.tunings, 1):
+            title = "Recovery" if number == 1 else f"Earlier recovery ({number})"
+            parts |= {f"{title}: {part}": value for part, value in tuning["job"].items()}
+        if self.pruning is not None:
+            parts |= {f"Pruning: {part}": value for part, value in self.pruning["job"].items()}
+            parts["Result"] = {k: v for k, v in self.pruning.items() if k not in ("job", "sites", "blocks")}
+        return {title: dict(flat(value)) for title, value in parts.items()}
+
+
+def read_records(out: Path) -> Records:
+    """Read the records of a finished OUT.
+
+    Raises:
+        ConfigError: OUT is unfinished, or streamprune did not write it.
+        CheckpointError: a file cannot be read as JSON.
+    """
+    check_finished(out)
+    report: Any = read_json(out / REPORT)
+    if not is_report(report) and not is_tuning(report):
+        raise ConfigError(f"{out / REPORT} is not a report of streamprune run or tune")
+    tunings = []
+    while is_tuning(report):
+        tunings.append(report)
+        report = report["source"]
+    curves = read_json(out / CURVES) if (out / CURVES).is_file() else None
+    return Records(out.resolve().name, report, tunings, curves)
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """Read a comparison (see `Comparison.as_dict`) from its folder or its compare.json.
+
+    Raises:
+        ConfigError: the file does not exist or is not from a comparison.
+    """
+    path = path / JSON if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"comparison is {path}, which does not exist; streamprune compare writes it when it finishes")
+    table = read_json(path)
+    if not table.get("rows"):
+        raise ConfigError(f"comparison is {path}, which streamprune compare did not write")
+    return table
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every leaf of a JSON value with its dotted path; lists are leaves."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def _site(site: Mapping[str, Any]) -> SiteRecord:
+    zeroed = "zeros" in site
+    total = site["weights" if zeroed else "units"]
+    return SiteRecord(
+        name=site["site"],
+        kept=total - site["zeros"] if zeroed else site["kept"],
+        total=total,
+        zeroed=zeroed,
+        error=site.get("error"),
+        damping=site.get("damping"),
+        seconds=site.get("seconds"),
+        left_alone=site.get("left_alone", False),
+    )
