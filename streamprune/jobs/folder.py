@@ -382,7 +382,7 @@ class JobFolder:
             complete = self.journal.find("complete")
             assert complete is not None
             log = files.copy(self.folder / LOG, self.staging / LOG)
-            manifest.hold(self.staging / LOG, log)
+            manifest.check(self.staging / LOG, log)
             manifest.write(self.staging, {**complete["sha256"], LOG: log})
             try:
                 self._make_way()

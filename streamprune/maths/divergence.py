@@ -1,7 +1,7 @@
 """Similarity of attention heads (greedy output approximation, section 3.2.2).
 
-Notation of the paper: `D` (heads, heads) is the mean Jensen-Shannon divergence between the attention distributions of each
-pair of heads, with natural logarithms, so that ``0 ≤ D ≤ log 2``.
+`D` (heads, heads) is the mean Jensen-Shannon divergence in nats between the attention distributions of each pair of heads, so
+that ``0 ≤ D ≤ log 2``.
 """
 
 from __future__ import annotations
@@ -10,17 +10,10 @@ from torch import Tensor
 
 
 def redundant(d: Tensor, tau: float) -> list[int]:
-    """Find candidates for removal (algorithm 2): heads whose divergence from a non-candidate is below `tau`.
+    """Return, ascending, the heads whose divergence from a head that stays is below `tau` (algorithm 2).
 
     Pairs are visited row by row. If the two heads are close and neither is a candidate yet, the first becomes one. So
     at least one head is never a candidate, however large `tau` is.
-
-    Args:
-        d: D (heads, heads), nats.
-        tau: divergence threshold in nats; heads with D below it are close.
-
-    Returns:
-        The candidates in the order found, which is ascending.
     """
     candidates: list[int] = []
     for i, j in (d < tau).nonzero().tolist():
@@ -30,14 +23,9 @@ def redundant(d: Tensor, tau: float) -> list[int]:
 
 
 def between_units(d: Tensor, rep: int) -> Tensor:
-    """Average D over all pairs of query heads of two key/value groups *(ours)*.
+    """Average D over all pairs of query heads of two key/value groups of `rep` consecutive heads *(ours)*.
 
-    Args:
-        d: D (heads, heads), nats.
-        rep: query heads per key/value head; consecutive heads form a group.
-
-    Returns:
-        (heads/rep, heads/rep), symmetric, with a zero diagonal.
+    Returns (heads/rep, heads/rep), symmetric, with a zero diagonal.
     """
     units = d.shape[0] // rep
     assert d.shape[0] == units * rep

@@ -1,6 +1,6 @@
 """Exact greedy removal, one unit at a time, with most of the work in matrix products.
 
-Notation of `refit`. Removing unit `u` changes
+Notation and arguments of `refit`. Removing unit `u` changes
 
 ::
 
@@ -49,7 +49,6 @@ def greedy_removal(
     ::
 
         cost_u = tr((P_uu)⁻¹ W_uᵀ W_u)        → remove the cheapest u
-        W ← W − W_u (P_uu)⁻¹ P_u:             P ← P − P_:u (P_uu)⁻¹ P_u:
 
     The order is exactly that of this loop; ties go to the lower index. If rounding makes the diagonal of `P` non-positive,
     the loop restarts with ten times the damping. A dead column (zero diagonal of H) carries no signal: its weights count
@@ -58,21 +57,12 @@ def greedy_removal(
     Besides `w` and `h` this needs two (n, n) matrices and several of (n, max(`width`, `block`)); see `workspace`.
 
     Args:
-        w: (d_out, n), float32 or float64. The computation runs on its device.
-        h: (n, n), mean Gram per token, same dtype, on any device.
         width: columns per unit; n = units·width.
-        count: units to remove, fewer than there are.
-        damping: relative ridge λ of ``H_λ``, see `refit`.
-        place: name of the site, for messages.
         block: columns removed between two updates of all of P and V; at least `width` are.
-        factor: (n, n), the factor that `refit.cholesky` returned for `h` and `damping`, on w's device, if available. It is
-            overwritten.
+        factor: (n, n), the factor that `refit.cholesky` returned for `h` and `damping`, if available; overwritten.
 
     Returns:
         The removed units in order (count,) int64, and the cost of each in output energy per token (count,), on the CPU.
-
-    Raises:
-        NumericalError: W or H holds NaN or Inf, or no damping up to 10 sufficed.
     """
     units = h.shape[0] // width
     assert 0 <= count < units
@@ -109,18 +99,9 @@ def workspace(columns: int, width: int, block: int = 64) -> int:
 
 
 def removal(p: Tensor, v: Tensor, *, width: int, count: int, block: int, place: str) -> tuple[Tensor, Tensor]:
-    """Run the greedy loop on `P` and `V`, which it overwrites.
+    """Run the greedy loop on `P` and `V` (n, n), contiguous, which it overwrites; only their lower halves are read.
 
-    Args:
-        p: P (n, n), contiguous, float32 or float64; only the lower half is read.
-        v: V (n, n), likewise.
-        width: columns per unit.
-        count: units to remove.
-        block: columns removed between two updates of all of P and V.
-        place: name of the site, for messages.
-
-    Returns:
-        The removed units in order (count,) int64, and their costs (count,), on the CPU.
+    Arguments and results are those of `greedy_removal`.
     """
     state = _State(p, v, width)
     order, costs = torch.empty(count, dtype=torch.int64, device=p.device), p.new_empty(count)

@@ -3,7 +3,9 @@
 Notation of the paper: `W` (R, C) with entries ``θ`` in row-major order; the curvature of the loss is ``F = G ⊗ A``, with `G`
 (R, R) the Gram of the output gradients and `A` (C, C) the Gram of the inputs. Unless noted otherwise, `G` and `A` are damped
 (see `damped`), and `G⁻¹` and `A⁻¹` come from `refit.inverse`. Each update is then the exact minimum of ``½ δᵀ F δ`` over all
-changes `δ` that remove the chosen weights (eqs. 7 and 8). All tensors are float32 or float64.
+changes `δ` that remove the chosen weights (eqs. 7 and 8). All tensors are float32 or float64. Updates return W (R, C), with the
+removed weights exactly zero, and the largest relative ridge that a factorisation needed; they raise a NumericalError if none
+up to 10 sufficed.
 """
 
 from __future__ import annotations
@@ -31,38 +33,17 @@ def damped(h: Tensor, damping: float, *, device: torch.device | None = None) -> 
 
 
 def row_costs(w: Tensor, a: Tensor, g_inverse: Tensor) -> Tensor:
-    """``L_r = ½ θ_rᵀ A θ_r / [G⁻¹]_rr`` (R,): loss added by removing row `r` alone (eq. 10).
-
-    Args:
-        w: (R, C).
-        a: (C, C).
-        g_inverse: (R, R).
-    """
+    """``L_r = ½ θ_rᵀ A θ_r / [G⁻¹]_rr`` (R,): loss added by removing row `r` alone (eq. 10)."""
     return (w @ a).mul_(w).sum(dim=1) / (2 * g_inverse.diagonal())
 
 
 def column_costs(w: Tensor, g: Tensor, a_inverse: Tensor) -> Tensor:
-    """``L_c = ½ θ_cᵀ G θ_c / [A⁻¹]_cc`` (C,): loss added by removing column `c` alone (eq. 10).
-
-    Args:
-        w: (R, C).
-        g: (R, R).
-        a_inverse: (C, C).
-    """
+    """``L_c = ½ θ_cᵀ G θ_c / [A⁻¹]_cc`` (C,): loss added by removing column `c` alone (eq. 10)."""
     return row_costs(w.T, g, a_inverse)
 
 
 def group_costs(w: Tensor, g: Tensor, a_inverse: Tensor, groups: int) -> Tensor:
-    """``½ tr(W_uᵀ G W_u ([A⁻¹]_uu)⁻¹)`` (groups,): loss added by removing a group of columns jointly (eq. 7).
-
-    With one column per group this equals `column_costs`.
-
-    Args:
-        w: (R, C).
-        g: (R, R).
-        a_inverse: (C, C).
-        groups: number of groups of C/groups consecutive columns.
-    """
+    """``½ tr(W_uᵀ G W_u ([A⁻¹]_uu)⁻¹)`` (groups,): loss added by jointly removing C/groups consecutive columns (eq. 7)."""
     width = w.shape[1] // groups
     index = torch.arange(groups, device=w.device)
     columns = w.reshape(len(w), groups, width).transpose(0, 1)  # (groups, R, width)
@@ -73,32 +54,14 @@ def group_costs(w: Tensor, g: Tensor, a_inverse: Tensor, groups: int) -> Tensor:
 
 
 def element_costs(w: Tensor, g_inverse: Tensor, a_inverse: Tensor) -> Tensor:
-    """``L_k = ½ θ_k² / [G⁻¹ ⊗ A⁻¹]_kk`` (R, C): loss added by removing element `k` alone (eq. 10).
-
-    Args:
-        w: (R, C).
-        g_inverse: (R, R).
-        a_inverse: (C, C).
-    """
+    """``L_k = ½ θ_k² / [G⁻¹ ⊗ A⁻¹]_kk`` (R, C): loss added by removing element `k` alone (eq. 10)."""
     return w.square() / (2 * g_inverse.diagonal()[:, None] * a_inverse.diagonal())
 
 
 def remove_columns(w: Tensor, a_inverse: Tensor, removed: Tensor, place: str) -> tuple[Tensor, float]:
-    """Remove columns `S` jointly: ``W − W_S ([A⁻¹]_SS)⁻¹ [A⁻¹]_S:`` (eq. 12, by a Cholesky solve).
+    """Remove columns `S` (k,) int64 jointly: ``W − W_S ([A⁻¹]_SS)⁻¹ [A⁻¹]_S:`` (eq. 12, by a Cholesky solve).
 
     To remove rows, pass Wᵀ and G⁻¹ in place of W and A⁻¹.
-
-    Args:
-        w: (R, C), float32 or float64.
-        a_inverse: (C, C), same dtype.
-        removed: S (k,) int64.
-        place: name of the site, for messages.
-
-    Returns:
-        W (R, C), with the removed columns exactly zero, and the relative ridge that factoring `[A⁻¹]_SS` needed.
-
-    Raises:
-        NumericalError: `[A⁻¹]_SS` could not be factored, even with a ridge.
     """
     if not len(removed):
         return w.clone(), 0.0
@@ -111,33 +74,17 @@ def remove_columns(w: Tensor, a_inverse: Tensor, removed: Tensor, place: str) ->
 def remove_elements(
     w: Tensor, g_inverse: Tensor, a_inverse: Tensor, mask: Tensor, *, at_most: int, place: str
 ) -> tuple[Tensor, float]:
-    """Remove the elements marked in `mask`, up to `at_most` of them jointly (eq. 11 and the text after it).
+    """Remove the elements marked in `mask` (R, C) bool, up to `at_most` of them jointly (eq. 11 and the text after it).
 
     ::
 
         λ_K = (E_K F⁻¹ E_Kᵀ)⁻¹ θ_K,   [E_K F⁻¹ E_Kᵀ]_ij = [G⁻¹]_{r_i r_j} [A⁻¹]_{c_i c_j}
         W ← W − G⁻¹ M A⁻¹,            M holds the multipliers λ at the removed elements, zero elsewhere
 
-    The marked elements are split in row-major order into subsets of `at_most`. Each subset is solved separately, and the
-    updates are added: all subsets fill one M, which is multiplied once. Each subset costs one Cholesky factorisation,
-    ``at_most² / 3`` multiplications per element.
-
-    `G⁻¹` and `A⁻¹` are first scaled to unit diagonals, so that the ridge of a nearly singular subset (see
-    `cholesky_blocks`) is relative to each of its elements.
-
-    Args:
-        w: (R, C), float32 or float64.
-        g_inverse: (R, R), same dtype.
-        a_inverse: (C, C), same dtype.
-        mask: (R, C) bool, true for elements to remove. Must include all elements removed earlier.
-        at_most: maximum number of elements per subset, at least 1.
-        place: name of the site, for messages.
-
-    Returns:
-        W (R, C), with the marked elements exactly zero, and the largest relative ridge that a subset needed.
-
-    Raises:
-        NumericalError: a subset could not be factored, even with a ridge.
+    The mask must include all elements removed earlier. They are split in row-major order into subsets of `at_most`. Each subset
+    is solved separately, with one Cholesky factorisation, and the updates are added: all subsets fill one M, which is multiplied
+    once. `G⁻¹` and `A⁻¹` are first scaled to unit diagonals, so that the ridge of a nearly singular subset (see `cholesky_blocks`)
+    is relative to each of its elements.
     """
     assert mask.shape == w.shape
     assert at_most >= 1
@@ -166,11 +113,9 @@ def best_step(w: Tensor, updated: Tensor, mask: Tensor, g: Tensor, a: Tensor) ->
     estimated from random-sign combinations of rows (Hutchinson).
 
     Args:
-        w: W (R, C) before the removal.
-        updated: (R, C), the result of `remove_elements` for `w` and `mask`.
-        mask: (R, C) bool, true for removed elements.
-        g: G (R, R), undamped, on any device.
-        a: A (C, C), undamped, on any device.
+        w: before the removal.
+        updated: result of `remove_elements` for `w` and `mask`.
+        g, a: G and A, undamped, on any device.
 
     Returns:
         W (R, C), with the marked elements zero, and s.
@@ -204,12 +149,7 @@ def _subsets(mask: Tensor, at_most: int, itemsize: int) -> Iterator[Tensor]:
 
 
 def pattern_mask(costs: Tensor, m: int, n: int) -> Tensor:
-    """Mark the `m` cheapest of every `n` consecutive columns in each row (M:N pruning, section 3.3).
-
-    Args:
-        costs: (R, C); ties go to the lower column.
-        m: elements to remove per group, ``0 < m < n``.
-        n: columns per group.
+    """Mark the `m` cheapest of every `n` consecutive columns in each row (M:N pruning, section 3.3); ties go to the lower column.
 
     Returns:
         (R, C) bool, true for elements to remove.

@@ -2,9 +2,14 @@
 
 Notation of docs/methods.md: a consumer ``y = W x`` with `W` (d_out, n); `H` (n, n) is the mean Gram of its inputs per token;
 ``H_λ = H + λ·mean(diag H)·I``; `P` is the inverse of ``H_λ``; `K` are the kept and `S` the removed columns. The papers' Hessian
-is ``2 X Xᵀ``, which has the same minimiser. All tensors are float32 or float64, the same dtype throughout.
+is ``2 X Xᵀ``, which has the same minimiser.
 
-`H` may be on another device than `W`: it stays on the host when the device has no room for it. Results are on W's device.
+Arguments of the same name mean the same in all of `maths`: `w` is W and `h` is H, float32 or float64, the same dtype throughout;
+`kept` is K (k,) int64, ascending, on w's device; `damping` is λ; `place` is the name of the site, for messages. `H` may be on
+another device than `W`: it stays on the host when the device has no room for it. Results are on W's device.
+
+Raises:
+    NumericalError: a matrix holds NaN or Inf, or (SingularError) cannot be factored with any damping up to 10.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ def unit_columns(units: Tensor, width: int) -> Tensor:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Return whether `x`, of any shape, is free of NaN and Inf. The sum is checked first, at a fifth of the cost; it may overflow."""
+    """Return whether `x` is free of NaN and Inf. The sum is checked first, at a fifth of the cost; it may overflow."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
@@ -53,19 +58,12 @@ def cholesky(
 ) -> tuple[Tensor, float]:
     """Factor ``H + damping·scale·I`` and return the lower Cholesky factor (n, n) and the damping used.
 
-    If the factorisation fails in floating point, the damping is raised tenfold until it succeeds. The value used is
-    returned, so that it appears in the report.
+    If the factorisation fails in floating point, the damping is raised tenfold until it succeeds.
 
     Args:
-        h: (n, n), float32 or float64; only its lower triangle is read.
-        damping: relative ridge λ.
-        place: name of the site, for messages.
+        h: only its lower triangle is read.
         scale: mean(diag H) if None, which gives the factor of ``H_λ``. A scale of zero counts as 1.
         device: device of the factor; None for that of `h`.
-
-    Raises:
-        NumericalError: H holds NaN or Inf.
-        SingularError: no damping up to 10 sufficed.
     """
     where = h.device if device is None else device
     scale = float(h.diagonal().mean()) if scale is None else scale
@@ -75,7 +73,7 @@ def cholesky(
 
 
 def inverse(h: Tensor, damping: float, place: str, *, device: torch.device | None = None) -> tuple[Tensor, float]:
-    """Return `P`, the inverse of ``H_λ`` (n, n), and the damping used. Arguments and errors are those of `cholesky`."""
+    """Return `P`, the inverse of ``H_λ`` (n, n), and the damping used. Arguments are those of `cholesky`."""
     factor, used = cholesky(h, damping, place, device=device)
     return invert_(factor), used
 
@@ -99,11 +97,7 @@ def raised(damping: float) -> float:
 
 
 def enough(damping: float, attempt: Callable[[float], Result]) -> Result:
-    """Call `attempt` with `damping`, raised tenfold after each SingularError; return its first result.
-
-    Raises:
-        SingularError: no damping up to 10 sufficed.
-    """
+    """Call `attempt` with `damping`, raised tenfold after each SingularError up to 10; return its first result."""
     while True:
         try:
             return attempt(damping)
@@ -117,20 +111,7 @@ def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tup
     """Refit the kept columns: ``W'_K = W H_λ[:,K] (H_λ[K,K])⁻¹`` (SoBP, stage 3; the OBS update).
 
     Computed as ``W'_K = W_K + W_S H[S,K] (H_λ[K,K])⁻¹``, with one Cholesky factorisation of the kept block. The ridge of
-    ``H_λ`` is that of the full H.
-
-    Args:
-        w: (d_out, n), float32 or float64.
-        h: (n, n), mean Gram per token, same dtype.
-        kept: K (k,) int64, ascending, on w's device.
-        damping: relative ridge λ.
-        place: name of the site, for messages.
-
-    Returns:
-        W'_K (d_out, k), and the damping used.
-
-    Raises:
-        NumericalError: H holds NaN or Inf, or no damping up to 10 sufficed.
+    ``H_λ`` is that of the full H. Returns W'_K (d_out, k) and the damping used.
     """
     stays = kept.to(h.device)
     goes = torch.ones(h.shape[0], dtype=torch.bool, device=h.device).index_fill_(0, stays, False).nonzero()[:, 0]
@@ -149,21 +130,8 @@ def refit_as_stored(
 ) -> tuple[Tensor, float | None]:
     """Like `refit`, but raise the damping until the refitted weights, rounded to `stored`, give a lower error than those of `w`.
 
-    If one channel is much larger than the others, rounding can cost more than a refit gains.
-
-    Args:
-        w: (d_out, n), float32 or float64.
-        h: (n, n), mean Gram per token, same dtype.
-        kept: K (k,) int64, ascending, on w's device.
-        damping: relative ridge λ to start from.
-        stored: the dtype that the weights are written in.
-        place: name of the site, for messages.
-
-    Returns:
-        W'_K (d_out, k), and the damping used. If no damping up to 10 helps: W_K and None.
-
-    Raises:
-        NumericalError: see `refit`.
+    If one channel is much larger than the others, rounding can cost more than a refit gains. Returns W_K and None if no
+    damping up to 10 helps.
     """
     while damping <= _MOST_DAMPING:
         fitted, used = refit(w, h, kept, damping, place)
@@ -178,14 +146,7 @@ def lowers_error(w: Tensor, h: Tensor, fitted: Tensor, kept: Tensor, stored: tor
 
     With δ the difference of the two and `E` the change of W by removal alone, the error energy changes by
     ``tr(δ H δᵀ) + 2 tr(E H δᵀ)``. The exact solution lowers it by at least ``tr(δ H δᵀ)``, in each row and in any combination of
-    rows, so a few random combinations suffice to detect a solution that rounding has spoilt.
-
-    Args:
-        w: (d_out, n), float32 or float64.
-        h: (n, n), mean Gram per token, same dtype.
-        fitted: W'_K (d_out, k).
-        kept: K (k,) int64, on w's device.
-        stored: the dtype that the weights are written in.
+    rows, so a few random combinations suffice to detect a solution that rounding has spoilt. `fitted` is W'_K (d_out, k).
     """
     mixing = signs(_TRIED, w)
     lost = (mixing @ w).index_fill_(1, kept, 0)  # −E
@@ -200,19 +161,13 @@ def lowers_error(w: Tensor, h: Tensor, fitted: Tensor, kept: Tensor, stored: tor
 
 
 def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
-    """Fit all of `w` to a target: ``W' = W + (B − W H) H_λ⁻¹``, with a ridge that pulls towards W.
+    """Fit all of `w` to a target `t`: ``W' = W + (B − W H) H_λ⁻¹``, which minimises ``E‖t − W' x̂‖² + λ·mean(diag H)·‖W' − W‖²``.
 
-    Minimises ``E‖t − W' x̂‖² + λ̄ ‖W' − W‖²`` for a target `t`, with ``λ̄ = λ·mean(diag H)``. If the target is the dense output
-    of a consumer, this is the recovery step of greedy output approximation (algorithm 1).
+    If the target is the dense output of a consumer, this is the recovery step of greedy output approximation (algorithm 1).
 
     Args:
-        w: (rows, d), float32 or float64.
-        h: (d, d), mean Gram of x̂ per token.
-        aim: B (rows, d), mean of ``t x̂ᵀ`` per token; overwritten.
-        factor: (d, d), the factor of H_λ by `cholesky`.
-
-    Returns:
-        W' (rows, d), in the memory of `aim`.
+        aim: B (d_out, n), mean of ``t x̂ᵀ`` per token; overwritten with the result.
+        factor: (n, n), the factor of H_λ by `cholesky`.
     """
     for panel in panels(h.shape[1], TILE):
         aim[:, panel].addmm_(w, h[:, panel].to(w.device), alpha=-1)
@@ -222,33 +177,24 @@ def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
 
 
 def compensation(h: Tensor, c: Tensor, factor: Tensor) -> Tensor:
-    """Input compensation (SoBP): a matrix that adapts any linear trained on `x` to read `x̂` instead.
+    """Return `M` (d, d), which adapts any linear trained on `x` to read `x̂` instead: ``W' = W + W M`` (input compensation, SoBP).
 
-    Equals `fit` with ``B = W C``, for all linears with the same input: ``W' = W + W M`` with ``M = (C − H) H_λ⁻¹``.
+    Equals `fit` with ``B = W C``, for all linears with the same input: ``M = (C − H) H_λ⁻¹``.
 
     Args:
-        h: (d, d), mean Gram of x̂ per token, float32 or float64.
-        c: C (d, d), mean of ``x x̂ᵀ`` per token, same dtype.
+        h: (d, d), mean Gram of x̂ per token.
+        c: C (d, d), mean of ``x x̂ᵀ`` per token.
         factor: (d, d), the factor of H_λ by `cholesky`.
-
-    Returns:
-        M (d, d).
     """
     return solve_(factor, (c - h).T.contiguous()).T
 
 
 def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:
-    """Return ``tr(E H Eᵀ) / tr(W H Wᵀ)``, with E the change of W: the fraction of output energy lost on this input.
+    """Return ``tr(E H Eᵀ) / tr(W H Wᵀ)``, with E the change of W to `w_kept` (d_out, k): the fraction of output energy lost.
 
     Exact for up to `SKETCH` rows. More rows are first mixed into `SKETCH` random-sign combinations (Hutchinson's trace
     estimator). Both energies keep their expectation, with a relative standard deviation of at most ``√(2 / SKETCH)``, 6 %.
     The exact value would take more work than computing the weights.
-
-    Args:
-        w: W (d_out, n), float32 or float64.
-        h: (n, n), symmetric Gram of the input. Its normalisation cancels.
-        w_kept: the new weights (d_out, k).
-        kept: their columns (k,) int64, on w's device.
     """
     d = len(w)
     if d > SKETCH:
@@ -287,19 +233,9 @@ def _energy(w: Tensor, h: Tensor) -> float:
 
 
 def cholesky_blocks(blocks: Tensor, place: str) -> tuple[Tensor, float]:
-    """Factor a batch of symmetric positive definite matrices in one call.
+    """Factor a batch of symmetric positive definite matrices (batch, m, m); return the factors and the largest relative ridge used.
 
-    A block that cannot be factored in its dtype gets the smallest relative ridge that `cholesky` finds.
-
-    Args:
-        blocks: (batch, m, m), float32 or float64.
-        place: name of the site, for messages.
-
-    Returns:
-        The lower factors (batch, m, m), and the largest relative ridge used.
-
-    Raises:
-        NumericalError: a block holds NaN or Inf, or no ridge up to 10 sufficed.
+    A block that cannot be factored in its dtype gets the smallest ridge that `cholesky` finds.
     """
     factors: Tensor
     factors, info = torch.linalg.cholesky_ex(blocks)

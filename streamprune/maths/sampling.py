@@ -14,13 +14,10 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         logits: (rows, vocabulary), any float dtype.
-        uniform: (rows,) float64, uniform random numbers in [0, 1); on the same device.
+        uniform: (rows,) float64, uniform random numbers in [0, 1).
 
     Returns:
         (rows,) int64: the first token at which the distribution function exceeds `uniform`.
-
-    Raises:
-        NumericalError: a row of the logits holds NaN or Inf.
     """
     precise = logits if logits.dtype == torch.float64 else logits.float()
     distribution = precise.softmax(-1).cumsum(-1, dtype=torch.float64)

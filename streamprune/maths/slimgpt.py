@@ -1,7 +1,11 @@
 """Batched greedy pruning (SlimGPT): choose units by estimated cost, remove them with the exact update.
 
-Notation of `refit`; the paper's ``H⁻¹`` is our `P`. A cheap estimate of the cost selects the units. The update that follows is
-the exact joint one, so the remaining weights are always optimal for the removed set.
+Notation and arguments of `refit`; the paper's ``H⁻¹`` is our `P`. The update that follows the cheap estimate is the exact joint
+one, so the remaining weights are always optimal for the removed set. A dead column (zero diagonal of H) carries no signal:
+its weights count as zero.
+
+Both functions return the removed units in order (count,) int64, and the output energy per token that each removal lost
+(count,), on the CPU. The energies are those of the exact updates, not the estimates, and add up to ``err(S)``.
 """
 
 from __future__ import annotations
@@ -18,10 +22,6 @@ def workspace(columns: int, outputs: int, most: int) -> int:
     """Return the peak number of elements that removing up to `most` columns at a time holds: P, a copy of W, and rows of both.
 
     `w`, `h` and the workspace of the inversion are not included.
-
-    Args:
-        columns: n.
-        outputs: d_out.
     """
     return columns * (columns + outputs) + most * (5 * columns + outputs + most)
 
@@ -36,23 +36,7 @@ def batched_group_removal(
         P_uu = L Lᵀ for every head u,   estimate_u = Σ_j ‖W_:j‖² / L_jj²        → remove the cheapest u
 
     ``L_jj²`` is the value of ``P_jj`` after the head's columns before `j` are removed. The estimate ignores that their removal also
-    changes `W_:j`; `greedy.greedy_removal` takes this into account. A dead column (zero diagonal of H) carries no signal:
-    its weights count as zero.
-
-    Args:
-        w: (d_out, n), float32 or float64.
-        h: (n, n), mean Gram per token, same dtype.
-        width: columns per head; n = heads·width.
-        count: heads to remove, fewer than there are.
-        damping: relative ridge λ of ``H_λ``, see `refit`.
-        place: name of the site, for messages.
-
-    Returns:
-        The removed heads in order (count,) int64, and the output energy per token that each removal lost (count,), on the CPU.
-        The energies are those of the exact updates, not the estimates, and add up to ``err(S)``.
-
-    Raises:
-        NumericalError: W or H holds NaN or Inf, or no damping up to 10 sufficed.
+    changes `W_:j`; `greedy.greedy_removal` takes this into account. `width` is the number of columns per head.
     """
     heads = h.shape[0] // width
     assert 0 <= count < heads
@@ -88,24 +72,7 @@ def dynamic_group_removal(
         W ← W − W_S (P_SS)⁻¹ P_S:          P ← P − P_:S (P_SS)⁻¹ P_S:
 
     Each group takes half of the columns still to be removed, rounded down to a multiple of `last` and clamped to between `last`
-    and `first`. The halving is ours; the paper gives only the first and last size. A dead column (zero diagonal of H)
-    carries no signal: its weights count as zero, and it is removed first.
-
-    Args:
-        w: (d_out, n), float32 or float64.
-        h: (n, n), mean Gram per token, same dtype.
-        count: columns to remove, fewer than there are.
-        damping: relative ridge λ of ``H_λ``, see `refit`.
-        place: name of the site, for messages.
-        first: largest group.
-        last: smallest group, except that the final one may be smaller.
-
-    Returns:
-        The removed columns in order (count,) int64, and the output energy per token that each removal lost (count,), on the CPU.
-        The energies are those of the exact updates, not the estimates, and add up to ``err(S)``.
-
-    Raises:
-        NumericalError: W or H holds NaN or Inf, or no damping up to 10 sufficed.
+    and `first`; the final one may be smaller. The halving is ours; the paper gives only the first and last size.
     """
     n = h.shape[0]
     assert 0 <= count < n

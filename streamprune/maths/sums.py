@@ -1,7 +1,4 @@
-"""Running sums over the tokens of one site, updated per micro-batch.
-
-`across` adds up the sums of several workers.
-"""
+"""Running sums over the tokens of one site, updated per micro-batch. The `across` methods add the sums of other workers."""
 
 from __future__ import annotations
 
@@ -43,13 +40,8 @@ product. GPUs need larger panels.
 class Gram:
     """``H = Σ x xᵀ`` (n, n) and, if `cross` is given, ``C = Σ y xᵀ`` (cross, n): unnormalised sums over tokens until `mean`.
 
-    Until then only the lower half of H, including the panels on the diagonal, is valid.
-
-    Args:
-        columns: n, length of x.
-        cross: length of y; 0 for no cross sum.
-        device: device of the sums.
-        dtype: dtype of the sums, float32 or float64.
+    `columns` is n; `dtype` is float32 or float64. Until `mean`, only the lower half of H, including the panels on the diagonal,
+    is valid.
     """
 
     def __init__(self, columns: int, *, cross: int = 0, device: torch.device, dtype: torch.dtype) -> None:
@@ -98,7 +90,6 @@ class Gram:
         self.h = self.h.cpu()
 
     def across(self, add_up: AddUp) -> None:
-        """Add the sums of the other workers."""
         add_up(self.h)
         if self.c is not None:
             add_up(self.c)
@@ -107,13 +98,7 @@ class Gram:
     def mean(self, place: str) -> tuple[Tensor, Tensor | None]:
         """Normalise the sums per token, in place, and return H (n, n) and C (cross, n) or None. H is exactly symmetric.
 
-        The sums count as one token afterwards, so a second call changes nothing.
-
-        Args:
-            place: name of the site, for messages.
-
-        Raises:
-            NumericalError: the sums hold NaN or Inf.
+        The sums count as one token afterwards, so a second call changes nothing. Raises a NumericalError if they hold NaN or Inf.
         """
         # An input that is not finite, or too large to be squared and summed, shows on the diagonal.
         if not all_finite(self.h.diagonal()) or not (self.c is None or all_finite(self.c)):
@@ -178,8 +163,6 @@ class MaskGradient:
         Args:
             x: the consumer's input, (sequences, tokens, units·width), or (rows, units·width) with an `origin`; any float dtype.
             gradient: ∂(loss·scale)/∂x, same shape.
-            scale: factor that the loss was multiplied by.
-            origin: required if the site received only some tokens.
         """
         dtype = accumulator(x.dtype)
         each = x.to(dtype) * gradient.to(dtype)
@@ -190,7 +173,6 @@ class MaskGradient:
         self.sequences += g.shape[0]
 
     def across(self, add_up: AddUp) -> None:
-        """Add the sums of the other workers."""
         add_up(self.squares)
         add_up(self.magnitudes)
         (self.sequences,) = add_counts(add_up, self.sequences)
@@ -208,18 +190,13 @@ _USERS: dict[str, frozenset[Statistic]] = {
 
 
 class SiteStatistics:
-    """The sums of a survey at one site; only those that `wanted` needs.
+    """The sums of a survey at one site; only those that `wanted` needs. `width` is columns of the consumer per unit.
 
     Args:
-        wanted: statistics to collect.
-        units: units of the site.
-        width: columns of the consumer per unit.
         heads: query heads; 0 for an FFN, which has no attention maps.
         inputs: d, input width of the producers.
         outputs: d_out, rows of the consumer.
         rows: output rows of each producer; a fused producer is listed as its parts.
-        device: device of the Grams.
-        dtype: dtype of the Grams, float32 or float64.
     """
 
     def __init__(
@@ -248,11 +225,13 @@ class SiteStatistics:
         self.divergence = HeadDivergence(heads) if wanted & _USERS["divergence"] and heads else None
 
     def across(self, add_up: AddUp) -> None:
-        """Add the sums of the other workers."""
-        for part in (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence):
-            if part is not None:
-                part.across(add_up)
+        for each in self._sums():
+            each.across(add_up)
         (self.seen,) = add_counts(add_up, self.seen)
+
+    def _sums(self) -> list[Gram | MaskGradient | HeadDivergence]:
+        sums = (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence)
+        return [each for each in sums if each is not None]
 
     @property
     def wants_producers(self) -> bool:
@@ -261,9 +240,9 @@ class SiteStatistics:
 
     def park(self) -> None:
         """Move all Grams to host memory."""
-        for gram in (self.gram, self.gradient, self.inputs, *self.producers):
-            if gram is not None:
-                gram.park()
+        for each in self._sums():
+            if isinstance(each, Gram):
+                each.park()
 
     def add(self, inputs: Tensor, z: Tensor, maps: Tensor | None, origin: Origin | None = None) -> None:
         """Add a micro-batch of the forward pass. Tensors may have any float dtype.
@@ -293,16 +272,13 @@ class SiteStatistics:
         scale: float,
         origin: Origin | None = None,
     ) -> None:
-        """Add a micro-batch of the backward pass. Gradients are those of loss·scale, per sequence.
+        """Add a micro-batch of the backward pass. Gradients are those of loss·scale, per sequence; `z` and `origin` as in `add`.
 
         Args:
-            z: input of the consumer, (sequences, tokens, n).
-            dz: gradient of the consumer's input, (sequences, tokens, n).
+            dz: gradient of the consumer's input, same shape as `z`.
             dy: gradient of the consumer's output, (sequences, tokens, d_out).
             dp: gradient of each producer's output, (sequences, tokens, rows) each, fused producers in their parts; empty if not
                 needed.
-            scale: factor that the loss was multiplied by.
-            origin: required if the site received only some tokens; then (rows, ...) replaces (sequences, tokens, ...).
         """
         tokens = None if origin is None else origin.tokens
         if self.mask is not None:
@@ -338,11 +314,7 @@ class HeadDivergence:
         self.sums = torch.zeros(heads, heads, dtype=torch.float64)
 
     def add(self, maps: Tensor) -> None:
-        """Add a micro-batch, one pair of heads at a time. Needs a few (sequences, tokens, tokens) tensors besides the maps.
-
-        Args:
-            maps: (sequences, heads, tokens, tokens), any float dtype; rows sum to 1, masked entries are 0.
-        """
+        """Add maps (sequences, heads, tokens, tokens), one pair of heads at a time: any float dtype, rows sum to 1, masked entries are 0."""
         heads = self.sums.shape[0]
         assert maps.shape[1] == heads
         dtype = accumulator(maps.dtype)
@@ -356,12 +328,11 @@ class HeadDivergence:
         self.rows += maps.shape[0] * maps.shape[2]
 
     def across(self, add_up: AddUp) -> None:
-        """Add the sums of the other workers."""
         add_up(self.sums)
         (self.rows,) = add_counts(add_up, self.rows)
 
     def mean(self) -> Tensor:
-        """Return D (heads, heads), float64, on the CPU: symmetric, zero diagonal, negative rounding errors clamped to zero."""
+        """Return D (heads, heads), float64: symmetric, zero diagonal, negative rounding errors clamped to zero."""
         return (self.sums / self.rows).clamp_min(0)
 
 

@@ -26,13 +26,9 @@ def inverse_work(n: int) -> float:
 
 
 def cholesky_(a: Tensor) -> bool:
-    """Overwrite a symmetric matrix with its lower Cholesky factor, ``A = L Lᵀ``, with zeros above the diagonal.
+    """Overwrite a symmetric `a` (n, n), of which only the lower triangle is read, with its lower Cholesky factor, ``A = L Lᵀ``.
 
-    Args:
-        a: (n, n), float32 or float64; only its lower triangle is read.
-
-    Returns:
-        Whether `a` was positive definite in its dtype. If not, the contents of `a` are undefined.
+    Returns whether `a` was positive definite in its dtype; if not, its contents are undefined.
     """
     n = len(a)
     for panel in panels(n, PANEL):
@@ -55,11 +51,7 @@ def cholesky_(a: Tensor) -> bool:
 
 
 def invert_(factor: Tensor) -> Tensor:
-    """Overwrite a lower factor `L` with the full inverse ``(L Lᵀ)⁻¹``, and return it.
-
-    Args:
-        factor: L (n, n), float32 or float64, with zeros above the diagonal.
-    """
+    """Overwrite a lower factor `L` (n, n), with zeros above the diagonal, with the full inverse ``(L Lᵀ)⁻¹``, and return it."""
     _invert_triangle_(factor)
     _square_(factor)
     mirror_(factor)
@@ -120,13 +112,7 @@ _COPY_ROWS = 64
 
 
 def add_product(s: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """Add ``alpha·Aᵀ B``, which must be symmetric, to the lower half of S, in place. Tiles on the diagonal are updated in full.
-
-    Args:
-        s: S (n, n), float32 or float64.
-        a: A (k, n), same dtype and device.
-        b: B (k, n), same dtype and device.
-    """
+    """Add ``alpha·Aᵀ B``, which must be symmetric, to the lower half of S (n, n), in place; A and B are (k, n)."""
     for tile in panels(len(s), _PRODUCT_ROWS):
         s[tile, : tile.stop].addmm_(a[:, tile].T, b[:, : tile.stop], alpha=alpha)
 
@@ -150,14 +136,9 @@ def diagonal_blocks(s: Tensor, width: int) -> Tensor:
 
 
 def shrink(s: Tensor, kept: Tensor) -> Tensor:
-    """Keep only the rows and columns `kept` of a symmetric matrix, in place.
+    """Keep only the rows and columns `kept` (k,) int64, ascending, of a contiguous symmetric `s` (n, n), in place.
 
-    Args:
-        s: (n, n), contiguous; only its lower half is kept up to date. Its contents are overwritten.
-        kept: (k,) int64, ascending.
-
-    Returns:
-        (k, k), in the memory of `s`.
+    Only the lower half is kept up to date. Returns (k, k), in the memory of `s`.
     """
     k = len(kept)
     flat = s.view(-1)

@@ -144,14 +144,6 @@ def _alike(*entries: SublayerEntry) -> Sublayers:
     return lambda config, block: entries
 
 
-def _gemma(config: Any, block: int) -> tuple[SublayerEntry, ...]:
-    """Norms before the mixer and after the consumer."""
-    return (
-        replace(_ATTENTION, branch_norm="post_attention_layernorm"),
-        replace(_GATED, norm="pre_feedforward_layernorm", branch_norm="post_feedforward_layernorm"),
-    )
-
-
 def _granite(config: Any, block: int) -> tuple[SublayerEntry, ...]:
     """A factor on the addition of each sublayer."""
     scale = float(config.residual_multiplier)
@@ -238,6 +230,10 @@ def _qwen3_moe(config: Any, block: int) -> tuple[SublayerEntry, ...]:
     return _ATTENTION, _GATED
 
 
+_GEMMA = _alike(
+    replace(_ATTENTION, branch_norm="post_attention_layernorm"),
+    replace(_GATED, norm="pre_feedforward_layernorm", branch_norm="post_feedforward_layernorm"),
+)
 _OLMO2 = _alike(
     replace(_ATTENTION, norm=None, branch_norm="post_attention_layernorm", vectors=_HEAD_NORMS),
     replace(_GATED, norm=None, branch_norm="post_feedforward_layernorm"),
@@ -281,8 +277,8 @@ ARCHITECTURES = {
             for model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3")
         ),
         Architecture("granite", _granite),
-        Architecture("gemma2", _gemma),
-        Architecture("gemma3_text", _gemma),
+        Architecture("gemma2", _GEMMA),
+        Architecture("gemma3_text", _GEMMA),
         Architecture("olmo2", _OLMO2),
         Architecture("phi3", _PHI3),
         Architecture("starcoder2", _STARCODER2),
@@ -339,14 +335,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(model_type: str | None, where: str) -> Architecture:
-    """Return the table entry of a model_type.
-
-    Args:
-        where: the model directory, for the message.
-
-    Raises:
-        CheckpointError: the model_type is not in the table.
-    """
+    """Return the table entry of a model_type. Raises a CheckpointError if there is none; `where` is the model directory."""
     entry = ARCHITECTURES.get(model_type or "")
     if entry is None:
         raise CheckpointError(
@@ -360,8 +349,7 @@ def stock_config(
 ) -> dict[str, Any]:
     """Return `config` with the widths of `sites` in the fields that the stock architecture reads.
 
-    Args:
-        entries: sublayer entry of each family; the widths are those of its first site.
+    The widths of each family, by name with its sublayer entry, are those of its first site.
     """
     fields = {"model_type": model_type}
     for family, entry in entries.items():
@@ -381,8 +369,7 @@ def is_stock(
     from transformers import CONFIG_MAPPING
 
     for family in entries:
-        alike = [site for site in sites if site.family == family]
-        if len({(site.units, site.width) for site in alike}) > 1:
+        if len({(site.units, site.width) for site in sites if site.family == family}) > 1:
             return False
     fields = stock_config(model_type, entries, config, sites)
     fields.pop("model_type")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,6 @@ class Layer:
         modules: transformers' block on the meta device, with separate experts. Ownership is transferred.
         weights: stored tensors by name inside the block.
         entries: the sublayers of the block.
-        device: device of the modules.
-        dtype: computing dtype.
         there: copies of weights that are already on the device.
     """
 
@@ -80,14 +78,10 @@ class Layer:
                 return module.get_submodule(name[len(path) + 1 :])
         return modules.get_submodule(name)
 
-    def count(self, name: str) -> int:
-        """Return an attribute that counts heads."""
-        value: int = count(self._modules[0], name)
-        return value
-
-    def set_count(self, name: str, value: int) -> None:
-        """Set an attribute that counts heads, for this block only."""
-        set_count(self._modules[0], name, value)
+    def scale_count(self, name: str, kept: int, units: int) -> None:
+        """Scale an attribute that counts heads, for this block only, from `units` units to `kept`."""
+        block = self._modules[0]
+        set_count(block, name, count(block, name) // units * kept)
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace one tensor. The master is rounded to the stored dtype; the device receives the rounded values."""
@@ -138,11 +132,8 @@ class Routed(nn.Module):
 
 
 class Block:
-    """One block with its weights. It has no reference cycles, so its memory is freed with the last reference.
-
-    Args:
-        layer: the modules and weights.
-        sublayers: in execution order.
+    """One block with its weights, and its sublayers in execution order. It has no reference cycles, so its memory is freed with the
+    last reference.
     """
 
     def __init__(self, layer: Layer, sublayers: list[Sublayer]) -> None:
@@ -169,8 +160,7 @@ class Block:
     def training(self, dtype: torch.dtype) -> Iterator[dict[str, nn.Parameter]]:
         """Yield the block's weights, except routers, as trainable parameters in `dtype`, by name. At the end they become its weights.
 
-        Raises:
-            NumericalError: a trained weight is not finite in the stored dtype.
+        Raises a NumericalError if a trained weight is not finite in the stored dtype.
         """
         layer = self._layer
         routers = tuple(f"{s.entry.router}." for s in self.sublayers if s.entry.router)
@@ -187,18 +177,10 @@ class Block:
                 raise NumericalError(f"{self.prunables[0].site.name}: {name} is not finite after training")
 
     def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
-        """Create trainable low-rank updates ``W + U V`` for all linears, with `U` (out, r) zero and `V` (r, in) random.
+        """Create trainable low-rank updates ``W + U V`` for all linears, by ``name.u`` and ``name.v``, on the device.
 
-        LoRA (Hu et al. 2021), section 4.1: our U is their B, our V is their A. Entries of V have variance 1/in, and there is
-        no scaling factor.
-
-        Args:
-            rank: r, capped at the smaller side of each `W`.
-            dtype: dtype of the updates.
-            generator: random generator for V.
-
-        Returns:
-            The updates by ``name.u`` and ``name.v``, on the device.
+        LoRA (Hu et al. 2021), section 4.1: our `U` (out, r), zero, is their B; our `V` (r, in), random, is their A. Entries of V have
+        variance 1/in, and there is no scaling factor. `rank` is r, capped at the smaller side of each `W`.
         """
         found = {}
         for _, name in self._linears():
@@ -213,9 +195,7 @@ class Block:
     def updated(self, updates: Mapping[str, nn.Parameter], *, keep_zeros: bool = False) -> Iterator[None]:
         """Compute with ``W + U V``, differentiable in `updates`, while the context is open. The weights do not change.
 
-        Args:
-            updates: by ``name.u`` (out, r) and ``name.v`` (r, in), see `updates`.
-            keep_zeros: leave zero entries of W at zero.
+        `keep_zeros` leaves zero entries of W at zero.
         """
 
         def hook(u: Tensor, v: Tensor, mask: Tensor | None) -> Any:
@@ -226,24 +206,16 @@ class Block:
 
             return add
 
-        hooks = []
-        for prunable, name in self._linears():
-            mask = prunable.weight(name) != 0 if keep_zeros else None
-            change = hook(updates[f"{name}.u"], updates[f"{name}.v"], mask)
-            hooks.append(self._layer.module(name).register_forward_hook(change))
-        try:
+        with ExitStack() as hooks:
+            for prunable, name in self._linears():
+                mask = prunable.weight(name) != 0 if keep_zeros else None
+                change = hook(updates[f"{name}.u"], updates[f"{name}.v"], mask)
+                hooks.enter_context(self._layer.module(name).register_forward_hook(change))
             yield
-        finally:
-            for handle in hooks:
-                handle.remove()
 
     @torch.no_grad()
     def absorb(self, updates: Mapping[str, Tensor], *, keep_zeros: bool = False) -> None:
-        """Set the weights to ``W + U V``, as in `updated`. Masters are rounded to their stored dtype.
-
-        Raises:
-            NumericalError: a new weight is not finite in the stored dtype.
-        """
+        """Set the weights to ``W + U V``, as in `updated`. Masters are rounded to their stored dtype, in which they must be finite."""
         for prunable, name in self._linears():
             change, weight = updates[f"{name}.u"] @ updates[f"{name}.v"], prunable.weight(name)
             prunable.set_weight(name, weight.to(change.dtype) + (change * (weight != 0) if keep_zeros else change))
@@ -274,10 +246,7 @@ class Block:
 class Sublayer:
     """One or more sites with their norms and mixer (see `architectures`).
 
-    Args:
-        layer: the modules and weights of the block.
-        entry: its table entry.
-        places: its sites, each with an entry whose names are relative to the block.
+    Each of `places` is a site and an entry whose names are relative to the block.
     """
 
     def __init__(self, layer: Layer, entry: SublayerEntry, places: Sequence[tuple[Site, SublayerEntry]]) -> None:
@@ -308,10 +277,7 @@ class Sublayer:
     def mix(self, u: Tensor, arguments: Arguments, chosen: Sequence[int] | None = None) -> Mixed:
         """Compute the inputs of the consumers from the input `u` (sequences, tokens, d) of the producers.
 
-        Args:
-            u: see `normed`.
-            arguments: see `Skeleton.arguments`.
-            chosen: experts to run; the inputs of the others are empty.
+        `chosen` are the experts to run; the inputs of the others are empty.
         """
         if self.entry.kind == "attention":
             return Mixed((self._mixer[0](hidden_states=u, **arguments)[0],))
@@ -335,32 +301,22 @@ class Sublayer:
         return Mixed(tuple(z), tuple(rows), shape)
 
     def produce(self, u: Tensor, arguments: Arguments) -> tuple[Mixed, list[list[Tensor]]]:
-        """Like `mix`, but also return the outputs of each site's producers.
-
-        These are (sequences, tokens, rows), or (tokens of the expert, rows).
-        """
+        """Like `mix`, but also return the outputs of each site's producers: (sequences, tokens, rows), or (tokens of the expert, rows)."""
         given: dict[str, Tensor] = {}
-        hooks = []
-        names = [name for prunable in self.prunables for name in prunable.producers]
-        for name in names:
+        with ExitStack() as hooks:
+            for name in (name for prunable in self.prunables for name in prunable.producers):
 
-            def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
-                given[name] = output
+                def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+                    given[name] = output
 
-            hooks.append(self.layer.module(name).register_forward_hook(keep))
-        try:
+                hooks.enter_context(self.layer.module(name).register_forward_hook(keep))
             mixed = self.mix(u, arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return mixed, [[given[name] for name in prunable.producers] for prunable in self.prunables]
 
     def attend(self, u: Tensor, arguments: Arguments) -> Tensor:
         """Compute attention maps: (sequences, tokens, d) → (sequences, heads, tokens, tokens), rows sum to 1.
 
-        Args:
-            u: input of the producers, see `normed`.
-            arguments: result of `Skeleton.arguments` with ``maps=True``.
+        `u` is the input of the producers, `arguments` a result of `Skeleton.arguments` with ``maps=True``.
         """
         assert self.entry.kind == "attention"
         with upstream.eager_attention(self._mixer[0].config):
@@ -405,13 +361,7 @@ class Sublayer:
 
 
 class Prunable:
-    """A site with the weights of its producers and its consumer.
-
-    Args:
-        layer: the modules and weights of the block.
-        entry: its table entry, with names relative to the block.
-        site: its description.
-    """
+    """A site with the weights of its producers and its consumer. Names in `entry` are relative to the block."""
 
     def __init__(self, layer: Layer, entry: SublayerEntry, site: Site) -> None:
         self.layer, self.entry, self.site = layer, entry, site
@@ -453,11 +403,7 @@ class Prunable:
         return self.layer.module(name)._parameters.get("bias")
 
     def set_weight(self, name: str, weight: Tensor) -> None:
-        """Replace the weight (out, in) of a linear.
-
-        Raises:
-            NumericalError: the weight is not finite in the stored dtype.
-        """
+        """Replace the weight (out, in) of a linear. Raises a NumericalError if it is not finite in the stored dtype."""
         self.layer.set(f"{name}.weight", self._turned(name, weight).contiguous())
         if not all_finite(self.layer.weights[f"{name}.weight"]):
             raise NumericalError(f"{self.site.name}: the new weights of {name} are not finite in their stored dtype")
@@ -474,7 +420,7 @@ class Prunable:
                     self.layer.set(f"{producer.name}.{leaf}", tensor.index_select(axis, rows))
         self.set_weight(self.consumer, consumer_weight)
         for name in self.entry.counts:
-            self.layer.set_count(name, self.layer.count(name) // site.units * len(kept))
+            self.layer.scale_count(name, len(kept), site.units)
         self.site = site.keeping(len(kept))
 
     def _rows(self, stretches: Sequence[int], kept: Tensor) -> Tensor:

@@ -37,19 +37,6 @@ _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 """A shard name that is neither a path nor a pattern, since it may be requested from the hub."""
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Config fields that describe quantisation."""
-_PACKED = (
-    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
-    (re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|quant_state\..*)$"), "bitsandbytes"),
-    (re.compile(r"\.weight_scale_2$"), "ModelOpt"),
-    (
-        re.compile(r"\.(weight_packed|weight_shape|weight_zero_point|(weight|input)_global_scale)$"),
-        "compressed-tensors",
-    ),
-    (re.compile(r"\.(weight_scale|input_scale)$"), "compressed-tensors or ModelOpt"),
-    (re.compile(r"\.weight_scale_inv$|_proj_(blocks|scales)$"), "block-scaled float"),
-)
-"""Suffixes of tensor names that only quantised weights have, and the format they indicate. Most specific first."""
-
 _TABLES = ("I64", "BOOL")
 """Dtypes that never hold packed weights."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,15 +61,21 @@ class TensorEntry:
         """Number of elements."""
         return self.nbytes // self.dtype.itemsize
 
+    def read(self, device: torch.device = CPU) -> Tensor:
+        """Read the tensor to new host memory; pinned if `device` is a GPU."""
+        buffer = host_buffer(self.nbytes, device)
+        if files.read_into(self.shard, self.begin, buffer.numpy().data) < self.nbytes:
+            raise CheckpointError(f"{self.shard} ended inside a tensor")
+        return buffer.view(self.dtype).view(self.shape)
+
 
 class Checkpoint(Mapping[str, TensorEntry]):
     """A checkpoint directory, as a mapping from tensor names to their locations. `read` loads a tensor.
 
     Raises:
-        CheckpointError: not a checkpoint, only pickled weights, two sets of weights, a shard that is missing, truncated or
-            corrupt, an index that names a file outside the directory or a tensor that its shard lacks, a tensor in two
-            shards, a quantised or integer dtype, a Git LFS pointer, a link that leads out of the directory, or an
-            adapter that is not merged.
+        CheckpointError: not a checkpoint, or one that cannot be read safely and in full: only pickled weights, two sets of
+            weights, a missing or corrupt shard, an index that names a file outside the directory, a link that leads out of it,
+            a quantised or integer dtype, a Git LFS pointer, or an adapter that is not merged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -91,7 +84,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         check_links(directory)
         if (directory / ADAPTER).exists():
             raise CheckpointError(
-                f"{directory} has an adapter ({ADAPTER}) beside its weights; merge it first, or take the file away"
+                f"{directory} has an adapter ({ADAPTER}) beside its weights; merge it first, or remove the file"
             )
         self.directory = directory
         config = read_json(directory / CONFIG)
@@ -132,12 +125,9 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
         """Read a tensor to new host memory, in its stored dtype; pinned if `device` is a GPU."""
-        entry = self[name]
-        buffer = host_buffer(entry.nbytes, device)
-        if files.read_into(entry.shard, entry.begin, buffer.numpy().data) < entry.nbytes:
-            raise CheckpointError(f"{entry.shard}: ended inside tensor {name!r}")
-        self.bytes_read += entry.nbytes
-        return buffer.view(entry.dtype).view(entry.shape)
+        tensor = self[name].read(device)
+        self.bytes_read += tensor.nbytes
+        return tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,7 +197,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def _open(self, path: Path, wanted: set[str] | None) -> None:
         if not path.is_file():
             raise CheckpointError(f"shard {path} is {'not a regular file' if path.exists() else 'missing'}")
-        length, raw = read_header(path)
+        begin, raw = read_header(path)
         self.headers[path.name] = hashlib.sha256(raw).hexdigest()
         try:
             header = {name: value for name, value in parse(raw.decode("utf-8")).items() if name != "__metadata__"}
@@ -217,43 +207,25 @@ class Checkpoint(Mapping[str, TensorEntry]):
             raise CheckpointError(f"shard {path} lacks {missing[0]!r}, which the index places there")
         self._check_dtypes(path, {name: entry["dtype"] for name, entry in header.items()})
         # Like transformers, read all tensors of a shard; the index only says which shards there are.
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                continue
+        for name, entry in _entries(path, begin, header):
             if (twin := self._entries.get(name)) is not None:
                 raise CheckpointError(f"shard {path} holds {name!r}, and so does {twin.shard.name}; it must be in one")
-            begin, end = entry["data_offsets"]
-            self._entries[name] = TensorEntry(
-                path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin
-            )
+            if entry.dtype in DTYPES.values():
+                self._entries[name] = entry
 
     def _check_dtypes(self, path: Path, dtypes: Mapping[str, str]) -> None:
-        """Check that the tensors of a shard, dtypes by name, have supported dtypes.
+        """Raise a CheckpointError if a tensor of a shard, dtypes by name, has an unsupported dtype.
 
-        Raises:
-            CheckpointError: quantised weights, with the format if known; or an integer table, such as that of DeepSeek V4's
-                experts.
+        The message names the quantisation method if the config declares one. DeepSeek V4 has tables of integers.
         """
-        makers = {name: maker for ending, maker in reversed(_PACKED) for name in dtypes if ending.search(name)}
         # Pythia's attention masks are boolean.
-        unread = {n: d for n, d in dtypes.items() if n in makers or (d not in DTYPES and not n.endswith(UNREAD))}
-        declared = quantised_by(self.config) or ("modelopt" if (self.directory / MODELOPT).exists() else None)
-        packed = [
-            name
-            for name, dtype in unread.items()
-            if name in makers or dtype[0] == "F" or name.endswith(".weight") or (declared and dtype not in _TABLES)
-        ]
-        only = f"only {', '.join(DTYPES)}"
-        if packed:
-            surest = next((maker for _, maker in _PACKED if maker in makers.values()), None)
-            by = f" ({declared or surest})" if declared or surest else ""
-            raise CheckpointError(
-                f"{path}: tensor {packed[0]!r} has dtype {unread[packed[0]]}; quantised or packed weights{by} cannot be "
-                f"pruned, {only}"
-            )
-        if unread:
-            name, dtype = next(iter(unread.items()))
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}; tables of it cannot be read, {only}")
+        unread = {n: d for n, d in dtypes.items() if d not in DTYPES and not n.endswith(UNREAD)}
+        method = quantised_by(self.config) or ("modelopt" if (self.directory / MODELOPT).exists() else None)
+        by = f" ({method})" if method else ""
+        # Weights before tables.
+        for name, dtype in sorted(unread.items(), key=lambda item: item[1] in _TABLES):
+            what = "tables of it cannot be read" if dtype in _TABLES else f"quantised weights{by} cannot be pruned"
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}; {what}, only {', '.join(DTYPES)}")
 
 
 def quantised_by(config: Mapping[str, Any]) -> str | None:
@@ -269,10 +241,8 @@ def quantised_by(config: Mapping[str, Any]) -> str | None:
 def weight_file(directory: Path) -> str:
     """Return the file from which transformers loads the weights of a directory: `SINGLE` if it exists, else `INDEX`.
 
-    A left-over index beside `SINGLE`, whose shards are gone, is ignored, as in transformers.
-
-    Raises:
-        CheckpointError: `SINGLE` and shards of the index both exist. transformers would silently read `SINGLE`.
+    A left-over index beside `SINGLE`, whose shards are gone, is ignored, as in transformers. If its shards exist too, raise a
+    CheckpointError: transformers would silently read `SINGLE`.
     """
     index = directory / INDEX
     if not (directory / SINGLE).is_file():
@@ -287,7 +257,7 @@ def weight_file(directory: Path) -> str:
 
 
 def read_header(path: Path) -> tuple[int, bytes]:
-    """Return the length in bytes and the JSON text of a shard's header, after `safetensors` has validated it.
+    """Return the offset of the tensors in a shard, in bytes, and its header's JSON, after `safetensors` has validated it.
 
     The validation checks the header's length against the file, that tensors follow each other without gaps or overlaps up
     to the end of the file, and that the size of each tensor matches its shape and dtype.
@@ -304,15 +274,23 @@ def read_header(path: Path) -> tuple[int, bytes]:
     beginning = bytearray(8)
     files.read_into(path, 0, memoryview(beginning))
     raw = bytearray(int.from_bytes(beginning, "little"))
-    files.read_into(path, len(beginning), memoryview(raw))
-    return len(raw), bytes(raw)
+    files.read_into(path, 8, memoryview(raw))
+    return 8 + len(raw), bytes(raw)
+
+
+def _entries(path: Path, offset: int, header: Mapping[str, Any]) -> Iterator[tuple[str, TensorEntry]]:
+    """Yield the tensors of a shard whose dtype is in `NAMES`; `offset` and `header` are those of `read_header`."""
+    dtypes = {name: dtype for dtype, name in NAMES.items()}
+    for name, entry in header.items():
+        if entry.get("dtype") in dtypes:
+            begin, end = entry["data_offsets"]
+            yield name, TensorEntry(path, dtypes[entry["dtype"]], tuple(entry["shape"]), offset + begin, end - begin)
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
     """Return the shard file names of an index, each with the tensors that the index places there.
 
-    Raises:
-        CheckpointError: not an index, or a shard name that is not a safetensors file in the same directory.
+    A shard must be a safetensors file in the same directory; otherwise raise a CheckpointError.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -333,16 +311,10 @@ def shard_name(number: int, total: int) -> str:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Durably write one shard. Equal tensors produce identical bytes.
+    """Durably write one shard; return the SHA-256 in hex of the bytes in memory. Equal tensors produce identical bytes.
 
     Does not use safetensors' own writer (0.8), which writes a randomly named file beside the target that only its owner can
     read and that a killed process leaves behind.
-
-    Returns:
-        The SHA-256 in hex of the bytes in memory.
-
-    Raises:
-        DiskError: the shard cannot be written, for example because the disk is full.
     """
     # Largest element size first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -357,48 +329,29 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
-    """Read all tensors of a shard and check its digest.
-
-    Args:
-        digest: the result of `write_shard`.
-
-    Raises:
-        DamageError: the file is missing or differs from what was written.
-    """
+    """Read all tensors of a shard. Raises a DamageError if it is missing or its digest is not that of `write_shard`."""
     data = files.read_bytes(path) if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != digest:
-        raise DamageError(
-            f"{path} is missing, or not what was written there; run the same command again: it is made anew"
-        )
+        raise DamageError(f"{path} is missing or damaged; run the same command again: it will be made again")
     found: dict[str, Tensor] = load(data)
     return found
 
 
 class Shard(Mapping[str, Tensor]):
-    """A shard written by `write_shard`, as a mapping that reads each tensor on access.
-
-    Raises:
-        CheckpointError: the shard is corrupt or truncated.
-    """
+    """A shard written by `write_shard`, as a mapping that reads each tensor on access."""
 
     def __init__(self, path: Path) -> None:
-        length, raw = read_header(path)
-        self._path, self._begin = path, 8 + length
-        self._header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        offset, raw = read_header(path)
+        self._tensors = dict(_entries(path, offset, json.loads(raw)))
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._header[name]
-        begin, end = entry["data_offsets"]
-        buffer = host_buffer(end - begin, CPU)
-        files.read_into(self._path, self._begin + begin, buffer.numpy().data)
-        dtype = next(dtype for dtype, code in NAMES.items() if code == entry["dtype"])
-        return buffer.view(dtype).view(entry["shape"])
+        return self._tensors[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._header)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._header)
+        return len(self._tensors)
 
 
 def data_bytes(path: Path) -> int:

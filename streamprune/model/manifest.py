@@ -19,17 +19,10 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def write(folder: Path, digests: Mapping[str, str]) -> None:
-    """Durably write the manifest, and read it back to check it.
-
-    Args:
-        digests: SHA-256 in hex, by file name.
-
-    Raises:
-        DamageError: the disk does not hold what was written.
-    """
+    """Durably write the manifest of `digests`, SHA-256 in hex by file name, and `check` it."""
     path = folder / NAME
     digest = files.write_text(path, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
-    hold(path, digest)
+    check(path, digest)
 
 
 def read(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -53,7 +46,7 @@ def read(folder: Path) -> tuple[dict[str, str], list[str]]:
     return digests, wrong
 
 
-def hold(path: Path, digest: str) -> None:
+def check(path: Path, digest: str) -> None:
     """Check that a file on disk has this SHA-256 (hex), bypassing the page cache where possible.
 
     Raises:
@@ -62,6 +55,6 @@ def hold(path: Path, digest: str) -> None:
     files.drop_cached(path)
     if files.sha256(path) != digest:
         raise DamageError(
-            f"{path} is not on the disk as it was written: something is wrong with the disk or the memory; "
-            "run the same command again to go on"
+            f"{path} on disk differs from what was written: the disk or the memory may be faulty; "
+            "run the same command again to resume"
         )

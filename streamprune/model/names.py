@@ -1,4 +1,4 @@
-"""File names in a checkpoint directory, and groups of config fields.
+"""File names in a checkpoint directory, groups of config fields, and names of activation functions.
 
 Must not import torch, because `status` uses these names without it.
 """
@@ -45,3 +45,14 @@ COMPANIONS = (
     "USE_POLICY.md",
 )
 """Files that are copied unchanged from the source to the result."""
+SAME = (
+    ("silu", "swish"),
+    ("gelu", "gelu_python"),
+    ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+)
+"""Groups of transformers' names for the same activation function, up to float32 rounding."""
+
+
+def canonical(activation: str | None) -> str | None:
+    """Return the first name of an activation function in its group: ``"swish"`` → ``"silu"``. Others are unchanged."""
+    return next((names[0] for names in SAME if activation in names), activation)

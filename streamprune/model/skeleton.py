@@ -44,8 +44,7 @@ class Skeleton:
             written from this model would lack them.
 
     Raises:
-        CheckpointError: `read_configuration` rejects the config, a tensor is missing, unexpected or of a shape that differs
-            from the config, or the config has sizes that exceed those of the shards.
+        CheckpointError: `read_configuration` or transformers rejects the config, or it does not match the tensors.
         NumericalError: see `arguments`.
     """
 
@@ -95,21 +94,21 @@ class Skeleton:
         model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
         self._embed = _present(model, self.architecture.embed)
         self._after = _present(model, (*self.architecture.final, self.architecture.head))
-        for name, what in self.layout_faults() if check else ():
-            raise CheckpointError(f"{self.checkpoint.directory}: tensor {name!r} {what}")
-        for name in self.extra() if check else ():
-            raise CheckpointError(
-                f"{self.checkpoint.directory}: tensor {name!r} has no place in the {self.architecture.model_type} model that "
-                "the config says; transformers passes over it, but a result would lack it: take it out of the files"
-            )
+        if check:
+            for name, what in self.layout_faults():
+                raise CheckpointError(f"{self.checkpoint.directory}: tensor {name!r} {what}")
+            for name in self.extra():
+                raise CheckpointError(
+                    f"{self.checkpoint.directory}: tensor {name!r} is not in the {self.architecture.model_type} model that the "
+                    "config describes; transformers ignores it, but a result would lack it: remove it from the files"
+                )
         for name in list(self._after)[:-1]:
             model.set_submodule(name, nn.Identity())
         numbers = sum(buffer.numel() for buffer in model.buffers() if buffer.is_meta)
         weights = sum(entry.numel for entry in self.checkpoint.values())
         if numbers > weights:
             raise CheckpointError(
-                f"{self.checkpoint.directory}/config.json: it asks for tables of {numbers} numbers; the model has "
-                f"{weights} weights"
+                f"{self.checkpoint.directory}/config.json: tables of {numbers} numbers for a model of {weights} weights"
             )
         upstream.rebuild_buffers(model, self.config, self.device, self.dtype)
         # The rest of the model is its head, including any post-processing of logits.
@@ -117,7 +116,6 @@ class Skeleton:
         self._head = model
 
     def __len__(self) -> int:
-        """Return the number of blocks."""
         return len(self._templates)
 
     @property
@@ -127,7 +125,6 @@ class Skeleton:
 
     @property
     def vocabulary(self) -> int:
-        """Vocabulary size in tokens."""
         return int(self.config.vocab_size)
 
     @property
@@ -160,11 +157,9 @@ class Skeleton:
                 own = entry.expert(number)
                 found.append((replace(self._site(index, own), expert=number, share=share), own))
         sites = tuple(site for site, _ in found)
+        alike = self.layout.alike
         return [
-            (
-                replace(site, choices=self._stock_choices(sites, site)) if site.family in self.layout.alike else site,
-                entry,
-            )
+            (replace(site, choices=self._stock_choices(sites, site)) if site.family in alike else site, entry)
             for site, entry in found
         ]
 
@@ -181,7 +176,8 @@ class Skeleton:
             heads, units = columns // head, (sum(rows) - columns) // (2 * head)
         if units < 1 or any(width % units for width in (columns, *rows)):
             raise CheckpointError(
-                f"{self.checkpoint.directory}: {entry.kind} widths {[columns, *rows]} of block {index} do not fall into {units} units"
+                f"{self.checkpoint.directory}: {entry.kind} widths {[columns, *rows]} of block {index} are not divisible into "
+                f"{units} units"
             )
         produced = sum(p.numel() for module in producers for p in module.parameters())
         produced += sum(p.numel() for v in entry.vectors for p in layer.get_submodule(v.name).parameters())
@@ -208,23 +204,20 @@ class Skeleton:
         self, index: int, wanted: frozenset[Statistic], device: torch.device | None = None
     ) -> list[SiteStatistics]:
         """Return empty sums for a survey of a block, one per site, on `device` or the model's own."""
-        found = []
-        for site, entry in self.places(index):
-            inputs = linear_shape(self.module(index, entry.producers[0].name))[1]
-            found.append(
-                SiteStatistics(
-                    wanted,
-                    units=site.units,
-                    width=site.width,
-                    heads=site.heads,
-                    inputs=inputs,
-                    outputs=site.outputs,
-                    rows=[weights // inputs for weights in site.linears[:-1]],
-                    device=device or self.device,
-                    dtype=accumulator(self.dtype),
-                )
+        return [
+            SiteStatistics(
+                wanted,
+                units=site.units,
+                width=site.width,
+                heads=site.heads,
+                inputs=self.width,
+                outputs=site.outputs,
+                rows=[weights // self.width for weights in site.linears[:-1]],
+                device=device or self.device,
+                dtype=accumulator(self.dtype),
             )
-        return found
+            for site in self.sites(index)
+        ]
 
     def linears(self, index: int) -> list[str]:
         """Return the names of all linears of a block's sites: the producers of each site, then its consumer."""
@@ -267,11 +260,12 @@ class Skeleton:
 
     def embed_names(self) -> list[str]:
         """Return the checkpoint's names of the tensors before the blocks."""
-        return self._names(self._embed)
+        return [name for *_, name in self._leaves(self._embed)]
 
     def head_names(self) -> list[str]:
         """Return the checkpoint's names of the tensors after the blocks; a tied head is not included."""
-        return [name for name in self._names(self._after) if name != self._head_weight or not self.tied]
+        names = [name for *_, name in self._leaves(self._after)]
+        return [name for name in names if name != self._head_weight or not self.tied]
 
     def parameters(self) -> int:
         """Return the number of parameters of the model; a tied head counts once."""
@@ -279,14 +273,10 @@ class Skeleton:
         return self.block_parameters() + sum(self.checkpoint[name].numel for name in outside)
 
     def forward_operations(self, sequences: int, length: int) -> int:
-        """Return the floating-point operations of a forward pass through blocks and head, in the convention of `maths.flops`.
+        """Return the floating-point operations of a forward pass over `sequences` of `length` tokens, in the convention of `maths.flops`.
 
         Two per weight and token of each linear, plus the two attention products over all pairs of tokens. The head runs on all
         tokens of a sequence except the last, which predicts nothing.
-
-        Args:
-            sequences: number of sequences.
-            length: tokens per sequence.
         """
         linears = sum(_matrix_elements(layer) for layer in self._templates)
         linears -= round(sum((1 - site.share) * sum(site.linears) for site in self.all_sites()))
@@ -304,13 +294,7 @@ class Skeleton:
         return {name: self.checkpoint.read(full, self.device) for name, full in self.block_names(index).items()}
 
     def build_block(self, index: int, weights: dict[str, Tensor], there: Mapping[str, Tensor] | None = None) -> Block:
-        """Build a block.
-
-        Args:
-            index: number of the block.
-            weights: result of `read_block`.
-            there: copies of weights that are already on the device, by name.
-        """
+        """Build a block from the result of `read_block`; `there` has copies of weights that are already on the device, by name."""
         entries, places = self.entries[index], iter(self.places(index))
         layer = Layer(copy.deepcopy(self._templates[index]), weights, entries, self.device, self.dtype, there or {})
         sublayers = []
@@ -335,30 +319,21 @@ class Skeleton:
             # Not counted, because results are cached and a repeat depends on earlier calls.
             with attention, counted(0), self._filled(self._embed, self._blank):
                 self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
-            self._check_rotation(tokens, past)
+            given = [slot.arguments.get("position_embeddings") or () for slot in self._slots]
+            # Blocks of the same kind share their tables.
+            if not all(all_finite(table) for table in {table for tables in given for table in tables}):
+                raise NumericalError(
+                    f"{self.checkpoint.directory}: the rotary embedding of positions {past} to {past + tokens - 1} holds "
+                    f"NaN or Inf{advice(self.dtype)}"
+                )
             self._arguments[key] = [slot.arguments for slot in self._slots]
             while len(self._arguments) > 4:
                 self._arguments.popitem(last=False)
         return self._arguments[key]
 
-    def _check_rotation(self, tokens: int, past: int) -> None:
-        """Check that the rotary embeddings in the last recorded arguments are finite."""
-        given = [slot.arguments.get("position_embeddings") or () for slot in self._slots]
-        # Blocks of the same kind share their tables.
-        for table in {id(table): table for tables in given for table in tables}.values():
-            if not all_finite(table):
-                raise NumericalError(
-                    f"{self.checkpoint.directory}: the rotary embedding of positions {past} to {past + tokens - 1} holds "
-                    f"NaN or Inf{advice(self.dtype)}"
-                )
-
     @contextmanager
     def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield a function from token ids (sequences, tokens) int64 to the first block's input (sequences, tokens, d).
-
-        Args:
-            past: number of preceding tokens.
-        """
+        """Yield a function from token ids (sequences, tokens) int64 to the first block's input (sequences, tokens, d)."""
         with self._filled(self._embed, self._read):
             yield partial(self._embedded, past=past)
 
@@ -372,7 +347,7 @@ class Skeleton:
     def _stock_choices(self, sites: tuple[Site, ...], site: Site) -> tuple[int, ...]:
         """Return the unit counts for the site's family that the stock config can express, with other families unchanged."""
 
-        def sayable(units: int) -> bool:
+        def possible(units: int) -> bool:
             others = [other for other in sites if other.family != site.family]
             families = {name: e for name, e in self.families.items() if any(s.family == name for s in sites)}
             return is_stock(
@@ -383,8 +358,8 @@ class Skeleton:
             return site.choices
         # If the stock config can express the FFN width at all, it can express any width.
         if site.kind == "ffn":
-            return tuple(range(1, site.units + 1)) if sayable(1) else (site.units,)
-        return tuple(units for units in range(1, site.units + 1) if units == site.units or sayable(units))
+            return tuple(range(1, site.units + 1)) if possible(1) else (site.units,)
+        return tuple(units for units in range(1, site.units + 1) if units == site.units or possible(units))
 
     @property
     def _head_weight(self) -> str:
@@ -456,11 +431,7 @@ class Skeleton:
 
     @contextmanager
     def _filled(self, modules: dict[str, nn.Module], source: Callable[[str], Tensor]) -> Iterator[None]:
-        names = [
-            (module, leaf, self.stored_name(f"{path}.{leaf}"))
-            for path, module in modules.items()
-            for leaf in module.state_dict()
-        ]
+        names = self._leaves(modules)
         before = [module.get_parameter(leaf).detach() for module, leaf, _ in names]
         try:
             for module, leaf, name in names:
@@ -471,11 +442,7 @@ class Skeleton:
                 place(module, leaf, tensor)
 
     def _separate_experts(self) -> None:
-        """Replace fused experts by separate modules.
-
-        Raises:
-            CheckpointError: there are more experts than tensors in the shards, or fewer than are chosen per token.
-        """
+        """Replace fused experts by separate modules, after checking their number against the shards."""
         counted = 0
         for template, entries in zip(self._templates, self.entries, strict=True):
             for name in (entry.experts for entry in entries if entry.experts):
@@ -484,20 +451,19 @@ class Skeleton:
                 counted += held
                 if counted > len(self.checkpoint):
                     raise CheckpointError(
-                        f"{self.checkpoint.directory}/config.json: it says {counted} experts or more; the shards hold "
+                        f"{self.checkpoint.directory}/config.json: {counted} experts or more; the shards hold "
                         f"{len(self.checkpoint)} tensors"
-                    )
-                chosen = self.config.num_experts_per_tok
-                if type(chosen) is not int or not 1 <= chosen <= held:
-                    raise CheckpointError(
-                        f"{self.checkpoint.directory}/config.json: num_experts_per_tok is {str(chosen)[:40]}; it must be "
-                        f"1 to {held}, the number of experts"
                     )
                 if not isinstance(experts, Experts):
                     separate_experts(template, name)
 
-    def _names(self, modules: dict[str, nn.Module]) -> list[str]:
-        return [self.stored_name(f"{path}.{leaf}") for path, module in modules.items() for leaf in module.state_dict()]
+    def _leaves(self, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, str, str]]:
+        """Return the tensors of modules: module, name inside it, and name in the checkpoint."""
+        return [
+            (module, leaf, self.stored_name(f"{path}.{leaf}"))
+            for path, module in modules.items()
+            for leaf in module.state_dict()
+        ]
 
     def layout_faults(self) -> Iterator[tuple[str, str]]:
         """Yield tensors that are missing, or whose shape differs from the config: name, and what is wrong."""
@@ -507,7 +473,7 @@ class Skeleton:
             expected.pop(self._head_weight)
         for name, shape in expected.items():
             if name not in self.checkpoint:
-                yield name, f"is missing; the config says a {self.architecture.model_type} model that has it"
+                yield name, f"is missing; the {self.architecture.model_type} model that the config describes has it"
             elif self.checkpoint[name].shape != shape:
                 yield name, f"has shape {list(self.checkpoint[name].shape)}; the config says {list(shape)}"
 
@@ -522,10 +488,9 @@ class Skeleton:
         for index, layer in enumerate(self._templates):
             state = layer.state_dict()
             expected |= {full: tuple(state[name].shape) for name, full in self.block_names(index).items()}
-        for path, module in {**self._embed, **self._after}.items():
-            expected |= {
-                self.stored_name(f"{path}.{leaf}"): tuple(tensor.shape) for leaf, tensor in module.state_dict().items()
-            }
+        for modules in (self._embed, self._after):
+            for module, leaf, name in self._leaves(modules):
+                expected[name] = tuple(module.state_dict()[leaf].shape)
         return expected
 
 

@@ -1,8 +1,8 @@
 """All uses of transformers interfaces that are private or change between releases.
 
-There are two exceptions. `modeling_streamprune` is copied beside checkpoints and cannot import this package; it uses the public
-`CONFIG_MAPPING` and `MODEL_FOR_CAUSAL_LM_MAPPING`, and `transformers.conversion_mapping` if tensor names in the checkpoint differ
-from the model's. `maths.flops` refers by name to operators that transformers registers.
+Exceptions: `modeling_streamprune` is copied beside checkpoints and cannot import this package; it uses the public `CONFIG_MAPPING`
+and `MODEL_FOR_CAUSAL_LM_MAPPING`, and `transformers.conversion_mapping` if tensor names in the checkpoint differ from the model's.
+`maths.flops` refers by name to operators that transformers registers. `stream.generate` implements a cache's `update`.
 
 tests/model/test_upstream.py tests each of these, and lists the versions they were observed with.
 """
@@ -10,7 +10,6 @@ tests/model/test_upstream.py tests each of these, and lists the versions they we
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,26 +31,17 @@ CACHES = ("cache", "past_key_values", "layer_past")
 
 def untested() -> str:
     """Return a hint for messages that names libraries newer than the tested versions; empty if there are none."""
-    newer = [
-        f"{name} {version(name)} is newer than {major}.{minor}, the newest version tested (pip install '{name}<={major}.{minor}.99')"
+    return "".join(
+        f"; {name} {version(name)} is newer than {major}.{minor}, the newest version tested "
+        f"(pip install '{name}<={major}.{minor}.99')"
         for name, (major, minor) in TESTED.items()
-        if _minor(version(name)) > (major, minor)
-    ]
-    return "".join(f"; {each}" for each in newer)
-
-
-def _minor(text: str) -> tuple[int, int]:
-    major, minor, *_ = text.split(".")
-    return int(major), int(minor)
+        if tuple(map(int, version(name).split(".")[:2])) > (major, minor)
+    )
 
 
 @cache
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """Return the name of the cache argument of `forward`, of a model or a block.
-
-    Raises:
-        TypeError: `forward` has no such argument.
-    """
+    """Return the name of the cache argument of `forward`, of a model or a block. Raises a TypeError if it has none."""
     parameters = inspect.signature(forward).parameters
     for name in CACHES:
         if name in parameters:
@@ -74,20 +64,6 @@ class Past:
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return (number of keys, position of the first key)."""
         return self.tokens + query_length, 0
-
-
-class BlockCache(ABC):
-    """The part of a cache that attention uses."""
-
-    @abstractmethod
-    def extend(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values (sequences, heads, new tokens, head_dim); return those of all tokens so far."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *others: Any, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Entry point for attention. Further arguments differ between releases and serve other kinds of cache."""
-        return self.extend(key_states, value_states, layer_idx)
 
 
 class Recorder(nn.Module):
@@ -145,10 +121,7 @@ def forget_kernels(config: Any) -> None:
 def rebuild_buffers(model: nn.Module, config: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Compute on `device` the buffers of a meta-device model that checkpoints do not store, such as rotary tables.
 
-    Modules with such buffers take the config as their only argument, or are embeddings with a scale.
-
-    Args:
-        dtype: dtype of embedding scales.
+    Modules with such buffers take the config as their only argument, or are embeddings with a scale in `dtype`.
     """
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

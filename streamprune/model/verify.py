@@ -38,11 +38,10 @@ config, or the tensors of a file cannot be determined. ``values``: NaN or Inf. `
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault, or one extra item. Its `str` is a line for the user."""
+    """One fault, or one extra item. `file` is a file name in the directory; `str` is a line for the user."""
 
     kind: Kind
     file: str
-    """File name in the directory."""
     tensor: str | None
     """Name of the tensor, if the fault concerns a single one."""
     message: str
@@ -82,16 +81,7 @@ class Verification:
 
 
 def check(folder: Path, digests: Mapping[str, str] | None, progress: Progress) -> Verification:
-    """Check the files of a checkpoint directory against digests, its tensors against its config, and its values for NaN and Inf.
-
-    Args:
-        folder: the checkpoint directory.
-        digests: SHA-256 in hex of every file that belongs there, by name; None if unknown.
-        progress: receives one step per file.
-
-    Raises:
-        Stopped: `progress` requested a stop.
-    """
+    """Like `verify`, with the SHA-256 in hex of every file that belongs in `folder`, by name; None if unknown."""
     return _Reading(folder, digests, progress).done()
 
 
@@ -114,8 +104,8 @@ class _Reading:
         self.progress.phase("verify", len(small) + len(shards))
         for name in small:
             self._read(name, {})
-        if checkpoint is not None and not self._damaged(CONFIG):
-            self._hold_against_config(checkpoint)
+        if checkpoint is not None and not any(fault.file == CONFIG and fault.kind == "file" for fault in self.faults):
+            self._compare_with_config(checkpoint)
         # Extra tensors are not used for computing, and masks may contain Inf.
         read = {name: each for name, each in entries.items() if name not in self.extra and not name.endswith(UNREAD)}
         for shard in sorted(shards):
@@ -156,7 +146,7 @@ class _Reading:
             self._fault(kind, shard, None, self._within(message, shard))
         return checkpoint
 
-    def _hold_against_config(self, checkpoint: _Opened) -> None:
+    def _compare_with_config(self, checkpoint: _Opened) -> None:
         try:
             skeleton = Skeleton(checkpoint, device=CPU, dtype=torch.float32, check=False)
             found, extra = list(skeleton.layout_faults()), skeleton.extra()
@@ -164,19 +154,14 @@ class _Reading:
             if not checkpoint.faults:  # otherwise an unreadable shard may be the cause
                 self._fault("layout", CONFIG, None, self._within(error, CONFIG))
             return
-        index = weight_file(self.folder)
         for name in extra:
             shard, model = checkpoint[name].shard.name, skeleton.architecture.model_type
-            message = (
-                f"{shard}: tensor {name!r} has no place in the {model} model that the config says, and is not read"
-            )
+            message = f"{shard}: tensor {name!r} is not in the {model} model that the config describes, and is not read"
             self._add_extra(shard, name, message)
         for name, what in found:
-            if name in checkpoint:
-                shard = checkpoint[name].shard.name
-                self._fault("layout", shard, name, f"{shard}: tensor {name!r} {what}")
-            elif not checkpoint.had(name):
-                self._fault("layout", index, name, f"{index}: tensor {name!r} {what}")
+            if name in checkpoint or not checkpoint.had(name):
+                file = checkpoint[name].shard.name if name in checkpoint else weight_file(self.folder)
+                self._fault("layout", file, name, f"{file}: tensor {name!r} {what}")
 
     def _read(self, name: str, entries: Mapping[str, TensorEntry]) -> None:
         """Read one file; check its digest and the values of its tensors."""
@@ -198,18 +183,19 @@ class _Reading:
         files.drop_cached(path)
 
         def load(piece: _Piece) -> Tensor:
-            buffer = host_buffer(piece.length, CPU)
+            begin, length, _ = piece
+            buffer = host_buffer(length, CPU)
             data = buffer.numpy().data
-            if files.read_into(path, piece.begin, data) < piece.length:
-                raise DiskError("it was cut short meanwhile")
+            if files.read_into(path, begin, data) < length:
+                raise DiskError("it became shorter while it was read")
             if expected is not None:
                 digest.update(data)
             return buffer
 
-        for piece, buffer in prefetch(_pieces(path.stat().st_size, entries), load):
-            self.bytes += piece.length
-            if piece.tensor is not None and not all_finite(buffer.view(entries[piece.tensor].dtype)):
-                wrong[piece.tensor] = None
+        for (_, length, tensor), buffer in prefetch(_pieces(path.stat().st_size, entries), load):
+            self.bytes += length
+            if tensor is not None and not all_finite(buffer.view(entries[tensor].dtype)):
+                wrong[tensor] = None
         if expected is not None and digest.hexdigest() != expected:
             message = f"{path.name} has checksum {digest.hexdigest()[:SHOWN]}…; it was written with {expected[:SHOWN]}…"
             self._fault("file", path.name, None, message)
@@ -224,9 +210,6 @@ class _Reading:
         for name in sorted(needed):
             self._fault("file", name, None, f"{manifest.NAME} does not name {name}, which the model needs")
         return tuple(sorted(others - needed))
-
-    def _damaged(self, name: str) -> bool:
-        return any(fault.file == name and fault.kind == "file" for fault in self.faults)
 
     def _within(self, error: object, name: str) -> str:
         """Return a message about a file, with paths in the directory shortened to file names."""
@@ -275,14 +258,8 @@ class _Opened(Checkpoint):
             self._all_lost |= wanted is None
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A range of bytes of a file."""
-
-    begin: int
-    length: int
-    tensor: str | None
-    """The tensor that contains the whole range; None for headers and data that is not checked."""
+_Piece = tuple[int, int, str | None]
+"""A range of bytes of a file: begin, length, and the tensor that contains it all; None for data that is not checked."""
 
 
 def _pieces(size: int, entries: Mapping[str, TensorEntry]) -> Iterator[_Piece]:
@@ -296,7 +273,7 @@ def _pieces(size: int, entries: Mapping[str, TensorEntry]) -> Iterator[_Piece]:
 
 
 def _cut(begin: int, end: int, tensor: str | None) -> Iterator[_Piece]:
-    return (_Piece(at, min(PIECE, end - at), tensor) for at in range(begin, end, PIECE))
+    return ((at, min(PIECE, end - at), tensor) for at in range(begin, end, PIECE))
 
 
 def verify(path: str | Path, *, progress: Progress | None = None) -> Verification:
@@ -307,7 +284,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> Verificatio
 
     Args:
         path: a checkpoint directory, or a name on the hub.
-        progress: receives one step per file; None for no reports.
+        progress: receives one step per file.
 
     Raises:
         CheckpointError: `path` is neither.

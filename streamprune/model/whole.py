@@ -15,11 +15,8 @@ from .config import read_configuration
 def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
     """Load a checkpoint directory as a transformers model in evaluation mode, on the CPU.
 
-    Args:
-        dtype: dtype of the weights; None for the stored dtype.
-
-    Raises:
-        CheckpointError: `Checkpoint` or `read_configuration` rejects it, or transformers cannot load it.
+    `dtype` is that of the weights; None for the stored dtype. Raises a CheckpointError if the directory is rejected by
+    `Checkpoint`, `read_configuration` or transformers.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -15,11 +15,10 @@ from ..system.progress import Progress
 from ..system.strict_json import write_json
 from . import manifest
 from . import modeling_streamprune as modeling
-from .activation import canonical
 from .architectures import is_stock, stock_config
 from .block import module_rows
 from .checkpoint import data_bytes, shard_name, write_index, write_shard
-from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG
+from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG, canonical
 from .site import DECILM, FREE, Layout, Site
 from .skeleton import Skeleton
 from .tokenizer import named_tokenizer
@@ -27,10 +26,7 @@ from .verify import check
 
 BLOCK_CONFIGS = "block_configs"
 """The config field of DeciLM with per-block widths."""
-AGAIN = (
-    "something is wrong with the disk or the memory, or another program was at work there; "
-    "run the same command again, which makes it anew"
-)
+AGAIN = "the disk, the memory or another program damaged it; run the same command again, and it will be made again"
 """Advice at the end of messages about damaged files."""
 
 
@@ -82,10 +78,8 @@ def finish(
         folder: holds the shards.
         sites: sites of the pruned model, in order.
         report: contents of `report.json`; must include "parameters_after".
-        card: text for the model card.
         layout: the requested layout. If the stock config can express the widths, it is used whatever the layout.
         digests: SHA-256 in hex of the files already written, including all shards, by name.
-        progress: receives the steps of the verification.
 
     Returns:
         The digests of all files except the manifest.
@@ -95,9 +89,9 @@ def finish(
         NumericalError: a written tensor holds NaN or Inf.
         CheckpointError: the tensors do not match the config.
     """
-    digests = dict(digests)
-    placed = {name: shard_name(1, _shards(skeleton)) for name in skeleton.embed_names()}
-    placed |= {name: shard_name(_shards(skeleton), _shards(skeleton)) for name in skeleton.head_names()}
+    digests, total = dict(digests), _shards(skeleton)
+    placed = {name: shard_name(1, total) for name in skeleton.embed_names()}
+    placed |= {name: shard_name(total, total) for name in skeleton.head_names()}
     for index in range(len(skeleton)):
         placed |= {name: block_shard(skeleton, index) for name in skeleton.block_names(index).values()}
     source = skeleton.checkpoint
@@ -121,7 +115,7 @@ def finish(
     digests[CARD] = files.write_text(folder / CARD, _card(card, stock))
     digests[REPORT] = write_json(folder / REPORT, report)
     manifest.write(folder, digests)
-    _hold(folder, digests, progress)
+    _check_written(folder, digests, progress)
     return digests
 
 
@@ -130,13 +124,11 @@ def fits_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
     return is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
 
 
-def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
+def _check_written(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
     """Verify that the disk holds what was written, and that it is a valid checkpoint. Raises the errors of `finish`."""
     found = check(folder, digests, progress)
     for name in found.unlisted:
-        progress.say(
-            f"{name} lies in {folder}, and will in the result: it is no part of it, nor of its {manifest.NAME}"
-        )
+        progress.say(f"{folder} also contains {name}, which is not part of the result and not in {manifest.NAME}")
     # A checkpoint that was just written must not contain anything extra.
     faults = (*found.faults, *found.extra)
     if not faults:
@@ -147,7 +139,7 @@ def _hold(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
     if damaged:
         raise DamageError(f"{message}; {AGAIN}")
     if first.kind == "values":
-        raise NumericalError(f"{message}, as it was computed; other settings may do better, such as --dtype float32")
+        raise NumericalError(f"{message}, already when computed; other settings may help, such as --dtype float32")
     raise CheckpointError(message)
 
 
@@ -163,7 +155,6 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """Return the source's config with per-block widths, for `modeling_streamprune`."""
     base = skeleton.architecture.model_type
     stem, module = modeling.class_stem(base), modeling.__name__.rpartition(".")[2]
-    # One value per name and block; None if the block has no such module.
     widths: dict[str, dict[str, list[Any]]] = {"rows": {}, "columns": {}, "attributes": {}, "experts": {}}
 
     def put(what: str, name: str, block: int, value: Any) -> None:
@@ -245,11 +236,8 @@ def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
     ours = ("streamprune", "auto_map", BLOCK_CONFIGS)
     config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
     # A head stored separately from the embedding, with other values, is not tied, whatever the config says.
-    return (
-        {**config, "tie_word_embeddings": False}
-        if getattr(skeleton.config, "tie_word_embeddings", False) and not skeleton.tied
-        else config
-    )
+    untied = getattr(skeleton.config, "tie_word_embeddings", False) and not skeleton.tied
+    return {**config, "tie_word_embeddings": False} if untied else config
 
 
 def _shards(skeleton: Skeleton) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,85 +14,57 @@ Taken = Callable[[], list[Tensor]]
 """Wait for a copy and return the copied tensors."""
 
 
-class Engine(Protocol):
-    """The part of CUDA that is used here. Streams run concurrently, each in order. Only `finish` blocks the host."""
-
-    def stream(self) -> Any:
-        """Create a stream."""
-
-    def current(self) -> Any:
-        """Return the stream on which the calling thread computes."""
-
-    def record(self, stream: Any) -> Any:
-        """Record an event on the stream: it happens once all work queued so far is done."""
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """Make all later work of the stream wait for the event."""
-
-    def finish(self, event: Any) -> None:
-        """Block the calling thread until the event has happened."""
-
-    def happened(self, event: Any) -> bool:
-        """Return whether the event has happened."""
-
-    def seconds(self, first: Any, second: Any) -> float:
-        """Return the seconds between two events that have happened."""
-
-    def copy(self, stream: Any, source: Tensor, *, to_host: bool) -> Tensor:
-        """Queue a copy into new memory on the stream. Host memory, whether source or target, is pinned."""
-
-    def keep(self, tensor: Tensor, stream: Any) -> None:
-        """Do not reuse the tensor's memory, once freed, before the work now queued on the stream is done."""
-
-
 class Cuda:
-    """Implement `Engine` with torch.cuda."""
+    """The part of torch.cuda that is used here. Streams run concurrently, each in order. Only `finish` blocks the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def stream(self) -> torch.cuda.Stream:
+    def stream(self) -> Any:
         return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
-    def current(self) -> torch.cuda.Stream:
+    def current(self) -> Any:
         return torch.cuda.current_stream(self._device)
 
-    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+    def record(self, stream: Any) -> Any:
+        """Record an event on the stream: it happens once all work queued so far is done."""
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return event
 
-    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+    def wait(self, stream: Any, event: Any) -> None:
         stream.wait_event(event)
 
-    def finish(self, event: torch.cuda.Event) -> None:
+    def finish(self, event: Any) -> None:
         event.synchronize()
 
-    def happened(self, event: torch.cuda.Event) -> bool:
-        return bool(event.query())  # type: ignore[no-untyped-call]
+    def happened(self, event: Any) -> bool:
+        return bool(event.query())
 
-    def seconds(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+    def seconds(self, first: Any, second: Any) -> float:
+        """Return the seconds between two events that have happened."""
         return float(first.elapsed_time(second)) / 1000
 
-    def copy(self, stream: torch.cuda.Stream, source: Tensor, *, to_host: bool) -> Tensor:
+    def copy(self, stream: Any, source: Tensor, *, to_host: bool) -> Tensor:
+        """Queue a copy into new memory on the stream. Host memory, whether source or target, is pinned."""
         with torch.cuda.stream(stream):
             if not to_host:
                 return source.to(self._device, non_blocking=True)
             target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             return target.copy_(source, non_blocking=True)
 
-    def keep(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
+    def keep(self, tensor: Tensor, stream: Any) -> None:
+        """Do not reuse the tensor's memory, once freed, before the work now queued on the stream is done."""
         tensor.record_stream(stream)
 
 
 class Copies:
     """Copy in both directions, one stream each. Outward copies wait for computation and would delay inward copies.
 
-    Args:
-        engine: None if the device is the host; tensors are then passed through without a copy.
+    Without an engine, the device is the host, and tensors are passed through without a copy.
     """
 
-    def __init__(self, engine: Engine | None) -> None:
+    def __init__(self, engine: Cuda | None) -> None:
         self._engine = engine
         if engine is not None:
             self._inward, self._outward = engine.stream(), engine.stream()
@@ -100,7 +72,6 @@ class Copies:
 
     @classmethod
     def of(cls, device: torch.device) -> Copies:
-        """Create the copies for a device."""
         return cls(Cuda(device) if device.type == "cuda" else None)
 
     def inward(self, tensors: Sequence[Tensor]) -> Taken:
@@ -119,7 +90,8 @@ class Copies:
             engine.wait(current, done)
             for tensor in there:
                 engine.keep(tensor, current)
-            self._count()
+            while self._timed and engine.happened(self._timed[0][1]):
+                copied(engine.seconds(*self._timed.pop(0)))
             return there
 
         return take
@@ -143,10 +115,3 @@ class Copies:
             return here
 
         return take
-
-    def _count(self) -> None:
-        """Add the time of finished inward copies to the timing."""
-        engine = self._engine
-        assert engine is not None
-        while self._timed and engine.happened(self._timed[0][1]):
-            copied(engine.seconds(*self._timed.pop(0)))

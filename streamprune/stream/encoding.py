@@ -11,15 +11,10 @@ _SCALE = torch.float32
 
 
 class Encoding:
-    """Encode tokens as bytes and decode them.
+    """Encode tokens of `width` values in the `computing` dtype as bytes of the `stored` dtype, and decode them.
 
     In `FLOAT8`, a token is stored as its values divided by a scale, so that the largest magnitude becomes 448, followed
     by the scale in float32. This also suffices for gradients, whose tokens differ by orders of magnitude.
-
-    Args:
-        width: values per token.
-        computing: dtype of the tensors before encoding and after decoding.
-        stored: dtype of the stored bytes.
     """
 
     def __init__(self, width: int, computing: torch.dtype, stored: torch.dtype) -> None:
@@ -27,10 +22,7 @@ class Encoding:
         self.token_bytes = token_bytes(width, stored)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encode (..., width) in the computing dtype as (..., token_bytes) uint8, on the device of `x`.
-
-        Avoids a copy where possible.
-        """
+        """Encode (..., width) as (..., token_bytes) uint8, on the device of `x`, without a copy where possible."""
         x = x.detach()
         if self.stored != FLOAT8:
             return x.to(self.stored).contiguous().view(torch.uint8)
@@ -48,13 +40,9 @@ class Encoding:
         return (values * self.telling(raw)).to(self.computing)
 
     def telling(self, raw: Tensor) -> Tensor:
-        """Return a view of the bytes that is finite exactly if all encoded values are finite and within range.
+        """Return a view of the encoded bytes that is finite exactly if all encoded values are finite and within range.
 
-        Args:
-            raw: (..., token_bytes) uint8.
-
-        Returns:
-            The values (..., width) in the stored dtype or, for `FLOAT8`, the scales (..., 1) float32.
+        These are the values (..., width) in the stored dtype or, for `FLOAT8`, the scales (..., 1) float32.
         """
         if self.stored != FLOAT8:
             return raw.view(self.stored)

@@ -7,6 +7,7 @@ disk between sweeps. Positions, masks and attention are those of transformers.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..errors import NumericalError
 from ..maths.refit import advice
 from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
-from ..model.upstream import BlockCache, cache_argument
+from ..model.upstream import cache_argument
 from ..system import files
 from ..system.host import host_buffer, tensor_bytes
 from ..system.progress import Progress, rest
@@ -29,7 +30,6 @@ def generate(
     """Generate token ids (samples, length) int64: the first token uniformly, the others from the model's softmax.
 
     Args:
-        samples: number of sequences.
         length: tokens per sequence; at least 2 and at most the model's context.
         seed: seed of the single generator used for all draws.
         folder: holds keys and values. Its contents are removed before and after.
@@ -64,16 +64,21 @@ def generate(
     return tokens
 
 
-class KeysAndValues(BlockCache):
-    """Keys and values of one micro-batch, appended to one file per block."""
+class KeysAndValues:
+    """Keys and values of one micro-batch, appended to one file per block: the part of a cache that attention uses."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
 
-    def extend(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append one token (sequences, heads, 1, head_dim); return all tokens (sequences, heads, tokens, head_dim)."""
-        token = torch.stack((keys, values))[..., 0, :]
-        path = self.folder / f"{layer:04}-{self.number}"
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *others: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append one token (sequences, heads, 1, head_dim); return all tokens (sequences, heads, tokens, head_dim).
+
+        Further arguments differ between releases of transformers and serve other kinds of cache.
+        """
+        token = torch.stack((key_states, value_states))[..., 0, :]
+        path = self.folder / f"{layer_idx:04}-{self.number}"
         files.append_bytes(path, tensor_bytes(token.cpu()))
         buffer = host_buffer(path.stat().st_size, token.device)
         files.read_into(path, 0, buffer.numpy().data)

@@ -32,21 +32,16 @@ def file_bytes(samples: int, row_bytes: int) -> int:
 
 
 def _damaged(path: Path) -> DamageError:
-    return DamageError(
-        f"{path} is missing, or not what was written there; run the same command again: it is computed anew"
-    )
+    return DamageError(f"{path} is missing or damaged; run the same command again: it will be computed again")
 
 
 class ActivationStore:
     """A folder of boundaries of one shape and dtype, read and written in micro-batches.
 
-    Everything read from disk is compared with its checksum.
-
-    Durable boundaries are always on disk. Host memory caches them and evicts the oldest to make room. A boundary that
-    no job resumes from is written to disk only if it does not fit into host memory.
+    Everything read from disk is compared with its checksum. Durable boundaries are always on disk. Host memory caches them and
+    evicts the oldest to make room. A boundary that no job resumes from is written to disk only if it does not fit into memory.
 
     Args:
-        folder: created if missing.
         shape: (samples, tokens, width) of every boundary.
         dtype: dtype in which activations are computed.
         device: device to which batches are read.
@@ -85,9 +80,7 @@ class ActivationStore:
     @property
     def held_bytes(self) -> int:
         """Bytes of host memory that boundaries occupy now."""
-        return sum(
-            len(held.raw) for held in {id(each): each for each in (*self._held.values(), *self._filling)}.values()
-        )
+        return sum(len(held.raw) for held in {*self._held.values(), *self._filling})
 
     def __contains__(self, name: str) -> bool:
         return name in self._held or self.path(name).exists()
@@ -115,8 +108,7 @@ class ActivationStore:
     def each(self, size: int, *names: str) -> Iterator[tuple[slice, list[Tensor]]]:
         """Iterate over the micro-batches of several boundaries in step, reading the next one while one is in use.
 
-        Yields:
-            The samples of the micro-batch, and one tensor (sequences, tokens, width) per name, on the device.
+        Yields the samples of the micro-batch, and one tensor (sequences, tokens, width) per name, on the device.
         """
 
         def load(batch: slice) -> Taken:
@@ -145,8 +137,7 @@ class ActivationStore:
             passing: no journal line will refer to this boundary, so it need not be durable.
 
         Raises:
-            NumericalError: a batch holds NaN, Inf or a value outside the stored dtype's range. Raised for that batch or
-                for a later one.
+            NumericalError: this or an earlier batch holds NaN, Inf or a value outside the stored dtype's range.
             DiskError: the boundary cannot be written; also raised with delay.
         """
         durable = self.durable and not passing
@@ -238,13 +229,9 @@ class ActivationStore:
         return advice(self.dtype)
 
     def _room(self, size: int) -> _Held | None:
-        """Allocate host memory for one boundary, evicting the oldest that are also on disk; None if it does not fit.
-
-        Args:
-            size: bytes.
-        """
-        staying = {id(held): len(held.raw) for held in self._held.values() if not held.on_disk}
-        if sum(staying.values()) + sum(len(held.raw) for held in self._filling) + size > self.memory:
+        """Allocate `size` bytes for one boundary, evicting the oldest that are also on disk; None if they do not fit."""
+        staying = {held for held in self._held.values() if not held.on_disk} | {*self._filling}
+        if sum(len(held.raw) for held in staying) + size > self.memory:
             return None
         for name in [name for name, held in self._held.items() if held.on_disk]:
             if self.held_bytes + size <= self.memory:
@@ -258,7 +245,8 @@ class ActivationStore:
             buffer = self._read(name, batch)
         else:
             buffer = self._buffer(batch)
-            held.read_into(batch.start * self.row_bytes, buffer)
+            with spent("read"):
+                buffer.copy_(held.raw[batch.start * self.row_bytes : batch.stop * self.row_bytes])
         return buffer.view(batch.stop - batch.start, self.shape[1], self.encoding.token_bytes)
 
     def _buffer(self, batch: slice) -> Tensor:
@@ -266,11 +254,7 @@ class ActivationStore:
         return torch.empty(length, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _read(self, name: str, batch: slice) -> Tensor:
-        """Read one micro-batch's bytes from disk: flat uint8.
-
-        Raises:
-            DamageError: the file is missing or does not match its checksums.
-        """
+        """Read one micro-batch's bytes from disk: flat uint8. Raises a DamageError if they do not match their checksums."""
         if name not in self._sums:
             sums = np.zeros(self.shape[0] + 1, SUM)
             self._fill(name, self.shape[0] * self.row_bytes, sums)
@@ -308,7 +292,3 @@ class _Held:
         # numpy releases the GIL during the copy.
         np.copyto(self.raw.numpy()[self.filled : self.filled + len(data)], data)
         self.filled += len(data)
-
-    def read_into(self, begin: int, buffer: Tensor) -> None:
-        with spent("read"):
-            buffer.copy_(self.raw[begin : begin + len(buffer)])

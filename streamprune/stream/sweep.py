@@ -58,8 +58,7 @@ def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Bloc
 def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> dict[str, int]:
     """Read all weights once, distributed over the ranks, to find NaN and Inf before the long computation starts.
 
-    Returns:
-        CRC-32 checksums of the tensors that this rank read, by tensor name, as `Checkpoint.changed` takes them.
+    Returns the CRC-32 checksums of the tensors that this rank read, by tensor name, as `Checkpoint.changed` takes them.
 
     Raises:
         CheckpointError: a tensor holds NaN, Inf or a value outside the computing dtype's range.
@@ -112,9 +111,7 @@ def forward(skeleton: Skeleton, store: ActivationStore, stream: str, start: int,
 
 
 def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor, size: int) -> tuple[float, int]:
-    """Return the sum of negative log-likelihoods in nats and the number of predictions.
-
-    Every token of a window but the first is predicted.
+    """Return the sum of negative log-likelihoods in nats, and the number of predictions: all tokens of a window but the first.
 
     Args:
         name: boundary of the last block's output.
@@ -182,8 +179,7 @@ def backward_block(
 ) -> None:
     """Propagate the gradient from a block's output to its input, recomputing the block from its stored input.
 
-    Args:
-        stats: one per site. Each receives the activations and gradients of its site.
+    Each of `stats`, one per site, receives the activations and gradients of its site.
     """
     scale = store.shape[1] - 1.0
     with store.writing(boundary("gradient", index), f"the gradient of block {index}") as write:
@@ -230,9 +226,7 @@ def _observed(
 ) -> tuple[Mixed, list[list[Tensor]]]:
     """Return the consumers' inputs and, if wanted, the producers' outputs (one list per site); add to the statistics.
 
-    Args:
-        x: (sequences, tokens, d), the sublayer's input before its norm.
-        stats: one per site of the sublayer.
+    `x` (sequences, tokens, d) is the sublayer's input before its norm; `stats` has one entry per site of the sublayer.
     """
     arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
     given: list[list[Tensor]] = []
@@ -253,12 +247,7 @@ def _observed(
 
 
 def _predictions(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield hidden states (chunk, d) with the labels (chunk,) they predict, in chunks that bound the logits' memory.
-
-    Args:
-        hidden: (sequences, tokens, d).
-        labels: (sequences, tokens), of any dtype.
-    """
+    """Yield hidden states (chunk, d) with the labels (chunk,) they predict, in chunks that bound the logits' memory."""
     flat = hidden[:, :-1].reshape(-1, hidden.shape[2])
     targets = labels[:, 1:].reshape(-1)
     chunk = max(1, LOGIT_BYTES // (4 * vocabulary))

@@ -22,8 +22,8 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResumeError
-from streamprune.model.activation import canonical
 from streamprune.model.checkpoint import Checkpoint
+from streamprune.model.names import canonical
 from streamprune.system.progress import Callback, Event
 
 pytest.importorskip("gguf", reason="the gguf package is not here")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,8 @@ def dead(x: Tensor) -> Tensor:
     return x
 
 
-def all_but_one_dead(x: Tensor) -> Tensor:
-    x[:, :7] = x[:, 8:] = 0
-    return x
-
-
 def all_dead(x: Tensor) -> Tensor:
     return x * 0
-
-
-def duplicated(x: Tensor) -> Tensor:
-    x[:, 1::2] = x[:, ::2]
-    return x
 
 
 def nearly_duplicated(x: Tensor) -> Tensor:
@@ -67,19 +58,9 @@ def nearly_duplicated(x: Tensor) -> Tensor:
     return x
 
 
-def one_large(x: Tensor) -> Tensor:
-    x[:, 5] *= 1e6
-    return x
-
-
 def two_large_alike(x: Tensor) -> Tensor:
     x[:, 5] *= 1e6
     x[:, 6] += x[:, 5]
-    return x
-
-
-def one_small(x: Tensor) -> Tensor:
-    x[:, 5] *= 1e-6
     return x
 
 
@@ -92,19 +73,10 @@ def all_sizes(x: Tensor) -> Tensor:
     return x * 10 ** torch.linspace(-6, 6, N, dtype=x.dtype)
 
 
-def constant(x: Tensor) -> Tensor:
-    x[:, 7:11] = 2.5
-    return x
-
-
 def large_constants_beside_small(x: Tensor) -> Tensor:
     x *= 1e-3
     x[:, 7:11] = 1e3
     return x
-
-
-def far_from_zero(x: Tensor) -> Tensor:
-    return x + 1e3
 
 
 def all_at_once(x: Tensor) -> Tensor:
@@ -121,23 +93,17 @@ CASES = [
     few_tokens,
     one_token,
     dead,
-    all_but_one_dead,
     all_dead,
-    duplicated,
     nearly_duplicated,
-    one_large,
     two_large_alike,
-    one_small,
     half_small,
     all_sizes,
-    constant,
     large_constants_beside_small,
-    far_from_zero,
     all_at_once,
 ]
 case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-stored = pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-dampings = pytest.mark.parametrize("damping", [0.01, 1e-4, 0.0])
+DAMPINGS = (0.01, 0.0)
+METHODS = ("default", "sobp", "slimgpt", "greedy-output", "surgeon")
 
 
 def inputs(case: Callable[[Tensor], Tensor], seed: int) -> tuple[torch.Generator, Tensor]:
@@ -195,44 +161,40 @@ def problem(width: int, w: Tensor, h: Tensor, stored: torch.dtype, generator: to
 
 
 @case
-@stored
-@dampings
-@pytest.mark.parametrize("recipe", ["default", "sobp", "slimgpt", "greedy-output", "surgeon"])
-def test_what_stays_is_no_worse_than_without_a_re_fit(
-    recipe: str, damping: float, stored: torch.dtype, case: Callable[[Tensor], Tensor]
-) -> None:
-    method = RECIPES[recipe](parse(recipe, {"damping": str(damping)}))
-    for seed in range(2):
-        generator, x = inputs(case, seed)
-        h, w = gram(x), torch.randn(D, N, generator=generator).to(stored).float()
-        for width in (1, 6):
-            given = problem(width, w, h, stored, generator)
-            chosen = list(removals(h, N // width, width, generator))
-            if recipe != "surgeon":  # whose choice is made from whole surveys
-                chosen.append(method.select(given, N // width // 2))
-            for kept in chosen:
-                refit = method.reconstruct(given, kept)
-                assert refit.damping is None or refit.damping >= damping
-                no_worse(w, x, refit.w, linalg.unit_columns(kept, width), stored)
+@pytest.mark.parametrize(
+    ("recipe", "stored"), [*((name, torch.bfloat16) for name in METHODS), ("default", torch.float32)]
+)
+def test_refits_are_no_worse_than_none(recipe: str, stored: torch.dtype, case: Callable[[Tensor], Tensor]) -> None:
+    generator, x = inputs(case, 0)
+    h, w = gram(x), torch.randn(D, N, generator=generator).to(stored).float()
+    for damping, width in product(DAMPINGS, (1, 6)):
+        method = RECIPES[recipe](parse(recipe, {"damping": str(damping)}))
+        given = problem(width, w, h, stored, generator)
+        chosen = list(removals(h, N // width, width, generator))
+        if recipe != "surgeon":  # it selects from whole surveys
+            chosen.append(method.select(given, N // width // 2))
+        for kept in chosen:
+            refit = method.reconstruct(given, kept)
+            assert refit.damping is None or refit.damping >= damping
+            no_worse(w, x, refit.w, linalg.unit_columns(kept, width), stored)
 
 
 @case
-@stored
-@dampings
-def test_fits_are_no_worse_than_none(damping: float, stored: torch.dtype, case: Callable[[Tensor], Tensor]) -> None:
+def test_fits_are_no_worse_than_none(case: Callable[[Tensor], Tensor]) -> None:
     """To a target and to other inputs; and what stays of the fitted weights, against what stays of those before."""
-    for seed in range(2):
-        generator, x = inputs(case, seed)
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * x.std(dim=0, correction=0)
-        before = x * (1 + 0.05 * torch.randn(N, generator=generator, dtype=torch.float64)) + 0.05 * noise
-        w = torch.randn(D, N, generator=generator).to(stored).float()
-        h, c = gram(x), (before.float().T @ x.float()) / len(x)
-        target = before @ w.double().T
+    stored = torch.bfloat16
+    generator, x = inputs(case, 0)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * x.std(dim=0, correction=0)
+    before = x * (1 + 0.05 * torch.randn(N, generator=generator, dtype=torch.float64)) + 0.05 * noise
+    w = torch.randn(D, N, generator=generator).to(stored).float()
+    h, c = gram(x), (before.float().T @ x.float()) / len(x)
+    target = before @ w.double().T
 
-        def missed(fitted: Tensor, x: Tensor = x, target: Tensor = target) -> float:
-            return float((target - x @ fitted.to(stored).double().T).square().sum()) / len(x)
+    def missed(fitted: Tensor) -> float:
+        return float((target - x @ fitted.to(stored).double().T).square().sum()) / len(x)
 
-        limit = missed(w) * (1 + 1e-4) + 1e-12 * energy(w, x)
+    limit = missed(w) * (1 + 1e-4) + 1e-12 * energy(w, x)
+    for damping in DAMPINGS:
         factor, used = cholesky(h, damping, "here")
         assert used >= damping
         assert missed(w + w @ compensation(h, c, factor)) <= limit
@@ -246,11 +208,10 @@ def test_fits_are_no_worse_than_none(damping: float, stored: torch.dtype, case: 
 
 
 @case
-@dampings
-def test_units_are_chosen_by_numbers(damping: float, case: Callable[[Tensor], Tensor]) -> None:
-    for seed in range(2):
-        generator, x = inputs(case, seed)
-        h, w = gram(x), torch.randn(D, N, generator=generator)
+def test_units_are_chosen_by_numbers(case: Callable[[Tensor], Tensor]) -> None:
+    generator, x = inputs(case, 0)
+    h, w = gram(x), torch.randn(D, N, generator=generator)
+    for damping in DAMPINGS:
         given: dict[str, Any] = {"damping": damping, "place": "here"}
         found = [
             greedy_removal(w, h, width=1, count=N - 1, **given),
@@ -277,18 +238,18 @@ def test_pairs_that_rounding_cannot_tell_apart_take_more_damping() -> None:
 
 
 @case
-@dampings
-def test_zeros_cost_no_more_loss_than_without_an_update(damping: float, case: Callable[[Tensor], Tensor]) -> None:
+def test_zeros_cost_no_more_loss_than_without_an_update(case: Callable[[Tensor], Tensor]) -> None:
     generator, x = inputs(case, 0)
     h, w = gram(x), torch.randn(D, N, generator=generator)
     gradients = torch.randn(D // 2, D, generator=generator, dtype=torch.float64)
     g = gram(gradients)
-    g_inverse, a_inverse = (inverse(each, damping, "here")[0] for each in (g, h))
 
     def loss(change: Tensor) -> float:
         return float((gradients @ change.double() @ x.T).square().sum()) / len(x) / len(gradients)
 
-    for structure, at_most in (("unstructured", 8), ("unstructured", 256), ("2:4", 64)):
+    shapes = (("unstructured", 8), ("unstructured", 256), ("2:4", 64))
+    for damping, (structure, at_most) in product(DAMPINGS, shapes):
+        g_inverse, a_inverse = (inverse(each, damping, "here")[0] for each in (g, h))
         mask = masks.mask(kfac.element_costs(w, g_inverse, a_inverse), w.numel() // 2, structure, "here")
         updated, _ = kfac.remove_elements(w, g_inverse, a_inverse, mask, at_most=at_most, place="here")
         updated, step = kfac.best_step(w, updated, mask, g, h)
@@ -351,19 +312,15 @@ def spoilt(folder: Path, dtype: torch.dtype) -> Path:
 
 JOBS: list[tuple[str, dict[str, str]]] = [
     ("default", {}),
-    ("default", {"target": "own"}),
     ("sobp", {}),
     ("slimgpt", {}),
     ("greedy-output", {}),
-    ("surgeon", {"shots": "1"}),
     ("surgeon", {"shots": "1", "update_rows": "on"}),
     ("surgeon", {"shots": "1", "structure": "unstructured"}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("stored", "undamped"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
-)
+@pytest.mark.parametrize(("stored", "undamped"), [(torch.bfloat16, False), (torch.float32, True)])
 @pytest.mark.parametrize(("recipe", "settings"), JOBS)
 def test_jobs_on_spoilt_models(
     recipe: str,
@@ -405,16 +362,15 @@ def test_jobs_on_spoilt_models(
         for shard in config.out.glob("*.safetensors"):
             assert all(bool(torch.isfinite(each).all()) for each in load_file(shard).values())
         report = json.loads((config.out / "report.json").read_text())
-        told = [site.get(name) for site in report["sites"] for name in DAMPINGS]
+        told = [site.get(name) for site in report["sites"] for name in REPORTED]
         assert max(each for each in told if each is not None) >= (1e-6 if undamped else 0.01)
     assert checked > 6 or "structure" in settings
 
 
-DAMPINGS = ("damping", "target_damping", "compensation_damping")
+REPORTED = ("damping", "target_damping", "compensation_damping")
 
 
-@pytest.mark.parametrize("damping", ["0", "0.01"])
-@pytest.mark.parametrize("recipe", ["default", "sobp", "greedy-output"])
+@pytest.mark.parametrize(("recipe", "damping"), [("default", "0"), ("default", "0.01"), ("sobp", "0")])
 def test_the_report_has_every_damping_that_was_used(
     recipe: str, damping: str, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,10 +397,10 @@ def test_the_report_has_every_damping_that_was_used(
     streamprune.prune(config)
     report = json.loads((config.out / "report.json").read_text())
     told = {
-        (site["site"], name): site[name] for site in report["sites"] for name in DAMPINGS if site.get(name) is not None
+        (site["site"], name): site[name] for site in report["sites"] for name in REPORTED if site.get(name) is not None
     }
     assert told == took
-    assert {name for _, name in told} == {*DAMPINGS} - ({"target_damping"} if recipe == "sobp" else set())
+    assert {name for _, name in told} == {*REPORTED} - ({"target_damping"} if recipe == "sobp" else set())
     # Eight tokens a sequence do not fill 40 and 48 columns; what rounding leaves of the rest may be positive by chance.
     raised = [each for each in told.values() if each > 0]
     assert all(each >= 1e-6 for each in raised) if damping == "0" else raised == [0.01] * len(told)

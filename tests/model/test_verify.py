@@ -357,8 +357,7 @@ def test_tensors_too_many_and_too_few(copied: Callable[..., Path]) -> None:
         assert found.sound
         (extra,) = map(str, found.extra)
         assert (
-            extra
-            == f"{path.name}: tensor 'other' has no place in the llama model that the config says, and is not read"
+            extra == f"{path.name}: tensor 'other' is not in the llama model that the config describes, and is not read"
         )
     path.write_bytes(original)
     sign_again(out)
@@ -369,7 +368,7 @@ def test_tensors_too_many_and_too_few(copied: Callable[..., Path]) -> None:
     (out / INDEX).write_text(json.dumps(placed))
     sign_again(out)
     (fault,) = streamprune.verify(out).faults
-    assert str(fault) == f"{INDEX}: tensor {UP!r} is missing; the config says a llama model that has it"
+    assert str(fault) == f"{INDEX}: tensor {UP!r} is missing; the llama model that the config describes has it"
 
 
 EXTRA: dict[str, tuple[str, dict[str, torch.Tensor]]] = {
@@ -394,9 +393,9 @@ def test_what_transformers_passes_over_is_no_fault(
     done = CliRunner().invoke(main, ["verify", str(path)])
     assert done.exit_code == 0
     (extra,) = tensors
-    assert f"\nwarning: {shard.name}: tensor {extra!r} has no place in the {name} model" in done.stdout
+    assert f"\nwarning: {shard.name}: tensor {extra!r} is not in the {name} model" in done.stdout
     # A result would lack it.
-    message = f"tensor '{extra}' has no place in the .* transformers passes over it, but a result would lack it"
+    message = f"tensor '{extra}' is not in the .* transformers ignores it, but a result would lack it"
     with pytest.raises(CheckpointError, match=message):
         streamprune.prune(configured(path))
 
@@ -429,7 +428,7 @@ def test_a_result_with_something_extra_is_no_result(
 
     real = prune.write_shard
     monkeypatch.setattr(prune, "write_shard", lambda path, tensors: real(path, {**tensors, path.stem: torch.ones(1)}))
-    with pytest.raises(CheckpointError, match="has no place in the llama model that the config says"):
+    with pytest.raises(CheckpointError, match="is not in the llama model that the config describes"):
         streamprune.prune(configured(tiny("llama"), recipe="magnitude"))
 
 
@@ -723,7 +722,7 @@ def test_what_somebody_left_in_the_way_is_said(tiny: Tiny, configured: Make, mon
         streamprune.prune(config)
     (job_folder(config.out) / "out" / "mine.txt").write_text("mine")
     streamprune.prune(config, progress=Callback(lambda event: said.append(event.message)))
-    assert any(message.startswith("mine.txt lies in ") for message in said)
+    assert any("also contains mine.txt, which is not part of the result" in message for message in said)
     assert streamprune.verify(config.out).unlisted == ("mine.txt",)
 
 

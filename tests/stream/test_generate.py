@@ -158,15 +158,15 @@ def test_the_disk_that_keys_and_values_take(
     name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skeleton = open_skeleton(tiny(name), CPU, "float32")
-    most, real = 0, generating.KeysAndValues.extend
+    most, real = 0, generating.KeysAndValues.update
 
-    def watched(self: Any, *arguments: Any) -> Any:
+    def watched(self: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal most
-        found = real(self, *arguments)
+        found = real(self, *arguments, **options)
         most = max(most, sum(path.stat().st_size for path in self.folder.iterdir()))
         return found
 
-    monkeypatch.setattr(generating.KeysAndValues, "extend", watched)
+    monkeypatch.setattr(generating.KeysAndValues, "update", watched)
     generate(skeleton, 3, 9, 0, tmp_path / "generate", 2, Silent())
     needs = Needs(samples=3, length=9, text=True, prunes=False, generates=True)
     told = forecast(skeleton, needs, device_limit=2**40, disk_limit=2**40).disk_bytes
@@ -175,15 +175,15 @@ def test_the_disk_that_keys_and_values_take(
 
 def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = open_skeleton(tiny("llama", num_hidden_layers=4), CPU, "float32")
-    most, real = 0, generating.KeysAndValues.extend
+    most, real = 0, generating.KeysAndValues.update
 
-    def watched(self: Any, *arguments: Any) -> Any:
+    def watched(self: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal most
-        found = real(self, *arguments)
+        found = real(self, *arguments, **options)
         most = max(most, sum(path.stat().st_size for path in self.folder.iterdir()))
         return found
 
-    monkeypatch.setattr(generating.KeysAndValues, "extend", watched)
+    monkeypatch.setattr(generating.KeysAndValues, "update", watched)
     generate(skeleton, 6, 24, 0, tmp_path / "generate", 4, Silent())
     cached = 6 * 24 * 4 * 2 * 16 * 4  # samples, tokens, blocks, keys and values, their width, float32
     assert most == cached * 23 // 24  # nothing is asked of the last token
@@ -239,17 +239,17 @@ def test_stopped_while_writing_the_bytes_are_the_same(
     path = tiny("llama")
     whole, config = (configured(path, out, calibration="self", samples=3, seq_len=12) for out in ("whole", "stopped"))
     streamprune.prune(whole)
-    count, real = 0, generating.KeysAndValues.extend
+    count, real = 0, generating.KeysAndValues.update
 
-    def update_or_stop(self: Any, *arguments: Any) -> Any:
+    def update_or_stop(self: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         if count == instant:
             raise Stop
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generating.KeysAndValues, "extend", update_or_stop)
+        patch.setattr(generating.KeysAndValues, "update", update_or_stop)
         with pytest.raises(Stop):
             streamprune.prune(config)
     assert (job_folder(config.out) / "cache" / "generate").is_dir()

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import CheckpointError
-from ...model.activation import canonical
+from ...model.names import canonical
 from ...model.site import Site
 from ...model.skeleton import Skeleton
 
