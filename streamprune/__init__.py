@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .model.architectures import ARCHITECTURES
     from .model.hub import load, resolve_model
     from .model.verify import Verification, verify
-    from .pruning.run import Result, forecast_job, plan_only, prune
+    from .pruning.result import Result
+    from .pruning.run import forecast_job, plan_only, prune
     from .recipes import RECIPES
     from .system.progress import Callback, Event, Progress
     from .system.ranks import Ranks, joined
@@ -54,7 +55,8 @@ _HOME = {
     "model.architectures": ("ARCHITECTURES",),
     "model.hub": ("load", "resolve_model"),
     "model.verify": ("Verification", "verify"),
-    "pruning.run": ("Result", "forecast_job", "plan_only", "prune"),
+    "pruning.result": ("Result",),
+    "pruning.run": ("forecast_job", "plan_only", "prune"),
     "recipes": ("RECIPES",),
     "system.progress": ("Callback", "Event", "Progress"),
     "system.ranks": ("Ranks", "joined"),

@@ -6,8 +6,8 @@ from ..errors import ResumeError
 from ..model.site import Site
 from ..recipes.plan import Plan
 from ..system import files
+from .block import left_alone, tokens_seen
 from .shot import Shot
-from .solve import left_alone, tokens_seen
 
 
 def allocate(shot: Shot) -> Plan:

@@ -1,93 +1,88 @@
 """One block, sublayer by sublayer: compensate → sum H → fit to target → select → refit → shrink → advance; then refine.
 
-Two streams of activations run side by side: the dense model's, and that of the model pruned so far. Each token passes each
-sublayer once on the dense stream and twice on the pruned one: once to sum H, once to advance.
-
-`solve` has the steps for one site, from the fit to the refit.
+Two streams of activations run side by side (see `streams`). The steps for one site, from the fit to the refit, are in
+`BlockPruner._solve`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..jobs.forecast.memory import GRAMS_AT_ONCE
+from ..errors import CalibrationError, NumericalError
+from ..jobs.forecast.memory import GRAMS_AT_ONCE, GramPlace
 from ..maths.flops import kind
-from ..maths.refit import accumulator, cholesky, compensation
+from ..maths.refit import accumulator, all_finite, cholesky, compensation, fit, output_error, unit_columns
 from ..maths.sums import Gram
-from ..model.block import Arguments, Block, Prunable, Sublayer
+from ..model.block import Block, Prunable, Sublayer
+from ..model.site import Site
 from ..model.skeleton import Skeleton
-from ..recipes.recipe import Target
-from ..stream.store import ActivationStore
-from ..stream.sweep import advance, boundary
+from ..recipes.plan import Plan
+from ..recipes.recipe import Problem, Recipe, Refit, Survey, Target
+from ..stream.sweep import boundary
 from ..system.host import return_freed_memory
 from ..system.ranks import ALONE, Ranks
 from .refine import Refinement, refine
-from .solve import SiteSolver, Solved, untouched
+from .streams import DENSE, PRUNED, Place, Streams
 
-DENSE, PRUNED = "dense", "pruned"
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Which streams the prune sweep moves, and through which blocks."""
-
-    moving: tuple[str, ...]
-    window: range
-    """Blocks that may change. Those before it only pass the stream on; those after it are not run."""
-
-    def into(self, index: int) -> tuple[str, ...]:
-        """Streams that block `index` needs in the store: one up to the window's first block, where they part."""
-        if index >= self.window.stop:
-            return ()
-        return self.moving if index > self.window.start else self.moving[:1]
+CPU = torch.device("cpu")
+SEEN = "seen"
+"""Key in an expert's findings: the number of tokens that reached it."""
+Report = dict[str, Any]
+"""What the journal and `report.json` say of one site."""
 
 
 @dataclass(frozen=True)
 class BlockPruner:
-    """Prune one block after another, reading and moving the streams in a store."""
+    """Prune one block after another."""
 
     skeleton: Skeleton
-    solver: SiteSolver
-    store: ActivationStore | None
-    """The streams; None for a recipe that measures nothing."""
-    batch: int
-    """Sequences per micro-batch."""
-    streams: Streams
+    recipe: Recipe[Any]
+    plan: Plan
+    survey: Survey
+    """Findings of the dense model; empty without a survey."""
+    streams: Streams | None
+    """None for a recipe that measures nothing."""
     refinement: Refinement | None
+    seed: int
+    experts_alike: bool
+    """Whether all experts must end with the same width."""
+    grams: GramPlace = "device"
     ranks: Ranks = ALONE
     """Processes that sum over their own samples, and share the sites to solve among themselves."""
 
     @torch.no_grad()
-    def prune(self, block: Block, index: int) -> tuple[Block, list[dict[str, Any]]]:
+    def prune(self, block: Block, index: int) -> tuple[Block, list[Report]]:
         """Return the pruned block and a report for each of its sites.
 
         Afterwards the store has the streams that the next block needs.
         """
-        if index not in self.streams.window:
-            return block, self._pass_by(block, index)
-        if index == self.streams.window.start and DENSE in self.streams.moving:
-            assert self.store is not None
-            self.store.link(boundary(PRUNED, index), boundary(DENSE, index))
-        pruned, reports = block.twin(), list[dict[str, Any]]()
+        streams = self.streams
+        if streams is not None and index not in streams.window:
+            streams.pass_by(block, index)
+            return block, [self._counts(each.site) | untouched(each.site) for each in block.prunables]
+        if streams is not None:
+            streams.part(index)
+        pruned, reports = block.twin(), list[Report]()
         inputs: Gram | None = None
         for position, (dense, sub) in enumerate(zip(block.sublayers, pruned.sublayers, strict=True)):
             started = time.perf_counter()
-            here = _Place(index, position, last=position == len(block.sublayers) - 1)
+            here = Place(index, position, last=position == len(block.sublayers) - 1)
             if self._sums_inputs(sub, here):
                 inputs = inputs or self._sum_inputs(dense, sub, here)
                 inputs.across(self.ranks.add_up())
             common = self._compensate(sub, inputs) if self._compensates(sub, here) else {}
             # Only what the recipe wants outlives the compensation.
-            producers_input, inputs = self._producers_input(sub, inputs), None
-            found = self._prune_sites(dense, sub, here, producers_input, common)
-            del producers_input
+            given = inputs.mean(_inputs_of(sub))[0] if inputs is not None and self.recipe.wants_inputs else None
+            inputs = None
+            found = self._prune_sites(dense, sub, here, given, common)
+            del given
             if self._continues(here):
                 inputs = self._advance(block, pruned, here)
             dense.release()
@@ -97,59 +92,58 @@ class BlockPruner:
             reports[-1] |= self._refine(pruned, index, reports[-1]["seconds"])
         return pruned, reports
 
-    def _pass_by(self, block: Block, index: int) -> list[dict[str, Any]]:
-        """Leave a block outside the window as it is; advance the pruned stream if a later block needs it."""
-        if self.streams.into(index + 1):
-            assert self.store is not None
-            advance(self.skeleton, block, index, self.store, PRUNED, self.batch)
-        return [self.solver.counts(each.site) | untouched(each.site) for each in block.prunables]
-
     # Which steps the recipe asks for.
 
-    @property
-    def _compensation(self) -> float | None:
-        """Relative damping of the compensation; None for a recipe without."""
-        return self.solver.recipe.compensation
-
-    @property
-    def _wants_inputs(self) -> bool:
-        """Whether the recipe reads the Gram of the producers' input."""
-        return self.solver.recipe.wants_inputs
-
-    def _compensates(self, sub: Sublayer, here: _Place) -> bool:
+    def _compensates(self, sub: Sublayer, here: Place) -> bool:
         """Whether producers are fitted to their input, which must then differ from the dense one."""
-        differs = here.block > self.streams.window.start or (here.position > 0 and not sub.entry.parallel)
-        return self._compensation is not None and differs
+        if self.streams is None or self.recipe.compensation is None:
+            return False
+        return here.block > self.streams.window.start or (here.position > 0 and not sub.entry.parallel)
 
-    def _sums_inputs(self, sub: Sublayer, here: _Place) -> bool:
-        return self._compensates(sub, here) or self._wants_inputs
+    def _sums_inputs(self, sub: Sublayer, here: Place) -> bool:
+        return self._compensates(sub, here) or self.recipe.wants_inputs
 
-    def _aims(self, sub: Sublayer, here: _Place) -> bool:
+    def _has_target(self, sub: Sublayer, here: Place) -> bool:
         """Whether consumers are fitted to a target.
 
         Before the streams part, the consumer's own output is the target. An expert's output has none: the dense model
         sends the expert other tokens.
         """
-        parted = here.block > self.streams.window.start or here.position > 0
-        return self.solver.target is not None and parted and sub.entry.experts is None
+        wanted = self.streams is not None and self.recipe.target is not None and sub.entry.experts is None
+        return wanted and self._moving.parted(here)
 
-    def _continues(self, here: _Place) -> bool:
+    def _continues(self, here: Place) -> bool:
         """Whether a later step reads the streams after this sublayer."""
-        if not self.streams.moving:
+        if self.streams is None:
             return False
         return not here.last or self.refinement is not None or bool(self.streams.into(here.block + 1))
 
+    @property
+    def _moving(self) -> Streams:
+        assert self.streams is not None
+        return self.streams
+
+    @property
+    def _where(self) -> torch.device:
+        """Where Grams are summed and sites are solved."""
+        return CPU if self.grams == "host" else self.skeleton.device
+
+    def _changes(self, site: Site) -> bool:
+        """Whether the plan removes units of a site or zeroes some of its weights."""
+        entry = self.plan[site.name]
+        return entry.keep < site.units or any(entry.zeros or ())
+
     # Compensate.
 
-    def _sum_inputs(self, dense: Sublayer, sub: Sublayer, here: _Place) -> Gram:
+    def _sum_inputs(self, dense: Sublayer, sub: Sublayer, here: Place) -> Gram:
         """Sum the Gram of the producers' input: see `_inputs_gram`."""
         sums, streams = self._inputs_gram(sub, here)
         owners = {PRUNED: sub, DENSE: dense}
-        for read in self._read(dict.fromkeys(streams, here.entry), here, parallel=sub.entry.parallel):
+        for read in self._moving.read(dict.fromkeys(streams, here.entry), here, parallel=sub.entry.parallel):
             sums.add(*(_normed(owners[stream], *read[stream]) for stream in streams))
         return sums
 
-    def _inputs_gram(self, sub: Sublayer, here: _Place) -> tuple[Gram, tuple[str, ...]]:
+    def _inputs_gram(self, sub: Sublayer, here: Place) -> tuple[Gram, tuple[str, ...]]:
         """An empty Gram of the producers' input, and the streams to feed it.
 
         H (d, d) is of the pruned stream; a compensation also needs C (d, d) = Σ (dense input) (pruned input)ᵀ.
@@ -160,7 +154,7 @@ class BlockPruner:
         return self._gram(width, cross=0), (PRUNED,)
 
     @kind("solving")
-    def _compensate(self, sub: Sublayer, inputs: Gram | None) -> dict[str, Any]:
+    def _compensate(self, sub: Sublayer, inputs: Gram | None) -> Report:
         """Fit the producers (rows, d) to their pruned input, so that they give what they gave on the dense one.
 
         Args:
@@ -174,88 +168,76 @@ class BlockPruner:
         assert c is not None
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
-
-        def solved(name: str) -> tuple[float, list[Tensor]]:
-            factor, damping = cholesky(h, self._compensation or 0.0, name)
-            return damping, [compensation(h, c, factor)]
-
-        ((_, damping, (m,)),) = self.ranks.spread([sub.name], solved, self.skeleton.device)
+        solved = []
+        if self.ranks.mine(0):
+            factor, damping = cholesky(h, self.recipe.compensation or 0.0, sub.name)
+            solved = [(damping, [compensation(h, c, factor)])]
+        ((_, damping, (m,)),) = self.ranks.exchange([sub.name], solved, self.skeleton.device)
         for prunable in sub.prunables:
             for name in prunable.producers:
                 w = prunable.weight(name)
                 prunable.set_weight(name, torch.addmm(w, w, m.to(w.device)))
         return {"compensation_damping": damping}
 
-    def _producers_input(self, sub: Sublayer, inputs: Gram | None) -> Tensor | None:
-        """Mean Gram of the producers' input (d, d), if the recipe wants it."""
-        if inputs is None or not self._wants_inputs:
-            return None
-        return inputs.mean(_inputs_of(sub))[0]
-
-    # Sum H, fit to target, select, refit, shrink.
+    # Sum H, solve, shrink.
 
     def _prune_sites(
-        self, dense: Sublayer, sub: Sublayer, here: _Place, inputs: Tensor | None, common: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
+        self, dense: Sublayer, sub: Sublayer, here: Place, inputs: Tensor | None, common: Report
+    ) -> list[Report]:
         """Solve and shrink all sites of a sublayer; return their reports.
 
         Args:
             inputs: mean Gram of the producers' input (d, d); None unless the recipe wants it.
             common: what the reports of all these sites say.
         """
-        aims = self._aims(sub, here)
-        sums_h = aims or (
-            self.solver.recipe.wants_gram and any(self.solver.changes(each.site) for each in sub.prunables)
-        )
+        has_target = self._has_target(sub, here)
+        sums_h = has_target or (self.recipe.wants_gram and any(self._changes(each.site) for each in sub.prunables))
         reports = []
         for numbers in _in_turn(sub):
-            sums = self._sum_h(dense, sub, here, numbers, aims) if sums_h else {}
+            sums = self._sum_h(dense, sub, here, numbers, has_target) if sums_h else {}
             self._add_up(numbers, sums)
             return_freed_memory()  # of the sweep: what solves needs more, in larger pieces
-
-            def solved(number: int, sums: dict[int, Gram] = sums) -> tuple[Solved, list[Tensor]]:
+            for together, mine in self.ranks.rounds(numbers):
                 # Popped, so that no sum outlives its site.
-                return self.solver.solve(sub.prunables[number], sums.pop(number, None), inputs, aims)
-
-            for number, found, weights in self.ranks.spread(numbers, solved, self.skeleton.device):
-                prunable = sub.prunables[number]
-                reports.append({**self.solver.counts(prunable.site), **common, **found.report})
-                _shrink(prunable, found, weights)
+                solved = [self._solve(sub.prunables[n], sums.pop(n, None), inputs, has_target) for n in mine]
+                for number, report, weights in self.ranks.exchange(together, solved, self.skeleton.device):
+                    kept = report.pop("units_kept")
+                    reports.append({**self._counts(sub.prunables[number].site), **common, **report})
+                    _shrink(sub.prunables[number], kept, weights)
         return reports
 
     def _sum_h(
-        self, dense: Sublayer, sub: Sublayer, here: _Place, numbers: Sequence[int], aims: bool
+        self, dense: Sublayer, sub: Sublayer, here: Place, numbers: Sequence[int], has_target: bool
     ) -> dict[int, Gram]:
         """Sum H (n, n) of the consumer's input for each of the sites `numbers`, and C (d_out, n) if there is a target."""
-        if aims:
+        if has_target:
             return {0: self._sum_with_target(dense, sub, here)}
         sums = {number: self._gram(sub.prunables[number].site.columns, cross=0) for number in numbers}
-        for read in self._read({PRUNED: here.entry}, here, parallel=sub.entry.parallel):
+        for read in self._moving.read({PRUNED: here.entry}, here, parallel=sub.entry.parallel):
             x, entered = read[PRUNED]
-            mixed = sub.mix(_normed(sub, x, entered), self._arguments(x, here), chosen=numbers)
+            mixed = sub.mix(_normed(sub, x, entered), self._moving.arguments(x, here), chosen=numbers)
             for number, gram in sums.items():
                 gram.add(mixed.z[number], tokens=x.shape[0] * x.shape[1])
         return sums
 
-    def _sum_with_target(self, dense: Sublayer, sub: Sublayer, here: _Place) -> Gram:
+    def _sum_with_target(self, dense: Sublayer, sub: Sublayer, here: Place) -> Gram:
         """Sum H (n, n) and C = Σ target zᵀ (d_out, n) over both streams; the dense stream advances in passing.
 
         z (n,) is the consumer's input on the pruned stream, its target (d_out,) the consumer's dense output without bias,
         plus what the residual stream lacks if the recipe says so.
         """
-        target = self.solver.target
+        target, (prunable,), streams = self.recipe.target, sub.prunables, self._moving
         assert target is not None
-        (prunable,) = sub.prunables
         sums = self._gram(prunable.site.columns, cross=self.skeleton.width)
         with ExitStack() as stack:
-            write = stack.enter_context(self._writing(DENSE, sub, here)) if self._continues(here) else None
+            write = stack.enter_context(streams.writing(DENSE, sub, here)) if self._continues(here) else None
             places = {PRUNED: here.entry, DENSE: here.entry}
-            for read in self._read(places, here, parallel=sub.entry.parallel):
+            for read in streams.read(places, here, parallel=sub.entry.parallel):
                 (x_hat, entered_hat), (x, entered) = read[PRUNED], read[DENSE]
-                arguments = self._arguments(x_hat, here)
+                arguments = streams.arguments(x_hat, here)
                 z = sub.mix(_normed(sub, x_hat, entered_hat), arguments).z[0]
                 o = dense.consume(dense.mix(_normed(dense, x, entered), arguments))
-                sums.add(z, _aim(sub, target, o, x, x_hat))
+                sums.add(z, _target_output(sub, target, o, x, x_hat))
                 if write is not None:
                     write(dense.join(x, o))
         return sums
@@ -268,116 +250,186 @@ class BlockPruner:
                 if not self.ranks.mine(place):
                     del sums[number]
 
-    # Advance.
+    # One site: fit to target, select, refit.
 
-    def _advance(self, block: Block, pruned: Block, here: _Place) -> Gram | None:
-        """Advance the streams past a sublayer; return the Gram of the next one's inputs in this block, if it is needed."""
-        assert self.store is not None
-        moving = self._still_to_move(here)
+    @kind("solving")
+    def _solve(
+        self, prunable: Prunable, sums: Gram | None, inputs: Tensor | None, has_target: bool
+    ) -> tuple[Report, list[Tensor]]:
+        """Fit to the target, select and refit, as far as the plan and the recipe ask for it.
+
+        Args:
+            sums: sums over tokens of the consumer's input, used up here: H (n, n) and, with a target, C (d_out, n).
+            inputs: mean Gram of the producers' input (d, d); None unless the recipe wants it.
+
+        Returns:
+            The site's report, with the units that stay as ``units_kept`` (None if nothing is removed), and the new
+            weights: none if nothing changes, else the consumer's (d_out, k), then the producers' (rows, d) if they change.
+
+        Raises:
+            NumericalError: sums or weights hold NaN or Inf.
+            CalibrationError: too few tokens reached an expert that may not be left alone.
+        """
+        site, report = prunable.site, {"units_kept": None, **self._tokens(prunable.site, sums)}
+        changes = self._changes(site)
+        if report.get("left_alone") or not (changes or has_target):
+            return {**untouched(site), **report}, []
+        w, factors, (h, c) = prunable.weight(prunable.consumer).to(self._where), dict[float, Tensor](), (None, None)
+        if sums is not None:
+            if self.grams == "parked":
+                sums.park()
+            h, c = (None if each is None else each.to(w.dtype) for each in sums.mean(site.name))
+        del sums
+        if has_target:
+            w, report["target_damping"] = self._fit_to_target(site, w, h, c, factors)
+        del c
+        if not changes:
+            return {**untouched(site), **report}, [w]
+        problem = Problem(
+            site=site,
+            w=w,
+            stored=prunable.stored,
+            read_producers=lambda: tuple(each.to(self._where) for each in prunable.producer_weights()),
+            zeros=self.plan[site.name].zeros,
+            h=h,
+            inputs=inputs,
+            findings=self.survey.get(site.name, {}),
+            generator=_generator(self.seed, site),
+            factors=factors,
+        )
+        kept = self._select(problem)
+        refit = self.recipe.reconstruct(problem, kept)
+        report |= {"units_kept": kept.tolist(), **_outcome(problem, kept, refit)}
+        return report, [refit.w, *(refit.producers or ())]
+
+    def _counts(self, site: Site) -> Report:
+        """The first entries of a site's report: its units, or the zeros among its weights."""
+        counts: Report = {"site": site.name, "units": site.units}
+        if self.recipe.writes_zeros:
+            counts |= {"zeros": sum(self.plan[site.name].zeros or ()), "weights": sum(site.linears)}
+        return counts
+
+    def _tokens(self, site: Site, sums: Gram | None) -> Report:
+        """The tokens that an expert saw, for its report; empty if the site has no router."""
+        seen = tokens_seen(site, self.survey) if sums is None else sums.rows
+        if site.expert is None or seen is None:
+            return {}
+        report: Report = {"tokens": seen}
+        if left_alone(site, seen, alike=self.experts_alike and self._changes(site)):
+            report |= {"left_alone": True, **({"zeros": 0} if self.plan[site.name].zeros is not None else {})}
+        return report
+
+    def _fit_to_target(
+        self, site: Site, w: Tensor, h: Tensor | None, c: Tensor | None, factors: dict[float, Tensor]
+    ) -> tuple[Tensor, float]:
+        """Fit the consumer to its target: see `maths.refit.fit`.
+
+        Args:
+            w: (d_out, n), float32 or float64.
+            h: (n, n), mean Gram of the consumer's input, same dtype.
+            c: (d_out, n), mean of target times input, same dtype.
+            factors: receives the factor (n, n) of H_λ under the damping asked for, so that `select` may reuse it.
+
+        Returns:
+            The fitted weight (d_out, n), and the damping that it took.
+        """
+        target = self.recipe.target
+        assert target is not None
+        assert h is not None
+        assert c is not None
+        factors[target.damping], used = cholesky(h, target.damping, site.name, device=self._where)
+        w = fit(w, h, c, factors[target.damping])
+        if not all_finite(w):
+            raise NumericalError(f"{site.name}: the fit to the target is not finite")
+        return w, used
+
+    def _select(self, problem: Problem) -> Tensor:
+        """The units that stay (k,) int64, ascending: all, those that the plan names, or the recipe's choice."""
+        site, entry = problem.site, self.plan[problem.site.name]
+        if entry.keep == site.units:
+            kept = torch.arange(site.units)
+        elif self.recipe.plans_units(site):
+            assert entry.units is not None
+            kept = torch.tensor(entry.units)
+        else:
+            kept = self.recipe.select(problem, entry.keep)
+        problem.factors.clear()
+        assert kept.numel() == entry.keep
+        assert bool((kept.diff() > 0).all())
+        return kept
+
+    # Advance, refine.
+
+    def _advance(self, block: Block, pruned: Block, here: Place) -> Gram | None:
+        """Move the streams past a sublayer; return the Gram of the next one's inputs in this block, if it is needed."""
+        owners = {PRUNED: pruned.sublayers, DENSE: block.sublayers}
+        # A block to be refined moves the pruned stream after its refinement.
+        waiting = [PRUNED] if here.last and self.refinement is not None else []
         sums, summed = None, tuple[str, ...]()
         if not here.last and self._sums_inputs(following := pruned.sublayers[here.position + 1], here.next):
             sums, summed = self._inputs_gram(following, here.next)
-        # A stream that has moved already is read only for the sums.
-        places = dict.fromkeys(moving, here.entry) | {s: here.exit for s in summed if s not in moving}
-        parallel = any(sub.entry.parallel for sub in pruned.sublayers)
-        owners = {PRUNED: pruned.sublayers, DENSE: block.sublayers}
-        with ExitStack() as stack:
-            sub = pruned.sublayers[here.position]
-            writers = {s: stack.enter_context(self._writing(s, sub, here)) for s in moving}
-            for read in self._read(places, here, parallel=parallel) if moving else ():
-                arguments = self._arguments(next(iter(read.values()))[0], here)
-                for s in moving:
-                    x, entered = read[s]
-                    read[s] = owners[s][here.position](x, entered, arguments), entered
-                    writers[s](read[s][0])
+        with closing(self._moving.advance(owners, here, waiting, summed)) as advanced:
+            for read in advanced:
                 if sums is not None:
                     sums.add(*(_normed(owners[s][here.position + 1], *read[s]) for s in summed))
-        if here.position:
-            for stream in self.streams.moving:
-                self.store.remove(boundary(stream, *here.entry))
         return sums
 
-    def _still_to_move(self, here: _Place) -> list[str]:
-        """Streams not yet past a sublayer. A block to be refined moves the pruned one after its refinement."""
-        assert self.store is not None
-        waits = {PRUNED} if here.last and self.refinement is not None else set()
-        return [s for s in self.streams.moving if boundary(s, *here.exit) not in self.store and s not in waits]
-
-    # Refine.
-
-    def _refine(self, pruned: Block, index: int, seconds: float) -> dict[str, Any]:
+    def _refine(self, pruned: Block, index: int, seconds: float) -> Report:
         """Refine a block and advance the pruned stream; return its figures, and `seconds` with those that it took added."""
-        assert self.store is not None
         assert self.refinement is not None
         started = time.perf_counter()
         source, target = boundary(PRUNED, index), boundary(DENSE, index + 1)
-        report = refine(self.skeleton, pruned, index, self.store, source, target, self.refinement, self.ranks)
-        if self.streams.into(index + 1):
-            advance(self.skeleton, pruned, index, self.store, PRUNED, self.batch)
+        store = self._moving.store
+        report = refine(self.skeleton, pruned, index, store, source, target, self.refinement, self.ranks)
+        self._moving.pass_by(pruned, index)
         return report | {"seconds": round(seconds + time.perf_counter() - started, 3)}
-
-    # What the steps read, write and sum in.
-
-    def _read(
-        self, places: Mapping[str, tuple[int, int]], here: _Place, *, parallel: bool
-    ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Read streams in micro-batches.
-
-        Args:
-            places: for each stream, the block and sublayer whose input is read.
-            parallel: whether what entered the block is read as well.
-
-        Yields:
-            For each stream x (sequences, tokens, d) and what entered the block (sequences, tokens, d): x itself unless
-            `parallel`.
-        """
-        assert self.store is not None
-        names = {
-            stream: (boundary(stream, *place), boundary(stream, here.block) if parallel else boundary(stream, *place))
-            for stream, place in places.items()
-        }
-        wanted = list(dict.fromkeys(name for pair in names.values() for name in pair))
-        for _, read in self.store.each(self.batch, *wanted):
-            found = dict(zip(wanted, read, strict=True))
-            yield {stream: (found[x], found[entered]) for stream, (x, entered) in names.items()}
-
-    def _writing(self, stream: str, sub: Sublayer, here: _Place) -> AbstractContextManager[Callable[[Tensor], None]]:
-        """A context that writes a sublayer's output; the journal does not mention outputs inside a block."""
-        assert self.store is not None
-        return self.store.writing(boundary(stream, *here.exit), f"{sub.name} ({stream})", passing=not here.last)
-
-    def _arguments(self, x: Tensor, here: _Place) -> Arguments:
-        """What the block's modules take besides hidden states `x` (sequences, tokens, d)."""
-        return self.skeleton.arguments(x.shape[0], x.shape[1])[here.block]
 
     def _gram(self, columns: int, *, cross: int) -> Gram:
         """An empty Gram: H (columns, columns) and, unless `cross` is 0, C (cross, columns)."""
-        return Gram(columns, cross=cross, device=self.solver.place, dtype=accumulator(self.skeleton.dtype))
+        return Gram(columns, cross=cross, device=self._where, dtype=accumulator(self.skeleton.dtype))
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A sublayer of the model."""
+def tokens_seen(site: Site, survey: Survey) -> int | None:
+    """How many tokens reached an expert in the survey; None if there was no survey, or it counted nothing."""
+    if site.expert is None or not survey:
+        return None
+    findings = survey[site.name]
+    return int(findings[SEEN]) if SEEN in findings else None
 
-    block: int
-    position: int
-    last: bool
-    """Whether it is the last of its block."""
 
-    @property
-    def entry(self) -> tuple[int, int]:
-        """Block and sublayer whose input it reads."""
-        return self.block, self.position
+def left_alone(site: Site, tokens: int, *, alike: bool) -> bool:
+    """Whether an expert keeps everything because fewer tokens reached it than it has channels.
 
-    @property
-    def next(self) -> _Place:
-        """The sublayer after it in the block."""
-        return _Place(self.block, self.position + 1, last=False)
+    Raises:
+        CalibrationError: it would be left alone, but the layout needs all experts alike.
+    """
+    if site.expert is None or tokens >= site.columns:
+        return False
+    if alike:
+        raise CalibrationError(
+            f"{site.name} saw {tokens} tokens, fewer than its {site.columns} channels, and the uniform layout cannot leave "
+            "it alone; more --samples, or --layout free"
+        )
+    return True
 
-    @property
-    def exit(self) -> tuple[int, int]:
-        """Block and sublayer whose input it gives."""
-        return (self.block + 1, 0) if self.last else (self.block, self.position + 1)
+
+def untouched(site: Site) -> Report:
+    """The report of a site that keeps everything."""
+    return {"kept": site.units, "error": 0.0, "damping": None, "seconds": 0.0}
+
+
+def _outcome(problem: Problem, kept: Tensor, refit: Refit) -> Report:
+    """The figures of a refit for the report, its output error among them."""
+    columns = unit_columns(kept, problem.site.width).to(problem.w.device)
+    error = None if problem.h is None else output_error(problem.w, problem.h, refit.w, columns)
+    report = {"kept": kept.numel(), "error": error, "damping": refit.damping}
+    return report | ({"step": refit.step} if refit.step < 1 else {})
+
+
+def _generator(seed: int, site: Site) -> torch.Generator:
+    """A generator for this site alone, so that the order of sites does not matter."""
+    place = (seed * 1_000_003 + site.block) * 2 + (site.kind == "ffn")
+    return torch.Generator().manual_seed((place + 7_919_000_029 * (site.expert or 0)) % 2**63)
 
 
 def _normed(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:
@@ -385,7 +437,7 @@ def _normed(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:
     return sublayer.normed(sublayer.source(x, entered))
 
 
-def _aim(sub: Sublayer, target: Target, o: Tensor, x: Tensor, x_hat: Tensor) -> Tensor:
+def _target_output(sub: Sublayer, target: Target, o: Tensor, x: Tensor, x_hat: Tensor) -> Tensor:
     """The consumer's target without its bias (sequences, tokens, d).
 
     Args:
@@ -397,16 +449,16 @@ def _aim(sub: Sublayer, target: Target, o: Tensor, x: Tensor, x_hat: Tensor) -> 
     return o + lacking - (0.0 if bias is None else bias)
 
 
-def _shrink(prunable: Prunable, found: Solved, weights: Sequence[Tensor]) -> None:
-    """Give a site its new weights, as `SiteSolver.solve` returns them, and only the units that stay."""
+def _shrink(prunable: Prunable, kept: list[int] | None, weights: Sequence[Tensor]) -> None:
+    """Give a site its new weights, as `BlockPruner._solve` returns them, and only the units that stay."""
     consumer, producers = weights[:1], weights[1:]
     if producers:
         prunable.set_producer_weights(producers)
     for w in consumer:
-        if found.kept is None:
+        if kept is None:
             prunable.set_weight(prunable.consumer, w)
         else:
-            prunable.shrink(torch.tensor(found.kept), w)
+            prunable.shrink(torch.tensor(kept), w)
 
 
 def _inputs_of(sub: Sublayer) -> str:

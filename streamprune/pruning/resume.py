@@ -16,9 +16,9 @@ from ..recipes.plan import Plan
 from ..stream import sweep
 from ..system import files
 from . import correct
-from .block import DENSE
 from .job import Job
 from .shot import GRADIENT, Shot
+from .streams import DENSE
 
 
 def lost(job: Job) -> MissingFile | None:
@@ -88,7 +88,7 @@ def _boundary(shot: Shot) -> MissingFile | None:
             wanted = [(sweep.boundary(DENSE, forward), f"forward/{next(intact)}")]
         elif shot.journalled("head") is not None and backward < depth:
             wanted = [(sweep.boundary(GRADIENT, depth - backward), "forward/")]
-    elif shot.journalled("pruned") is None and pruned:
+    elif shot.journalled("pruned") is None and pruned and shot.streams is not None:
         wanted = [(sweep.boundary(stream, pruned), "prune/") for stream in shot.streams.into(pruned)]
     for name, step in wanted:
         if not job.store.intact(name):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
 from ..jobs.config import Config
@@ -14,69 +12,29 @@ from ..jobs.forecast.memory import generation_batch
 from ..jobs.forecast.resources import Resources
 from ..jobs.journal import Entry
 from ..jobs.meter import metered
-from ..jobs.names import FIGURES
-from ..jobs.reports import pruning_card
+from ..jobs.reports import extents, pruning_card
 from ..maths.flops import kind
 from ..model import hub, write
 from ..model.checkpoint import write_shard
 from ..model.names import CURVES
 from ..recipes.plan import Plan
 from ..recipes.recipe import Correction
+from ..stream import sweep
 from ..stream.generate import generate
 from ..system import files
 from ..system.machine import limit_memory
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
 from .allocate import allocate
+from .block import BlockPruner
 from .correct import correct_blocks
 from .curves import write_curves
 from .job import Job
-from .prune import prune_blocks
+from .refine import Refinement
+from .result import Result
 from .resume import lost
 from .shot import Shot
 from .survey import survey
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a job."""
-
-    out: str
-    recipe: str
-    ratio_requested: float
-    ratio_blocks: float
-    """Share of the blocks' parameters that were removed or zeroed."""
-    ratio_model: float
-    """Share of the whole model's parameters that were removed or zeroed."""
-    ratio_missed: str | None
-    """Why the result misses the ratio by more than one unit: a sentence with both shares and a remedy; None if it does not."""
-    parameters_before: int
-    parameters_after: int
-    """Parameters in the checkpoint, zeros included."""
-    zeros: int
-    """Weights zeroed if shapes stay; 0 if units were removed."""
-    operations: int
-    """Floating-point operations of the whole job, as `maths.flops` counts them."""
-    forward_equivalents: float
-    """The same, in dense forward passes over the calibration set."""
-    operations_by_kind: Mapping[str, int]
-    """The same by purpose, one entry for each of `maths.flops.KINDS`; empty for a result of an older version."""
-    sweeps_per_shot: float | None
-    """Cost of the sweeps of one shot, in dense forward passes; None for a result of an older version."""
-    tokens: str | None
-    """Fingerprint of the calibration windows; None if no text was read."""
-    seconds: float
-    """Wall-clock seconds of this process."""
-    peak_device_bytes: int
-    peak_host_bytes: int
-    bytes_read: int
-    """Bytes that this process read from the checkpoint."""
-    waited: dict[str, float]
-    """Seconds of the whole job spent waiting for reads, writes or copies, by kind."""
-    busy: dict[str, float]
-    """Seconds of the whole job with reads, writes or copies in progress, by kind; much of it overlaps computation."""
-    resumed: bool
-    """Whether an earlier process did some of the work."""
 
 
 def prune(
@@ -107,7 +65,7 @@ def prune(
             finished = Run(job).work()
     else:
         job.tidy()
-    return _result(job, finished, time.monotonic() - started)
+    return Result.of(job, finished, time.monotonic() - started)
 
 
 def plan_only(config: Config, *, restart: bool = False, progress: Progress | None = None, ranks: Ranks = ALONE) -> Path:
@@ -132,26 +90,6 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
 def forecast_job(config: Config, *, progress: Progress | None = None) -> Resources:
     """Estimate what the job would take, and whether it fits. Only a model from the hub is written to disk."""
     return Job(config, progress).forecast()
-
-
-def _result(job: Job, report: Mapping[str, Any], seconds: float) -> Result:
-    """Combine the report's figures with those of this process."""
-    host, device = job.peaks.most()
-    return Result(
-        out=job.out_given,
-        **{name: report[name] for name in FIGURES},
-        operations_by_kind=report.get("operations_by_kind", {}),
-        sweeps_per_shot=report.get("sweeps_per_shot"),
-        ratio_missed=report.get("ratio_missed"),
-        tokens=report.get("tokens"),
-        seconds=round(seconds, 3),
-        peak_device_bytes=device,
-        peak_host_bytes=host,
-        bytes_read=job.skeleton.checkpoint.bytes_read,
-        waited=report.get("waited", {}),
-        busy=report.get("busy", {}),
-        resumed=job.resumed,
-    )
 
 
 class Run:
@@ -193,7 +131,7 @@ class Run:
         """Take a shot from wherever the journal ends to its finished directory."""
         plan = self._plan(shot)
         if not shot.journalled("pruned"):
-            shards = prune_blocks(shot, plan)
+            shards = self._prune_blocks(shot, plan)
             shot.record("pruned", sha256=self._write(shot, plan, shot.pruned, shards))
         pruned = shot.journalled("pruned")
         assert pruned is not None
@@ -211,6 +149,53 @@ class Run:
         if self.job.surveys and not shot.journalled("allocate"):
             survey(shot)
         return allocate(shot)
+
+    # The prune sweep.
+
+    def _prune_blocks(self, shot: Shot, plan: Plan) -> dict[str, str]:
+        """Prune the blocks that are not pruned yet; return the digests of all blocks' shards by name."""
+        skeleton, depth, done = shot.skeleton, len(shot.skeleton), len(shot.steps("prune/"))
+        pruner = self._pruner(shot, plan)
+        if shot.ranks.first:
+            files.make_folder(shot.pruned)
+        shot.progress.phase("prune", depth, done)
+        if shot.streams is not None:
+            shot.prepare_streams(done)
+        for index, block in sweep.blocks(skeleton, range(done, depth)):
+            pruned, reports = pruner.prune(block, index)
+            digest = write.write_block(skeleton, index, pruned.weights, shot.pruned) if shot.ranks.first else None
+            shot.record(f"prune/{index}", sites=reports, sha256=digest)
+            del block, pruned
+            if shot.streams is not None:
+                shot.streams.drop(index)
+            for report in reports:
+                if report.get("left_alone"):
+                    shot.progress.say(f"{report['site']} saw {report['tokens']} tokens and is left alone")
+            shares = ", ".join(f"{part:,} of {whole:,}" for part, whole in extents(reports))
+            shot.progress.step(f"block {index}: {shares}")
+        lines = enumerate(shot.steps("prune/"))
+        return {write.block_shard(skeleton, index): line["sha256"] for index, line in lines}
+
+    def _pruner(self, shot: Shot, plan: Plan) -> BlockPruner:
+        """What prunes each block of the shot."""
+        job, refinement = self.job, None
+        if shot.last and job.config.refine:
+            zeros = job.recipe.writes_zeros
+            refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch, keeps_zeros=zeros)
+        return BlockPruner(
+            skeleton=shot.skeleton,
+            recipe=job.recipe,
+            plan=plan,
+            survey=shot.survey,
+            streams=shot.streams,
+            refinement=refinement,
+            seed=job.config.seed,
+            experts_alike=shot.experts_alike,
+            grams=job.grams,
+            ranks=shot.ranks,
+        )
+
+    # What follows it.
 
     @kind("training")
     def _correct(self, shot: Shot, plan: Plan, how: Correction) -> dict[str, str]:

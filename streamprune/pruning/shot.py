@@ -21,8 +21,8 @@ from ..model.skeleton import Skeleton, open_skeleton
 from ..recipes.allocation import Budget
 from ..recipes.recipe import Findings, Survey
 from ..stream import sweep
-from .block import DENSE, PRUNED, Streams
 from .job import Job
+from .streams import DENSE, PRUNED, Streams
 
 GRADIENT = "gradient"
 
@@ -78,12 +78,24 @@ class Shot:
     # The streams.
 
     @cached_property
-    def streams(self) -> Streams:
-        """Streams of the prune sweep."""
-        recipe = self.job.recipe
-        apart = recipe.compensation is not None or recipe.target is not None
-        moving = (PRUNED, DENSE) if apart or (self.last and self.job.config.refine) else (PRUNED,)
-        return Streams(moving if self.job.streams else (), self.job.window)
+    def streams(self) -> Streams | None:
+        """Streams of the prune sweep; None if it needs no activations."""
+        job, recipe = self.job, self.job.recipe
+        if not job.streams:
+            return None
+        apart = recipe.compensation is not None or recipe.target is not None or (self.last and job.config.refine > 0)
+        moving = (PRUNED, DENSE) if apart else (PRUNED,)
+        return Streams(self.skeleton, job.store, job.batch, moving, job.window)
+
+    def prepare_streams(self, done: int) -> None:
+        """Keep only what the next block to prune reads; before the first one, the pruned stream begins as the dense one."""
+        assert self.streams is not None
+        store = self.job.store
+        first = {sweep.boundary(DENSE, 0)} if done == 0 else set()
+        store.keep_only(first | {sweep.boundary(stream, done) for stream in self.streams.into(done)})
+        if done == 0:
+            self.ensure_embedded()
+            store.link(sweep.boundary(DENSE, 0), sweep.boundary(PRUNED, 0))
 
     def embed(self) -> None:
         """Write the first block's input."""

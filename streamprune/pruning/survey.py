@@ -14,10 +14,10 @@ from ..model.checkpoint import write_shard
 from ..recipes.recipe import Surveyed
 from ..stream import sweep
 from ..system.host import return_freed_memory
-from .block import DENSE
+from .block import CPU, SEEN
 from .job import Job
 from .shot import GRADIENT, Shot
-from .solve import CPU, SEEN
+from .streams import DENSE
 
 
 def survey(shot: Shot) -> None:
@@ -141,14 +141,14 @@ def _save_findings(shot: Shot, index: int, block: Block, stats: list[SiteStatist
     del statistics  # only `own` holds sums now
     return_freed_memory()  # of the sweep
 
-    def digest(number: int) -> tuple[list[str], list[Tensor]]:
-        findings = _digest(job, block.prunables[number], own.pop(number))  # so that no sum outlives its site
-        return list(findings), list(findings.values())
-
     found: dict[str, Tensor] = {}
-    for _, names, tensors in ranks.spread(range(len(block.prunables)), digest, CPU):
-        if ranks.first:
-            found.update(zip(names, tensors, strict=True))
+    for together, mine in ranks.rounds(range(len(block.prunables))):
+        # Popped, so that no sum outlives its site.
+        findings = [_digest(job, block.prunables[number], own.pop(number)) for number in mine]
+        named = [(list(each), list(each.values())) for each in findings]
+        for _, names, tensors in ranks.exchange(together, named, CPU):
+            if ranks.first:
+                found.update(zip(names, tensors, strict=True))
     if not ranks.first:
         return None
     for name, tensor in found.items():

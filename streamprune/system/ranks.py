@@ -176,25 +176,24 @@ class Ranks:
                     distributed.broadcast(tensor.view(-1).view(torch.uint8), src=source, group=group)
         return found
 
-    def spread(
-        self,
-        items: Sequence[T],
-        work: Callable[[T], tuple[Info, Sequence[Tensor]]],
-        device: torch.device,
-    ) -> Iterator[tuple[T, Info, list[Tensor]]]:
-        """Run `work` on each item on its owner only, `size` items at a time; yield all items and results in order on all ranks.
-
-        Args:
-            items: assigned to ranks by their position, see `owner`.
-            work: returns a small, picklable value and tensors.
-            device: see `broadcast_tensors`.
-        """
+    def rounds(self, items: Sequence[T]) -> Iterator[tuple[Sequence[T], list[T]]]:
+        """Split items into groups of `size`; yield each group, and those of its items that this rank owns: one or none."""
         for start in range(0, len(items), self.size):
             together = items[start : start + self.size]
-            own = [work(item) for place, item in enumerate(together) if self.mine(place)]
-            for place, item in enumerate(together):
-                info, tensors = own.pop() if self.mine(place) else (None, None)
-                yield item, self.broadcast(partial(_given, info), place), self.broadcast_tensors(tensors, place, device)
+            yield together, [item for place, item in enumerate(together) if self.mine(place)]
+
+    def exchange(
+        self, together: Sequence[T], own: list[tuple[Info, list[Tensor]]], device: torch.device
+    ) -> Iterator[tuple[T, Info, list[Tensor]]]:
+        """Yield the items of a group of `rounds` with their owners' results, in order on all ranks.
+
+        Args:
+            own: results for this rank's items, used up here: a small, picklable value and tensors each.
+            device: see `broadcast_tensors`.
+        """
+        for place, item in enumerate(together):
+            info, tensors = own.pop(0) if self.mine(place) else (None, None)
+            yield item, self.broadcast(partial(_given, info), place), self.broadcast_tensors(tensors, place, device)
 
     def _assemble(self, tensor: Tensor) -> Any:
         """Return the process group for a tensor. For GPU tensors, first wait for all ranks on the host, to detect a lost rank."""

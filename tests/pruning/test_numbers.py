@@ -24,7 +24,6 @@ from streamprune.maths.slimgpt import batched_group_removal, dynamic_group_remov
 from streamprune.maths.sums import Gram, HeadDivergence, MaskGradient
 from streamprune.model.block import Sublayer
 from streamprune.pruning import block, refine, survey
-from streamprune.pruning import solve as solving
 from streamprune.recipes import masks, obs, surgeon
 from streamprune.recipes.obs import best
 from streamprune.stream import sweep
@@ -252,8 +251,8 @@ def test_batched_removal_of_weights_that_cannot_be_squared(value: float) -> None
 @pytest.mark.parametrize(
     ("recipe", "module", "name", "words"),
     [
-        ("default", solving, "fit", "blocks.0.ffn: the fit to the target is not finite"),
-        ("greedy-output", solving, "fit", "blocks.0.ffn: the fit to the target is not finite"),
+        ("default", block, "fit", "blocks.0.ffn: the fit to the target is not finite"),
+        ("greedy-output", block, "fit", "blocks.0.ffn: the fit to the target is not finite"),
         ("sobp", block, "compensation", ": the new weights of mlp.gate_proj are not finite"),
         ("sobp", obs, "refit_as_stored", ".ffn: the new weights of mlp.down_proj are not finite"),
         ("slimgpt", obs, "refit_as_stored", "are not finite in their stored dtype"),

@@ -20,7 +20,7 @@ from streamprune.maths.refit import output_error
 from streamprune.maths.sums import Gram, MaskGradient
 from streamprune.model.site import Site
 from streamprune.model.skeleton import open_skeleton
-from streamprune.pruning import solve
+from streamprune.pruning import block as pruning_block
 from streamprune.pruning.job import Job
 from streamprune.recipes.baselines import Magnitude, WandaSp
 from streamprune.recipes.recipe import Problem
@@ -179,13 +179,13 @@ def test_jobs_on_outlying_models(
 def test_a_jobs_gram_is_that_of_float64(configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = outlying(tmp_path / "model", large=LARGE)
     config = configured(path, recipe="wanda-sp", dtype="float32")
-    real, grams = solve.output_error, list[Tensor]()
+    real, grams = pruning_block.output_error, list[Tensor]()
 
     def watched(w: Tensor, h: Tensor, *more: Any) -> float:
         grams.append(h.double())
         return real(w, h, *more)
 
-    monkeypatch.setattr(solve, "output_error", watched)
+    monkeypatch.setattr(pruning_block, "output_error", watched)
     streamprune.prune(config)
     sites = open_skeleton(path, CPU, "float64").all_sites()
     model = reference.load(path)

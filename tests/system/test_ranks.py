@@ -177,8 +177,12 @@ def test_a_process_by_itself_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -
         assert x.tolist() == [1, 1]
         assert alone.gather("a") == ["a"]
         assert alone.broadcast(lambda: 3) == 3
-        spread = alone.spread([1, 2], lambda item: (item * 2, [torch.tensor(item)]), torch.device("cpu"))
-        assert [(item, info, tensors[0].item()) for item, info, tensors in spread] == [(1, 2, 1), (2, 4, 2)]
+        for (together, mine), item in zip(alone.rounds([1, 2]), (1, 2), strict=True):
+            assert list(together) == mine == [item]
+            given = [(item * 2, [torch.tensor(item)])]
+            assert list(alone.exchange(together, given, torch.device("cpu"))) == [
+                (item, item * 2, [torch.tensor(item)])
+            ]
 
 
 def test_what_ranks_send_each_other(tmp_path: Path) -> None:
@@ -211,7 +215,8 @@ def test_what_ranks_send_each_other(tmp_path: Path) -> None:
 
             found = [
                 (item, info, [tensor.tolist() for tensor in tensors])
-                for item, info, tensors in everyone.spread([4, 5, 6, 7], solve, cpu)
+                for together, mine in everyone.rounds([4, 5, 6, 7])
+                for item, info, tensors in everyone.exchange(together, [solve(item) for item in mine], cpu)
             ]
             assert found == [
                 (4, "4 by 0", []),
