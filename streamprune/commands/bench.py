@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ResourceError
 from ..jobs.forecast.memory import device_peak
 from ..jobs.forecast.needs import Needs
-from ..maths.flops import counting
+from ..maths.flops import FlopCounter
 from ..model.hub import resolve_model
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.upstream import cache_argument
@@ -239,7 +239,7 @@ class _Runner:
         self.prompts, self.new_tokens = prompts, new_tokens
         self.model = load_whole(self.path, skeleton.dtype).to(prompts.device)
         weights = weight_bytes(self.model)
-        with counting() as counter:
+        with FlopCounter() as counter:
             cache, token = self._prefill()
             self.prefill_operations = counter.total
             self.prefill_bytes = weights + cache_bytes(cache)

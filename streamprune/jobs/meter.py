@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..maths.flops import KINDS, Kind, counting
+from ..maths.flops import KINDS, FlopCounter, Kind
 from ..system.machine import Peaks
 from ..system.ranks import ALONE, Ranks
 from ..system.timing import difference, total, watching
@@ -31,7 +31,7 @@ def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE
     """
     told, told_seconds = dict.fromkeys(KINDS, 0), started
     peaks.lap()
-    with counting() as counter, watching() as occupancy:
+    with FlopCounter() as counter, watching() as occupancy:
         told_occupancy = occupancy.so_far()
 
         def spent() -> Entry:

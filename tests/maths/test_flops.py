@@ -20,7 +20,7 @@ from streamprune.jobs.config import Config
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.meter import metered, totals
 from streamprune.maths import greedy, refit
-from streamprune.maths.flops import counted, counting, kind
+from streamprune.maths.flops import FlopCounter, counted, kind
 from streamprune.model.skeleton import open_skeleton
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore
@@ -28,7 +28,7 @@ from streamprune.system.machine import Peaks
 
 
 def count(work: Callable[[], object]) -> int:
-    with counting() as counter:
+    with FlopCounter() as counter:
         work()
     return counter.total
 
@@ -102,7 +102,7 @@ def test_attention_with_its_backward_is_torchs_own_count(causal: bool) -> None:
         FlopCounterMode(display=False) as torchs,
     ):
         F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    with counting() as ours:
+    with FlopCounter() as ours:
         F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     assert ours.total == torchs.get_total_flops()
 
@@ -114,9 +114,9 @@ def test_grouped_queries_count_each_query_head() -> None:
 
 
 def test_contexts_nest() -> None:
-    with counting() as outer:
+    with FlopCounter() as outer:
         A @ B
-        with counting() as inner:
+        with FlopCounter() as inner:
             A @ B
         A @ B
     assert inner.total == 210
@@ -133,7 +133,7 @@ def test_kinds_are_told_apart_and_autograds_threads_with_them() -> None:
             A @ V
         A @ B
 
-    with counting() as counter:
+    with FlopCounter() as counter:
         y = x @ B
         solve()
         with kind("training"):
@@ -175,7 +175,7 @@ def test_a_streamed_forward_pass_is_what_the_shapes_say(name: str, tiny: Tiny, t
     tokens = torch.arange(3 * 24).view(3, 24) % 40
     store = ActivationStore(tmp_path, (3, 24, skeleton.width), skeleton.dtype, device, durable=False)
     sweep.embed(skeleton, tokens, store, "dense-0000-0", 2)
-    with counting() as counter:
+    with FlopCounter() as counter:
         for _ in sweep.forward(skeleton, store, "dense", 0, len(skeleton), 2):
             pass
         sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), tokens, 2)
@@ -285,7 +285,7 @@ def test_a_recipe_without_text_computes_next_to_nothing(tiny: Tiny, configured: 
 
 def test_a_stated_figure_stands_for_what_runs_inside() -> None:
     a = torch.ones(4, 4)
-    with counting() as outer, counting() as inner:
+    with FlopCounter() as outer, FlopCounter() as inner:
         with counted(7):
             _ = a @ a
         _ = a @ a
@@ -304,7 +304,7 @@ def test_greedy_removal_counts_what_it_does(
     for looking in (False, True):
         if looking:
             monkeypatch.setattr(greedy, "counted", lambda stated: nullcontext())
-        with counting() as work:
+        with FlopCounter() as work:
             greedy.removal(p.clone(), v.clone(), width=width, count=count, block=block, place="here")
         found.append(work.total)
     assert found[0] == pytest.approx(found[1], rel=0.02)

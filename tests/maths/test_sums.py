@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamprune.maths import sums as stats
-from streamprune.maths.flops import counting
+from streamprune.maths.flops import FlopCounter
 from streamprune.maths.sums import PANEL, Gram, MaskGradient
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_sums_say_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fed() -> dict[Any, int]:
         sums = Gram(n, cross=3, device=CPU, dtype=torch.float32)
-        with counting() as counter:
+        with FlopCounter() as counter:
             sums.add(x, y)
         return dict(counter.kinds)
 
