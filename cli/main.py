@@ -42,7 +42,7 @@ class Group(click.Group):
 
 
 def _advice(ctx: click.Context) -> str:
-    return "; run the same command again to go on" if ctx.invoked_subcommand in RESUMED else ""
+    return "; run the same command again to resume" if ctx.invoked_subcommand in RESUMED else ""
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -33,7 +33,7 @@ srun --wait=1800 bash -c \
     streamprune "$@"
 code=$?
 if [ "$code" -eq "$RESUMABLE" ]; then
-    echo "stopped; requeueing job $SLURM_JOB_ID to go on"
+    echo "stopped; requeueing job $SLURM_JOB_ID to resume"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

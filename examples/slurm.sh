@@ -27,7 +27,7 @@ RESUMABLE=75
 srun streamprune "$@" --quiet
 code=$?
 if [ "$code" -eq "$RESUMABLE" ]; then
-    echo "stopped; requeueing job $SLURM_JOB_ID to go on"
+    echo "stopped; requeueing job $SLURM_JOB_ID to resume"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

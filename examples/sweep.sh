@@ -75,7 +75,7 @@ for ratio in $ratios; do
     case $code in
         0) echo "$target: finished" ;;
         "$INTERRUPTED" | 129 | 130 | 143)
-            echo "$target: stopped; the same command goes on" >&2
+            echo "$target: stopped; run the same command again to resume" >&2
             exit "$INTERRUPTED"
             ;;
         "$USAGE") exit "$USAGE" ;;

@@ -1,6 +1,7 @@
-"""Locate a job's activations: in the job's folder, or in a folder that jobs may share.
+"""A job's activations: where they lie, and their removal.
 
-The job's folder records a shared folder before anything is written there.
+They lie in the job's folder or in a folder that jobs may share. The job's folder records a shared folder before anything is
+written there. `stream.store.ActivationStore` creates the folders and the files in them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from pathlib import Path
 
 from ..errors import ResumeError
 from ..system import files
+from ..system.ranks import ALONE, Ranks
 from ..system.strict_json import read_json
 
-NOTE = "caches.json"
+RECORD = "caches.json"
 FOLDERS = "folders"
 
 
@@ -32,40 +34,39 @@ class Caches:
 
     def __init__(self, folder: Path, given: Path | None) -> None:
         self._folder, self._given = folder, given
-        self._note = folder / NOTE
+        self._record = folder / RECORD
 
     @property
     def own(self) -> Path:
         """Folder to which this process writes activations."""
         return self._folder / "cache" if self._given is None else self._within(self._given)
 
-    def note(self) -> None:
+    def record(self) -> None:
         """Durably record the folder for activations before its first use, so that a later process finds it."""
-        noted = self._noted()
-        if self._given is not None and (given := str(self._given.absolute())) not in noted:
-            files.write_text(self._note, json.dumps({FOLDERS: [*noted, given]}) + "\n")
+        recorded = self._recorded()
+        if self._given is not None and (given := str(self._given.absolute())) not in recorded:
+            files.write_text(self._record, json.dumps({FOLDERS: [*recorded, given]}) + "\n")
 
-    def everywhere(self) -> list[Path]:
-        """Return every folder that may hold activations of this job.
+    def remove(self, ranks: Ranks = ALONE) -> None:
+        """Remove the activations of all ranks, which may have separate disks, then the record of their folders.
 
         Raises:
             ResumeError: the record is damaged.
         """
-        return list(dict.fromkeys([self._folder / "cache", *map(self._within, map(Path, self._noted())), self.own]))
-
-    def remove(self) -> None:
-        """Remove all activations, then the record of their folders."""
-        for path in self.everywhere():
-            files.remove_tree(path)
-        files.remove(self._note)
+        for _ in ranks.in_turn():
+            recorded = map(self._within, map(Path, self._recorded()))
+            for path in dict.fromkeys([self._folder / "cache", *recorded, self.own]):
+                files.remove_tree(path)
+        if ranks.first:
+            files.remove(self._record)
 
     def _within(self, given: Path) -> Path:
         return given.absolute() / f"{self._folder.name}-{key(self._folder)}"
 
-    def _noted(self) -> list[str]:
-        if not self._note.is_file():
+    def _recorded(self) -> list[str]:
+        if not self._record.is_file():
             return []
-        folders = read_json(self._note).get(FOLDERS)
+        folders = read_json(self._record).get(FOLDERS)
         if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
-            raise ResumeError(f"{self._note} is damaged: {FOLDERS!r} is not a list of folders")
+            raise ResumeError(f"{self._record} is damaged: {FOLDERS!r} is not a list of folders")
         return folders

@@ -34,8 +34,8 @@ from .journal import Entry, Journal
 from .names import JOURNAL, LOCK, REPLACED, STAGING, job_folder
 
 PROBE = "probe"
-OTHER_OUT = "mend that, or take an OUT elsewhere"
-OTHER_CACHE = "mend that, or take a --cache elsewhere"
+OTHER_OUT = "fix that or choose another OUT"
+OTHER_CACHE = "fix that or choose another --cache"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MissingFile:
 
     path: Path
     step: str
-    """Prefix of the name of the first step to repeat. All later steps are repeated too."""
+    """Prefix of the name of the first step to repeat, with all later ones."""
 
 
 class JobFolder:
@@ -58,7 +58,7 @@ class JobFolder:
         ranks: ranks that share the job. The first holds its lock, journal and log, and alone changes shared files.
     """
 
-    known: ClassVar[set[str]] = {JOURNAL, LOCK, STAGING, LOG, caches.NOTE, "cache", REPLACED}
+    known: ClassVar[set[str]] = {JOURNAL, LOCK, STAGING, LOG, caches.RECORD, "cache", REPLACED}
     """Names that the job's folder may contain."""
     known_prefixes: ClassVar[tuple[str, ...]] = (f"{LOCK}-",)
     """Prefixes of other names that the job's folder may contain."""
@@ -94,14 +94,14 @@ class JobFolder:
         """The models that the job reads."""
         raise NotImplementedError
 
+    def start(self, restart: bool) -> None:
+        """Start the job, or find the point where an earlier process stopped. Called with the lock held."""
+        raise NotImplementedError
+
     def differs(self, report: Entry) -> str | None:
         """Describe how a finished result differs from the one asked for; None if it does not."""
         difference = first_difference(report["job"], self.header)
         return f"of another job: {difference}" if difference else None
-
-    def start(self, restart: bool) -> None:
-        """Start the job, or find the point where an earlier process stopped. Called with the lock held."""
-        raise NotImplementedError
 
     @property
     def cache(self) -> Path:
@@ -132,14 +132,14 @@ class JobFolder:
         report = self.existing_report()
         if report is None or restart or self._replacing():
             return None
-        if difference := self.differs(report):
-            raise ConfigError(f"OUT is {self._out}, a finished result {difference}; --restart replaces it")
-        try:
-            Skeleton(Checkpoint(self._out), device=torch.device("cpu"), dtype=torch.float32)
-        except CheckpointError as error:
-            raise ConfigError(
-                f"OUT is {self._out}, a finished result that was damaged: {error}; --restart replaces it"
-            ) from None
+        reason = self.differs(report)
+        if not reason:
+            try:
+                Skeleton(Checkpoint(self._out), device=torch.device("cpu"), dtype=torch.float32)
+            except CheckpointError as error:
+                reason = f"that was damaged: {error}"
+        if reason:
+            raise ConfigError(f"OUT is {self._out}, a finished result {reason}; --restart replaces it")
         self.resumed = True
         return report
 
@@ -154,9 +154,7 @@ class JobFolder:
     def _is_own(self) -> bool:
         """Whether the folder belongs to this job, not to one with other settings that will replace OUT."""
         start = Journal(self.journal_path, repair=False).header
-        if start is None:
-            return self._stranger() is None
-        return first_difference(start["job"], self.header) is None
+        return self._foreign() is None if start is None else first_difference(start["job"], self.header) is None
 
     def existing_report(self) -> Entry | None:
         """Return the report of streamprune's result in OUT; None if OUT is empty or missing.
@@ -171,7 +169,7 @@ class JobFolder:
             return None
         report = read_json(out / REPORT) if (out / REPORT).is_file() else {}
         if not self._is_ours(report):
-            raise ConfigError(f"OUT is {out}, which exists and holds something else")
+            raise ConfigError(f"OUT is {out}, which already exists and was not written by streamprune")
         return report
 
     def _replacing(self) -> bool:
@@ -184,27 +182,7 @@ class JobFolder:
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
         """Hold the job exclusively: no other process works on it inside this context."""
-        for name, path in self.places.items():
-            try:
-                str(path).encode()
-            except UnicodeEncodeError:
-                raise ConfigError(
-                    f"{name} is {path}, a name that is not UTF-8, which checkpoints cannot be written to"
-                ) from None
-            parent = next(parent for parent in path.parents if parent.exists())
-            if not parent.is_dir():
-                raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
-        if self._cache is not None:
-            for place in (self._out, self.folder):
-                if self._cache.resolve().is_relative_to(place.resolve()):
-                    raise ConfigError(f"cache is {self._cache}, which is in {place}, where only the job itself writes")
-        for place in (self.folder, self.cache):
-            if link := files.find_symlink(place):
-                raise ConfigError(f"{link} is a symbolic link, where the work would lie; a job follows none")
-        if self._out.is_mount():
-            raise ConfigError(
-                f"OUT is {self._out}, a mount point, which no rename can put a result at; name a folder in it"
-            )
+        self._check_paths()
         first = self.ranks.first
         with self._claimed() as new:
             try:
@@ -218,16 +196,39 @@ class JobFolder:
                     yield
             except BaseException as error:
                 if first and not self.journal_path.exists():
-                    self._leave(new)
+                    self._clean_up(new)
                 elif isinstance(error, DiskError):
-                    raise DiskError(f"{error}; run the same command again to go on") from error
+                    raise DiskError(f"{error}; run the same command again to resume") from error
                 raise
 
-    def _leave(self, new: bool) -> None:
+    def _check_paths(self) -> None:
+        """Check that the job can create its files, and that they would lie where the user means.
+
+        Raises:
+            ConfigError: a path cannot be used.
+        """
+        for name, path in self.places.items():
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"{name} is {path}, which is not UTF-8; choose another name") from None
+            parent = next(parent for parent in path.parents if parent.exists())
+            if not parent.is_dir():
+                raise ConfigError(f"{name} cannot be below {parent}, which is not a directory")
+        for place in (self._out, self.folder):
+            if self._cache is not None and self._cache.resolve().is_relative_to(place.resolve()):
+                raise ConfigError(f"cache is {self._cache}, which is inside {place}; choose a folder outside")
+        for place in (self.folder, self.cache):
+            if link := files.find_symlink(place):
+                raise ConfigError(f"{link} is a symbolic link; a job does not write through links")
+        if self._out.is_mount():
+            raise ConfigError(f"OUT is {self._out}, a mount point, which cannot be replaced; choose a folder in it")
+
+    def _clean_up(self, new: bool) -> None:
         """Clean up after a failure before the first journal line, but keep files that existed before."""
         if self.folder.is_dir() and (new or all(path.name.startswith(LOCK) for path in self.folder.iterdir())):
             self._caches.remove()
-            files.empty(self.folder)
+            files.empty_folder(self.folder)
         else:
             files.remove(self.folder / LOCK)
 
@@ -251,40 +252,34 @@ class JobFolder:
                         self._probe()
                 except DiskError:
                     if new:
-                        files.empty(self.folder)  # safe: without locks, no other process can work here
+                        files.empty_folder(self.folder)  # safe: without locks, no other process can work here
                     raise
                 yield new
         finally:
             self._remove_folder()
 
     def _probe(self) -> None:
-        """Check that the file systems support what a job needs, before any work starts.
-
-        Raises:
-            DiskError: a file system does not. The message names it and the reason.
-        """
+        """Check that the file systems support what a job needs, before any work starts."""
         if not files.same_file_system(self.folder, self.folder.parent):
-            raise DiskError(
-                f"{self.folder} lies on another file system than {self.folder.parent}, to where the result is renamed; {OTHER_OUT}"
-            )
-        files.probe(self.folder, PROBE, OTHER_OUT)
+            raise DiskError(f"{self.folder} and {self.folder.parent} are on different file systems; {OTHER_OUT}")
+        files.check_file_system(self.folder, PROBE, OTHER_OUT)
         if self._cache is not None:
-            files.probe(self.rank_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
+            files.check_file_system(self.rank_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
 
     def _check_stop(self) -> None:
         """Stop all ranks at the same point if any of them was asked to stop."""
         if any(self.ranks.gather(self._asked())):
             raise Stopped(STOPPED)
 
-    def rewind_to_existing(self, lost: Callable[[], MissingFile | None]) -> None:
+    def rewind_to_existing(self, find_missing: Callable[[], MissingFile | None]) -> None:
         """Undo steps of earlier processes until no file that the next step needs is missing or damaged.
 
         Args:
-            lost: returns the first such file that this rank can see, or None.
+            find_missing: returns the first such file that this rank can see, or None.
         """
-        while self.resumed and any(found := self.ranks.gather(lost())):
+        while self.resumed and any(found := self.ranks.gather(find_missing())):
             first = next(each for each in found if each is not None)
-            self.progress.say(f"{first.path} is missing, or not what was written there; going back to {first.step}")
+            self.progress.say(f"{first.path} is missing or damaged; repeating the job from {first.step}")
             self.journal.rewind(first.step)
 
     def check_same(self, start: Entry) -> None:
@@ -294,7 +289,7 @@ class JobFolder:
             ResumeError: settings, inputs, versions or the cache folder differ.
         """
         if difference := first_difference(start["job"], self.header):
-            raise ResumeError(f"{self.folder} holds a job started otherwise: {difference}; --restart starts over")
+            raise ResumeError(f"{self.folder} contains a job with other settings: {difference}; --restart starts over")
         if start["cache"] != self.given_cache:
             raise ResumeError(
                 f"cache is {self.given_cache or 'not given'}; this job was started with {start['cache'] or 'none'}; "
@@ -325,7 +320,7 @@ class JobFolder:
             checkpoint = skeleton.checkpoint
             if name := self.ranks.broadcast(lambda c=checkpoint, then=then: c.changed(**then)):  # type: ignore[misc]
                 raise ResumeError(
-                    f"{checkpoint[name].shard}: tensor {name!r} is not what it was when the job was started; --restart starts over"
+                    f"{checkpoint[name].shard}: tensor {name!r} has changed since the job was started; --restart starts over"
                 )
 
     def check_folder(self) -> None:
@@ -334,10 +329,13 @@ class JobFolder:
         Raises:
             ConfigError: it contains another file.
         """
-        if (path := self._stranger()) is not None:
-            raise ConfigError(f"{self.folder}, where the work would lie, holds something else: {path.name}")
+        if (path := self._foreign()) is not None:
+            raise ConfigError(
+                f"{self.folder} contains {path.name}, which no job writes; move it away or choose another OUT"
+            )
 
-    def _stranger(self) -> Path | None:
+    def _foreign(self) -> Path | None:
+        """Return a file in the job's folder that is not from such a job."""
         for path in sorted(self.folder.iterdir()):
             # A killed process may have left an incomplete file.
             name = path.name.removesuffix(files.TEMPORARY)
@@ -346,11 +344,7 @@ class JobFolder:
         return None
 
     def check_disk(self, result: int, activations: int) -> None:
-        """Check free disk space for the result, and for the activations if they share its file system.
-
-        Args:
-            result: bytes.
-            activations: bytes.
+        """Check free disk space for the result, and for the activations if they share its file system; both in bytes.
 
         Raises:
             ResourceError: there is too little free space.
@@ -399,28 +393,35 @@ class JobFolder:
         start = self.journal.header
         assert start is not None
         if not start["replaces"]:
-            raise ConfigError(f"OUT is {self._out}, where another result has appeared meanwhile")
+            raise ConfigError(f"OUT is {self._out}, where another result appeared during the job")
         files.remove_tree(self.folder / REPLACED)
-        files.move_aside(self._out, self.folder / REPLACED)
+        files.rename_folder(self._out, self.folder / REPLACED)
 
     def _put_back(self) -> None:
         """Restore the earlier result to OUT if the new one was not published."""
         there = self._out.is_dir() and any(self._out.iterdir())
         if (self.folder / REPLACED).is_dir() and self.staging.is_dir() and not there:
-            files.move_aside(self.folder / REPLACED, self._out)
+            files.rename_folder(self.folder / REPLACED, self._out)
 
     def clear(self) -> None:
-        """Remove the job's activations, then the content of its folder, the held lock last. All ranks call this."""
-        self._remove_caches()
+        """Remove the job's activations, then the content of its folder. All ranks call this.
+
+        The held lock goes last: without it, another job may start in the folder.
+        """
+        self._caches.remove(self.ranks)
         if self.ranks.first:
-            files.empty_locked(self.folder, LOCK)
+            files.empty_folder(self.folder, keep=LOCK)
+            files.empty_folder(self.folder)
 
     def _remove_folder(self) -> None:
-        """Remove the job's folder after the lock is released, unless it contains a job."""
-        if self.folder.is_dir() and not self.journal_path.exists():
-            files.remove_empty(self.folder)
+        """Remove the job's folder, unless it contains a job.
 
-    def let_go(self) -> None:
+        This follows the release of the lock: NFS and FUSE keep a hidden name for a removed file that is still open.
+        """
+        if self.folder.is_dir() and not self.journal_path.exists():
+            files.remove_empty_folder(self.folder)
+
+    def discard(self) -> None:
         """Remove all files of an earlier job except the locks. All ranks call this.
 
         The journal goes first, because it refers to the other files.
@@ -428,24 +429,15 @@ class JobFolder:
         if self.ranks.first:
             files.remove(self.journal_path)
             files.sync(self.folder)
-        self._remove_caches()
+        self._caches.remove(self.ranks)
         if self.ranks.first:
-            files.empty(self.folder, LOCK)
+            files.empty_folder(self.folder, keep=LOCK)
 
-    def make_cache(self) -> None:
-        """Create the folder for this rank's activations."""
+    def record_cache(self) -> None:
+        """Record where activations will lie, before any rank writes them there."""
         if self.ranks.first:
-            self._caches.note()
+            self._caches.record()
         self.ranks.barrier()
-        files.make_folder(self.rank_cache)
-
-    def _remove_caches(self) -> None:
-        """Remove the activations of all ranks, which may have separate disks; the record of their folders goes last."""
-        for _ in self.ranks.in_turn():
-            for path in self._caches.everywhere():
-                files.remove_tree(path)
-        if self.ranks.first:
-            self._caches.remove()
 
 
 def first_difference(then: Any, now: Any, place: str = "") -> str | None:

@@ -1,8 +1,8 @@
 """The journal: an append-only record of a job's finished steps, and the only record that resuming trusts.
 
-Each step is one line: the CRC-32 of the JSON text in hex, a space, the JSON text. The first line is the header, which
-holds the settings and inputs of the job. An incomplete last line (from a kill during an append) is cut off. A damaged
-line before the last one is an error.
+Each step is one line: the CRC-32 of the JSON text in hex, a space, the JSON text. The first line is the header, with the
+format of the journal and the settings and inputs of the job. An incomplete last line (from a kill during an append) is cut
+off. A damaged line before the last one is an error.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ from ..system.ranks import ALONE, Ranks
 
 Entry = dict[str, Any]
 
+FORMAT = 2
+"""Number of the format, in the header as `format`. Raise it when the steps of a job or their data change."""
+
 
 class Journal:
     """The journal at `path`, which need not exist yet.
 
     Args:
         repair: cut off an incomplete last line. False only ignores it, to inspect a job that may be running.
+        restart: ignore the lines of an earlier job, whose file is removed before the first append.
         ranks: ranks that share the journal. All of them open it and append to it together; the first one reads and
             writes the file.
     """
 
-    def __init__(self, path: Path, *, repair: bool = True, ranks: Ranks = ALONE) -> None:
+    def __init__(self, path: Path, *, repair: bool = True, restart: bool = False, ranks: Ranks = ALONE) -> None:
         self.path, self.repair, self.ranks = path, repair, ranks
         self.meter: Callable[[], Entry] = dict
         """Returns additional data for each new line."""
         self.after_append: Callable[[], None] = lambda: None
-        """Called once a line is durable; may raise to stop the work at that point."""
-        self._entries: list[Entry] = ranks.broadcast(self._read)
+        """Called once a line is durable; may raise to stop the work there."""
+        self._entries: list[Entry] = [] if restart else ranks.broadcast(self._read)
 
     @property
     def header(self) -> Entry | None:
@@ -46,7 +50,7 @@ class Journal:
     def append(self, step: str, **data: Any) -> Entry:
         """Durably record `step` as finished. Everything that the line refers to must be durable on every rank."""
         self.ranks.barrier()
-        entry = {"step": step, **data, **self.meter()}
+        entry = {"step": step, **({} if self._entries else {"format": FORMAT}), **data, **self.meter()}
         self._entries.append(self.ranks.broadcast(lambda: self._write(entry)))
         self.after_append()
         return self._entries[-1]
@@ -70,9 +74,10 @@ class Journal:
         return (entry for entry in self._entries[1:] if entry["step"].startswith(prefix))
 
     def _write(self, entry: Entry) -> Entry:
-        files.append_line(self.path, _encode(entry))
+        text = json.dumps(entry)
+        files.append(self.path, f"{zlib.crc32(text.encode()):08x} {text}\n".encode(), durable=True)
         # Round-trip through JSON, so that an uninterrupted job sees the same values as a resumed one.
-        written: Entry = json.loads(json.dumps(entry))
+        written: Entry = json.loads(text)
         return written
 
     def _read(self) -> list[Entry]:
@@ -88,6 +93,11 @@ class Journal:
                 break
             entries.append(entry)
             good += len(line)
+        if entries and entries[0].get("format") != FORMAT:
+            raise ResumeError(
+                f"{self.path} was written by another version of streamprune; finish the job with that version, or start "
+                "over with --restart"
+            )
         return entries
 
 
@@ -96,18 +106,13 @@ def as_written(out: Path) -> Iterator[None]:
     """Turn errors from unexpected content of the journal of `out` into ResumeError.
 
     Raises:
-        ResumeError: an entry does not have the expected content. Its checksum is valid, so the damage is no accident.
+        ResumeError: an entry lacks expected content although its checksum is valid.
     """
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        message = f"{out}: its journal holds what no job writes ({one_line(error)}); start over with --restart"
+        message = f"the journal of {out} has unexpected content ({one_line(error)}); start over with --restart"
         raise ResumeError(message) from error
-
-
-def _encode(entry: Entry) -> str:
-    text = json.dumps(entry)
-    return f"{zlib.crc32(text.encode()):08x} {text}"
 
 
 def _decode(line: bytes) -> Entry | None:

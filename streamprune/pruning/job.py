@@ -305,9 +305,9 @@ class Job(JobFolder):
         Raises:
             ResumeError: the job was started with other settings, inputs or versions.
         """
-        self.journal = Journal(self.journal_path, ranks=self.ranks)
+        self.journal = Journal(self.journal_path, restart=restart, ranks=self.ranks)
         start = self.journal.header
-        if start is None or restart:
+        if start is None:
             start = self._begin()
         else:
             self.check_same(start)
@@ -342,9 +342,9 @@ class Job(JobFolder):
         header = self.header
         self._check_agreed()
         sources = self.read_sources()
-        self.let_go()
+        self.discard()
         if self.needs_text:
-            self.make_cache()
+            self.record_cache()
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         return self.journal.append(
             "start",

@@ -79,7 +79,7 @@ class KeysAndValues:
         """
         token = torch.stack((key_states, value_states))[..., 0, :]
         path = self.folder / f"{layer_idx:04}-{self.number}"
-        files.append_bytes(path, tensor_bytes(token.cpu()))
+        files.append(path, tensor_bytes(token.cpu()))
         buffer = host_buffer(path.stat().st_size, token.device)
         files.read_into(path, 0, buffer.numpy().data)
         tokens = buffer.to(token.device, non_blocking=True).view(token.dtype).view(-1, *token.shape)

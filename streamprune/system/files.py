@@ -1,4 +1,4 @@
-"""Every durable write, rename and removal of the project.
+"""Every durable write, rename and removal of the project, and file locks.
 
 The crash rule: write under a temporary name → fsync → rename → fsync the folder. `disk` performs the operations; only this
 module calls it.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,9 +25,7 @@ from .disk import Mode, disk
 from .timing import spent
 
 TEMPORARY = ".tmp"
-LOCK = ".lock"
 LOCK_TRIES = 4
-SCRATCH_LOCK = "lock"
 SYNC_BYTES = 32 << 20
 """Bytes written to a durable file between two fsyncs, so that little is left to flush at the end."""
 COPY_BYTES = 1 << 20
@@ -38,7 +36,7 @@ Append = Callable[[Any], None]
 
 
 @contextmanager
-def _told(does: Literal["read", "write", "make", "remove", "lock"], path: Path) -> Iterator[None]:
+def _disk_errors(does: Literal["read", "write", "make", "remove", "lock"], path: Path) -> Iterator[None]:
     """Turn OSErrors into DiskErrors that say what failed. When reading or removing, FileNotFoundError propagates to the caller."""
     try:
         yield
@@ -63,7 +61,7 @@ def sync(path: Path) -> None:
     Raises:
         DiskError: the flush failed.
     """
-    with spent("write"), _told("write", path):
+    with spent("write"), _disk_errors("write", path):
         if not path.is_dir():
             with _opened(path, "rb") as file:
                 disk().sync(file)
@@ -87,14 +85,14 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Append]:
         DiskError: the file cannot be written.
     """
     with replacing_file(path, durable=durable) as temporary:
-        with _told("write", path):
+        with _disk_errors("write", path):
             file = disk().open(temporary, "wb")
         waits = 0
 
         def append(data: Any) -> None:
             nonlocal waits
             view = memoryview(data).cast("B")
-            with spent("write"), _told("write", path):
+            with spent("write"), _disk_errors("write", path):
                 disk().write(file, view)
                 waits += len(view)
                 # Flush durable files as they grow, so that little is left to flush at the end.
@@ -114,7 +112,7 @@ def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         remove(temporary)  # may be a link to an unrelated file
     try:
         yield temporary
-        with _told("write", path):
+        with _disk_errors("write", path):
             if durable:
                 sync(temporary)
             disk().rename(temporary, path)
@@ -161,38 +159,33 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         copy(source, target)
         return
-    with _told("write", target):
+    with _disk_errors("write", target):
         disk().rename(temporary, target)
     remove(temporary)  # renaming between two links to the same file does nothing
     sync(target.parent)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Durably append one line."""
-    new = not path.exists()
-    with spent("write"), _told("write", path), _opened(path, "ab") as file:
-        disk().write(file, memoryview(line.encode() + b"\n"))
-        disk().sync(file)
+def append(path: Path, data: Any, *, durable: bool = False) -> None:
+    """Append bytes. Without `durable`, a power cut may take them."""
+    new = durable and not path.exists()
+    with spent("write"), _disk_errors("write", path), _opened(path, "ab") as file:
+        disk().write(file, memoryview(data).cast("B"))
+        if durable:
+            disk().sync(file)
     if new:
         sync(path.parent)
 
 
-def append_bytes(path: Path, data: Any) -> None:
-    """Append without fsync, for files that may lose their end in a power cut."""
-    with _told("write", path), _opened(path, "ab") as file:
-        disk().write(file, memoryview(data).cast("B"))
-
-
 def truncate(path: Path, length: int) -> None:
     """Durably truncate a file to its first `length` bytes."""
-    with _told("write", path), _opened(path, "r+b") as file:
+    with _disk_errors("write", path), _opened(path, "r+b") as file:
         disk().truncate(file, length)
         disk().sync(file)
 
 
 def remove(path: Path) -> None:
     """Remove a file, if it exists."""
-    with suppress(FileNotFoundError), _told("remove", path):
+    with suppress(FileNotFoundError), _disk_errors("remove", path):
         disk().unlink(path)
 
 
@@ -207,21 +200,14 @@ def _remove_all(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         remove(path)
         return
-    with suppress(FileNotFoundError), _told("remove", path):
+    with suppress(FileNotFoundError), _disk_errors("remove", path):
         for entry in sorted(path.iterdir()):
             _remove_all(entry)
         disk().remove_folder(path)
 
 
-def empty(path: Path, keep: str | None = None) -> None:
-    """Durably remove the contents of a folder, if it exists, but keep the folder.
-
-    `remove_empty` removes the folder itself: NFS and FUSE keep a hidden entry in it while a removed file, such as a lock, is
-    still open.
-
-    Args:
-        keep: prefix of names to keep.
-    """
+def empty_folder(path: Path, keep: str | None = None) -> None:
+    """Durably remove the contents of a folder, if it exists, but not the folder, and no names that begin with `keep`."""
     if path.is_dir():
         for entry in sorted(path.iterdir()):
             if keep is None or not entry.name.startswith(keep):
@@ -229,19 +215,9 @@ def empty(path: Path, keep: str | None = None) -> None:
         sync(path)
 
 
-def empty_locked(folder: Path, lock: str) -> None:
-    """Remove the contents of a folder whose lock this process holds. The lock goes last: without it, another job may start there.
-
-    Args:
-        lock: name of the lock file; the lock files of other processes of the same job start with this name.
-    """
-    empty(folder, lock)
-    empty(folder)
-
-
-def remove_empty(path: Path) -> None:
+def remove_empty_folder(path: Path) -> None:
     """Remove a folder if it exists and is empty."""
-    with suppress(FileNotFoundError), _told("remove", path):
+    with suppress(FileNotFoundError), _disk_errors("remove", path):
         for left in reversed(range(LOCK_TRIES)):
             try:
                 disk().remove_folder(path)
@@ -261,7 +237,7 @@ def make_folder(path: Path) -> None:
         return
     if path.parent != path:
         make_folder(path.parent)
-    with _told("make", path):
+    with _disk_errors("make", path):
         try:
             disk().make_folder(path)
         except FileExistsError:
@@ -275,12 +251,12 @@ def publish(staging: Path, target: Path) -> None:
     for path in sorted(staging.rglob("*")):
         sync(path)
     sync(staging)
-    move_aside(staging, target)
+    rename_folder(staging, target)
 
 
-def move_aside(path: Path, target: Path) -> None:
+def rename_folder(path: Path, target: Path) -> None:
     """Durably rename a folder to a name that must be free or an empty folder."""
-    with _told("make", target):
+    with _disk_errors("make", target):
         disk().rename(path, target)
         sync(target.parent)
 
@@ -288,7 +264,7 @@ def move_aside(path: Path, target: Path) -> None:
 def read_into(path: Path, offset: int, buffer: memoryview) -> int:
     """Fill `buffer` from a file, starting at byte `offset`. Returns the number of bytes read, fewer at the end of the file."""
     done = 0
-    with spent("read"), _told("read", path), _opened(path, "rb") as file:
+    with spent("read"), _disk_errors("read", path), _opened(path, "rb") as file:
         file.seek(offset)
         while done < len(buffer) and (count := disk().read(file, buffer[done:])):
             done += count
@@ -306,7 +282,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    with _told("read", path), _opened(path, "rb") as file:
+    with _disk_errors("read", path), _opened(path, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "Not a regular file")
         buffer = bytearray(COPY_BYTES)
@@ -370,12 +346,13 @@ def locked(path: Path) -> Iterator[None]:
         ResumeError: another process holds the lock, or has just finished the job and removed the lock file.
         DiskError: the file cannot be locked.
     """
+    finished = ResumeError(f"another process has just finished this job ({path} is gone)")
     with ExitStack() as stack:
-        with _told("lock", path):
+        with _disk_errors("lock", path):
             try:
                 file = stack.enter_context(_opened(path, "ab"))
             except FileNotFoundError:  # its folder was just removed
-                raise _finished(path) from None
+                raise finished from None
             for left in reversed(range(LOCK_TRIES)):
                 try:
                     disk().lock(file)
@@ -383,25 +360,21 @@ def locked(path: Path) -> Iterator[None]:
                 except BlockingIOError:
                     if not left:
                         raise ResumeError(f"another process is working on this job ({path} is locked)") from None
-                    time.sleep(0.05)  # may be a process that only checks the lock
-        there = False
-        with suppress(FileNotFoundError):
-            there = path.stat().st_ino == os.fstat(file.fileno()).st_ino
-        if not there:
-            raise _finished(path)
+                    time.sleep(0.05)  # perhaps `is_locked` in another process
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise finished
         yield
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold a lock beside a file that is about to be written. The lock file is removed at the end; one left by a killed process is
-    reused and removed by the next.
+def locked_for_writing(path: Path) -> Iterator[None]:
+    """Hold a lock file beside a file that is about to be written; it is removed at the end.
 
     Raises:
         ResumeError: another process is writing the file.
         DiskError: the lock file cannot be locked.
     """
-    lock = path.with_name(path.name + LOCK)
+    lock = path.with_name(f"{path.name}.lock")
     with locked(lock):
         try:
             yield
@@ -409,25 +382,17 @@ def alone(path: Path) -> Iterator[None]:
             remove(lock)
 
 
-def _finished(lock: Path) -> ResumeError:
-    return ResumeError(f"another process has just finished this job ({lock} is gone)")
-
-
 def is_locked(path: Path) -> bool:
     """Return whether a process holds this lock; false if the lock file does not exist."""
-    try:
-        with _told("read", path), _opened(path, "rb") as file:
-            try:
-                # A brief shared lock, so that concurrent checks do not conflict.
-                disk().lock(file, shared=True)
-            except BlockingIOError:
-                return True
-    except FileNotFoundError:
-        pass
+    with suppress(FileNotFoundError), _disk_errors("read", path), _opened(path, "rb") as file:
+        try:
+            disk().lock(file, shared=True)  # shared, so that concurrent checks do not conflict
+        except BlockingIOError:
+            return True
     return False
 
 
-def probe(folder: Path, name: str, remedy: str) -> None:
+def check_file_system(folder: Path, name: str, remedy: str) -> None:
     """Check that a folder's file system supports the operations of the crash rule, by performing them there.
 
     Hard links are not checked, since `link` falls back to copying.
@@ -499,23 +464,17 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
             found = path.lstat()
             # Skip links and other users' folders: they could redirect the lock and the removal to any place.
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-                with locked(path / SCRATCH_LOCK):
-                    empty_locked(path, SCRATCH_LOCK)
-                remove_empty(path)
+                with locked(path / "lock"):
+                    empty_folder(path)
+                remove_empty_folder(path)
     with ExitStack() as stack:
         while True:
-            folder = parent / f"{prefix}{secrets.token_hex(4)}"
-            with _told("make", folder):
-                disk().make_folder(folder, 0o700)
-            stack.callback(remove_empty, folder)
+            with _disk_errors("make", parent / prefix):
+                folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
             with suppress(ResumeError):  # another process took it for a left-over one and is removing it
-                try:
-                    stack.enter_context(locked(folder / SCRATCH_LOCK))
-                except DiskError:
-                    empty(folder)
-                    raise
+                stack.enter_context(locked(folder / "lock"))
                 break
-        stack.callback(empty_locked, folder, SCRATCH_LOCK)
         yield folder
 
 

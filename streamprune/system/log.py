@@ -51,8 +51,8 @@ class Log:
     def opened(self, folder: Path, *, resumed: bool) -> Iterator[None]:
         """Append to the log in `folder` while the context is open, and record the error that ends the process, if any."""
         self._path = folder / NAME
-        begin = f"streamprune {__version__} {'goes on' if resumed else 'begins'}"
-        files.append_bytes(self._path, b"".join([*self._waiting, _line(begin)]))
+        begin = f"streamprune {__version__} {'resumes' if resumed else 'starts'}"
+        files.append(self._path, b"".join([*self._waiting, _line(begin)]))
         self._waiting = []
         try:
             yield
@@ -76,7 +76,7 @@ class Log:
         if self._path is None:
             self._waiting.append(_line(text))
         else:
-            files.append_bytes(self._path, _line(text))
+            files.append(self._path, _line(text))
 
 
 def last_line(path: Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from ..errors import Stopped
 
-STOPPED = "stopped as asked; run the same command again to go on"
+STOPPED = "stopped on request; run the same command again to resume"
 
 
 class Progress(Protocol):

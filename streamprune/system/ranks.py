@@ -11,12 +11,13 @@ detects a lost rank at once.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import signal
 import socket
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +26,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ElsewhereError, LostError, StreamPruneError, one_line
-from .rendezvous import unused
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,8 @@ FAILED, HEARD = "streamprune/failed", "streamprune/heard"
 """Keys of the store: the error of the first rank that failed, as JSON, and how many other ranks have read it."""
 HEARING = 5.0
 """Seconds that rank 0, which may host the store, waits for the others to read the error."""
-WATCHING = 1.0
-"""Seconds between two checks that the launcher is alive."""
+PR_SET_PDEATHSIG = 1
+"""From Linux's sys/prctl.h."""
 
 
 class Ranks:
@@ -128,8 +128,7 @@ class Ranks:
         with self._meeting() as distributed:
             distributed.broadcast_object_list(values, src=source)
         value: Any = values[0]
-        found: T = value
-        return found
+        return value  # type: ignore[no-any-return]
 
     def add_up(self, owner: int | None = None) -> Callable[[Tensor], None]:
         """Return a function that sums a tensor over all ranks, in place; see `sum`."""
@@ -191,9 +190,11 @@ class Ranks:
             own: results for this rank's items, used up here: a small, picklable value and tensors each.
             device: see `broadcast_tensors`.
         """
+        info: Any
         for place, item in enumerate(together):
             info, tensors = own.pop(0) if self.mine(place) else (None, None)
-            yield item, self.broadcast(partial(_given, info), place), self.broadcast_tensors(tensors, place, device)
+            given = self.broadcast(lambda: info, place)  # noqa: B023
+            yield item, given, self.broadcast_tensors(tensors, place, device)
 
     def _assemble(self, tensor: Tensor) -> Any:
         """Return the process group for a tensor. For GPU tensors, first wait for all ranks on the host, to detect a lost rank."""
@@ -225,7 +226,7 @@ class Ranks:
                 failure = json.loads(self._store.get(FAILED))
                 return ElsewhereError(failure["message"], failure["code"])
         reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the location in the backend's source
-        return LostError(f"another process of this job was lost ({reason}); run the same command again to go on")
+        return LostError(f"another process of this job was lost ({reason}); run the same command again to resume")
 
     def announce(self, error: BaseException) -> None:
         """Publish the error that ends this rank. If another rank was first, mark `error` as already reported."""
@@ -245,10 +246,6 @@ class Ranks:
         with suppress(RuntimeError):
             while self.first and self._store.add(HEARD, 0) < self.size - 1 and time.monotonic() < until:
                 time.sleep(0.02)
-
-
-def _given(value: Any) -> Any:
-    return value
 
 
 ALONE = Ranks()
@@ -274,12 +271,15 @@ def joined() -> Iterator[Ranks]:
         return
     import torch
     import torch.distributed as distributed
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     gpus = None
     try:
         store, rank, size = next(rendezvous("env://", timeout=JOINING))
-        store = unused(store, rank, size, JOINING)
+        # After a restart, torchrun's store still has the addresses of the processes that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"streamprune/attempt-{attempt}", store)
         with _nothing_on_stdout():
             distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
         if torch.cuda.is_available() and distributed.is_nccl_available():
@@ -291,8 +291,8 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store=store, gpus=gpus)
     try:
         ranks.local_size = ranks.gather(socket.gethostname()).count(socket.gethostname())
-        with _launched():
-            yield ranks
+        _stop_with_launcher()
+        yield ranks
         ranks.barrier()
     except BaseException as error:
         ranks.announce(error)
@@ -321,27 +321,10 @@ def _nothing_on_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-@contextmanager
-def _launched() -> Iterator[None]:
-    """Send this process SIGTERM if the `torchrun` that started it dies, while the context is open.
+def _stop_with_launcher() -> None:
+    """Have Linux send this process SIGTERM when the `torchrun` that started it dies.
 
     Otherwise it would keep running and hold the job's lock while another launcher starts the same command again.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    launcher, over = os.getppid(), threading.Event()
-
-    def watch() -> None:
-        while not over.wait(WATCHING):
-            if os.getppid() != launcher:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    watching = threading.Thread(target=watch, name="launcher", daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watching.join()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

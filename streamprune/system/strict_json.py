@@ -22,13 +22,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: Path) -> str:
-    """Read a regular file as UTF-8 text.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        DiskError: it cannot be read, or is not a regular file.
-        UnicodeDecodeError: it is not UTF-8.
-    """
+    """Read a regular file as UTF-8 text; see `files.read_bytes`."""
     return files.read_bytes(path).decode("utf-8")
 
 
@@ -44,9 +38,9 @@ def parse(text: str) -> Any:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("nesting is too deep") from None
     except UnicodeEncodeError:
-        raise ValueError("a string has half a surrogate pair, which is no text") from None
+        raise ValueError("a string contains half a surrogate pair") from None
     return value
 
 
@@ -88,16 +82,16 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return found
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON's")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is beyond what a number can be")
+        raise ValueError(f"the number {text[:40]} is too large")
     return value

@@ -412,7 +412,7 @@ def test_disk_full_on_the_way(
     with disk.using(FaultyDisk(tmp_path, tmp_path_factory.mktemp("graves"), "full", 300)):
         result = run()
     assert result.exit_code == 1
-    assert "No space left on device; run the same command again to go on" in result.stderr
+    assert "No space left on device; run the same command again to resume" in result.stderr
     assert run("--json").exit_code == 0
 
 
@@ -424,12 +424,12 @@ def test_a_name_that_is_not_utf8(name: str, run: Callable[..., Result], model: P
         if name == "cache"
         else CliRunner().invoke(main, ["run", str(model), path, "--ratio", "0.3", "--recipe", "magnitude"])
     )
-    refused(result, "a name that is not UTF-8", 2, tmp_path)
+    refused(result, "which is not UTF-8", 2, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["out", "out/cache", "out.streamprune/out", "other/../out/x"])
 def test_a_cache_in_out(place: str, run: Callable[..., Result], tmp_path: Path) -> None:
-    refused(run("--cache", str(tmp_path / place)), "where only the job itself writes", 2, tmp_path)
+    refused(run("--cache", str(tmp_path / place)), "; choose a folder outside", 2, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_only_what_goes_on_is_told_to_go_on(
         "run": [str(model), str(tmp_path / "out"), "--ratio", "0.3"],
         "eval": [str(model), "--text", str(text)],
     }
-    advice = "; run the same command again to go on" if command == "run" else ""
+    advice = "; run the same command again to resume" if command == "run" else ""
     for raised, message, code in (
         (full, r"\x1b[31m/tmp/x: No space left on device", 1),
         (interrupted, "interrupted", 130),
@@ -480,7 +480,7 @@ def test_an_evaluation_on_a_full_disk(model: Path, text: Path, tmp_path: Path) -
     with disk.using(whole := FaultyDisk(cache, graves)):
         assert CliRunner().invoke(main, arguments).exit_code == 0
     growing = [n for n, operation in enumerate(whole.operations, start=1) if operation.split()[0] in GROWING]
-    assert whole.operations[growing[0] - 1].startswith("make_folder streamprune-eval-")
+    assert whole.operations[growing[0] - 1] == "create lock"
     for at in growing[:4]:
         with disk.using(faulty := FaultyDisk(cache, graves, "full", at)):
             result = CliRunner().invoke(main, arguments)
@@ -503,8 +503,8 @@ def test_out_is_taken(run: Callable[..., Result], model: Path, tmp_path: Path) -
     assert "which is not a directory" in run().stderr
     out.unlink()
     shutil.copytree(model, out)
-    assert "exists and holds something else" in run().stderr
-    assert "exists and holds something else" in run("--restart").stderr
+    assert "already exists and was not written by streamprune" in run().stderr
+    assert "already exists and was not written by streamprune" in run("--restart").stderr
 
 
 def test_what_appears_in_out_meanwhile_is_left_alone(
@@ -523,7 +523,7 @@ def test_what_appears_in_out_meanwhile_is_left_alone(
     monkeypatch.setattr(write, "finish", finish)
     result = run()
     assert result.exit_code == 2
-    assert "exists and holds something else" in result.stderr
+    assert "already exists and was not written by streamprune" in result.stderr
     assert (tmp_path / "out" / "thesis.txt").read_text() == "all of it"
     (tmp_path / "out" / "thesis.txt").unlink()
     monkeypatch.undo()
@@ -535,7 +535,7 @@ def test_a_folder_of_the_users_in_the_jobs_place(run: Callable[..., Result], tmp
     (tmp_path / "out.streamprune" / "mine.txt").write_text("mine")
     result = run()
     assert result.exit_code == 2
-    assert "holds something else: mine.txt" in result.stderr
+    assert "contains mine.txt" in result.stderr
     assert (tmp_path / "out.streamprune" / "mine.txt").exists()
 
 

@@ -114,7 +114,7 @@ def test_a_signal_finishes_the_step_and_the_same_command_goes_on(
     assert stopped.returncode == 75, stopped.stderr
     assert stopped.stdout == ""
     # Nothing but the error.
-    assert stopped.stderr == "streamprune: stopped as asked; run the same command again to go on\n"
+    assert stopped.stderr == "streamprune: stopped on request; run the same command again to resume\n"
     assert not out.exists()
     assert lines(out)[-1] == "shot-1/prune/1"
     assert not list(job_folder(out).rglob("*.tmp"))
@@ -292,7 +292,7 @@ def test_a_comparison_stops_within_a_row_and_goes_on(tiny: Tiny, text: Path, tmp
     assert {row.name: contents(row) for row in (out / "rows").iterdir()} == rows
     found = streamprune.status(out)
     assert (found.state, found.done, found.total) == ("finished", 9, 9)
-    assert (out / "log.txt").read_text().count("stopped as asked") == 4
+    assert (out / "log.txt").read_text().count("stopped on request") == 4
 
 
 def test_a_comparison_is_finished_when_its_table_is(
@@ -363,7 +363,7 @@ def test_every_state_has_its_exit_code(arguments: list[str], tmp_path: Path, mon
     assert (found["state"], found["error"], found["done"]) == ("failed", "the numbers are wrong", 12)
     # A command that is refused changes nothing of it; one that goes on does.
     log = (job_folder(out) / "log.txt").read_bytes()
-    assert "started otherwise" in invoke(*arguments, "--seed", "7").stderr
+    assert "contains a job with other settings" in invoke(*arguments, "--seed", "7").stderr
     assert (job_folder(out) / "log.txt").read_bytes() == log
     assert state()["state"] == "failed"
     assert invoke(*arguments).exit_code == 0
@@ -425,15 +425,15 @@ def test_the_log_has_every_line_with_its_time(
     with pytest.raises(Stopped):
         streamprune.prune(config, progress=Callback(events.append, stopping=Stopping(9)))
     first = (job_folder(config.out) / "log.txt").read_text()
-    assert first.endswith(" stopped as asked; run the same command again to go on\n")
+    assert first.endswith(" stopped on request; run the same command again to resume\n")
     streamprune.prune(config, progress=Callback(events.append))
     log = (config.out / "log.txt").read_text()
     assert log.startswith(first)
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \S", line) for line in log.splitlines())
     told = [line.partition(" ")[2] for line in log.splitlines()]
     expected = [f"note: {event}" if event.kind == "note" else str(event) for event in events]
-    own = [f"streamprune {streamprune.__version__} begins", f"streamprune {streamprune.__version__} goes on"]
-    own += ["stopped as asked; run the same command again to go on", "finished"]
+    own = [f"streamprune {streamprune.__version__} starts", f"streamprune {streamprune.__version__} resumes"]
+    own += ["stopped on request; run the same command again to resume", "finished"]
     assert [line for line in told if line not in own] == expected
     assert [line for line in told if line in own] == [own[0], own[2], own[1], own[3]]
     assert (
@@ -617,11 +617,11 @@ def test_a_sweep_through_the_queue_requeues_and_polls(
     submit = {"SUBMIT": f"sbatch {ROOT / 'examples' / 'slurm.sh'}", "POLL": "0.1"}
     done = shell(*sweep, env=submit, **programs)
     assert done.returncode == 0, done.stderr
-    assert "stopped; requeueing job 7 to go on" in done.stdout
+    assert "stopped; requeueing job 7 to resume" in done.stdout
     assert done.stdout.endswith("small-0.2: queued\nsmall-0.2: finished\n")
     log = (tmp_path / "small-0.2" / "log.txt").read_text()
-    assert log.count("stopped as asked") == 1
-    assert log.count("goes on") == 1
+    assert log.count("stopped on request") == 1
+    assert log.count("resumes") == 1
 
 
 @pytest.mark.slow
@@ -639,7 +639,7 @@ def test_a_sweep_skips_stops_and_goes_on(
     stopped = shell(*sweep, streamprune=stopping_shim(0))
     assert stopped.returncode == 75, stopped.stderr
     assert stopped.stdout == "small-0.2: finished before\n"
-    assert "small-0.3: stopped; the same command goes on" in stopped.stderr
+    assert "small-0.3: stopped; run the same command again to resume" in stopped.stderr
     assert streamprune.status("small-0.3").state == "interrupted"
     done = shell(*sweep)
     assert done.returncode == 0, done.stderr

@@ -651,7 +651,10 @@ def test_other_mistakes(command: Callable[..., Result], student: Path, tiny: Tin
     refused(command(*distil, text=short), 1, "has 9 tokens; one window needs 16", tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("")
-    assert "which exists and holds something else" in command(*distil, "--restart", out=tmp_path / "taken").stderr
+    assert (
+        "which already exists and was not written by streamprune"
+        in command(*distil, "--restart", out=tmp_path / "taken").stderr
+    )
     edit_tensors(student, lambda tensors: [t.fill_(float("nan")) for n, t in tensors.items() if "1.mlp.up_proj" in n])
     refused(command(*distil), 1, "'model.layers.1.mlp.up_proj.weight' holds NaN or Inf", tmp_path)
 

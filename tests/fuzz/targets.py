@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from streamprune import evaluate, inspect, status
 from streamprune.errors import CalibrationError
-from streamprune.jobs.journal import Journal
+from streamprune.jobs.journal import FORMAT, Journal
 from streamprune.model import hub
 from streamprune.model.checkpoint import Checkpoint, write_index, write_shard
 from streamprune.model.names import CONFIG, INDEX, SINGLE
@@ -244,7 +244,7 @@ def journal(home: Path) -> Target:
     job = {"settings": {"ratio": 0.5, "recipe": "sobp"}, "inputs": {}, "versions": {}}
     site = {"site": "blocks.0.ffn", "kept": 4, "units": 8, "error": 0.5, "seconds": 0.1}
     entries = [
-        {"step": "start", "job": job, "cache": None, "schedule": schedule, "replaces": False},
+        {"step": "start", "format": FORMAT, "job": job, "cache": None, "schedule": schedule, "replaces": False},
         {"step": "shot-1/prune/0", "sites": [site], "seconds": 1.5, "operations": 5},
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import contents
 import streamprune
 from streamprune import Config, TuneConfig
 from streamprune.errors import CheckpointError, ConfigError, DiskError, ResumeError
-from streamprune.jobs.caches import NOTE
+from streamprune.jobs.caches import RECORD
 from streamprune.jobs.folder import JobFolder
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
@@ -52,7 +53,7 @@ EARLIER: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("appends", [1, 6, 9])
+@pytest.mark.parametrize("appends", [3, 6, 9])
 @pytest.mark.parametrize("changes", EARLIER, ids=lambda changes: changes["recipe"])
 def test_whatever_was_there_is_gone(
     changes: dict[str, Any], appends: int, tiny: Tiny, configured: Make, tmp_path: Path
@@ -66,7 +67,7 @@ def test_whatever_was_there_is_gone(
     # All that is there is the new job's.
     assert not list((tmp_path / "elsewhere").iterdir())
     names = {file.name for file in job_folder(later.out).iterdir()}
-    assert names == {"journal.jsonl", "lock", NOTE}
+    assert names == {"journal.jsonl", "lock", RECORD}
     streamprune.prune(later)
     fresh = configured(path, "fresh")
     streamprune.prune(fresh)
@@ -79,7 +80,7 @@ def test_whatever_was_there_is_gone(
 def test_a_restart_killed_at_any_removal_is_finished_by_the_next(
     tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, real = tiny("llama"), (files.remove, files.remove_tree, files.empty)
+    path, real = tiny("llama"), (files.remove, files.remove_tree, files.empty_folder)
     later, stops = configured(path, cache=tmp_path / "cache"), 0
     while True:
         earlier = configured(path, recipe="default", cache=tmp_path / "elsewhere")
@@ -120,7 +121,7 @@ def test_a_restart_killed_at_any_removal_is_finished_by_the_next(
         assert stops < 12
 
 
-@pytest.mark.parametrize("appends", [1, 3])
+@pytest.mark.parametrize("appends", [2, 3])
 def test_of_a_tuning(appends: int, tiny: Tiny, text: Path, tmp_path: Path) -> None:
     path = tiny("llama")
 
@@ -169,7 +170,7 @@ def test_of_a_comparison(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").iterdir())
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert names == ["compare.csv", "compare.json", "compare.md", "journal.jsonl", "log.txt"]
-    assert (tmp_path / "out" / "log.txt").read_text().count("begins") == 1
+    assert (tmp_path / "out" / "log.txt").read_text().count(" starts") == 1
 
 
 def test_an_evaluation_that_was_killed_leaves_its_comparison_nothing(tiny: Tiny, text: Path, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_a_folder_of_somebody_else_beside_a_finished_result_stays(tiny: Tiny, co
     job_folder(config.out).mkdir()
     (job_folder(config.out) / "thesis.txt").write_text("all of it")
     assert streamprune.prune(config).resumed
-    with pytest.raises(ConfigError, match=r"holds something else: thesis\.txt"):
+    with pytest.raises(ConfigError, match=r"contains thesis\.txt"):
         streamprune.prune(config, restart=True)
     assert contents(job_folder(config.out)) == {"thesis.txt": b"all of it"}
 
@@ -229,8 +230,8 @@ def test_a_folder_of_somebody_else_beside_a_finished_result_stays(tiny: Tiny, co
 def test_a_damaged_note_is_refused(note: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
     config = configured(tiny("llama"))
     killed_after(6, lambda: streamprune.prune(config))
-    (job_folder(config.out) / NOTE).write_text(note)
-    with pytest.raises((ResumeError, CheckpointError), match=NOTE.replace(".", r"\.")):
+    (job_folder(config.out) / RECORD).write_text(note)
+    with pytest.raises((ResumeError, CheckpointError), match=RECORD.replace(".", r"\.")):
         streamprune.prune(config, restart=True)
 
 
@@ -239,9 +240,28 @@ def test_a_note_leads_to_no_folder_but_this_jobs(tiny: Tiny, configured: Make, t
     (other / "precious").mkdir(parents=True)
     config = configured(tiny("llama"))
     killed_after(6, lambda: streamprune.prune(config))
-    (job_folder(config.out) / NOTE).write_text(f'{{"folders": ["{other}", "{tmp_path}"]}}')
+    (job_folder(config.out) / RECORD).write_text(f'{{"folders": ["{other}", "{tmp_path}"]}}')
     streamprune.prune(config, restart=True)
     assert (other / "precious").is_dir()
+
+
+@pytest.mark.parametrize("edit", [b'"format": 2, ', b'"step": "start", '], ids=["older version", "damaged"])
+def test_a_journal_that_cannot_be_resumed_is_refused_and_restarts(edit: bytes, tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("llama"))
+    killed_after(3, lambda: streamprune.prune(config))
+    path = job_folder(config.out) / "journal.jsonl"
+    first, rest = path.read_bytes().split(b"\n", 1)
+    text = first.partition(b" ")[2]
+    assert edit in text
+    text = text.replace(edit, b"")
+    path.write_bytes(b"%08x %s\n" % (zlib.crc32(text), text) + rest)
+    reason = "was written by another version of streamprune" if b"format" in edit else "line 1 is damaged"
+    for work in (streamprune.prune, streamprune.plan_only):
+        with pytest.raises(ResumeError, match=f"{reason}.*--restart"):
+            work(config)
+    with pytest.raises(ResumeError, match=reason):
+        streamprune.status(config.out)
+    assert not streamprune.prune(config, restart=True).resumed
 
 
 @pytest.fixture
@@ -260,7 +280,7 @@ def test_a_result_that_cannot_appear_leaves_the_older_one(
     before = contents(replacing.out)
     with monkeypatch.context() as patch:
         patch.setattr(JobFolder, "_make_way", followed_by(DiskError("Input/output error"), in_time=in_time))
-        with pytest.raises(DiskError, match="Input/output error; run the same command again to go on"):
+        with pytest.raises(DiskError, match="Input/output error; run the same command again to resume"):
             streamprune.prune(replacing, restart=True)
     assert contents(replacing.out) == before
     result = streamprune.prune(replacing)

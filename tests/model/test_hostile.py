@@ -26,6 +26,7 @@ from streamprune_cli import main
 import streamprune
 from streamprune import inspect, status
 from streamprune.errors import CalibrationError, CheckpointError, ConfigError, NumericalError, ResumeError
+from streamprune.jobs.journal import FORMAT
 from streamprune.jobs.names import job_folder
 from streamprune.model import hub, modeling_streamprune
 from streamprune.model.checkpoint import Checkpoint
@@ -199,14 +200,14 @@ def test_what_is_left_over_of_quantised_weights(field: str, model: Path) -> None
 # JSON with two meanings, or none.
 
 TEXTS = {
-    b'{"a": 1, "b": 2, "a": 3}': "the key 'a' stands twice in one object",
-    b'{"a": [{"b": 1, "b": 1}]}': "the key 'b' stands twice",
-    b'{"a": NaN}': "NaN is no number of JSON's",
-    b'{"a": -Infinity}': "-Infinity is no number of JSON's",
-    b'{"a": 1e999}': "1e999 is beyond what a number can be",
-    b'{"a": "\\ud800"}': "a string has half a surrogate pair",
-    b'{"\\uDFFF": 0}': "a string has half a surrogate pair",
-    b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "it is nested too deeply",
+    b'{"a": 1, "b": 2, "a": 3}': "the key 'a' occurs twice in one object",
+    b'{"a": [{"b": 1, "b": 1}]}': "the key 'b' occurs twice",
+    b'{"a": NaN}': "NaN is not valid JSON",
+    b'{"a": -Infinity}': "-Infinity is not valid JSON",
+    b'{"a": 1e999}': "the number 1e999 is too large",
+    b'{"a": "\\ud800"}': "a string contains half a surrogate pair",
+    b'{"\\uDFFF": 0}': "a string contains half a surrogate pair",
+    b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "nesting is too deep",
     b'{"a": ' + b"9" * 5000 + b"}": "Exceeds the limit",
     b'\xef\xbb\xbf{"a": 1}': "Unexpected UTF-8 BOM",
     b'{"a": "\xff"}': "can't decode byte 0xff",
@@ -321,7 +322,7 @@ def test_no_job_writes_through_a_link(place: str, run: Callable[..., Result], tm
     link.symlink_to(elsewhere)
     result = run(*(["--cache", str(tmp_path / "cache")] if place == "cache/job" else []))
     assert result.exit_code == 2
-    assert f"{link} is a symbolic link, where the work would lie" in result.stderr
+    assert f"{link} is a symbolic link" in result.stderr
     assert not elsewhere.is_dir() or not any(elsewhere.iterdir())
     assert not elsewhere.is_file() or elsewhere.read_text() == "mine"
 
@@ -833,10 +834,10 @@ def lines(*entries: Any) -> bytes:
         [b"[" * 100_000],
         [b"9" * 5000],
         [b"\xff"],
-        [{"step": "start"}],
-        [{"step": "start", "schedule": 5, "job": {}}],
-        [{"step": "start", "schedule": [{"name": "x", "steps": "y"}], "job": {"settings": {}}}],
-        [{"step": "start", "schedule": [], "job": {"settings": {}}}, {"step": "shot-1/prune/0"}],
+        [{"step": "start", "format": FORMAT}],
+        [{"step": "start", "format": FORMAT, "schedule": 5, "job": {}}],
+        [{"step": "start", "format": FORMAT, "schedule": [{"name": "x", "steps": "y"}], "job": {"settings": {}}}],
+        [{"step": "start", "format": FORMAT, "schedule": [], "job": {"settings": {}}}, {"step": "shot-1/prune/0"}],
     ],
     ids=range(10),
 )
@@ -845,7 +846,7 @@ def test_journals_that_no_job_writes(entries: list[Any], tmp_path: Path) -> None
     job_folder(out).mkdir()
     (job_folder(out) / "journal.jsonl").write_bytes(lines(*entries, {"step": "more"}))
     for look in (status, inspect):
-        with pytest.raises(ResumeError, match=r"is damaged|what no job writes"):
+        with pytest.raises(ResumeError, match=r"is damaged|has unexpected content"):
             look(out)
 
 

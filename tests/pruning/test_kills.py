@@ -63,7 +63,7 @@ def test_two_processes_stop_when_their_launcher_is_gone(inputs: Inputs, tmp_path
     life.ready()
     send(life.targets()["launcher"], signal.SIGKILL)
     ended = life.wait()
-    assert "streamprune: stopped as asked; run the same command again to go on\n" in ended.err
+    assert "streamprune: stopped on request; run the same command again to resume\n" in ended.err
     assert not (tmp_path / "out").exists()
 
 

@@ -433,7 +433,7 @@ def test_foreign_out_is_never_touched(tiny: Tiny, configured: Make) -> None:
     config.out.mkdir()
     (config.out / "thesis.txt").write_text("all of it")
     for restart in (False, True):
-        with pytest.raises(ConfigError, match="exists and holds something else"):
+        with pytest.raises(ConfigError, match="already exists and was not written by streamprune"):
             streamprune.prune(config, restart=restart)
     assert contents(config.out) == {"thesis.txt": b"all of it"}
     (config.out / "thesis.txt").unlink()

@@ -69,8 +69,8 @@ def refused(result: Result, *parts: str) -> None:
 
 def test_a_good_folder_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
-    files.probe(tmp_path, "probe", "go elsewhere")
-    files.probe(tmp_path / "not" / "yet" / "there", "probe", "go elsewhere")
+    files.check_file_system(tmp_path, "probe", "go elsewhere")
+    files.check_file_system(tmp_path / "not" / "yet" / "there", "probe", "go elsewhere")
     assert entries(tmp_path) == {"kept"}
 
 
@@ -105,7 +105,7 @@ class Failing(Disk):
 @pytest.mark.parametrize(("operation", "name", "number", "code"), FAILURES)
 def test_each_operation_is_tried(operation: str, name: str, number: int, code: int, tmp_path: Path) -> None:
     with disk.using(Failing(name, number, code)), pytest.raises(DiskError) as caught:
-        files.probe(tmp_path, "probe", "go elsewhere")
+        files.check_file_system(tmp_path, "probe", "go elsewhere")
     assert str(caught.value) == f"{tmp_path}: {operation} fails there ({os.strerror(code)}); go elsewhere"
     assert not entries(tmp_path)
 
@@ -113,7 +113,7 @@ def test_each_operation_is_tried(operation: str, name: str, number: int, code: i
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(DiskError, match=r"locking a file fails there \(No locks available\); go elsewhere"):
-        files.probe(tmp_path, "probe", "go elsewhere")
+        files.check_file_system(tmp_path, "probe", "go elsewhere")
     assert not entries(tmp_path)
 
 
@@ -133,25 +133,25 @@ def test_an_older_file_that_stays_is_noticed(tmp_path: Path) -> None:
         disk.using(Keeping()),
         pytest.raises(DiskError, match=r"by a rename fails there \(the older one is still there"),
     ):
-        files.probe(tmp_path, "probe", "go elsewhere")
+        files.check_file_system(tmp_path, "probe", "go elsewhere")
     assert not entries(tmp_path)
 
 
 def test_a_lock_that_nobody_sees_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda descriptor, how: None)
     with pytest.raises(DiskError, match=r"locking a file fails there \(another process would not see it\)"):
-        files.probe(tmp_path, "probe", "go elsewhere")
+        files.check_file_system(tmp_path, "probe", "go elsewhere")
     assert not entries(tmp_path)
 
 
 def test_a_read_only_folder_is_refused_for_out(run: Run, read_only: Path, tmp_path: Path) -> None:
-    refused(run(read_only), str(read_only), "making a folder", "take an OUT elsewhere")
+    refused(run(read_only), str(read_only), "making a folder", "choose another OUT")
     assert entries(tmp_path) == {"read-only"}
 
 
 def test_a_read_only_folder_is_refused_for_the_cache(run: Run, read_only: Path, tmp_path: Path) -> None:
     cache = read_only / "not" / "there"
-    refused(run(tmp_path, "--cache", str(cache)), f"{read_only}: making a folder", "take a --cache elsewhere")
+    refused(run(tmp_path, "--cache", str(cache)), f"{read_only}: making a folder", "choose another --cache")
     assert entries(tmp_path) == {"read-only"}
 
 
@@ -175,7 +175,7 @@ def test_the_probe_comes_before_any_work(
         if folder != job_folder(config.out):
             raise DiskError("no good")
 
-    monkeypatch.setattr(files, "probe", failing)
+    monkeypatch.setattr(files, "check_file_system", failing)
     with pytest.raises(DiskError, match="no good"):
         streamprune.prune(config)
     assert asked[0] == job_folder(config.out)
@@ -230,7 +230,7 @@ def test_a_comparison_follows_no_link_in_the_cache_and_what_a_killed_probe_left_
     own.symlink_to(elsewhere)
     result = compare(tmp_path, "--cache", str(cache))
     assert result.exit_code == ConfigError.exit_code
-    assert f"{own} is a symbolic link, where the work would lie" in result.stderr
+    assert f"{own} is a symbolic link" in result.stderr
     assert entries(tmp_path) == {"cache", f"cache/{own.name}", "elsewhere"}
     own.unlink()
     for place in (tmp_path / "out" / "probe", cache / f"{own.name}-probe"):
@@ -272,7 +272,7 @@ def test_a_job_folder_on_another_file_system_is_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "same_file_system", lambda one, other: False)
-    refused(run(tmp_path), f"{tmp_path / 'out.streamprune'} lies on another file system than {tmp_path}")
+    refused(run(tmp_path), f"{tmp_path / 'out.streamprune'} and {tmp_path} are on different file systems")
     assert not entries(tmp_path)
 
 

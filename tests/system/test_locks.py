@@ -7,9 +7,11 @@ import os
 import signal
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import contents
@@ -27,7 +29,6 @@ from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import JOURNAL, LOCK, job_folder
 from streamprune.pruning.job import Job
 from streamprune.system import disk, files
-from streamprune.system.disk import Disk
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
 
@@ -243,24 +244,22 @@ def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["below", "other", "work-file", "work-link"]
 
 
-def test_scratch_that_another_process_takes_for_the_dead_is_made_again(tmp_path: Path) -> None:
-    made = []
+def test_scratch_that_another_process_takes_for_the_dead_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = tempfile.mkdtemp, list[Path]()
 
-    class Taking(Disk):
-        def make_folder(self, path: Path, mode: int = 0o777) -> None:
-            super().make_folder(path, mode)
-            made.append(path)
-            if len(made) == 1:
-                path.rmdir()
+    def mkdtemp(**options: Any) -> str:
+        made.append(Path(real(**options)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
 
-    with disk.using(Taking()), files.scratch(tmp_path, "work-") as folder:
-        assert folder == made[1]
-    assert not list(tmp_path.iterdir())
-
-
-def test_scratch_is_for_this_user_alone(tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
     with files.scratch(tmp_path, "work-") as folder:
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert folder == made[1]
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # for this user alone
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fault", ["full", "error"])
@@ -270,13 +269,13 @@ def test_wherever_the_disk_fails_scratch_says_so_and_goes(fault: Fault, tmp_path
     graves.mkdir()
     with disk.using(whole := FaultyDisk(work, graves)), files.scratch(work, "work-"):
         begun = whole.count
-    assert [operation.split()[0] for operation in whole.operations[:begun]] == ["make_folder", "create", "lock"]
+    assert [operation.split()[0] for operation in whole.operations[:begun]] == ["create", "lock"]
     for at, operation in enumerate(whole.operations[:begun], start=1):
         faulty = FaultyDisk(work, graves, fault, at)
         if operation.split()[0] in AT[fault]:
             with (
                 disk.using(faulty),
-                pytest.raises(DiskError, match=r"cannot (make|lock) .*: (No space|Input/output)"),
+                pytest.raises(DiskError, match=r"cannot lock .*: (No space|Input/output)"),
                 files.scratch(work, "work-"),
             ):
                 pass
@@ -303,7 +302,7 @@ def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_refused_job_leaves_no_folder(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
     config = configured(tiny("llama"), cache=tmp_path / "cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "make_cache", lambda self: 1 / 0)
+        patch.setattr(Job, "record_cache", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             streamprune.prune(config)
     assert not list(tmp_path.iterdir())

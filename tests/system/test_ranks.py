@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,9 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,6 @@ from streamprune.model.names import CURVES
 from streamprune.pruning.block import BlockPruner
 from streamprune.system import files, ranks
 from streamprune.system.ranks import ALONE, Ranks, joined
-from streamprune.system.rendezvous import unused
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -327,7 +323,7 @@ def test_a_lost_rank_ends_the_job_and_the_same_command_goes_on(arguments: list[s
     first, second = command([*arguments, "--quiet"], tmp_path, sabotage=lost)
     assert (first.code, second.code, second.err) == (1, -signal.SIGKILL, "")
     assert first.err.startswith("streamprune: another process of this job was lost (")
-    assert first.err.endswith("); run the same command again to go on\n")
+    assert first.err.endswith("); run the same command again to resume\n")
     assert first.err.count("\n") == 1
     assert not out.exists()
     assert streamprune.status(out).state == "failed"
@@ -357,7 +353,9 @@ def test_a_signal_to_one_stops_all_at_the_same_step(asked: int, arguments: list[
     arguments = [*arguments, "--cache", str(tmp_path / "disk"), "--quiet"]
     ended = command(arguments, tmp_path, sabotage=sabotage)
     assert [each.code for each in ended] == [75, 75]
-    assert "".join(each.err for each in ended) == "streamprune: stopped as asked; run the same command again to go on\n"
+    assert (
+        "".join(each.err for each in ended) == "streamprune: stopped on request; run the same command again to resume\n"
+    )
     assert [entry["step"] for entry in Journal(job_folder(tmp_path / "out") / "journal.jsonl").steps()][
         -1
     ] == "shot-1/prune/1"
@@ -432,8 +430,7 @@ def test_what_joining_prints_is_no_result(capfd: pytest.CaptureFixture[str], mon
         raise RuntimeError("as far as this test goes")
 
     rendezvous = importlib.import_module("torch.distributed.rendezvous")  # a function has its name as well
-    monkeypatch.setattr(rendezvous, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
-    monkeypatch.setattr("streamprune.system.ranks.unused", lambda store, *_: store)
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 2)]))
     monkeypatch.setattr("torch.distributed.init_process_group", init_process_group)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
@@ -441,26 +438,6 @@ def test_what_joining_prints_is_no_result(capfd: pytest.CaptureFixture[str], mon
         pass
     os.write(1, b"a result\n")
     assert capfd.readouterr().out == "a result\n"
-
-
-def test_ranks_find_those_of_their_own_attempt() -> None:
-    store = torch.distributed.HashStore()
-    soon = timedelta(seconds=20)
-
-    def join(rank: int, late: int, attempt: str) -> str:
-        if rank == late:
-            time.sleep(0.2)  # the others see the name that was left by an earlier attempt's
-        part = unused(store, rank, 3, soon)
-        part.set(f"{rank}", attempt)
-        return " ".join(part.get(f"{other}").decode() for other in range(3))
-
-    with ThreadPoolExecutor(3) as pool:
-        for late in (0, 1, 2):
-            attempt = f"attempt-{late}"
-            joining = [pool.submit(join, rank, late, attempt) for rank in range(3)]
-            assert [each.result(soon.total_seconds()) for each in joining] == [f"{attempt} {attempt} {attempt}"] * 3
-    with pytest.raises(LostError, match=re.escape("rank 1 of 3 finds no others: they did not appear within 0.1 s")):
-        unused(store, 1, 3, timedelta(seconds=0.1))
 
 
 # How it is started.
@@ -533,7 +510,7 @@ def test_torchrun(
         for _ in range(2)
     )
     assert (stopped.returncode, stopped.stdout) == (75, ""), stopped.stderr
-    assert stopped.stderr.count("streamprune: ") == stopped.stderr.count("streamprune: stopped as asked") == 1
+    assert stopped.stderr.count("streamprune: ") == stopped.stderr.count("streamprune: stopped on request") == 1
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["resumed"] is True
     assert report(tmp_path / "out")["ranks"] == 2
@@ -550,7 +527,7 @@ def test_tasks_of_slurm(arguments: list[str], environment: dict[str, str], tmp_p
         subprocess.run(script, capture_output=True, text=True, check=False, env=environment) for _ in range(2)
     )
     assert stopped.returncode == 75, stopped.stderr
-    assert stopped.stderr == "streamprune: stopped as asked; run the same command again to go on\n"
+    assert stopped.stderr == "streamprune: stopped on request; run the same command again to resume\n"
     assert (tmp_path / "requeued").exists()
     assert (done.returncode, done.stderr) == (0, "")
     assert report(tmp_path / "out")["ranks"] == 2
@@ -558,21 +535,20 @@ def test_tasks_of_slurm(arguments: list[str], environment: dict[str, str], tmp_p
 
 def test_a_rank_is_asked_to_stop_once_its_launcher_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    monkeypatch.setattr(ranks, "WATCHING", 0.01)
     reading, writing = os.pipe()
     launcher = os.fork()
     if not launcher:
         if not os.fork():
             asked: list[int] = []
             signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-            with ranks._launched():
-                time.sleep(0.1)  # the launcher is there
-                os.write(writing, b"asked early" if asked else b"working, ")
-                os.kill(os.getppid(), signal.SIGKILL)
-                until = time.monotonic() + LIMIT
-                while not asked and time.monotonic() < until:
-                    time.sleep(0.01)
-                os.write(writing, b"asked" if asked else b"forgotten")
+            ranks._stop_with_launcher()
+            time.sleep(0.1)  # the launcher is there
+            os.write(writing, b"asked early" if asked else b"working, ")
+            os.kill(os.getppid(), signal.SIGKILL)
+            until = time.monotonic() + LIMIT
+            while not asked and time.monotonic() < until:
+                time.sleep(0.01)
+            os.write(writing, b"asked" if asked else b"forgotten")
             os._exit(0)
         signal.pause()
     os.close(writing)

@@ -43,7 +43,7 @@ from ..evaluate import evaluate, read_windows
 from .table import CSV, DENSE, JSON, MARKDOWN, PLOT, Comparison, Row, Variant, reach, require_plotting
 
 KNOWN = {
-    *(JOURNAL, LOCK, LOG, ROWS, PROBE, caches.NOTE, "cache"),
+    *(JOURNAL, LOCK, LOG, ROWS, PROBE, caches.RECORD, "cache"),
     *(JSON, CSV, MARKDOWN, PLOT),
 }
 """Names that the folder of a comparison may contain."""
@@ -217,7 +217,7 @@ class _Work:
             files.remove_tree(self.caches.own)  # left by a killed evaluation
             for path in self.folder.glob(f"*{files.TEMPORARY}"):
                 files.remove(path)
-            self.caches.note()
+            self.caches.record()
             resumed = any(self.journal.steps())
             schedule = [asdict(phase) for phase in self._schedule()]
             asked = self.journal.find(ASKED)
@@ -243,9 +243,9 @@ class _Work:
                     with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
                         files.make_folder(self.folder)
                         held.enter_context(files.locked(lock))
-                    files.probe(self.folder, PROBE, OTHER_OUT)
+                    files.check_file_system(self.folder, PROBE, OTHER_OUT)
                     if self.candidates[0].config.cache is not None:
-                        files.probe(self.caches.own, f"{self.caches.own.name}-{PROBE}", OTHER_CACHE)
+                        files.check_file_system(self.caches.own, f"{self.caches.own.name}-{PROBE}", OTHER_CACHE)
                 except DiskError:
                     if new_lock:
                         files.remove(lock)
@@ -253,7 +253,7 @@ class _Work:
                 yield
         except DiskError:
             if new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
-                files.remove_empty(self.folder)
+                files.remove_empty_folder(self.folder)
             raise
 
     def _let_go(self) -> None:
@@ -266,7 +266,7 @@ class _Work:
         for job in (self.folder / ROWS).glob(f"*{WORK}"):
             Caches(job, None).remove()
         self.caches.remove()
-        files.empty(self.folder, LOCK)
+        files.empty_folder(self.folder, LOCK)
 
     def _compare_with_before(self) -> None:
         header = self.journal.header

@@ -86,7 +86,7 @@ def export_gguf(
     vocabulary = read_vocabulary(model, skeleton.vocabulary, {k: v for k, v in defaults.items() if v is not None})
     context, window = context_of(skeleton, runtime)
 
-    with files.alone(out), files.replacing_file(out) as temporary:
+    with files.locked_for_writing(out), files.replacing_file(out) as temporary:
         writer = GGUFWriter(temporary, runtime.name)
         try:
             add_metadata(writer, skeleton, runtime, context)

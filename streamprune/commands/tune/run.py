@@ -308,9 +308,9 @@ class Tuning(JobFolder):
         Raises:
             ResumeError: the job was started with other settings, inputs or versions.
         """
-        self.journal = Journal(self.journal_path)
+        self.journal = Journal(self.journal_path, restart=restart)
         start = self.journal.header
-        if start is None or restart:
+        if start is None:
             start = self._begin()
         else:
             self.check_same(start)
@@ -336,11 +336,11 @@ class Tuning(JobFolder):
         check_companions(self.config.model, self.student.vocabulary, self.progress, required=True)
         header = self.header
         sources = self.read_sources()
-        self.let_go()
+        self.discard()
         files.make_folder(self.staging)
         work = [Phase("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
         if self.method == "distil":
-            self.make_cache()
+            self.record_cache()
             work = [Phase("embed"), Phase("block", len(self.student))]
         self.journal = Journal(self.journal_path)
         return self.journal.append(
