@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
-_FIRST = (CONFIG, SINGLE, INDEX, REPORT, CURVES, *COMPANIONS)
+_FIRST = [CONFIG, SINGLE, INDEX, REPORT, CURVES, *COMPANIONS]
 """Files fetched first. Shards follow only if there is no single file; otherwise transformers would ignore them too."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -44,10 +44,9 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
         CheckpointError: neither a directory nor a model that the hub or its cache can provide.
     """
     progress = progress or Silent()
-    match = check_model(model)
-    if match is None:
+    if (match := check_model(model)) is None:
         return Path(model)
-    progress.say(f"{model}: no such directory here; taking it for a name on the hub")
+    progress.say(f"{model} is not a directory; using the model of that name on the hub")
     folder = _fetched(match["repo"], match["revision"])
     progress.say(f"{match['repo']} is commit {folder.name}, in {folder}")
     return folder
@@ -56,15 +55,12 @@ def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
     """Load a checkpoint directory or hub model, pruned or dense, as a transformers model.
 
-    Does not run the checkpoint's own code or load pickles, unless `options` say so. Kernels that its config names, such as
-    FlashAttention, are ignored, since this machine may not have them; choose kernels with `attn_implementation`.
-
-    Args:
-        path: a checkpoint directory, or a name on the hub.
-        options: passed to `from_pretrained`.
+    Does not run the checkpoint's own code or load pickles, unless `options`, which `from_pretrained` gets, say so. Kernels
+    that its config names, such as FlashAttention, are ignored, since this machine may not have them; choose kernels with
+    `attn_implementation`.
 
     Raises:
-        CheckpointError: `path` is neither.
+        CheckpointError: `path` is neither a directory nor a model on the hub.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -103,8 +99,8 @@ def is_name(model: str | Path) -> bool:
 
 def commit(model: Path) -> str | None:
     """Return the commit of a directory in the hub's cache; None for other directories."""
-    repo = model.parent.parent.name
-    return model.name if model.parent.name == "snapshots" and repo.startswith("models--") else None
+    cached = model.parent.name == "snapshots" and model.parent.parent.name.startswith("models--")
+    return model.name if cached else None
 
 
 def title(model: Path) -> str:
@@ -116,8 +112,7 @@ def title(model: Path) -> str:
 
 def shown(model: Path) -> str:
     """Return the origin of a resolved model, for the user: ``org/name@commit``, or the path."""
-    found = commit(model)
-    return str(model) if found is None else f"{title(model)}@{found}"
+    return str(model) if commit(model) is None else f"{title(model)}@{commit(model)}"
 
 
 def origin(model: Path) -> dict[str, str | None]:
@@ -139,35 +134,29 @@ def _fetched(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=names, tqdm_class=_Bar))
 
     try:
-        folder = fetch(list(_FIRST))
-        if lacking := _lacking(folder):
-            folder = fetch(lacking)
+        folder = fetch(_FIRST)
+        if missing := _missing(folder):
+            folder = fetch(missing)
+            missing = _missing(folder)
     except CheckpointError:
         raise
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{name} is gated: accept its terms on the hub and log in (`hf auth login`, or HF_TOKEN)"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is neither a directory here nor a model on the hub that is yours to read; "
-            "if it is private, log in (`hf auth login`, or HF_TOKEN)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo} is on the hub, but has no revision {revision!r}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is neither a directory here nor complete in the hub's cache, and the hub cannot be reached"
-            f"{_why_not()}; run once with the network, or give a directory"
-        ) from error
     except Exception as error:
-        raise CheckpointError(f"{name} cannot be fetched from the hub ({one_line(error)})") from error
-    if lacking := _lacking(folder):
-        raise CheckpointError(f"{name} {_lack(repo, folder, lacking)}")
+        login = "log in (`hf auth login`, or HF_TOKEN)"
+        reasons: dict[type[Exception], str] = {
+            errors.GatedRepoError: f"is gated: accept its terms on the hub and {login}",
+            errors.RepositoryNotFoundError: f"is neither a directory nor a model on the hub; if it is private, {login}",
+            errors.RevisionNotFoundError: "is a revision that the model on the hub does not have",
+            errors.LocalEntryNotFoundError: f"is neither a directory nor complete in the hub's cache, {_unreachable()}",
+            Exception: f"cannot be fetched from the hub ({one_line(error)})",
+        }
+        reason = next(reason for kind, reason in reasons.items() if isinstance(error, kind))
+        raise CheckpointError(f"{name} {reason}") from error
+    if missing:
+        raise CheckpointError(f"{name} {_why_missing(repo, folder, missing)}")
     return folder
 
 
-def _lacking(folder: Path) -> list[str]:
+def _missing(folder: Path) -> list[str]:
     """Return the weight files that a checkpoint directory lacks.
 
     Raises:
@@ -182,23 +171,21 @@ def _lacking(folder: Path) -> list[str]:
     return sorted(shard for shard in read_index(folder / INDEX) if not (folder / shard).is_file())
 
 
-def _lack(repo: str, folder: Path, lacking: list[str]) -> str:
+def _why_missing(repo: str, folder: Path, missing: list[str]) -> str:
     """Return why weight files are missing after the download, as part of a message."""
     from huggingface_hub import HfApi
 
     try:
-        held = HfApi().list_repo_files(repo, revision=folder.name)
+        listed = HfApi().list_repo_files(repo, revision=folder.name)
     except Exception:
-        return (
-            f"is not complete in the hub's cache (commit {folder.name} lacks {lacking[0]}), and the hub cannot be reached"
-            f"{_why_not()}; run once with the network"
-        )
-    if lacking == [SINGLE] and any(file.endswith(_PICKLES) for file in held):
-        return "has only pickled weights, which are never fetched; take a revision or a copy with safetensors"
-    return f"has no {lacking[0]} on the hub; its weights must be safetensors"
+        return f"is not complete in the hub's cache (commit {folder.name} lacks {missing[0]}), {_unreachable()}"
+    if missing == [SINGLE] and any(file.endswith(_PICKLES) for file in listed):
+        return "has only pickled weights, which are never fetched; choose a revision or a copy with safetensors"
+    return f"has no {missing[0]} on the hub; its weights must be safetensors"
 
 
-def _why_not() -> str:
+def _unreachable() -> str:
     from huggingface_hub import constants
 
-    return " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    why = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    return f"and the hub cannot be reached{why}; run once with the network, or give a directory"

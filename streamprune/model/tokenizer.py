@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, one_line
-from ..system import files
 from ..system.directory import check_links, check_pointer
 from ..system.progress import Progress
 from ..system.strict_json import read_json
@@ -17,10 +15,7 @@ from .names import COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
 
 
 def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
-    """Load the model's tokenizer.
-
-    Args:
-        vocabulary: vocabulary size of the model; None skips `check_vocabulary`.
+    """Load the model's tokenizer, and check it against the model's vocabulary size unless that is None.
 
     Raises:
         CheckpointError: there is no tokenizer, it needs its own code, a file is a Git LFS pointer, a library is missing,
@@ -39,7 +34,7 @@ def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
         settings = directory / TOKENIZER_CONFIG
         if settings.is_file() and read_json(settings).get("auto_map") is not None:
             raise CheckpointError(
-                f"{directory}: its tokenizer wants code that it brings along (auto_map), which is never run"
+                f"{directory}: the tokenizer needs its own code (auto_map), which is never run"
             ) from error
         raise CheckpointError(f"{directory}: no tokenizer that transformers can read ({one_line(error)})") from error
     if vocabulary is not None:
@@ -53,57 +48,50 @@ def check_vocabulary(tokenizer: Any, vocabulary: int, directory: Path) -> dict[s
     Added tokens, such as Gemma 3's image tokens in its text-only models, may have ids beyond the vocabulary: a tokenizer
     produces them only for text that contains their literal name, and such text is rejected when it is read.
 
-    Args:
-        vocabulary: vocabulary size of the model.
-
     Returns:
-        The ids of added tokens beyond the vocabulary, by name.
+        The ids of added tokens beyond the vocabulary, by name, in ascending order.
 
     Raises:
         CheckpointError: another token is beyond the vocabulary.
     """
-    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= vocabulary}
-    beyond = dict(sorted(beyond.items(), key=lambda item: item[1]))
+    by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    beyond = {token: id for token, id in by_id if id >= vocabulary}
     used = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")}
     added = tokenizer.get_added_vocab() if beyond else {}
     for token, id in beyond.items():
         if token not in added or id in used:
             raise CheckpointError(
                 f"{directory}: the tokenizer's {token!r} is token {id}, but the model has {vocabulary} (vocab_size); they do "
-                "not belong together: put the model's own tokenizer files there"
+                "not match: put the model's own tokenizer files there"
             )
     return beyond
 
 
 def _check_libraries(directory: Path) -> None:
-    """Check that the library for a tokenizer without `tokenizer.json` is installed. transformers' own message names the wrong one.
+    """Check that the library for a tokenizer without `tokenizer.json` is installed; transformers would name the wrong one.
 
     Raises:
         CheckpointError: the library is not installed.
     """
-    path, beginning = directory / "tokenizer.model", bytearray(1)
+    from transformers import utils
+
+    path = directory / "tokenizer.model"
     others = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
     if not path.is_file() or any((directory / name).is_file() for name in others):
         return
-    files.read_into(path, 0, memoryview(beginning))
-    # SentencePiece models start with the tag of their first protobuf field; tiktoken files are text.
-    kind, needed = (
-        ("a SentencePiece model", {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"})
-        if beginning == b"\n"
-        else ("a tiktoken file", {"tiktoken": "tiktoken"})
-    )
-    if missing := [package for module, package in needed.items() if not _installed(module)]:
+    with path.open("rb") as file:
+        # SentencePiece models start with the tag of their first protobuf field; tiktoken files are text.
+        is_model = file.read(1) == b"\n"
+    if is_model:
+        kind = "a SentencePiece model"
+        needed = {"sentencepiece": utils.is_sentencepiece_available(), "protobuf": utils.is_protobuf_available()}
+    else:
+        kind, needed = "a tiktoken file", {"tiktoken": utils.is_tiktoken_available()}
+    if missing := [package for package, installed in needed.items() if not installed]:
         raise CheckpointError(
             f"{path} is {kind}, which transformers cannot read without {' and '.join(missing)}: "
             f"pip install {' '.join(missing)}"
         )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is not installed either
-        return False
 
 
 @contextmanager
@@ -118,16 +106,11 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def check_companions(source: Path, vocabulary: int, progress: Progress, *, required: bool) -> None:
-    """Check the files that are copied from the source to the result, above all the tokenizer.
-
-    Args:
-        vocabulary: vocabulary size of the model.
-        progress: receives warnings.
-        required: whether an existing tokenizer must be readable.
+    """Check the files that are copied from the source to the result, above all the tokenizer; warn through `progress`.
 
     Raises:
-        CheckpointError: a file is a Git LFS pointer, `check_vocabulary` rejects the tokenizer, or it is required and cannot
-            be read.
+        CheckpointError: a file is a Git LFS pointer, `check_vocabulary` rejects the tokenizer, or it exists, is `required`
+            and cannot be read.
     """
     for name in COMPANIONS:
         check_pointer(source / name)
@@ -141,7 +124,7 @@ def check_companions(source: Path, vocabulary: int, progress: Progress, *, requi
         progress.say(f"{error}; its files are copied unread")
         return
     for token, id in check_vocabulary(tokenizer, vocabulary, source).items():
-        progress.say(f"the tokenizer's {token!r} is token {id}, but the model has {vocabulary}: no text may hold it")
+        progress.say(f"the tokenizer's {token!r} is token {id}, but the model has {vocabulary}: no text may contain it")
 
 
 def _has_tokenizer(source: Path) -> bool:
@@ -157,9 +140,8 @@ def named_tokenizer(source: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: the tokenizer cannot be read.
     """
-    path = source / TOKENIZER_CONFIG
     if not _has_tokenizer(source):
         return None
-    name = type(load_tokenizer(source)).__name__
+    path, name = source / TOKENIZER_CONFIG, type(load_tokenizer(source)).__name__
     config = read_json(path) if path.is_file() else {}
     return None if config.get("tokenizer_class") == name else {**config, "tokenizer_class": name}

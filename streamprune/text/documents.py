@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -15,66 +16,61 @@ import json
 import os
 import re
 import sys
+import tempfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
-from ..errors import CalibrationError, ConfigError, one_line
+from ..errors import CalibrationError, ConfigError, StreamPruneError, one_line
 from ..system import files
 
 BLOCK = 1 << 16
 """Bytes of a file per block."""
-SEPARATOR = "\n\n"
-"""Text between documents."""
 ROWS = 32
 """Rows of a table per block."""
 FIELDS = ("text", "messages", "conversations", "content")
 """Fields to look for a document in, in this order, if none is named."""
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-PARQUET = ".parquet"
-PACKED_TEXT = ".gz"
-"""Suffix of a gzipped text, JSON lines or delimited file, after its own suffix."""
+PARQUET, ARROW, GZIPPED = ".parquet", ".arrow", ".gz"
 DATASET = "hf:"
 EXTRA = "pip install 'streamprune[datasets]'"
 
-_DATASET = re.compile(r"(?P<name>[^#@]+)(#(?P<config>[^@]+))?(@(?P<split>.+))?")
-_SPLIT = "train"
-_SPEAKERS = {"human": "user", "gpt": "assistant"}
-_HEAD = 512
-_GZIP = b"\x1f\x8b"
-_FOREIGN = {
-    ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
-    ".xz": rb"\xfd7zXZ\0",
-    ".lzma": rb"\x5d\0\0",
-    ".zst": rb"\x28\xb5\x2f\xfd",
-    ".lz4": rb"\x04\x22\x4d\x18",
-    ".zip": rb"PK(\x03\x04|\x05\x06)",
-    ".7z": rb"7z\xbc\xaf\x27\x1c",
-    ".tar": rb".{257}ustar",
-}
-"""Unsupported compressed formats: suffix and pattern of the first bytes."""
-_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-"""Byte-order marks of unsupported encodings. UTF-32-LE comes first because its mark begins with that of UTF-16-LE."""
-_LOOK_AHEAD = 1 << 12
-_PROBES = 256
 LINE = 1 << 24
-"""Largest row of a file, in bytes: four times what is read of a whole source by default."""
+"""Largest row of a text file, in bytes: four times what is read of a whole source by default."""
 UNPACKED = 1 << 26
 """Uncompressed bytes that any compressed file may have, whatever its size."""
 PACKED = 200
 """Largest compression ratio beyond `UNPACKED` bytes. Text compresses to a tenth, a zip bomb to a thousandth."""
 CROWDED = 8
-"""Largest number of rows per byte of a table's file."""
+"""Largest number of rows per byte of a parquet file."""
+
+_DATASET = re.compile(r"(?P<name>[^#@]+)(#(?P<config>[^@]+))?(@(?P<split>.+))?")
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+_GZIP = b"\x1f\x8b"
+_UNSUPPORTED = (
+    (".bz2", 4, b"1AY&SY"),
+    (".xz", 0, b"\xfd7zXZ\0"),
+    (".lzma", 0, b"\x5d\0\0"),
+    (".zst", 0, b"\x28\xb5\x2f\xfd"),
+    (".lz4", 0, b"\x04\x22\x4d\x18"),
+    (".zip", 0, b"PK\x03\x04"),
+    (".7z", 0, b"7z\xbc\xaf\x27\x1c"),
+    (".tar", 257, b"ustar"),
+    ("gzip within gzip", 0, _GZIP),
+    ("UTF-32", 0, codecs.BOM_UTF32_LE),  # begins with the byte-order mark of UTF-16-LE, so it comes first
+    ("UTF-32", 0, codecs.BOM_UTF32_BE),
+    ("UTF-16", 0, codecs.BOM_UTF16_LE),
+    ("UTF-16", 0, codecs.BOM_UTF16_BE),
+)
+"""Formats of unsupported files, each with the offset and bytes that identify it; also recognised by suffix."""
+_LOOK_AHEAD = 1 << 12
+_PROBES = 256
 
 Conversation = list[dict[str, Any]]
 Document = str | Conversation
@@ -82,18 +78,20 @@ Document = str | Conversation
 Block = tuple[int, list[Document]]
 
 
-class Documents(Protocol):
+class Documents:
     """A source's documents in blocks."""
 
-    separator: str
+    separator = "\n\n"
     """Text between documents; empty if the documents are pieces of one text."""
+    field: str | None = None
+    """Name of the field with a row's document; None for a source without rows."""
 
-    @property
-    def field(self) -> str | None:
-        """Name of the field with a row's document; None for a source without rows."""
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     def __len__(self) -> int:
         """Return the number of blocks."""
+        raise NotImplementedError
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         """Read the blocks with the given numbers, which must ascend; yield each number with its documents.
@@ -101,9 +99,11 @@ class Documents(Protocol):
         Raises:
             CalibrationError: a row is unusable. The message gives its position.
         """
+        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """Identify the content, JSON-ready."""
+        return {"sha256": files.sha256(self._path)}
 
 
 def open_documents(place: str, field: str | None) -> Documents:
@@ -113,36 +113,32 @@ def open_documents(place: str, field: str | None) -> Documents:
         CalibrationError: the source does not exist, cannot be read or lacks the field.
         ConfigError: a field is given for plain text, or a library is not installed.
     """
-    if place.startswith(DATASET) and not os.path.exists(place):
-        return Dataset(place, field)
-    path = Path(place)
-    if os.path.isdir(path):
-        return Dataset(DATASET + place, field)
-    if not os.path.isfile(path):
-        reason = "not a file" if os.path.exists(path) else "No such file or directory"
+    path, name = Path(place), place.lower()
+    if os.path.isdir(place) or (place.startswith(DATASET) and not os.path.exists(place)):
+        return Table(place, field)
+    if not os.path.isfile(place):
+        reason = "not a file" if os.path.exists(place) else "No such file or directory"
         raise CalibrationError(f"cannot read the text {place}: {reason}")
-    name = path.name.lower()
-    if name.endswith(PARQUET):
-        return Parquet(path, field)
-    suffix = Path(name.removesuffix(PACKED_TEXT)).suffix
+    if name.endswith((PARQUET, ARROW)):
+        return Table(place, field)
+    suffix = Path(name.removesuffix(GZIPPED)).suffix
     if suffix in JSON_LINES:
         return JsonLines(path, field)
     if suffix in DELIMITERS:
         return Delimited(path, field, DELIMITERS[suffix])
     if field is not None:
-        tables = ", ".join((*JSON_LINES, *DELIMITERS))
-        raise ConfigError(f"{place}:{field}: a field is of {tables} or {PARQUET} files and datasets")
+        tables = ", ".join((*JSON_LINES, *DELIMITERS, PARQUET))
+        raise ConfigError(f"{place}:{field}: only {tables} or {ARROW} files and datasets have fields")
     return PlainText(path)
 
 
-class PlainText:
+class PlainText(Documents):
     """A UTF-8 file, gzipped or not, as one text. Blocks end at the end of a line unless lines are very long."""
 
-    field = None
     separator = ""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        super().__init__(path)
         self._size = _measure(path)
 
     def __len__(self) -> int:
@@ -161,27 +157,18 @@ class PlainText:
                 yield number, [text.replace("\r\n", "\n").replace("\r", "\n")]
                 data, at = data[BLOCK:], at + BLOCK
 
-    def identity(self) -> dict[str, Any]:
-        return {"sha256": files.sha256(self._path)}
 
-
-class JsonLines:
+class JsonLines(Documents):
     """A file with one JSON object per line, gzipped or not. A block holds the rows that begin in it."""
 
-    separator = SEPARATOR
-
     def __init__(self, path: Path, field: str | None) -> None:
-        self._path = path
+        super().__init__(path)
         self._size = _measure(path)
         with _reading(path) as file:
-            names: list[str] = []
-            place = 0
-            while (line := _line(file, path, place)) and not names:
-                names = list(self._row(line, place) or ())
-                place += len(line)
-        if not names:
+            first = next((row for _, row in self._rows(file, 0, self._size) if row), None)
+        if first is None:
             raise CalibrationError(f"{path} is empty")
-        self.field: str = _field(field, names, str(path))
+        self.field: str = _field(field, first, str(path))
 
     def __len__(self) -> int:
         return -(-self._size // BLOCK)
@@ -190,62 +177,59 @@ class JsonLines:
         with _reading(self._path) as file:
             place = 0
             for number in numbers:
-                begin, stop = number * BLOCK, (number + 1) * BLOCK
+                begin, documents = number * BLOCK, []
                 # Forwards only, as above: the last row of the previous block may end in this one.
                 if place < begin:
-                    file.seek(begin - 1)
-                    place = begin - 1 + len(_line(file, self._path, begin - 1))
-                found = []
-                while place < stop and (line := _line(file, self._path, place)):
-                    if (row := self._row(line, place)) is not None:
-                        if self.field not in row:
-                            raise CalibrationError(f"{self._where(place)}: no field {self.field!r}; {_listed(row)}")
-                        found.append(_document(row[self.field], self.field, partial(self._where, place)))
-                    place += len(line)
-                yield number, found
+                    place = file.seek(begin - 1)
+                    place += len(_line(file, self._path, place))
+                for at, row in self._rows(file, place, begin + BLOCK):
+                    where = partial(_place_of_line, self._path, at)
+                    if self.field not in row:
+                        raise CalibrationError(f"{where()}: no field {self.field!r}; {_listed(row)}")
+                    documents.append(_document(row[self.field], self.field, where))
+                place = file.tell()
+                yield number, documents
 
-    def _row(self, line: bytes, place: int) -> dict[str, Any] | None:
-        """Parse the object of a line; None for a blank line."""
-        line = line[_mark(line) :]
-        if not line.strip():
-            return None
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            hint = "; write one object a line, not one array" if line.lstrip().startswith(b"[") else ""
-            if b"\0" in line:
-                hint = "; it has NUL bytes, as UTF-16 has: convert it to UTF-8"
-            raise CalibrationError(f"{self._where(place)}: not JSON ({error}){hint}") from error
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{self._where(place)}: not a JSON object; write one object a line")
-        return row
-
-    def _where(self, place: int) -> str:
-        return _place_of_line(self._path, place)
-
-    def identity(self) -> dict[str, Any]:
-        return {"sha256": files.sha256(self._path)}
+    def _rows(self, file: BinaryIO, place: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the rows that begin in [`place`, `stop`), each with its offset. The file must be at `place`."""
+        while place < stop and (line := _line(file, self._path, place)):
+            text = line[_mark(line) :]
+            if text.strip():
+                try:
+                    row = json.loads(text.decode("utf-8"))
+                except (ValueError, RecursionError) as error:
+                    raise CalibrationError(
+                        f"{_place_of_line(self._path, place)}: not JSON ({error}); write one object per line, in UTF-8"
+                    ) from error
+                if not isinstance(row, dict):
+                    raise CalibrationError(
+                        f"{_place_of_line(self._path, place)}: not a JSON object; write one object per line"
+                    )
+                yield place, row
+            place += len(line)
 
 
-class Delimited:
+class Delimited(Documents):
     """A column of a delimited file with a header row, gzipped or not. A block holds the rows that begin in it.
 
     Quoting follows the `csv` module: cells that hold delimiters, quotes (doubled) or newlines are quoted. From the
     middle of a file one cannot tell whether a newline ends a row. Opening therefore reads the file once, row by
     row, and stores the offset of each block's first row: 8 bytes per 64 KiB.
 
+    pandas, with which `datasets` reads these files, would accept rows with more or fewer cells than the header and
+    shift, drop or invent cells. Here they are errors.
+
     Raises:
         CalibrationError: a row is malformed, or has more or fewer cells than the header.
     """
 
-    separator = SEPARATOR
-
     def __init__(self, path: Path, field: str | None, delimiter: str) -> None:
-        self._path, self._delimiter = path, delimiter
-        self._size = _measure(path)
-        self._starts = array("q")
-        with _reading(path) as file, _long_cells():
-            rows = self._rows(file, 0, self._size)
+        super().__init__(path)
+        self._delimiter = delimiter
+        size = _measure(path)
+        self._edges = array("q")  # offset of each block's first row, then the end of the file
+        with _reading(path) as file:
+            rows = self._rows(file, 0, size)
             _, names = next(rows, (0, []))
             if not names:
                 raise CalibrationError(f"{path} is empty")
@@ -259,20 +243,18 @@ class Delimited:
                         f"{_place_of_line(path, place)}: {len(cells)} cells, and the header has {len(names)}; "
                         "quote cells that hold delimiters, quotes or newlines"
                     )
-                if not self._starts or place // BLOCK > self._starts[-1] // BLOCK:
-                    self._starts.append(place)
+                if not self._edges or place // BLOCK > self._edges[-1] // BLOCK:
+                    self._edges.append(place)
+        self._edges.append(size)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._edges) - 1
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with _reading(self._path) as file:
             for number in numbers:
-                start, stop = [*self._starts[number : number + 2], self._size][:2]
-                file.seek(start)
-                with _long_cells():
-                    found: list[Document] = [cells[self._column] for _, cells in self._rows(file, start, stop)]
-                yield number, found
+                start = file.seek(self._edges[number])
+                yield number, [cells[self._column] for _, cells in self._rows(file, start, self._edges[number + 1])]
 
     def _rows(self, file: BinaryIO, place: int, stop: int) -> Iterator[tuple[int, list[str]]]:
         """Yield the rows that begin in [`place`, `stop`), each with its offset. The file must be at `place`."""
@@ -286,6 +268,7 @@ class Delimited:
                 end += len(line)
                 yield text
 
+        csv.field_size_limit(LINE)
         reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
         while place < stop:
             try:
@@ -293,7 +276,7 @@ class Delimited:
             except csv.Error as error:
                 reason = str(error).partition(" - ")[0]
                 raise CalibrationError(
-                    f"{_place_of_line(self._path, place)}: no row of cells ({reason}); see to its quotes"
+                    f"{_place_of_line(self._path, place)}: not a row of cells ({reason}); check its quotes"
                 ) from error
             if cells is None:
                 return
@@ -301,184 +284,151 @@ class Delimited:
                 yield place, cells
             place = end
 
-    def identity(self) -> dict[str, Any]:
-        return {"sha256": files.sha256(self._path)}
 
+class Table(Documents):
+    """A column of a parquet or arrow file, of a folder or of a dataset on the hub, read by the `datasets` library.
 
-class Parquet:
-    """A column of a parquet file; a block never spans two row groups."""
+    The library copies parquet files and data folders to a temporary folder, which is removed as soon as the copy is
+    mapped into memory.
 
-    separator = SEPARATOR
-
-    def __init__(self, path: Path, field: str | None) -> None:
-        self._path = path
-        with self._opened() as file, self._refusing():
-            self.field: str = _field(field, file.schema_arrow.names, str(path))
-            groups = self._groups(file.metadata)
-        # For each block: its row group, its first row in that group, and its first row in the file.
-        self._blocks: list[tuple[int, int, int]] = []
-        before = 0
-        for group, rows in enumerate(groups):
-            self._blocks += [(group, first, before + first) for first in range(0, rows, ROWS)]
-            before += rows
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def read(self, numbers: Sequence[int]) -> Iterator[Block]:
-        groups: dict[int, dict[int, int]] = {}
-        for number in numbers:
-            group, first, _ = self._blocks[number]
-            groups.setdefault(group, {})[first] = number
-        with self._opened() as file:
-            for group, wanted in groups.items():
-                for first, values in self._rows(file, group):
-                    if first in wanted:
-                        number = wanted.pop(first)
-                        begin = self._blocks[number][2] + 1
-                        yield number, [self._document(value, begin + offset) for offset, value in enumerate(values)]
-                    if not wanted:
-                        break
-                if wanted:
-                    raise CalibrationError(f"{self._path} has fewer rows than it says, in row group {group}")
-
-    def _groups(self, metadata: Any) -> list[int]:
-        """Return the rows of each row group from the file's footer, after a check that the counts are plausible."""
-        size = self._path.stat().st_size
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        rows = [group.num_rows for group in groups]
-        if any(count < 0 for count in rows) or sum(rows) > CROWDED * size:
-            raise CalibrationError(f"{self._path} says that it has {sum(rows)} rows in {size} bytes; it cannot")
-        unpacked = sum(group.total_byte_size for group in groups)
-        if unpacked > max(UNPACKED, PACKED * size):
-            raise CalibrationError(f"{self._path} says that its {size} bytes unpack to {unpacked}; it is no text")
-        return rows
-
-    def _rows(self, file: Any, group: int) -> Iterator[tuple[int, list[Any]]]:
-        """Yield a row group's column in slices of `ROWS`: (first row, values)."""
-        slices = self._slices(file, group)
-        while True:
-            with self._refusing():
-                found = next(slices, None)
-                values = None if found is None else found[1].to_pylist()
-            if found is None or values is None:
-                return
-            yield found[0], values
-
-    def _slices(self, file: Any, group: int) -> Iterator[tuple[int, Any]]:
-        """Yield a row group's column in slices of `ROWS`, whatever batches the library returns: (first row, values)."""
-        import pyarrow
-
-        pending, first = [], 0
-        for batch in file.iter_batches(ROWS, row_groups=[group], columns=[self.field], use_threads=False):
-            pending.append(batch.column(0))
-            column = pyarrow.chunked_array(pending)
-            while len(column) >= ROWS:
-                yield first, column[:ROWS]
-                column, first = column[ROWS:], first + ROWS
-            pending = column.chunks
-        if sum(map(len, pending)):
-            yield first, pyarrow.chunked_array(pending)
-
-    def _document(self, value: Any, row: int) -> Document:
-        return _document(value, self.field, lambda: f"{self._path}, row {row}")
-
-    def _opened(self) -> Any:
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ConfigError(f"{self._path} needs pyarrow: {EXTRA}") from None
-        with self._refusing():
-            # Column chunks may be large, so read them through a small buffer.
-            return pyarrow.parquet.ParquetFile(self._path, buffer_size=1 << 20)
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Turn any error of the library about a broken file into a CalibrationError."""
-        try:
-            yield
-        except CalibrationError:
-            raise
-        except Exception as error:
-            raise CalibrationError(f"{self._path} cannot be read as parquet: {one_line(error)}") from error
-
-    def identity(self) -> dict[str, Any]:
-        return {"sha256": files.sha256(self._path)}
-
-
-class Dataset:
-    """A column of a dataset on the hub or in a folder, read by the `datasets` library."""
-
-    separator = SEPARATOR
+    Raises:
+        CalibrationError: the library cannot read the source.
+        ConfigError: the library is not installed.
+    """
 
     def __init__(self, place: str, field: str | None) -> None:
+        super().__init__(Path(place))
         self._place = place
-        self._rows = _load(place)
-        self.field: str = _field(field, self._rows.column_names, place)
-        self._rows = self._rows.select_columns([self.field])
+        try:
+            import datasets
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"{place} needs {error.name}: {EXTRA}") from None
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        with files.scratch(Path(tempfile.gettempdir()), "streamprune-text-") as cache, self._refusing():
+            if self._path.is_file() and place.lower().endswith(PARQUET):
+                rows, groups = _parquet(self._path, field, str(cache))
+            else:
+                rows = datasets.Dataset.from_file(place) if self._path.is_file() else _load(place, str(cache))
+                groups = [len(rows)]
+        self.field: str = _field(field, rows.column_names, place)
+        # As arrow, values are not decoded, for example from the path of an image.
+        self._rows = rows.select_columns([self.field]).with_format("arrow")
+        # First row of each block, then the number of rows. A block does not span two row groups of a parquet file.
+        ends = zip(groups, accumulate(groups), strict=True)
+        self._edges = [first for count, end in ends for first in range(end - count, end, ROWS)] + [len(rows)]
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // ROWS)
+        return len(self._edges) - 1
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         for number in numbers:
-            first = number * ROWS
-            try:
-                values = self._rows[first : first + ROWS][self.field]
-            except Exception as error:
-                raise CalibrationError(f"{self._place} cannot be read: {one_line(error)}") from error
-            yield number, [self._document(value, first + offset + 1) for offset, value in enumerate(values)]
+            first, stop = self._edges[number : number + 2]
+            with self._refusing():
+                values = self._rows[first:stop][self.field].to_pylist()
+            rows = enumerate(values, start=first + 1)
+            yield number, [_document(value, self.field, partial(self._where, row)) for row, value in rows]
 
-    def _document(self, value: Any, row: int) -> Document:
-        return _document(value, self.field, lambda: f"{self._place}, row {row}")
+    def _where(self, row: int) -> str:
+        return f"{self._place}, row {row}"
 
     def identity(self) -> dict[str, Any]:
-        """Return the number of rows and a digest of evenly spaced rows: a dataset has no single file to digest."""
+        """Return the digest of a file; for other datasets the number of rows and a digest of evenly spaced rows."""
+        if self._path.is_file():
+            return super().identity()
         rows, digest = len(self._rows), hashlib.sha256()
         for probe in range(min(rows, _PROBES)):
-            row = self._rows[probe * rows // min(rows, _PROBES)]
+            first = probe * rows // min(rows, _PROBES)
+            with self._refusing():
+                (row,) = self._rows[first : first + 1].to_pylist()
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return {"dataset": self._place.removeprefix(DATASET), "rows": rows, "sha256": digest.hexdigest()}
 
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn any error of the library into a CalibrationError."""
+        try:
+            yield
+        except StreamPruneError:
+            raise
+        except Exception as error:
+            reason = one_line(error.__cause__ or error)
+            raise CalibrationError(f"{self._place} cannot be read by the datasets library: {reason}") from error
 
-def _load(place: str) -> Any:
-    """Load the requested split from a folder, the cache of `datasets` or the hub."""
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(f"{place} needs datasets: {EXTRA}") from None
-    match = _DATASET.fullmatch(place.removeprefix(DATASET))
-    if match is None:
+
+def _parquet(path: Path, field: str | None, cache: str) -> tuple[Any, list[int]]:
+    """Load a column of a parquet file: its rows, and the number of rows of each row group."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        schema, groups = file.schema_arrow, _row_groups(path, file.metadata)
+    name = _field(field, schema.names, str(path))
+    if not sum(groups):
+        raise CalibrationError(f"{path} is empty")
+    rows = datasets.Dataset.from_parquet(
+        glob.escape(os.path.abspath(path)),
+        cache_dir=cache,
+        columns=[name],
+        features=datasets.Features.from_arrow_schema(pyarrow.schema([schema.field(name)])),
+        batch_size=ROWS,
+    )
+    if len(rows) != sum(groups):
+        raise CalibrationError(f"{path} has {len(rows)} rows, and its footer says {sum(groups)}")
+    return rows, groups
+
+
+def _row_groups(path: Path, metadata: Any) -> list[int]:
+    """Return the rows of each row group from a parquet file's footer, after a check that the counts are plausible."""
+    size = path.stat().st_size
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if any(count < 0 for count in rows) or sum(rows) > CROWDED * size:
+        raise CalibrationError(f"{path} says that it has {sum(rows)} rows in {size} bytes; it cannot")
+    unpacked = sum(group.total_byte_size for group in groups)
+    if unpacked > max(UNPACKED, PACKED * size):
+        raise CalibrationError(f"{path} says that its {size} bytes unpack to {unpacked}; it is not text")
+    return rows
+
+
+def _load(place: str, cache: str) -> Any:
+    """Load the requested split from a folder, the cache of `datasets` or the hub.
+
+    Args:
+        cache: folder for copies of local data. Hub datasets are kept in the shared cache.
+    """
+    import datasets
+
+    if os.path.isdir(place):
+        name, config, split = place, None, None
+    elif match := _DATASET.fullmatch(place.removeprefix(DATASET)):
+        name, config, split = match.group("name", "config", "split")
+    else:
         raise ConfigError(f"{place!r}: write a dataset as hf:NAME, hf:NAME#CONFIG or hf:NAME@SPLIT")
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    name, config, split = match["name"], match["config"], match["split"] or _SPLIT
-    folder = Path(name)
-    try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            found = datasets.load_from_disk(name)
-            splits = list(found) if isinstance(found, datasets.DatasetDict) else []
-            if match["split"] is None and not splits:
-                return found
-            if split not in splits:
-                raise CalibrationError(f"{place} has no split {split!r}; it has {', '.join(splits) or 'none'}")
-            return found[split]
-        # Use the folder's full path, so that it cannot be mistaken for a name on the hub.
-        return datasets.load_dataset(str(folder.resolve()) if folder.is_dir() else name, config, split=split)
-    except CalibrationError:
-        raise
-    except Exception as error:
-        raise CalibrationError(
-            f"{place} is no dataset that can be loaded, from a folder, the hub or its cache: {one_line(error)}"
-        ) from error
+    folder, wanted = Path(name), split or "train"
+    if not folder.is_dir():
+        return datasets.load_dataset(name, config, split=wanted)
+    if not any((folder / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
+        # The full path cannot be mistaken for a name on the hub.
+        return datasets.load_dataset(str(folder.resolve()), config, split=wanted, cache_dir=cache)
+    found = datasets.load_from_disk(name)
+    splits = found if isinstance(found, datasets.DatasetDict) else {}
+    if split is None and not splits:
+        return found
+    if wanted not in splits:
+        raise CalibrationError(f"{place} has no split {wanted!r}; it has {', '.join(splits) or 'none'}")
+    return splits[wanted]
 
 
-def _field(asked: str | None, names: Sequence[str], place: str) -> str:
+def _field(asked: str | None, names: Iterable[str], place: str) -> str:
     """Return the field asked for, or the first of `FIELDS` that exists.
 
     Raises:
         CalibrationError: the field does not exist.
     """
+    names = list(names)
     if asked is not None and asked not in names:
         raise CalibrationError(f"{place} has no field {asked!r}; {_listed(names)}")
     field = asked or next((usual for usual in FIELDS if usual in names), None)
@@ -490,9 +440,9 @@ def _field(asked: str | None, names: Sequence[str], place: str) -> str:
     return field
 
 
-def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
-    shown = list(names)[:12]
-    return f"it has {', '.join(shown) or 'none'}" + (", …" if len(names) > len(shown) else "")
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"it has {', '.join(names[:12]) or 'none'}" + (", …" if len(names) > 12 else "")
 
 
 def _document(value: Any, field: str, where: Callable[[], str]) -> Document:
@@ -504,14 +454,11 @@ def _document(value: Any, field: str, where: Callable[[], str]) -> Document:
     Raises:
         CalibrationError: the value is neither text nor a conversation, or is not valid Unicode.
     """
-    if value is None or isinstance(value, str):
-        return _whole_text(value or "", field, where)
     if isinstance(value, list):
         return [_message(message, field, where) for message in value]
-    raise CalibrationError(f"{where()}: field {field!r} is neither text nor a list of messages")
-
-
-def _whole_text(text: str, field: str, where: Callable[[], str]) -> str:
+    text = "" if value is None else value
+    if not isinstance(text, str):
+        raise CalibrationError(f"{where()}: field {field!r} is neither text nor a list of messages")
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
@@ -536,17 +483,13 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
     """Open a file, decompress it if its name or content says gzip, and turn errors into CalibrationError."""
     try:
         with path.open("rb") as raw:
-            packed = path.name.lower().endswith(PACKED_TEXT) or raw.read(len(_GZIP)) == _GZIP
+            packed = path.name.lower().endswith(GZIPPED) or raw.read(len(_GZIP)) == _GZIP
             raw.seek(0)
             with gzip.GzipFile(fileobj=raw) if packed else nullcontext(raw) as file:
                 yield cast(BinaryIO, file)
-    except EOFError as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CalibrationError(
-            f"cannot read the text {path}: it is truncated, its gzip data has no end; fetch or pack it again"
-        ) from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise CalibrationError(
-            f"cannot read the text {path}: it is corrupt, or not gzip ({error}); fetch or pack it again"
+            f"cannot read the text {path}: its gzip data is corrupt or truncated ({error}); download or compress it again"
         ) from error
     except OSError as error:
         raise CalibrationError(f"cannot read the text {path}: {error.strerror or error}") from error
@@ -560,28 +503,20 @@ def _measure(path: Path) -> int:
             more than any text would.
     """
     with _reading(path) as file:
-        head = file.read(_HEAD)
-        _refuse_foreign(path, head)
+        head = file.read(512)
+        for form, offset, magic in _UNSUPPORTED:
+            if path.name.lower().endswith(form) or head.startswith(magic, offset):
+                raise CalibrationError(
+                    f"{path} is {form}; convert it to UTF-8 text, plain or compressed with gzip once"
+                )
         if isinstance(file, io.BufferedReader):
-            return file.seek(0, 2)
+            return file.seek(0, os.SEEK_END)
         most, size = max(UNPACKED, PACKED * path.stat().st_size), len(head)
         while chunk := file.read(1 << 20):
             size += len(chunk)
             if size > most:
-                raise CalibrationError(f"{path} unpacks to more than {PACKED} times its size; it is no text")
+                raise CalibrationError(f"{path} unpacks to more than {PACKED} times its size; it is not text")
         return size
-
-
-def _refuse_foreign(path: Path, head: bytes) -> None:
-    """Raise CalibrationError if a file that begins with `head` has an unsupported compression or encoding."""
-    if head.startswith(_GZIP):
-        raise CalibrationError(f"{path} is gzipped twice; unpack it once")
-    for suffix, magic in _FOREIGN.items():
-        if path.name.lower().endswith(suffix) or re.match(magic, head, re.DOTALL):
-            raise CalibrationError(f"{path} is packed as {suffix}, which is not read; unpack it, or pack it with gzip")
-    for mark, encoding in _MARKS.items():
-        if head.startswith(mark):
-            raise CalibrationError(f"{path} is {encoding} text, by its byte-order mark; convert it to UTF-8")
 
 
 def _cut(data: bytes, edge: int) -> int:
@@ -629,13 +564,3 @@ def _place_of_line(path: Path, place: int) -> str:
         while place > 0 and (chunk := file.read(min(1 << 20, place))):
             lines, place = lines + chunk.count(b"\n"), place - len(chunk)
     return f"{path}, line {lines}"
-
-
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    """Raise the `csv` module's cell limit to the longest row allowed. The limit is global to the process."""
-    before = csv.field_size_limit(LINE)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)

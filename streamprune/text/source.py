@@ -27,20 +27,16 @@ def builtin_text() -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """One source of text.
-
-    Raises:
-        ConfigError: the weight is not positive, or is above `HEAVIEST`.
-    """
+    """One source of text."""
 
     place: str
-    """A file, a folder that the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``. Files are `.jsonl`,
-    `.ndjson`, `.json`, `.csv`, `.tsv` or `.parquet`; others are UTF-8 text. All but `.parquet` may be gzipped (`.gz`)."""
+    """A file, a folder that the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``. Files are `.jsonl`, `.ndjson`,
+    `.json`, `.csv`, `.tsv` (all also `.gz`), `.parquet` or `.arrow`; others are UTF-8 text, also gzipped."""
     field: str | None = None
     """Name of the field with a row's text or conversation; None takes the first of text, messages, conversations and
     content that exists."""
     weight: float = 1.0
-    """Share of the windows, relative to the weights of the other sources."""
+    """Share of the windows, relative to the weights of the other sources: positive, at most `HEAVIEST`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= HEAVIEST:
@@ -58,7 +54,11 @@ class Source:
             return cls(text)
         place, weight = text, 1.0
         if match := _WEIGHT.fullmatch(text):
-            place, weight = match["place"], _number(match["weight"], text)
+            place = match["place"]
+            try:
+                weight = float(match["weight"])
+            except ValueError:
+                raise ConfigError(f"{text!r}: the weight {match['weight']!r} is not a number") from None
         if os.path.exists(place):
             return cls(place, weight=weight)
         match = _FIELD.fullmatch(place)
@@ -69,11 +69,7 @@ class Source:
         raise CalibrationError(f"cannot read the text {text}: No such file or directory")
 
     def open(self) -> Documents:
-        """Open the source's documents.
-
-        Raises:
-            CalibrationError, ConfigError: the source cannot be read.
-        """
+        """Open the source's documents, see `open_documents`."""
         return open_documents(self.place, self.field)
 
     def __str__(self) -> str:
@@ -99,11 +95,7 @@ class Text:
 
     @classmethod
     def of(cls, given: Spec | Sequence[Spec]) -> Text:
-        """Create a text from one source or several.
-
-        Raises:
-            CalibrationError, ConfigError: as `Source.parse`. ConfigError also if no source is given.
-        """
+        """Create a text from one source or several; see `Source.parse`."""
         specs = [given] if isinstance(given, (str, Path, Source)) else list(given)
         if not specs:
             raise ConfigError("no text is given")
@@ -115,8 +107,7 @@ class Text:
         Raises:
             ConfigError: a source would get no window.
         """
-        whole = math.fsum(source.weight for source in self.sources)
-        exact = [samples * source.weight / whole for source in self.sources]
+        exact = [samples * source.weight / self._whole for source in self.sources]
         shares = [math.floor(share) for share in exact]
         by_remainder = sorted(range(len(exact)), key=lambda index: (shares[index] - exact[index], index))
         for index in by_remainder[: samples - sum(shares)]:
@@ -124,31 +115,23 @@ class Text:
         for source, share in zip(self.sources, shares, strict=True):
             if not share:
                 raise ConfigError(
-                    f"{source} with weight {source.weight:g} of {whole:g} gets none of {samples} samples; "
+                    f"{source} with weight {source.weight:g} of {self._whole:g} gets none of {samples} samples; "
                     "take more samples, or leave it out"
                 )
         return shares
 
     def identity(self) -> dict[str, Any]:
         """Identify the text, JSON-ready: content, field and share of the weights of each source, numbered from 1."""
-        whole = math.fsum(source.weight for source in self.sources)
         found = {}
         for number, source in enumerate(self.sources, start=1):
-            documents = source.open()
-            found[str(number)] = {
-                **documents.identity(),
-                "field": documents.field,
-                "share": round(source.weight / whole, 12),
-            }
+            documents, share = source.open(), round(source.weight / self._whole, 12)
+            found[str(number)] = {**documents.identity(), "field": documents.field, "share": share}
         return found
+
+    @property
+    def _whole(self) -> float:
+        return math.fsum(source.weight for source in self.sources)
 
     def __str__(self) -> str:
         weighted = len({source.weight for source in self.sources}) > 1
         return ", ".join(str(source) + (f"={source.weight:g}" if weighted else "") for source in self.sources)
-
-
-def _number(text: str, place: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{place!r}: the weight {text!r} is not a number") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,7 @@ def sample(
     blocks are read until they hold that many characters.
 
     Args:
-        vocabulary: number of token ids of the model.
-        samples: number of windows.
-        length: tokens per window.
-        progress: receives a message for each source with fewer tokens than its windows hold. Such windows overlap
-            heavily.
+        progress: receives a message for each source with fewer tokens than its windows hold.
 
     Raises:
         CalibrationError: a source is unusable or has fewer than `length` tokens.
@@ -68,10 +64,9 @@ def sample(
     """
     windows = []
     for number, (given, share) in enumerate(zip(text.sources, text.shares(samples), strict=True)):
-        # Two sources with the same content must not give the same windows.
-        own = seed + number
-        tokens = _pool(tokenizer, given, vocabulary, max(POOL, POOL_PER_TOKEN * share * length), own)
-        windows.append(sample_windows(tokens, share, length, own, given))
+        # Each source has another seed, so that two with the same content do not give the same windows.
+        tokens = _pool(tokenizer, given, vocabulary, max(POOL, POOL_PER_TOKEN * share * length), seed + number)
+        windows.append(sample_windows(tokens, share, length, seed + number, given))
         if tokens.numel() < share * length:
             (progress or Silent()).say(
                 f"{given} gives {tokens.numel():,} tokens, and {share:,} windows of {length:,} ask for "
@@ -101,8 +96,11 @@ def _pool(tokenizer: Any, given: Source, vocabulary: int, size: int, seed: int) 
         drawn += len(numbers)
     if not any(text.strip() for text in found.values()):
         raise CalibrationError(f"{given} is empty")
-    pieces = list(_pieces(text for _, text in sorted(found.items())))
-    del found
+    pieces = [""]
+    for number in sorted(found):
+        if len(pieces[-1]) >= PIECE and found[number]:
+            pieces.append("")
+        pieces[-1] += found.pop(number)
     pieces[-1] = pieces[-1].removesuffix(documents.separator)
     return torch.cat([_encode(tokenizer, piece, vocabulary, given) for piece in pieces])
 
@@ -125,8 +123,7 @@ def _read(tokenizer: Any, given: Source, documents: Documents, numbers: Sequence
 def _conversation(tokenizer: Any, messages: Conversation, given: Source) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(
-            f"{given} has conversations, and the model's tokenizer no chat template to write them with; "
-            "take a field of plain text"
+            f"{given} has conversations, and the model's tokenizer has no chat template; choose a field of plain text"
         )
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -137,18 +134,6 @@ def _conversation(tokenizer: Any, messages: Conversation, given: Source) -> str:
     return text
 
 
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Join texts into pieces of at least `PIECE` characters; the last piece may be shorter."""
-    parts: list[str] = []
-    for text in texts:
-        parts.append(text)
-        if sum(map(len, parts)) >= PIECE:
-            yield "".join(parts)
-            parts = []
-    if rest := "".join(parts):
-        yield rest
-
-
 def _encode(tokenizer: Any, text: str, vocabulary: int, given: Source) -> Tensor:
     try:
         with panics_as_errors():
@@ -157,10 +142,10 @@ def _encode(tokenizer: Any, text: str, vocabulary: int, given: Source) -> Tensor
     except Exception as error:
         raise CalibrationError(f"{given}: the model's tokenizer cannot read it ({one_line(error)})") from error
     if not tokens.numel():
-        raise CalibrationError(f"the tokenizer makes no tokens of {given}; are the model's tokenizer files there?")
+        raise CalibrationError(f"{given} has no tokens; check that the model's tokenizer files are complete")
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
-            f"{given}: the tokenizer gives token {int(tokens.max())}, but the model has {vocabulary}; they do not belong together"
+            f"{given}: the tokenizer gives token {int(tokens.max())}, but the model has {vocabulary}; they do not match"
         )
     return tokens
 
@@ -177,19 +162,12 @@ def window_length(asked: int | None, context: int | None) -> int:
 
 
 def sample_windows(tokens: Tensor, samples: int, length: int, seed: int, source: object) -> Tensor:
-    """Draw `samples` windows at seeded random positions: (samples, length) int64. They may overlap.
-
-    Args:
-        tokens: (tokens,) int64.
-        source: name of the source for error messages.
+    """Draw windows at seeded random positions in tokens (tokens,) int64: (samples, length) int64. They may overlap.
 
     Raises:
-        CalibrationError: the text has fewer than `length` tokens.
+        CalibrationError: there are fewer than `length` tokens. The message names the source.
     """
-    if tokens.numel() < length:
-        raise CalibrationError(
-            f"{source} has {tokens.numel()} tokens; one window needs {length}: give more text, or lower seq-len"
-        )
+    _check_length(tokens, length, source)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(tokens.numel() - length + 1, (samples,), generator=generator)
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])
@@ -204,35 +182,27 @@ def random_windows(vocabulary: int, samples: int, length: int, seed: int) -> Ten
 
 
 def consecutive_windows(tokens: Tensor, length: int, source: object) -> Tensor:
-    """Cut the text into consecutive windows and drop the remainder: (windows, length) int64.
-
-    Args:
-        tokens: (tokens,) int64.
-        source: name of the source for error messages.
+    """Cut tokens (tokens,) int64 into consecutive windows and drop the remainder: (windows, length) int64.
 
     Raises:
-        CalibrationError: the text has fewer than `length` tokens.
+        CalibrationError: there are fewer than `length` tokens. The message names the source.
     """
-    windows = tokens.numel() // length
-    if windows == 0:
+    _check_length(tokens, length, source)
+    return tokens[: tokens.numel() // length * length].view(-1, length)
+
+
+def _check_length(tokens: Tensor, length: int, source: object) -> None:
+    if tokens.numel() < length:
         raise CalibrationError(
             f"{source} has {tokens.numel()} tokens; one window needs {length}: give more text, or lower seq-len"
         )
-    return tokens[: windows * length].view(windows, length)
 
 
 def text_identity(text: Text, model: Path) -> dict[str, Any]:
-    """Identify a text and its tokenizer by digests, JSON-ready.
-
-    Args:
-        model: directory with the tokenizer's files.
-
-    Raises:
-        CalibrationError: the text cannot be read.
-    """
+    """Identify a text, and the tokenizer in the directory `model`, by digests, JSON-ready."""
     parts = ("token", "chat_template", "vocab.", "merges.")
-    found = {name: model / name for name in COMPANIONS if any(part in name for part in parts)}
+    names = [name for name in COMPANIONS if any(part in name for part in parts) and (model / name).is_file()]
     return {
         "calibration": text.identity(),
-        "tokenizer": {name: files.sha256(path) for name, path in found.items() if path.is_file()},
+        "tokenizer": {name: files.sha256(model / name) for name in names},
     }

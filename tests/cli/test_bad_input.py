@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner, Result
 from conftest import UP, edit_tensors, make_tiny, set_tensor
 from faulty import GROWING, FaultyDisk
@@ -20,10 +21,9 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune.errors import CheckpointError
-from streamprune.model import tokenizer
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.names import INDEX
-from streamprune.model.tokenizer import _installed, load_tokenizer
+from streamprune.model.tokenizer import load_tokenizer
 from streamprune.system import disk, files, machine
 
 
@@ -300,25 +300,20 @@ def test_pointers_of_git_lfs(name: str, model: Path, run: Callable[..., Result],
             {"sentencepiece"},
             "is a SentencePiece model, which .* without sentencepiece: pip install",
         ),
-        (b"\n\x0e", {"google.protobuf"}, "is a SentencePiece model, .* without protobuf: pip install protobuf"),
+        (b"\n\x0e", {"protobuf"}, "is a SentencePiece model, .* without protobuf: pip install protobuf"),
         (b"IQ== 0\nIg== 1\n", {"tiktoken"}, "is a tiktoken file, .* without tiktoken: pip install tiktoken"),
     ],
 )
 def test_libraries_of_tokenizers(
     data: bytes, lacking: set[str], message: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "_installed", lambda module: module not in lacking)
+    for name in ("sentencepiece", "protobuf", "tiktoken"):
+        monkeypatch.setattr(transformers.utils, f"is_{name}_available", lambda name=name: name not in lacking)
     (model / "tokenizer.model").write_bytes(data)
     load_tokenizer(model)  # by its tokenizer.json
     (model / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=rf"tokenizer\.model {message}"):
         load_tokenizer(model)
-
-
-def test_whether_a_library_is_installed() -> None:
-    assert _installed("torch.nn")
-    assert not _installed("nothing_like_this")
-    assert not _installed("nothing_like_this.protobuf")
 
 
 def test_pickles_only(model: Path, run: Callable[..., Result], tmp_path: Path) -> None:
@@ -357,12 +352,10 @@ def test_texts(run: Callable[..., Result], tmp_path: Path) -> None:
 def test_tokenizer_of_another_model(model: Path, run: Callable[..., Result], tmp_path: Path) -> None:
     set_tensor(model, "model.embed_tokens.weight", lambda t: t[:20])
     break_config(model, vocab_size=20)
-    refused(
-        run(), "the tokenizer's 's' is token 20, but the model has 20 (vocab_size); they do not belong", 1, tmp_path
-    )
+    refused(run(), "the tokenizer's 's' is token 20, but the model has 20 (vocab_size); they do not match", 1, tmp_path)
     # Whatever reads no text takes the tokenizer along all the same.
     for layout in ("free", "uniform"):
-        refused(run("--recipe", "magnitude", "--layout", layout), "they do not belong together", 1, tmp_path)
+        refused(run("--recipe", "magnitude", "--layout", layout), "they do not match", 1, tmp_path)
 
 
 def add_token(model: Path, token: str, id: int) -> None:
@@ -382,7 +375,7 @@ def test_an_added_token_beyond_the_vocabulary(
     add_token(model, "<image>", 40)
     result = run("--recipe", "magnitude")
     assert result.exit_code == 0, result.output
-    assert "the tokenizer's '<image>' is token 40, but the model has 40: no text may hold it" in result.stderr
+    assert "the tokenizer's '<image>' is token 40, but the model has 40: no text may contain it" in result.stderr
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "text.txt").write_text(f"{text.read_text()}<image>")
     refused(run(calibration=tmp_path / "text.txt"), "the tokenizer gives token 40, but the model has 40", 1, tmp_path)
@@ -441,7 +434,7 @@ def test_a_tokenizer_that_the_result_has_to_name(
     """Also where no text is read; a stock result takes its tokenizer along as it is."""
     (model / "tokenizer.json").write_text("{}")
     (model / name).write_text(content)
-    message = "its tokenizer wants code" if "auto_map" in content else "no tokenizer that transformers can read"
+    message = "the tokenizer needs its own code" if "auto_map" in content else "no tokenizer that transformers can read"
     refused(run("--recipe", "magnitude"), message, 1, tmp_path)
     assert run("--recipe", "magnitude", "--layout", "uniform").exit_code == 0
     assert (tmp_path / "out" / name).read_text() == content

@@ -367,7 +367,7 @@ def test_refuses_what_llama_cpp_cannot_say(byte_model: Make, tiny: Make, tmp_pat
         (byte_model("qwen3", rope_parameters=LLAMA3), "type 'llama3'"),
         (byte_model("qwen3", rope_parameters={**ROPE, "rope_type": "yarn", "beta_fast": 4}), "type 'yarn'"),
         (byte_model("llama", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "0.5 of each head"),
-        (byte_model("llama", vocab_size=VOCABULARY - 1), "do not belong together"),
+        (byte_model("llama", vocab_size=VOCABULARY - 1), "do not match"),
     ]
     for folder, message in cases:
         with pytest.raises(CheckpointError, match=message):

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 
@@ -69,7 +70,8 @@ class Guard:
         self._seen, self._watching = [], True
         signal.setitimer(signal.ITIMER_PROF, self._seconds)
         try:
-            function(data)
+            with mock.patch.object(tempfile, "tempdir", self._home):
+                function(data)
             taken = True
         except (StreamPruneError, click.UsageError) as error:
             taken = False
@@ -101,10 +103,12 @@ class Guard:
             if isinstance(flags, int) and flags & _WRITING and not isinstance(path, int):
                 self._written(event, path)
         elif event in _CHANGING:
-            self._written(event, arguments[0])
+            # shutil.rmtree names what it removes by the open folder that holds it.
+            folder = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+            self._written(event, arguments[0], "." if folder == -1 else f"/proc/self/fd/{folder}")
 
-    def _written(self, event: str, path: Any) -> None:
-        full = os.path.realpath(os.fsdecode(path))
+    def _written(self, event: str, path: Any, folder: str = ".") -> None:
+        full = os.path.realpath(os.path.join(folder, os.fsdecode(path)))
         if full != os.devnull and not full.startswith(self._home + os.sep):
             self._seen.append(f"{event} of {full}")
 

@@ -110,7 +110,7 @@ def index(home: Path) -> Target:
 
     def read(data: bytes) -> None:
         (folder / INDEX).write_bytes(data)
-        hub._lacking(folder)
+        hub._missing(folder)
         checkpoint = Checkpoint(folder)
         for name in checkpoint:
             checkpoint.read(name)

@@ -193,10 +193,10 @@ def test_a_directory_wins(server: Server, model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (404, "RepoNotFound", "org/model is neither a directory here nor a model on the hub that is yours to read"),
+        (404, "RepoNotFound", "org/model is neither a directory nor a model on the hub; if it is private, log in"),
         (401, "", "org/model cannot be fetched from the hub (Client error '401"),
         (403, "GatedRepo", "org/model is gated: accept its terms on the hub and log in"),
-        (404, "RevisionNotFound", "org/model is on the hub, but has no revision 'v9'"),
+        (404, "RevisionNotFound", "org/model@v9 is a revision that the model on the hub does not have"),
         (500, "", "the hub cannot be reached; run once with the network, or give a directory"),
     ],
 )
@@ -218,7 +218,7 @@ def test_pickles_are_not_fetched(server: Server) -> None:
 
 
 def test_neither_a_directory_nor_in_the_cache(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"neither a directory here nor complete .*HF_HUB_OFFLINE is set"):
+    with pytest.raises(CheckpointError, match=r"neither a directory nor complete .*HF_HUB_OFFLINE is set"):
         resolve_model("org/model")
     for odd in ("nowhere", "a/b/c", "../up/there", "/abs/path", "org/model@", "-x/y", str(model / "config.json")):
         with pytest.raises(CheckpointError, match=r"is not a directory with a model in it, nor a name on the hub"):
@@ -274,7 +274,7 @@ def test_all_commands_take_a_name(cached: Path, text: Path, tmp_path: Path) -> N
     found = json.loads((tmp_path / "model-compare" / "compare.json").read_text())
     assert found["model"] == f"org/model@{COMMIT}"
     assert streamprune.load("org/model").config.model_type == "llama"
-    with pytest.raises(CheckpointError, match="neither a directory here nor complete"):
+    with pytest.raises(CheckpointError, match="neither a directory nor complete"):
         inspect("org/other")
 
 

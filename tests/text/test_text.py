@@ -12,11 +12,13 @@ import json
 import lzma
 import random
 import re
+import sys
 import tarfile
+import tempfile
 import tracemalloc
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,17 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}. {{ m.content }},{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What `datasets` makes of a folder goes into a cache of the test's own."""
+def caches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Reading local data leaves nothing in the caches of `datasets`, nor in the temporary folder."""
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path_factory.mktemp("hf"))
+    folder = tmp_path_factory.mktemp("caches")
+    for name in ("HF_DATASETS_CACHE", "HF_CACHE_HOME", "HF_MODULES_CACHE"):
+        monkeypatch.setattr(datasets.config, name, folder / name)
+    (folder / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+    yield
+    assert [path.name for path in folder.iterdir()] == ["temporary"]
+    assert not [*folder.glob("temporary/streamprune-*")]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +148,7 @@ FORMS: dict[str, Callable[[Path, list[str]], Any]] = {
     ),
     "parquet": lambda folder, texts: parquet(folder / "t.parquet", {"n": list(range(len(texts))), "text": texts}),
     "parquet field": lambda folder, texts: f"{parquet(folder / 't.parquet', {'body': texts})}:body",
+    "arrow": lambda folder, texts: next(saved(folder / "data", {"text": texts}).glob("*.arrow")),
     "dataset on disk": lambda folder, texts: saved(folder / "data", {"text": texts}),
     "dataset field": lambda folder, texts: f"hf:{saved(folder / 'data', {'text': texts, 'body': texts})}:body",
     "folder": lambda folder, texts: lines(folder / "train.jsonl", [{"text": text} for text in texts]).parent,
@@ -258,12 +267,11 @@ def test_members_of_a_packed_file_are_read_one_after_another(tmp_path: Path) -> 
 
 
 def test_long_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than the csv module's own limit, which stays what it is for others."""
-    before = csv.field_size_limit()
-    path = delimited(tmp_path / "t.csv", [["text"], ["a" * (before + 1)], ["b"]])
+    """Longer than the csv module's own limit."""
+    csv.field_size_limit(1 << 17)
+    path = delimited(tmp_path / "t.csv", [["text"], ["a" * (1 << 18)], ["b"]])
     found = documents.open_documents(str(path), None)
-    assert [each for _, block in found.read(range(len(found))) for each in block] == ["a" * (before + 1), "b"]
-    assert csv.field_size_limit() == before
+    assert [each for _, block in found.read(range(len(found))) for each in block] == ["a" * (1 << 18), "b"]
     monkeypatch.setattr(documents, "LINE", 1000)
     delimited(path, [["text"], ["x"], ["line\n" * 300]])
     with pytest.raises(CalibrationError, match=r"t\.csv, line 3: longer than"):
@@ -308,7 +316,7 @@ def test_a_huge_source_is_sampled_within_bounds(kind: str, tokenizer: Any, tmp_p
     assert not torch.equal(draw(tokenizer, path, samples=8, length=30, seed=4), windows)
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
 def test_every_part_of_a_thinned_source_is_as_likely(
     kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,10 +327,8 @@ def test_every_part_of_a_thinned_source_is_as_likely(
         path.write_text("\n".join(rows))
     elif kind == "jsonl":
         lines(path, [{"text": row} for row in rows])
-    elif kind == "csv":
-        delimited(path, [["text"], *([row] for row in rows)])
     else:
-        parquet(path, {"text": rows}, group=11)
+        delimited(path, [["text"], *([row] for row in rows)])
     monkeypatch.setattr(documents, "BLOCK", 40)
     monkeypatch.setattr(documents, "ROWS", 1)
     monkeypatch.setattr(calibration, "POOL", 300)
@@ -400,32 +406,31 @@ def test_what_is_there_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("t.jsonl=much", "'t.jsonl=much': the weight 'much' is not a number"),
         ("u.jsonl:text=0.5", "cannot read the text u.jsonl:text=0.5: No such file"),
         ("t.jsonl:body", "t.jsonl has no field 'body'; it has id, text"),
-        ("t.txt:body", "t.txt:body: a field is of .jsonl, .ndjson, .json, .csv, .tsv or .parquet files and datasets"),
+        (
+            "t.txt:body",
+            "t.txt:body: only .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow files and datasets have",
+        ),
         ("t.csv:body", "t.csv has no field 'body'; it has id, text"),
         ("nameless.csv", "name one after a colon, nameless.csv:FIELD; it has id, prose"),
         ("twice.csv", "twice.csv has 2 columns 'text'; rename all but one"),
         ("ragged.csv", "ragged.csv, line 4: 3 cells, and the header has 2; quote cells that hold delimiters"),
-        ("open.csv", "open.csv, line 3: no row of cells (unexpected end of data); see to its quotes"),
-        ("odd.csv", "odd.csv, line 2: no row of cells (',' expected after '\"'); see to its quotes"),
-        ("returns.csv", "returns.csv, line 2: no row of cells (new-line character seen in unquoted field); see to"),
+        ("open.csv", "open.csv, line 3: not a row of cells (unexpected end of data); check its quotes"),
+        ("odd.csv", "odd.csv, line 2: not a row of cells (',' expected after '\"'); check its quotes"),
+        ("returns.csv", "returns.csv, line 2: not a row of cells (new-line character seen in unquoted field); check"),
         ("latin.csv", "latin.csv is not UTF-8 text (byte 8); convert it to UTF-8"),
         ("nul.csv", "nul.csv is not UTF-8 text (byte 6 is NUL, as in UTF-16); convert it to UTF-8"),
         ("empty.csv", "empty.csv is empty"),
         ("header.csv", "header.csv is empty"),
-        ("no.csv.gz", "cannot read the text no.csv.gz: it is corrupt, or not gzip (Not a gzipped file"),
         ("latin.txt", "latin.txt is not UTF-8 text (byte 3); convert it to UTF-8"),
         ("far.txt", "far.txt is not UTF-8 text (byte 32); convert it to UTF-8"),
         ("nul.txt", "nul.txt is not UTF-8 text (byte 24 is NUL, as in UTF-16); convert it to UTF-8"),
         ("mark.txt", "mark.txt is empty"),
         ("empty.txt.gz", "empty.txt.gz is empty"),
-        ("empty2.txt.gz", "empty2.txt.gz is empty"),
-        ("no.txt.gz", "cannot read the text no.txt.gz: it is corrupt, or not gzip (Not a gzipped file"),
-        ("cut.txt.gz", "cannot read the text cut.txt.gz: it is truncated, its gzip data has no end; fetch or pack"),
-        ("sum.txt.gz", "cannot read the text sum.txt.gz: it is corrupt, or not gzip (CRC check failed"),
-        ("tail.txt.gz", "cannot read the text tail.txt.gz: it is corrupt, or not gzip (Not a gzipped file (b'on'))"),
-        ("twice.txt.gz", "twice.txt.gz is gzipped twice; unpack it once"),
+        ("no.txt.gz", "cannot read the text no.txt.gz: its gzip data is corrupt or truncated (Not a gzipped file"),
+        ("cut.txt.gz", "cannot read the text cut.txt.gz: its gzip data is corrupt or truncated (Compressed file ended"),
+        ("sum.txt.gz", "cannot read the text sum.txt.gz: its gzip data is corrupt or truncated (CRC check failed"),
+        ("tail.txt.gz", "cannot read the text tail.txt.gz: its gzip data is corrupt or truncated (Not a gzipped file"),
         ("wide.jsonl", "wide.jsonl, line 1: not JSON (Expecting"),
-        ("wide.jsonl", "; it has NUL bytes, as UTF-16 has: convert it to UTF-8"),
         ("t.parquet:body", "t.parquet has no field 'body'; it has text"),
         (
             "nameless.jsonl",
@@ -435,19 +440,17 @@ def test_what_is_there_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("broken.jsonl", "broken.jsonl, line 3: not JSON (Expecting"),
         (
             "array.json",
-            "array.json, line 1: not JSON (Expecting value: line 2 column 1 (char 2)); write one object a line",
+            "array.json, line 1: not JSON (Expecting value: line 2 column 1 (char 2)); write one object per line",
         ),
-        ("list.json", "list.json, line 1: not a JSON object; write one object a line"),
+        ("list.json", "list.json, line 1: not a JSON object; write one object per line"),
         ("number.jsonl", "number.jsonl, line 1: field 'text' is neither text nor a list of messages"),
         ("odd.jsonl", "odd.jsonl, line 1: field 'messages' has a message without role and content"),
         ("empty.jsonl", "empty.jsonl is empty"),
         ("blank.jsonl", "blank.jsonl is empty"),
         ("empty.parquet", "empty.parquet is empty"),
-        ("no.parquet", "no.parquet cannot be read as parquet"),
-        ("no.jsonl.gz", "cannot read the text no.jsonl.gz"),
-        ("cut.jsonl.gz", "cannot read the text cut.jsonl.gz: it is truncated"),
-        ("chat.jsonl", "chat.jsonl has conversations, and the model's tokenizer no chat template"),
-        ("hf:nowhere/nothing", "hf:nowhere/nothing is no dataset that can be loaded"),
+        ("no.parquet", "no.parquet cannot be read by the datasets library: Parquet"),
+        ("chat.jsonl", "chat.jsonl has conversations, and the model's tokenizer has no chat template"),
+        ("hf:nowhere/nothing", "hf:nowhere/nothing cannot be read by the datasets library: "),
         ("hf:data@test[:5]:text", "hf:data@test[:5] has no split 'test[:5]'; it has none"),
         ("hf:data:body", "hf:data has no field 'body'; it has text"),
         ("hf:", "'hf:': write a dataset as hf:NAME"),
@@ -472,8 +475,6 @@ def test_errors_say_the_place(
     lines(Path("blank.jsonl"), [{"text": " "}, {"text": None}])
     parquet(Path("empty.parquet"), {"text": pytest.importorskip("pyarrow").array([], type="string")})
     Path("no.parquet").write_text("PAR0")
-    Path("no.jsonl.gz").write_text("{}")
-    Path("cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(good).encode())[:-9])
     delimited(Path("t.csv"), [["id", "text"], ["1", "some text"]])
     delimited(Path("nameless.csv"), [["id", "prose"], ["1", "x"]])
     delimited(Path("twice.csv"), [["text", "text"], ["1", "x"]])
@@ -485,19 +486,16 @@ def test_errors_say_the_place(
     Path("nul.csv").write_bytes(b"text\na\0\n")
     Path("empty.csv").write_text("\n")
     Path("header.csv").write_text("text\n")
-    Path("no.csv.gz").write_text("text\nx\n")
     Path("latin.txt").write_bytes(codecs.BOM_UTF8 + b"\xe9x")
     Path("far.txt").write_bytes("\ufeff123456\n".encode() + b"a line.\n" * 2 + b"123456\xe9")
     Path("nul.txt").write_bytes(b"a line.\n" * 3 + b"\0")
     Path("mark.txt").write_bytes(codecs.BOM_UTF8)
     Path("empty.txt.gz").touch()
-    packed(Path("empty2.txt.gz"), "")
     Path("no.txt.gz").write_text("some text")
     whole = gzip.compress(b"some text")
     Path("cut.txt.gz").write_bytes(whole[:-9])
     Path("sum.txt.gz").write_bytes(whole[:-8] + bytes(8))
     Path("tail.txt.gz").write_bytes(whole + b"on")
-    Path("twice.txt.gz").write_bytes(gzip.compress(whole))
     Path("wide.jsonl").write_bytes(json.dumps(good).encode("utf-16-le"))
     lines(Path("chat.jsonl"), [{"messages": [{"role": "user", "content": "x"}]}])
     saved(Path("data"), {"text": ["x"]})
@@ -523,7 +521,7 @@ def _archived(data: bytes) -> bytes:
     return held.getvalue()
 
 
-FOREIGN: dict[str, Callable[[bytes], bytes]] = {
+UNSUPPORTED: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
@@ -532,49 +530,38 @@ FOREIGN: dict[str, Callable[[bytes], bytes]] = {
     ".7z": lambda data: b"7z\xbc\xaf\x27\x1c" + data,
     ".zip": _zipped,
     ".tar": _archived,
+    "gzip within gzip": lambda data: gzip.compress(gzip.compress(data)),
+    "UTF-16": lambda data: data.decode().encode("utf-16"),
+    "UTF-32": lambda data: codecs.BOM_UTF32_BE + data.decode().encode("utf-32-be"),
 }
 
 
-@pytest.mark.parametrize("suffix", FOREIGN)
-def test_packed_forms_that_are_not_read(suffix: str, tmp_path: Path) -> None:
-    """By their names and by what they hold."""
-    data = FOREIGN[suffix](b"some text\n" * 50)
-    for name, content in (
-        (f"t.txt{suffix}", data),
-        (f"t.jsonl{suffix.upper()}", b"anything"),
-        ("t.txt", data),
-        ("t.jsonl", data),
-        ("t.csv", data),
-        ("t.txt.gz", gzip.compress(data)),
-        ("t.tgz", gzip.compress(data)),
-    ):
+@pytest.mark.parametrize("form", UNSUPPORTED)
+def test_unsupported_files_are_named(form: str, tmp_path: Path) -> None:
+    """By content, also within gzip, or by suffix."""
+    data = UNSUPPORTED[form](b"some text\n" * 50)
+    found = {"t.txt": data, "t.jsonl": data, "t.csv": data, "t.tgz": gzip.compress(data)}
+    if form.startswith("."):
+        found[f"t.txt{form.upper()}"] = b"anything"
+    for name, content in found.items():
         (tmp_path / name).write_bytes(content)
-        message = rf"{re.escape(name)} is packed as \{suffix}, which is not read; unpack it, or pack it with gzip"
-        with pytest.raises(CalibrationError, match=message):
+        with pytest.raises(
+            CalibrationError, match=rf"{re.escape(name)} is {re.escape(form)}; convert it to UTF-8 text"
+        ):
             documents.open_documents(str(tmp_path / name), None)
-
-
-@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.csv", "t.txt.gz"])
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
-def test_other_encodings_are_named(name: str, encoding: str, tmp_path: Path) -> None:
-    data = "\ufefftext\n".encode(encoding)
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    message = f"{re.escape(name)} is {encoding[:6].upper()} text, by its byte-order mark; convert it to UTF-8"
-    with pytest.raises(CalibrationError, match=message):
-        documents.open_documents(str(tmp_path / name), None)
 
 
 def test_a_bomb_of_text(tmp_path: Path) -> None:
     path = packed(tmp_path / "t.txt.gz", "a" * (documents.UNPACKED + 1))
-    with pytest.raises(CalibrationError, match=r"t\.txt\.gz unpacks to more than 200 times its size; it is no text"):
+    with pytest.raises(CalibrationError, match=r"t\.txt\.gz unpacks to more than 200 times its size; it is not text"):
         documents.open_documents(str(path), None)
 
 
 def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = parquet(tmp_path / "t.parquet", {"text": ["x"]})
-    for name, place in (("datasets", "hf:x"), ("pyarrow", str(path))):
-        monkeypatch.setitem(__import__("sys").modules, name, None)
-        with pytest.raises(ConfigError, match=rf"needs {name}: pip install 'streamprune\[datasets\]'"):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for place in ("hf:x", str(path), str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"needs datasets: pip install 'streamprune\[datasets\]'"):
             documents.open_documents(place, None)
 
 
@@ -703,7 +690,7 @@ def test_a_packed_text_is_measured_whole(tiny: Tiny, text: Path, tmp_path: Path)
     path.write_bytes(path.read_bytes()[:-100])
     done = CliRunner().invoke(main, ["eval", str(tiny("llama")), "--text", str(path)])
     assert done.exit_code == 1
-    assert f"cannot read the text {path}: it is truncated" in done.stderr
+    assert f"cannot read the text {path}: its gzip data is corrupt or truncated" in done.stderr
 
 
 def test_too_little_text_is_said_once_a_source(
