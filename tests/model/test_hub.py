@@ -265,7 +265,7 @@ def test_all_commands_take_a_name(cached: Path, text: Path, tmp_path: Path) -> N
     done("eval", "org/model", "--text", str(text), "--seq-len", "24")
     assert f"snapshots/{COMMIT}" in done("inspect", "org/model")
     done("report", "out", "--against", "org/model", "--text", str(text), "--seq-len", "24")
-    assert "Held against <strong>org/model</strong>" in (tmp_path / "out" / "report.html").read_text()
+    assert "Compared with <strong>org/model</strong>" in (tmp_path / "out" / "report.html").read_text()
     distil = ["--method", "distil", "--steps", "2"]
     done("tune", "out", "tuned", "--text", str(text), "--teacher", "org/model", *small, *distil)
     table = ["--ratios", "0.3", "--recipes", "magnitude", "--eval-seq-len", "24", "--round-to", "4"]
