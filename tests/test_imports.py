@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT
+from streamprune_cli import main
+
+from streamprune.maths import greedy
 
 PACKAGE = ROOT / "streamprune"
 ROOMS = (
@@ -77,3 +83,28 @@ def test_only_disk_changes_files() -> None:
             found = changing.search(path.read_text().replace("disk().open(", ""))
             assert found is None, f"{path} has {found[0]}"
         assert "import disk" not in path.read_text() or path.name == "files.py"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "way"),
+    [
+        ("sobp", ["cli/run.py", "pruning/run.py", "pruning/block.py", "recipes/obs.py", "maths/greedy.py"]),
+        ("default", ["cli/run.py", "pruning/run.py", "pruning/survey.py", "recipes/default.py", "maths/greedy.py"]),
+    ],
+)
+def test_five_files_from_the_command_to_the_equation(
+    recipe: str, way: list[str], tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(greedy, "add_product", fail)
+    arguments = ["run", str(tiny("llama")), str(tmp_path / "out"), "--ratio", "0.3", "--samples", "2", "--seq-len", "8"]
+    result = CliRunner().invoke(main, [*arguments, "--recipe", recipe, "--device", "cpu", "--quiet"])
+    assert isinstance(result.exception, ZeroDivisionError)
+    frames = traceback.extract_tb(result.exc_info[2])  # type: ignore[index]
+    files = [Path(frame.filename).resolve() for frame in frames]
+    ours = [
+        file.relative_to(ROOT).as_posix().removeprefix("streamprune/") for file in files if file.is_relative_to(ROOT)
+    ]
+    assert list(dict.fromkeys(ours[ours.index("cli/run.py") :])) == [*way, "tests/test_imports.py"]

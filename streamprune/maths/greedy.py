@@ -21,12 +21,14 @@ removed units.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from ..errors import NumericalError, SingularError
 from .flops import counted
-from .refit import all_finite, cholesky_blocks, enough, inverse, unit_columns
+from .refit import all_finite, cholesky_blocks, dampings, inverse, unit_columns
 from .triangular import add_product, diagonal_blocks, invert_, shrink, whole_rows
 
 _SPARSE = 16
@@ -69,17 +71,16 @@ def greedy_removal(
     assert w.shape[1] == h.shape[0] == units * width
     ready = [] if factor is None else [factor]
     del factor
-
-    def attempt(damping: float) -> tuple[Tensor, Tensor]:
-        v = _energies(w, h, place)
-        p = invert_(ready.pop()) if ready else inverse(h, damping, place, device=w.device)[0]
-        order, costs = removal(p, v, width=width, count=count, block=block, place=place)
-        # If rounding made a diagonal entry of P non-positive, costs are negative, infinite or NaN.
-        if not bool((costs >= 0).all()) or not all_finite(costs):
-            raise SingularError(f"{place}: no unit could be told from others with damping up to 10")
-        return order, costs
-
-    return enough(damping, attempt)
+    for ridge in dampings(damping):
+        with suppress(SingularError):
+            v = _energies(w, h, place)
+            p = invert_(ready.pop()) if ready else inverse(h, ridge, place, device=w.device)[0]
+            order, costs = removal(p, v, width=width, count=count, block=block, place=place)
+            # If rounding made a diagonal entry of P non-positive, costs are negative, infinite or NaN.
+            if bool((costs >= 0).all()) and all_finite(costs):
+                return order, costs
+            del p, v
+    raise SingularError(f"{place}: the units' costs could not be computed with damping up to 10")
 
 
 def _energies(w: Tensor, h: Tensor, place: str) -> Tensor:

@@ -14,16 +14,13 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..errors import NumericalError, SingularError
 from .triangular import PANEL, TILE, cholesky_, invert_, panels, solve_
-
-Result = TypeVar("Result")
 
 _MOST_DAMPING = 10.0
 """Limit on the relative ridge λ."""
@@ -81,30 +78,25 @@ def inverse(h: Tensor, damping: float, place: str, *, device: torch.device | Non
 def _factored(copy: Callable[[], Tensor], damping: float, scale: float, place: str) -> tuple[Tensor, float]:
     """Factor the matrix that `copy` returns, in place, with a sufficient ridge. Returns the factor and the damping used."""
     scale = scale or 1.0
-    while damping <= _MOST_DAMPING:
+    for ridge in dampings(damping):
         damped = copy()
-        damped.diagonal().add_(damping * scale)
+        damped.diagonal().add_(ridge * scale)
         if cholesky_(damped):
-            return damped, damping
+            return damped, ridge
         del damped
-        damping = raised(damping)
     raise SingularError(f"{place}: the Gram could not be factored with damping up to {_MOST_DAMPING:g}")
+
+
+def dampings(damping: float) -> Iterator[float]:
+    """Yield `damping`, then ten times the last value (at least 1e-6) while that is at most 10."""
+    while damping <= _MOST_DAMPING:
+        yield damping
+        damping = raised(damping)
 
 
 def raised(damping: float) -> float:
     """Return the next damping to try after `damping` was too small."""
     return max(10 * damping, 1e-6)
-
-
-def enough(damping: float, attempt: Callable[[float], Result]) -> Result:
-    """Call `attempt` with `damping`, raised tenfold after each SingularError up to 10; return its first result."""
-    while True:
-        try:
-            return attempt(damping)
-        except SingularError:
-            damping = raised(damping)
-            if damping > _MOST_DAMPING:
-                raise
 
 
 def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tuple[Tensor, float]:
