@@ -48,7 +48,7 @@ def report(
     """Write one HTML page about OUT, a result of `run` or `tune`.
 
     OUT must be finished. The page shows budget and errors over depth, importance curves, time and memory, settings and
-    fingerprints. It has no scripts and fetches nothing. Samples need each model whole in memory, one after the other.
+    digests. It has no scripts and fetches nothing. Samples need the whole model in memory, one model at a time.
 
     Examples:
 

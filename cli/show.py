@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress]:
     """Progress of a command, shown unless `quiet`; the first SIGTERM, SIGINT or SIGHUP asks the work to stop."""
-    from streamprune.system.progress import Callback
     from streamprune.system.signals import asked_by_signals
 
     def tell() -> None:
@@ -29,30 +28,20 @@ def progress(quiet: bool) -> Iterator[Progress]:
             # Straight to the descriptor: a handler must not enter a stream that was being written to.
             os.write(2, b"\nstreamprune: stopping at the end of this step; a second signal stops at once\n")
 
-    with asked_by_signals(tell) as stopping:
-        if quiet:
-            yield Callback(lambda event: None, stopping=stopping)
-            return
-        shown = Shown(stopping)
-        try:
-            yield shown
-        finally:
-            shown.close()
+    with asked_by_signals(tell) as stopping, watched(quiet, stopping) as shown:
+        yield shown
 
 
 @contextmanager
-def watched(quiet: bool = False) -> Iterator[Progress]:
+def watched(quiet: bool = False, stopping: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
     """Progress of work that cannot be resumed: a signal ends it at once."""
-    from streamprune.system.progress import Silent
-
     if quiet:
-        yield Silent()
-        return
-    shown = Shown(lambda: False)
-    try:
-        yield shown
-    finally:
-        shown.close()
+        from streamprune.system.progress import Callback
+
+        yield Callback(lambda event: None, stopping=stopping)
+    else:
+        with closing(Shown(stopping)) as shown:
+            yield shown
 
 
 class Shown:
@@ -137,11 +126,5 @@ def steps(values: list[float], low: float, high: float) -> str:
 
 def table(rows: list[list[str]]) -> list[str]:
     """Rows as aligned columns, the first column left and the others right; the first row is the heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

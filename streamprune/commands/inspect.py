@@ -17,7 +17,7 @@ from ..system import machine
 from ..system.progress import Progress
 from ..system.strict_json import read_json
 from .compare.table import JSON, MARKDOWN
-from .status import check_there, read_journal, status
+from .status import check_exists, read_journal, status
 
 
 def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -36,12 +36,10 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
     path = Path(path)
     if hub.is_name(path) and not job_folder(path).is_dir():
         path = hub.resolve_model(path, progress)
-    job = _job(path)
-    if job is not None and not (path / CONFIG).is_file():
-        return {"model": None, "job": job}
-    if (path / JSON).is_file() and not (path / CONFIG).is_file():
-        raise CheckpointError(f"{path} is a comparison's folder, with its table in {MARKDOWN}")
-    model = _model(path)
+    job, is_model = _unfinished_job(path), (path / CONFIG).is_file()
+    if not is_model and (path / JSON).is_file():
+        raise CheckpointError(f"{path} contains a comparison (see {MARKDOWN}), not a checkpoint")
+    model = _model(path) if is_model or job is None else None
     if job is None and (path / REPORT).is_file():
         report = read_json(path / REPORT)
         if is_report(report) or is_tuning(report):
@@ -53,31 +51,28 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
 
 def _model(path: Path) -> dict[str, Any]:
     skeleton = open_skeleton(path, torch.device("cpu"), "auto")
-    dtypes = sorted({machine.dtype_name(entry.dtype) for entry in skeleton.checkpoint.values()})
-    blocks = []
-    for index in range(len(skeleton)):
-        sites = skeleton.sites(index)
-        names = skeleton.block_names(index).values()
-        blocks.append(
-            {
-                "block": index,
-                "parameters": sum(skeleton.checkpoint[name].numel for name in names),
-                "sites": [
-                    {
-                        "site": site.name,
-                        "units": site.units,
-                        "columns": site.columns,
-                        "unit_parameters": site.unit_parameters,
-                        **({"heads": site.heads, "head_dim": site.head_width} if site.heads else {}),
-                    }
-                    for site in sites
-                ],
-            }
-        )
+    entries = skeleton.checkpoint
+    blocks = [
+        {
+            "block": index,
+            "parameters": sum(entries[name].numel for name in skeleton.block_names(index).values()),
+            "sites": [
+                {
+                    "site": site.name,
+                    "units": site.units,
+                    "columns": site.columns,
+                    "unit_parameters": site.unit_parameters,
+                    **({"heads": site.heads, "head_dim": site.head_width} if site.heads else {}),
+                }
+                for site in skeleton.sites(index)
+            ],
+        }
+        for index in range(len(skeleton))
+    ]
     return {
         "path": str(path),
         "model_type": skeleton.config.model_type,
-        "dtypes": dtypes,
+        "dtypes": sorted({machine.dtype_name(entry.dtype) for entry in entries.values()}),
         "parameters": skeleton.parameters(),
         "block_parameters": skeleton.block_parameters(),
         "width": skeleton.width,
@@ -88,20 +83,20 @@ def _model(path: Path) -> dict[str, Any]:
     }
 
 
-def _job(out: Path) -> dict[str, Any] | None:
+def _unfinished_job(out: Path) -> dict[str, Any] | None:
     journal = read_journal(out)
     if journal is None:
-        check_there(out)
+        check_exists(out)
         return None
     if journal.header is None:
         return {"state": "starting"}
     with as_written(out):
-        pruned = [step for step in journal.steps() if "/prune/" in step["step"]]
+        steps = list(journal.steps())
+        pruned = [step for step in steps if "/prune/" in step["step"]]
         shot = pruned[-1]["step"].partition("/")[0] if pruned else ""
-        reports = [report for step in pruned if step["step"].startswith(f"{shot}/") for report in step["sites"]]
         return {
             "state": status(out).state,
             "settings": journal.header["job"]["settings"],
-            "finished": [step["step"] for step in journal.steps()],
-            "sites": reports,
+            "finished": [step["step"] for step in steps],
+            "sites": [site for step in pruned if step["step"].startswith(f"{shot}/") for site in step["sites"]],
         }

@@ -1,10 +1,10 @@
-"""Show the progress of a job, from the folder beside its OUT, during the run or afterwards. Read-only."""
+"""Show the progress of a job from the files in or beside its OUT. Read-only."""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from .compare import table
 State = Literal["not started", "running", "interrupted", "failed", "finished"]
 EXIT_CODES: dict[State, int] = {"finished": 0, "failed": 1, "not started": 3, "running": 4, "interrupted": 75}
 """Exit codes of `streamprune status`. A stopped job itself also exits with 75."""
-LOOKS = 3
+ATTEMPTS = 3
 """Attempts at reading. Jobs may end during one: the row of a comparison, then the comparison."""
 
 
@@ -69,20 +69,20 @@ def status(out: str | Path) -> Status:
         ConfigError: `out` is not from such a job.
         ResumeError: the journal is damaged.
     """
-    for _ in range(LOOKS - 1):
-        with suppress(FileNotFoundError):  # a job ended while it was read, and removed its folder
-            return _look(Path(out), str(out))
-    return _look(Path(out), str(out))
+    for _ in range(ATTEMPTS - 1):
+        with suppress(FileNotFoundError):  # a job ended meanwhile and removed its folder
+            return _status(Path(out))
+    return _status(Path(out))
 
 
-def check_there(out: Path) -> None:
+def check_exists(out: Path) -> None:
     """Check that a path exists or that a job is writing it.
 
     Raises:
         CheckpointError: neither is true.
     """
     if not out.exists() and not job_folder(out).is_dir():
-        raise CheckpointError(f"{out} does not exist, and no job is making it")
+        raise CheckpointError(f"{out} does not exist, and no job is writing it")
 
 
 def check_finished(out: Path) -> None:
@@ -94,18 +94,10 @@ def check_finished(out: Path) -> None:
     if (out / REPORT).is_file():
         return
     if (job_folder(out) / JOURNAL).is_file():
-        raise ConfigError(f"{out} is not finished; streamprune status {out} says how far it is")
+        raise ConfigError(f"{out} is not finished; streamprune status {out} shows its progress")
     if (out / table.JSON).is_file():
-        raise ConfigError(
-            f"{out} is a comparison's folder, with its table in {table.MARKDOWN}; --comparison puts it on a page"
-        )
+        raise ConfigError(f"{out} contains a comparison (see {table.MARKDOWN}); --comparison {out} adds it to a report")
     raise ConfigError(f"{out} has no {REPORT}: it is not a result of streamprune run or tune")
-
-
-def _look(out: Path, given: str) -> Status:
-    of_comparison = (out / JOURNAL).is_file() or (out / LOCK).is_file()
-    with as_written(out):
-        return _comparison(out, given) if of_comparison else _job(out, given)
 
 
 def read_journal(out: Path) -> Journal | None:
@@ -114,84 +106,69 @@ def read_journal(out: Path) -> Journal | None:
     return Journal(path, repair=False) if path.is_file() else None
 
 
-def _job(out: Path, given: str) -> Status:
+def _status(out: Path) -> Status:
+    is_comparison = (out / JOURNAL).is_file() or (out / LOCK).is_file()
+    with as_written(out):
+        return _comparison(out) if is_comparison else _job(out, str(out))
+
+
+def _job(out: Path, name: str) -> Status:
     folder = job_folder(out)
     running, journal = files.is_locked(folder / LOCK), read_journal(out)
-    published = journal is not None and journal.find("complete") is not None and not (folder / STAGING).is_dir()
-    if not running and (journal is None or journal.header is None or published):
-        return _without_journal(out, given)
-    if journal is None or journal.header is None:
-        return Status(given, "running", phase="starting")
-    schedule = Schedule(journal.header["schedule"], journal)
-    return _standing(given, folder, journal, schedule, running)
-
-
-def _without_journal(out: Path, given: str) -> Status:
-    """Return the status of a job without a journal: finished, or never started."""
+    if journal is not None and journal.header is not None:
+        published = journal.find("complete") is not None and not (folder / STAGING).is_dir()
+        if running or not published:
+            return _unfinished(name, folder, journal, Schedule(journal.header["schedule"], journal), running)
+    elif running:
+        return Status(name, "running", phase="starting")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return Status(given, "not started")
+        return Status(name, "not started")
     report = read_json(out / REPORT) if (out / REPORT).is_file() else None
     if report is None or not (is_report(report) or is_tuning(report)):
-        raise ConfigError(f"OUT is {given}, which is no job's result, and no job is making it")
-    spent = report.get("seconds")
-    return Status(
-        given,
-        "finished",
-        share=1.0,
-        seconds=spent if isinstance(spent, (int, float)) else None,
-        seconds_left=0.0,
-        log=log.last_line(out / log.NAME),
-    )
+        raise ConfigError(f"OUT is {name}, which is not a job's result, and no job is writing it")
+    last = log.last_line(out / log.NAME)
+    return Status(name, "finished", share=1.0, seconds=report.get("seconds"), seconds_left=0.0, log=last)
 
 
-def _comparison(out: Path, given: str) -> Status:
+def _comparison(out: Path) -> Status:
     running = files.is_locked(out / LOCK)
     journal = Journal(out / JOURNAL, repair=False)
     asked = journal.find(ASKED) if journal.header is not None else None
     if asked is None:
-        return Status(given, "running" if running else "not started", phase="starting" if running else None)
-    schedule = Schedule(asked["schedule"], journal)
-    if schedule.current is None and not (out / LOCK).exists() and (out / table.JSON).is_file():
-        return Status(
-            given,
-            "finished",
-            done=schedule.total,
-            total=schedule.total,
-            share=1.0,
-            seconds=round(seconds_spent(journal), 3),
-            seconds_left=0.0,
-            log=log.last_line(out / log.NAME),
-        )
-    row = None
+        return Status(str(out), "running" if running else "not started", phase="starting" if running else None)
+    schedule, row = Schedule(asked["schedule"], journal), None
     if schedule.current is not None and schedule.current.kind == "prune":
-        row = _job(out / ROWS / schedule.current.name.partition("/")[2], schedule.current.name.partition("/")[2])
-    return _standing(given, out, journal, schedule, running, row)
+        name = schedule.current.name.partition("/")[2]
+        row = _job(out / ROWS / name, name)
+    found = _unfinished(str(out), out, journal, schedule, running, row)
+    if schedule.current is None and not (out / LOCK).exists() and (out / table.JSON).is_file():
+        return replace(found, state="finished", phase=None, error=None)
+    return found
 
 
-def _standing(
-    given: str, folder: Path, journal: Journal, schedule: Schedule, running: bool, row: Status | None = None
+def _unfinished(
+    name: str, folder: Path, journal: Journal, schedule: Schedule, running: bool, row: Status | None = None
 ) -> Status:
     """Return the status of an unfinished job that has a journal."""
-    log_path, current = folder / log.NAME, schedule.current
-    since, step = 0.0, None
+    current, since, step = schedule.current, 0.0, None
     if row is not None and row.seconds is not None:
         since = row.seconds
         step = None if row.seconds_left is None else row.seconds + row.seconds_left
     elif running:
         since = max(0.0, time.time() - journal.path.stat().st_mtime)
-    error = None if running else log.failure(log_path)
+    error = None if running else log.failure(folder / log.NAME)
     left = schedule.seconds_left(since, step)
     return Status(
-        given,
+        name,
         "running" if running else "failed" if error is not None else "interrupted",
-        phase=current.kind if current is not None else "publish",
-        shot=current.shot if current is not None else None,
+        phase="publish" if current is None else current.kind,
+        shot=None if current is None else current.shot,
         done=schedule.done,
         total=schedule.total,
         share=round(schedule.done / schedule.total, 4),
         seconds=round(seconds_spent(journal) + since, 3),
         seconds_left=None if left is None else round(left, 3),
         error=error,
-        log=log.last_line(log_path),
+        log=log.last_line(folder / log.NAME),
         row=row,
     )

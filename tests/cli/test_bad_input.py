@@ -596,4 +596,4 @@ def test_evaluation(model: Path, text: Path, tmp_path: Path) -> None:
 
 def test_inspect_of_nothing(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "nothing")])
-    refused(result, "does not exist, and no job is making it", 1, tmp_path)
+    refused(result, "does not exist, and no job is writing it", 1, tmp_path)

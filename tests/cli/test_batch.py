@@ -404,7 +404,7 @@ def test_a_result_that_was_renamed_but_not_cleared_is_finished(
 def test_something_else_has_no_status(tiny: Tiny, text: Path) -> None:
     for other in (tiny("llama"), text):
         assert invoke("status", str(other)).exit_code == 2
-        with pytest.raises(ConfigError, match="no job's result"):
+        with pytest.raises(ConfigError, match="not a job's result"):
             streamprune.status(other)
 
 

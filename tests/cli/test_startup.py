@@ -83,7 +83,7 @@ def test_status_imports_neither_torch_nor_transformers(finished: Path) -> None:
         ("export nowhere out.gguf", 1, "nowhere is not a directory"),
         ("bench MODEL --against nowhere", 1, "nowhere is not a directory"),
         ("verify nowhere", 1, "nowhere is not a directory"),
-        ("inspect nowhere", 1, "nowhere does not exist, and no job is making it"),
+        ("inspect nowhere", 1, "nowhere does not exist, and no job is writing it"),
         ("report nowhere", 2, "nowhere has no report.json"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The page in a real browser: it renders, fits, fetches nothing, and can be read in light and dark."""
+"""The report page in Chromium: it fits, fetches nothing, and is legible in light and dark mode."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with everything: deep, with long names, samples and a comparison."""
+    """A page with every section, eight blocks and long names."""
     folder = tmp_path_factory.mktemp("browser")
     dense = make_tiny(
         folder / "a-model-with-a-rather-long-name-that-nobody-would-want-to-type-twice", "llama", num_hidden_layers=8
@@ -102,7 +102,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(browser: Any, page: Path) -> Iterator[Callable[..., Any]]:
-    """`opened(width, scheme)`: the page, having complained of nothing and fetched nothing."""
+    """`opened(width, scheme)` opens the page; afterwards there must be no console messages and no other requests."""
     contexts, complaints, requests = [], [], []
 
     def open_page(width: int, scheme: str = "light", path: Path = page) -> Any:
@@ -125,7 +125,7 @@ def opened(browser: Any, page: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])
-def test_it_fits(width: int, opened: Callable[..., Any]) -> None:
+def test_page_fits_the_screen(width: int, opened: Callable[..., Any]) -> None:
     tab = opened(width)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     tab.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
@@ -141,26 +141,24 @@ def test_it_fits(width: int, opened: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_word_can_be_read(scheme: str, width: int, opened: Callable[..., Any]) -> None:
+def test_text_has_contrast(scheme: str, width: int, opened: Callable[..., Any]) -> None:
     found = opened(width, scheme).evaluate(CONTRAST)
     assert len(found) > 300
     assert min(found) >= [4.5], min(found)
 
 
-def test_dark_is_dark(opened: Callable[..., Any]) -> None:
+def test_dark_mode_swaps_text_and_background(opened: Callable[..., Any]) -> None:
     looks = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-    light, dark = (opened(1280, scheme).evaluate(looks) for scheme in ("light", "dark"))
-    assert light[0] != dark[0]
-    assert light[1] != dark[1]
-    brightness = [
-        sum(int(part) for part in colour[4:-1].split(",")) for colour in (light[0], dark[0], light[1], dark[1])
-    ]
-    assert brightness[0] > 600 > 150 > brightness[1]
-    assert brightness[2] < 150 < 600 < brightness[3]
+    (page, ink), (dark_page, dark_ink) = (
+        [sum(map(int, colour[4:-1].split(","))) for colour in opened(1280, scheme).evaluate(looks)]
+        for scheme in ("light", "dark")
+    )
+    assert page > 600 > 150 > ink
+    assert dark_ink > 600 > 150 > dark_page
 
 
 def test_marks_are_drawn_in_colour(opened: Callable[..., Any]) -> None:
-    """Every colour that a class names is one: black would be the default of what is not."""
+    """No mark has the default: black, or no stroke."""
     tab = opened(1280)
     fills = tab.evaluate(
         "[...document.querySelectorAll('svg rect:not(.hover), svg circle:not(.none)')].map(e => getComputedStyle(e).fill)"
@@ -172,7 +170,7 @@ def test_marks_are_drawn_in_colour(opened: Callable[..., Any]) -> None:
     assert len(set(lines)) == 8
 
 
-def test_links_lead_somewhere_and_charts_are_told(opened: Callable[..., Any]) -> None:
+def test_links_have_targets_and_charts_have_labels(opened: Callable[..., Any]) -> None:
     tab = opened(1280)
     assert tab.evaluate("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))")
     assert tab.evaluate("[...document.querySelectorAll('svg')].every(s => s.getAttribute('aria-label').length > 20)")
@@ -181,8 +179,8 @@ def test_links_lead_somewhere_and_charts_are_told(opened: Callable[..., Any]) ->
     assert tab.is_visible("#sites td")
 
 
-def test_a_hostile_page_runs_nothing(page: Path, opened: Callable[..., Any], tmp_path: Path) -> None:
-    """Where escaping failed, the page's own policy would still hold: no script, no request."""
+def test_the_content_policy_blocks_scripts(page: Path, opened: Callable[..., Any], tmp_path: Path) -> None:
+    """Even unescaped, a script does not run."""
     spoilt = tmp_path / "spoilt.html"
     attack = "<p id=here></p><script>document.body.id = 'run'</script>"
     spoilt.write_text(page.read_text().replace("<main>", f"<main>{attack}"))

@@ -455,7 +455,7 @@ def test_blocks_record_time_and_memory(report: dict[str, Any]) -> None:
     assert max(block["host_bytes"] for block in report["blocks"]) <= report["peak_host_bytes"]
 
 
-def test_a_lap_holds_its_own_peak_only() -> None:
+def test_each_lap_has_its_own_peak() -> None:
     peaks = machine.Peaks(torch.device("cpu"))
     peaks.lap()
     held = bytearray(200 << 20)
@@ -465,11 +465,8 @@ def test_a_lap_holds_its_own_peak_only() -> None:
     assert peaks.most()[0] >= high["host_bytes"]
     assert high["device_bytes"] is None
     if not low["own"]:
-        pytest.skip("this kernel does not take its mark of the peak back")
+        pytest.skip("this kernel cannot reset the peak")
     assert low["host_bytes"] < high["host_bytes"] - (100 << 20)
-
-
-# Charts.
 
 
 def test_axes() -> None:
@@ -489,23 +486,9 @@ def test_axes() -> None:
     assert charts.linear("s", 0.0, str).high > 0
 
 
-# The command.
-
-
 def test_the_command(copied: Path, tiny: Tiny, tmp_path: Path) -> None:
-    arguments = [
-        "report",
-        str(copied),
-        "--against",
-        str(tiny("llama")),
-        "--prompt",
-        "a",
-        "--prompt",
-        "b",
-        "--tokens",
-        "2",
-    ]
-    done = CliRunner().invoke(main, [*arguments, "--json"])
+    arguments = f"report {copied} --against {tiny('llama')} --prompt a --prompt b --tokens 2 --json"
+    done = CliRunner().invoke(main, arguments.split())
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"html": str(copied / "report.html")}
     for option in ("--out", "--html"):
@@ -537,4 +520,4 @@ def test_a_comparison_is_not_a_checkpoint(tmp_path: Path) -> None:
     for command in ("inspect", "report"):
         done = CliRunner().invoke(main, [command, str(tmp_path)])
         assert done.exit_code in (1, 2)
-        assert "is a comparison's folder, with its table in compare.md" in done.output
+        assert "contains a comparison (see compare.md)" in done.output

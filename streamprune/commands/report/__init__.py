@@ -1,5 +1,1 @@
 """Write an HTML report of a finished OUT."""
-
-from .report import report
-
-__all__ = ["report"]
