@@ -424,10 +424,10 @@ def test_what_old_checkpoints_carry_is_passed_over_silently(tiny: Tiny, tmp_path
 def test_a_result_with_something_extra_is_no_result(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune.pruning import prune
+    from streamprune.model import write as model_write
 
-    real = prune.write_shard
-    monkeypatch.setattr(prune, "write_shard", lambda path, tensors: real(path, {**tensors, path.stem: torch.ones(1)}))
+    real = model_write.write_shard
+    monkeypatch.setattr(model_write, "write_shard", lambda path, tensors: real(path, {**tensors, path.stem: torch.ones(1)}))
     with pytest.raises(CheckpointError, match="is not in the llama model that the config describes"):
         streamprune.prune(configured(tiny("llama"), recipe="magnitude"))
 
@@ -744,9 +744,9 @@ def test_reading_back_can_be_stopped_and_is_begun_again(tiny: Tiny, configured: 
 def test_a_result_that_holds_no_numbers_is_no_result(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune.pruning import prune
+    from streamprune.model import write as model_write
 
-    real = prune.write_shard
+    real = model_write.write_shard
 
     def write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         bad = {name: tensor * float("nan") if name == UP else tensor for name, tensor in tensors.items()}
@@ -754,7 +754,7 @@ def test_a_result_that_holds_no_numbers_is_no_result(
 
     config = configured(tiny("llama"), recipe="magnitude")
     with monkeypatch.context() as patch:
-        patch.setattr(prune, "write_shard", write)
+        patch.setattr(model_write, "write_shard", write)
         with pytest.raises(NumericalError, match=rf"{UP}' holds NaN or Inf"):
             streamprune.prune(config)
     assert not config.out.exists()
@@ -763,7 +763,7 @@ def test_a_result_that_holds_no_numbers_is_no_result(
     def short(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         return real(path, {name: tensor[1:] if name == UP else tensor for name, tensor in tensors.items()})
 
-    monkeypatch.setattr(prune, "write_shard", short)
+    monkeypatch.setattr(model_write, "write_shard", short)
     with pytest.raises(CheckpointError, match=rf"{UP}' has shape .*; the config says"):
         streamprune.prune(configured(tiny("llama"), "other", recipe="magnitude"))
     assert REPORT in os.listdir(job_folder(configured(tiny("llama"), "other").out) / "out")

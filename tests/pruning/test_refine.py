@@ -23,7 +23,7 @@ from streamprune.jobs.forecast.needs import REFINE_SEQUENCES
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.pruning import block as pruning_block
-from streamprune.pruning import prune
+from streamprune.pruning import run
 from streamprune.pruning.job import Job
 from streamprune.pruning.refine import Refinement, refine
 from streamprune.stream import sweep
@@ -185,7 +185,7 @@ def test_the_loss_is_the_whole_models_and_a_rate_of_zero_changes_nothing(
     settings = {"recipe": "default", "dtype": "float64", "ratio": 0.3, "samples": 8, "blocks": (0, 2)}
     config = configured(path, refine=2, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(prune, "Refinement", partial(Refinement, rate=0.0))
+        patch.setattr(run, "Refinement", partial(Refinement, rate=0.0))
         streamprune.prune(config)
     tokens = Job(config, None).tokens
     sites = json.loads((config.out / "report.json").read_text())["sites"]
@@ -261,7 +261,7 @@ def test_killed_inside_a_block_the_bytes_are_the_same(
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune, "Refinement", partial(Refinement, rate=1e30))
+    monkeypatch.setattr(run, "Refinement", partial(Refinement, rate=1e30))
     config = configured(tiny("llama"), recipe="magnitude", refine=5)
     with pytest.raises(NumericalError, match=r"block 0: the refinement's loss is (nan|inf) at step 1"):
         streamprune.prune(config)
