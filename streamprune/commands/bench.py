@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer, set_torch_threads, timer
 
 from ..errors import ConfigError, ResourceError
 from ..jobs.forecast.memory import device_peak
@@ -54,9 +54,9 @@ class Phase:
     bytes_read: int
     """Bytes read per round: at every step, all weights except looked-up embeddings, and the cached keys and values."""
     seconds: tuple[float, ...]
-    """Seconds of each round."""
+    """Of each round."""
     tokens_per_second: float
-    """Tokens per second in the median round."""
+    """In the median round."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,17 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Speed-up of one phase: time of the dense model over time of the pruned one."""
+    """Speed-up of one phase: all ratios are dense over pruned."""
 
     rounds: tuple[float, ...]
-    """Seconds dense / seconds pruned, of each round."""
+    """Ratio of the seconds of each round."""
     median: float
-    """Median of `rounds`."""
     fastest: float
     """Ratio of the fastest rounds of the two models: the better estimate on a busy machine."""
     by_operations: float
-    """Ratio of FLOPs, dense over pruned: the limit for prefill."""
+    """Ratio of FLOPs: the limit for prefill."""
     by_bytes: float
-    """Ratio of bytes read, dense over pruned: the limit for decoding a few sequences."""
+    """Ratio of bytes read: the limit for decoding a few sequences."""
     achieved: float
     """`median` over the limit of the phase."""
 
@@ -108,13 +107,13 @@ class Width:
     round_to: tuple[int, ...]
     """Values of `--round-to` that give this width; 1 for an odd width."""
     own: bool
-    """Whether the model has this width."""
+    """Whether the model has this width. The other figures are relative to the model's own width."""
     operations: float
-    """FLOPs relative to the model's own width."""
+    """FLOPs."""
     prefill: float
-    """Seconds relative to the model's own width, median over rounds; all tokens of the prompts at once."""
+    """Seconds, median over rounds; all tokens of the prompts at once."""
     decode: float
-    """Seconds relative to the model's own width, median over rounds; one token per sequence."""
+    """Seconds, median over rounds; one token per sequence."""
 
 
 def bench(
@@ -159,31 +158,27 @@ def bench(
     _require_memory(skeletons, batch, prompt_tokens + new_tokens, machine.memory_limits(where, memory))
     vocabulary = min(skeleton.vocabulary for skeleton in skeletons)
     prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(where)
-    with _threads(threads) as used:
+    with set_torch_threads(threads or torch.get_num_threads()):
+        used = torch.get_num_threads()
         progress.phase("bench", len(skeletons) + repetitions)
         runners = []
         for skeleton in skeletons:
-            runners.append(_Runner(skeleton, prompts, new_tokens))
+            runners.append(Runner(skeleton, prompts, new_tokens))
             progress.step(f"{skeleton.checkpoint.directory} loaded and warm")
-        rounds: list[list[tuple[float, float]]] = [[] for _ in runners]
         for number in range(repetitions):
-            order = list(range(len(runners)))
-            for index in reversed(order) if number % 2 else order:
-                rounds[index].append(runners[index].run())
+            for runner in reversed(runners) if number % 2 else runners:
+                runner.run()
             progress.step(f"round {number + 1}")
-    speeds = [runner.speed(seconds) for runner, seconds in zip(runners, rounds, strict=True)]
-    other = speeds[1] if len(speeds) > 1 else None
+    ours, other = runners[0].speed(), runners[1].speed() if len(runners) > 1 else None
     return Bench(
-        model=speeds[0],
+        model=ours,
         against=other,
-        prefill=None if other is None else _speed_up(other.prefill, speeds[0].prefill, memory_bound=False),
-        decode=None if other is None else _speed_up(other.decode, speeds[0].decode, memory_bound=True),
+        prefill=_speed_up(other.prefill, ours.prefill, memory_bound=False) if other else None,
+        decode=_speed_up(other.decode, ours.decode, memory_bound=True) if other else None,
         protocol=(
             f"{batch} × {prompt_tokens} random tokens, then {new_tokens} steps with keys and values cached; medians of "
-            f"{repetitions} round{'s' * (repetitions > 1)}"
-            + (", models in turn" if other is not None else "")
-            + f"; transformers on {where} in "
-            f"{machine.dtype_name(skeletons[0].dtype)}"
+            f"{repetitions} round{'s' * (repetitions > 1)}{', models in turn' * (other is not None)}; transformers on "
+            f"{where} in {machine.dtype_name(skeletons[0].dtype)}"
             + (f", {used} thread{'s' * (used > 1)}" if where.type == "cpu" else "")
         ),
     )
@@ -215,90 +210,65 @@ def bench_widths(
     for multiple in (1, *MULTIPLES):
         width = own + 1 - own % 2 if multiple == 1 else -(-own // multiple) * multiple
         widths[width] = (*widths.get(width, ()), multiple)
-    with _threads(threads):
-        prefill = _width_seconds(skeleton, list(widths), batch * prompt_tokens, repetitions)
-        decode = _width_seconds(skeleton, list(widths), batch, repetitions)
-    return [
-        Width(
-            width=width,
-            round_to=multiples,
-            own=width == own,
-            operations=width / own,
-            prefill=_ratio(prefill[width], prefill[own]),
-            decode=_ratio(decode[width], decode[own]),
+    with set_torch_threads(threads or torch.get_num_threads()):
+        prefill, decode = (
+            _relative_seconds(skeleton, [*widths], tokens, repetitions) for tokens in (batch * prompt_tokens, batch)
         )
-        for width, multiples in sorted(widths.items())
-    ]
+    found = zip(widths.items(), prefill, decode, strict=True)
+    return sorted(
+        (Width(width, multiples, width == own, width / own, *seconds) for (width, multiples), *seconds in found),
+        key=lambda each: each.width,
+    )
 
 
-class _Runner:
-    """A model in memory, with the FLOPs and bytes read of one round."""
+class Runner:
+    """A model in memory, with the FLOPs and bytes read of one round, counted in a first round that also warms it up."""
 
     def __init__(self, skeleton: Skeleton, prompts: Tensor, new_tokens: int) -> None:
-        self.path = skeleton.checkpoint.directory
-        self.prompts, self.new_tokens = prompts, new_tokens
+        self.path, self.prompts, self.new_tokens = skeleton.checkpoint.directory, prompts, new_tokens
         self.model = load_whole(self.path, skeleton.dtype).to(prompts.device)
-        weights = weight_bytes(self.model)
+        self._seconds: list[tuple[float, float]] = []
+        weights, operations, read = weight_bytes(self.model), [], []
         with FlopCounter() as counter:
-            cache, token = self._prefill()
-            self.prefill_operations = counter.total
-            self.prefill_bytes = weights + cache_bytes(cache)
-            self.decode_bytes = 0
-            for _ in range(new_tokens):
-                token = self._step(cache, token)
-                self.decode_bytes += weights + cache_bytes(cache)
-            self.decode_operations = counter.total - self.prefill_operations
+            for cache, _ in self.steps():
+                operations.append(counter.total)
+                read.append(weights + sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+        self._operations = operations[0], operations[-1] - operations[0]
+        self._bytes_read = read[0], sum(read[1:])
 
-    def run(self) -> tuple[float, float]:
-        """Run one round; return the seconds of prefill and of all decoding steps."""
-        start = self._now()
-        cache, token = self._prefill()
-        middle = self._now()
-        for _ in range(self.new_tokens):
-            token = self._step(cache, token)
-        return middle - start, self._now() - middle
+    @torch.no_grad()
+    def steps(self) -> Iterator[tuple[Any, Tensor]]:
+        """Run prefill, then each decoding step; yield the cache and the next tokens (batch, 1) after each."""
+        name, cache, tokens = cache_argument(type(self.model).forward), None, self.prompts
+        for _ in range(1 + self.new_tokens):
+            found = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
+            cache, tokens = found[name], found.logits[:, -1:].argmax(-1)
+            yield cache, tokens
 
-    def speed(self, seconds: Sequence[tuple[float, float]]) -> Speed:
-        """Summarise the rounds, given as (prefill, decode) seconds."""
-        prefill, decode = zip(*seconds, strict=True)
-        return Speed(
-            path=str(self.path),
-            parameters=self.model.num_parameters(),
-            prefill=_phase(self.prompts.numel(), self.prefill_operations, self.prefill_bytes, prefill),
-            decode=_phase(len(self.prompts) * self.new_tokens, self.decode_operations, self.decode_bytes, decode),
+    def run(self) -> None:
+        """Time one round: prefill, and all decoding steps together."""
+        steps, start = self.steps(), timer()
+        next(steps)
+        middle = timer()
+        for _ in steps:
+            pass
+        self._seconds.append((middle - start, timer() - middle))
+
+    def speed(self) -> Speed:
+        """Summarise the rounds."""
+        tokens = self.prompts.numel(), len(self.prompts) * self.new_tokens
+        columns = zip(tokens, self._operations, self._bytes_read, zip(*self._seconds, strict=True), strict=True)
+        prefill, decode = (
+            Phase(count, operations, read, seconds, count / statistics.median(seconds))
+            for count, operations, read, seconds in columns
         )
-
-    @torch.no_grad()
-    def _prefill(self) -> tuple[Any, Tensor]:
-        found = self.model(input_ids=self.prompts, use_cache=True, logits_to_keep=1)
-        return found[cache_argument(type(self.model).forward)], found.logits[:, -1:].argmax(-1)
-
-    @torch.no_grad()
-    def _step(self, cache: Any, token: Tensor) -> Tensor:
-        given = {cache_argument(type(self.model).forward): cache}
-        found: Tensor = self.model(input_ids=token, use_cache=True, **given).logits
-        return found[:, -1:].argmax(-1)
-
-    def _now(self) -> float:
-        if self.prompts.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return Speed(str(self.path), self.model.num_parameters(), prefill, decode)
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of weights that a step reads: all weights, but embeddings only if they are also the head."""
-    read = {
-        parameter
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    return sum(parameter.nbytes for parameter in read)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Return the bytes of the keys and values that a transformers cache holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    modules = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    return sum(weight.nbytes for weight in {p for module in modules for p in module.parameters(recurse=False)})
 
 
 def _fitting(skeletons: Sequence[Skeleton], prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
@@ -333,46 +303,28 @@ def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room
     Raises:
         ResourceError: they do not fit.
     """
-    sizes, passing = [], 0
+    total, held, needs = 0, [], Needs(samples=batch, length=length, text=True, prunes=False)
     for skeleton in skeletons:
         pairs = sum(2 * site.units * site.head_width for site in skeleton.all_sites())
-        sizes.append(skeleton.dtype.itemsize * (skeleton.parameters() + batch * length * pairs))
-        needs = Needs(samples=batch, length=length, text=True, prunes=False)
-        passing = max(passing, device_peak(skeleton, needs, batch, 1))
-    limit = room["device_limit"]
-    if sum(sizes) + passing + (room["base"] if skeletons[0].device.type == "cpu" else 0) > limit:
-        each = " and ".join(
-            f"{skeleton.checkpoint.directory} {format_bytes(size)}"
-            for skeleton, size in zip(skeletons, sizes, strict=True)
-        )
+        size = skeleton.dtype.itemsize * (skeleton.parameters() + batch * length * pairs)
+        total += size
+        held.append(f"{skeleton.checkpoint.directory} {format_bytes(size)}")
+    passing = max(device_peak(skeleton, needs, batch, 1) for skeleton in skeletons)
+    limit, base = room["device_limit"], room["base"] if skeletons[0].device.type == "cpu" else 0
+    if total + passing + base > limit:
         raise ResourceError(
             f"the memory limit is {format_bytes(limit)}; with its weights and {batch} × {length} keys and values in "
-            f"{machine.dtype_name(skeletons[0].dtype)}, {each} and {format_bytes(passing)} for activations must be in "
-            "memory together" + ("; --dtype bfloat16 takes less" if skeletons[0].dtype.itemsize > 2 else "")
+            f"{machine.dtype_name(skeletons[0].dtype)}, {' and '.join(held)} and {format_bytes(passing)} for activations "
+            "must be in memory together" + "; --dtype bfloat16 takes less" * (skeletons[0].dtype.itemsize > 2)
         )
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[int]:
-    """Use `count` CPU threads inside the context; yield the number in use."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(count or usual)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(usual)
-
-
-def _phase(tokens: int, operations: int, bytes_read: int, seconds: Sequence[float]) -> Phase:
-    return Phase(tokens, operations, bytes_read, tuple(seconds), tokens / statistics.median(seconds))
 
 
 def _speed_up(dense: Phase, pruned: Phase, *, memory_bound: bool) -> SpeedUp:
-    median = _ratio(dense.seconds, pruned.seconds)
-    by_operations = dense.operations / pruned.operations
+    rounds = tuple(d / p for d, p in zip(dense.seconds, pruned.seconds, strict=True))
+    median, by_operations = statistics.median(rounds), dense.operations / pruned.operations
     by_bytes = dense.bytes_read / pruned.bytes_read
     return SpeedUp(
-        rounds=tuple(d / p for d, p in zip(dense.seconds, pruned.seconds, strict=True)),
+        rounds=rounds,
         median=median,
         fastest=min(dense.seconds) / min(pruned.seconds),
         by_operations=by_operations,
@@ -381,48 +333,24 @@ def _speed_up(dense: Phase, pruned: Phase, *, memory_bound: bool) -> SpeedUp:
     )
 
 
-def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median over rounds of the ratio."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
-
-
 @torch.no_grad()
-def _width_seconds(skeleton: Skeleton, widths: Sequence[int], tokens: int, repetitions: int) -> dict[int, list[float]]:
-    """Return the seconds of the two products in each round, by width."""
+def _relative_seconds(skeleton: Skeleton, widths: Sequence[int], tokens: int, repetitions: int) -> list[float]:
+    """Return the seconds of an FFN's two products, d → width → d, relative to the first width: medians over rounds."""
     options: dict[str, Any] = {"device": skeleton.device, "dtype": skeleton.dtype}
-    x = torch.randn(tokens, skeleton.width, **options)
-    works, times = {}, {}
+    d, x = skeleton.width, torch.randn(tokens, skeleton.width, **options)
+    timed: list[tuple[Timer, int, int]] = []
     for width in widths:
-        copies = -(-CACHE_BYTES // (2 * width * skeleton.width * skeleton.dtype.itemsize))
-        pairs = [
-            (torch.randn(width, skeleton.width, **options), torch.randn(skeleton.width, width, **options))
-            for _ in range(copies)
-        ]
-        works[width] = _products(x, pairs)
-        works[width](1)
-        times[width] = 1 + int(ROUND_SECONDS / (copies * works[width](1)))
-    seconds: dict[int, list[float]] = {width: [] for width in widths}
+        copies = -(-CACHE_BYTES // (2 * width * d * skeleton.dtype.itemsize))
+        pairs = [(torch.randn(width, d, **options), torch.randn(d, width, **options)) for _ in range(copies)]
+        passes = Timer(
+            "for up, down in pairs: linear(linear(x, up), down)",
+            globals={"x": x, "pairs": pairs, "linear": F.linear},
+            num_threads=torch.get_num_threads(),
+        )
+        timed.append((passes, copies, 1 + int(ROUND_SECONDS / passes.timeit(1).mean)))
+    seconds: list[list[float]] = [[] for _ in widths]
     for number in range(repetitions):
-        for width in reversed(widths) if number % 2 else widths:
-            seconds[width].append(works[width](times[width]))
-    return seconds
-
-
-def _products(x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[int], float]:
-    """Return a function that times passes x → width → d over several weight pairs: mean seconds per pass.
-
-    Args:
-        x: (tokens, d).
-        pairs: weights (width, d) and (d, width).
-    """
-
-    def work(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            for up, down in pairs:
-                y = nn.functional.linear(nn.functional.linear(x, up), down)
-        if y.is_cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / (times * len(pairs))
-
-    return work
+        for index in reversed(range(len(widths))) if number % 2 else range(len(widths)):
+            passes, copies, times = timed[index]
+            seconds[index].append(passes.timeit(times).mean / copies)
+    return [statistics.median(a / b for a, b in zip(each, seconds[0], strict=True)) for each in seconds]

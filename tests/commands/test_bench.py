@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import streamprune
-from streamprune.commands.bench import CACHE_BYTES, _Runner, weight_bytes
+from streamprune.commands.bench import CACHE_BYTES, Runner, weight_bytes
 from streamprune.errors import ConfigError, ResourceError
 from streamprune.model.skeleton import open_skeleton
 from streamprune.system import machine
@@ -126,34 +126,26 @@ def test_what_removed_work_allows(tiny: Tiny, pruned: Path) -> None:
 
 def test_models_take_turns(tiny: Tiny, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    honest = _Runner.run
+    honest = Runner.run
 
-    def run(self: _Runner) -> tuple[float, float]:
+    def run(self: Runner) -> None:
         order.append("pruned" if self.path == pruned else "dense")
-        return honest(self)
+        honest(self)
 
-    monkeypatch.setattr(_Runner, "run", run)
+    monkeypatch.setattr(Runner, "run", run)
     measured(pruned, tiny("llama"), repetitions=3)
     assert order == ["pruned", "dense", "dense", "pruned", "pruned", "dense"]
 
 
-def test_both_compute_what_generate_would(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens: list[torch.Tensor] = []
-    honest = _Runner._step
-
-    def step(self: _Runner, cache: Any, token: torch.Tensor) -> torch.Tensor:
-        tokens.append(honest(self, cache, token))
-        return tokens[-1]
-
-    monkeypatch.setattr(_Runner, "_step", step)
-    measured(pruned, repetitions=1)
+def test_both_compute_what_generate_would(pruned: Path) -> None:
     prompts = torch.randint(40, (BATCH, PROMPT), generator=torch.Generator().manual_seed(0))
+    runner = Runner(open_skeleton(pruned, torch.device("cpu"), "float32"), prompts, NEW)
     model = streamprune.load(pruned)
     mask = torch.ones_like(prompts)
     written = model.generate(
         prompts, attention_mask=mask, max_new_tokens=NEW + 1, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert torch.equal(torch.cat(tokens[:NEW], 1), written[:, PROMPT + 1 :])
+    assert torch.equal(torch.cat([tokens for _, tokens in runner.steps()], 1), written[:, PROMPT:])
 
 
 def test_threads_are_given_back(pruned: Path) -> None:
