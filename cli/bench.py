@@ -69,37 +69,16 @@ def bench(
 def _speeds(measured: Bench) -> list[str]:
     ours, other = measured.model, measured.against
     if other is None:
-        rows = [["tokens per second", ""]]
-        rows += [[name, f"{getattr(ours, name).tokens_per_second:.1f}"] for name in ("prefill", "decode")]
-        return [*show.table(rows), f"({measured.protocol})"]
-    rows = [
-        [
-            "tokens per second",
-            "dense",
-            "pruned",
-            "speed-up",
-            "rounds",
-            "fastest",
-            "by operations",
-            "by bytes",
-            "achieved",
-        ]
-    ]
+        alone = [[name, f"{getattr(ours, name).tokens_per_second:.1f}"] for name in ("prefill", "decode")]
+        return [*show.table([["tokens per second", ""], *alone]), f"({measured.protocol})"]
+    ratios = ["speed-up", "rounds", "fastest", "by operations", "by bytes", "achieved"]
+    rows = [["tokens per second", "dense", "pruned", *ratios]]
     for name in ("prefill", "decode"):
         gain = getattr(measured, name)
-        rows.append(
-            [
-                name,
-                f"{getattr(other, name).tokens_per_second:.1f}",
-                f"{getattr(ours, name).tokens_per_second:.1f}",
-                f"{gain.median:.2f}",
-                f"{min(gain.rounds):.2f}–{max(gain.rounds):.2f}",
-                f"{gain.fastest:.2f}",
-                f"{gain.by_operations:.2f}",
-                f"{gain.by_bytes:.2f}",
-                f"{gain.achieved:.0%}",
-            ]
-        )
+        rates = [f"{getattr(each, name).tokens_per_second:.1f}" for each in (other, ours)]
+        span = f"{min(gain.rounds):.2f}–{max(gain.rounds):.2f}"
+        limits = [f"{ratio:.2f}" for ratio in (gain.fastest, gain.by_operations, gain.by_bytes)]
+        rows.append([name, *rates, f"{gain.median:.2f}", span, *limits, f"{gain.achieved:.0%}"])
     return [
         *show.table(rows),
         f"{other.parameters:,} → {ours.parameters:,} parameters; speed-up: median over rounds; fastest: of the fastest rounds; "
@@ -111,13 +90,6 @@ def _speeds(measured: Bench) -> list[str]:
 def _widths(tried: list[Width]) -> list[str]:
     rows = [["FFN width", "round-to", "operations", "prefill", "decode"]]
     for each in tried:
-        rows.append(
-            [
-                f"{each.width} (now)" if each.own else str(each.width),
-                ", ".join(map(str, each.round_to)),
-                f"{each.operations:.3f}",
-                f"{each.prefill:.3f}",
-                f"{each.decode:.3f}",
-            ]
-        )
+        figures = [f"{figure:.3f}" for figure in (each.operations, each.prefill, each.decode)]
+        rows.append([f"{each.width}{' (now)' * each.own}", ", ".join(map(str, each.round_to)), *figures])
     return [*show.table(rows), "operations and seconds of the FFN products, relative to the current width"]

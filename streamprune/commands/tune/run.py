@@ -23,7 +23,7 @@ from ...jobs.config import TuneConfig, TuneMethod
 from ...jobs.folder import JobFolder, MissingFile
 from ...jobs.forecast.memory import SLACK, Memory, copies_ahead, device_peak, in_memory_peak
 from ...jobs.forecast.needs import REFINE_SEQUENCES, Needs
-from ...jobs.forecast.resources import Resources, forecast
+from ...jobs.forecast.resources import forecast
 from ...jobs.journal import Entry, Journal
 from ...jobs.meter import metered, peaks, totals
 from ...jobs.names import is_report, is_tuning
@@ -65,8 +65,7 @@ class Tuned:
     steps: int
     parameters: int
     loss_first: float
-    """Mean over the first tenth of the steps: nats per token for `lora`; mean squared error, averaged over the blocks,
-    for `distil`."""
+    """Mean over the first tenth of the steps: nats per token (`lora`), or mean squared error of all blocks (`distil`)."""
     loss_last: float
     """The same mean over the last tenth of the steps."""
     tokens: str | None
@@ -84,9 +83,7 @@ class Tuned:
 
 
 def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None = None) -> Tuned:
-    """Train low-rank updates of a checkpoint's linears and write the result to a new directory.
-
-    Resumes an interrupted job.
+    """Train low-rank updates of a checkpoint's linears and write the result to a new directory. An interrupted job resumes.
 
     Args:
         restart: discard an earlier job with the same `out`, including its result.
@@ -144,9 +141,11 @@ class Tuning(JobFolder):
         if config.rank > student.width:
             raise ConfigError(f"rank is {config.rank}; the model's width is {student.width}")
         self.length = windows.window_length(config.seq_len, student.context)
+        self.teacher: Skeleton | None = None
         self.method: TuneMethod = self._method(restart)
         self.rate = config.rate or RATES[self.method]
-        self.teacher = self._teacher() if self.method == "distil" else None
+        if self.method == "distil":
+            self.teacher = self._teacher()
 
     @property
     def sources(self) -> list[Skeleton]:
@@ -170,31 +169,27 @@ class Tuning(JobFolder):
 
     def _method(self, restart: bool) -> TuneMethod:
         """Return the method. ``auto`` keeps the method of an existing job, or takes one that fits into memory."""
-        method = self.config.method
+        method, teacher, lacking = self.config.method, self.config.teacher, ""
         if method == "auto" and not restart:
             begun = Journal(self.journal_path, repair=False).header or self.existing_report()
             method = begun["job"]["settings"].get("method", method) if begun is not None else method
         if method == "auto":
-            method = self._fitting()
+            limit, least = self._room["device_limit"], self._peak(1, 1)
+            if not lora.installed():
+                lacking = "peft is not installed (pip install 'streamprune[tune]')"
+            elif least > limit:
+                lacking = (
+                    f"training the model in memory needs {format_bytes(least)} and the limit is {format_bytes(limit)}"
+                )
+            if lacking and teacher is None:
+                raise ConfigError(f"method lora is out, since {lacking}; distil needs the dense model: --teacher DIR")
+            method = "distil" if lacking else "lora"
+            self.progress.say(f"method {method}: {lacking or 'the model with its gradients fits into memory'}")
         if method == "lora" and not lora.installed():
             raise ConfigError("method is 'lora', which needs peft: pip install 'streamprune[tune]'")
-        if method == "distil" and self.config.teacher is None:
+        if method == "distil" and teacher is None:
             raise ConfigError("method is 'distil', which needs the dense model: --teacher DIR")
         return method
-
-    def _fitting(self) -> TuneMethod:
-        limit, least = self._room["device_limit"], self._lora_peak(1) + self._held
-        if not lora.installed():
-            lacking = "peft is not installed (pip install 'streamprune[tune]')"
-        elif least > limit:
-            lacking = f"training the model in memory needs {format_bytes(least)} and the limit is {format_bytes(limit)}"
-        else:
-            self.progress.say("method lora: the model with its gradients fits into memory")
-            return "lora"
-        if self.config.teacher is None:
-            raise ConfigError(f"method lora is out, since {lacking}; distil needs the dense model: --teacher DIR")
-        self.progress.say(f"method distil: {lacking}")
-        return "distil"
 
     def _teacher(self) -> Skeleton:
         assert self.config.teacher is not None
@@ -254,11 +249,6 @@ class Tuning(JobFolder):
     def _room(self) -> dict[str, int]:
         return machine.memory_limits(self.device, self.config.memory, self.config.memory_host or 0)
 
-    @property
-    def _held(self) -> int:
-        """Bytes of the memory limit that are taken before any work."""
-        return self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
-
     def _needs(self, skeleton: Skeleton) -> Needs:
         config = self.config
         return Needs(
@@ -271,34 +261,33 @@ class Tuning(JobFolder):
             activations=self.activations,
         )
 
-    def _lora_peak(self, micro: int) -> int:
-        return in_memory_peak(self.student, self._needs(self.student), micro)
-
     def _peak(self, batch: int, micro: int) -> int:
-        """Return the peak bytes on the device, given the sequences per micro-batch, forward and training."""
-        if self.method == "lora":
-            return self._lora_peak(micro)
-        return max(device_peak(skeleton, self._needs(skeleton), batch, micro) for skeleton in self.sources)
+        """Return the peak bytes that count towards the memory limit, given the sequences per micro-batch, forward and training."""
+        held = self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
+        if self.teacher is None:
+            return held + in_memory_peak(self.student, self._needs(self.student), micro)
+        return held + max(device_peak(skeleton, self._needs(skeleton), batch, micro) for skeleton in self.sources)
 
-    def _forecast(self) -> Resources:
-        """Forecast the job's resources within what this machine has free."""
-        limits = {**self._room, "disk_limit": files.free_bytes(self.cache)}
-        limit, work = self._room["device_limit"], self._room["device_limit"] - self._held
-        needs = self._needs(self.student)
-        found = forecast(self.student, needs, **limits)
+    def _batches(self) -> dict[str, int]:
+        """Return the sequences per micro-batch, forward (``batch``) and training (``micro``).
+
+        Raises:
+            ResourceError: the job does not fit into memory or on the disk.
+        """
+        limit, limits = self._room["device_limit"], {**self._room, "disk_limit": files.free_bytes(self.cache)}
         if self.teacher is not None:
-            teacher = forecast(self.teacher, self._needs(self.teacher), **limits).require()
-            return replace(found, batch=min(found.batch, teacher.batch)).require()
-        least = self._lora_peak(1)
-        if least > work:
+            ours, theirs = (forecast(each, self._needs(each), **limits).require() for each in self.sources)
+            self.check_disk(ours.output_bytes, ours.disk_bytes)
+            return {"batch": min(ours.batch, theirs.batch), "micro": ours.backward_batch}
+        fitting = [size for size in range(1, REFINE_SEQUENCES + 1) if self._peak(1, size) <= limit]
+        if not fitting:
             raise ResourceError(
-                f"the memory limit is {format_bytes(limit)}; training the model in memory needs {format_bytes(least + self._held)}; "
-                "--method distil with --teacher needs only a block at a time"
+                f"the memory limit is {format_bytes(limit)}; training the model in memory needs "
+                f"{format_bytes(self._peak(1, 1))}; --method distil with --teacher needs only a block at a time"
             )
-        most = min(REFINE_SEQUENCES, self.config.samples)
-        micro = max(size for size in range(1, most + 1) if self._lora_peak(size) <= work)
-        states = Memory(self.student, needs).states(self.config.rank)
-        return replace(found, backward_batch=micro, disk_bytes=0, output_bytes=found.output_bytes + states)
+        memory = Memory(self.student, self._needs(self.student))
+        self.check_disk(memory.beside_out() + memory.states(self.config.rank), 0)
+        return {"batch": 1, "micro": min(fitting[-1], self.config.samples)}
 
     # Opening and resuming.
 
@@ -314,7 +303,7 @@ class Tuning(JobFolder):
             start = self._begin()
         else:
             self.check_same(start)
-            needed = self._held + self._peak(**start["resources"])
+            needed = self._peak(**start["resources"])
             if self.config.memory is not None and self.config.memory * SLACK < needed:
                 raise ResourceError(
                     f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches "
@@ -330,12 +319,10 @@ class Tuning(JobFolder):
     def _begin(self) -> Entry:
         """Check everything that can be checked in advance; only then discard an earlier job."""
         self.check_folder()
-        resources = self._forecast()
-        self.check_disk(resources.output_bytes, resources.disk_bytes)
+        batches = self._batches()
         _ = self.tokens
         check_companions(self.config.model, self.student.vocabulary, self.progress, required=True)
-        header = self.header
-        sources = self.read_sources()
+        header, sources = self.header, self.read_sources()
         self.discard()
         files.make_folder(self.staging)
         work = [Phase("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
@@ -349,24 +336,23 @@ class Tuning(JobFolder):
             sources=sources,
             cache=self.given_cache,
             replaces=self.existing_report() is not None,
-            resources={"batch": resources.batch, "micro": resources.backward_batch},
+            resources=batches,
             schedule=[asdict(phase) for phase in (*work, Phase("complete"))],
         )
 
     def _missing(self) -> MissingFile | None:
         """Find a missing or damaged file of a finished step; missing inputs of the first block are embedded again."""
-        if (complete := self.journal.find("complete")) is not None:
-            made = complete["sha256"] if self.staging.is_dir() else {}
-            needed = [(self.staging / name, digest, "complete") for name, digest in made.items()]
-        else:
-            shards = self._distilled()
-            needed = [(self.staging / name, digest, "block/") for name, digest in shards.items()]
-            if (saved := self._saved) is not None:
-                needed.append((self._state_path(saved["step"]), saved["sha256"], "steps/"))
+        complete, shards, saved = self.journal.find("complete"), self._distilled(), self._saved
+        if complete is not None and not self.staging.is_dir():
+            return None  # published
+        made, step = (shards, "block/") if complete is None else (complete["sha256"], "complete")
+        needed = [(self.staging / name, digest, step) for name, digest in made.items()]
+        if complete is None and saved is not None:
+            needed.append((self._state_path(saved["step"]), saved["sha256"], "steps/"))
         for path, digest, step in needed:
             if not files.has_digest(path, digest):
                 return MissingFile(path, step)
-        done = len([*self.journal.steps("block/")])
+        done = len(shards)
         for stream in (STUDENT, TEACHER) if complete is None and 0 < done < len(self.student) else ():
             if not self._store.intact(name := sweep.boundary(stream, done)):
                 return MissingFile(self._store.path(name), "block/")
@@ -406,7 +392,7 @@ class Tuning(JobFolder):
         """Fit each block from the tuned stream's input to the teacher's output; return figures and shards' digests."""
         assert self.teacher is not None
         student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
-        done = len([*self.journal.steps("block/")])
+        done = len(self._distilled())
         for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
             if not done and not store.intact(name := sweep.boundary(stream, 0)):
                 sweep.embed(skeleton, self.tokens, store, name, self.batch)
