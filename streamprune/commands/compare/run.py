@@ -10,13 +10,14 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import ConfigError, DiskError, ResumeError
 from ...jobs import caches
@@ -25,7 +26,7 @@ from ...jobs.config import Config
 from ...jobs.folder import OTHER_CACHE, OTHER_OUT, PROBE, first_difference
 from ...jobs.journal import Entry, Journal
 from ...jobs.names import ASKED, JOURNAL, LOCK, ROWS, WORK
-from ...jobs.schedule import Phase, seconds_spent
+from ...jobs.schedule import Phase
 from ...model import hub
 from ...model.names import REPORT
 from ...model.verify import verify
@@ -42,10 +43,7 @@ from ...text.source import Source, Spec, Text, source
 from ..evaluate import evaluate, read_windows
 from .table import CSV, DENSE, JSON, MARKDOWN, PLOT, Comparison, Row, Variant, reach, require_plotting
 
-KNOWN = {
-    *(JOURNAL, LOCK, LOG, ROWS, PROBE, caches.RECORD, "cache"),
-    *(JSON, CSV, MARKDOWN, PLOT),
-}
+KNOWN = {JOURNAL, LOCK, LOG, ROWS, PROBE, caches.RECORD, "cache", JSON, CSV, MARKDOWN, PLOT}
 """Names that the folder of a comparison may contain."""
 
 
@@ -84,25 +82,23 @@ def compare(
     Raises:
         StreamPruneError: see `errors`. Errors that can be detected in advance are raised before any work starts.
     """
-    variants = _variants(recipes)
-    _check(ratios, perplexities)
+    variants = [Variant.parse(given) if isinstance(given, str) else given for given in recipes]
+    _check(variants, ratios, perplexities)
     if plot:
         require_plotting()
     model = hub.resolve_model(model, progress)
     folder = Path(out) if out is not None else _default_folder(model)
-    candidates = [
-        _Candidate(variant, _config(model, folder, variant, ratio, common)) for variant in variants for ratio in ratios
-    ]
+    candidates = [_Candidate(variant, ratio, model, folder, common) for variant in variants for ratio in ratios]
     for candidate in candidates:
         candidate.job.forecast().require()
     reader = next((c.job for c in candidates if c.job.needs_text and not c.job.writes_text), None)
     if reader is not None:
         _ = reader.tokens
-    evaluation = _Evaluation(candidates[0].job, source(text), eval_seq_len)
+    windows = read_windows(candidates[0].job.skeleton, source(text), eval_seq_len)
     _refuse_others(folder)
-    work = _Work(folder, candidates, evaluation, keep=keep, progress=_Counted(Log(progress), len(candidates) + 1))
+    work = _Work(folder, candidates, source(text), windows, keep=keep, log=_RowLog(progress))
     with work.opened(restart):
-        work.progress.say(f"the table and the work go to {folder.absolute()}")
+        work.log.say(f"the table and the pruned checkpoints go to {folder.absolute()}")
         found = work.table(perplexities)
         found.write(folder, plot=plot)
     return found
@@ -111,88 +107,65 @@ def compare(
 class _Candidate:
     """A row to produce: a variant at a ratio, with its pruning job."""
 
-    def __init__(self, variant: Variant, config: Config) -> None:
-        self.variant, self.config = variant, config
-        self.job = Job(config, None)
-        self.name = config.out.name
+    def __init__(self, variant: Variant, ratio: float, model: Path, folder: Path, common: dict[str, Any]) -> None:
+        self.variant, self.title = variant, f"{variant.label} at {ratio:g}"
+        self.name = f"{variant.label}-{ratio}"
+        self.out = folder / ROWS / self.name
+        given = {"recipe": variant.recipe, "settings": variant.settings, "ratio": ratio, **common}
+        self.config = Config(model=model, out=self.out, **given)
+        self.job = Job(self.config, None)
 
 
-class _Evaluation:
-    """The evaluation that all rows share.
+class _RowLog(Log):
+    """A log that prefixes every phase with the current row, and tells what is the same for all rows only once."""
 
-    Raises:
-        StreamPruneError: the text is unusable.
-    """
-
-    def __init__(self, job: Job, text: Source, seq_len: int | None) -> None:
-        import transformers
-
-        self.text, self.config = text, job.config
-        windows = read_windows(job.skeleton, text, seq_len)
-        self.length = windows.shape[1]
-        self.header = {
-            "model": job.skeleton.checkpoint.identity(),
-            "text": Text((text,)).identity(),
-            "eval_seq_len": self.length,
-            "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-            "dtype": machine.dtype_name(job.skeleton.dtype),
-            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
-        }
-
-    def measure(self, model: Path, cache: Path, progress: Progress) -> Entry:
-        """Measure a model; return perplexity and protocol. Activations go to `cache`."""
-        config = self.config
-        measured = evaluate(
-            model,
-            self.text,
-            seq_len=self.length,
-            device=config.device,
-            dtype=config.dtype,
-            memory=config.memory,
-            cache=cache,
-            memory_host=config.memory_host,
-            progress=progress,
-        )
-        return {"perplexity": measured.perplexity, "protocol": measured.protocol}
-
-
-class _Counted:
-    """Progress that prefixes every phase with the row and the number of rows."""
-
-    def __init__(self, log: Log, total: int) -> None:
-        self.log, self._total = log, total
-        self._place = ""
+    def __init__(self, progress: Progress | None) -> None:
+        super().__init__(progress)
+        self.row = ""
         self._said: set[str] = set()
 
-    def row(self, number: int, name: str) -> None:
-        """Start a row."""
-        self._place = f"row {number} of {self._total}, {name}"
-
     def phase(self, name: str, total: int, done: int = 0) -> None:
-        self.log.phase(f"{self._place}: {name}", total, done)
-
-    def step(self, note: str = "") -> None:
-        self.log.step(note)
+        super().phase(f"{self.row}: {name}", total, done)
 
     def say(self, message: str) -> None:
-        # Report a message that is the same for all rows only once.
         if message not in self._said:
             self._said.add(message)
-            self.log.say(message)
-
-    def stopping(self) -> bool:
-        return self.log.stopping()
+            super().say(message)
 
 
 class _Work:
-    """The comparison's folder and journal. Produces the rows one after another."""
+    """The comparison's folder and journal. Produces the rows one after another.
+
+    Args:
+        windows: those of `text`, (windows, length) int64.
+    """
 
     def __init__(
-        self, folder: Path, candidates: Sequence[_Candidate], evaluation: _Evaluation, *, keep: bool, progress: _Counted
+        self,
+        folder: Path,
+        candidates: Sequence[_Candidate],
+        text: Source,
+        windows: Tensor,
+        *,
+        keep: bool,
+        log: _RowLog,
     ) -> None:
-        self.folder, self.candidates, self.evaluation = folder, candidates, evaluation
-        self.keep, self.progress = keep, progress
-        self.caches = Caches(folder, candidates[0].config.cache)
+        import transformers
+
+        self.folder, self.candidates, self.text = folder, candidates, text
+        self.keep, self.log = keep, log
+        self.job, self.config = candidates[0].job, candidates[0].config
+        """Those of the first row, for what all rows share."""
+        self.caches = Caches(folder, self.config.cache)
+        self.header: dict[str, Any] = {
+            "model": self.job.skeleton.checkpoint.identity(),
+            "text": Text((text,)).identity(),
+            "eval_seq_len": windows.shape[1],
+            "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "dtype": machine.dtype_name(self.job.skeleton.dtype),
+            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        }
+        """The evaluation, which must be the same on resume."""
         self.journal: Journal
 
     @contextmanager
@@ -204,59 +177,59 @@ class _Work:
             DiskError: a file system lacks an operation that the work needs.
             ResumeError: a requested row was started with other settings, inputs or versions.
         """
-        for place in (*map(self.folder.joinpath, sorted(KNOWN)), self.caches.own):
-            if link := files.find_symlink(place):
-                raise ConfigError(f"{link} is a symbolic link, where the work would lie; a comparison follows none")
-        with self._claimed():
+        rows = self.folder / ROWS
+        for path in (*map(self.folder.joinpath, sorted(KNOWN)), self.caches.own):
+            if link := files.find_symlink(path):
+                raise ConfigError(f"{link} is a symbolic link; a comparison does not write through symbolic links")
+        with self._locked():
             if restart:
-                self._let_go()
+                self._discard()
             self.journal = Journal(self.folder / JOURNAL)
             if self.journal.header is None:
-                self.journal.append("start", evaluation=self.evaluation.header)
-            self._compare_with_before()
+                self.journal.append("start", evaluation=self.header)
+            self._check_same()
             files.remove_tree(self.caches.own)  # left by a killed evaluation
             for path in self.folder.glob(f"*{files.TEMPORARY}"):
                 files.remove(path)
             self.caches.record()
             resumed = any(self.journal.steps())
-            schedule = [asdict(phase) for phase in self._schedule()]
+            phases = [f"{step}/{candidate.name}" for candidate in self.candidates for step in ("prune", "eval")]
+            schedule = [asdict(Phase(name)) for name in (f"eval/{DENSE}", *phases)]
             asked = self.journal.find(ASKED)
             if asked is None or asked["schedule"] != schedule:
                 self.journal.append(ASKED, schedule=schedule)
-            files.make_folder(self.folder / ROWS)
-            with self.progress.log.opened(self.folder, resumed=resumed):
+            files.make_folder(rows)
+            with self.log.opened(self.folder, resumed=resumed):
                 yield
-                self.progress.log.finish()
+                self.log.finish()
             self.caches.remove()
-            if not any((self.folder / ROWS).iterdir()):
-                files.remove_tree(self.folder / ROWS)
+            if not any(rows.iterdir()):
+                files.remove_tree(rows)
             files.remove(self.folder / LOCK)
 
     @contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """Create the folder, hold its lock and check the file systems. On failure, leave no new files behind."""
+    def _locked(self) -> Iterator[None]:
+        """Create the folder, hold its lock and check the file systems. If a check fails, leave no new files behind."""
         lock = self.folder / LOCK
         new_folder, new_lock = not self.folder.exists(), not lock.exists()
-        try:
-            with ExitStack() as held:
-                try:
-                    with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
-                        files.make_folder(self.folder)
-                        held.enter_context(files.locked(lock))
-                    files.check_file_system(self.folder, PROBE, OTHER_OUT)
-                    if self.candidates[0].config.cache is not None:
-                        files.check_file_system(self.caches.own, f"{self.caches.own.name}-{PROBE}", OTHER_CACHE)
-                except DiskError:
-                    if new_lock:
-                        files.remove(lock)
-                    raise
-                yield
-        except DiskError:
-            if new_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
-                files.remove_empty_folder(self.folder)
-            raise
+        with ExitStack() as held:
+            try:
+                with files.trying("making a folder and locking a file in it", self.folder.parent, OTHER_OUT):
+                    files.make_folder(self.folder)
+                    held.enter_context(files.locked(lock))
+                files.check_file_system(self.folder, PROBE, OTHER_OUT)
+                if self.config.cache is not None:
+                    files.check_file_system(self.caches.own, f"{self.caches.own.name}-{PROBE}", OTHER_CACHE)
+            except DiskError:
+                if new_lock:
+                    files.remove(lock)
+                held.close()
+                if new_folder:
+                    files.remove_empty_folder(self.folder)
+                raise
+            yield
 
-    def _let_go(self) -> None:
+    def _discard(self) -> None:
         """Remove an earlier comparison.
 
         The journal goes first, because rows without it are ignored. Activations go before the record of their folders.
@@ -268,79 +241,54 @@ class _Work:
         self.caches.remove()
         files.empty_folder(self.folder, LOCK)
 
-    def _compare_with_before(self) -> None:
+    def _check_same(self) -> None:
+        """Check that the evaluation and each row that was started are the same as before."""
         header = self.journal.header
         assert header is not None
-        then_and_now = [(header["evaluation"], self.evaluation.header, "")]
+        differences = [first_difference(header["evaluation"], self.header)]
         for candidate in self.candidates:
-            begun = self.journal.find(f"begin/{candidate.name}")
-            if begun is not None:
-                then_and_now.append((begun["job"], candidate.job.header, candidate.name))
-        for then, now, place in then_and_now:
-            if found := first_difference(then, now, place):
-                raise ResumeError(f"{self.folder} holds a comparison made otherwise: {found}; --restart starts over")
-
-    def _schedule(self) -> list[Phase]:
-        """Return the phases of all rows, in order."""
-        rows = [Phase(f"{step}/{each.name}") for each in self.candidates for step in ("prune", "eval")]
-        return [Phase(f"eval/{DENSE}"), *rows]
+            if (begun := self.journal.find(f"begin/{candidate.name}")) is not None:
+                differences.append(first_difference(begun["job"], candidate.job.header, candidate.name))
+        if found := next(filter(None, differences), None):
+            raise ResumeError(
+                f"{self.folder} contains a comparison with other settings: {found}; --restart starts over"
+            )
 
     def table(self, perplexities: Sequence[float]) -> Comparison:
         """Produce the missing rows; return all of them."""
-        job = self.candidates[0].job
-        self.progress.row(1, DENSE)
-        dense = self._measured(DENSE, job.config.model)
-        level = math.log(dense["perplexity"])
-        rows = [
-            Row(
-                label=DENSE,
-                recipe=None,
-                settings={},
-                ratio=0.0,
-                ratio_blocks=0.0,
-                parameters=job.skeleton.parameters(),
-                perplexity=dense["perplexity"],
-                log_gap=0.0,
-                seconds=0.0,
-                operations=0,
-                forward_equivalents=0.0,
-                peak_host_bytes=None,
-                peak_device_bytes=None,
-                out=None,
-            )
-        ]
+        self.log.row = f"row 1 of {len(self.candidates) + 1}, {DENSE}"
+        dense = self._measured(DENSE, self.config.model)
+        rows = [Row(parameters=self.job.skeleton.parameters(), perplexity=dense["perplexity"])]
         shared_peaks, notes = [], []
         for number, candidate in enumerate(self.candidates, start=2):
-            self.progress.row(number, f"{candidate.variant.label} at {candidate.config.ratio:g}")
+            variant, out = candidate.variant, candidate.out
+            self.log.row = f"row {number} of {len(self.candidates) + 1}, {candidate.title}"
             line = self._pruned(candidate)
-            measured = self._measured(candidate.name, candidate.config.out)
+            measured = self._measured(candidate.name, out)
             if not measured["keep"]:
-                files.remove_tree(candidate.config.out)
-            there = candidate.config.out.is_dir()
-            if self.keep and not there:
-                self.progress.say(f"{candidate.name} was measured and removed before; --restart prunes it again")
-            rows.append(
-                Row(
-                    label=candidate.variant.label,
-                    recipe=candidate.variant.recipe,
-                    settings=dict(candidate.variant.settings),
-                    ratio=candidate.job.ratio,
-                    perplexity=measured["perplexity"],
-                    log_gap=math.log(measured["perplexity"]) - level,
-                    out=str(candidate.config.out) if there else None,
-                    **line["figures"],
-                )
+                files.remove_tree(out)
+            kept = out.is_dir()
+            if self.keep and not kept:
+                self.log.say(f"{candidate.name} was measured and removed before; --restart prunes it again")
+            row = Row(
+                label=variant.label,
+                recipe=variant.recipe,
+                settings=dict(variant.settings),
+                ratio=candidate.job.ratio,
+                perplexity=measured["perplexity"],
+                log_gap=math.log(measured["perplexity"]) - math.log(dense["perplexity"]),
+                out=str(out) if kept else None,
+                **line["figures"],
             )
+            rows.append(row)
             shared_peaks += [] if line["own_peak"] else [candidate.name]
             if missed := line.get("ratio_missed"):
-                notes.append(f"{candidate.variant.label} at {candidate.config.ratio:g} {missed}.")
+                notes.append(f"{candidate.title} {missed}.")
         notes += self._budget_notes(rows)
         if shared_peaks:
-            notes.append(
-                f"Host peaks of all that the process had done until then, not of one row: {', '.join(shared_peaks)}."
-            )
+            notes.append(f"Host peaks include earlier work of the same process: {', '.join(shared_peaks)}.")
         return Comparison(
-            model=hub.shown(job.config.model),
+            model=hub.shown(self.job.config.model),
             out=str(self.folder),
             protocol=dense["protocol"],
             settings=self._settings(),
@@ -354,22 +302,20 @@ class _Work:
 
         The line has the row's figures, whether its peak of host memory is its own, and why a ratio is missed, if it is.
         """
-        line = self.journal.find(f"prune/{candidate.name}")
-        if line is not None and self.journal.find(f"eval/{candidate.name}") is None:
-            self._hold(candidate)
+        out, line = candidate.out, self.journal.find(f"prune/{candidate.name}")
         if line is None:
             if self.journal.find(f"begin/{candidate.name}") is None:
                 self.journal.append(f"begin/{candidate.name}", job=candidate.job.header)
             return_freed_memory()
             own_peak = machine.reset_peaks(candidate.job.device)
-            started = time.monotonic() - _spent_before(candidate)
-            result = prune(candidate.config, progress=self.progress)
-            line = self.journal.append(
+            result = prune(candidate.config, progress=self.log)
+            seconds = read_json(out / REPORT)["seconds"]
+            return self.journal.append(
                 f"prune/{candidate.name}",
                 figures={
                     "ratio_blocks": result.ratio_blocks,
                     "parameters": result.parameters_after,
-                    "seconds": read_json(candidate.config.out / REPORT)["seconds"],
+                    "seconds": seconds,
                     "operations": result.operations,
                     "forward_equivalents": result.forward_equivalents,
                     "peak_host_bytes": result.peak_host_bytes,
@@ -377,53 +323,61 @@ class _Work:
                 },
                 own_peak=own_peak,
                 ratio_missed=result.ratio_missed,
-                seconds=round(time.monotonic() - started, 3),
+                seconds=seconds,
             )
-        return line
-
-    def _hold(self, candidate: _Candidate) -> None:
-        """Verify a checkpoint that an earlier process pruned but did not measure; prune again if it is damaged."""
-        out = candidate.config.out
-        if not out.is_dir() or not verify(out, progress=self.progress).sound:
-            self.progress.say(f"{out} is missing, or not what was written there; pruning again")
+        unmeasured = self.journal.find(f"eval/{candidate.name}") is None
+        if unmeasured and not (out.is_dir() and verify(out, progress=self.log).sound):
+            self.log.say(f"{out} is missing or damaged; pruning again")
             files.remove_tree(out)
-            prune(candidate.config, progress=self.progress)
+            prune(candidate.config, progress=self.log)
+        return line
 
     def _measured(self, name: str, model: Path) -> Entry:
         """Measure a row unless that is done; return perplexity, protocol, and whether to keep the checkpoint."""
-        line = self.journal.find(f"eval/{name}")
-        if line is None:
-            started = time.monotonic()
-            measured = self.evaluation.measure(model, self.caches.own, self.progress)
-            seconds = round(time.monotonic() - started, 3)
-            line = self.journal.append(f"eval/{name}", **measured, keep=self.keep, seconds=seconds)
-        return line
+        line, started, config = self.journal.find(f"eval/{name}"), time.monotonic(), self.config
+        if line is not None:
+            return line
+        found = evaluate(
+            model,
+            self.text,
+            seq_len=self.header["eval_seq_len"],
+            device=config.device,
+            dtype=config.dtype,
+            memory=config.memory,
+            cache=self.caches.own,
+            memory_host=config.memory_host,
+            progress=self.log,
+        )
+        seconds = round(time.monotonic() - started, 3)
+        return self.journal.append(
+            f"eval/{name}", perplexity=found.perplexity, protocol=found.protocol, keep=self.keep, seconds=seconds
+        )
 
     def _settings(self) -> dict[str, Any]:
-        job = self.candidates[0].job
+        job, config = self.job, self.job.config
         length = max(candidate.job.length for candidate in self.candidates)
         return {
-            "calibration": ("built-in sample" if job.config.calibration is None else str(job.text)) if length else None,
-            "samples": job.config.samples,
+            "calibration": ("built-in sample" if config.calibration is None else str(job.text)) if length else None,
+            "samples": config.samples,
             "seq_len": length or None,
-            "seed": job.config.seed,
-            "layout": job.config.layout,
-            "round_to": job.config.round_to,
+            "seed": config.seed,
+            "layout": config.layout,
+            "round_to": config.round_to,
             "dtype": machine.dtype_name(job.skeleton.dtype),
             "device": str(job.device),
-            "text": str(self.evaluation.text),
+            "text": str(self.text),
         }
 
     def _budget_notes(self, rows: Sequence[Row]) -> list[str]:
         """Return a note for each ratio at which the recipes' removals differ by more than one step of the widths."""
-        job, notes = self.candidates[0].job, []
-        step, blocks = largest_step(job.sites, job.budget()), job.skeleton.block_parameters()
+        notes, blocks = [], self.job.skeleton.block_parameters()
+        step = largest_step(self.job.sites, self.job.budget())
         for ratio in dict.fromkeys(row.ratio for row in rows[1:]):
             gone = [round(row.ratio_blocks * blocks) for row in rows[1:] if row.ratio == ratio]
             if max(gone) - min(gone) > step:
                 notes.append(
-                    f"At ratio {ratio:g} the recipes removed from {min(gone):,} to {max(gone):,} parameters, "
-                    f"further apart than the largest step, {step:,}."
+                    f"At ratio {ratio:g} the recipes removed between {min(gone):,} and {max(gone):,} parameters, "
+                    f"which differ by more than the largest step, {step:,}."
                 )
         return notes
 
@@ -434,38 +388,15 @@ def _default_folder(model: Path) -> Path:
     return Path(f"{Path(name).name}-compare")
 
 
-def _spent_before(candidate: _Candidate) -> float:
-    """Return the seconds that earlier processes spent on an unfinished row."""
-    path = candidate.job.journal_path
-    return seconds_spent(Journal(path, repair=False)) if path.is_file() else 0.0
-
-
-def _config(model: Path, folder: Path, variant: Variant, ratio: float, common: Mapping[str, Any]) -> Config:
-    """Return the configuration of one row's pruning job."""
-    return Config(
-        model=model,
-        out=folder / ROWS / f"{variant.label}-{ratio}",
-        ratio=ratio,
-        recipe=variant.recipe,
-        settings=variant.settings,
-        **common,
-    )
-
-
-def _variants(recipes: Sequence[str | Variant]) -> list[Variant]:
-    variants = [Variant.parse(given) if isinstance(given, str) else given for given in recipes]
+def _check(variants: Sequence[Variant], ratios: Sequence[float], perplexities: Sequence[float]) -> None:
     if not variants:
         raise ConfigError("no recipes were given")
+    if not ratios:
+        raise ConfigError("no ratios were given")
     labels = [variant.label for variant in variants]
     for label in labels:
         if labels.count(label) > 1:
-            raise ConfigError(f"recipe {label} is given twice; give one of them a label of its own: other={label}")
-    return variants
-
-
-def _check(ratios: Sequence[float], perplexities: Sequence[float]) -> None:
-    if not ratios:
-        raise ConfigError("no ratios were given")
+            raise ConfigError(f"recipe {label} is given twice; give one of them another label: other={label}")
     for ratio in ratios:
         if list(ratios).count(ratio) > 1:
             raise ConfigError(f"ratio {ratio:g} is given twice")
@@ -475,14 +406,12 @@ def _check(ratios: Sequence[float], perplexities: Sequence[float]) -> None:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Check that the folder can be created or belongs to a comparison.
-
-    Raises:
-        ConfigError: it cannot be created, or contains other files.
-    """
+    """Raise ConfigError if the folder cannot be created, or contains files that no comparison writes."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"out is {folder}; {existing} is not a directory")
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name.removesuffix(files.TEMPORARY) not in KNOWN:
-            raise ConfigError(f"out is {folder}, which holds something else: {path.name}")
+            raise ConfigError(
+                f"out is {folder}, which contains {path.name}, a file that streamprune compare did not write"
+            )

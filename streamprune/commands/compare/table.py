@@ -21,6 +21,10 @@ from ...system.units import format_bytes
 
 DENSE = "dense"
 JSON, CSV, MARKDOWN, PLOT = "compare.json", "compare.csv", "compare.md", "compare.png"
+EXPLANATION = (
+    "`removed` is the share of the blocks' parameters that were removed or zeroed; `log gap` is the log-perplexity minus "
+    "that of the dense model; `forwards` is the FLOPs of pruning, in dense forward passes over the calibration set."
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Variant:
     """A recipe with its settings, under a label.
 
     Raises:
-        ConfigError: the label has other characters than letters, digits, - and _, or is that of the dense model.
+        ConfigError: the label is reserved, or has characters other than letters, digits, - and _.
     """
 
     label: str
@@ -37,9 +41,9 @@ class Variant:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.label):
-            raise ConfigError(f"label is {self.label!r}; it must be of letters, digits, - and _")
+            raise ConfigError(f"label is {self.label!r}; it must consist of letters, digits, - and _")
         if self.label == DENSE:
-            raise ConfigError(f"label is {self.label!r}, which is the unpruned model's")
+            raise ConfigError(f"label is {self.label!r}, which is reserved for the unpruned model")
 
     @classmethod
     def parse(cls, text: str) -> Variant:
@@ -48,34 +52,33 @@ class Variant:
         return cls(label, recipe if equals else label)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model of a comparison: the dense model, or a recipe at a ratio."""
+    """One model of a comparison: a recipe at a ratio or, by default, the dense model."""
 
-    label: str
-    recipe: str | None
-    """None for the dense model."""
-    settings: Mapping[str, str]
-    ratio: float
+    label: str = DENSE
+    recipe: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    ratio: float = 0.0
     """Share of the blocks' parameters to remove, as requested."""
-    ratio_blocks: float
+    ratio_blocks: float = 0.0
     """Share of the blocks' parameters removed or zeroed."""
     parameters: int
     """Parameters of the whole model after pruning, including zeros."""
     perplexity: float
-    log_gap: float
+    log_gap: float = 0.0
     """Log-perplexity minus that of the dense model."""
-    seconds: float
+    seconds: float = 0.0
     """Seconds of pruning, over all processes that worked on it."""
-    operations: int
+    operations: int = 0
     """FLOPs of pruning."""
-    forward_equivalents: float
+    forward_equivalents: float = 0.0
     """FLOPs of pruning, in dense forward passes over the calibration set."""
-    peak_host_bytes: int | None
-    """Peak bytes of the process that finished the pruning; None for the dense model."""
-    peak_device_bytes: int | None
-    """Peak bytes on the device during pruning; None for the dense model."""
-    out: str | None
+    peak_host_bytes: int | None = None
+    """Peak bytes of the process that finished the pruning."""
+    peak_device_bytes: int | None = None
+    """Peak bytes on the device during pruning."""
+    out: str | None = None
     """Path of the checkpoint, if it was kept."""
 
 
@@ -88,7 +91,7 @@ class Reached:
     ratio: float | None
     """None outside the measured range."""
     text: str
-    """The ratio or, outside the measured range, the side it lies on."""
+    """The ratio or, outside the measured range, its bound."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,11 @@ class Comparison:
 
     def reached_cells(self) -> list[list[str]]:
         """Return the table of ratios at which each recipe reaches the requested perplexities; empty without any."""
-        asked = list(dict.fromkeys(entry.perplexity for entry in self.reached))
-        if not asked:
-            return []
-        found = {(entry.label, entry.perplexity): entry.text for entry in self.reached}
-        labels = dict.fromkeys(entry.label for entry in self.reached)
-        heading = ["ratio at perplexity", *(f"{perplexity:g}" for perplexity in asked)]
-        return [heading] + [[label, *(found[label, perplexity] for perplexity in asked)] for label in labels]
+        lines: dict[str, list[str]] = {}
+        for entry in self.reached:
+            lines.setdefault(entry.label, [entry.label]).append(entry.text)
+        asked = dict.fromkeys(entry.perplexity for entry in self.reached)
+        return [["ratio at perplexity", *(f"{each:g}" for each in asked)], *lines.values()] if lines else []
 
     def write(self, folder: Path, *, plot: bool) -> None:
         """Durably write the files of the table to a folder."""
@@ -153,27 +154,27 @@ class Comparison:
 
     def _csv(self) -> str:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Row))
+        writer = csv.DictWriter(text, [each.name for each in fields(Row)], lineterminator="\n")
+        writer.writeheader()
         for row in self.as_dict()["rows"]:
-            writer.writerow({**row, "settings": " ".join(f"{k}={v}" for k, v in row["settings"].items())}.values())
+            writer.writerow({**row, "settings": " ".join(f"{k}={v}" for k, v in row["settings"].items())})
         return text.getvalue()
 
     def _markdown(self) -> str:
-        parts = [f"# {Path(self.model).name}, pruned by {len({row.label for row in self.rows}) - 1} recipes"]
-        parts += ["\n".join(_pipes(table)) for table in (self.cells(), self.reached_cells()) if table]
-        parts += [
-            "`removed` is the share of the blocks' parameters that went or became zero, `log gap` the log-perplexity above the dense model's, "
-            "`forwards` the operations of pruning in dense forward passes over the calibration set.",
-            f"Perplexity: {self.protocol}.",
-            "Settings: " + ", ".join(f"{name} {value}" for name, value in self.settings.items()) + ".",
-        ]
-        chosen = {row.label: row for row in self.rows if row.recipe is not None}
+        recipes = {row.label: row for row in self.rows if row.recipe is not None}
         lines = [
             f"- {label}: recipe `{row.recipe}`" + "".join(f", {name} = {value}" for name, value in row.settings.items())
-            for label, row in chosen.items()
+            for label, row in recipes.items()
         ]
-        parts += ["\n".join(lines), *self.notes]
+        parts = [
+            f"# {Path(self.model).name}, pruned by {len(recipes)} recipes",
+            *("\n".join(_pipes(table)) for table in (self.cells(), self.reached_cells()) if table),
+            EXPLANATION,
+            f"Perplexity: {self.protocol}.",
+            "Settings: " + ", ".join(f"{name} {value}" for name, value in self.settings.items()) + ".",
+            "\n".join(lines),
+            *self.notes,
+        ]
         return "\n\n".join(parts) + "\n"
 
     def _plot(self, path: Path) -> None:
@@ -198,11 +199,7 @@ class Comparison:
 
 
 def require_plotting() -> None:
-    """Check that a plot can be drawn.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Raise ConfigError unless matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("a plot needs matplotlib, which is not installed: pip install 'streamprune[plot]'")
 
@@ -211,7 +208,7 @@ def reach(rows: Sequence[Row], perplexities: Sequence[float]) -> tuple[Reached, 
     """Return the ratio at which every recipe reaches each perplexity. `rows` starts with the dense model."""
     found = []
     for label, line in _lines(rows).items():
-        for perplexity in perplexities:
+        for perplexity in dict.fromkeys(perplexities):
             level = math.log(perplexity)
             ratio = ratio_at(line, level)
             outside = f">{line[-1][0]:.3g}" if level > line[0][1] else "<0"
@@ -232,9 +229,8 @@ def ratio_at(line: Sequence[tuple[float, float]], level: float) -> float | None:
 def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     """Return the points (share removed, log-perplexity) of each recipe, ascending, starting with the dense model."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.recipe is not None:
-            lines.setdefault(row.label, []).append((row.ratio_blocks, math.log(row.perplexity)))
+    for row in rows[1:]:
+        lines.setdefault(row.label, []).append((row.ratio_blocks, math.log(row.perplexity)))
     return {label: [(0.0, math.log(rows[0].perplexity)), *sorted(points)] for label, points in lines.items()}
 
 
