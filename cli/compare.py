@@ -17,7 +17,7 @@ from . import options, show
     "--recipes",
     required=True,
     metavar="NAME,…",
-    help="Recipes; label=NAME names one that is used several times with other settings.",
+    help="Recipes; label=NAME labels one that is used several times with different settings.",
 )
 @click.option("--text", required=True, metavar=options.TEXT, help="Text to measure perplexity on, whole and in order.")
 @click.option(
@@ -26,7 +26,7 @@ from . import options, show
 @click.option(
     "--out",
     type=options.DIRECTORY,
-    help="Folder for the table and the work.  [default: MODEL-compare in the current folder]",
+    help="Folder for the table and intermediate files.  [default: MODEL-compare in the current folder]",
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="LABEL.NAME=VALUE", help="Setting of one recipe; may be repeated."
@@ -46,7 +46,7 @@ from . import options, show
     "--keep", is_flag=True, help="Keep every pruned checkpoint in OUT/rows.  [default: delete each after measuring it]"
 )
 @click.option("--plot", is_flag=True, help="Also draw compare.png; needs the extra: pip install 'streamprune[plot]'.")
-@click.option("--restart", is_flag=True, help="Delete what an earlier comparison left in OUT.")
+@click.option("--restart", is_flag=True, help="Delete an earlier comparison in OUT and start over.")
 @options.output_options
 def compare(
     model: Path,
@@ -59,11 +59,11 @@ def compare(
     quiet: bool,
     **chosen: Any,
 ) -> None:
-    """Prune by several recipes at several ratios, and measure each.
+    """Prune with several recipes at several ratios and measure each.
 
     All use the same text and budget. The command prints a table and writes it to OUT as compare.json, compare.csv and
-    compare.md. After an interruption, run the same command again to resume; with more ratios or recipes it measures only
-    what is missing.
+    compare.md. After an interruption, run the same command again to resume; with more ratios or recipes it adds only the
+    missing rows.
 
     Examples:
 
@@ -78,14 +78,7 @@ def compare(
     common = {**options.machine(**chosen), "disk": options.size(disk, "--disk")}
     options.begin(model, texts=[text, chosen["calibration"]])
     with show.progress(quiet) as progress:
-        found = streamprune.compare(
-            model,
-            ratios=numbers,
-            recipes=variants,
-            text=text,
-            progress=progress,
-            **common,
-        )
+        found = streamprune.compare(model, ratios=numbers, recipes=variants, text=text, progress=progress, **common)
     given = {"model": model, "out": Path(found.out), "ratio": 0.5, "refine": chosen["refine"]}
     options.note_idle(
         quiet, *(streamprune.Config(recipe=each.recipe, settings=each.settings, **given) for each in variants)

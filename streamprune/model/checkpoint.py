@@ -338,11 +338,16 @@ def load_shard(path: Path, digest: str) -> dict[str, Tensor]:
 
 
 class Shard(Mapping[str, Tensor]):
-    """A shard written by `write_shard`, as a mapping that reads each tensor on access."""
+    """A shard written by `write_shard`, as a mapping that reads each tensor on access.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        prefix: leave out tensors whose names do not start with it, and remove it from the other names.
+    """
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
         offset, raw = read_header(path)
-        self._tensors = dict(_entries(path, offset, json.loads(raw)))
+        entries = _entries(path, offset, json.loads(raw))
+        self._tensors = {name.removeprefix(prefix): entry for name, entry in entries if name.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name].read()

@@ -1,7 +1,4 @@
-"""The cost of each site's units by the recipe's measure: a few points per site, for plots.
-
-A survey's findings are removed with the job's folder. These points stay, in a separate file beside the report.
-"""
+"""The cost of each site's units by the recipe's measure: a few points per site, kept beside the report for plots."""
 
 from __future__ import annotations
 

@@ -56,8 +56,9 @@ def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
     shot = Shot(job, number)
     if shot.journalled("allocate") is not None:
         yield job.plan_path, None, shot.named("allocate")
-    for line in shot.survey_lines if job.surveys else ():
-        yield shot.survey_path(int(line["step"].rpartition("/")[2])), line["sha256"], shot.named("forward/")
+    for line in [*shot.steps("forward/"), *shot.steps("backward/")] if job.surveys else ():
+        if "sha256" in line:
+            yield shot.survey_path(int(line["step"].rpartition("/")[2])), line["sha256"], shot.named("forward/")
     made = dict(zip(shards, (line["sha256"] for line in shot.steps("prune/")), strict=False))
     for name, digest in (shot.journalled("pruned") or {"sha256": made})["sha256"].items():
         yield shot.pruned / name, digest, shot.named("prune/" if name in shards else "pruned")

@@ -1,4 +1,4 @@
-"""Whether a job removes what it was asked to remove, to within one unit, and if not, why."""
+"""Explain why a job does not remove what it was asked to remove, to within one unit."""
 
 from __future__ import annotations
 
@@ -40,16 +40,14 @@ class Goal:
             return None
         experts = {site.name for site in self.sites if site.expert is not None}
         alone = [report for report in reports if report.get("left_alone") and report["site"] in experts]
-        done = "made zero" if self.zeros else "removed"
-        if not alone:
-            return self._said(gone, done, self._steps())
-        least = min(alone, key=lambda report: int(report["tokens"]))
-        return self._said(
-            gone,
-            done,
-            f"{len(alone)} of {len(experts)} experts keep all their channels, because fewer calibration tokens reached "
-            f"them than they have channels ({least['site']}: {least['tokens']} tokens, {least['kept']} channels); {REMEDY}",
-        )
+        reason = self._steps()
+        if alone:
+            least = min(alone, key=lambda report: int(report["tokens"]))
+            reason = (
+                f"{len(alone)} of {len(experts)} experts keep all their channels, because fewer calibration tokens reached "
+                f"them than they have channels ({least['site']}: {least['tokens']} tokens, {least['kept']} channels); {REMEDY}"
+            )
+        return self._explain("made zero" if self.zeros else "removed", gone, reason)
 
     def foreseen(self, keeps: Mapping[str, int] | None, tokens: int | None) -> str | None:
         """Explain why the target cannot be met, if that is certain before the work starts; else None.
@@ -58,31 +56,26 @@ class Goal:
             keeps: units to keep by site name, if known.
             tokens: number of calibration tokens; None if the tokens that reach each expert are not counted.
         """
-        most = 0
-        capped: tuple[int, int, int] | None = None
+        most = sum(self._removable(site, keeps) for site in self.sites if site.expert is None)
         experts: dict[int, list[Site]] = {}
         for site in self.sites:
-            if site.expert is None:
-                most += self._removable(site, keeps)
-            else:
+            if site.expert is not None:
                 experts.setdefault(site.block, []).append(site)
+        reason = self._steps()
         for each in experts.values():
             reached, columns = len(each), min(site.columns for site in each)
             if tokens is not None:
                 visits = round(tokens * sum(site.share for site in each))
                 reached = min(reached, visits // columns) if tokens >= columns else 0
             if reached < len(each):
-                capped = reached, len(each), columns
+                reason = (
+                    f"of {tokens} calibration tokens at most {reached} of a block's {len(each)} experts can see as many as "
+                    f"they have channels ({columns}), and the other experts keep all their channels; {REMEDY}"
+                )
             most += sum(sorted((self._removable(site, keeps) for site in each), reverse=True)[:reached])
         if self.target - most <= self.slack:
             return None
-        reason = self._steps()
-        if capped is not None:
-            reason = (
-                f"of {tokens} calibration tokens at most {capped[0]} of a block's {capped[1]} experts can see as many as "
-                f"they have channels ({capped[2]}), and the other experts keep all their channels; {REMEDY}"
-            )
-        return self._said(most, f"can {'make zero' if self.zeros else 'remove'} at most", reason)
+        return self._explain(f"can {'make zero' if self.zeros else 'remove'} at most", most, reason)
 
     def _removable(self, site: Site, keeps: Mapping[str, int] | None) -> int:
         if self.zeros:
@@ -99,7 +92,7 @@ class Goal:
             return "the next step of this layout, the same in all blocks, would remove too much; --layout free has smaller steps"
         return "no further step fits; a smaller --round-to has smaller steps"
 
-    def _said(self, gone: int, verb: str, reason: str) -> str:
+    def _explain(self, verb: str, gone: int, reason: str) -> str:
         whole = self.budget.parameters
         return f"{verb} {gone / whole:.2%} of {self.what} instead of {self.target / whole:.2%}: {reason}"
 

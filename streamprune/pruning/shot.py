@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..jobs.journal import Entry
 from ..model.checkpoint import Shard
 from ..model.site import Site
@@ -150,47 +148,22 @@ class Shot:
         return self.job.folder / f"survey-{index:04}.safetensors"
 
     @property
-    def survey_lines(self) -> list[Entry]:
-        """The steps that wrote findings, one per block, in the order of blocks."""
-        lines = [line for part in ("forward/", "backward/") for line in self.steps(part) if "sha256" in line]
-        return sorted(lines, key=lambda line: int(line["step"].rpartition("/")[2]))
-
-    @property
     def survey(self) -> Survey:
         """The findings on the disk; empty without a survey."""
-        return SurveyFiles(self.skeleton, self.survey_path) if self.job.surveys else {}
+        return SurveyFiles(self) if self.job.surveys else {}
 
 
 class SurveyFiles(Mapping[str, Findings]):
     """A survey's findings by site name, one file per block. Tensors are read on access."""
 
-    def __init__(self, skeleton: Skeleton, path: Any) -> None:
-        self._sites = {site.name: site for site in skeleton.all_sites()}
-        self._path = path
+    def __init__(self, shot: Shot) -> None:
+        self._places = {site.name: (shot.survey_path(site.block), f"{site.place}.") for site in shot.sites}
 
     def __getitem__(self, name: str) -> Findings:
-        site = self._sites[name]
-        return _FindingsFile(self._path(site.block), f"{site.place}.")
+        return Shard(*self._places[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._sites)
-
-
-class _FindingsFile(Mapping[str, Tensor]):
-    def __init__(self, path: Path, prefix: str) -> None:
-        self._shard, self._prefix = Shard(path), prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._shard[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._shard if name.startswith(self._prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __contains__(self, name: object) -> bool:
-        return f"{self._prefix}{name}" in self._shard
+        return len(self._places)
