@@ -409,7 +409,6 @@ def contents(folder: Path) -> dict[str, bytes]:
                     "peak_host_bytes",
                     "peak_device_bytes",
                     "waited",
-                    "busy",
                 )
                 for name in volatile:
                     report.pop(name, None)

@@ -30,61 +30,76 @@ def _free(**options: Any) -> Any:
     return field(metadata={"resume": "free"}, **options)
 
 
-def _agreed(config: Any) -> dict[str, Any]:
-    """Return the fields that must not change on resume, JSON-ready."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["resume"] == "fixed"}
-    return {
-        name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-    }
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """The fields that all jobs have. Fields given as strings become paths."""
 
+    model: Path = _free()
+    """Directory of the source checkpoint, or its name on the hub. Resuming compares its content, not its path."""
+    out: Path = _free()
+    """Directory to create."""
+    samples: int = _fixed(default=128)
+    """Number of windows of text."""
+    seq_len: int | None = _fixed(default=None)
+    """Tokens per window; None takes 2048, or the model's context if that is shorter."""
+    seed: int = _fixed(default=0)
+    dtype: str = _fixed(default="auto")
+    """Dtype in which blocks compute; ``auto`` is the checkpoint's dtype on a GPU and float32 on the CPU."""
+    activations: str = _fixed(default="auto")
+    """Dtype in which activations are stored: see `system.machine.resolve_activations`."""
+    cache: Path | None = _free(default=None)
+    """Folder for activations; None keeps them beside OUT."""
+    device: str = _free(default="auto")
+    memory: int | None = _free(default=None)
+    """Bytes that the device may use; None allows all free memory."""
+    memory_host: int | None = _free(default=None)
+    """Bytes of host memory for activations, in addition to `memory`. None reserves none: the kernel's page cache
+    already keeps written files in free memory."""
 
-def _make_paths(config: Any, *names: str) -> None:
-    """Convert fields given as strings to paths."""
-    for name in names:
-        if isinstance(value := getattr(config, name), str):
-            object.__setattr__(config, name, Path(value))
+    def __post_init__(self) -> None:
+        for name in ("model", "out", "cache", "plan", "teacher"):
+            if isinstance(value := getattr(self, name, None), str):
+                object.__setattr__(self, name, Path(value))
+        for name in ("model", "teacher"):
+            path = getattr(self, name, None)
+            if path is not None and self.out.resolve() == path.resolve():
+                raise ConfigError(f"OUT is {self.out}, the {name} itself")
+        self._check_least(samples=1, seed=0, seq_len=2, memory_host=0)
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2^63")
+        check_dtype(self.dtype)
+        check_device(self.device)
+        self._check_choice(activations=ACTIVATIONS)
 
+    def _check_least(self, **limits: int) -> None:
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
-def _check_apart(out: Path, **others: Path | None) -> None:
-    for name, path in others.items():
-        if path is not None and out.resolve() == path.resolve():
-            raise ConfigError(f"OUT is {out}, the {name} itself")
+    def _check_choice(self, **choices: Sequence[str] | Mapping[str, object]) -> None:
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
-
-def _check_least(config: Any, *limits: tuple[str, int]) -> None:
-    for name, least in limits:
-        if getattr(config, name) < least:
-            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least {least}")
-
-
-def _check_common(config: Any) -> None:
-    """Check the fields that all jobs have."""
-    _check_least(config, ("samples", 1), ("seed", 0))
-    if config.seed >= 2**63:
-        raise ConfigError(f"seed is {config.seed}; it must be below 2^63")
-    if config.seq_len is not None and config.seq_len < 2:
-        raise ConfigError(f"seq_len is {config.seq_len}; it must be at least 2")
-    check_dtype(config.dtype)
-    check_device(config.device)
-    if config.activations not in ACTIVATIONS:
-        raise ConfigError(f"activations is {config.activations!r}; it must be one of {', '.join(ACTIVATIONS)}")
-    if config.memory_host is not None:
-        _check_least(config, ("memory_host", 0))
+    def fixed(self) -> dict[str, Any]:
+        """Return the fields that must not change on resume, JSON-ready."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["resume"] == "fixed"}
+        return {
+            name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+            for name, value in values.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(JobConfig):
     """Configuration of one pruning job.
 
     Raises:
         ConfigError: a value is out of range. The message quotes the value and the range.
     """
 
-    model: Path = _free()
-    """Directory of the source checkpoint, or its name on the hub. Resuming compares its content, not its path."""
-    out: Path = _free()
-    """Directory to create."""
     ratio: float | None = _fixed(default=None)
     """Share of the parameters to remove (see `ratio_of`), in (0, 1); None if a plan file decides."""
     recipe: str = _fixed(default="default")
@@ -94,11 +109,6 @@ class Config:
     """Text from one source or several (see `text.source.Source`); None takes the built-in sample. Resuming compares its
     content, not its path. ``"self"``: text generated by the model. ``"random-tokens"``: tokens drawn uniformly from the
     vocabulary."""
-    samples: int = _fixed(default=128)
-    """Number of windows of calibration text."""
-    seq_len: int | None = _fixed(default=None)
-    """Tokens per sample; None takes 2048, or the model's context if that is shorter."""
-    seed: int = _fixed(default=0)
     layout: str = _fixed(default="free")
     """``"free"``, ``"uniform"`` or ``"decilm"``: see `model.site.LAYOUTS`."""
     round_to: int = _fixed(default=8)
@@ -109,101 +119,51 @@ class Config:
     """What the ratio refers to: all transformer blocks, those of `blocks`, or the model with embeddings and head."""
     refine: int = _fixed(default=0)
     """Steps of block refinement after each pruned block; 0 for none."""
-    dtype: str = _fixed(default="auto")
-    """Dtype in which blocks compute; ``auto`` is the checkpoint's dtype on a GPU and float32 on the CPU."""
-    activations: str = _fixed(default="auto")
-    """Dtype in which activations are stored: see `system.machine.resolve_activations`."""
-    cache: Path | None = _free(default=None)
-    """Folder for activations; None keeps them beside OUT."""
-    device: str = _free(default="auto")
-    memory: int | None = _free(default=None)
-    """Bytes that the device may use; None allows all free memory."""
-    memory_host: int | None = _free(default=None)
-    """Bytes of host memory for activations, in addition to `memory`. None reserves none: the kernel's page cache
-    already keeps written files in free memory."""
     disk: int | None = _free(default=None)
     """Bytes of disk that activations may use; None allows all free space."""
     plan: Path | None = _free(default=None)
     """Plan file that replaces the recipe's allocation, in one shot. The journal stores its digest."""
 
     def __post_init__(self) -> None:
-        _make_paths(self, "model", "out", "cache", "plan")
         if not isinstance(self.calibration, (str, Path, Source)) and self.calibration is not None:
             for word in DATA_FREE:
                 if word in self.calibration:
-                    raise ConfigError(f"calibration {word!r} stands alone; it cannot be one of several sources")
+                    raise ConfigError(f"calibration {word!r} cannot be combined with other sources")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")
         if self.ratio is None and self.plan is None:
-            raise ConfigError("neither a ratio nor a plan file was given; one of them decides what goes")
+            raise ConfigError("give a ratio or a plan file: one of them decides how much is removed")
         if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
             raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
-        if self.ratio_of not in RATIOS_OF:
-            raise ConfigError(f"ratio_of is {self.ratio_of!r}; it must be one of {', '.join(RATIOS_OF)}")
-        _check_apart(self.out, model=self.model)
-        _check_common(self)
-        _check_least(self, ("round_to", 1), ("refine", 0))
-        if self.layout not in LAYOUTS:
-            raise ConfigError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
-
-    def fixed(self) -> dict[str, Any]:
-        """Return the fields that must not change on resume, JSON-ready."""
-        return _agreed(self)
+        super().__post_init__()
+        self._check_least(round_to=1, refine=0)
+        self._check_choice(ratio_of=RATIOS_OF, layout=LAYOUTS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
+class TuneConfig(JobConfig):
     """Configuration of one tuning job.
 
     Raises:
         ConfigError: a value is out of range. The message quotes the value and the range.
     """
 
-    model: Path = _free()
-    """Directory of the checkpoint to tune, pruned or not, or its name on the hub. Resuming compares its content, not
-    its path."""
-    out: Path = _free()
-    """Directory to create."""
     text: Spec | Sequence[Spec] = _free()
     """Text from one source or several (see `text.source.Source`)."""
     teacher: Path | None = _free(default=None)
     """Directory, or name on the hub, of the dense model whose block outputs are the target of `distil`."""
     method: TuneMethod = _free(default="auto")
     """``"lora"``: in memory, end to end. ``"distil"``: streamed, block by block. A resumed job keeps its method."""
-    samples: int = _fixed(default=128)
-    """Number of windows of text."""
-    seq_len: int | None = _fixed(default=None)
-    """Tokens per sample; None takes 2048, or the model's context if that is shorter."""
-    seed: int = _fixed(default=0)
     rank: int = _fixed(default=8)
     """Largest rank of the update of a linear."""
     steps: int = _fixed(default=200)
     """Training steps: of the whole model for `lora`, of each block for `distil`."""
     rate: float | None = _fixed(default=None)
     """Adam's learning rate at the first step; it falls linearly to zero. None: 1e-3 for `lora`, 3e-3 for `distil`."""
-    dtype: str = _fixed(default="auto")
-    """Dtype in which blocks compute; ``auto`` is the checkpoint's dtype on a GPU and float32 on the CPU."""
-    activations: str = _fixed(default="auto")
-    """Dtype in which activations are stored: see `system.machine.resolve_activations`."""
-    cache: Path | None = _free(default=None)
-    """Folder for activations; None keeps them beside OUT."""
-    device: str = _free(default="auto")
-    memory: int | None = _free(default=None)
-    """Bytes that the device may use; None allows all free memory."""
-    memory_host: int | None = _free(default=None)
-    """Bytes of host memory for activations, in addition to `memory`. None reserves none: the kernel's page cache
-    already keeps written files in free memory."""
 
     def __post_init__(self) -> None:
-        _make_paths(self, "model", "out", "teacher", "cache")
-        _check_apart(self.out, model=self.model, teacher=self.teacher)
-        _check_common(self)
-        _check_least(self, ("rank", 1), ("steps", 1))
+        super().__post_init__()
+        self._check_least(rank=1, steps=1)
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise ConfigError(f"rate is {self.rate:g}; it must be positive and finite")
-        if self.method not in TUNE_METHODS:
-            raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(TUNE_METHODS)}")
-
-    def fixed(self) -> dict[str, Any]:
-        """Return the fields that must not change on resume, JSON-ready."""
-        return _agreed(self)
+        self._check_choice(method=TUNE_METHODS)

@@ -8,60 +8,55 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from ..maths.flops import KINDS, FlopCounter, Kind
+from ..maths.flops import KINDS, FlopCounter
 from ..system.machine import Peaks
 from ..system.ranks import ALONE, Ranks
-from ..system.timing import difference, total, watching
+from ..system.timing import waited
 from .journal import Entry, Journal
 
 
 @contextmanager
 def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Make `journal.append` record FLOPs, `seconds`, `memory` (bytes), and the seconds `waited` and `busy`.
-
-    See `system.timing` for the last two.
+    """Make `journal.append` record FLOPs, `seconds`, `memory` (bytes), and the seconds `waited` for disk.
 
     With several ranks, FLOPs are summed, memory is the largest of any rank, and seconds are those of the first rank.
 
     Args:
         started: monotonic time in seconds from which the first line counts.
     """
-    told, told_seconds = dict.fromkeys(KINDS, 0), started
+    last_flops, last_waited, last_time = dict.fromkeys(KINDS, 0), waited(), started
     peaks.lap()
-    with FlopCounter() as counter, watching() as occupancy:
-        told_occupancy = occupancy.so_far()
+    with FlopCounter() as counter:
 
-        def spent() -> Entry:
-            nonlocal told, told_seconds, told_occupancy
-            kinds, now = dict(counter.kinds), time.monotonic()
-            since = {kind: count - told[kind] for kind, count in kinds.items()}
-            seconds = round(now - told_seconds, 3)
-            told, told_seconds = kinds, now
-            before, told_occupancy = told_occupancy, occupancy.so_far()
-            everyone = ranks.gather((since, peaks.lap()))
-            since = {kind: sum(each[kind] for each, _ in everyone) for kind in kinds}
-            memory = _most([lap for _, lap in everyone])
-            return {**as_entry(since), "seconds": seconds, "memory": memory, **difference(told_occupancy, before)}
+        def since_last_line() -> Entry:
+            nonlocal last_flops, last_waited, last_time
+            before = last_flops, last_waited, last_time
+            last_flops, last_waited, last_time = dict(counter.kinds), waited(), time.monotonic()
+            ours = {kind: last_flops[kind] - before[0][kind] for kind in KINDS}
+            all_flops, laps = zip(*ranks.gather((ours, peaks.lap())), strict=True)
+            flops = {kind: sum(each[kind] for each in all_flops) for kind in KINDS}
+            return {
+                "operations": sum(flops.values()),
+                "operations_by_kind": flops,
+                "seconds": round(last_time - before[2], 3),
+                "memory": {**_largest(laps), "own": all(lap["own"] for lap in laps)},
+                "waited": {kind: round(last_waited[kind] - before[1][kind], 3) for kind in last_waited},
+            }
 
-        journal.meter = spent
+        journal.meter = since_last_line
         yield
 
 
-def _most(laps: list[Entry]) -> Entry:
-    """Return the largest memory that any rank held during a step, in bytes."""
-    held = {
-        name: max((lap[name] for lap in laps if lap[name] is not None), default=None)
+def _largest(entries: Sequence[Entry]) -> Entry:
+    """Return the largest memory of any entry, in bytes; None where no entry has a measurement."""
+    return {
+        name: max((each[name] for each in entries if each.get(name) is not None), default=None)
         for name in ("host_bytes", "device_bytes")
     }
-    return {**held, "own": all(lap["own"] for lap in laps)}
-
-
-def as_entry(kinds: Mapping[Kind, int]) -> Entry:
-    """Return FLOPs as journal fields: in total and by kind."""
-    return {"operations": sum(kinds.values()), "operations_by_kind": dict(kinds)}
 
 
 _BLOCK = re.compile(r"shot-\d+/(forward|backward|prune)/(\d+)")
@@ -71,35 +66,35 @@ def by_block(journal: Journal) -> list[Entry]:
     """Return the cost of each block over all shots: seconds of survey and prune sweep, peak bytes of both together."""
     found: dict[int, Entry] = {}
     for step in journal.steps():
-        match = _BLOCK.fullmatch(step["step"])
-        if match is None:
+        if (match := _BLOCK.fullmatch(step["step"])) is None:
             continue
         block = int(match[2])
         entry = found.setdefault(block, {"block": block, "survey_seconds": 0.0, "prune_seconds": 0.0})
         name = "prune_seconds" if match[1] == "prune" else "survey_seconds"
         entry[name] = round(entry[name] + step.get("seconds", 0.0), 3)
         if (memory := step.get("memory")) is not None:
-            for peak in ("host_bytes", "device_bytes"):
-                entry[peak] = max((size for size in (entry.get(peak), memory[peak]) if size is not None), default=None)
+            entry |= _largest([entry, memory])
             entry["own_peak"] = entry.get("own_peak", True) and memory["own"]
     return [found[block] for block in sorted(found)]
 
 
 def peaks(journal: Journal) -> Entry:
     """Return the peak memory of any step, in bytes; None if no line records it."""
-    held = [step["memory"] for step in journal.steps() if "memory" in step]
-    found = {}
-    for name in ("host_bytes", "device_bytes"):
-        found[f"peak_{name}"] = max((each[name] for each in held if each[name] is not None), default=None)
-    return found
+    largest = _largest([step["memory"] for step in journal.steps() if "memory" in step])
+    return {f"peak_{name}": size for name, size in largest.items()}
 
 
-def totals(journal: Journal, prefix: str = "") -> Entry:
-    """Sum FLOPs, seconds and occupancy of all finished steps whose name begins with `prefix`."""
-    spent = list(journal.steps(prefix))
-    kinds = [each.get("operations_by_kind", {}) for each in spent]
+def totals(journal: Journal) -> Entry:
+    """Sum FLOPs, seconds and waiting of all finished steps."""
+    steps = list(journal.steps())
+
+    def summed(field: str, kinds: Sequence[str]) -> dict[str, Any]:
+        return {kind: sum(step.get(field, {}).get(kind, 0) for step in steps) for kind in kinds}
+
+    flops = summed("operations_by_kind", KINDS)
     return {
-        **as_entry({kind: sum(each.get(kind, 0) for each in kinds) for kind in KINDS}),
-        "seconds": round(sum(each.get("seconds", 0.0) for each in spent), 3),
-        **total(spent),
+        "operations": sum(flops.values()),
+        "operations_by_kind": flops,
+        "seconds": round(sum(step.get("seconds", 0.0) for step in steps), 3),
+        "waited": {kind: round(seconds, 3) for kind, seconds in summed("waited", ("read", "write")).items()},
     }

@@ -45,9 +45,7 @@ class Result:
     bytes_read: int
     """Bytes that this process read from the checkpoint."""
     waited: dict[str, float]
-    """Seconds of the whole job spent waiting for reads, writes or copies, by kind."""
-    busy: dict[str, float]
-    """Seconds of the whole job with reads, writes or copies in progress, by kind; much of it overlaps computation."""
+    """Seconds of the whole job spent waiting for disk, by kind: ``read`` and ``write``."""
     resumed: bool
     """Whether an earlier process did some of the work."""
 
@@ -67,6 +65,5 @@ class Result:
             peak_host_bytes=host,
             bytes_read=job.skeleton.checkpoint.bytes_read,
             waited=report.get("waited", {}),
-            busy=report.get("busy", {}),
             resumed=job.resumed,
         )

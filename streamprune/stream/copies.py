@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..system.timing import copied
-
 Taken = Callable[[], list[Tensor]]
 """Wait for a copy and return the copied tensors."""
 
@@ -28,7 +26,7 @@ class Cuda:
 
     def record(self, stream: Any) -> Any:
         """Record an event on the stream: it happens once all work queued so far is done."""
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(stream)
         return event
 
@@ -37,13 +35,6 @@ class Cuda:
 
     def finish(self, event: Any) -> None:
         event.synchronize()
-
-    def happened(self, event: Any) -> bool:
-        return bool(event.query())
-
-    def seconds(self, first: Any, second: Any) -> float:
-        """Return the seconds between two events that have happened."""
-        return float(first.elapsed_time(second)) / 1000
 
     def copy(self, stream: Any, source: Tensor, *, to_host: bool) -> Tensor:
         """Queue a copy into new memory on the stream. Host memory, whether source or target, is pinned."""
@@ -68,7 +59,6 @@ class Copies:
         self._engine = engine
         if engine is not None:
             self._inward, self._outward = engine.stream(), engine.stream()
-        self._timed: list[tuple[Any, Any]] = []
 
     @classmethod
     def of(cls, device: torch.device) -> Copies:
@@ -79,19 +69,14 @@ class Copies:
         engine = self._engine
         if engine is None:
             return lambda: list(tensors)
-        stream = self._inward
-        first = engine.record(stream)
-        there = [engine.copy(stream, tensor, to_host=False) for tensor in tensors]
-        done = engine.record(stream)
-        self._timed.append((first, done))
+        there = [engine.copy(self._inward, tensor, to_host=False) for tensor in tensors]
+        done = engine.record(self._inward)
 
         def take() -> list[Tensor]:
             current = engine.current()
             engine.wait(current, done)
             for tensor in there:
                 engine.keep(tensor, current)
-            while self._timed and engine.happened(self._timed[0][1]):
-                copied(engine.seconds(*self._timed.pop(0)))
             return there
 
         return take
@@ -103,7 +88,6 @@ class Copies:
             return lambda: list(tensors)
         stream = self._outward
         engine.wait(stream, engine.record(engine.current()))
-        first = engine.record(stream)
         here = [engine.copy(stream, tensor, to_host=True) for tensor in tensors]
         done = engine.record(stream)
         for tensor in tensors:
@@ -111,7 +95,6 @@ class Copies:
 
         def take() -> list[Tensor]:
             engine.finish(done)
-            copied(engine.seconds(first, done))
             return here
 
         return take

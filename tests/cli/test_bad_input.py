@@ -98,7 +98,7 @@ def test_settings(arguments: list[str], message: str, run: Callable[..., Result]
 
 
 def test_neither_ratio_nor_plan(run: Callable[..., Result], tmp_path: Path) -> None:
-    refused(run(ratio=None), "neither a ratio nor a plan file was given", 2, tmp_path)
+    refused(run(ratio=None), "give a ratio or a plan file", 2, tmp_path)
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -53,7 +53,6 @@ def test_run_prints_one_object_and_nothing_else_on_stdout(arguments: list[str], 
         "peak_host_bytes",
         "bytes_read",
         "waited",
-        "busy",
         "resumed",
     ]
     assert result["out"] == str(tmp_path / "out")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from streamprune.system.threads import MAX_PENDING, Background
-from streamprune.system.timing import spent, waiting, watching
+from streamprune.system.timing import waited, waiting
 
 
 def test_in_order_in_another_thread_and_done_at_the_end() -> None:
@@ -80,19 +80,19 @@ def test_whoever_leaves_by_an_error_waits_for_what_is_under_way_only() -> None:
     assert done == ["slow"]
 
 
-def test_waiting_and_work_are_told_apart() -> None:
-    def work() -> None:
-        with spent("write"), spent("read"):  # all of it is writing
-            time.sleep(0.02)
+def test_only_time_in_which_the_thread_itself_is_blocked_counts() -> None:
+    before = waited()
+    with Background() as background:
+        background.submit(own_read)
+        background.submit(lambda: None)
+    after = waited()
+    assert after["read"] == before["read"]
+    assert 0.005 < after["write"] - before["write"] < 0.2
+    own_read()
+    assert waited()["read"] - before["read"] >= 0.01
+    assert waited()["write"] == after["write"]
 
-    with watching() as outer:
-        with watching() as occupancy, Background() as background:
-            background.submit(work)
-        with spent("read"), waiting("write"):
-            time.sleep(0.01)
-    assert occupancy.busy["write"] >= 0.02
-    assert occupancy.busy["read"] == 0
-    assert 0.005 < occupancy.waited["write"] < 0.2
-    assert occupancy.waited["read"] == 0
-    assert outer.waited["read"] >= 0.01
-    assert outer.busy["write"] == occupancy.busy["write"]
+
+def own_read() -> None:
+    with waiting("read"), waiting("write"):  # all of it is reading
+        time.sleep(0.02)

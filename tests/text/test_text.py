@@ -566,7 +566,7 @@ def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_data_free_calibration_stands_alone(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'self' stands alone"):
+    with pytest.raises(ConfigError, match="'self' cannot be combined with other sources"):
         Config(model=tmp_path, out=tmp_path / "out", ratio=0.3, calibration=["self", "a.txt"])
 
 
