@@ -471,7 +471,8 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
         while True:
             with _disk_errors("make", parent / prefix):
                 folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(remove_empty_folder, folder)
+            stack.callback(empty_folder, folder)
             with suppress(ResumeError):  # another process took it for a left-over one and is removing it
                 stack.enter_context(locked(folder / "lock"))
                 break
