@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
+from gguf import GGUFWriter, RopeScalingType
 from torch import Tensor
 
 from ...errors import CheckpointError
@@ -13,6 +13,16 @@ from ...model.hub import title
 from ...model.skeleton import Skeleton
 from ...model.upstream import rotary_frequencies
 from .runtime import Runtime, are_alike
+
+_SCALES = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention_scale",
+    "logits_scaling": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""Scales of Granite and Gemma 2: fields of the config, with their names in `GGUFWriter`."""
 
 _YARN = {
     "attention_factor": None,
@@ -23,8 +33,6 @@ _YARN = {
     "truncate": True,
 }
 """YaRN settings that some of llama.cpp's programs assume, whatever the file says."""
-
-_EPSILONS = ("layer_norm_epsilon", "norm_epsilon")
 
 
 def context_of(skeleton: Skeleton, runtime: Runtime) -> tuple[int, int | None]:
@@ -39,8 +47,8 @@ def context_of(skeleton: Skeleton, runtime: Runtime) -> tuple[int, int | None]:
     return (window, window) if window and window < context and not runtime.slides else (context, None)
 
 
-def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int) -> None:
-    """Add all metadata but the vocabulary and the rotary embedding to a `GGUFWriter`."""
+def add_metadata(writer: GGUFWriter, skeleton: Skeleton, runtime: Runtime, context: int) -> None:
+    """Add all metadata but the vocabulary and the rotary embedding."""
     config, sites = skeleton.config, skeleton.all_sites()
     attention = [site for site in sites if site.kind == "attention"]
     widths = {
@@ -60,9 +68,10 @@ def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int
     if (epsilon := getattr(config, "rms_norm_eps", None)) is not None:
         writer.add_layer_norm_rms_eps(epsilon)
     else:
-        writer.add_layer_norm_eps(next(e for name in _EPSILONS if (e := getattr(config, name, None)) is not None))
-    for name, stored in runtime.scales.items():
-        if (value := getattr(config, name)) is not None:
+        epsilon = getattr(config, "layer_norm_epsilon", None)  # GPT-2's; the other is StarCoder2's
+        writer.add_layer_norm_eps(config.norm_epsilon if epsilon is None else epsilon)
+    for name, stored in _SCALES.items():
+        if (value := getattr(config, name, None)) is not None:
             getattr(writer, f"add_{stored}")(float(value))
     if runtime.slides:
         writer.add_sliding_window(config.sliding_window)
@@ -72,53 +81,43 @@ def add_metadata(writer: Any, skeleton: Skeleton, runtime: Runtime, context: int
         writer.add_expert_feed_forward_length(widths["feed_forward_length"][0])
 
 
-def add_rotary(writer: Any, skeleton: Skeleton, runtime: Runtime, head_width: int) -> Tensor | None:
-    """Add the rotary embedding to a `GGUFWriter`.
+def add_rotary(writer: GGUFWriter, skeleton: Skeleton, runtime: Runtime) -> Tensor | None:
+    """Add the rotary embedding.
 
     Returns:
-        (head_width / 2,) float32: factors by which the frequencies are divided; None if the model has none.
+        (head_width / 2,) float32: factors by which the frequencies are divided, if the embedding has them.
 
     Raises:
         CheckpointError: llama.cpp does not support the embedding.
     """
-    from gguf.constants import RopeScalingType
-
-    rope: Mapping[str, Any] | None = getattr(skeleton.config, "rope_parameters", None)
-    if rope is None:
+    given: dict[str, Any] | None = getattr(skeleton.config, "rope_parameters", None)
+    if given is None:
         return None
-    where = skeleton.checkpoint.directory
-    if (sliding := rope.get("sliding_attention")) is not None:
-        if sliding.get("rope_type", "default") != "default" or sliding["rope_theta"] != 10000.0:
-            raise CheckpointError(
-                f"{where}: sliding attention turns by {dict(sliding)}; llama.cpp takes a base of 10000"
-            )
-        rope = rope["full_attention"]
-    kind = rope.get("rope_type", "default")
-    share = rope.get("partial_rotary_factor", 1.0)
-    if share != 1.0:
-        raise CheckpointError(
-            f"{where}: only {share:g} of each head is rotated, which llama.cpp's {runtime.name} cannot do"
-        )
+    rope = given.get("full_attention", given)
+    head_width, kind, theta = skeleton.sites(0)[0].head_width, rope.get("rope_type", "default"), rope["rope_theta"]
     writer.add_rope_dimension_count(head_width)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_rope_freq_base(float(theta))
+    supported = rope.get("partial_rotary_factor", 1.0) == 1.0
+    # Gemma 3's sliding layers, for which llama.cpp has no settings.
+    supported &= given.get("sliding_attention", {}).get("rope_theta", 10000.0) == 10000.0
+    factors: Tensor | None = None
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind == "yarn" and all(rope.get(name, usual) == usual for name, usual in _YARN.items()):
+    elif kind == "yarn":
+        supported &= all(rope.get(name, usual) == usual for name, usual in _YARN.items())
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         original = rope.get("original_max_position_embeddings") or skeleton.config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(int(original))
-    elif kind == "llama3" and runtime.factors:
-        return _factors(skeleton, rope, head_width)
-    elif kind != "default":
+    elif kind == "llama3":
+        supported &= runtime.factors
+        plain = 1.0 / theta ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+        factors = plain / rotary_frequencies(skeleton.config, kind)
+    else:
+        supported &= kind == "default"
+    if not supported:
         raise CheckpointError(
-            f"{where}: llama.cpp's {runtime.name} has no rotary embedding of type {kind!r} with its settings"
+            f"{skeleton.checkpoint.directory}: llama.cpp's {runtime.name} does not support the rotary embedding {given}"
         )
-    return None
-
-
-def _factors(skeleton: Skeleton, rope: Mapping[str, Any], head_width: int) -> Tensor:
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    factors: Tensor = plain / rotary_frequencies(skeleton.config, rope["rope_type"])
     return factors

@@ -1,14 +1,13 @@
 """Table of llama.cpp's architectures: which one can represent a checkpoint, and what must be converted for it.
 
 llama.cpp builds most architectures with one number of heads and one FFN width; a few take numbers per block.
-Checkpoints that none of them can represent are rejected here, before anything is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from functools import partial
 from typing import Any
 
 from ...errors import CheckpointError
@@ -24,41 +23,29 @@ class Runtime:
     name: str
     activation: str = "silu"
     """Activation of the FFN, by transformers' name. It is fixed by the architecture."""
-    biases: frozenset[str] = frozenset()
-    """Linears that may have a bias."""
-    paired: frozenset[str] = frozenset()
-    """Linears whose rows per head must be reordered as ``0, d/2, 1, d/2+1, ...``: the rotary embedding rotates
-    neighbouring pairs."""
-    fused: Mapping[str, Sequence[str]] = field(default_factory=lambda: MappingProxyType({}))
-    """Fused tensors, by llama.cpp's name: the linears whose rows they concatenate."""
+    biases: tuple[str, ...] = ()
+    """Prefixes of the linears that may have a bias."""
+    paired: bool = False
+    """Whether the rotary embedding rotates neighbouring pairs: each head's rows in the query and key projections must be
+    reordered as ``0, d/2, 1, d/2+1, ...``."""
+    fused: bool = False
+    """Whether the rows of the query, key and value projections are concatenated in one tensor."""
+    transposed: bool = False
+    """Whether transformers stores the blocks' matrices transposed (its `Conv1D`)."""
     factors: bool = False
     """Whether it divides the rotary frequencies by a tensor of factors."""
-    own_head: bool = True
-    """Whether the head may differ from the embedding."""
-    full_heads: bool = False
-    """Whether all query heads together must be as wide as the residual stream."""
+    tied: bool = False
+    """Whether the head must be the embedding."""
     stored_head: bool = False
     """Whether the head must be stored even if it is tied to the embedding."""
+    full_heads: bool = False
+    """Whether all query heads together must be as wide as the residual stream."""
     slides: bool = False
     """Whether it supports the sliding windows of the model."""
     norm_shift: float = 0.0
     """Constant to add to the weights of norms."""
-    scales: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Fields of the config to store in the file, with their names there."""
-    assumes: Mapping[str, Callable[[Any], Any]] = field(default_factory=lambda: MappingProxyType({}))
+    assumes: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     """Fields of the config that it assumes, with a function from the config to the assumed value."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How llama.cpp runs one `model_type`."""
-
-    uniform: Runtime
-    """Architecture for blocks of equal widths."""
-    free: Runtime | None = None
-    """Architecture with widths per block; None if llama.cpp has none that fits."""
-    obstacle: str = ""
-    """Why there is none, for messages."""
 
 
 def _sliding(period: int) -> Callable[[Any], list[str]]:
@@ -72,105 +59,64 @@ def _query_scale(largest: int) -> Callable[[Any], int]:
     return lambda c: c.hidden_size // c.num_attention_heads if c.num_hidden_layers == largest else c.head_dim
 
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_FFN = frozenset(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
-_PAIRED = frozenset(_QKV[:2])
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-LLAMA = Runtime("llama", biases=frozenset((*_QKV, "self_attn.o_proj")) | _FFN, paired=_PAIRED, factors=True)
-DECI = Runtime("deci", biases=_FFN, paired=_PAIRED, factors=True)
-QWEN2 = Runtime("qwen2", biases=frozenset(_QKV))
+_gemma = partial(Runtime, activation="gelu_pytorch_tanh", slides=True, norm_shift=1.0, tied=True)
+LLAMA = Runtime("llama", biases=("self_attn.", "mlp."), paired=True, factors=True)
+DECI = Runtime("deci", biases=("mlp.",), paired=True, factors=True)
+QWEN2 = Runtime("qwen2", biases=QKV)
 QWEN3 = Runtime("qwen3")
-OPENELM = Runtime("openelm", fused=MappingProxyType({"attn_qkv": _QKV}), own_head=False)
-GPT2 = Runtime(
-    "gpt2",
-    activation="gelu_new",
-    biases=frozenset(("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
-    full_heads=True,
-)
-
-GRANITE = Runtime(
-    "granite",
-    biases=LLAMA.biases,
-    paired=_PAIRED,
-    scales=MappingProxyType(
-        {
-            "embedding_multiplier": "embedding_scale",
-            "residual_multiplier": "residual_scale",
-            "attention_multiplier": "attention_scale",
-            "logits_scaling": "logit_scale",
-        }
-    ),
-)
+OPENELM = Runtime("openelm", fused=True, tied=True)
+GPT2 = Runtime("gpt2", activation="gelu_new", biases=("attn.", "mlp."), transposed=True, full_heads=True)
+GRANITE = Runtime("granite", biases=LLAMA.biases, paired=True)
 SMOLLM3 = Runtime(
     "smollm3",
-    paired=_PAIRED,
-    assumes=MappingProxyType({"no_rope_layers": lambda c: [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)]}),
+    paired=True,
+    assumes={"no_rope_layers": lambda c: [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)]},
 )
-GEMMA2 = Runtime(
-    "gemma2",
-    activation="gelu_pytorch_tanh",
-    slides=True,
-    norm_shift=1.0,
-    own_head=False,
-    scales=MappingProxyType(
-        {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-    ),
-    assumes=MappingProxyType({"query_pre_attn_scalar": _query_scale(46), "layer_types": _sliding(2)}),
-)
-GEMMA3 = Runtime(
+GEMMA2 = _gemma("gemma2", assumes={"query_pre_attn_scalar": _query_scale(46), "layer_types": _sliding(2)})
+GEMMA3 = _gemma(
     "gemma3",
-    activation="gelu_pytorch_tanh",
-    slides=True,
-    norm_shift=1.0,
-    own_head=False,
-    assumes=MappingProxyType(
-        {
-            "query_pre_attn_scalar": _query_scale(62),
-            "layer_types": _sliding(6),
-            "final_logit_softcapping": lambda c: None,
-            "attn_logit_softcapping": lambda c: None,
-        }
-    ),
+    assumes={
+        "query_pre_attn_scalar": _query_scale(62),
+        "layer_types": _sliding(6),
+        "final_logit_softcapping": lambda c: None,
+        "attn_logit_softcapping": lambda c: None,
+    },
 )
 OLMO2 = Runtime("olmo2", full_heads=True, stored_head=True)
 PHI3 = Runtime("phi3", full_heads=True)
 STARCODER2 = Runtime(
     "starcoder2",
     activation="gelu_pytorch_tanh",
-    biases=frozenset((*_QKV, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj")),
+    biases=LLAMA.biases,
     full_heads=True,
-    assumes=MappingProxyType({"use_bias": lambda c: True}),
+    assumes={"use_bias": lambda c: True},
 )
 QWEN3_MOE = Runtime(
     "qwen3moe",
-    assumes=MappingProxyType(
-        {"norm_topk_prob": lambda c: True, "decoder_sparse_step": lambda c: 1, "mlp_only_layers": lambda c: []}
-    ),
+    assumes={"norm_topk_prob": lambda c: True, "decoder_sparse_step": lambda c: 1, "mlp_only_layers": lambda c: []},
 )
-OLMOE = Runtime(
-    "olmoe", full_heads=True, stored_head=True, assumes=MappingProxyType({"norm_topk_prob": lambda c: False})
-)
+OLMOE = Runtime("olmoe", full_heads=True, stored_head=True, assumes={"norm_topk_prob": lambda c: False})
 
-_ALIKE = "it builds every block from the same numbers"
-RUNTIMES = {
-    "llama": Entry(LLAMA, DECI),
-    "mistral": Entry(LLAMA, DECI),
-    "qwen2": Entry(
-        QWEN2, obstacle="none of its architectures with a number a block takes the biases of qwen2's attention"
-    ),
-    "qwen3": Entry(QWEN3, OPENELM),
-    "gpt2": Entry(GPT2, obstacle=_ALIKE),
-    "granite": Entry(GRANITE, obstacle=_ALIKE),
-    "smollm3": Entry(SMOLLM3, obstacle=_ALIKE),
-    "gemma2": Entry(GEMMA2, obstacle=_ALIKE),
-    "gemma3_text": Entry(GEMMA3, obstacle=_ALIKE),
-    "olmo2": Entry(OLMO2, obstacle=_ALIKE),
-    "phi3": Entry(PHI3, obstacle=_ALIKE),
-    "starcoder2": Entry(STARCODER2, obstacle=_ALIKE),
-    "mixtral": Entry(LLAMA, obstacle=_ALIKE),
-    "qwen3_moe": Entry(QWEN3_MOE, obstacle=_ALIKE),
-    "olmoe": Entry(OLMOE, obstacle=_ALIKE),
+RUNTIMES: dict[str, tuple[Runtime, Runtime | None]] = {
+    "llama": (LLAMA, DECI),
+    "mistral": (LLAMA, DECI),
+    "qwen2": (QWEN2, None),
+    "qwen3": (QWEN3, OPENELM),
+    "gpt2": (GPT2, None),
+    "granite": (GRANITE, None),
+    "smollm3": (SMOLLM3, None),
+    "gemma2": (GEMMA2, None),
+    "gemma3_text": (GEMMA3, None),
+    "olmo2": (OLMO2, None),
+    "phi3": (PHI3, None),
+    "starcoder2": (STARCODER2, None),
+    "mixtral": (LLAMA, None),
+    "qwen3_moe": (QWEN3_MOE, None),
+    "olmoe": (OLMOE, None),
 }
+"""By `model_type`: the architecture for blocks of equal widths, and the one with widths per block, if there is one."""
 
 
 def choose(skeleton: Skeleton) -> Runtime:
@@ -180,22 +126,21 @@ def choose(skeleton: Skeleton) -> Runtime:
         CheckpointError: none can. The message says why, and which option of `run` avoids it.
     """
     where, model_type = skeleton.checkpoint.directory, skeleton.architecture.model_type
-    entry = RUNTIMES.get(model_type)
-    if entry is None:
+    if model_type not in RUNTIMES:
         raise CheckpointError(
             f"{where}: export knows no GGUF architecture for model_type {model_type!r}; it knows {', '.join(sorted(RUNTIMES))}"
         )
-    sites = skeleton.all_sites()
-    if are_alike(sites):
-        runtime = entry.uniform
-    elif entry.free is None:
+    uniform, per_block = RUNTIMES[model_type]
+    alike = are_alike(skeleton.all_sites())
+    pruned = skeleton.checkpoint.config["model_type"] != model_type
+    hint = "; prune with --layout uniform" if pruned and not alike else ""
+    runtime = uniform if alike else per_block
+    if runtime is None:
         raise CheckpointError(
-            f"{where}: the blocks differ in width, which llama.cpp cannot run for {model_type} ({entry.obstacle})"
-            + ("; prune with --layout uniform" if skeleton.checkpoint.config["model_type"] != model_type else "")
+            f"{where}: the blocks differ in width, but llama.cpp's {uniform.name} builds all of them alike{hint}"
         )
-    else:
-        runtime = entry.free
-    _check(skeleton, runtime, sites)
+    for obstacle in _obstacles(skeleton, runtime):
+        raise CheckpointError(f"{where}: {obstacle}{hint}")
     return runtime
 
 
@@ -206,34 +151,24 @@ def are_alike(sites: Sequence[Site]) -> bool:
     )
 
 
-def _check(skeleton: Skeleton, runtime: Runtime, sites: Sequence[Site]) -> None:
-    where, config = skeleton.checkpoint.directory, skeleton.config
-    hint = "" if are_alike(sites) else "; prune with --layout uniform"
+def _obstacles(skeleton: Skeleton, runtime: Runtime) -> Iterator[str]:
+    """Yield the reasons why an architecture cannot represent a checkpoint."""
+    config = skeleton.config
     names = ("hidden_activation", "hidden_act", "activation_function")
     activation = next((found for name in names if (found := getattr(config, name, None))), None)
     if canonical(activation) != canonical(runtime.activation):
-        raise CheckpointError(
-            f"{where}: the activation is {activation!r}; llama.cpp's {runtime.name} has {runtime.activation!r} only"
-        )
+        yield f"the activation is {activation!r}; llama.cpp's {runtime.name} supports only {runtime.activation!r}"
     for name, expected in runtime.assumes.items():
         if (value := getattr(config, name, None)) != expected(config):
-            raise CheckpointError(
-                f"{where}: {name} is {value}; llama.cpp's {runtime.name} takes {expected(config)} for granted"
-            )
-    tensors = skeleton.block_names(0)
-    for name in tensors:
-        linear, _, leaf = name.rpartition(".")
-        # A norm's weight has one dimension.
-        has_bias = leaf == "bias" and len(skeleton.checkpoint[tensors[f"{linear}.weight"]].shape) > 1
-        if has_bias and linear not in runtime.biases:
-            raise CheckpointError(f"{where}: {linear} has a bias, which llama.cpp's {runtime.name} cannot take{hint}")
-    if not runtime.own_head and not skeleton.tied:
-        raise CheckpointError(
-            f"{where}: the head is not the embedding; the architecture of llama.cpp that fits ({runtime.name}) ties them{hint}"
-        )
-    for site in sites:
+            yield f"{name} is {value}; llama.cpp's {runtime.name} assumes {expected(config)}"
+    for linear in skeleton.linears(0):
+        if f"{linear}.bias" in skeleton.block_names(0) and not linear.startswith(runtime.biases):
+            yield f"{linear} has a bias, which llama.cpp's {runtime.name} does not support"
+    if runtime.tied and not skeleton.tied:
+        yield f"the head is not tied to the embedding, as llama.cpp's {runtime.name} requires"
+    for site in skeleton.all_sites():
         if runtime.full_heads and site.heads and site.columns != skeleton.width:
-            raise CheckpointError(
-                f"{where}: {site.heads} query heads of {site.head_width} columns; llama.cpp's {runtime.name} wants "
-                f"{skeleton.width} columns together, so only FFN channels can go: prune with --layout uniform"
+            yield (
+                f"{site.heads} query heads of {site.head_width} columns; llama.cpp's {runtime.name} requires "
+                f"{skeleton.width} columns together, so only FFN channels can be pruned: use --layout uniform"
             )

@@ -1,0 +1,132 @@
+"""The tensors of a GGUF file: names, shapes, types (f32, f16, bf16, or q8_0: blocks of 32 8-bit numbers with a scale)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    get_tensor_name_map,
+    quant_shape_to_byte_shape,
+    quantize,
+)
+from torch import Tensor
+
+from ...errors import NumericalError
+from ...model.skeleton import Skeleton
+from .runtime import QKV, Runtime
+
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+\.weight)")
+_CHUNK = 1 << 22
+"""Elements converted at a time."""
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of the file."""
+
+    name: str
+    parts: list[str]
+    """Names of the tensors in the checkpoint that it is made of."""
+    convert: Callable[..., Tensor]
+    """Function from the parts to the tensor (..., columns)."""
+    kind: GGMLQuantizationType
+    byte_shape: tuple[int, ...]
+    """(..., bytes of a row)."""
+
+
+def plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | None) -> Iterator[Planned]:
+    """Yield every tensor of the file, in order.
+
+    Args:
+        dtype: name of the stored type of matrices.
+        factors: the rotary embedding's, see `add_rotary`.
+    """
+    mapping = get_tensor_name_map(MODEL_ARCH[runtime.name.upper()], len(skeleton))
+    plain = partial(_plain, norm_shift=runtime.norm_shift)
+
+    def named(name: str) -> str:
+        stem, _, leaf = name.rpartition(".")
+        return f"{mapping[stem]}.{leaf}"
+
+    def planned(name: str, parts: list[str], convert: Callable[..., Tensor]) -> Planned:
+        shapes = [skeleton.checkpoint[part].shape for part in parts]
+        shape = tuple(convert(*(torch.empty(each, device="meta") for each in shapes)).shape)
+        kind = _stored_as(dtype, name, shape)
+        return Planned(name, parts, convert, kind, quant_shape_to_byte_shape(shape, kind))
+
+    if factors is not None:
+        yield planned("rope_freqs.weight", [], lambda: factors)
+    for name in skeleton.embed_names():
+        yield planned(named(name), [name], plain)
+    for index in range(len(skeleton)):
+        names = skeleton.block_names(index)
+        if runtime.fused:
+            parts = [names.pop(f"{linear}.weight") for linear in QKV]
+            yield planned(f"blk.{index}.attn_qkv.weight", parts, lambda *rows: torch.cat(rows))
+        experts: dict[str, list[str]] = {}
+        for inside in [inside for inside in names if _EXPERT.fullmatch(inside)]:
+            experts.setdefault(_EXPERT.sub(r"\1.\2", inside), []).append(names.pop(inside))
+        for stacked, parts in experts.items():
+            yield planned(named(f"model.layers.{index}.{stacked}"), parts, lambda *each: torch.stack(each))
+        pair = partial(_paired, head_width=skeleton.sites(index)[0].head_width)
+        for inside, name in names.items():
+            convert = pair if runtime.paired and inside.rpartition(".")[0] in QKV[:2] else plain
+            yield planned(named(name), [name], torch.t if runtime.transposed else convert)
+    for name in skeleton.head_names():
+        yield planned(named(name), [name], plain)
+    if runtime.stored_head and skeleton.tied:
+        yield planned("output.weight", skeleton.embed_names(), plain)
+
+
+def _plain(tensor: Tensor, norm_shift: float) -> Tensor:
+    return tensor.float() + norm_shift if norm_shift and tensor.dim() == 1 else tensor
+
+
+def _paired(tensor: Tensor, head_width: int) -> Tensor:
+    """Reorder the rows of (heads · head_width, ...) in each head as ``0, d/2, 1, d/2+1, ...``, d = head_width."""
+    halves = tensor.reshape(-1, 2, head_width // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def _stored_as(dtype: str, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
+    """Return the stored type of a tensor.
+
+    Norms, biases and positions stay f32. A tensor whose row length is no multiple of the type's block becomes f16.
+    """
+    wanted = GGMLQuantizationType[dtype.upper()]
+    if len(shape) < 2 or name == "position_embd.weight":
+        return GGMLQuantizationType.F32
+    block, _ = GGML_QUANT_SIZES[wanted]
+    return GGMLQuantizationType.F16 if shape[-1] % block else wanted
+
+
+def pack(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Convert a tensor (..., columns) to the bytes of type `kind`, a few rows at a time: (rows, row_bytes) uint8.
+
+    Raises:
+        NumericalError: the tensor contains NaN, Inf or, for f16, a number outside its range.
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    packed = np.empty(quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
+    step = max(1, _CHUNK // rows.shape[1])
+    for begin in range(0, len(rows), step):
+        chunk = rows[begin : begin + step].to(torch.float32).contiguous().numpy()
+        largest = float(np.abs(chunk).max())
+        if not np.isfinite(largest):
+            raise NumericalError(f"tensor {name!r} holds NaN or Inf")
+        if kind == GGMLQuantizationType.F16 and largest > _LARGEST:
+            raise NumericalError(
+                f"tensor {name!r} holds {largest:g}, but f16 ends at {_LARGEST:g}; export with --dtype bf16"
+            )
+        packed[begin : begin + step] = quantize(chunk, kind).view(np.uint8)
+    return packed
