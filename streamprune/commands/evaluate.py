@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,38 +74,23 @@ def evaluate(
     """
     progress = progress or Silent()
     model, given = hub.resolve_model(model, progress), source(text)
-    where = machine.resolve_device(device)
-    skeleton = open_skeleton(model, where, dtype)
+    skeleton = open_skeleton(model, machine.resolve_device(device), dtype)
     windows = read_windows(skeleton, given, seq_len)
     length = windows.shape[1]
-    stored = None
-    if activations is not None:
-        stored = machine.resolve_activations(activations, skeleton.dtype, skeleton.checkpoint.dtype)
-    parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
-    resources = forecast(
+    with through_blocks(
         skeleton,
-        Needs(samples=len(windows), length=length, text=True, prunes=False, scores=True, activations=stored),
-        **machine.memory_limits(where, memory, held),
-        disk_limit=files.free_bytes(parent),
-    ).require()
-    skeleton.copies_ahead = resources.copies_ahead
-    if cache is not None:
-        files.make_folder(cache)
-    with (
-        machine.limit_memory(where, memory),
-        files.scratch(parent, "streamprune-eval-") as folder,
-    ):
-        shape = len(windows), length, skeleton.width
-        store = ActivationStore(folder, shape, skeleton.dtype, where, durable=False, stored=stored, memory=held)
-        progress.phase("evaluate", len(skeleton) + 2)
-        sweep.embed(skeleton, windows, store, sweep.boundary("dense", 0), resources.batch)
-        progress.step("embedding")
-        for index in sweep.forward(skeleton, store, "dense", 0, len(skeleton), resources.batch):
-            store.remove(sweep.boundary("dense", index))
-            progress.step(f"block {index}")
-            rest(progress)
-        loss, count = sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), windows, resources.batch)
+        [windows],
+        "evaluate",
+        progress,
+        memory=memory,
+        cache=cache,
+        activations=activations,
+        memory_host=memory_host,
+    ) as (bucket,):
+        last = sweep.boundary("dense", len(skeleton))
+        loss, count = sweep.losses(skeleton, bucket.store, last, windows, bucket.batch)
         progress.step("head")
+    stored = bucket.store.encoding.stored
     return Evaluation(
         perplexity=math.exp(loss / count) if loss / count < 700 else math.inf,
         tokens=count,
@@ -111,9 +98,88 @@ def evaluate(
         protocol=(
             f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
             f"mean over all {count} predicted tokens; computed in {machine.dtype_name(skeleton.dtype)}"
-            + ("" if stored in (None, skeleton.dtype) else f", activations stored in {machine.dtype_name(stored)}")
+            + ("" if stored == skeleton.dtype else f", activations stored in {machine.dtype_name(stored)}")
         ),
     )
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of equal length on their way through the model."""
+
+    tokens: Tensor
+    """(sequences, length) int64."""
+    store: ActivationStore
+    batch: int
+    """Sequences per micro-batch."""
+
+
+@contextmanager
+def through_blocks(
+    skeleton: Skeleton,
+    groups: Sequence[Tensor],
+    phase: str,
+    progress: Progress,
+    *,
+    memory: int | None = None,
+    cache: Path | None = None,
+    activations: str | None = None,
+    memory_host: int | None = None,
+) -> Iterator[list[Bucket]]:
+    """Run sequences through all blocks in one sweep; inside the context, the stores hold the last block's output.
+
+    Args:
+        groups: (sequences, length) int64 each, of different lengths.
+        phase: reported to `progress`, with one step more than this function takes, for the head.
+        memory, cache, activations, memory_host: as in `evaluate`.
+
+    Raises:
+        ConfigError, ResourceError, NumericalError, Stopped: as in `evaluate`.
+    """
+    stored = None
+    if activations is not None:
+        stored = machine.resolve_activations(activations, skeleton.dtype, skeleton.checkpoint.dtype)
+    parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
+    total, longest = sum(tokens.numel() for tokens in groups), max(tokens.shape[1] for tokens in groups)
+    samples = -(-total // longest)
+    resources = forecast(
+        skeleton,
+        Needs(samples=samples, length=longest, text=True, prunes=False, scores=True, activations=stored),
+        **machine.memory_limits(skeleton.device, memory, held),
+        disk_limit=files.free_bytes(parent),
+    ).require()
+    skeleton.copies_ahead = resources.copies_ahead
+    files.make_folder(parent)
+    with machine.limit_memory(skeleton.device, memory), files.scratch(parent, "streamprune-eval-") as folder:
+        buckets = []
+        for tokens in groups:
+            sequences, length = tokens.shape
+            store = ActivationStore(
+                folder / str(length),
+                (sequences, length, skeleton.width),
+                skeleton.dtype,
+                skeleton.device,
+                durable=False,
+                stored=stored,
+                memory=held * tokens.numel() // total,
+            )
+            # As many tokens per micro-batch as for the longest sequences, which the forecast assumes.
+            buckets.append(Bucket(tokens, store, max(1, resources.batch * longest // length)))
+        progress.phase(phase, len(skeleton) + 2)
+        with skeleton.embedding() as embedding:
+            for bucket in buckets:
+                with bucket.store.writing(sweep.boundary("dense", 0), "the embedding") as write:
+                    for batch in bucket.store.batches(bucket.batch):
+                        write(embedding(bucket.tokens[batch].to(skeleton.device)))
+        progress.step("embedding")
+        for index, block in sweep.blocks(skeleton, range(len(skeleton))):
+            for bucket in buckets:
+                sweep.advance(skeleton, block, index, bucket.store, "dense", bucket.batch)
+                bucket.store.remove(sweep.boundary("dense", index))
+            del block
+            progress.step(f"block {index}")
+            rest(progress)
+        yield buckets
 
 
 def _whole(text: Source) -> str:

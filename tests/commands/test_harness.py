@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -20,12 +19,11 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune import Callback, Stopped
-from streamprune.commands.harness import scoring
-from streamprune.commands.harness.index import missing
-from streamprune.commands.harness.scoring import Query, padded, score
-from streamprune.errors import ConfigError, ResourceError, StreamPruneError
+from streamprune.commands.harness.scoring import Query, grouped, padded, score
+from streamprune.errors import CalibrationError, ConfigError, ResourceError, StreamPruneError
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
+from streamprune.stream import sweep
 from streamprune.system.progress import Silent
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
@@ -163,9 +161,9 @@ def test_greedy_choices_are_told_apart(tiny: Tiny) -> None:
     best = int(model(inputs).logits[0, -1].argmax())
     skeleton = open_skeleton(path, torch.device("cpu"), "float32")
     found = score(skeleton, [Query((5, 6, 7, 8), (target,)) for target in range(40)], progress=Silent())
-    assert [each.greedy for each in found] == [target == best for target in range(40)]
+    assert [greedy for _, greedy in found] == [target == best for target in range(40)]
     expected = torch.log_softmax(model(inputs).logits[0, -1], -1).tolist()
-    assert [each.loglikelihood for each in found] == pytest.approx(expected, abs=1e-5)
+    assert [value for value, _ in found] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["free", pytest.param("uniform", marks=pytest.mark.slow)])
@@ -211,10 +209,10 @@ def test_a_sweep_ends_when_it_is_asked_to(tiny: Tiny) -> None:
 
 
 def test_memory_that_runs_out_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(*arguments: Any) -> None:
+    def exhausted(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(scoring, "_sweep", exhausted)
+    monkeypatch.setattr(sweep, "advance", exhausted)
     skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
     with pytest.raises(ResourceError, match="cpu ran out of memory"):
         score(skeleton, [Query((1, 2), (3,))], progress=Silent())
@@ -287,28 +285,6 @@ def test_a_wrong_name_is_refused_before_torch_and_the_model(more: list[str]) -> 
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout == "2 []\n"
     assert "no task 'arc_eazy' is among lm_eval's" in done.stderr
-
-
-def test_only_names_in_no_file_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = tmp_path / "lm_eval" / "tasks" / "own"
-    tasks.mkdir(parents=True)
-    (tasks / "a.yaml").write_text("task: one\ntag:\n- 'two'\n- three # a note\ngroup: [four,five]\ninclude: _base\n")
-    (tasks / "b.yaml").write_text('{"task": "six", group: seven}\r\ntag: eight\r\n')
-    (tasks / "_base").write_text("tag: nine")
-    (tasks / "a.md").write_text("ten")
-    (tmp_path / "lm_eval" / "__init__.py").write_text("")
-    spec = importlib.util.spec_from_file_location(
-        "lm_eval", tmp_path / "lm_eval" / "__init__.py", submodule_search_locations=[str(tmp_path / "lm_eval")]
-    )
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    there = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "fünf"]
-    assert missing([*there, "ten", "on", "ne", "o.e", "our,five"]) == ["ten", "on", "ne", "o.e", "our,five"]
-
-
-@pytest.mark.slow
-def test_no_name_of_lm_eval_is_missing() -> None:
-    names = sorted(TaskManager().all_tasks)
-    assert missing(random.Random(0).sample(names, 60)) == []
 
 
 @pytest.mark.usefixtures("choices")
@@ -388,9 +364,14 @@ def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_reads_the_same_is_computed_once() -> None:
-    from streamprune.commands.harness.scoring import _grouped
-
     read = (4, 5, 6)
-    places, groups = _grouped([Query(read, (7,)), Query((4, 5), (7,)), Query(read, (6, 8)), Query(read, (9,))], 64)
-    assert places == [(3, 0), (2, 0), (3, 0), (3, 0)]
-    assert groups == {3: [read], 2: [(4, 5)]}
+    queries = [Query(read, (7,)), Query((4, 5), (7,)), Query(read, (6, 8)), Query(read, (9,))]
+    assert grouped(queries, 64) == {3: {read: [0, 2, 3]}, 2: {(4, 5): [1]}}
+
+
+@pytest.mark.parametrize(("context", "continuation"), [([], [1]), ([1], []), ([1], [2] * 65), ([1], [40])])
+def test_requests_that_the_model_cannot_score_are_refused(
+    context: list[int], continuation: list[int], tiny: Tiny
+) -> None:
+    with pytest.raises(CalibrationError, match="a request"):
+        streamed(tiny("llama"))._loglikelihood_tokens([(("", ""), context, continuation)])

@@ -14,9 +14,6 @@ from ...system.progress import Progress
 from ...text.windows import DEFAULT_LENGTH
 from .scoring import Query, score
 
-UNSTATED = 10**9
-"""A tokenizer without a length limit states a larger number."""
-
 
 class StreamedModel(TemplateLM):  # type: ignore[misc]
     """Answer log-likelihood requests. One sweep scores all requests of a call.
@@ -33,7 +30,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.skeleton, self.tokenizer = skeleton, tokenizer
         self.progress, self._machine = progress, machine
-        self._device = skeleton.device
+        self.max_length = skeleton.context or DEFAULT_LENGTH
 
     @property
     def eot_token_id(self) -> int | None:
@@ -54,62 +51,39 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
             raise CalibrationError("an empty context needs a bos or eos token, and the tokenizer has neither")
         return token
 
-    @property
-    def max_length(self) -> int:
-        """Largest number of tokens in one input: the model's context or, without one, the tokenizer's limit."""
-        stated = int(self.tokenizer.model_max_length)
-        return self.skeleton.context or (stated if stated < UNSTATED else DEFAULT_LENGTH)
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        """Tokenize a text. None leaves special tokens to the tokenizer, unless the text already begins with one."""
-        first = self.tokenizer.bos_token if self.tokenizer.bos_token is not None else self.tokenizer.eos_token
-        if add_special_tokens is None and first is not None and string.startswith(first):
-            add_special_tokens = False
-        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, **special)
+        """Tokenize a text. None adds the tokenizer's special tokens, unless the text already begins with one."""
+        if add_special_tokens is None:
+            first = self.tokenizer.bos_token or self.tokenizer.eos_token
+            add_special_tokens = not first or not string.startswith(first)
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids
-
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Answer requests as the base class does, without its progress bar: `progress` reports instead."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return answers
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **ignored: Any
     ) -> list[tuple[float, bool]]:
-        scores = self._score([(context, continuation) for _, context, continuation in requests])
-        for (texts, _, _), answer in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return scores
+        queries = [self._query(context, continuation) for _, context, continuation in requests]
+        return score(self.skeleton, queries, progress=self.progress, **self._machine)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Compute log-likelihoods of whole texts, in windows of the model's context that predict each token once."""
-        owners, pairs = [], []
+        owners, queries = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
             for inputs, predicted in get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
             ):
                 owners.append(number)
-                pairs.append((inputs[: len(inputs) - len(predicted) + 1], predicted))
+                queries.append(self._query(inputs[: len(inputs) - len(predicted) + 1], predicted))
         totals = [0.0] * len(requests)
-        for number, (value, _) in zip(owners, self._score(pairs), strict=True):
+        scores = score(self.skeleton, queries, progress=self.progress, **self._machine)
+        for number, (value, _) in zip(owners, scores, strict=True):
             totals[number] += value
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Reject generation: every token would need a sweep over all blocks.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Reject generation, which `find_tasks` rejects earlier: every token would need a sweep over all blocks."""
         raise ConfigError("a streamed model only scores given text; with the model in memory: lm_eval --model hf")
-
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Score (context, continuation) pairs of token ids: log-likelihood, and whether greedy decoding gives it."""
-        queries = [self._query(context, continuation) for context, continuation in pairs]
-        scores = score(self.skeleton, queries, progress=self.progress, **self._machine)
-        return [(each.loglikelihood, each.greedy) for each in scores]
 
     def _query(self, context: list[int], continuation: list[int]) -> Query:
         """Join context and continuation without the last token, and truncate on the left to the model's limit.
@@ -118,13 +92,13 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
             CalibrationError: either part is empty, the continuation is too long, or a token is outside the vocabulary.
         """
         whole = (context + continuation)[-(self.max_length + 1) :]
-        if not context or not continuation or len(continuation) > self.max_length:
+        if not context or not 0 < len(continuation) <= self.max_length:
             raise CalibrationError(
-                f"a request has {len(context)} tokens of context and {len(continuation)} to score; there must be some of both, "
-                f"and the model reads {self.max_length}"
+                f"a request has {len(context)} tokens of context and {len(continuation)} to score; neither may be empty, "
+                f"and the model's context is {self.max_length}"
             )
         if max(whole) >= self.skeleton.vocabulary:
             raise CalibrationError(
-                f"the tokenizer gives token {max(whole)}, but the model has {self.skeleton.vocabulary}; they do not belong together"
+                f"a request contains token {max(whole)}, but the model's vocabulary has {self.skeleton.vocabulary}"
             )
         return Query(tuple(whole[:-1]), tuple(continuation))
