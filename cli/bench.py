@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @options.computing_options
 @options.output_options
 def bench(
-    model: Path, against: Path | None, widths: bool, memory: str | None, as_json: bool, quiet: bool, **chosen: Any
+    model: Path, against: Path | None, widths: bool, memory: int | None, as_json: bool, quiet: bool, **chosen: Any
 ) -> None:
     """Measure inference speed in transformers, and what it could be.
 
@@ -50,11 +50,10 @@ def bench(
     """
     import streamprune
 
-    limit = options.size(memory, "--memory")
     options.begin(model, against)
 
     with show.watched(quiet) as progress:
-        measured = streamprune.bench(model, against, memory=limit, progress=progress, **chosen)
+        measured = streamprune.bench(model, against, memory=memory, progress=progress, **chosen)
     found = asdict(measured)
     lines = _speeds(measured)
     if widths:

@@ -54,7 +54,6 @@ def compare(
     recipes: str,
     text: str,
     settings: tuple[str, ...],
-    disk: str | None,
     as_json: bool,
     quiet: bool,
     **chosen: Any,
@@ -75,7 +74,7 @@ def compare(
 
     variants = _variants(recipes, settings)
     numbers = _numbers(ratios)
-    common = {**options.machine(**chosen), "disk": options.size(disk, "--disk")}
+    common = options.machine(**chosen)
     options.begin(model, texts=[text, chosen["calibration"]])
     with show.progress(quiet) as progress:
         found = streamprune.compare(model, ratios=numbers, recipes=variants, text=text, progress=progress, **common)

@@ -10,7 +10,7 @@ import click
 from . import bench, compare, evaluate, export, inspect, plan, report, run, show, status, streams, tune, verify
 
 RESUMED = ("run", "tune", "compare")
-"""Commands that go on where they were interrupted; the others begin again."""
+"""Commands that resume; the others start again."""
 
 
 class Group(click.Group):
@@ -57,10 +57,10 @@ def main() -> None:
       streamprune run llama-70b llama-49b --ratio 0.3 --calibration text.txt
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Before anything asks for a GPU: blocks of growing and shrinking sizes leave holes otherwise.
+    # Set before the first GPU allocation: otherwise blocks of differing sizes fragment its memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    streams.quieten()
-    streams.settle()
+    streams.hide_warnings()
+    streams.repair()
 
 
 for command in (

@@ -52,6 +52,17 @@ def checked(check: str) -> Callable[[click.Context, click.Parameter, str], str]:
     return callback
 
 
+def size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """``"24GiB"`` → 25769803776 bytes."""
+    from streamprune.errors import ConfigError
+    from streamprune.system.units import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"{parameter.opts[0]}: {error}") from None
+
+
 def sources(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | tuple[str, ...] | None:
     """None for no source, the source itself for one, a tuple for several."""
     return given if len(given) > 1 else given[0] if given else None
@@ -74,6 +85,7 @@ device_options = bundle(
     click.option(
         "--memory",
         metavar="SIZE",
+        callback=size,
         help="Limit on device memory (on a CPU: of the whole process), such as 24GiB.  [default: what is free]",
     ),
 )
@@ -107,6 +119,7 @@ machine_options = bundle(
     click.option(
         "--memory-host",
         metavar="SIZE",
+        callback=size,
         help="Host memory for activations, in addition to --memory, such as 16GiB.  [default: none]",
     ),
 )
@@ -127,7 +140,9 @@ calibration_options = bundle(
 )
 
 result_options = bundle(
-    click.option("--disk", metavar="SIZE", help="Limit on disk space for activations.  [default: what is free]"),
+    click.option(
+        "--disk", metavar="SIZE", callback=size, help="Limit on disk space for activations.  [default: what is free]"
+    ),
     click.option("--round-to", default=8, show_default=True, help="Round FFN widths that change to multiples of this."),
     click.option(
         "--layout",
@@ -186,15 +201,12 @@ job_options = bundle(
 
 
 def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = False) -> None:
-    """Check what needs no torch, then import it: a mistake in the call is told at once. Every command that works with weights does so.
+    """Check what needs no torch, then import it, so that invalid arguments are reported at once.
 
     Args:
-        models: directories or names on the hub; None is passed over.
-        texts: each one source, several, or a word of `DATA_FREE`; None is passed over.
+        models: directories or names on the hub; None is ignored.
+        texts: each one source, several, or a word of `DATA_FREE`; None is ignored.
         shared: whether processes that torchrun started together may share this work.
-
-    Raises:
-        StreamPruneError: a model or a text is not there, or the processes cannot share the work.
     """
     from streamprune.errors import ConfigError
     from streamprune.jobs.config import DATA_FREE
@@ -216,25 +228,12 @@ def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = 
     from streamprune.system.host import configure_malloc
 
     configure_malloc()
-    disable_progress_bar()  # `show` alone shows progress
+    disable_progress_bar()  # `show` shows progress
 
 
-def size(text: str | None, option: str) -> int | None:
-    """Bytes, or None."""
-    from streamprune.errors import ConfigError
-    from streamprune.system.units import parse_bytes
-
-    try:
-        return None if text is None else parse_bytes(text)
-    except ConfigError as error:
-        raise ConfigError(f"{option}: {error}") from None
-
-
-def machine(*, memory: str | None, memory_host: str | None, activations: str | None, **others: Any) -> dict[str, Any]:
-    """Options as settings: sizes in bytes; `activations` is left out unless given, since its default differs."""
-    given = {} if activations is None else {"activations": activations}
-    sizes = {"memory": size(memory, "--memory"), "memory_host": size(memory_host, "--memory-host")}
-    return {**others, **sizes, **given}
+def machine(*, activations: str | None, **others: Any) -> dict[str, Any]:
+    """Options as settings; `activations` is left out unless given, since commands have different defaults."""
+    return others if activations is None else {**others, "activations": activations}
 
 
 def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
@@ -253,7 +252,7 @@ def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
 
 
 def note_idle(quiet: bool, *configs: Any) -> None:
-    """Say on stderr, unless `quiet`, which options were given although they changed nothing for any of the configs."""
+    """Say on stderr, unless `quiet`, which given options had no effect on any of the configs."""
     from streamprune.pruning.job import idle
 
     context = click.get_current_context()
@@ -277,7 +276,6 @@ def config(
     out: Path,
     *,
     settings: tuple[str, ...],
-    disk: str | None,
     plan_file: Path | None,
     structure: str | None,
     **others: Any,
@@ -292,7 +290,6 @@ def config(
         model=model,
         out=out,
         settings=assignments(settings, "name=value"),
-        disk=size(disk, "--disk"),
         plan=plan_file,
         **machine(**others),
     )

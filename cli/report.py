@@ -41,7 +41,7 @@ def report(
     comparison: Path | None,
     html: Path | None,
     device: str,
-    memory: str | None,
+    memory: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -59,7 +59,6 @@ def report(
     import streamprune
     from streamprune.commands.status import check_finished
 
-    limit = options.size(memory, "--memory")
     check_finished(out)
     options.begin(against, texts=[text])
 
@@ -74,7 +73,7 @@ def report(
             comparison=comparison,
             html=html,
             device=device,
-            memory=limit,
+            memory=memory,
             progress=progress,
         )
     show.result({"html": str(page)}, as_json, [f"written to {page}"])

@@ -137,10 +137,10 @@ class FaultyDisk(Disk):
             if grave is not None:
                 self._named(path.parent, lambda: os.rename(grave, path))
 
-    def make_folder(self, path: Path, mode: int = 0o777) -> None:
+    def make_folder(self, path: Path) -> None:
         with self._guard:
             self._reach("make_folder", path)
-            super().make_folder(path, mode)
+            super().make_folder(path)
             self._named(path.parent, lambda: shutil.rmtree(path, ignore_errors=True))
 
     def remove_folder(self, path: Path) -> None:

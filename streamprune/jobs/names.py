@@ -6,20 +6,12 @@ from pathlib import Path
 from typing import Any
 
 JOURNAL, LOCK, STAGING, REPLACED = "journal.jsonl", "lock", "out", "replaced"
-
-
 WORK = ".streamprune"
 """Suffix of the name of a job's folder."""
-
-
 ROWS = "rows"
 """Folder with the results of a comparison's rows."""
-
-
 ASKED = "asked"
 """Name of the line in a comparison's journal that lists its rows."""
-
-
 FIGURES = (
     "recipe",
     "ratio_requested",

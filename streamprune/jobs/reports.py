@@ -10,10 +10,7 @@ from ..model.write import Card
 
 
 def extents(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Summarise the site reports of a block: (units kept, units) or (zeros, weights), for attention and for FFN.
-
-    The experts of a block are added up.
-    """
+    """Sum the site reports of a block: (units kept, units) or (zeros, weights), for attention and for FFN."""
     families: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
         families.setdefault(report["site"].split(".")[2], []).append(report)
@@ -25,12 +22,7 @@ def extents(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
 
 
 def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
-    """Write the model card of a pruned model.
-
-    Args:
-        source: name of the model that was pruned.
-        depth: number of blocks of the model.
-    """
+    """Write the model card of a pruned model, whose `source` had `depth` blocks."""
     blocks: dict[str, list[dict[str, Any]]] = {}
     for site in report["sites"]:
         blocks.setdefault(site["site"].split(".")[1], []).append(site)
@@ -52,9 +44,11 @@ def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
             f"before, {report['parameters_after']:,} after (removed: {shares})."
         )
         table = "Units kept (attention: key/value groups with their query heads; FFN: channels)."
+    alone = sum(bool(site.get("left_alone")) for site in report["sites"])
+    note = f" {alone} experts saw too few tokens and were left alone." if alone else ""
     text = f"""{done}
 
-{table}{_left_alone(report)} Errors and settings are in `{REPORT}`.
+{table}{note} Errors and settings are in `{REPORT}`.
 
 | block | attention | FFN |
 |---|---|---|
@@ -62,17 +56,8 @@ def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
     return Card(f"{source}, pruned by {report['ratio_blocks']:.1%}", "pruned", text)
 
 
-def _left_alone(report: Mapping[str, Any]) -> str:
-    alone = sum(bool(site.get("left_alone")) for site in report["sites"])
-    return f" {alone} experts saw too few tokens and were left alone." if alone else ""
-
-
 def tuning_card(report: dict[str, Any], source: str) -> Card:
-    """Write the model card of a tuned model.
-
-    Args:
-        source: name of the model that was tuned.
-    """
+    """Write the model card of a tuned model; `source` is the model that was tuned."""
     tuning = report["tuning"]
     how = {
         "lora": "LoRA, end to end on the language modelling loss",

@@ -33,11 +33,7 @@ def check_links(directory: Path) -> None:
 
 
 def check_pointer(path: Path) -> None:
-    """Reject a Git LFS pointer in place of a file.
-
-    Raises:
-        CheckpointError: `path` is a Git LFS pointer.
-    """
+    """Raise CheckpointError if `path` is a Git LFS pointer."""
     beginning = bytearray(len(_POINTER))
     if path.is_file() and files.read_into(path, 0, memoryview(beginning)) and beginning == _POINTER:
         raise CheckpointError(

@@ -21,7 +21,7 @@ Mode = Literal["rb", "wb", "ab", "r+b"]
 
 
 class Disk:
-    """The real file system. Every method lets OSError propagate."""
+    """The real file system. OSErrors propagate."""
 
     def open(self, path: Path, mode: Mode) -> FileIO:
         """Open an unbuffered file. Opening a pipe does not block."""
@@ -69,9 +69,9 @@ class Disk:
         """Remove one name of a file."""
         os.unlink(path)
 
-    def make_folder(self, path: Path, mode: int = 0o777) -> None:
-        """Create a folder with permissions `mode`, less the process's umask. It must not exist yet; its parent must."""
-        os.mkdir(path, mode)
+    def make_folder(self, path: Path) -> None:
+        """Create a folder, which must not exist yet, in an existing one."""
+        os.mkdir(path)
 
     def remove_folder(self, path: Path) -> None:
         """Remove an empty folder."""

@@ -1,7 +1,7 @@
-"""Every durable write, rename and removal of the project, and file locks.
+"""Every durable write, rename and removal of the project, and file locks. Failures raise DiskError.
 
 The crash rule: write under a temporary name → fsync → rename → fsync the folder. `disk` performs the operations; only this
-module calls it.
+module calls it. Locks are `flock`s: the kernel releases them when a process dies, and a folder can be removed with its lock.
 """
 
 from __future__ import annotations
@@ -56,11 +56,7 @@ def _opened(path: Path, mode: Mode) -> Iterator[FileIO]:
 
 
 def sync(path: Path) -> None:
-    """Flush the contents of a file, or the directory entries of a folder, to disk.
-
-    Raises:
-        DiskError: the flush failed.
-    """
+    """Flush the contents of a file, or the entries of a folder, to disk."""
     with spent("write"), _disk_errors("write", path):
         if not path.is_dir():
             with _opened(path, "rb") as file:
@@ -80,25 +76,21 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Append]:
 
     On an exception `path` is unchanged and the temporary file is removed. With ``durable=False`` the
     replacement is atomic but not fsynced; use it for data that no journal line refers to.
-
-    Raises:
-        DiskError: the file cannot be written.
     """
     with replacing_file(path, durable=durable) as temporary:
         with _disk_errors("write", path):
             file = disk().open(temporary, "wb")
-        waits = 0
+        unsynced = 0
 
         def append(data: Any) -> None:
-            nonlocal waits
+            nonlocal unsynced
             view = memoryview(data).cast("B")
             with spent("write"), _disk_errors("write", path):
                 disk().write(file, view)
-                waits += len(view)
-                # Flush durable files as they grow, so that little is left to flush at the end.
-                if durable and waits >= SYNC_BYTES:
+                unsynced += len(view)
+                if durable and unsynced >= SYNC_BYTES:
                     disk().sync(file)
-                    waits = 0
+                    unsynced = 0
 
         with file:
             yield append
@@ -125,11 +117,7 @@ def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write(path: Path, pieces: Iterable[Any]) -> str:
-    """Durably replace `path` with the concatenation of `pieces`.
-
-    Returns:
-        The SHA-256 in hex of the bytes in memory, computed before they reach the disk.
-    """
+    """Durably replace `path` with the concatenation of `pieces`; return the SHA-256 in hex of the bytes in memory."""
     digest = hashlib.sha256()
     with replacing(path) as append:
         for piece in pieces:
@@ -240,7 +228,7 @@ def make_folder(path: Path) -> None:
     with _disk_errors("make", path):
         try:
             disk().make_folder(path)
-        except FileExistsError:
+        except FileExistsError:  # another process was first
             if not path.is_dir():
                 raise
         sync(path.parent)
@@ -275,7 +263,6 @@ def read_bytes(path: Path) -> bytes:
     """Return the contents of a regular file. Pipes and devices are rejected, since reading them might never end.
 
     Raises:
-        DiskError: the file cannot be read, or is not a regular file.
         FileNotFoundError: the file does not exist.
     """
     return b"".join(_pieces(path))
@@ -300,10 +287,7 @@ def advise_read(path: Path, offset: int, length: int) -> None:
 
 
 def drop_cached(path: Path) -> None:
-    """Ask the kernel to drop a file from the page cache, where it supports that, so that the next read comes from the disk.
-
-    Pages that are not yet written back, or that a process has mapped, stay cached.
-    """
+    """Ask the kernel to drop a file from the page cache, where it supports that, so that the next read comes from the disk."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError), _opened(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -344,7 +328,6 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         ResumeError: another process holds the lock, or has just finished the job and removed the lock file.
-        DiskError: the file cannot be locked.
     """
     finished = ResumeError(f"another process has just finished this job ({path} is gone)")
     with ExitStack() as stack:
@@ -372,7 +355,6 @@ def locked_for_writing(path: Path) -> Iterator[None]:
 
     Raises:
         ResumeError: another process is writing the file.
-        DiskError: the lock file cannot be locked.
     """
     lock = path.with_name(f"{path.name}.lock")
     with locked(lock):
@@ -401,9 +383,6 @@ def check_file_system(folder: Path, name: str, remedy: str) -> None:
         folder: the folder to check; if it does not exist, its nearest existing parent.
         name: of the temporary folder for the check; one left by a killed process is removed.
         remedy: what the user should do on failure, for the message.
-
-    Raises:
-        DiskError: an operation failed; the message names it.
     """
     place = _existing(folder) / name
     one, full, empty = place / "file", place / "full", place / "empty"
@@ -436,11 +415,7 @@ def check_file_system(folder: Path, name: str, remedy: str) -> None:
 
 @contextmanager
 def trying(operation: str, folder: Path, remedy: str) -> Iterator[None]:
-    """Turn OSErrors and DiskErrors into a DiskError that blames the file system of `folder` and names the remedy.
-
-    Raises:
-        DiskError: the operation failed.
-    """
+    """Turn OSErrors and DiskErrors into a DiskError that blames the file system of `folder` and names the remedy."""
     try:
         yield
     except (OSError, DiskError) as error:
@@ -455,9 +430,6 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
     Args:
         parent: must exist; may be shared with other users, such as the system's temporary folder.
         prefix: start of the folder's name, by which left-over folders are recognised.
-
-    Raises:
-        DiskError: the folder cannot be created.
     """
     for path in parent.glob(f"{prefix}*"):
         with suppress(OSError, DiskError, ResumeError):

@@ -46,15 +46,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def configure_malloc() -> None:
-    """Configure glibc's malloc so that memory does not grow with the number of blocks, at no cost in speed.
+    """Configure glibc's malloc, where it is in use, so that memory does not grow with the number of blocks.
 
-    All threads share one heap. By default each thread has its own; tensors that one thread allocates and another frees
-    then fragment the heaps, and the process grows with every block. Allocations below 16 MiB come from the shared heap.
-    Up to 256 MiB at its free end are kept, because returned pages must be faulted in again by the next operation. Larger
-    allocations are mapped, and return to the system as soon as they are freed.
+    All threads share one heap: with one each, tensors that one thread allocates and another frees fragment the heaps, and the
+    process grows with every block. Allocations below 16 MiB come from the heap, of which up to 256 MiB at the free end are kept,
+    since returned pages must be faulted in again. Larger ones are mapped, and return to the system when freed.
 
-    Call this before creating threads or tensors, and only in a process of our own, such as the command line. It does
-    nothing without glibc.
+    Call this before creating threads or tensors, and only in a process of our own, such as the command line.
     """
     libc = _glibc()
     if libc is not None:

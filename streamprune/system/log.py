@@ -69,7 +69,6 @@ class Log:
 
     def finish(self) -> None:
         """Write the last line."""
-        assert self._path is not None
         self._write("finished")
 
     def _write(self, text: object) -> None:
@@ -80,7 +79,7 @@ class Log:
 
 
 def last_line(path: Path) -> str | None:
-    """Return the last line of a log without its time; None if there is no log, or it is empty."""
+    """Return the last line of a log without its time; None without one."""
     lines = files.read_bytes(path).decode().splitlines() if path.is_file() else []
     return lines[-1].partition(" ")[2] if lines else None
 

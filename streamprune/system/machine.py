@@ -46,11 +46,7 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype that blocks compute in. ``auto`` is the stored dtype on a GPU and float32 on the CPU.
-
-    Raises:
-        ConfigError: not one of `DTYPES`.
-    """
+    """Return the dtype that blocks compute in. ``auto`` is the stored dtype on a GPU and float32 on the CPU."""
     check_dtype(name)
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
@@ -123,7 +119,7 @@ def memory_limits(
     base, free = base_bytes(), available_memory(torch.device("cpu")) // ranks.local_size
     if activations > free:
         raise ResourceError(
-            f"activations may be held in {format_bytes(activations)} of host memory; {format_bytes(free)} are free"
+            f"memory for activations is {format_bytes(activations)}; {format_bytes(free)} of host memory are free"
         )
     if device.type == "cpu":
         limit = asked or free + base
@@ -149,7 +145,7 @@ def limit_memory(device: torch.device, limit: int | None) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
-            f"{device} ran out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}"
+            f"{device} ran out of memory: {str(error).partition(chr(10))[0] or 'an allocation failed'}"
         ) from error
     except RuntimeError as error:
         # torch's CPU allocator reports out of memory this way.
@@ -191,7 +187,7 @@ def reset_peaks(device: torch.device) -> bool:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    # Some kernels accept the request and ignore it.
+    # Some kernels ignore the request.
     return peak_host_bytes() <= resident_bytes() * 1.02
 
 
@@ -201,10 +197,7 @@ def peak_device_bytes(device: torch.device) -> int:
 
 
 class Peaks:
-    """Memory peaks of this process, per lap and overall.
-
-    The kernel keeps only one peak; each lap resets it.
-    """
+    """Memory peaks of this process, per lap and overall. The kernel keeps only one peak, which each lap resets."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -40,9 +40,9 @@ WAITING = timedelta(days=1)
 """Time limit of a host collective. Long, since another rank may be solving a large problem; a lost rank is noticed early."""
 SENDING = timedelta(minutes=30)
 """Time limit of a GPU collective."""
-FAILED, HEARD = "streamprune/failed", "streamprune/heard"
+FAILED, READ = "streamprune/failed", "streamprune/read"
 """Keys of the store: the error of the first rank that failed, as JSON, and how many other ranks have read it."""
-HEARING = 5.0
+READING = 5.0
 """Seconds that rank 0, which may host the store, waits for the others to read the error."""
 PR_SET_PDEATHSIG = 1
 """From Linux's sys/prctl.h."""
@@ -76,11 +76,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which writes shared files and talks to the user."""
+        """Whether this is rank 0, which writes shared files and reports to the user."""
         return self.rank == 0
 
     def samples(self, total: int) -> slice:
-        """Return this rank's samples out of `total`: a contiguous range. Ranges differ in length by at most one."""
+        """Return this rank's range of samples out of `total`. Ranges differ in length by at most one."""
         return slice(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
     def max_samples(self, total: int) -> int:
@@ -96,7 +96,7 @@ class Ranks:
         return self.owner(number) == self.rank
 
     def in_turn(self) -> Iterator[None]:
-        """Iterate once on each rank, one rank after the other, so that the loop bodies never overlap."""
+        """Iterate once, on one rank after the other, so that the loop bodies never overlap."""
         for rank in range(self.size):
             if rank == self.rank:
                 yield
@@ -109,14 +109,14 @@ class Ranks:
         if self.size > 1:
             import torch
 
-            with self._meeting() as distributed:
+            with self._collective() as distributed:
                 distributed.all_reduce(torch.zeros(1))
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in rank order. For small, picklable values."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            with self._meeting() as distributed:
+            with self._collective() as distributed:
                 distributed.all_gather_object(values, value)
         return values
 
@@ -125,13 +125,13 @@ class Ranks:
         if self.size == 1:
             return make()
         values = [make() if self.rank == source else None]
-        with self._meeting() as distributed:
+        with self._collective() as distributed:
             distributed.broadcast_object_list(values, src=source)
         value: Any = values[0]
         return value  # type: ignore[no-any-return]
 
     def add_up(self, owner: int | None = None) -> Callable[[Tensor], None]:
-        """Return a function that sums a tensor over all ranks, in place; see `sum`."""
+        """Return `sum` for this owner."""
         return partial(self.sum, owner=owner)
 
     def sum(self, tensor: Tensor, owner: int | None = None) -> None:
@@ -143,8 +143,8 @@ class Ranks:
         """
         if self.size == 1:
             return
-        group = self._assemble(tensor)
-        with self._meeting() as distributed:
+        group = self._group_for(tensor)
+        with self._collective() as distributed:
             if owner is None:
                 distributed.all_reduce(tensor, group=group)
             else:
@@ -164,16 +164,16 @@ class Ranks:
 
         own = [tensor.contiguous() for tensor in tensors or ()] if self.rank == source else []
         kinds = self.broadcast(lambda: [(tuple(tensor.shape), tensor.dtype, tensor.is_cuda) for tensor in own], source)
-        found = own or [
+        result = own or [
             torch.empty(shape, dtype=dtype, device=device if on_gpu else None) for shape, dtype, on_gpu in kinds
         ]
-        for tensor in found:
+        for tensor in result:
             if tensor.numel():
-                group = self._assemble(tensor)
-                with self._meeting() as distributed:
+                group = self._group_for(tensor)
+                with self._collective() as distributed:
                     # As bytes, which every backend supports.
                     distributed.broadcast(tensor.view(-1).view(torch.uint8), src=source, group=group)
-        return found
+        return result
 
     def rounds(self, items: Sequence[T]) -> Iterator[tuple[Sequence[T], list[T]]]:
         """Split items into groups of `size`; yield each group, and those of its items that this rank owns: one or none."""
@@ -196,7 +196,7 @@ class Ranks:
             given = self.broadcast(lambda: info, place)  # noqa: B023
             yield item, given, self.broadcast_tensors(tensors, place, device)
 
-    def _assemble(self, tensor: Tensor) -> Any:
+    def _group_for(self, tensor: Tensor) -> Any:
         """Return the process group for a tensor. For GPU tensors, first wait for all ranks on the host, to detect a lost rank."""
         if not tensor.is_cuda:
             return None
@@ -206,21 +206,16 @@ class Ranks:
     # Errors.
 
     @contextmanager
-    def _meeting(self) -> Iterator[Any]:
-        """Yield torch.distributed, and turn its errors into ours.
-
-        Raises:
-            ElsewhereError: another rank failed and published its error.
-            LostError: another rank is gone.
-        """
+    def _collective(self) -> Iterator[Any]:
+        """Yield torch.distributed; turn its errors into ElsewhereError, if another rank published its error, or LostError."""
         import torch.distributed
 
         try:
             yield torch.distributed
         except RuntimeError as error:
-            raise self._loss(error) from None
+            raise self._explained(error) from None
 
-    def _loss(self, error: RuntimeError) -> StreamPruneError:
+    def _explained(self, error: RuntimeError) -> StreamPruneError:
         with suppress(RuntimeError):  # the store may be gone with the rank that hosted it
             if self._store.check([FAILED]):
                 failure = json.loads(self._store.get(FAILED))
@@ -228,7 +223,7 @@ class Ranks:
         reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the location in the backend's source
         return LostError(f"another process of this job was lost ({reason}); run the same command again to resume")
 
-    def announce(self, error: BaseException) -> None:
+    def publish_error(self, error: BaseException) -> None:
         """Publish the error that ends this rank. If another rank was first, mark `error` as already reported."""
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         message = one_line(error) if isinstance(error, ElsewhereError) else f"rank {self.rank}: {one_line(error)}"
@@ -236,15 +231,15 @@ class Ranks:
         with suppress(RuntimeError):
             first = self._store.compare_set(FAILED, "", own).decode()
             if first != own:
-                self._store.add(HEARD, 1)
+                self._store.add(READ, 1)
                 if isinstance(error, StreamPruneError):
                     error.reported = True
 
-    def linger(self) -> None:
+    def wait_until_read(self) -> None:
         """On rank 0, which may host the store, wait until the other ranks have read the error."""
-        until = time.monotonic() + HEARING
+        until = time.monotonic() + READING
         with suppress(RuntimeError):
-            while self.first and self._store.add(HEARD, 0) < self.size - 1 and time.monotonic() < until:
+            while self.first and self._store.add(READ, 0) < self.size - 1 and time.monotonic() < until:
                 time.sleep(0.02)
 
 
@@ -280,13 +275,13 @@ def joined() -> Iterator[Ranks]:
         # After a restart, torchrun's store still has the addresses of the processes that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"streamprune/attempt-{attempt}", store)
-        with _nothing_on_stdout():
+        with _discarded_stdout():
             distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
         if torch.cuda.is_available() and distributed.is_nccl_available():
             gpus = distributed.new_group(backend="nccl", timeout=SENDING)
     except (RuntimeError, ValueError) as error:
         raise LostError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} finds no others ({one_line(error)})"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot connect to the others ({one_line(error)})"
         ) from None
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store=store, gpus=gpus)
     try:
@@ -295,16 +290,16 @@ def joined() -> Iterator[Ranks]:
         yield ranks
         ranks.barrier()
     except BaseException as error:
-        ranks.announce(error)
+        ranks.publish_error(error)
         if gpus is None:  # destroying an NCCL group waits for the other ranks; exiting does not
             distributed.destroy_process_group()
-            ranks.linger()
+            ranks.wait_until_read()
         raise
     distributed.destroy_process_group()
 
 
 @contextmanager
-def _nothing_on_stdout() -> Iterator[None]:
+def _discarded_stdout() -> Iterator[None]:
     """Discard stdout while the context is open: older versions of Gloo (torch 2.8) print their connections there."""
     try:
         kept = os.dup(1)
@@ -322,9 +317,6 @@ def _nothing_on_stdout() -> Iterator[None]:
 
 
 def _stop_with_launcher() -> None:
-    """Have Linux send this process SIGTERM when the `torchrun` that started it dies.
-
-    Otherwise it would keep running and hold the job's lock while another launcher starts the same command again.
-    """
+    """Have Linux send this process SIGTERM when the `torchrun` that started it dies, so that it does not keep the job's lock."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

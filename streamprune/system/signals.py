@@ -8,15 +8,15 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
-"""Signals that request a stop, as far as this system has them."""
-HANGUPS = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Signals of which the first requests a stop and the second acts as before."""
+HANGUP = signal.SIGHUP
 """Sent when a terminal closes, by both the kernel and the shell. Requests a stop, however often it arrives."""
 
 
 @contextmanager
 def asked_by_signals(tell: Callable[[], object]) -> Iterator[Callable[[], bool]]:
-    """While the context is open, let the first of `SIGNALS` or `HANGUPS` only request a stop; a second of `SIGNALS` acts as before.
+    """Let signals request a stop while the context is open.
 
     Args:
         tell: called in the signal handler, so it must do no more than write to a file descriptor.
@@ -36,11 +36,11 @@ def asked_by_signals(tell: Callable[[], object]) -> Iterator[Callable[[], bool]]
         if asked:
             return
         asked = True
-        restore(before.keys() - set(HANGUPS))
+        restore(before.keys() - {HANGUP})
         with suppress(OSError):
             tell()
 
-    for number in SIGNALS + HANGUPS:
+    for number in (*SIGNALS, HANGUP):
         # Signals that the parent ignores stay ignored (`nohup`, background jobs of a shell).
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, ask)

@@ -8,18 +8,9 @@ from collections.abc import Mapping
 from ..errors import ConfigError
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-
-
 ACTIVATIONS = (*DTYPES, "float8")
-
-
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS |= {f"{prefix}{suffix}": 2 ** (10 * n) for n, prefix in enumerate("KMGT", start=1) for suffix in ("", "IB")}
 
 
 def parse_bytes(text: str) -> int:
@@ -59,9 +50,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_passes(equivalents: float, kinds: Mapping[str, int]) -> str:
-    """Format an amount of compute in units of dense forward passes, in total and by kind.
-
-    Example: ``"6.9 dense forward passes: 3.8 in sweeps, 1.1 in sums, 2.0 in solving"``.
+    """Format an amount of compute: ``"6.9 dense forward passes: 3.8 in sweeps, 1.1 in sums, 2.0 in solving"``.
 
     Args:
         equivalents: the total, in dense forward passes.
@@ -73,20 +62,12 @@ def format_passes(equivalents: float, kinds: Mapping[str, int]) -> str:
 
 
 def check_device(name: str) -> None:
-    """Check the syntax of a device name. `machine.resolve_device` checks that this machine has the device.
-
-    Raises:
-        ConfigError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    """
+    """Check the syntax of a device name. `machine.resolve_device` checks that this machine has the device."""
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
         raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
 
 
 def check_dtype(name: str) -> None:
-    """Check the name of a computing dtype.
-
-    Raises:
-        ConfigError: not one of `DTYPES`.
-    """
+    """Check the name of a computing dtype."""
     if name not in DTYPES:
         raise ConfigError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")

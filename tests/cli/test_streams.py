@@ -103,12 +103,12 @@ def asked() -> Callable[..., tuple[bool, int]]:
 
     def send(*numbers: signal.Signals) -> tuple[bool, int]:
         told: list[int] = []
-        before = [signal.getsignal(number) for number in signals.SIGNALS + signals.HANGUPS]
+        before = [signal.getsignal(number) for number in (*signals.SIGNALS, signals.HANGUP)]
         with signals.asked_by_signals(lambda: told.append(1)) as stop:
             for number in numbers:
                 os.kill(os.getpid(), number)
             found = stop(), len(told)
-        assert [signal.getsignal(number) for number in signals.SIGNALS + signals.HANGUPS] == before
+        assert [signal.getsignal(number) for number in (*signals.SIGNALS, signals.HANGUP)] == before
         return found
 
     return send

@@ -427,7 +427,9 @@ def test_a_result_with_something_extra_is_no_result(
     from streamprune.model import write as model_write
 
     real = model_write.write_shard
-    monkeypatch.setattr(model_write, "write_shard", lambda path, tensors: real(path, {**tensors, path.stem: torch.ones(1)}))
+    monkeypatch.setattr(
+        model_write, "write_shard", lambda path, tensors: real(path, {**tensors, path.stem: torch.ones(1)})
+    )
     with pytest.raises(CheckpointError, match="is not in the llama model that the config describes"):
         streamprune.prune(configured(tiny("llama"), recipe="magnitude"))
 

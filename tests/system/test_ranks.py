@@ -418,7 +418,7 @@ def test_a_rank_waits_only_so_long_for_the_others(arguments: list[str], tmp_path
 
     (ended,) = together(1, work, tmp_path)
     assert ended.code == 1
-    assert ended.err.startswith("streamprune: rank 0 of 2 finds no others (")
+    assert ended.err.startswith("streamprune: rank 0 of 2 cannot connect to the others (")
     assert ended.err.count("\n") == 1
 
 
