@@ -144,7 +144,7 @@ class JobFolder:
         return report
 
     def tidy(self) -> None:
-        """Clean up after a process that ended after publishing its result. All ranks call this."""
+        """Clean up after a process that ended between publishing its result and this. All ranks call it."""
         if self.ranks.broadcast(lambda: self.folder.is_dir() and self._is_own()):
             with files.locked(self.folder / LOCK) if self.ranks.first else nullcontext():
                 self.clear()
@@ -152,7 +152,7 @@ class JobFolder:
                 self._remove_folder()
 
     def _is_own(self) -> bool:
-        """Whether the folder belongs to this job, not to one with other settings that will replace OUT."""
+        """Whether the folder is from this job, not from one with other settings that will replace OUT."""
         start = Journal(self.journal_path, repair=False).header
         return self._foreign() is None if start is None else first_difference(start["job"], self.header) is None
 
@@ -272,22 +272,14 @@ class JobFolder:
             raise Stopped(STOPPED)
 
     def rewind_to_existing(self, find_missing: Callable[[], MissingFile | None]) -> None:
-        """Undo steps of earlier processes until no file that the next step needs is missing or damaged.
-
-        Args:
-            find_missing: returns the first such file that this rank can see, or None.
-        """
+        """Undo steps of earlier processes until `find_missing` finds no file that the next step needs on any rank."""
         while self.resumed and any(found := self.ranks.gather(find_missing())):
             first = next(each for each in found if each is not None)
             self.progress.say(f"{first.path} is missing or damaged; repeating the job from {first.step}")
             self.journal.rewind(first.step)
 
     def check_same(self, start: Entry) -> None:
-        """Compare the settings and inputs that the job was started with to the current ones.
-
-        Raises:
-            ResumeError: settings, inputs, versions or the cache folder differ.
-        """
+        """Raise ResumeError if the job was started with other settings, inputs, versions or another cache folder."""
         if difference := first_difference(start["job"], self.header):
             raise ResumeError(f"{self.folder} contains a job with other settings: {difference}; --restart starts over")
         if start["cache"] != self.given_cache:
@@ -298,11 +290,7 @@ class JobFolder:
         self.check_sources(start)
 
     def read_sources(self) -> list[Entry]:
-        """Read all weights once and check that they are usable.
-
-        Returns:
-            For each source, file stamps and checksums that later detect changed weights, for the journal.
-        """
+        """Read and check all weights. Returns file stamps and checksums of each source, to detect changes later."""
         found = []
         for skeleton in self.sources:
             stamps = skeleton.checkpoint.stamps()
@@ -311,11 +299,7 @@ class JobFolder:
         return found
 
     def check_sources(self, start: Entry) -> None:
-        """Compare the weights with those the job was started with, for files that were written to since.
-
-        Raises:
-            ResumeError: a tensor has changed.
-        """
+        """Raise ResumeError if a tensor has changed since the job was started. Reads files that were written to since."""
         for skeleton, then in zip(self.sources, start["sources"], strict=True):
             checkpoint = skeleton.checkpoint
             if name := self.ranks.broadcast(lambda c=checkpoint, then=then: c.changed(**then)):  # type: ignore[misc]
@@ -324,11 +308,7 @@ class JobFolder:
                 )
 
     def check_folder(self) -> None:
-        """Check that the job's folder, which is about to be emptied, contains only files of such jobs.
-
-        Raises:
-            ConfigError: it contains another file.
-        """
+        """Raise ConfigError if the job's folder, which is about to be emptied, contains a file that no job writes."""
         if (path := self._foreign()) is not None:
             raise ConfigError(
                 f"{self.folder} contains {path.name}, which no job writes; move it away or choose another OUT"
@@ -344,11 +324,7 @@ class JobFolder:
         return None
 
     def check_disk(self, result: int, activations: int) -> None:
-        """Check free disk space for the result, and for the activations if they share its file system; both in bytes.
-
-        Raises:
-            ResourceError: there is too little free space.
-        """
+        """Check free disk space for the result, and for activations if they share its file system, in bytes."""
         free = files.free_bytes(self.folder)
         shared = files.same_file_system(self.folder, self.cache)
         needed = result + (activations if shared else 0)
@@ -359,11 +335,7 @@ class JobFolder:
             )
 
     def publish(self) -> Entry:
-        """Publish the finished result as OUT, unless that is done already, and clean up; return its report.
-
-        Raises:
-            ConfigError: OUT contains something that appeared after the job began or that streamprune did not write.
-        """
+        """Publish the finished result as OUT, unless that is done already, and clean up; return its report."""
         report = self.ranks.broadcast(self._publish)
         self.clear()
         return report
@@ -422,10 +394,7 @@ class JobFolder:
             files.remove_empty_folder(self.folder)
 
     def discard(self) -> None:
-        """Remove all files of an earlier job except the locks. All ranks call this.
-
-        The journal goes first, because it refers to the other files.
-        """
+        """Remove all files of an earlier job except the locks, its journal first. All ranks call this."""
         if self.ranks.first:
             files.remove(self.journal_path)
             files.sync(self.folder)

@@ -124,8 +124,7 @@ def memory_limits(
     if device.type == "cpu":
         limit = asked or free + base
     else:
-        there = available_memory(device)
-        limit = min(asked or there, there)
+        limit = min(asked or available_memory(device), available_memory(device))
     return {"device_limit": limit, "base": base, "memory_host": activations}
 
 
@@ -143,15 +142,13 @@ def limit_memory(device: torch.device, limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total) if limit else 1.0, device)
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(
-            f"{device} ran out of memory: {str(error).partition(chr(10))[0] or 'an allocation failed'}"
-        ) from error
-    except RuntimeError as error:
-        # torch's CPU allocator reports out of memory this way.
-        if not any(said in str(error) for said in ("not enough memory", "can't allocate memory")):
+    except (RuntimeError, MemoryError) as error:
+        # torch's CPU allocator raises a plain RuntimeError.
+        told = any(text in str(error) for text in ("not enough memory", "can't allocate memory"))
+        if not told and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise
-        raise ResourceError(f"{device} ran out of memory: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or "an allocation failed"
+        raise ResourceError(f"{device} ran out of memory: {reason}") from error
 
 
 def base_bytes() -> int:
@@ -161,22 +158,25 @@ def base_bytes() -> int:
 
 def resident_bytes() -> int:
     """Return the bytes of host memory that this process holds now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_host_bytes()
+    return _proc_bytes("self/status", "VmRSS") or peak_host_bytes()
 
 
 def peak_host_bytes() -> int:
     """Return the peak host memory of this process in bytes."""
     # Not getrusage first: on Linux it includes what the process held before exec.
-    try:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
+    if peak := _proc_bytes("self/status", "VmHWM"):
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _proc_bytes(path: str, field: str) -> int | None:
+    """Return a field of a file below /proc in bytes; None without it."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc", path).read_text().splitlines())
+        return int(fields[field].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def reset_peaks(device: torch.device) -> bool:
@@ -222,11 +222,7 @@ class Peaks:
 
 
 def _host_available() -> int:
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = _proc_bytes("meminfo", "MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for group, limit, used in _control_groups():
         try:
             taken = int((group / used).read_text()) - _reclaimable(group)

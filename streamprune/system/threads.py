@@ -51,7 +51,7 @@ def read_ahead(
 
 
 MAX_PENDING = 2
-"""Queue length of `Background`: one task runs and one waits."""
+"""Tasks of a `Background` that may be pending: one runs and one waits."""
 
 
 class Background:
@@ -66,7 +66,7 @@ class Background:
         self._under_way: deque[Future[None]] = deque()
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queue a task behind all earlier ones; block while `MAX_PENDING` tasks are pending."""
+        """Queue a task, and block while `MAX_PENDING` tasks are pending."""
         while len(self._under_way) >= MAX_PENDING:
             self._finish_one()
         self._under_way.append(self._worker.submit(work))
