@@ -61,8 +61,7 @@ def test_every_setting_of_config_is_an_option_by_its_name() -> None:
 
     options = {parameter.name for parameter in main.commands["run"].params}
     renamed = {"plan": "plan_file"}
-    # Surveys are shared by `compare`, among its rows.
-    assert {renamed.get(field.name, field.name) for field in fields(Config)} - {"surveys"} <= options
+    assert {renamed.get(field.name, field.name) for field in fields(Config)} <= options
 
 
 def test_the_types_ship() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -112,8 +113,7 @@ class _Candidate:
         self.name = f"{variant.label}-{ratio}"
         self.out = folder / ROWS / self.name
         given = {"recipe": variant.recipe, "settings": variant.settings, "ratio": ratio, **common}
-        self.config = Config(model=model, out=self.out, **given)
-        self.job = Job(self.config, None)
+        self.job = Job(Config(model=model, out=self.out, **given), None)
 
 
 class _RowLog(Log):
@@ -154,7 +154,7 @@ class _Work:
 
         self.folder, self.candidates, self.text = folder, candidates, text
         self.keep, self.log = keep, log
-        self.job, self.config = candidates[0].job, candidates[0].config
+        self.job, self.config = candidates[0].job, candidates[0].job.config
         """Those of the first row, for what all rows share."""
         self.caches = Caches(folder, self.config.cache)
         self.header: dict[str, Any] = {
@@ -288,7 +288,7 @@ class _Work:
         if shared_peaks:
             notes.append(f"Host peaks include earlier work of the same process: {', '.join(shared_peaks)}.")
         return Comparison(
-            model=hub.shown(self.job.config.model),
+            model=hub.shown(self.config.model),
             out=str(self.folder),
             protocol=dense["protocol"],
             settings=self._settings(),
@@ -308,7 +308,7 @@ class _Work:
                 self.journal.append(f"begin/{candidate.name}", job=candidate.job.header)
             return_freed_memory()
             own_peak = machine.reset_peaks(candidate.job.device)
-            result = prune(candidate.config, progress=self.log)
+            result = prune(candidate.job.config, progress=self.log)
             seconds = read_json(out / REPORT)["seconds"]
             return self.journal.append(
                 f"prune/{candidate.name}",
@@ -329,7 +329,7 @@ class _Work:
         if unmeasured and not (out.is_dir() and verify(out, progress=self.log).sound):
             self.log.say(f"{out} is missing or damaged; pruning again")
             files.remove_tree(out)
-            prune(candidate.config, progress=self.log)
+            prune(candidate.job.config, progress=self.log)
         return line
 
     def _measured(self, name: str, model: Path) -> Entry:
@@ -354,7 +354,7 @@ class _Work:
         )
 
     def _settings(self) -> dict[str, Any]:
-        job, config = self.job, self.job.config
+        job, config = self.job, self.config
         length = max(candidate.job.length for candidate in self.candidates)
         return {
             "calibration": ("built-in sample" if config.calibration is None else str(job.text)) if length else None,
@@ -389,17 +389,14 @@ def _default_folder(model: Path) -> Path:
 
 
 def _check(variants: Sequence[Variant], ratios: Sequence[float], perplexities: Sequence[float]) -> None:
-    if not variants:
-        raise ConfigError("no recipes were given")
-    if not ratios:
-        raise ConfigError("no ratios were given")
-    labels = [variant.label for variant in variants]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ConfigError(f"recipe {label} is given twice; give one of them another label: other={label}")
-    for ratio in ratios:
-        if list(ratios).count(ratio) > 1:
-            raise ConfigError(f"ratio {ratio:g} is given twice")
+    if not variants or not ratios:
+        raise ConfigError(f"no {'ratios' if variants else 'recipes'} were given")
+    label, times = Counter(variant.label for variant in variants).most_common(1)[0]
+    if times > 1:
+        raise ConfigError(f"recipe {label} is given twice; give one of them another label: other={label}")
+    ratio, times = Counter(ratios).most_common(1)[0]
+    if times > 1:
+        raise ConfigError(f"ratio {ratio:g} is given twice")
     for perplexity in perplexities:
         if not 1 < perplexity < math.inf:
             raise ConfigError(f"perplexity is {perplexity:g}; it must be above 1 and finite")
