@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,29 +49,20 @@ PR_SET_PDEATHSIG = 1
 """From Linux's sys/prctl.h."""
 
 
+@dataclass(eq=False)
 class Ranks:
-    """This process among the ranks of a job; the only one by default.
+    """This process among the ranks of a job; the only one by default."""
 
-    Args:
-        rank: number of this process, from 0.
-        size: number of ranks.
-        local_rank: number of this process on its machine, which is also the number of its GPU.
-        local_size: number of ranks on this machine.
-        store: the group's key-value store.
-        gpus: the process group for GPU tensors; None for the default group, which is for host tensors.
-    """
-
-    def __init__(
-        self,
-        rank: int = 0,
-        size: int = 1,
-        local_rank: int = 0,
-        local_size: int = 1,
-        store: Any = None,
-        gpus: Any = None,
-    ) -> None:
-        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
-        self._store, self._gpus = store, gpus
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Number of this process on its machine, which is also the number of its GPU."""
+    local_size: int = 1
+    """Number of ranks on this machine."""
+    store: Any = None
+    """The group's key-value store."""
+    gpus: Any = None
+    """The process group for GPU tensors; None for the default group, which is for host tensors."""
 
     # Division of work.
 
@@ -201,7 +193,7 @@ class Ranks:
         if not tensor.is_cuda:
             return None
         self.barrier()
-        return self._gpus
+        return self.gpus
 
     # Errors.
 
@@ -217,8 +209,8 @@ class Ranks:
 
     def _explained(self, error: RuntimeError) -> StreamPruneError:
         with suppress(RuntimeError):  # the store may be gone with the rank that hosted it
-            if self._store.check([FAILED]):
-                failure = json.loads(self._store.get(FAILED))
+            if self.store.check([FAILED]):
+                failure = json.loads(self.store.get(FAILED))
                 return ElsewhereError(failure["message"], failure["code"])
         reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the location in the backend's source
         return LostError(f"another process of this job was lost ({reason}); run the same command again to resume")
@@ -229,9 +221,9 @@ class Ranks:
         message = one_line(error) if isinstance(error, ElsewhereError) else f"rank {self.rank}: {one_line(error)}"
         own = json.dumps({"rank": self.rank, "message": message, "code": code})
         with suppress(RuntimeError):
-            first = self._store.compare_set(FAILED, "", own).decode()
+            first = self.store.compare_set(FAILED, "", own).decode()
             if first != own:
-                self._store.add(READ, 1)
+                self.store.add(READ, 1)
                 if isinstance(error, StreamPruneError):
                     error.reported = True
 
@@ -239,7 +231,7 @@ class Ranks:
         """On rank 0, which may host the store, wait until the other ranks have read the error."""
         until = time.monotonic() + READING
         with suppress(RuntimeError):
-            while self.first and self._store.add(READ, 0) < self.size - 1 and time.monotonic() < until:
+            while self.first and self.store.add(READ, 0) < self.size - 1 and time.monotonic() < until:
                 time.sleep(0.02)
 
 

@@ -19,6 +19,7 @@ from streamprune_cli import main
 import streamprune
 from streamprune.errors import ConfigError, DiskError
 from streamprune.jobs.caches import Caches
+from streamprune.jobs.folder import JobFolder
 from streamprune.jobs.names import job_folder
 from streamprune.system import disk, files
 from streamprune.system.disk import Disk
@@ -110,13 +111,6 @@ def test_each_operation_is_tried(operation: str, name: str, number: int, code: i
     assert not entries(tmp_path)
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(DiskError, match=r"locking a file fails there \(No locks available\); go elsewhere"):
-        files.check_file_system(tmp_path, "probe", "go elsewhere")
-    assert not entries(tmp_path)
-
-
 def no_locks(descriptor: int, how: int) -> None:
     raise OSError(errno.ENOLCK, "No locks available")
 
@@ -137,28 +131,25 @@ def test_an_older_file_that_stays_is_noticed(tmp_path: Path) -> None:
     assert not entries(tmp_path)
 
 
-def test_a_lock_that_nobody_sees_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcntl, "flock", lambda descriptor, how: None)
-    with pytest.raises(DiskError, match=r"locking a file fails there \(another process would not see it\)"):
+@pytest.mark.parametrize(
+    ("flock", "reason"),
+    [(no_locks, "No locks available"), (lambda descriptor, how: None, "another process would not see it")],
+)
+def test_a_file_system_without_locks_is_noticed(
+    flock: Callable[[int, int], None], reason: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(DiskError, match=rf"locking a file fails there \({reason}\); go elsewhere"):
         files.check_file_system(tmp_path, "probe", "go elsewhere")
+    refused(run(tmp_path), str(tmp_path), "locking a file", reason)
     assert not entries(tmp_path)
 
 
-def test_a_read_only_folder_is_refused_for_out(run: Run, read_only: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_refused(run: Run, read_only: Path, tmp_path: Path) -> None:
     refused(run(read_only), str(read_only), "making a folder", "choose another OUT")
-    assert entries(tmp_path) == {"read-only"}
-
-
-def test_a_read_only_folder_is_refused_for_the_cache(run: Run, read_only: Path, tmp_path: Path) -> None:
     cache = read_only / "not" / "there"
     refused(run(tmp_path, "--cache", str(cache)), f"{read_only}: making a folder", "choose another --cache")
     assert entries(tmp_path) == {"read-only"}
-
-
-def test_a_file_system_without_locks_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    refused(run(tmp_path), str(tmp_path), "locking a file", "No locks available")
-    assert not entries(tmp_path)
 
 
 def test_the_probe_comes_before_any_work(
@@ -242,21 +233,13 @@ def test_a_comparison_follows_no_link_in_the_cache_and_what_a_killed_probe_left_
 
 
 def test_what_a_killed_probe_left_goes(run: Run, tmp_path: Path) -> None:
-    for place in (tmp_path / "out.streamprune" / "probe", tmp_path / "cache" / "probe"):
+    cache = JobFolder(tmp_path / "out", tmp_path / "cache", lambda report: False, None).cache
+    for place in (tmp_path / "out.streamprune" / "probe", cache.with_name(f"{cache.name}-probe")):
         place.mkdir(parents=True)
         (place / "file.tmp").write_text("half")
-    (tmp_path / "cache" / "probe").rename(tmp_path / "cache" / _name_in_cache(tmp_path))
     assert run(tmp_path, "--cache", str(tmp_path / "cache")).exit_code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out", "cache"}
     assert not entries(tmp_path / "cache")
-
-
-def _name_in_cache(folder: Path) -> str:
-    """How a job calls what it tries in a cache that holds nothing of it yet."""
-    from streamprune.jobs.folder import JobFolder
-
-    place = JobFolder(folder / "out", folder / "cache", lambda report: False, None)
-    return f"{place.cache.name}-probe"
 
 
 def test_out_on_a_mount_point_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
