@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from click.testing import CliRunner, Result
 from streamprune_cli import main
 
 import streamprune
+from streamprune.commands.compare import run as comparison
 from streamprune.errors import ConfigError, DiskError
 from streamprune.jobs.caches import Caches
 from streamprune.jobs.folder import JobFolder
@@ -190,9 +190,7 @@ def compare(tiny: Tiny, text: Path) -> Run:
 def test_a_comparisons_own_folders_are_tried_before_any_work(
     there: bool, compare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sys.modules["streamprune.commands.compare.run"], "evaluate", lambda *given, **more: pytest.fail("work")
-    )
+    monkeypatch.setattr(comparison, "evaluate", lambda *given, **more: pytest.fail("work"))
     out, cache = tmp_path / "out", tmp_path / "cache"
     cache.mkdir()
     if there:
