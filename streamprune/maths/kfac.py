@@ -18,10 +18,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from .refit import cholesky, cholesky_blocks, signs
 
-_BATCH_BYTES = 64 << 20
-"""Limit on the matrices of one batch of subsets, in bytes."""
-_SKETCH = 64
-"""Random row combinations from which `best_step` estimates."""
+_BATCH_BYTES = 64 << 20  # limit on the matrices of one batch of subsets, in bytes
+_SKETCH = 64  # random row combinations from which `best_step` estimates
 
 
 def damped(h: Tensor, damping: float, *, device: torch.device | None = None) -> Tensor:

@@ -22,12 +22,9 @@ from torch import Tensor
 from ..errors import NumericalError, SingularError
 from .triangular import PANEL, TILE, cholesky_, invert_, panels, solve_
 
-_MOST_DAMPING = 10.0
-"""Limit on the relative ridge λ."""
-SKETCH = 512
-"""Random row combinations from which output energies are estimated, for layers with more rows."""
-_TRIED = 8
-"""Random row combinations on which `lowers_error` checks a refit, for layers with more rows."""
+_MOST_DAMPING = 10.0  # limit on the relative ridge λ
+SKETCH = 512  # random row combinations from which output energies are estimated, for layers with more rows
+_TRIED = 8  # random row combinations on which `lowers_error` checks a refit, for layers with more rows
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -95,7 +92,6 @@ def dampings(damping: float) -> Iterator[float]:
 
 
 def raised(damping: float) -> float:
-    """Return the next damping to try after `damping` was too small."""
     return max(10 * damping, 1e-6)
 
 
@@ -196,13 +192,6 @@ def output_error(w: Tensor, h: Tensor, w_kept: Tensor, kept: Tensor) -> float:
     change[:, kept] -= w_kept
     before, after = _energy(w, h), _energy(change, h)
     return 0.0 if before <= 0 else max(after, 0.0) / before
-
-
-def output_error_work(d: int, n: float, k: float) -> float:
-    """Return the floating-point operations of `output_error` for W (d, n) with `k` kept columns."""
-    rows = min(d, SKETCH)
-    mixing = 2 * rows * d * (n + k) if d > SKETCH else 0
-    return mixing + 2 * rows * n * (n + min(n, PANEL))
 
 
 def signs(count: int, rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from .refit import advice, all_finite
+from .refit import accumulator, advice, all_finite
 
 
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -19,8 +19,7 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         (rows,) int64: the first token at which the distribution function exceeds `uniform`.
     """
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    distribution = precise.softmax(-1).cumsum(-1, dtype=torch.float64)
+    distribution = logits.to(accumulator(logits.dtype)).softmax(-1).cumsum(-1, dtype=torch.float64)
     ends = distribution[:, -1:]  # close to 1, but not exactly
     if not all_finite(ends):
         raise NumericalError(f"the head gives NaN or Inf{advice(logits.dtype)}")

@@ -24,8 +24,7 @@ gradient-gram: `G`, the Gram of the gradients of the consumer's output.
 factors: both K-FAC factors of every linear of the site, including `H` and `G`.
 divergence: `HeadDivergence` of the attention maps.
 """
-GRADIENTS = frozenset[Statistic]({"mask-gradient", "gradient-gram", "factors"})
-"""Statistics that need a backward sweep."""
+GRADIENTS = frozenset[Statistic]({"mask-gradient", "gradient-gram", "factors"})  # statistics that need a backward sweep
 
 
 PANEL = {"cpu": 256, "cuda": 1024}
@@ -46,10 +45,8 @@ class Gram:
 
     def __init__(self, columns: int, *, cross: int = 0, device: torch.device, dtype: torch.dtype) -> None:
         self.tokens = 0
-        self.rows = 0
-        """Rows of x added so far."""
-        self.fed = dtype
-        """Dtype of the last x given to `add`."""
+        self.rows = 0  # rows of x added so far
+        self.fed = dtype  # dtype of the last x given to `add`
         self.h = torch.zeros(columns, columns, device=device, dtype=dtype)
         self.c = torch.zeros(cross, columns, device=device, dtype=dtype) if cross else None
 
@@ -132,12 +129,9 @@ def _multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
 class Origin:
     """Origin of the rows of a micro-batch, for sites that receive only some tokens from a router."""
 
-    sequence: Tensor
-    """Sequence of each row, (rows,) int64."""
-    sequences: int
-    """Number of sequences in the micro-batch."""
-    tokens: int
-    """Number of tokens in all sequences together."""
+    sequence: Tensor  # sequence of each row, (rows,) int64
+    sequences: int  # number of sequences in the micro-batch
+    tokens: int  # number of tokens in all sequences together
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum the rows of `x` (rows, n) per sequence: (sequences, n)."""
@@ -215,8 +209,7 @@ class SiteStatistics:
         def gram(columns: int, name: str) -> Gram | None:
             return Gram(columns, device=device, dtype=dtype) if wanted & _USERS[name] else None
 
-        self.seen = 0
-        """Number of tokens that reached the site."""
+        self.seen = 0  # number of tokens that reached the site
         self.mask = MaskGradient(units, width) if wanted & _USERS["mask"] else None
         self.gram = gram(units * width, "gram")
         self.gradient = gram(outputs, "gradient")
@@ -239,7 +232,6 @@ class SiteStatistics:
         return any(gram is not None for gram in self.producers)
 
     def park(self) -> None:
-        """Move all Grams to host memory."""
         for each in self._sums():
             if isinstance(each, Gram):
                 each.park()
@@ -290,12 +282,10 @@ class SiteStatistics:
                 gram.add(gradient, tokens=tokens)
 
 
-AddUp = Callable[[Tensor], None]
-"""Sums a tensor over all workers, in place."""
+AddUp = Callable[[Tensor], None]  # sums a tensor over all workers, in place
 
 
 def add_counts(add_up: AddUp, *counts: int) -> list[int]:
-    """Sum integer counts over all workers."""
     found = torch.tensor(counts)
     add_up(found)
     total: list[int] = found.tolist()

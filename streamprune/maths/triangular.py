@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PANEL = 512
-"""Columns factored at a time."""
+PANEL = 512  # columns factored at a time
 TILE = 2048
 """Columns per tile. Symmetric and triangular products compute only the tiles on one side of the diagonal."""
 
@@ -18,11 +17,6 @@ TILE = 2048
 def panels(n: int, size: int) -> list[slice]:
     """Split ``range(n)`` into slices of length `size`; the last one may be shorter."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def inverse_work(n: int) -> float:
-    """Return the floating-point operations of a factorisation and inversion (n, n), leading terms: n³ if n is many panels."""
-    return n**3 * (1 + 2 * min(1, PANEL / n))
 
 
 def cholesky_(a: Tensor) -> bool:
@@ -115,11 +109,6 @@ def add_product(s: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """Add ``alpha·Aᵀ B``, which must be symmetric, to the lower half of S (n, n), in place; A and B are (k, n)."""
     for tile in panels(len(s), _PRODUCT_ROWS):
         s[tile, : tile.stop].addmm_(a[:, tile].T, b[:, : tile.stop], alpha=alpha)
-
-
-def product_work(n: float, k: float) -> float:
-    """Return the floating-point operations of `add_product` with A and B (k, n)."""
-    return k * n * (n + min(n, _PRODUCT_ROWS))
 
 
 def whole_rows(s: Tensor, index: Tensor) -> Tensor:

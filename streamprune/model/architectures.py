@@ -47,27 +47,19 @@ class SublayerEntry:
     """Modules between the norm and the consumer, run in order. A consumer inside one of them is replaced by the identity."""
     producers: tuple[Producer, ...]
     consumer: str
-    norm: str | None = None
-    """Norm of the residual stream before the producers."""
-    branch_norm: str | None = None
-    """Norm of the consumer's output before it is added to the stream."""
-    sum_norm: str | None = None
-    """Norm of the sum."""
-    scale: float = 1.0
-    """Factor on the addition to the stream."""
-    parallel: bool = False
-    """Whether the sublayer reads the block's input instead of the previous sublayer's output."""
-    vectors: tuple[Producer, ...] = ()
-    """Norms whose weights are removed with the units."""
+    norm: str | None = None  # norm of the residual stream before the producers
+    branch_norm: str | None = None  # norm of the consumer's output before it is added to the stream
+    sum_norm: str | None = None  # norm of the sum
+    scale: float = 1.0  # factor on the addition to the stream
+    parallel: bool = False  # whether the sublayer reads the block's input instead of the previous sublayer's output
+    vectors: tuple[Producer, ...] = ()  # norms whose weights are removed with the units
     counts: tuple[str, ...] = ()
     """Attributes that shrink with the units, such as head counts. ``config`` in a path is the block's own view of the config."""
     widths: tuple[tuple[str, str], ...] = ()
     """Fields of the stock config and the attribute of `Site` that each holds; empty if the stock config cannot express
     fewer units."""
-    fixed: bool = False
-    """Whether no unit can be removed, because code outside the block depends on their number."""
-    repeats: bool = False
-    """Whether the cache stores a key and a value per query head rather than per unit."""
+    fixed: bool = False  # whether no unit can be removed, because code outside the block depends on their number
+    repeats: bool = False  # whether the cache stores a key and a value per query head rather than per unit
     experts: str | None = None
     """The list of experts, each with `producers` and `consumer`; None if the sublayer is a single site."""
     router: str | None = None
@@ -105,7 +97,6 @@ class Architecture:
 
     @property
     def base(self) -> str:
-        """Name of the module that holds the blocks."""
         return self.blocks.rpartition(".")[0]
 
 

@@ -20,8 +20,7 @@ from .architectures import SublayerEntry
 from .modeling_streamprune import Experts, count, set_count
 from .site import Site
 
-Arguments = Mapping[str, Any]
-"""Arguments that the model's forward passes to a block besides the hidden states."""
+Arguments = Mapping[str, Any]  # arguments that the model's forward passes to a block besides the hidden states
 
 
 class Layer:
@@ -107,8 +106,7 @@ class Mixed:
     """One per site: (sequences, tokens, n), or (tokens of the expert, n) multiplied by the router's weights."""
     rows: tuple[Tensor, ...] | None = None
     """Tokens routed to each expert, (rows,) int64 indices into all tokens of the sequences in order; None without a router."""
-    shape: tuple[int, int] = (0, 0)
-    """(sequences, tokens); only set with experts."""
+    shape: tuple[int, int] = (0, 0)  # (sequences, tokens); only set with experts
 
     def of(self, number: int, x: Tensor) -> Tensor:
         """Return the rows of `x` (sequences, tokens, d) that are routed to a site, (rows, d); all of `x` without a router."""
@@ -263,7 +261,6 @@ class Sublayer:
 
     @property
     def name(self) -> str:
-        """Name of the sublayer in messages."""
         return f"blocks.{self.prunables[0].site.block}.{self.entry.kind}"
 
     def source(self, x: Tensor, entered: Tensor) -> Tensor:
@@ -370,7 +367,6 @@ class Prunable:
         self._consumer = layer.module(entry.consumer)
 
     def consume(self, z: Tensor) -> Tensor:
-        """Run the consumer: (..., n) → (..., d)."""
         o: Tensor = self._consumer(z)
         return o
 

@@ -35,10 +35,8 @@ MODELOPT = "hf_quant_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 """A shard name that is neither a path nor a pattern, since it may be requested from the hub."""
-QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""Config fields that describe quantisation."""
-_TABLES = ("I64", "BOOL")
-"""Dtypes that never hold packed weights."""
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # config fields that describe quantisation
+_TABLES = ("I64", "BOOL")  # dtypes that never hold packed weights
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported weight dtypes."""
 NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "I64"}
@@ -52,13 +50,11 @@ class TensorEntry:
     shard: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
-    """Offset in the file, in bytes."""
+    begin: int  # offset in the file, in bytes
     nbytes: int
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return self.nbytes // self.dtype.itemsize
 
     def read(self, device: torch.device = CPU) -> Tensor:
@@ -97,8 +93,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.config = {field: value for field, value in config.items() if field not in RUN_TIME}
         """The config without run-time fields (see `RUN_TIME`)."""
         self.bytes_read = 0
-        self.headers: dict[str, str] = {}
-        """SHA-256 in hex of every shard's header, by file name."""
+        self.headers: dict[str, str] = {}  # SHA-256 in hex of every shard's header, by file name
         self._entries: dict[str, TensorEntry] = {}
         for shard, wanted in self._shards().items():
             self._open(directory / shard, wanted)

@@ -13,14 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError
 from .architectures import ARCHITECTURES, Architecture, SublayerEntry, architecture_of
 from .checkpoint import QUANTISED, Checkpoint, quantised_by
 from .modeling_streamprune import PREFIX
 from .names import CONFIG
 
-OURS = "streamprune"
-"""The config field with per-block widths."""
+OURS = "streamprune"  # the config field with per-block widths
 _CHOOSING = {
     "auto_map",
     "name_or_path",
@@ -69,21 +68,15 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
     checkpoint.complete_names(architecture.blocks.partition(".")[0], architecture.head)
     from transformers import CONFIG_MAPPING
 
-    from .upstream import untested
+    from .upstream import translated
 
-    try:
+    with translated(where, "build this model"):
         stock = CONFIG_MAPPING[fields["model_type"]]
         _check_depth(fields, stock, checkpoint, architecture, where)
         # A copy, since some config classes modify their arguments.
         config = stock.from_dict(copy.deepcopy({k: v for k, v in fields.items() if _is_setting(k)}))
         architecture_of(config.model_type.removeprefix(PREFIX), str(checkpoint.directory))
         entries = [architecture.sublayers(config, index) for index in range(config.num_hidden_layers)]
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{where}: transformers cannot build this model ({one_line(error, 400)}){untested()}"
-        ) from error
     if fields["model_type"].startswith(PREFIX):
         _check_widths(fields.get(OURS), architecture, entries, where)
     return architecture, config

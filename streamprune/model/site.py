@@ -18,27 +18,20 @@ Kind = Literal["attention", "ffn"]
 class Site:
     """One prunable site of one block."""
 
-    block: int
-    """Number of the block, from 0."""
+    block: int  # number of the block, from 0
     kind: Kind
-    units: int
-    """Number of units."""
-    width: int
-    """Columns of the consumer per unit."""
-    outputs: int
-    """Rows of the consumer, d_out: the residual width."""
+    units: int  # number of units
+    width: int  # columns of the consumer per unit
+    outputs: int  # rows of the consumer, d_out: the residual width
     unit_parameters: int
     """Parameters removed with one unit: its rows of producers and norms, with biases, and its columns of the consumer."""
-    heads: int = 0
-    """Query heads; 0 for an FFN."""
+    heads: int = 0  # query heads; 0 for an FFN
     choices: tuple[int, ...] | None = None
     """Unit counts that the requested layout can express, ascending; None for all from 1 to `units`."""
     linears: tuple[int, ...] = ()
     """Number of weights of each linear: the producers in order, fused ones in their parts, then the consumer."""
-    expert: int | None = None
-    """Number of the expert in a mixture of experts, from 0; None otherwise."""
-    share: float = 1.0
-    """Expected fraction of tokens that reach the site; below 1 if a router selects them."""
+    expert: int | None = None  # number of the expert in a mixture of experts, from 0; None otherwise
+    share: float = 1.0  # expected fraction of tokens that reach the site; below 1 if a router selects them
 
     @property
     def name(self) -> str:
@@ -78,8 +71,7 @@ class Layout:
     name: str
     alike: frozenset[str] = frozenset()
     """Families (see `Site.family`) that must have the same width in all blocks, one that the stock config class accepts."""
-    multiple: int = 1
-    """FFN widths must be multiples of this."""
+    multiple: int = 1  # FFN widths must be multiples of this
 
 
 FREE = Layout("free")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, NumericalError, StreamPruneError, one_line
+from ..errors import CheckpointError, NumericalError
 from ..maths.flops import counted
 from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sums import SiteStatistics, Statistic
@@ -62,20 +62,13 @@ class Skeleton:
         """Whether to copy the next block's weights to the device while the current block runs; decided by `jobs.forecast.memory`."""
         self.architecture, self.config = read_configuration(checkpoint)
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
-        try:
+        with upstream.translated(f"{checkpoint.directory}/config.json", "build this model"):
             self._build(check)
             if check:
                 # The blocks and their arguments depend on the config too: check that they work.
                 self.all_sites()
                 with counted(0):
                     self._try()
-        except StreamPruneError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{checkpoint.directory}/config.json: transformers cannot build this model ({one_line(error, 400)})"
-                f"{upstream.untested()}"
-            ) from error
 
     def _build(self, check: bool) -> None:
         """Take the model apart on the meta device and compare it with the shards, before anything takes memory."""
@@ -232,7 +225,6 @@ class Skeleton:
         return self._templates[index].get_submodule(name)
 
     def all_sites(self) -> list[Site]:
-        """Return the sites of all blocks."""
         return [site for index in range(len(self)) for site in self.sites(index)]
 
     def block_names(self, index: int) -> dict[str, str]:
@@ -241,7 +233,6 @@ class Skeleton:
         return {name: self.stored_name(prefix + name) for name in self._templates[index].state_dict()}
 
     def stored_name(self, name: str) -> str:
-        """Return the name in the checkpoint of a tensor of the model."""
         stored = name
         for ours, theirs in self.architecture.stored:
             stored = stored.replace(ours, theirs)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..errors import CheckpointError, StreamPruneError, one_line
+
 TESTED = {"transformers": (5, 24), "torch": (2, 14)}
 """Newest minor version of each library with which the full test suite has passed."""
 CACHES = ("cache", "past_key_values", "layer_past")
@@ -37,6 +39,18 @@ def untested() -> str:
         for name, (major, minor) in TESTED.items()
         if tuple(map(int, version(name).split(".")[:2])) > (major, minor)
     )
+
+
+@contextmanager
+def translated(where: object, what: str) -> Iterator[None]:
+    """Turn errors of transformers, of any type, into a CheckpointError: ``where: transformers cannot what``."""
+    try:
+        yield
+    except StreamPruneError:
+        raise
+    except Exception as error:
+        message = f"{where}: transformers cannot {what} ({one_line(error, 400)}){untested()}"
+        raise CheckpointError(message) from error
 
 
 @cache

@@ -29,8 +29,7 @@ from .skeleton import Skeleton
 
 PIECE = 8 << 20
 """Bytes per piece. Two pieces are in memory: one is checked while the next is read. A multiple of every element size."""
-SHOWN = 12
-"""Digits of a checksum shown in messages."""
+SHOWN = 12  # digits of a checksum shown in messages
 Kind = Literal["file", "layout", "values", "extra"]
 """``file``: missing, unreadable, or different from the manifest. ``layout``: a tensor is missing or its shape differs from the
 config, or the tensors of a file cannot be determined. ``values``: NaN or Inf. ``extra``: ignored by transformers."""
@@ -42,8 +41,7 @@ class Fault:
 
     kind: Kind
     file: str
-    tensor: str | None
-    """Name of the tensor, if the fault concerns a single one."""
+    tensor: str | None  # name of the tensor, if the fault concerns a single one
     message: str
 
     def __str__(self) -> str:
@@ -57,14 +55,10 @@ class Verification:
     path: str
     manifest: bool
     """Whether there is a `SHA256SUMS`. Without it, file contents cannot be checked."""
-    files: int
-    """Number of files read: the shards and all other files in the manifest."""
-    tensors: int
-    """Number of tensors in the shards."""
-    bytes: int
-    """Size of the files read, in bytes."""
-    unlisted: tuple[str, ...]
-    """Other files in the directory: not in the manifest, and not needed by the model."""
+    files: int  # number of files read: the shards and all other files in the manifest
+    tensors: int  # number of tensors in the shards
+    bytes: int  # size of the files read, in bytes
+    unlisted: tuple[str, ...]  # other files in the directory: not in the manifest, and not needed by the model
     faults: tuple[Fault, ...]
     extra: tuple[Fault, ...]
     """Tensors that the config's model does not have, and an index that is not read. transformers ignores them, so they are not
@@ -76,7 +70,6 @@ class Verification:
         return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields, and `sound`, for JSON."""
         return {**asdict(self), "sound": self.sound}
 
 
@@ -96,7 +89,6 @@ class _Reading:
         self.bytes = 0
 
     def done(self) -> Verification:
-        """Run the verification. Small files come first, so that errors in the config show up before the weights are read."""
         checkpoint = self._opened()
         entries = {} if checkpoint is None else dict(checkpoint)
         shards = set() if checkpoint is None else checkpoint.shards
@@ -159,12 +151,12 @@ class _Reading:
             message = f"{shard}: tensor {name!r} is not in the {model} model that the config describes, and is not read"
             self._add_extra(shard, name, message)
         for name, what in found:
-            if name in checkpoint or not checkpoint.had(name):
+            # A missing tensor may be in a shard that could not be opened.
+            if name in checkpoint or not checkpoint.faults:
                 file = checkpoint[name].shard.name if name in checkpoint else weight_file(self.folder)
                 self._fault("layout", file, name, f"{file}: tensor {name!r} {what}")
 
     def _read(self, name: str, entries: Mapping[str, TensorEntry]) -> None:
-        """Read one file; check its digest and the values of its tensors."""
         path = self.folder / name
         if not path.is_file():
             if not any(fault.file == name for fault in self.faults):
@@ -230,10 +222,8 @@ class _Opened(Checkpoint):
     """A checkpoint that tolerates unreadable shards."""
 
     def __init__(self, directory: Path) -> None:
-        self.faults: list[tuple[str, str]] = []
-        """Unreadable shards, and the error of each."""
+        self.faults: list[tuple[str, str]] = []  # unreadable shards, and the error of each
         self._lost: set[str] = set()
-        self._all_lost = False
         super().__init__(directory)
 
     @property
@@ -245,17 +235,12 @@ class _Opened(Checkpoint):
     def claimed(self) -> Set[str]:
         return super().claimed | self._lost
 
-    def had(self, name: str) -> bool:
-        """Return whether the tensor may be in an unreadable shard."""
-        return self._all_lost or name.endswith(tuple(self._lost))  # names in base models lack the prefix
-
     def _open(self, path: Path, wanted: set[str] | None) -> None:
         try:
             super()._open(path, wanted)
         except (CheckpointError, DiskError) as error:
             self.faults.append((path.name, str(error)))
             self._lost |= wanted or set()
-            self._all_lost |= wanted is None
 
 
 _Piece = tuple[int, int, str | None]

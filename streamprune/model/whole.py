@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, one_line
 from .checkpoint import Checkpoint
 from .config import read_configuration
 
@@ -20,10 +19,10 @@ def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from .upstream import untested
+    from .upstream import translated
 
     _, config = read_configuration(Checkpoint(directory))
-    try:
+    with translated(directory, "load this model"):
         model = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -32,10 +31,6 @@ def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
         ).eval()
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory}: transformers cannot load this model ({one_line(error)}){untested()}"
-        ) from error
     # Ignore the checkpoint's generation settings, which may ask for sampling or remote code.
     asked = model.generation_config
     tokens = {name: _tokens(getattr(asked, name, None)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -24,8 +24,7 @@ from .skeleton import Skeleton
 from .tokenizer import named_tokenizer
 from .verify import check
 
-BLOCK_CONFIGS = "block_configs"
-"""The config field of DeciLM with per-block widths."""
+BLOCK_CONFIGS = "block_configs"  # the config field of DeciLM with per-block widths
 AGAIN = "the disk, the memory or another program damaged it; run the same command again, and it will be made again"
 """Advice at the end of messages about damaged files."""
 

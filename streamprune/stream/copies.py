@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Taken = Callable[[], list[Tensor]]
-"""Wait for a copy and return the copied tensors."""
+Taken = Callable[[], list[Tensor]]  # wait for a copy and return the copied tensors
 
 
 class Cuda:

@@ -50,5 +50,4 @@ class Encoding:
 
 
 def token_bytes(width: int, stored: torch.dtype) -> int:
-    """Return the bytes per stored token."""
     return width * stored.itemsize + (_SCALE.itemsize if stored == FLOAT8 else 0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from ..maths.refit import advice
+from ..maths.refit import advice, all_finite
 from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
 from ..model.upstream import cache_argument
@@ -56,7 +56,8 @@ def generate(
                 arguments = skeleton.arguments(x.shape[0], 1, past)[index]
                 hidden[rows] = block(x, {**arguments, cache_argument(type(skeleton.block(index)).forward): cache})
             del block
-            _check_finite(hidden, f"block {index}")
+            if not all_finite(hidden):
+                raise NumericalError(f"block {index} gives NaN or Inf{advice(hidden.dtype)}")
         tokens[:, past + 1] = _next_tokens(skeleton, hidden[:, 0], generator)
         progress.step(f"token {past + 1}")
         rest(progress)
@@ -95,12 +96,5 @@ def _next_tokens(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator)
     with skeleton.head() as head:
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = head(hidden[rows]).cpu()
-            _check_finite(logits, "the head")
-            found.append(sample(logits, uniform[rows]))
+            found.append(sample(head(hidden[rows]).cpu(), uniform[rows]))
     return torch.cat(found)
-
-
-def _check_finite(tensor: Tensor, place: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise NumericalError(f"{place} gives NaN or Inf{advice(tensor.dtype)}")

@@ -64,17 +64,14 @@ class ActivationStore:
         self.folder, self.shape, self.dtype, self.device, self.durable = folder, shape, dtype, device, durable
         self.encoding = Encoding(shape[2], dtype, dtype if stored is None else stored)
         self.memory = memory
-        self._held: dict[str, _Held] = {}
-        """Boundaries in host memory by name, oldest first."""
+        self._held: dict[str, _Held] = {}  # boundaries in host memory by name, oldest first
         self._filling: list[_Held] = []
-        self._sums: dict[str, np.ndarray] = {}
-        """Checksums (samples,) of the boundaries on disk, by name."""
+        self._sums: dict[str, np.ndarray] = {}  # checksums (samples,) of the boundaries on disk, by name
         self._copies = Copies.of(device)
         files.make_folder(folder)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one sample."""
         return self.shape[1] * self.encoding.token_bytes
 
     @property
@@ -200,7 +197,6 @@ class ActivationStore:
             files.link(self.path(source), self.path(target))
 
     def remove(self, name: str) -> None:
-        """Remove a boundary, if it exists."""
         self._forget(name)
         files.remove(self.path(name))
 
@@ -217,7 +213,6 @@ class ActivationStore:
         self._sums.pop(name, None)
 
     def path(self, name: str) -> Path:
-        """Return the path of a boundary's file, which need not exist."""
         return self.folder / (name + SUFFIX)
 
     @property
@@ -285,8 +280,7 @@ class _Held:
     def __init__(self, size: int) -> None:
         self.raw = host_buffer(size, CPU)
         self.filled = 0
-        self.on_disk = False
-        """Whether the boundary is also on disk."""
+        self.on_disk = False  # whether the boundary is also on disk
 
     def append(self, data: np.ndarray) -> None:
         # numpy releases the GIL during the copy.

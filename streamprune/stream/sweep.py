@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NumericalError
 from ..maths.flops import kind
-from ..maths.refit import advice, all_finite
+from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sampling import sample
 from ..maths.sums import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
@@ -27,8 +27,7 @@ from ..system.threads import prefetch, read_ahead
 from .copies import Copies, Taken
 from .store import ActivationStore
 
-LOGIT_BYTES = 1 << 28
-"""Bytes of float32 logits that the head computes at a time."""
+LOGIT_BYTES = 1 << 28  # bytes of float32 logits that the head computes at a time
 
 
 def boundary(stream: str, block: int, sublayer: int = 0) -> str:
@@ -118,11 +117,11 @@ def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor
         tokens: (samples, length) int64.
         size: sequences per micro-batch.
     """
-    total, count = 0.0, 0
+    total, count, dtype = 0.0, 0, accumulator(skeleton.dtype)
     with skeleton.head() as head, torch.no_grad():
         for batch, (hidden,) in store.each(size, name):
             for h, y in _predictions(hidden, tokens[batch].to(skeleton.device), skeleton.vocabulary):
-                total += float(F.cross_entropy(_precise(head(h)), y, reduction="sum").double())
+                total += float(F.cross_entropy(head(h).to(dtype), y, reduction="sum").double())
                 count += y.numel()
     if total != total or total == float("inf"):
         raise NumericalError(f"the head gives NaN or Inf{advice(skeleton.dtype)}")
@@ -143,14 +142,14 @@ def head_gradient(
             distribution with these numbers. The covariance of the gradients is then the Fisher information, not the
             empirical Fisher.
     """
-    last = len(skeleton)
+    last, dtype = len(skeleton), accumulator(skeleton.dtype)
     with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
         for batch, (hidden,) in store.each(size, boundary("dense", last)):
             parts = []
             labels = (tokens if uniform is None else uniform)[batch].to(skeleton.device)
             for h, y in _predictions(hidden, labels, skeleton.vocabulary):
                 h.requires_grad_()
-                logits = _precise(head(h))
+                logits = head(h).to(dtype)
                 y = y if uniform is None else sample(logits.detach(), y)
                 loss = F.cross_entropy(logits, y, reduction="sum")
                 parts.append(torch.autograd.grad(loss, h)[0])
@@ -253,7 +252,3 @@ def _predictions(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tu
     chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
     for begin in range(0, len(targets), chunk):
         yield flat[begin : begin + chunk].detach(), targets[begin : begin + chunk]
-
-
-def _precise(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -74,13 +74,11 @@ def error(w: Tensor, h: Tensor, gone: Tensor) -> float:
         (40, 5, 1, 30, 7),
         (40, 60, 1, 39, 64),  # down to one unit, in one block of steps
         (150, 5, 1, 149, 8),  # and in many, with the matrices made smaller in between
-        (30, 5, 1, 12, 1),
         (6, 5, 1, 0, 4),
         (120, 5, 3, 39, 12),
         (96, 60, 4, 23, 4),  # an update a step
         (96, 5, 4, 10, 10),  # a block that units do not divide
         (32, 5, 8, 3, 5),  # and one smaller than a unit
-        (24, 5, 8, 0, 64),
     ],
 )
 def test_the_order_is_that_of_the_plain_loop(n: int, d: int, width: int, count: int, block: int) -> None:
@@ -198,9 +196,7 @@ def peak(work: Callable[[], object]) -> int:
     return max(itertools.accumulate(e.nbytes() for e in events))
 
 
-@pytest.mark.parametrize(
-    ("width", "count", "block"), [(1, 60, 16), (1, 299, 16), (4, 70, 16), (30, 8, 16), (75, 3, 16)]
-)
+@pytest.mark.parametrize(("width", "count", "block"), [(1, 299, 16), (4, 70, 16), (75, 3, 16)])
 def test_memory_stays_in_the_workspace(width: int, count: int, block: int) -> None:
     w, h = (x.float() for x in problem(300, tokens=400))
     options = {"width": width, "count": count, "block": block}
@@ -208,7 +204,7 @@ def test_memory_stays_in_the_workspace(width: int, count: int, block: int) -> No
     assert 0.75 < held / workspace(300, width, block) < 1.0
 
 
-@pytest.mark.parametrize("width", [1, 12, 30])
+@pytest.mark.parametrize("width", [1, 30])
 def test_batched_removal_stays_in_the_workspace(width: int) -> None:
     w, h = (x.float() for x in problem(300, d=100, tokens=400))
     given = {"damping": 0.01, "place": "here"}

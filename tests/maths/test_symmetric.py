@@ -23,7 +23,7 @@ def matrices(n: int) -> tuple[Tensor, Tensor]:
     return whole, whole.tril() + torch.full_like(whole, torch.nan).triu(1)
 
 
-@pytest.mark.parametrize("n", [1, 6, 7, 24, 30])
+@pytest.mark.parametrize("n", [1, 7, 30])
 def test_a_product_is_added_below_the_diagonal(n: int) -> None:
     whole, half = matrices(n)
     a, b = matrices(n)[0][:3], torch.ones(3, n, dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_diagonal_blocks(width: int) -> None:
     assert torch.equal(blocks, torch.stack(expected))
 
 
-@pytest.mark.parametrize("kept", [[0, 1, 2], [29], [*range(1, 30)], [*range(0, 30, 2)], [*range(29)], [*range(30)], []])
+@pytest.mark.parametrize("kept", [[29], [*range(1, 30)], [*range(0, 30, 2)], [*range(30)], []])
 def test_shrinking_stays_in_place(kept: list[int]) -> None:
     whole, half = matrices(30)
     index = torch.tensor(kept, dtype=torch.int64)

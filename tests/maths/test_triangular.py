@@ -20,7 +20,7 @@ def positive(n: int) -> torch.Tensor:
     return x @ x.T / n + 0.1 * torch.eye(n, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("n", [1, 6, 7, 8, 40, 51])
+@pytest.mark.parametrize("n", [1, 7, 8, 51])
 def test_factor_and_inverse_equal_lapack(n: int) -> None:
     h = positive(n)
     factor = h.clone()
@@ -52,7 +52,7 @@ def test_panels_cover_everything_once() -> None:
     assert triangular.panels(0, 4) == []
 
 
-@pytest.mark.parametrize("columns", [1, 7, 20])
+@pytest.mark.parametrize("columns", [1, 20])
 def test_solving_in_place(columns: int) -> None:
     h, b = positive(30), torch.randn(30, columns, dtype=torch.float64)
     expected = torch.linalg.solve(h, b)

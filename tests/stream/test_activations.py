@@ -31,8 +31,9 @@ def of_interest(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name not in ("report.json", "README.md")}
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon", "mixtral", "opt-350m"])
-@pytest.mark.parametrize("changes", [{}, {"recipe": "default", "refine": 2}])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("llama", {"recipe": "default", "refine": 2}), ("falcon", {}), ("mixtral", {})]
+)
 def test_held_in_memory_or_not_the_bytes_are_the_same(
     name: str, changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,7 +51,7 @@ def test_held_in_memory_or_not_the_bytes_are_the_same(
     whole = configured(tiny(name), "whole", **changes)
     streamprune.prune(whole)
     assert most == 0
-    for room_for in (1, 2, 3, 50):
+    for room_for in (1, 3, 50):
         config = configured(tiny(name), f"held{room_for}", memory_host=room_for * ONE, **changes)
         most = 0
         streamprune.prune(config)

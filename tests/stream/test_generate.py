@@ -107,25 +107,16 @@ def test_a_pruned_model_writes_too(tiny: Tiny, configured: Make, tmp_path: Path,
     is_the_models_own(config.out, written(config.out, tmp_path / "generate"), logits)
 
 
-def test_tokens_follow_the_seed_and_not_the_micro_batch(tiny: Tiny, tmp_path: Path) -> None:
+def test_tokens_follow_the_seed_and_not_the_batches(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, folder = tiny("qwen2", torch.float64), tmp_path / "generate"
     tokens = written(path, folder)
     assert torch.equal(written(path, folder, batch=5), tokens)
     assert torch.equal(written(path, folder, batch=1), tokens)
     assert not torch.equal(written(path, folder, seed=4), tokens)
-
-
-def test_few_logits_at_a_time_change_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, folder = tiny("gpt2", torch.float64), tmp_path / "generate"
-    tokens = written(path, folder)
     monkeypatch.setattr(sweep, "LOGIT_BYTES", 4 * 40 * 2)
     assert torch.equal(written(path, folder), tokens)
-
-
-def test_half_precision_writes_in_range(tiny: Tiny, tmp_path: Path) -> None:
-    skeleton = open_skeleton(tiny("llama", torch.bfloat16), CPU, "bfloat16")
-    tokens = generate(skeleton, 4, 12, 0, tmp_path / "generate", 3, Silent())
-    assert 0 <= int(tokens.min()) <= int(tokens.max()) < 40
 
 
 def test_draws_have_the_softmax_as_their_frequencies() -> None:
@@ -153,7 +144,7 @@ def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
         generate(skeleton, 4, 12, 0, tmp_path / "generate", 3, Silent())
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon", "gpt_neox"])
+@pytest.mark.parametrize("name", ["falcon", "gpt_neox"])
 def test_the_disk_that_keys_and_values_take(
     name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +223,7 @@ def test_a_model_calibrates_on_what_it_writes(
     assert shards[0] == shards[1]
 
 
-@pytest.mark.parametrize("instant", [1, 20, 33])
+@pytest.mark.parametrize("instant", [1, 20])
 def test_stopped_while_writing_the_bytes_are_the_same(
     instant: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,8 +22,7 @@ def store_of(folder: Path, dtype: torch.dtype) -> ActivationStore:
     return ActivationStore(folder / "cache", (5, 3, 4), dtype, CPU, durable=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1, 2, 5, 7])
+@pytest.mark.parametrize(("size", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (7, torch.float16)])
 def test_several_boundaries_side_by_side(dtype: torch.dtype, size: int, tmp_path: Path) -> None:
     store = store_of(tmp_path, dtype)
     values = {name: torch.randn(5, 3, 4).to(dtype) for name in ("a", "b")}
@@ -65,7 +64,7 @@ def test_a_boundary_that_is_missing_or_cut_short_is_said(tmp_path: Path) -> None
         list(store.each(2, "a"))
 
 
-@pytest.mark.parametrize("place", [0, 50, -1, -5, -17, "short", "long", "gone"])
+@pytest.mark.parametrize("place", [0, 50, -1, -17, "short", "long", "gone"])
 def test_a_boundary_that_was_altered_is_not_used(place: int | str, tmp_path: Path) -> None:
     store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True)
     filled(store, "a")
@@ -128,7 +127,7 @@ def filled(store: ActivationStore, name: str, size: int = 2, **options: bool) ->
 
 
 @pytest.mark.parametrize("memory", [0, 10**6])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, FLOAT8])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, FLOAT8])
 def test_what_is_read_is_what_the_stored_dtype_holds(stored: torch.dtype, memory: int, tmp_path: Path) -> None:
     store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True, stored=stored, memory=memory)
     value = filled(store, "a")
@@ -170,7 +169,7 @@ def test_an_error_of_the_writer_reaches_whoever_writes(
 ONE = 5 * 3 * 4 * 4
 
 
-@pytest.mark.parametrize("room", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("room", [0, 2, 4])
 def test_memory_holds_the_youngest_and_no_more_than_it_may(room: int, tmp_path: Path) -> None:
     store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True, memory=room * ONE + ONE - 1)
     values = {}
