@@ -801,7 +801,7 @@ def lines(*entries: Any) -> bytes:
         [{"step": "start", "format": FORMAT, "schedule": [{"name": "x", "steps": "y"}], "job": {"settings": {}}}],
         [{"step": "start", "format": FORMAT, "schedule": [], "job": {"settings": {}}}, {"step": "shot-1/prune/0"}],
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_journals_that_no_job_writes(entries: list[Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
