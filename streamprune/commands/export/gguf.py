@@ -96,7 +96,7 @@ def export_gguf(
     with files.locked_for_writing(out), files.replacing_file(out) as temporary, closing(writer):
         size = sum(math.prod(each.byte_shape) for each in tensors)
         if size > (free := files.free_bytes(out.parent)):
-            raise ResourceError(f"{out} takes {format_bytes(size)}; {format_bytes(free)} are free there")
+            raise ResourceError(f"{out} needs {format_bytes(size)}; {format_bytes(free)} are free")
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -41,7 +41,7 @@ SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((TEKKEN_SPLIT, "bytes"), True): "tekken",
     ((GPT4O_SPLIT, "bytes"), False): "gpt-4o",
 }
-"""llama.cpp's names of pre-tokenizers, by splitting steps and by whether a part that is a piece is taken whole."""
+"""llama.cpp's names of pre-tokenizers, by steps (see `_split_name`) and by whether a part that is a piece is taken whole."""
 APPROXIMATE = ("tekken", "gpt-4o")
 """Pre-tokenizers that split non-ASCII words of mixed case differently in llama.cpp."""
 
@@ -125,7 +125,10 @@ def add_vocabulary(writer: GGUFWriter, skeleton: Skeleton) -> list[str]:
 
 
 def _split_name(data: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name of a byte-level tokenizer's pre-tokenizer; None if it has none like it."""
+    """Return llama.cpp's name of a byte-level tokenizer's pre-tokenizer; None if it has none like it.
+
+    Steps are regular expressions, ``"digits"`` (single digits) and ``"bytes"`` (bytes to characters).
+    """
     pre = data["pre_tokenizer"] or {"type": "none"}
     steps: list[str] = []
     for part in pre.get("pretokenizers", [pre]):

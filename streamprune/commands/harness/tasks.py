@@ -93,7 +93,7 @@ def find_tasks(
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in SCORED:
             raise ConfigError(
-                f"task {name!r} wants {task.OUTPUT_TYPE}; a streamed model only scores given text. "
+                f"task {name!r} needs {task.OUTPUT_TYPE}; a streamed model only scores given text. "
                 "With the model in memory: lm_eval --model hf"
             )
     # Load only once, although the evaluator asks the manager again.
