@@ -35,7 +35,7 @@ from . import options, show
     metavar="MODEL",
     help="Dense model whose block outputs are the target of distil.",
 )
-@click.option("--rank", default=8, show_default=True, help="Rank of the change of each linear, at most.")
+@click.option("--rank", default=8, show_default=True, help="Largest rank of the change of each linear.")
 @click.option(
     "--steps",
     default=200,

@@ -23,7 +23,7 @@ from streamprune import TuneConfig
 from streamprune.commands.tune import lora
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.jobs.names import job_folder
-from streamprune.maths.adam import Descent, batch
+from streamprune.maths.adam import batch
 from streamprune.model.skeleton import open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
 from streamprune.pruning.refine import Refinement
@@ -159,34 +159,6 @@ def test_a_rank_beyond_a_linears_sides_is_cut(tiny: Tiny) -> None:
     assert updates["mlp.gate_proj.u"].shape == (48, 32)
 
 
-def test_descent_goes_on_where_it_was_put_away() -> None:
-    def weights(values: Tensor) -> dict[str, nn.Parameter]:
-        return {"w": nn.Parameter(values.clone())}
-
-    def steps(descent: Descent, count: int) -> None:
-        for _ in range(count):
-            (descent.weights["w"].square().sum() * (descent.done + 1)).backward()
-            descent.step()
-
-    start = torch.randn(5, generator=torch.Generator().manual_seed(0))
-    whole, plain = weights(start), weights(start)
-    steps(Descent(whole, steps=6, rate=0.1, place="here"), 6)
-    adam = torch.optim.AdamW(plain.values(), lr=0.1, betas=(0.9, 0.95), weight_decay=0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / 6)
-    for step in range(6):
-        adam.zero_grad()
-        (plain["w"].square().sum() * (step + 1)).backward()
-        adam.step()
-        schedule.step()
-    torch.testing.assert_close(whole["w"], plain["w"])
-    first = weights(start)
-    descent = Descent(first, steps=6, rate=0.1, place="here")
-    steps(descent, 4)
-    again = weights(first["w"].detach())
-    steps(Descent(again, steps=6, rate=0.1, place="here", state=descent.state()), 2)
-    assert torch.equal(again["w"], whole["w"])
-
-
 def test_batches_follow_seed_and_step() -> None:
     assert torch.equal(batch(20, 8, 1, 2), batch(20, 8, 1, 2))
     assert not torch.equal(batch(20, 8, 1, 2), batch(20, 8, 1, 3))
@@ -223,45 +195,6 @@ def test_distil_is_the_plain_implementation(name: str, tiny: Tiny, tuning: Make,
     for key, expected in weights.items():
         torch.testing.assert_close(tuned[key], expected, rtol=1e-6, atol=1e-8)
         assert float((expected - model.get_parameter(key)).abs().max()) > 1e-3
-
-
-def test_perplexity_falls_where_the_teacher_knows_the_text(tuning: Make, tmp_path: Path) -> None:
-    """A teacher that learned to count letters, and a perturbed copy of it."""
-    counting = tmp_path / "counting.txt"
-    counting.write_text("abcdefghijklmnopqrstuvwxyz .," * 60)
-    teacher = make_tiny(tmp_path / "teacher", "llama", tie_word_embeddings=False)
-    model = streamprune.load(teacher, dtype=torch.float32)
-    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
-    tokens = windows(tuning(teacher, text=counting, samples=64))
-    for step in range(40):
-        part = tokens[8 * (step % 8) :][:8]
-        adam.zero_grad()
-        model(part, labels=part).loss.backward()
-        adam.step()
-    model.save_pretrained(teacher)
-    for path in teacher.glob("model-*"):
-        path.unlink()
-    (teacher / "model.safetensors.index.json").unlink()
-    other = tmp_path / "student"
-    other.mkdir()
-    for path in teacher.iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
-    generator = torch.Generator().manual_seed(0)
-    edit_tensors(
-        other,
-        lambda tensors: [
-            t.add_(0.12 * torch.randn(t.shape, generator=generator)) for n, t in tensors.items() if "proj" in n
-        ],
-    )
-    config = tuning(other, text=counting, teacher=teacher, method="distil", steps=30, rank=8, samples=32)
-    streamprune.tune(config)
-    dense, before, after = (
-        streamprune.evaluate(path, counting, seq_len=16).perplexity for path in (teacher, other, config.out)
-    )
-    assert dense < before
-    report = json.loads((config.out / "report.json").read_text())
-    assert all(last < first for first, last in report["tuning"]["blocks"])
-    assert after < dense + 0.5 * (before - dense)
 
 
 def test_a_perfect_student_stays(tiny: Tiny, tuning: Make) -> None:
@@ -545,7 +478,7 @@ def test_auto_takes_what_fits_and_says_so(
             said.append(message)
 
     monkeypatch.setattr(lora, "installed", lambda: False)
-    with pytest.raises(ConfigError, match=r"lora is out, since peft is not installed.*distil needs.*--teacher DIR"):
+    with pytest.raises(ConfigError, match=r"lora is not possible: peft is not installed.*distil needs.*--teacher DIR"):
         streamprune.tune(tuning(student))
     with pytest.raises(ConfigError, match=r"needs peft: pip install 'streamprune\[tune\]'"):
         streamprune.tune(tuning(student, method="lora"))
@@ -628,7 +561,7 @@ def refused(result: Result, code: int, message: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 2}, "does not belong to"),
+        ({"num_hidden_layers": 2}, "does not match"),
         ({"num_hidden_layers": 2}, "blocks 2, not 3"),
         ({"hidden_size": 40}, "width 40, not 32"),
         ({"vocab_size": 48}, "vocabulary 48, not 40"),

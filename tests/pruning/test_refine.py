@@ -14,6 +14,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from conftest import TINY, contents
+from stopping import Stop
 from torch import Tensor
 
 import streamprune
@@ -219,7 +220,7 @@ def test_a_later_block_reads_what_the_refined_one_gives(
         assert sites[f"blocks.{index}.ffn"]["refinement"] == pytest.approx([error, error], rel=1e-8)
 
 
-@pytest.mark.parametrize("recipe", ["magnitude", "wanda-sp", "sobp", "greedy-output"])
+@pytest.mark.parametrize("recipe", ["magnitude", "sobp"])
 def test_every_recipe_can_be_refined(recipe: str, tiny: Tiny, configured: Make) -> None:
     path = tiny("gpt2", torch.bfloat16)
     config = configured(path, recipe=recipe, ratio=0.3, refine=20)
@@ -232,11 +233,7 @@ def test_every_recipe_can_be_refined(recipe: str, tiny: Tiny, configured: Make) 
     assert {out[name].dtype for name in out} == {torch.bfloat16}
 
 
-class Stop(BaseException):
-    """Stands in for a kill."""
-
-
-@pytest.mark.parametrize("step", [1, 4, 8, 12])
+@pytest.mark.parametrize("step", [1, 8])
 def test_killed_inside_a_block_the_bytes_are_the_same(
     step: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

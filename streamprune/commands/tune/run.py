@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -182,7 +181,9 @@ class Tuning(JobFolder):
                     f"training the model in memory needs {format_bytes(least)} and the limit is {format_bytes(limit)}"
                 )
             if lacking and teacher is None:
-                raise ConfigError(f"method lora is out, since {lacking}; distil needs the dense model: --teacher DIR")
+                raise ConfigError(
+                    f"method lora is not possible: {lacking}; distil needs the dense model: --teacher DIR"
+                )
             method = "distil" if lacking else "lora"
             self.progress.say(f"method {method}: {lacking or 'the model with its gradients fits into memory'}")
         if method == "lora" and not lora.installed():
@@ -202,9 +203,7 @@ class Tuning(JobFolder):
             ("vocabulary", student.vocabulary, teacher.vocabulary),
         ):
             if ours != theirs:
-                raise ConfigError(
-                    f"the teacher {path} does not belong to {self.config.model}: {name} {theirs}, not {ours}"
-                )
+                raise ConfigError(f"teacher {path} does not match {self.config.model}: {name} {theirs}, not {ours}")
         windows.window_length(self.length, teacher.context)
         return teacher
 
@@ -312,6 +311,7 @@ class Tuning(JobFolder):
             self.resumed = any(self.journal.steps())
         self.batch: int = start["resources"]["batch"]
         self.micro: int = start["resources"]["micro"]
+        self.how = Refinement(self.config.steps, self.config.seed, self.micro, rate=self.rate, rank=self.config.rank)
         for skeleton in self.sources if self.method == "distil" else ():
             needs, limit = self._needs(skeleton), self._room["device_limit"]
             skeleton.copies_ahead = copies_ahead(skeleton, needs, (self.batch, self.micro, "device"), limit)
@@ -345,16 +345,15 @@ class Tuning(JobFolder):
         complete, shards, saved = self.journal.find("complete"), self._distilled(), self._saved
         if complete is not None and not self.staging.is_dir():
             return None  # published
-        made, step = (shards, "block/") if complete is None else (complete["sha256"], "complete")
-        needed = [(self.staging / name, digest, step) for name, digest in made.items()]
-        if complete is None and saved is not None:
-            needed.append((self._state_path(saved["step"]), saved["sha256"], "steps/"))
-        for path, digest, step in needed:
-            if not files.has_digest(path, digest):
-                return MissingFile(path, step)
-        done = len(shards)
-        for stream in (STUDENT, TEACHER) if complete is None and 0 < done < len(self.student) else ():
-            if not self._store.intact(name := sweep.boundary(stream, done)):
+        needed = [(self.staging, "block/", shards), (self.folder, "steps/", saved)]
+        if complete is not None:
+            needed = [(self.staging, "complete", complete["sha256"])]
+        for folder, step, digests in needed:
+            for name, digest in digests.items():
+                if not files.has_digest(folder / name, digest):
+                    return MissingFile(folder / name, step)
+        for stream in (STUDENT, TEACHER) if complete is None and 0 < len(shards) < len(self.student) else ():
+            if not self._store.intact(name := sweep.boundary(stream, len(shards))):
                 return MissingFile(self._store.path(name), "block/")
         return None
 
@@ -369,11 +368,6 @@ class Tuning(JobFolder):
             self.check_sources(self.journal.header)
             self.journal.append("complete", sha256=self._write(figures, shards))
         return self.publish()
-
-    @property
-    def _how(self) -> Refinement:
-        config = self.config
-        return Refinement(config.steps, config.seed, self.micro, rate=self.rate, rank=config.rank)
 
     @cached_property
     def _store(self) -> ActivationStore:
@@ -407,7 +401,7 @@ class Tuning(JobFolder):
             next(dense)
             _, block = next(tuned)
             source, target = sweep.boundary(STUDENT, index), sweep.boundary(TEACHER, index + 1)
-            losses = refine(student, block, index, store, source, target, self._how)["refinement"]
+            losses = refine(student, block, index, store, source, target, self.how)["refinement"]
             if index + 1 < depth:
                 sweep.advance(student, block, index, store, STUDENT, self.batch)
             digest = write.write_block(student, index, block.weights, self.staging)
@@ -430,12 +424,11 @@ class Tuning(JobFolder):
         """Train end to end in memory, then add the updates block by block; return figures and digests of the shards."""
 
         def save(state: dict[str, Tensor], losses: list[float]) -> None:
-            step = f"steps/{int(state['step'])}"
-            path = self._state_path(step)
-            self.journal.append(step, losses=losses, sha256=write_shard(path, state))
-            for other in self.folder.glob(f"{STATE}*"):
-                if other != path:
-                    files.remove(other)
+            done = int(state["step"])
+            path = self.folder / f"{STATE}{done:06}.safetensors"
+            self.journal.append(f"steps/{done}", losses=losses, sha256={path.name: write_shard(path, state)})
+            for other in {*self.folder.glob(f"{STATE}*")} - {path}:
+                files.remove(other)
 
         def absorb(block: Block, index: int) -> None:
             names = [f"{name}.{leaf}" for name in self.student.linears(index) for leaf in "uv"]
@@ -445,7 +438,7 @@ class Tuning(JobFolder):
         done = 0 if state is None else int(state["step"])
         if done < self.config.steps:
             self.progress.phase("lora", self.config.steps, done)
-            for loss in lora.train(self.student, self.tokens, self._how, state, save):
+            for loss in lora.train(self.student, self.tokens, self.how, state, save):
                 self.progress.step(f"loss {loss:.4f}")
         del state
         updates = self._state() or {}
@@ -455,16 +448,14 @@ class Tuning(JobFolder):
         return {"loss_first": first, "loss_last": last, "losses": losses}, shards
 
     @property
-    def _saved(self) -> Entry | None:
-        """The journal's last line of a saved LoRA state."""
-        return next(reversed([*self.journal.steps("steps/")]), None)
+    def _saved(self) -> dict[str, str]:
+        """Name and digest of the last saved LoRA state; empty before the first."""
+        lines = [*self.journal.steps("steps/")]
+        return lines[-1]["sha256"] if lines else {}
 
     def _state(self) -> dict[str, Tensor] | None:
         """Read the last saved LoRA state."""
-        return self._saved and load_shard(self._state_path(self._saved["step"]), self._saved["sha256"])
-
-    def _state_path(self, step: str) -> Path:
-        return self.folder / f"{STATE}{int(step.removeprefix('steps/')):06}.safetensors"
+        return next((load_shard(self.folder / name, digest) for name, digest in self._saved.items()), None)
 
     def _write(self, figures: Mapping[str, Any], shards: Mapping[str, str]) -> dict[str, str]:
         """Write everything but the blocks' shards, whose digests are given; return the digests of all files."""
