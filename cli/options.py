@@ -253,7 +253,7 @@ def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
 
 def note_idle(quiet: bool, *configs: Any) -> None:
     """Say on stderr, unless `quiet`, which given options had no effect on any of the configs."""
-    from streamprune.pruning.job import idle
+    from streamprune.pruning.request import idle
 
     context = click.get_current_context()
     given = {

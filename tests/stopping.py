@@ -1,4 +1,4 @@
-"""Interrupt jobs after a number of journal lines, and recompute their calibration windows."""
+"""Jobs that tests stop half-way, and what they calibrate on."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def windows(config: Config, path: Path) -> torch.Tensor:
 
 
 class Stop(BaseException):
-    """Stands for a kill: the project catches no BaseException for good."""
+    """Stands for a kill: nothing in the project catches it."""
 
 
 @contextmanager
 def stopping_after(appends: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Raise Stop after this many journal lines."""
+    """Stop right after that many journal lines were written."""
     real, count = Journal.append, 0
 
     def append(self: Journal, step: str, **data: Any) -> Any:

@@ -17,25 +17,23 @@ def allocate(shot: Shot) -> Plan:
         ResumeError: the job goes by another plan than the one given, or its plan file was changed.
     """
     job, chosen = shot.job, shot.journalled("allocate")
-    if job.given_plan is not None:
-        if chosen is None or chosen["plan"] != job.given_plan.digest():
+    if job.request.given_plan is not None:
+        if chosen is None or chosen["plan"] != job.request.given_plan.digest():
             if chosen is not None and shot.steps("prune/"):
                 raise ResumeError(
-                    f"plan is {job.given_plan.digest()}; this job is pruning by {chosen['plan']}; --restart starts over"
+                    f"plan is {job.request.given_plan.digest()}; this job is pruning by {chosen['plan']}; --restart starts over"
                 )
-            return _choose(shot, job.given_plan, given=True)
+            return _choose(shot, job.request.given_plan, given=True)
     elif chosen is not None and chosen["given"]:
         raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
     elif chosen is None:
         allocated = shot.ranks.broadcast(
-            lambda: job.allocate(shot.sites, _reached(shot), shot.survey, shot.budget).to_json()
+            lambda: job.request.allocate(shot.sites, _reached(shot), shot.survey, shot.budget).to_json()
         )
         return _choose(shot, Plan.parse(allocated, "the plan"), given=False)
     plan = Plan.read(job.plan_path)
     if plan.digest() != chosen["plan"]:
-        raise ResumeError(
-            f"{job.plan_path} was changed; pass a copy of it with --plan, or remove it to have it made anew"
-        )
+        raise ResumeError(f"{job.plan_path} was changed; pass a copy of it with --plan, or remove it to make it again")
     return plan
 
 

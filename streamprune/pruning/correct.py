@@ -45,11 +45,11 @@ def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
     files.make_folder(shot.folder)
     zeros = job.recipe.writes_zeros
     corrector = Corrector(
-        open_skeleton(shot.pruned, job.device, job.dtype, layout=job.skeleton.layout),
+        open_skeleton(shot.pruned, job.request.device, job.config.dtype, layout=job.skeleton.layout),
         job.tokens,
         shot.corrections,
         Refinement(how.steps, job.config.seed, job.backward_batch, keeps_zeros=zeros, rate=how.rate, rank=how.rank),
-        job.window,
+        job.request.window,
         finished[-1]["sha256"] if finished else {},
     )
     shot.progress.phase("correct", how.steps, len(finished))

@@ -21,21 +21,21 @@ from .shot import GRADIENT, Shot
 from .streams import DENSE
 
 
-def lost(job: Job) -> MissingFile | None:
+def find_missing(job: Job) -> MissingFile | None:
     """Return the first file that is missing or altered; None if the job may resume where its journal ends.
 
     With several ranks, each checks its own boundaries, and the first also checks what it wrote for all. The input of a
     block is not needed if it can be embedded, or computed from the inputs of earlier blocks.
     """
-    number = next((n for n in range(1, job.shots + 1) if Shot(job, n).finished is None), job.shots + 1)
-    shot = Shot(job, min(number, job.shots))
+    number = next((n for n in range(1, job.request.shots + 1) if Shot(job, n).finished is None), job.request.shots + 1)
+    shot = Shot(job, min(number, job.request.shots))
     candidates = [*_files(job, number)] if job.ranks.first else []
-    job.progress.phase("look over", len(candidates))
+    job.progress.phase("check files", len(candidates))
     for path, digest, step in candidates:
         if not (_is_plan(path) if digest is None else files.has_digest(path, digest)):
             return MissingFile(path, step)
         job.progress.step(path.name)
-    return _boundary(shot) if number <= job.shots else None
+    return _boundary(shot) if number <= job.request.shots else None
 
 
 def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
@@ -43,20 +43,20 @@ def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
     shards = [write.block_shard(job.skeleton, index) for index in range(len(job.skeleton))]
     if (written := job.journal.find("calibrate")) is not None:
         yield job.written_path, written["sha256"], "calibrate"
-    if number > 1 and not (number > job.shots and job.published):
+    if number > 1 and not (number > job.request.shots and job.published):
         done = Shot(job, number - 1)
         entry = done.finished
         assert entry is not None
         for name, digest in entry["sha256"].items():
             # With several shots, its source has been removed too.
-            step = "" if job.shots > 1 else "prune/" if name in shards else "pruned"
+            step = "" if job.request.shots > 1 else "prune/" if name in shards else "pruned"
             yield done.folder / name, digest, done.named(step)
-    if number > job.shots:
+    if number > job.request.shots:
         return
     shot = Shot(job, number)
     if shot.journalled("allocate") is not None:
         yield job.plan_path, None, shot.named("allocate")
-    for line in [*shot.steps("forward/"), *shot.steps("backward/")] if job.surveys else ():
+    for line in [*shot.steps("forward/"), *shot.steps("backward/")] if job.request.surveys else ():
         if "sha256" in line:
             yield shot.survey_path(int(line["step"].rpartition("/")[2])), line["sha256"], shot.named("forward/")
     made = dict(zip(shards, (line["sha256"] for line in shot.steps("prune/")), strict=False))
@@ -83,8 +83,8 @@ def _boundary(shot: Shot) -> MissingFile | None:
     wanted: list[tuple[str, str]] = []
     forward, backward, pruned = (len(shot.steps(f"{name}/")) for name in ("forward", "backward", "prune"))
     if shot.journalled("allocate") is None and shot.journalled("surveyed") is None:
-        if shot.journalled("head") is None and forward and job.statistics:
-            there = [i for i in range(forward) if i % job.boundary_every == 0] if job.needs.gradients else [0]
+        if shot.journalled("head") is None and forward and job.request.statistics:
+            there = [i for i in range(forward) if i % job.boundary_every == 0] if job.request.needs.gradients else [0]
             intact = (i for i in reversed(there) if i == 0 or job.store.intact(sweep.boundary(DENSE, i)))
             wanted = [(sweep.boundary(DENSE, forward), f"forward/{next(intact)}")]
         elif shot.journalled("head") is not None and backward < depth:

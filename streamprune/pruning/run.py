@@ -32,7 +32,7 @@ from .curves import write_curves
 from .job import Job
 from .refine import Refinement
 from .result import Result
-from .resume import lost
+from .resume import find_missing
 from .shot import Shot
 from .survey import survey
 
@@ -59,7 +59,7 @@ def prune(
     if finished is None:
         with (
             job.opened(restart),
-            limit_memory(job.device, config.memory),
+            limit_memory(job.request.device, config.memory),
             metered(job.journal, started, job.peaks, ranks),
         ):
             finished = Run(job).work()
@@ -75,14 +75,18 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
     """
     started = time.monotonic()
     job = Job(config, progress, ranks)
-    if job.shots > 1:
+    if job.request.shots > 1:
         raise ConfigError(
-            f"recipe {job.recipe.name} takes {job.shots} shots with these settings, and every shot makes a plan "
+            f"recipe {job.recipe.name} takes {job.request.shots} shots with these settings, and every shot makes a plan "
             "of its own; --plan-only needs one shot"
         )
     if ranks.broadcast(lambda: job.finished_report(restart)) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with job.opened(restart), limit_memory(job.device, config.memory), metered(job.journal, started, job.peaks, ranks):
+    with (
+        job.opened(restart),
+        limit_memory(job.request.device, config.memory),
+        metered(job.journal, started, job.peaks, ranks),
+    ):
         Run(job).prepare()
     return job.plan_path
 
@@ -101,27 +105,27 @@ class Run:
     def work(self) -> Entry:
         """Do everything up to the finished OUT; return the report."""
         job = self.job
-        job.rewind_to_existing(lambda: lost(job))
+        job.rewind_to_existing(lambda: find_missing(job))
         if job.journal.find("complete") is None:
             self._get_text()
-            for number in range(1, job.shots + 1):
+            for number in range(1, job.request.shots + 1):
                 shot = Shot(job, number)
                 if shot.finished is None:
-                    if job.shots > 1:
-                        job.progress.say(f"shot {number} of {job.shots}")
+                    if job.request.shots > 1:
+                        job.progress.say(f"shot {number} of {job.request.shots}")
                     self._prune_once(shot)
                 if number > 1 and job.ranks.first:
                     files.remove_tree(job.shot_folder(number - 1))
             assert job.journal.header is not None
             job.check_sources(job.journal.header)
-            finished = Shot(job, job.shots).finished
+            finished = Shot(job, job.request.shots).finished
             assert finished is not None
             job.journal.append("complete", sha256=finished["sha256"])
         return job.publish()
 
     def prepare(self) -> None:
         """Do what comes before the prune sweep."""
-        self.job.rewind_to_existing(lambda: lost(self.job))
+        self.job.rewind_to_existing(lambda: find_missing(self.job))
         self._get_text()
         self._plan(Shot(self.job, 1))
 
@@ -143,10 +147,10 @@ class Run:
 
     def _plan(self, shot: Shot) -> Plan:
         """Survey and allocate, as far as that is not done."""
-        if self.job.needs_text and not shot.journalled("embed"):
+        if self.job.request.needs_text and not shot.journalled("embed"):
             shot.embed()
             shot.record("embed")
-        if self.job.surveys and not shot.journalled("allocate"):
+        if self.job.request.surveys and not shot.journalled("allocate"):
             survey(shot)
         return allocate(shot)
 
@@ -211,10 +215,10 @@ class Run:
         report = job.report(plan, reports, shot.removed)
         digests = {**shards, **write.write_outside(shot.skeleton, folder)}
         card = pruning_card(report, hub.title(job.config.model), len(shot.skeleton))
-        if shot.last and job.surveys and job.recipe.curve_label is not None:
-            dense = {site.name: site.units for site in job.sites}
+        if shot.last and job.request.surveys and job.recipe.curve_label is not None:
+            dense = {site.name: site.units for site in job.request.sites}
             digests[CURVES] = write_curves(
-                folder / CURVES, job.recipe, job.changeable(shot.sites), shot.survey, plan, dense
+                folder / CURVES, job.recipe, job.request.changeable(shot.sites), shot.survey, plan, dense
             )
         return write.finish(shot.skeleton, folder, after, report, card, shot.skeleton.layout, digests, shot.progress)
 
@@ -222,11 +226,11 @@ class Run:
 
     def _get_text(self) -> None:
         """Say which text is used if none was given, and have the model write it if it was asked to."""
-        if self.job.needs_text and self.job.config.calibration is None:
+        if self.job.request.needs_text and self.job.config.calibration is None:
             self.job.progress.say(
                 "no --calibration given: using the built-in English sample; text of your own domain does better"
             )
-        if self.job.writes_text and not self.job.journal.find("calibrate"):
+        if self.job.request.writes_text and not self.job.journal.find("calibrate"):
             self._write_text()
 
     @kind("writing")
@@ -237,8 +241,8 @@ class Run:
         """
         job, digest = self.job, None
         if job.ranks.first:
-            batch = generation_batch(job.skeleton, job.needs, job.batch, job.backward_batch)
+            batch = generation_batch(job.skeleton, job.request.needs, job.batch, job.backward_batch)
             folder, samples = job.cache / "generate", job.config.samples
-            tokens = generate(job.skeleton, samples, job.length, job.config.seed, folder, batch, job.progress)
+            tokens = generate(job.skeleton, samples, job.request.length, job.config.seed, folder, batch, job.progress)
             digest = write_shard(job.written_path, {"tokens": tokens})
         job.journal.append("calibrate", sha256=digest)

@@ -36,7 +36,7 @@ class Shot:
         self.job, self.number = job, number
         self.ranks = job.ranks
         self.progress = job.progress
-        self.last = number == job.shots
+        self.last = number == job.request.shots
         self.folder = job.shot_folder(number)
         """Where the result goes."""
         self.correction = job.recipe.correction
@@ -53,7 +53,9 @@ class Shot:
         if self.number == 1:
             return self.job.skeleton
         source = self.job.shot_folder(self.number - 1)
-        skeleton = open_skeleton(source, self.job.device, self.job.dtype, layout=self.job.skeleton.layout)
+        skeleton = open_skeleton(
+            source, self.job.request.device, self.job.config.dtype, layout=self.job.skeleton.layout
+        )
         skeleton.copies_ahead = self.job.skeleton.copies_ahead
         return skeleton
 
@@ -66,7 +68,7 @@ class Shot:
     def budget(self) -> Budget:
         """What has to be removed after this shot: every shot removes an equal part of the whole."""
         gone = self.job.skeleton.block_parameters() - self.skeleton.block_parameters()
-        return self.job.budget(self.number / self.job.shots, gone)
+        return self.job.request.budget(self.number / self.job.request.shots, gone)
 
     @property
     def experts_alike(self) -> bool:
@@ -79,11 +81,11 @@ class Shot:
     def streams(self) -> Streams | None:
         """Streams of the prune sweep; None if it needs no activations."""
         job, recipe = self.job, self.job.recipe
-        if not job.streams:
+        if not job.request.streams:
             return None
         apart = recipe.compensation is not None or recipe.target is not None or (self.last and job.config.refine > 0)
         moving = (PRUNED, DENSE) if apart else (PRUNED,)
-        return Streams(self.skeleton, job.store, job.batch, moving, job.window)
+        return Streams(self.skeleton, job.store, job.batch, moving, job.request.window)
 
     def prepare_streams(self, done: int) -> None:
         """Keep only what the next block to prune reads; before the first one, the pruned stream begins as the dense one."""
@@ -150,7 +152,7 @@ class Shot:
     @property
     def survey(self) -> Survey:
         """The findings on the disk; empty without a survey."""
-        return SurveyFiles(self) if self.job.surveys else {}
+        return SurveyFiles(self) if self.job.request.surveys else {}
 
 
 class SurveyFiles(Mapping[str, Findings]):

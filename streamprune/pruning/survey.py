@@ -24,7 +24,7 @@ def survey(shot: Shot) -> None:
     """Leave the recipe's findings at every site in the job's folder: one file per block, see `Shot.survey`."""
     if shot.journalled("surveyed"):
         return
-    if shot.job.statistics & GRADIENTS:
+    if shot.job.request.statistics & GRADIENTS:
         _store_inputs(shot)
         _sum_backward(shot)
     else:
@@ -36,18 +36,18 @@ def _sum_forward(shot: Shot) -> None:
     """Sum and digest each block forwards. If the recipe needs no statistics, only weights are read."""
     job, skeleton, depth, done = shot.job, shot.skeleton, len(shot.skeleton), len(shot.steps("forward/"))
     shot.progress.phase("survey", depth, done)
-    if job.statistics:
+    if job.request.statistics:
         job.store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
         if not done:
             shot.ensure_embedded()
     for index, block in sweep.blocks(skeleton, range(done, depth)):
         stats = _empty_statistics(shot, index)
-        if job.statistics:
+        if job.request.statistics:
             sweep.survey_block(skeleton, block, index, job.store, stats, job.batch)
         digest = _save_findings(shot, index, block, stats)
         del block, stats
         shot.record(f"forward/{index}", sha256=digest)
-        if job.statistics and index:
+        if job.request.statistics and index:
             job.store.remove(sweep.boundary(DENSE, index))
         shot.progress.step(f"block {index}")
 
@@ -116,7 +116,7 @@ def _recompute(shot: Shot, index: int) -> int:
 
 def _empty_statistics(shot: Shot, index: int) -> list[SiteStatistics]:
     """Zero sums, one per site of a block."""
-    return shot.skeleton.statistics(index, shot.job.statistics, CPU if shot.job.grams == "host" else None)
+    return shot.skeleton.statistics(index, shot.job.request.statistics, CPU if shot.job.grams == "host" else None)
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def _save_findings(shot: Shot, index: int, block: Block, stats: list[SiteStatist
 def _digest(job: Job, prunable: Prunable, statistics: SiteStatistics) -> dict[str, Tensor]:
     """What the recipe keeps of a site's sums, on the host, by its name in the file."""
     site = prunable.site
-    where = CPU if job.grams == "host" else job.device
+    where = CPU if job.grams == "host" else job.request.device
     surveyed = Surveyed(
         site=site,
         w=prunable.weight(prunable.consumer).to(where),
@@ -168,6 +168,6 @@ def _digest(job: Job, prunable: Prunable, statistics: SiteStatistics) -> dict[st
         statistics=statistics,
     )
     findings = job.recipe.digest(surveyed)
-    if site.expert is not None and job.statistics:
+    if site.expert is not None and job.request.statistics:
         findings[SEEN] = torch.tensor(statistics.seen)
     return {f"{site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}

@@ -225,8 +225,8 @@ def test_what_stays_is_known_before_any_work_where_no_survey_decides(
     model = tiny("llama", intermediate_size=96)
     config = configured(model, recipe=recipe, settings=settings, layout=layout, samples=4, seq_len=8)
     job = Job(config, None)
-    foreseen, units = job.keeps, {site.name: site.units for site in job.sites}
-    assert set(foreseen) == {site.name for site in job.sites if sites == "all" or site.kind == sites}
+    foreseen, units = job.request.keeps, {site.name: site.units for site in job.request.sites}
+    assert set(foreseen) == {site.name for site in job.request.sites if sites == "all" or site.kind == sites}
     path = streamprune.plan_only(config)
     plan = Plan.read(path)
     for name, most in foreseen.items():
@@ -235,4 +235,4 @@ def test_what_stays_is_known_before_any_work_where_no_survey_decides(
         assert sites == "ffn" or plan[name].keep == most
     assert not foreseen or sum(foreseen.values()) < sum(units[name] for name in foreseen)
     given = Job(replace(config, out=config.out.with_name("given"), plan=path), None)
-    assert given.keeps == {name: site.keep for name, site in plan.items()}
+    assert given.request.keeps == {name: site.keep for name, site in plan.items()}

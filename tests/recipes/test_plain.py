@@ -48,7 +48,7 @@ def test_the_engine_gives_what_the_plain_implementation_does(
     settings: dict[str, Any] = {"settings": {"shots": "1"}} if recipe == "surgeon" else {}
     config = configured(path, recipe=recipe, dtype="float64", ratio=0.35, **settings)
     job = Job(config, None)
-    tokens = job.tokens if job.needs_text else torch.arange(24).view(2, 12)
+    tokens = job.tokens if job.request.needs_text else torch.arange(24).view(2, 12)
     model = plain.prune(path, recipe, tokens, ratio=0.35, round_to=4, size=5, dtype=torch.float64)
     result = streamprune.prune(config)
 

@@ -655,7 +655,7 @@ def test_what_waits_on_the_disk_is_what_the_updates_need(
         kept += sum(t.numel() for n, t in found.items() if n.split(".")[1] in ("a", "g"))
         histograms += sum(2 * t.numel() for n, t in found.items() if n.split(".")[1] == "histogram")
     job = Job(config, None)
-    most = sum(masks.MaskRecipe.findings(job.recipe, site) for site in job.sites)
-    assert job.needs.findings == sum(job.recipe.findings(site) for site in job.sites) == kept + most > 0
+    most = sum(masks.MaskRecipe.findings(job.recipe, site) for site in job.request.sites)
+    assert job.request.needs.findings == sum(job.recipe.findings(site) for site in job.request.sites) == kept + most > 0
     assert most / 3 <= histograms <= most
     streamprune.prune(config)  # and it is enough

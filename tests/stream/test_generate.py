@@ -204,7 +204,7 @@ def test_a_model_calibrates_on_what_it_writes(
     job = Job(config, None)
     with job.opened(restart=False):
         run.Run(job).prepare()
-        batch = generation_batch(job.skeleton, job.needs, job.batch, job.backward_batch)
+        batch = generation_batch(job.skeleton, job.request.needs, job.batch, job.backward_batch)
         expected = generate(job.skeleton, 12, 24, 0, tmp_path / "generate", batch, Silent())
         assert torch.equal(job.tokens, expected)
         assert torch.equal(load_file(job.written_path)["tokens"], expected)

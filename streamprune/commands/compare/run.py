@@ -92,7 +92,7 @@ def compare(
     candidates = [_Candidate(variant, ratio, model, folder, common) for variant in variants for ratio in ratios]
     for candidate in candidates:
         candidate.job.forecast().require()
-    reader = next((c.job for c in candidates if c.job.needs_text and not c.job.writes_text), None)
+    reader = next((c.job for c in candidates if c.job.request.needs_text and not c.job.request.writes_text), None)
     if reader is not None:
         _ = reader.tokens
     windows = read_windows(candidates[0].job.skeleton, source(text), eval_seq_len)
@@ -274,7 +274,7 @@ class _Work:
                 label=variant.label,
                 recipe=variant.recipe,
                 settings=dict(variant.settings),
-                ratio=candidate.job.ratio,
+                ratio=candidate.job.request.ratio,
                 perplexity=measured["perplexity"],
                 log_gap=math.log(measured["perplexity"]) - math.log(dense["perplexity"]),
                 out=str(out) if kept else None,
@@ -307,7 +307,7 @@ class _Work:
             if self.journal.find(f"begin/{candidate.name}") is None:
                 self.journal.append(f"begin/{candidate.name}", job=candidate.job.header)
             return_freed_memory()
-            own_peak = machine.reset_peaks(candidate.job.device)
+            own_peak = machine.reset_peaks(candidate.job.request.device)
             result = prune(candidate.job.config, progress=self.log)
             seconds = read_json(out / REPORT)["seconds"]
             return self.journal.append(
@@ -355,23 +355,25 @@ class _Work:
 
     def _settings(self) -> dict[str, Any]:
         job, config = self.job, self.config
-        length = max(candidate.job.length for candidate in self.candidates)
+        length = max(candidate.job.request.length for candidate in self.candidates)
         return {
-            "calibration": ("built-in sample" if config.calibration is None else str(job.text)) if length else None,
+            "calibration": ("built-in sample" if config.calibration is None else str(job.request.text))
+            if length
+            else None,
             "samples": config.samples,
             "seq_len": length or None,
             "seed": config.seed,
             "layout": config.layout,
             "round_to": config.round_to,
             "dtype": machine.dtype_name(job.skeleton.dtype),
-            "device": str(job.device),
+            "device": str(job.request.device),
             "text": str(self.text),
         }
 
     def _budget_notes(self, rows: Sequence[Row]) -> list[str]:
         """Return a note for each ratio at which the recipes' removals differ by more than one step of the widths."""
         notes, blocks = [], self.job.skeleton.block_parameters()
-        step = largest_step(self.job.sites, self.job.budget())
+        step = largest_step(self.job.request.sites, self.job.request.budget())
         for ratio in dict.fromkeys(row.ratio for row in rows[1:]):
             gone = [round(row.ratio_blocks * blocks) for row in rows[1:] if row.ratio == ratio]
             if max(gone) - min(gone) > step:

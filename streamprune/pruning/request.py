@@ -1,0 +1,352 @@
+"""What a job was asked to do, parsed and checked against the model: no files, no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..jobs.config import DATA_FREE, Config, DataFree
+from ..jobs.forecast.needs import Needs
+from ..jobs.schedule import Phase
+from ..maths.flops import kind
+from ..maths.sums import Statistic
+from ..model import hub, write
+from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
+from ..model.skeleton import Skeleton, open_skeleton
+from ..recipes import RECIPES
+from ..recipes.allocation import Budget
+from ..recipes.plan import Plan, SitePlan
+from ..recipes.recipe import Recipe, Survey
+from ..recipes.settings import parse
+from ..system import machine
+from ..system.progress import Progress
+from ..system.ranks import ALONE, Ranks
+from ..text import windows
+from ..text.source import Text, builtin_text
+from ..text.windows import text_identity
+from .shortfall import Goal, largest_unit
+
+
+class Request:
+    """A config together with the model, recipe and plan that it names.
+
+    Args:
+        progress: shows the download of a model from the hub.
+        ranks: processes that share the job.
+
+    Raises:
+        StreamPruneError: any error that can be found before the job's folder is opened.
+    """
+
+    def __init__(self, config: Config, progress: Progress | None = None, ranks: Ranks = ALONE) -> None:
+        self.recipe: Recipe[Any] = RECIPES[config.recipe](parse(config.recipe, config.settings))
+        self.ranks = ranks
+        if config.samples < ranks.size:
+            raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
+        self.device = machine.resolve_device(config.device, ranks)
+        model = hub.resolve_model(config.model, progress)
+        self.config = config = replace(config, model=model, out=config.out.absolute())
+        self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
+        stored = self.skeleton.checkpoint.dtype
+        self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
+        self.sites = self.skeleton.all_sites()
+        self._check_layout()
+        self.window = self._window()
+        self.given_plan = self._given_plan()
+        self.ratio = self._agreed_ratio()
+        self.shots = 1 if self.given_plan else self.recipe.shots(self.ratio)
+        self.length = windows.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
+        if self.given_plan is None:
+            self.recipe.check(self.changeable(self.sites), self.budget())
+
+    def budget(self, part: float = 1.0, gone: int = 0) -> Budget:
+        """How many parameters to remove.
+
+        Args:
+            part: share of the whole to have removed after a shot, in (0, 1].
+            gone: parameters that earlier shots removed.
+        """
+        blocks = self.skeleton.block_parameters()
+        counted = {
+            "blocks": blocks,
+            "model": self.skeleton.parameters(),
+            "window": sum(self.skeleton.block_parameters(index) for index in self.window),
+        }[self.config.ratio_of]
+        layout = self.skeleton.layout
+        return Budget(
+            self.ratio * part, counted, math.lcm(self.config.round_to, layout.multiple), layout.alike, gone=gone
+        )
+
+    def changeable(self, sites: Sequence[Site]) -> list[Site]:
+        """Return the sites inside the window."""
+        return [site for site in sites if site.block in self.window]
+
+    @kind("solving")
+    def allocate(self, sites: Sequence[Site], reached: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """Return the recipe's plan for those of `reached` that lie inside the window; all other `sites` keep everything."""
+        plan = self.recipe.allocate(self.changeable(reached), survey, budget)
+        whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
+        return Plan(whole, plan.ratio)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the model is surveyed before anything is removed."""
+        return _surveys(self.config, self.recipe)
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What a survey sums at each site; empty without a survey, or if it reads only weights."""
+        return (self.surveys and self.recipe.statistics) or frozenset()
+
+    @property
+    def streams(self) -> bool:
+        """Whether the prune sweep needs activations."""
+        return _streams(self.config, self.recipe)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any text is read."""
+        return bool(self.statistics) or self.streams
+
+    @cached_property
+    def text(self) -> Text | DataFree:
+        """The calibration text, or the name of a substitute that needs none."""
+        given = self.config.calibration
+        for word in DATA_FREE:
+            if given == word:
+                return word
+        return Text.of(builtin_text() if given is None else given)
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model writes its own calibration tokens."""
+        return self.needs_text and self.text == "self"
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the forecast counts."""
+        correction = self.recipe.correction
+        # Only the first rank generates text and corrects.
+        divided = not self.writes_text and correction is None
+        return Needs(
+            samples=self.ranks.max_samples(self.config.samples) if divided else self.config.samples,
+            length=self.length,
+            text=self.needs_text,
+            survey=self.statistics,
+            findings=sum(self.recipe.findings(site) for site in self.sites) if self.surveys else 0,
+            gram=self.recipe.wants_gram or self.recipe.target is not None,
+            compensates=self.recipe.compensation is not None or self.recipe.wants_inputs,
+            aims=self.recipe.target is not None,
+            refines=self.config.refine,
+            corrects=correction.steps if correction else 0,
+            correction_rank=correction.rank if correction else 0,
+            shots=self.shots,
+            generates=self.writes_text,
+            removes=0.0 if self.recipe.writes_zeros else self.budget().target / self.skeleton.block_parameters(),
+            workspace=lambda site: self.recipe.workspace(site, self.keeps.get(site.name, site.units)),
+            digest_workspace=lambda site: self.recipe.digest_workspace(site),
+            activations=self.activations,
+        )
+
+    @cached_property
+    def keeps(self) -> Mapping[str, int]:
+        """The most units that stay at each site for which that is known before the work starts."""
+        if self.given_plan is not None:
+            return {name: site.keep for name, site in self.given_plan.items()}
+        if self.shots > 1:
+            return {}
+        sites = self.changeable(self.sites)
+        if self.recipe.statistics is None:
+            plan = self.recipe.allocate(sites, {}, self.budget())
+            return {name: site.keep for name, site in plan.items()}
+        return self.recipe.foresee(sites, self.budget())
+
+    @property
+    def forward_operations(self) -> int:
+        """Operations of one dense forward pass over the requested text, whether or not the recipe reads it."""
+        most = self.skeleton.context or windows.DEFAULT_LENGTH
+        length = self.length or min(self.config.seq_len or windows.DEFAULT_LENGTH, most)
+        return self.skeleton.forward_operations(self.config.samples, length)
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """What must be unchanged on resume: settings, inputs, and versions of libraries that change numbers."""
+        import transformers
+
+        inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
+        # Also if a plan makes the survey unnecessary: a job that started without a plan may resume with one.
+        if self.recipe.statistics or self.streams:
+            inputs |= self._text_identity()
+        return {
+            "settings": {
+                **self.config.fixed(),
+                "settings": asdict(self.recipe.settings),
+                "ratio": self.ratio,
+                "dtype": machine.dtype_name(self.skeleton.dtype),
+                "activations": machine.activations_name(self.activations, self.skeleton.dtype),
+            },
+            "inputs": inputs,
+            "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        }
+
+    def _text_identity(self) -> dict[str, Any]:
+        return (
+            text_identity(self.text, self.config.model) if isinstance(self.text, Text) else {"calibration": self.text}
+        )
+
+    @cached_property
+    def goal(self) -> Goal:
+        """What the result is compared with: the ratio or, if none was given, the plan."""
+        budget, sites, plan = self.budget(), self.changeable(self.sites), self.given_plan
+        target, slack = budget.target, largest_unit(sites, budget)
+        if plan is not None and self.config.ratio is None:
+            target = sum(
+                (site.units - plan[site.name].keep) * site.unit_parameters + sum(plan[site.name].zeros or ())
+                for site in sites
+            )
+        zeros = self.recipe.writes_zeros
+        if zeros:
+            window = sum(self.skeleton.block_parameters(index) for index in self.window)
+            slack = window - sum(sum(site.linears) for site in sites)
+        what = {
+            "blocks": "the blocks' parameters",
+            "model": "the model's parameters",
+            "window": f"the parameters of blocks {self.window.start}:{self.window.stop}",
+        }[self.config.ratio_of]
+        return Goal(sites, budget, target, slack, what, zeros, None if plan is None else str(self.config.plan))
+
+    @property
+    def planned(self) -> Mapping[str, int] | None:
+        """Units that stay at each site, if they are known before the work starts."""
+        whole = self.given_plan is not None or (self.shots == 1 and self.recipe.statistics is None)
+        return self.keeps if whole and not self.recipe.writes_zeros else None
+
+    @property
+    def counted_tokens(self) -> int | None:
+        """Number of calibration tokens, if the tokens that reach each expert are counted."""
+        counted = self.statistics or self.recipe.wants_gram
+        return self.config.samples * self.length if counted else None
+
+    @property
+    def may_need_loader(self) -> bool:
+        """Whether the result may not be a stock checkpoint, so that it must name its tokenizer's class."""
+        if self.recipe.writes_zeros:
+            return not write.fits_stock(self.skeleton, self.sites)
+        return self.skeleton.layout is not UNIFORM
+
+    def schedule(self) -> list[Phase]:
+        """The phases of the job, in order."""
+        depth, correction = len(self.skeleton), self.recipe.correction
+        found = [Phase("calibrate")] if self.writes_text else []
+        for number in range(1, self.shots + 1):
+            survey = {"forward": depth}
+            if self.needs.gradients:
+                survey |= {"head": 1, "backward": depth}
+            shot = f"shot-{number}"
+            steps = {
+                "embed": int(self.needs_text),
+                **(survey | {"surveyed": 1} if self.surveys else {}),
+                "allocate": 1,
+                "prune": depth,
+                "pruned": 1,
+                "correct": correction.steps if correction else 0,
+                "finished": 1,
+            }
+            for step, count in steps.items():
+                # A plan makes the rest of the survey unnecessary.
+                skipped_after = f"{shot}/allocate" if step in survey or step == "surveyed" else None
+                found += [Phase(f"{shot}/{step}", count, skipped_after)] if count else []
+        return [*found, Phase("complete")]
+
+    # Checks of what the user gives.
+
+    def _check_layout(self) -> None:
+        """Check that DeciLM's config can describe this model."""
+        if self.skeleton.layout is not DECILM:
+            return
+        if self.skeleton.architecture.model_type != "llama":
+            raise ConfigError(
+                f"layout is decilm; {self.config.model} is of model_type {self.skeleton.architecture.model_type}, and it must be llama"
+            )
+        for site in self.sites:
+            if site.kind == "ffn" and site.columns % DECILM.multiple:
+                raise ConfigError(
+                    f"layout is decilm; {site.name} is {site.columns} wide, and widths must be multiples of {DECILM.multiple}"
+                )
+
+    def _window(self) -> range:
+        """The blocks that may change."""
+        depth = len(self.skeleton)
+        start, stop = self.config.blocks or (0, depth)
+        if stop > depth:
+            raise ConfigError(
+                f"blocks is {start}:{stop}; {self.config.model} has {depth} blocks, so it must end by {depth}"
+            )
+        if self.skeleton.layout.alike and (start, stop) != (0, depth):
+            raise ConfigError(
+                f"blocks is {start}:{stop}; the {self.config.layout} layout keeps blocks alike, so it needs all of them"
+            )
+        return range(start, stop)
+
+    def _given_plan(self) -> Plan | None:
+        path = self.config.plan
+        if path is None:
+            return None
+        plan = Plan.read(path)
+        plan.check(self.sites, str(path))
+        for site in self.sites:
+            entry, zeros = plan[site.name], sum(plan[site.name].zeros or ())
+            if site.block not in self.window and (entry.keep < site.units or zeros):
+                does = f"has {zeros} zeros" if zeros else f"keeps {entry.keep} of {site.units}"
+                raise ConfigError(
+                    f"{path}: {site.name} {does}; it lies outside blocks {self.window.start}:{self.window.stop}"
+                )
+        if not plan.is_alike([site for site in self.sites if site.family in self.skeleton.layout.alike]):
+            raise ConfigError(
+                f"{path}: blocks keep different widths, which the {self.config.layout} layout cannot hold"
+            )
+        for site in self.sites:
+            kept = plan[site.name]
+            if self.recipe.plans_units(site) and kept.units is None and kept.keep < site.units:
+                raise ConfigError(f'{path}: with these settings {site.name} needs "units", not only how many to keep')
+        self.recipe.check_plan(self.sites, plan, str(path))
+        return plan
+
+    def _agreed_ratio(self) -> float:
+        asked, planned = self.config.ratio, self.given_plan.ratio if self.given_plan else None
+        if asked is not None and planned is not None and asked != planned:
+            raise ConfigError(f"ratio is {asked:g}; the plan {self.config.plan} was made for {planned:g}")
+        ratio = asked if asked is not None else planned
+        assert ratio is not None
+        return ratio
+
+
+def idle(config: Config) -> dict[str, str]:
+    """Fields of a config that have no effect, each with the reason: text options if no text is read, and what a plan decides.
+
+    Raises:
+        ConfigError: unknown recipe, or a setting that it does not have.
+    """
+    recipe = RECIPES[config.recipe](parse(config.recipe, config.settings))
+    summed = _surveys(config, recipe) and recipe.statistics
+    found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
+    if not summed and not _streams(config, recipe):
+        names = ["calibration", "samples", "seq_len", *([] if recipe.seeded else ["seed"])]
+        found |= dict.fromkeys(names, f"{config.recipe} reads no text here")
+    return found
+
+
+def _surveys(config: Config, recipe: Recipe[Any]) -> bool:
+    spared = config.plan is not None and not recipe.keeps_findings
+    return recipe.statistics is not None and not spared
+
+
+def _streams(config: Config, recipe: Recipe[Any]) -> bool:
+    wants = recipe.wants_gram or recipe.wants_inputs or recipe.target is not None
+    return wants or recipe.compensation is not None or config.refine > 0
