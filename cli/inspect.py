@@ -38,10 +38,7 @@ def inspect(model: Path, as_json: bool) -> None:
     options.begin()
     with show.watched() as progress:
         found = streamprune.inspect(model, progress=progress)
-    parts = [
-        *([_model(found["model"])] if found["model"] is not None else []),
-        *([_job(found["job"])] if found["job"] is not None else []),
-    ]
+    parts = [lines(found[name]) for name, lines in (("model", _model), ("job", _job)) if found[name] is not None]
     show.result(found, as_json, _paragraphs(parts))
 
 

@@ -62,12 +62,6 @@ class Records:
     """Contents of curves.json (see `pruning.curves.write_curves`); None if the recipe computes no curves."""
 
     @property
-    def source(self) -> dict[str, Any]:
-        """`Checkpoint.identity` of the model that the first job read."""
-        identity: dict[str, Any] = (self.pruning or self.tunings[-1])["job"]["inputs"]["model"]
-        return identity
-
-    @property
     def sites(self) -> list[SiteRecord]:
         """The pruned sites in the order of the model."""
         return [_site(site) for site in self.pruning["sites"]] if self.pruning else []

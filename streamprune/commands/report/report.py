@@ -80,12 +80,11 @@ def report(
         else evaluate(path, text, seq_len=seq_len, device=device, memory=memory, progress=progress)
         for path in (dense, out)
     )
-    sites = records.sites
+    sites, source = records.sites, (records.pruning or records.tunings[-1])["job"]["inputs"]["model"]
     html_text = _render(
         records=records,
         dense=None if dense is None else title(dense),
-        # The report's copy went through JSON, which turns tuples into lists.
-        is_source=dense is not None and json.loads(json.dumps(Checkpoint(dense).identity())) == records.source,
+        is_source=dense is not None and json.loads(json.dumps(Checkpoint(dense).identity())) == source,
         perplexity=perplexity,
         dense_perplexity=dense_perplexity,
         samples=write_samples(models, prompts, limits, where, progress) if prompts else [],
