@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -113,7 +114,10 @@ def test_a_job_of_two_processes_and_one_by_itself(inputs: Inputs, tmp_path: Path
     run = SCENARIOS["torchrun"].arguments(inputs)
     with halted([*run, "--samples", "500"], tmp_path, Torchrun):
         assert refused(Forked(run, tmp_path).wait())
-    with files.locked(job_folder(tmp_path / "out") / LOCK):
+    lock = job_folder(tmp_path / "out") / LOCK
+    while files.is_locked(lock):  # the launcher may end before its processes do
+        time.sleep(0.05)
+    with files.locked(lock):
         assert refused(Torchrun(run, tmp_path).wait())
 
 
