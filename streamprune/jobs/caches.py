@@ -19,11 +19,6 @@ RECORD = "caches.json"
 FOLDERS = "folders"
 
 
-def key(folder: Path) -> str:
-    """Return a hash of the resolved path of a job's folder, which distinguishes jobs of the same name."""
-    return hashlib.sha256(str(folder.parent.resolve() / folder.name).encode()).hexdigest()[:8]
-
-
 class Caches:
     """Folders with activations of one job, including those that earlier processes of the job used.
 
@@ -61,7 +56,9 @@ class Caches:
             files.remove(self._record)
 
     def _within(self, given: Path) -> Path:
-        return given.absolute() / f"{self._folder.name}-{key(self._folder)}"
+        """Return the job's folder in a shared one. A hash of the resolved path distinguishes jobs of the same name."""
+        resolved = self._folder.parent.resolve() / self._folder.name
+        return given.absolute() / f"{self._folder.name}-{hashlib.sha256(str(resolved).encode()).hexdigest()[:8]}"
 
     def _recorded(self) -> list[str]:
         if not self._record.is_file():

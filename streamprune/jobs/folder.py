@@ -114,11 +114,6 @@ class JobFolder:
         return self.cache if self.ranks.size == 1 else self.cache / f"rank-{self.ranks.rank}"
 
     @property
-    def places(self) -> dict[str, Path]:
-        """Paths that the job creates, by the name that messages give them."""
-        return {"OUT": self.folder.absolute(), "cache": self.cache}
-
-    @property
     def given_cache(self) -> str | None:
         """Folder for activations that the user gave, as the journal records it; None for the job's folder."""
         return str(self._cache.absolute()) if self._cache else None
@@ -207,7 +202,7 @@ class JobFolder:
         Raises:
             ConfigError: a path cannot be used.
         """
-        for name, path in self.places.items():
+        for name, path in (("OUT", self.folder), ("cache", self.cache)):
             try:
                 str(path).encode()
             except UnicodeEncodeError:

@@ -1,7 +1,6 @@
-"""Strict JSON for untrusted files: rejects ambiguous documents and values that cannot be written back.
+"""Strict JSON for untrusted files: rejects what two programs may read differently, or what cannot be written back.
 
-Python's parser keeps the last of two equal keys, accepts NaN and Infinity, and accepts lone surrogates, which UTF-8 cannot
-encode. Other parsers may keep the first key. Whatever two programs may read differently is rejected.
+Python's parser keeps the last of two equal keys, and accepts NaN, Infinity and lone surrogates, which UTF-8 cannot encode.
 """
 
 from __future__ import annotations
