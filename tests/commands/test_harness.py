@@ -284,7 +284,7 @@ def test_a_wrong_name_is_refused_before_torch_and_the_model(more: list[str]) -> 
     words = ["eval", "no-such-model", "--tasks", "arc_easy,arc_eas", *more]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout == "2 []\n"
-    assert "no task 'arc_eazy' is among lm_eval's" in done.stderr
+    assert "no task 'arc_eas' is among lm_eval's" in done.stderr
 
 
 @pytest.mark.usefixtures("choices")
