@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer, set_torch_threads, timer
+from torch.utils.benchmark import set_torch_threads, timer
 
 from ..errors import ConfigError, ResourceError
 from ..jobs.forecast.memory import device_peak
@@ -338,19 +338,22 @@ def _relative_seconds(skeleton: Skeleton, widths: Sequence[int], tokens: int, re
     """Return the seconds of an FFN's two products, d → width → d, relative to the first width: medians over rounds."""
     options: dict[str, Any] = {"device": skeleton.device, "dtype": skeleton.dtype}
     d, x = skeleton.width, torch.randn(tokens, skeleton.width, **options)
-    timed: list[tuple[Timer, int, int]] = []
+
+    def mean_seconds(pairs: list[tuple[Tensor, Tensor]], times: int) -> float:
+        start = timer()
+        for _ in range(times):
+            for up, down in pairs:
+                F.linear(F.linear(x, up), down)
+        return (timer() - start) / (times * len(pairs))
+
+    timed = []
     for width in widths:
         copies = -(-CACHE_BYTES // (2 * width * d * skeleton.dtype.itemsize))
         pairs = [(torch.randn(width, d, **options), torch.randn(d, width, **options)) for _ in range(copies)]
-        passes = Timer(
-            "for up, down in pairs: linear(linear(x, up), down)",
-            globals={"x": x, "pairs": pairs, "linear": F.linear},
-            num_threads=torch.get_num_threads(),
-        )
-        timed.append((passes, copies, 1 + int(ROUND_SECONDS / passes.timeit(1).mean)))
+        mean_seconds(pairs, 1)  # warm up
+        timed.append((pairs, 1 + int(ROUND_SECONDS / (copies * mean_seconds(pairs, 1)))))
     seconds: list[list[float]] = [[] for _ in widths]
     for number in range(repetitions):
         for index in reversed(range(len(widths))) if number % 2 else range(len(widths)):
-            passes, copies, times = timed[index]
-            seconds[index].append(passes.timeit(times).mean / copies)
+            seconds[index].append(mean_seconds(*timed[index]))
     return [statistics.median(a / b for a, b in zip(each, seconds[0], strict=True)) for each in seconds]
