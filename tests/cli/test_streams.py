@@ -13,7 +13,7 @@ import pytest
 from conftest import contents
 from kills.life import Forked
 from kills.scenario import SCENARIOS, Inputs
-from streamprune_cli.streams import Lasting
+from streamprune_cli.streams import BestEffort
 
 from streamprune.system import signals
 
@@ -65,7 +65,7 @@ def test_the_job_goes_on_without_its_readers(
 
 def test_what_cannot_be_said_is_lost_and_nothing_else() -> None:
     reading, writing = os.pipe()
-    with Lasting(writing, "w") as stream:
+    with BestEffort(writing, "w") as stream:
         assert stream.write(b"heard") == 5
         assert os.read(reading, 99) == b"heard"
         os.close(reading)
