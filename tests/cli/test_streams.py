@@ -74,9 +74,9 @@ def test_what_cannot_be_said_is_lost_and_nothing_else() -> None:
 
 CLOSED = """
 import os, sys
-from streamprune_cli.streams import settle
+from streamprune_cli.streams import repair
 
-settle()
+repair()
 print("to nobody", file=sys.stderr)
 print("to nobody")
 os.write(2, b"to nobody")
