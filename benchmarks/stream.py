@@ -50,8 +50,8 @@ import torch.nn.functional as F
 from make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 
-from streamprune.jobs.forecast.needs import Needs
 from streamprune.jobs.forecast.resources import forecast
+from streamprune.jobs.forecast.workload import Workload
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.stream import sweep
 from streamprune.stream.store import ActivationStore
@@ -162,7 +162,7 @@ def workers(job: Job, windows: Tensor, threads: int) -> Iterator[dict[str, Conne
 
 def own_size(job: Job, windows: Tensor) -> int:
     """Return the windows per micro-batch that `streamprune eval` would choose."""
-    needs = Needs(samples=len(windows), length=windows.shape[1], text=True, prunes=False, scores=True)
+    needs = Workload(samples=len(windows), length=windows.shape[1], text=True, prunes=False, scores=True)
     skeleton = open_skeleton(job.model, job.device, job.dtype)
     return forecast(skeleton, needs, **memory_limits(job.device, job.memory), disk_limit=1 << 50).require().batch
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.benchmark import set_torch_threads, timer
 
 from ..errors import ConfigError, ResourceError
-from ..jobs.forecast.memory import device_peak
-from ..jobs.forecast.needs import Needs
+from ..jobs.forecast.memory import Memory
+from ..jobs.forecast.workload import Workload
 from ..maths.flops import FlopCounter
 from ..model.hub import resolve_model
 from ..model.skeleton import Skeleton, open_skeleton
@@ -303,13 +303,13 @@ def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room
     Raises:
         ResourceError: they do not fit.
     """
-    total, held, needs = 0, [], Needs(samples=batch, length=length, text=True, prunes=False)
+    total, held, workload = 0, [], Workload(samples=batch, length=length, text=True, prunes=False)
     for skeleton in skeletons:
         pairs = sum(2 * site.units * site.head_width for site in skeleton.all_sites())
         size = skeleton.dtype.itemsize * (skeleton.parameters() + batch * length * pairs)
         total += size
         held.append(f"{skeleton.checkpoint.directory} {format_bytes(size)}")
-    passing = max(device_peak(skeleton, needs, batch, 1) for skeleton in skeletons)
+    passing = max(Memory(skeleton, workload).device_peak(batch, 1) for skeleton in skeletons)
     limit, base = room["device_limit"], room["base"] if skeletons[0].device.type == "cpu" else 0
     if total + passing + base > limit:
         raise ResourceError(

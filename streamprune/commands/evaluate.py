@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.forecast.needs import Needs
 from ..jobs.forecast.resources import forecast
+from ..jobs.forecast.workload import Workload
 from ..model import hub
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import load_tokenizer
@@ -144,7 +144,7 @@ def through_blocks(
     samples = -(-total // longest)
     resources = forecast(
         skeleton,
-        Needs(samples=samples, length=longest, text=True, prunes=False, scores=True, activations=stored),
+        Workload(samples=samples, length=longest, text=True, prunes=False, scores=True, activations=stored),
         **machine.memory_limits(skeleton.device, memory, held),
         disk_limit=files.free_bytes(parent),
     ).require()

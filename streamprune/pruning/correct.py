@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..jobs.forecast.needs import REFINE_SEQUENCES
+from ..jobs.forecast.workload import REFINE_SEQUENCES
 from ..maths.adam import Descent, batch, seeded
 from ..maths.refit import accumulator
 from ..model import write

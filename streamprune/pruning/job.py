@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError, ResourceError, ResumeError
 from ..jobs.config import Config
 from ..jobs.folder import JobFolder, first_difference
-from ..jobs.forecast.memory import SLACK, GramPlace, Sizes, copies_ahead, device_peak
+from ..jobs.forecast.memory import SLACK, GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast
 from ..jobs.journal import Entry, Journal
 from ..jobs.meter import by_block, peaks, totals
@@ -74,7 +74,7 @@ class Job(JobFolder):
         rooms = self.ranks.gather({**self._room, "disk_limit": disk})
         found = forecast(
             self.skeleton,
-            self.request.needs,
+            self.request.workload,
             **{name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]},
         )
         return replace(
@@ -129,8 +129,8 @@ class Job(JobFolder):
         self.grams: GramPlace = start["resources"]["grams"]
         self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
         self.boundary_every: int = start["resources"]["boundary_every"]
-        self.skeleton.copies_ahead = copies_ahead(
-            self.skeleton, self.request.needs, self.sizes, self._room["device_limit"]
+        self.skeleton.copies_ahead = Memory(self.skeleton, self.request.workload).copies_ahead(
+            self.sizes, self._room["device_limit"]
         )
 
     def _begin(self) -> Entry:
@@ -177,7 +177,7 @@ class Job(JobFolder):
         sizes = resources["batch"], resources["backward_batch"], resources["grams"]
         room = self._room
         base = room["base"] + room["memory_host"] if self.request.device.type == "cpu" else 0
-        needed, limit = base + device_peak(self.skeleton, self.request.needs, *sizes), room["device_limit"]
+        needed, limit = base + Memory(self.skeleton, self.request.workload).device_peak(*sizes), room["device_limit"]
         if limit * SLACK < needed:
             raise ResourceError(
                 f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import NumericalError
-from ..jobs.forecast.needs import REFINE_SEQUENCES
+from ..jobs.forecast.workload import REFINE_SEQUENCES
 from ..maths.adam import Descent, seeded
 from ..maths.flops import kind
 from ..maths.refit import accumulator

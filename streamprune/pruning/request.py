@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from ..jobs.config import DATA_FREE, Config, DataFree
-from ..jobs.forecast.needs import Needs
+from ..jobs.forecast.workload import Workload
 from ..jobs.schedule import Phase
 from ..maths.flops import kind
 from ..maths.sums import Statistic
@@ -129,12 +129,12 @@ class Request:
         return self.needs_text and self.text == "self"
 
     @cached_property
-    def needs(self) -> Needs:
+    def workload(self) -> Workload:
         """What the forecast counts."""
         correction = self.recipe.correction
         # Only the first rank generates text and corrects.
         divided = not self.writes_text and correction is None
-        return Needs(
+        return Workload(
             samples=self.ranks.max_samples(self.config.samples) if divided else self.config.samples,
             length=self.length,
             text=self.needs_text,
@@ -246,7 +246,7 @@ class Request:
         found = [Phase("calibrate")] if self.writes_text else []
         for number in range(1, self.shots + 1):
             survey = {"forward": depth}
-            if self.needs.gradients:
+            if self.workload.gradients:
                 survey |= {"head": 1, "backward": depth}
             shot = f"shot-{number}"
             steps = {

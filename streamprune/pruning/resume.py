@@ -84,7 +84,9 @@ def _boundary(shot: Shot) -> MissingFile | None:
     forward, backward, pruned = (len(shot.steps(f"{name}/")) for name in ("forward", "backward", "prune"))
     if shot.journalled("allocate") is None and shot.journalled("surveyed") is None:
         if shot.journalled("head") is None and forward and job.request.statistics:
-            there = [i for i in range(forward) if i % job.boundary_every == 0] if job.request.needs.gradients else [0]
+            there = (
+                [i for i in range(forward) if i % job.boundary_every == 0] if job.request.workload.gradients else [0]
+            )
             intact = (i for i in reversed(there) if i == 0 or job.store.intact(sweep.boundary(DENSE, i)))
             wanted = [(sweep.boundary(DENSE, forward), f"forward/{next(intact)}")]
         elif shot.journalled("head") is not None and backward < depth:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..jobs.config import Config
-from ..jobs.forecast.memory import generation_batch
+from ..jobs.forecast.memory import Memory
 from ..jobs.forecast.resources import Resources
 from ..jobs.journal import Entry
 from ..jobs.meter import metered
@@ -241,7 +241,7 @@ class Run:
         """
         job, digest = self.job, None
         if job.ranks.first:
-            batch = generation_batch(job.skeleton, job.request.needs, job.batch, job.backward_batch)
+            batch = Memory(job.skeleton, job.request.workload).generation_batch(job.batch, job.backward_batch)
             folder, samples = job.cache / "generate", job.config.samples
             tokens = generate(job.skeleton, samples, job.request.length, job.config.seed, folder, batch, job.progress)
             digest = write_shard(job.written_path, {"tokens": tokens})

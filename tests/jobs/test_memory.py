@@ -13,9 +13,9 @@ import torch
 
 import streamprune
 from streamprune.errors import ConfigError, ResourceError
-from streamprune.jobs.forecast.memory import Memory, in_memory_peak
-from streamprune.jobs.forecast.needs import Needs
+from streamprune.jobs.forecast.memory import Memory
 from streamprune.jobs.forecast.resources import forecast
+from streamprune.jobs.forecast.workload import Workload
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.pruning.job import Job
 from streamprune.recipes.plan import Plan
@@ -23,14 +23,14 @@ from streamprune.stream.store import file_bytes
 from streamprune.system import machine
 from streamprune.system.units import format_bytes, parse_bytes
 
-NEEDS = Needs(samples=64, length=64, text=True, survey=frozenset({"mask-gradient"}), gram=True, compensates=True)
+WORKLOAD = Workload(samples=64, length=64, text=True, survey=frozenset({"mask-gradient"}), gram=True, compensates=True)
 
 
 def test_micro_batches_grow_with_the_memory(tiny: Callable[..., Path]) -> None:
     skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
     sizes = []
     for limit in (2**20, 2**21, 2**22, 2**23, 2**30):
-        resources = forecast(skeleton, NEEDS, device_limit=limit, disk_limit=2**40)
+        resources = forecast(skeleton, WORKLOAD, device_limit=limit, disk_limit=2**40)
         assert not resources.problems
         assert resources.device_bytes <= limit
         sizes.append((resources.batch, resources.backward_batch))
@@ -40,13 +40,13 @@ def test_micro_batches_grow_with_the_memory(tiny: Callable[..., Path]) -> None:
 
 def test_too_little_memory_says_how_much_is_needed(tiny: Callable[..., Path]) -> None:
     skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
-    resources = forecast(skeleton, NEEDS, device_limit=1000, disk_limit=2**40)
+    resources = forecast(skeleton, WORKLOAD, device_limit=1000, disk_limit=2**40)
     with pytest.raises(ResourceError, match=r"memory limit is 1000 B; .* needs [\d.]+ KiB") as caught:
         resources.require()
     match = re.search(r"needs ([\d.]+ KiB)", str(caught.value))
     assert match is not None
     enough = parse_bytes(match[1]) + 100
-    assert not forecast(skeleton, NEEDS, device_limit=enough, disk_limit=2**40).problems
+    assert not forecast(skeleton, WORKLOAD, device_limit=enough, disk_limit=2**40).problems
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -58,8 +58,8 @@ def test_attention_maps_count_where_they_are_written_out(
     monkeypatch.setattr(Skeleton, "writes_maps", eager)
 
     def more_with_a_sequence_more(length: int) -> int:
-        needs = Needs(samples=8, length=length, text=True, rank=8)
-        return in_memory_peak(skeleton, needs, 2) - in_memory_peak(skeleton, needs, 1)
+        memory = Memory(skeleton, Workload(samples=8, length=length, text=True, rank=8))
+        return memory.in_memory(2) - memory.in_memory(1)
 
     # As many numbers as there are pairs of tokens.
     assert (more_with_a_sequence_more(64) > 2 * more_with_a_sequence_more(32)) == eager
@@ -80,14 +80,14 @@ def test_result_and_activations_share_a_disk(
 def test_boundaries_are_thinned_out_when_disk_is_short(tiny: Callable[..., Path]) -> None:
     skeleton = open_skeleton(tiny("llama", num_hidden_layers=12), torch.device("cpu"), "float32")
     one = file_bytes(64, 64 * 32 * 4)
-    roomy = forecast(skeleton, NEEDS, device_limit=2**40, disk_limit=100 * one)
+    roomy = forecast(skeleton, WORKLOAD, device_limit=2**40, disk_limit=100 * one)
     assert roomy.boundary_every == 1
     assert roomy.disk_bytes == 15 * one
-    tight = forecast(skeleton, NEEDS, device_limit=2**40, disk_limit=11 * one)
+    tight = forecast(skeleton, WORKLOAD, device_limit=2**40, disk_limit=11 * one)
     assert tight.boundary_every > 1
     assert tight.disk_bytes <= 11 * one
     assert tight.bytes_to_read > roomy.bytes_to_read
-    too_little = forecast(skeleton, NEEDS, device_limit=2**40, disk_limit=3 * one)
+    too_little = forecast(skeleton, WORKLOAD, device_limit=2**40, disk_limit=3 * one)
     assert "activations need" in too_little.problems[0]
 
 
@@ -192,7 +192,7 @@ def test_grams_on_the_host_take_from_the_device_what_they_give_to_the_host(
     place: str, tiny: Callable[..., Path]
 ) -> None:
     skeleton = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
-    shapes = Memory(skeleton, NEEDS)
+    shapes = Memory(skeleton, WORKLOAD)
     shapes.on_cpu = False  # as for a GPU
     whole = shapes.demands(1, 1, "device")["re-fitting one ffn site"]
     asked = shapes.demands(1, 1, place)["re-fitting one ffn site"]  # type: ignore[arg-type]

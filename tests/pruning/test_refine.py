@@ -20,7 +20,7 @@ from torch import Tensor
 import streamprune
 from streamprune import Config
 from streamprune.errors import NumericalError
-from streamprune.jobs.forecast.needs import REFINE_SEQUENCES
+from streamprune.jobs.forecast.workload import REFINE_SEQUENCES
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.pruning import block as pruning_block

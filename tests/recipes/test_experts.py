@@ -19,8 +19,8 @@ import streamprune
 from streamprune import Config, TuneConfig
 from streamprune.commands.tune import lora
 from streamprune.errors import CalibrationError
-from streamprune.jobs.forecast.memory import device_peak, in_memory_peak
-from streamprune.jobs.forecast.needs import Needs
+from streamprune.jobs.forecast.memory import Memory
+from streamprune.jobs.forecast.workload import Workload
 from streamprune.jobs.names import job_folder
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning import block as pruning_block
@@ -182,20 +182,19 @@ def test_zeros_too_leave_an_expert_alone(layout: Any, tiny: Tiny, configured: Ma
 
 
 def test_a_tokens_activations_are_those_of_the_experts_it_reaches(tiny: Tiny) -> None:
-    needs = Needs(samples=8, length=64, text=True, rank=8)
-    grown = []
+    workload, grown = Workload(samples=8, length=64, text=True, rank=8), []
     for experts in (4, 16):
         path = tiny("olmoe", num_experts=experts)
-        skeleton = open_skeleton(path, torch.device("cpu"), "float32")
-        grown.append(in_memory_peak(skeleton, needs, 2) - in_memory_peak(skeleton, needs, 1))
+        memory = Memory(open_skeleton(path, torch.device("cpu"), "float32"), workload)
+        grown.append(memory.in_memory(2) - memory.in_memory(1))
     assert grown[0] == grown[1]
 
 
 def test_what_experts_become_counts_beside_what_they_are(tiny: Tiny) -> None:
     skeleton = open_skeleton(tiny("olmoe", num_experts=16), torch.device("cpu"), "float32")
     experts = sum(site.units * site.unit_parameters for site in skeleton.sites(0) if site.expert is not None)
-    needs = Needs(samples=1, length=2, text=True, gram=True)
-    assert device_peak(skeleton, needs, 1, 1) > 4 * (skeleton.block_parameters(0) + experts)
+    workload = Workload(samples=1, length=2, text=True, gram=True)
+    assert Memory(skeleton, workload).device_peak(1, 1) > 4 * (skeleton.block_parameters(0) + experts)
 
 
 def test_experts_that_a_plan_keeps_whole_may_see_no_tokens(tiny: Tiny, configured: Make, tmp_path: Path) -> None:

@@ -656,6 +656,8 @@ def test_what_waits_on_the_disk_is_what_the_updates_need(
         histograms += sum(2 * t.numel() for n, t in found.items() if n.split(".")[1] == "histogram")
     job = Job(config, None)
     most = sum(masks.MaskRecipe.findings(job.recipe, site) for site in job.request.sites)
-    assert job.request.needs.findings == sum(job.recipe.findings(site) for site in job.request.sites) == kept + most > 0
+    assert (
+        job.request.workload.findings == sum(job.recipe.findings(site) for site in job.request.sites) == kept + most > 0
+    )
     assert most / 3 <= histograms <= most
     streamprune.prune(config)  # and it is enough

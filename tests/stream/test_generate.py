@@ -20,9 +20,9 @@ from streamprune_cli import main
 import streamprune
 from streamprune import Config
 from streamprune.errors import CalibrationError, ConfigError, NumericalError, ResumeError
-from streamprune.jobs.forecast.memory import generation_batch
-from streamprune.jobs.forecast.needs import Needs
+from streamprune.jobs.forecast.memory import Memory
 from streamprune.jobs.forecast.resources import forecast
+from streamprune.jobs.forecast.workload import Workload
 from streamprune.jobs.names import job_folder
 from streamprune.maths.sampling import sample
 from streamprune.model.skeleton import open_skeleton
@@ -159,7 +159,7 @@ def test_the_disk_that_keys_and_values_take(
 
     monkeypatch.setattr(generating.KeysAndValues, "update", watched)
     generate(skeleton, 3, 9, 0, tmp_path / "generate", 2, Silent())
-    needs = Needs(samples=3, length=9, text=True, prunes=False, generates=True)
+    needs = Workload(samples=3, length=9, text=True, prunes=False, generates=True)
     told = forecast(skeleton, needs, device_limit=2**40, disk_limit=2**40).disk_bytes
     assert most == told * 8 // 9  # nothing is asked of the last token
 
@@ -178,8 +178,8 @@ def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: 
     generate(skeleton, 6, 24, 0, tmp_path / "generate", 4, Silent())
     cached = 6 * 24 * 4 * 2 * 16 * 4  # samples, tokens, blocks, keys and values, their width, float32
     assert most == cached * 23 // 24  # nothing is asked of the last token
-    plain = Needs(samples=600, length=24, text=True, gram=True)
-    needs = Needs(samples=600, length=24, text=True, gram=True, generates=True)
+    plain = Workload(samples=600, length=24, text=True, gram=True)
+    needs = Workload(samples=600, length=24, text=True, gram=True, generates=True)
     before, after = (forecast(skeleton, n, device_limit=2**40, disk_limit=2**40) for n in (plain, needs))
     assert after.disk_bytes == cached * 100
     embed, blocks = 40 * 32 * 4, sum(skeleton.checkpoint[n].nbytes for n in skeleton.checkpoint if ".layers." in n)
@@ -187,7 +187,7 @@ def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: 
     assert after.operations > before.operations
     tight = forecast(skeleton, needs, device_limit=2**40, disk_limit=cached * 100 - 1)
     assert "activations need" in tight.problems[0]
-    sizes = [generation_batch(skeleton, needs, batch, 1) for batch in (1, 16, 64, 10_000)]
+    sizes = [Memory(skeleton, needs).generation_batch(batch, 1) for batch in (1, 16, 64, 10_000)]
     assert 1 <= sizes[0] < sizes[1] < sizes[2] < sizes[3] == 600
 
 
@@ -204,7 +204,7 @@ def test_a_model_calibrates_on_what_it_writes(
     job = Job(config, None)
     with job.opened(restart=False):
         run.Run(job).prepare()
-        batch = generation_batch(job.skeleton, job.request.needs, job.batch, job.backward_batch)
+        batch = Memory(job.skeleton, job.request.workload).generation_batch(job.batch, job.backward_batch)
         expected = generate(job.skeleton, 12, 24, 0, tmp_path / "generate", batch, Silent())
         assert torch.equal(job.tokens, expected)
         assert torch.equal(load_file(job.written_path)["tokens"], expected)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ...errors import NumericalError
-from ...jobs.forecast.needs import REFINE_SEQUENCES
+from ...jobs.forecast.workload import REFINE_SEQUENCES
 from ...maths.adam import Descent, batch
 from ...maths.refit import accumulator, advice, all_finite
 from ...model.modeling_streamprune import Experts, separate_experts

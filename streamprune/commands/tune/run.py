@@ -20,9 +20,9 @@ from torch import Tensor
 from ...errors import ConfigError, ResourceError
 from ...jobs.config import TuneConfig, TuneMethod
 from ...jobs.folder import JobFolder, MissingFile
-from ...jobs.forecast.memory import SLACK, Memory, copies_ahead, device_peak, in_memory_peak
-from ...jobs.forecast.needs import REFINE_SEQUENCES, Needs
+from ...jobs.forecast.memory import SLACK, Memory
 from ...jobs.forecast.resources import forecast
+from ...jobs.forecast.workload import REFINE_SEQUENCES, Workload
 from ...jobs.journal import Entry, Journal
 from ...jobs.meter import metered, peaks, totals
 from ...jobs.names import is_report, is_tuning
@@ -248,9 +248,9 @@ class Tuning(JobFolder):
     def _room(self) -> dict[str, int]:
         return machine.memory_limits(self.device, self.config.memory, self.config.memory_host or 0)
 
-    def _needs(self, skeleton: Skeleton) -> Needs:
+    def _workload(self, skeleton: Skeleton) -> Workload:
         config = self.config
-        return Needs(
+        return Workload(
             samples=config.samples,
             length=self.length,
             text=True,
@@ -264,8 +264,10 @@ class Tuning(JobFolder):
         """Return the peak bytes that count towards the memory limit, given the sequences per micro-batch, forward and training."""
         held = self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
         if self.teacher is None:
-            return held + in_memory_peak(self.student, self._needs(self.student), micro)
-        return held + max(device_peak(skeleton, self._needs(skeleton), batch, micro) for skeleton in self.sources)
+            return held + Memory(self.student, self._workload(self.student)).in_memory(micro)
+        return held + max(
+            Memory(skeleton, self._workload(skeleton)).device_peak(batch, micro) for skeleton in self.sources
+        )
 
     def _batches(self) -> dict[str, int]:
         """Return the sequences per micro-batch, forward (``batch``) and training (``micro``).
@@ -275,7 +277,7 @@ class Tuning(JobFolder):
         """
         limit, limits = self._room["device_limit"], {**self._room, "disk_limit": files.free_bytes(self.cache)}
         if self.teacher is not None:
-            ours, theirs = (forecast(each, self._needs(each), **limits).require() for each in self.sources)
+            ours, theirs = (forecast(each, self._workload(each), **limits).require() for each in self.sources)
             self.check_disk(ours.output_bytes, ours.disk_bytes)
             return {"batch": min(ours.batch, theirs.batch), "micro": ours.backward_batch}
         fitting = [size for size in range(1, REFINE_SEQUENCES + 1) if self._peak(1, size) <= limit]
@@ -284,7 +286,7 @@ class Tuning(JobFolder):
                 f"the memory limit is {format_bytes(limit)}; training the model in memory needs "
                 f"{format_bytes(self._peak(1, 1))}; --method distil with --teacher needs only a block at a time"
             )
-        memory = Memory(self.student, self._needs(self.student))
+        memory = Memory(self.student, self._workload(self.student))
         self.check_disk(memory.beside_out() + memory.states(self.config.rank), 0)
         return {"batch": 1, "micro": min(fitting[-1], self.config.samples)}
 
@@ -313,8 +315,8 @@ class Tuning(JobFolder):
         self.micro: int = start["resources"]["micro"]
         self.how = Refinement(self.config.steps, self.config.seed, self.micro, rate=self.rate, rank=self.config.rank)
         for skeleton in self.sources if self.method == "distil" else ():
-            needs, limit = self._needs(skeleton), self._room["device_limit"]
-            skeleton.copies_ahead = copies_ahead(skeleton, needs, (self.batch, self.micro, "device"), limit)
+            workload, limit = self._workload(skeleton), self._room["device_limit"]
+            skeleton.copies_ahead = Memory(skeleton, workload).copies_ahead((self.batch, self.micro, "device"), limit)
 
     def _begin(self) -> Entry:
         """Check everything that can be checked in advance; only then discard an earlier job."""

@@ -10,8 +10,8 @@ from ...model.skeleton import Skeleton
 from ...system.machine import dtype_name
 from ...system.units import format_bytes
 from .flops import bytes_to_read, flops_by_kind
-from .memory import GRAM_PLACES, GramPlace, Memory, Sizes, copies_ahead
-from .needs import Needs
+from .memory import GRAM_PLACES, GramPlace, Memory, Sizes
+from .workload import Workload
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens per micro-batch beyond which nothing gets faster, by device type."""
@@ -22,46 +22,31 @@ class Resources:
     """Forecast of a job's resources."""
 
     device: str
-    batch: int
-    """Sequences per micro-batch in forward passes."""
-    backward_batch: int
-    """Sequences per micro-batch in backward passes."""
-    grams: GramPlace
-    """Where Grams are kept and sites are solved."""
-    boundary_every: int
-    """k: the survey keeps every k-th boundary and recomputes the others."""
-    copies_ahead: bool
-    """Whether the next block's weights are copied to the device while the current block is in use."""
+    batch: int  # sequences per micro-batch in forward passes
+    backward_batch: int  # sequences per micro-batch in backward passes
+    grams: GramPlace  # where Grams are kept and sites are solved
+    boundary_every: int  # k: the survey keeps every k-th boundary and recomputes the others
+    copies_ahead: bool  # whether a GPU receives the next block's weights while it computes the current block
     device_bytes: int
     """Peak bytes of weights, sums, solver workspace and activations; on a CPU, of the whole process."""
     host_bytes: int
     """Peak bytes of the process; on a CPU, including the device's share."""
     demands: dict[str, dict[str, int]]
     """Bytes that each step holds, by step name: the parts of a `Demand`, totals ``device_bytes``, ``host_bytes``."""
-    held_bytes: int
-    """Bytes of the host's peak that are activations held within `memory_host`."""
-    disk_bytes: int
-    """Peak bytes of activations on disk."""
-    activations: str
-    """Dtype in which activations are stored."""
+    held_bytes: int  # bytes of the host's peak that are activations held within `memory_host`
+    disk_bytes: int  # peak bytes of activations on disk
+    activations: str  # dtype in which activations are stored
     output_bytes: int
     """Peak bytes beside OUT: the result and, until it is complete, an earlier shot's and the survey's findings."""
-    bytes_to_read: int
-    """Bytes of weights read over the whole job."""
-    operations: int
-    """FLOPs of the whole job without solving."""
+    bytes_to_read: int  # bytes of weights read over the whole job
+    operations: int  # FLOPs of the whole job without solving
     operations_by_kind: dict[str, int]
     """FLOPs by kind, one entry for each of `maths.flops.KINDS`; 0 for solving, which is not forecast."""
-    device_limit: int
-    """Bytes that the device may use; on a CPU, the whole process."""
-    disk_limit: int
-    """Bytes of disk that activations may use."""
-    problems: tuple[str, ...]
-    """Why the job does not fit, and what would; empty if it fits."""
-    steps: int = 0
-    """Number of steps of a job, as `status` counts them."""
-    ratio_missed: str | None = None
-    """Why a job cannot remove the ratio asked for, if that is certain beforehand."""
+    device_limit: int  # bytes that the device may use; on a CPU, the whole process
+    disk_limit: int  # bytes of disk that activations may use
+    problems: tuple[str, ...]  # why the job does not fit, and what would; empty if it fits
+    steps: int = 0  # number of steps of a job, as `status` counts them
+    ratio_missed: str | None = None  # why a job cannot remove the ratio asked for, if that is certain beforehand
 
     @property
     def sizes(self) -> Sizes:
@@ -84,7 +69,7 @@ class Resources:
 
 
 def forecast(
-    skeleton: Skeleton, needs: Needs, *, device_limit: int, disk_limit: int, base: int = 0, memory_host: int = 0
+    skeleton: Skeleton, workload: Workload, *, device_limit: int, disk_limit: int, base: int = 0, memory_host: int = 0
 ) -> Resources:
     """Forecast a job's resources, with the largest micro-batches that fit the device's limit.
 
@@ -94,34 +79,35 @@ def forecast(
         base: bytes of host memory that the process takes before any work.
         memory_host: bytes of host memory that activations may be held in.
     """
-    model = Memory(skeleton, needs)
-    problems = []
+    model, problems = Memory(skeleton, workload), []
     on_cpu = skeleton.device.type == "cpu"
     places = GRAM_PLACES[:1] if on_cpu else GRAM_PLACES
     room = device_limit - (base + memory_host if on_cpu else 0)
     grams = next((place for place in places if model.device_peak(1, 1, place) <= room), places[-1])
-    least = model.device_peak(1, 1, grams)
     batch = backward_batch = 1
+    least = model.device_peak(1, 1, grams)
     if least > room:
+        demands = model.demands(1, 1, grams)
+        tightest = max(demands, key=lambda name: demands[name].device)
         problems.append(
-            f"the memory limit is {format_bytes(device_limit)}; {model.tightest(1, 1, grams)} needs "
-            f"{format_bytes(least + device_limit - room)} even with one sequence of {needs.length} tokens at a time"
+            f"the memory limit is {format_bytes(device_limit)}; {tightest} needs "
+            f"{format_bytes(least + device_limit - room)} even with one sequence of {workload.length} tokens at a time"
         )
-    elif needs.text:
-        most = max(1, min(needs.samples, BATCH_TOKENS[skeleton.device.type] // needs.length))
+    elif workload.text:
+        most = max(1, min(workload.samples, BATCH_TOKENS[skeleton.device.type] // workload.length))
         batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1, grams) <= room)
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size, grams) <= room)
     every, disk = model.boundaries(disk_limit, memory_host)
     held = min(memory_host, model.boundaries(disk_limit, 0)[1])
-    disk = max(disk, needs.generates * needs.samples * model.keys_and_values)  # removed before boundaries are written
+    # Keys and values are removed before boundaries are written.
+    disk = max(disk, workload.generates * workload.samples * model.keys_and_values)
     if disk > disk_limit:
         problems.append(
-            f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; "
-            f"fewer samples than {needs.samples}, windows shorter than {needs.length} or another --cache would do"
+            f"activations need {format_bytes(disk)} of disk and {format_bytes(disk_limit)} are free; use fewer samples "
+            f"than {workload.samples}, windows shorter than {workload.length} tokens or another --cache"
         )
-    operations = flops_by_kind(model)
+    operations, ahead = flops_by_kind(model), model.copies_ahead((batch, backward_batch, grams), device_limit)
     demands = model.demands(batch, backward_batch, grams)
-    ahead = copies_ahead(skeleton, needs, (batch, backward_batch, grams), device_limit)
     totals = {
         name: {
             "device_bytes": demand.device + (base + held if on_cpu else ahead * model.stored_block),
@@ -141,8 +127,8 @@ def forecast(
         held_bytes=held,
         demands={name: {**asdict(demand), **totals[name]} for name, demand in demands.items()},
         disk_bytes=disk,
-        activations=dtype_name(needs.activations or skeleton.dtype),
-        output_bytes=model.beside_out() if needs.prunes or needs.refines else 0,
+        activations=dtype_name(workload.activations or skeleton.dtype),
+        output_bytes=model.beside_out() if workload.prunes or workload.refines else 0,
         bytes_to_read=bytes_to_read(model, every),
         operations=sum(operations.values()),
         operations_by_kind={str(kind): count for kind, count in operations.items()},

@@ -11,10 +11,10 @@ from ...maths.sums import PANEL
 from ...model.site import Site
 from ...model.skeleton import Skeleton
 from ...stream.encoding import token_bytes
-from .needs import Needs
+from .workload import Workload
 
 
-class Together:
+class Sublayer:
     """The sites of one sublayer: a single site, or the experts of a mixture."""
 
     def __init__(self, sites: list[Site]) -> None:
@@ -40,8 +40,8 @@ class Shapes:
         keys_and_values, widest_pair: bytes of one sequence's keys and values, of all blocks and of the largest block.
     """
 
-    def __init__(self, skeleton: Skeleton, needs: Needs) -> None:
-        self.skeleton, self.needs = skeleton, needs
+    def __init__(self, skeleton: Skeleton, workload: Workload) -> None:
+        self.skeleton, self.workload = skeleton, workload
         checkpoint = skeleton.checkpoint
         self.item = skeleton.dtype.itemsize
         self.sum_item = 8 if skeleton.dtype == torch.float64 else 4
@@ -50,11 +50,11 @@ class Shapes:
         # On a CPU, a block computes with its stored weights or, for another dtype, with a copy in addition to them.
         self.weight_item = self.item + (stored.itemsize if self.on_cpu and stored != skeleton.dtype else 0)
         self.d = skeleton.width
-        self.row_bytes = needs.length * self.d * self.item
-        self.stored_row = needs.length * token_bytes(self.d, needs.activations or skeleton.dtype)
+        self.row_bytes = workload.length * self.d * self.item
+        self.stored_row = workload.length * token_bytes(self.d, workload.activations or skeleton.dtype)
         self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
         self.sublayers = [
-            [Together(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
+            [Sublayer(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
         ]
         counts = [[checkpoint[n] for n in skeleton.block_names(i).values()] for i in range(len(skeleton))]
         self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
@@ -65,16 +65,16 @@ class Shapes:
             sum(2 * (site.heads if entry.repeats else site.units) * site.head_width for site, entry in places)
             for places in map(skeleton.places, range(len(skeleton)))
         ]
-        self.keys_and_values, self.widest_pair = (needs.length * self.item * n for n in (sum(pairs), max(pairs)))
+        self.keys_and_values, self.widest_pair = (workload.length * self.item * n for n in (sum(pairs), max(pairs)))
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.weight_item
 
-    def all_sublayers(self) -> Iterator[Together]:
+    def all_sublayers(self) -> Iterator[Sublayer]:
         """Iterate over the sublayers of all blocks."""
         return (sublayer for sublayers in self.sublayers for sublayer in sublayers)
 
     def summed(self, site: Site) -> list[int]:
         """Return the numbers of rows of the (square) Grams that the survey sums at a site."""
-        wanted, found = self.needs.survey, []
+        wanted, found = self.workload.survey, []
         if wanted & {"gram", "factors"}:
             found.append(site.columns)
         if wanted & {"gradient-gram", "factors"}:
