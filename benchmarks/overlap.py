@@ -6,7 +6,7 @@ after another, as if nothing were ever cached. By default the rate is half of th
 them, so reading is its lower bound and everything else has to be hidden behind it.
 
 The computation counts as busy whenever the main thread does not wait for reads, writes (including fsync and the
-journal) or copies; those that the main thread does itself count as waiting. This measure is for the CPU. On a GPU the
+journal); those that the main thread does itself count as waiting. This measure is for the CPU. On a GPU the
 main thread runs ahead of the device, and benchmarks/gpu.py measures rates instead. The simulated disk counts the
 seconds that its rate takes. The figure printed is the share of the whole command, from opening the model to the
 published result. Target: at least 90 % for the busier of the two.
@@ -34,7 +34,7 @@ from make_checkpoint import Shape, make_checkpoint, make_text
 import streamprune
 from streamprune.system import files
 from streamprune.system.host import configure_malloc
-from streamprune.system.timing import spent, watching
+from streamprune.system.timing import waited, waiting
 from streamprune.system.units import format_bytes, parse_bytes
 
 TARGET = 0.9
@@ -73,7 +73,7 @@ def reading_from(disk: Disk | None) -> Iterator[None]:
 
     def slow_read(path: Path, offset: int, buffer: memoryview) -> int:
         assert disk is not None
-        with spent("read"):
+        with waiting("read"):
             if path.suffix == ".safetensors":
                 disk.wait(path, offset, len(buffer))
             return read(path, offset, buffer)
@@ -95,19 +95,19 @@ def reading_from(disk: Disk | None) -> Iterator[None]:
 
 def measured(name: str, disk: Disk | None, work: Callable[[], object]) -> dict[str, Any]:
     """Run one command; return its seconds and the shares in which computation and simulated disk were busy."""
-    started = time.perf_counter()
-    with reading_from(disk), watching() as occupancy:
+    started, before = time.perf_counter(), waited()
+    with reading_from(disk):
         work()
     seconds = time.perf_counter() - started
-    shares = {"computing": 1 - sum(occupancy.waited.values()) / seconds}
+    waits = {kind: total - before[kind] for kind, total in waited().items()}
+    shares = {"computing": 1 - sum(waits.values()) / seconds}
     if disk is not None:
         shares["disk"] = disk.busy / seconds
     row = {
         "command": name,
         "disk_rate": None if disk is None else disk.rate,
         "seconds": seconds,
-        "waited": occupancy.waited,
-        "busy": occupancy.busy,
+        "waited": waits,
         "shares": shares,
         "bottleneck": max(shares, key=lambda each: shares[each]),
         "met": max(shares.values()) >= TARGET,
@@ -159,7 +159,7 @@ def report(result: dict[str, Any]) -> str:
     """Return the table as text."""
     lines = [
         f"{result['blocks']} blocks of {result['block_bytes'] / 1e6:.1f} MB, {result['tokens']} tokens",
-        f"{'command':20}{'disk':>14}{'seconds':>9}{'computing':>11}{'disk':>7}   waited: read, write, copy",
+        f"{'command':20}{'disk':>14}{'seconds':>9}{'computing':>11}{'disk':>7}   waited: read, write",
     ]
     for row in result["rows"]:
         rate = "page cache" if row["disk_rate"] is None else f"{format_bytes(row['disk_rate'])}/s"

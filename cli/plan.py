@@ -63,7 +63,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
         ],
         ["to read", format_bytes(resources.bytes_to_read), ""],
         [
-            "operations",
+            "operations without solving",
             f"{resources.operations / 1e12:.3f} TFLOP",
             ", ".join(f"{n / 1e12:.3f} in {kind}" for kind, n in resources.operations_by_kind.items() if n),
         ],

@@ -16,7 +16,7 @@ from ..maths.refit import advice
 from ..system import files
 from ..system.host import host_buffer
 from ..system.threads import Background, read_ahead
-from ..system.timing import spent
+from ..system.timing import waiting
 from .copies import Copies, Taken
 from .encoding import Encoding
 
@@ -240,7 +240,7 @@ class ActivationStore:
             buffer = self._read(name, batch)
         else:
             buffer = self._buffer(batch)
-            with spent("read"):
+            with waiting("read"):
                 buffer.copy_(held.raw[batch.start * self.row_bytes : batch.stop * self.row_bytes])
         return buffer.view(batch.stop - batch.start, self.shape[1], self.encoding.token_bytes)
 
@@ -259,7 +259,7 @@ class ActivationStore:
         buffer = self._buffer(batch)
         rows = buffer.numpy().reshape(-1, self.row_bytes)
         self._fill(name, batch.start * self.row_bytes, rows)
-        with spent("read"):
+        with waiting("read"):
             if any(zlib.crc32(row.data) != check for row, check in zip(rows, self._sums[name][batch], strict=True)):
                 raise _damaged(self.path(name))
         return buffer

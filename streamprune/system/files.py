@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from ..errors import DiskError, ResumeError
 from .disk import Mode, disk
-from .timing import spent
+from .timing import waiting
 
 TEMPORARY = ".tmp"
 LOCK_TRIES = 4
@@ -57,7 +57,7 @@ def _opened(path: Path, mode: Mode) -> Iterator[FileIO]:
 
 def sync(path: Path) -> None:
     """Flush the contents of a file, or the entries of a folder, to disk."""
-    with spent("write"), _disk_errors("write", path):
+    with waiting("write"), _disk_errors("write", path):
         if not path.is_dir():
             with _opened(path, "rb") as file:
                 disk().sync(file)
@@ -85,7 +85,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Append]:
         def append(data: Any) -> None:
             nonlocal unsynced
             view = memoryview(data).cast("B")
-            with spent("write"), _disk_errors("write", path):
+            with waiting("write"), _disk_errors("write", path):
                 disk().write(file, view)
                 unsynced += len(view)
                 if durable and unsynced >= SYNC_BYTES:
@@ -156,7 +156,7 @@ def link(source: Path, target: Path) -> None:
 def append(path: Path, data: Any, *, durable: bool = False) -> None:
     """Append bytes. Without `durable`, a power cut may take them."""
     new = durable and not path.exists()
-    with spent("write"), _disk_errors("write", path), _opened(path, "ab") as file:
+    with waiting("write"), _disk_errors("write", path), _opened(path, "ab") as file:
         disk().write(file, memoryview(data).cast("B"))
         if durable:
             disk().sync(file)
@@ -252,7 +252,7 @@ def rename_folder(path: Path, target: Path) -> None:
 def read_into(path: Path, offset: int, buffer: memoryview) -> int:
     """Fill `buffer` from a file, starting at byte `offset`. Returns the number of bytes read, fewer at the end of the file."""
     done = 0
-    with spent("read"), _disk_errors("read", path), _opened(path, "rb") as file:
+    with waiting("read"), _disk_errors("read", path), _opened(path, "rb") as file:
         file.seek(offset)
         while done < len(buffer) and (count := disk().read(file, buffer[done:])):
             done += count

@@ -38,6 +38,3 @@ def waiting(kind: Literal["read", "write"]) -> Iterator[None]:
 def waited() -> dict[str, float]:
     """Return the seconds that the calling thread has been blocked since it started, by kind."""
     return dict(_clock.waited)
-
-
-spent = waiting
