@@ -160,6 +160,15 @@ PASSED: dict[tuple[str, str], bool] = {}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--architectures", action="store_true", help="write docs/architectures.md from what passed")
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow, as CI does")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the slow tests to `--all`; `-m` and tests named by file or node choose for themselves."""
+    if config.getoption("--all") or config.getoption("-m") or config.args != config.getini("testpaths"):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -194,7 +203,7 @@ def architectures_page() -> str:
     listed = "\n".join(f"{number}. {check}" for number, check in enumerate(checks, 1))
     return f"""# Architectures
 
-Written by the tests: `./scripts/test --architectures`. One tiny checkpoint of each kind, made by tests/conftest.py with whatever
+Written by the tests: `./scripts/test --all --architectures`. One tiny checkpoint of each kind, made by tests/conftest.py with whatever
 the kind has of its own (grouped queries, fused projections, windows, norms, parallel residuals, experts), goes through:
 
 {listed}

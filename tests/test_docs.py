@@ -70,7 +70,7 @@ def test_the_types_ship() -> None:
 
 
 def test_the_table_of_architectures_has_all_kinds_and_checks() -> None:
-    """What passes is written by `scripts/test --architectures`; a kind or a check that came since is missed here."""
+    """What passes is written by `scripts/test --all --architectures`; a kind or a check that came since is missed here."""
     page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
     assert rows.keys() - {"kind", "---"} == set(TINY)
