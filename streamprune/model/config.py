@@ -137,43 +137,15 @@ def _check_depth(
 def _check_widths(
     widths: Any, architecture: Architecture, entries: Sequence[Sequence[SublayerEntry]], where: str
 ) -> None:
-    """Check that the config field `OURS` names only modules and attributes that the architecture can resize.
+    """Check the parts of the config field `OURS` that `modeling_streamprune` applies to whatever they name.
 
-    Raises:
-        CheckpointError: an unknown part, module or attribute, a wrong number of blocks, or an invalid width.
+    Other mistakes show when the model is built and compared with the shards.
     """
-    known: dict[str, set[str]] = {"rows": set(), "columns": set(), "attributes": set(), "experts": set()}
-    for entry in (entry for block in entries for entry in block):
-        if entry.experts is not None:
-            known["experts"].add(entry.experts)
-            continue
-        known["rows"] |= {producer.name for producer in (*entry.producers, *entry.vectors)}
-        known["columns"].add(entry.consumer)
-        known["attributes"] |= set(entry.counts)
+    counts = {name for block in entries for entry in block for name in entry.counts}
     if not isinstance(widths, dict) or widths.get("blocks") != architecture.blocks:
         raise CheckpointError(f'{where}: "{OURS}" must have "blocks": "{architecture.blocks}"')
-    for part, listed in {**dict.fromkeys(("rows", "columns", "attributes")), **widths}.items():
-        if part == "blocks":
-            continue
-        if part == "renamed":
-            valid = isinstance(listed, list) and all(pair in map(list, architecture.stored) for pair in listed)
-        else:
-            valid = part in known and isinstance(listed, dict) and listed.keys() <= known[part]
-            valid = valid and all(_is_per_block(each, len(entries), part == "experts") for each in listed.values())
-        if not valid:
-            raise CheckpointError(
-                f'{where}: "{part}" of "{OURS}" does not fit a {architecture.model_type} model of {len(entries)} blocks'
-            )
-
-
-def _is_per_block(each: Any, blocks: int, lists: bool) -> bool:
-    """Return whether `each` has a positive integer, or null, for every block; in `lists`, lists of integers."""
-    if not isinstance(each, list) or len(each) != blocks:
-        return False
-    sizes = [
-        size
-        for value in each
-        if value is not None
-        for size in (value if lists and isinstance(value, list) else [value])
-    ]
-    return all(type(size) is int and size > 0 for size in sizes)
+    attributes, renamed = widths.get("attributes"), widths.get("renamed", [])
+    if not isinstance(attributes, dict) or not attributes.keys() <= counts:
+        raise CheckpointError(f'{where}: "attributes" of "{OURS}" may have {", ".join(sorted(counts)) or "none"}')
+    if not isinstance(renamed, list) or not all(pair in map(list, architecture.stored) for pair in renamed):
+        raise CheckpointError(f'{where}: "renamed" of "{OURS}" does not fit a {architecture.model_type} model')

@@ -419,7 +419,6 @@ def test_widths_of_ours_touch_nothing_else(
     wrong: list[Any] = [
         None,
         {**widths, "blocks": "model"},
-        {**widths, "more": {}},
         {**widths, "rows": None},
         {**widths, "rows": {"input_layernorm": [4, 4, 4]}},
         {**widths, "rows": {"mlp.up_proj": [4, 4]}},
