@@ -374,7 +374,7 @@ def test_what_is_there_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 ROW = '{"id": 1, "text": "some text"}'
-GZIP = gzip.compress(b"some text")
+GZIP = gzip.compress(b"some text", mtime=0)
 CORRUPT = "its gzip data is corrupt or truncated"
 
 
