@@ -217,10 +217,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
         unread = {n: d for n, d in dtypes.items() if d not in DTYPES and not n.endswith(UNREAD)}
         method = quantised_by(self.config) or ("modelopt" if (self.directory / MODELOPT).exists() else None)
         by = f" ({method})" if method else ""
-        # Weights before tables.
-        for name, dtype in sorted(unread.items(), key=lambda item: item[1] in _TABLES):
-            what = "tables of it cannot be read" if dtype in _TABLES else f"quantised weights{by} cannot be pruned"
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}; {what}, only {', '.join(DTYPES)}")
+        only = f"only {', '.join(DTYPES)}"
+        for name, dtype in unread.items():
+            named = "weight" in name.rpartition(".")[2]
+            if dtype not in _TABLES and (named or method or dtype.startswith("F")):
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} has dtype {dtype}; quantised weights{by} cannot be pruned, {only}"
+                )
+        for name, dtype in unread.items():
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}; tables of it cannot be read, {only}")
 
 
 def quantised_by(config: Mapping[str, Any]) -> str | None:

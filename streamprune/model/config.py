@@ -44,6 +44,22 @@ _WRAPPERS = {
 }
 """Parts of tensor names that adapters, training wrappers and larger models add, and that no supported model has."""
 
+_LARGEST = 3.4028234663852886e38
+"""Largest finite float32."""
+_ROTATION = {
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "short_factor",
+    "long_factor",
+    "original_max_position_embeddings",
+}
+"""Rotary embedding settings that must be positive numbers or lists of them: divisors, or arguments of a logarithm."""
+
 
 def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
     """Return the table entry and transformers' config of a checkpoint, and complete its tensor names (`complete_names`).
@@ -79,6 +95,8 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
         entries = [architecture.sublayers(config, index) for index in range(config.num_hidden_layers)]
     if fields["model_type"].startswith(PREFIX):
         _check_widths(fields.get(OURS), architecture, entries, where)
+    _check_rotation(getattr(config, "rope_parameters", None), where)
+    _check_numbers(fields, where)
     return architecture, config
 
 
@@ -132,6 +150,28 @@ def _check_depth(
         claimed = fields.get(name)
         if isinstance(claimed, int | float) and claimed > held:
             raise CheckpointError(f"{where}: {name} is {claimed}; the shards hold {held} blocks")
+
+
+def _check_rotation(settings: Any, where: str) -> None:
+    """Check that settings of rotary embeddings, common or per kind of block, are positive numbers that give finite angles."""
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, dict):
+            _check_rotation(value, where)
+        elif name in _ROTATION and value is not None:
+            for each in value if isinstance(value, list) else [value]:
+                if type(each) not in (int, float) or not 0 < each <= _LARGEST:
+                    raise CheckpointError(
+                        f"{where}: {name} of the rotary embedding is {str(each)[:40]}; it must be a finite number above 0"
+                    )
+
+
+def _check_numbers(value: Any, where: str, name: str = "the config") -> None:
+    """Reject numbers outside the range of float32, at any depth: torch functions do not accept them."""
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else ((name, each) for each in value):
+            _check_numbers(each, where, key)
+    elif isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:
+        raise CheckpointError(f"{where}: {name} is {str(value)[:40]}, which is beyond float32")
 
 
 def _check_widths(

@@ -149,6 +149,7 @@ NVFP4 = {"q.weight": "U8", "q.weight_scale": "F8_E4M3", "q.weight_scale_2": "F32
         ({"q.weight": "F8_E4M3", "q.weight_scale": "F32"}, {}, "hf_quant_config.json", "modelopt"),
         ({"q.weight": "U32"}, {"quantization": {"bits": 4}}, None, "as quantization says"),
         ({"gate.tid2eid": "I64", "q.weight": "F8_E4M3"}, {"quantization_config": {"quant_method": "fp8"}}, None, "fp8"),
+        ({"q.weight_packed": "I32"}, {}, None, ""),
     ],
 )
 def test_quantised_weights(
@@ -165,11 +166,12 @@ def test_quantised_weights(
         Checkpoint(model)
 
 
-def test_tables_of_integers_are_not_quantised_weights(model: Path) -> None:
-    put_alone(model, {"model.layers.0.mlp.gate.tid2eid": "I64"})
-    edit(model / CONFIG, quantization_config={"quant_method": "fp8"})
+@pytest.mark.parametrize(("dtype", "config"), [("I64", {"quantization_config": {"quant_method": "fp8"}}), ("I32", {})])
+def test_tables_of_integers_are_not_quantised_weights(dtype: str, config: dict[str, Any], model: Path) -> None:
+    put_alone(model, {"model.layers.0.mlp.gate.tid2eid": dtype})
+    edit(model / CONFIG, **config)
     with pytest.raises(
-        CheckpointError, match="tid2eid' has dtype I64; tables of it cannot be read, only F64, F32, F16"
+        CheckpointError, match=f"tid2eid' has dtype {dtype}; tables of it cannot be read, only F64, F32, F16"
     ):
         Checkpoint(model)
 
@@ -492,6 +494,8 @@ def test_no_more_experts_are_chosen_than_there_are(chosen: int, tiny: Callable[.
 SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"query_pre_attn_scalar": -1}, "must be float, not complex"),
     ("falcon", {"layer_norm_epsilon": None}, "must be float, not NoneType"),
+    ("granite", {"logits_scaling": 1e300}, "logits_scaling is 1e[+]300, which is beyond float32"),
+    ("mixtral", {"more": [{"deep": [-(10**400)]}]}, "deep is -10000000.*, which is beyond float32"),
     (
         "phi3",
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 3.0}},
@@ -510,14 +514,47 @@ def test_settings_that_no_module_computes_with(
         opened(model)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+LONG = {**YARN, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "theta 0": ("rope_theta", {"rope_type": "default", "rope_theta": 0}),
+    "theta -1": ("rope_theta", {"rope_type": "default", "rope_theta": -1.0}),
+    "theta true": ("rope_theta", {"rope_type": "default", "rope_theta": True}),
+    "theta beyond floats": ("rope_theta", {"rope_type": "default", "rope_theta": 10**400}),
+    "factor 0": ("factor", {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}),
+    "factor -2": ("factor", {**YARN, "factor": -2.0}),
+    "attention": ("attention_factor", {**YARN, "attention_factor": 0.0}),
+    "beta": ("beta_fast", {**YARN, "beta_fast": -1}),
+    "before": ("original_max_position_embeddings", {**YARN, "original_max_position_embeddings": -32}),
+    "short": ("short_factor", {**LONG, "short_factor": [1.0, 1.0, 0.0, 1.0]}),
+    "long": ("long_factor", {**LONG, "long_factor": [1.0, -1.0, 1.0, 1.0]}),
+}
+
+
+@pytest.mark.parametrize("case", ROTATIONS)
+def test_settings_of_the_rotary_embedding(case: str, model: Path) -> None:
+    name, asked = ROTATIONS[case]
+    for well in (YARN, LONG):
+        edit(model / CONFIG, rope_parameters=well)
+        opened(model)
+    edit(model / CONFIG, rope_parameters=asked)
+    with pytest.raises(CheckpointError, match=rf"{name} of the rotary embedding is .*must be a finite number above 0"):
+        opened(model)
+
+
+def test_settings_of_the_rotary_embedding_by_kind_of_block(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny("gemma3"), tmp_path / "gemma3"))
+    asked = json.loads((model / CONFIG).read_text())["rope_parameters"]
+    edit(model / CONFIG, rope_parameters={**asked, "sliding_attention": {"rope_type": "default", "rope_theta": 0.0}})
+    with pytest.raises(CheckpointError, match=r"rope_theta of the rotary embedding is 0\.0"):
+        opened(model)
+
+
 def test_a_rotary_embedding_that_is_no_number(model: Path) -> None:
-    """At the first position, or only at later ones, whose angles exceed the dtype."""
-    for theta in (0.0, -1.0, 1e-300):
-        edit(model / CONFIG, rope_parameters={"rope_type": "default", "rope_theta": theta})
-        with pytest.raises(
-            (NumericalError, CheckpointError), match=r"rotary embedding of positions 0 to 0|cannot build"
-        ):
-            opened(model)
+    """Settings that are well one by one; and angles that only later positions take beyond the dtype."""
+    edit(model / CONFIG, rope_parameters={"rope_type": "default", "rope_theta": 1e-300})
+    with pytest.raises(NumericalError, match="the rotary embedding of positions 0 to 0 holds NaN or Inf"):
+        opened(model)
     edit(model / CONFIG, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-38})
     skeleton = opened(model)
     with pytest.raises(NumericalError, match="the rotary embedding of positions 0 to 23 holds NaN or Inf"):
