@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.forecast.resources import forecast
+from ..jobs.forecast.resources import bucket_batch, forecast
 from ..jobs.forecast.workload import Workload
 from ..model import hub
 from ..model.skeleton import Skeleton, open_skeleton
@@ -163,8 +163,7 @@ def through_blocks(
                 stored=stored,
                 memory=held * tokens.numel() // total,
             )
-            # As many tokens per micro-batch as for the longest sequences, which the forecast assumes.
-            buckets.append(Bucket(tokens, store, max(1, resources.batch * longest // length)))
+            buckets.append(Bucket(tokens, store, bucket_batch(resources, longest, length)))
         progress.phase(phase, len(skeleton) + 2)
         with skeleton.embedding() as embedding:
             for bucket in buckets:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..jobs.config import Config
 from ..jobs.forecast.memory import Memory
-from ..jobs.forecast.resources import Resources
+from ..jobs.forecast.resources import Resources, generation_batch
 from ..jobs.journal import Entry
 from ..jobs.meter import metered
 from ..jobs.reports import extents, pruning_card
@@ -241,7 +241,8 @@ class Run:
         """
         job, digest = self.job, None
         if job.ranks.first:
-            batch = Memory(job.skeleton, job.request.workload).generation_batch(job.batch, job.backward_batch)
+            memory = Memory(job.skeleton, job.request.workload)
+            batch = generation_batch(memory, job.batch, job.backward_batch)
             folder, samples = job.cache / "generate", job.config.samples
             tokens = generate(job.skeleton, samples, job.request.length, job.config.seed, folder, batch, job.progress)
             digest = write_shard(job.written_path, {"tokens": tokens})

@@ -21,6 +21,7 @@ from ..system import files
 from ..system.host import host_buffer, tensor_bytes
 from ..system.progress import Progress, rest
 from . import sweep
+from .store import temporary
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def generate(
     Args:
         length: tokens per sequence; at least 2 and at most the model's context.
         seed: seed of the single generator used for all draws.
-        folder: holds keys and values. Its contents are removed before and after.
+        folder: holds keys and values; see `store.temporary`.
         batch: sequences per micro-batch of one block.
 
     Raises:
@@ -41,27 +42,25 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.empty(samples, length, dtype=torch.int64)
     tokens[:, 0] = torch.randint(skeleton.vocabulary, (samples,), generator=generator)
-    files.remove_tree(folder)
-    files.make_folder(folder)
     batches = [slice(start, min(start + batch, samples)) for start in range(0, samples, batch)]
     pasts = [(rows, KeysAndValues(folder, number)) for number, rows in enumerate(batches)]
     progress.phase("generate", length)
     progress.step("first tokens")
-    for past in range(length - 1):
-        with skeleton.embedding(past) as embedding:
-            hidden = embedding(tokens[:, past : past + 1].to(skeleton.device))
-        for index, block in sweep.blocks(skeleton, range(len(skeleton))):
-            for rows, cache in pasts:
-                x = hidden[rows]
-                arguments = skeleton.arguments(x.shape[0], 1, past)[index]
-                hidden[rows] = block(x, {**arguments, cache_argument(type(skeleton.block(index)).forward): cache})
-            del block
-            if not all_finite(hidden):
-                raise NumericalError(f"block {index} gives NaN or Inf{advice(hidden.dtype)}")
-        tokens[:, past + 1] = _next_tokens(skeleton, hidden[:, 0], generator)
-        progress.step(f"token {past + 1}")
-        rest(progress)
-    files.remove_tree(folder)
+    with temporary(folder):
+        for past in range(length - 1):
+            with skeleton.embedding(past) as embedding:
+                hidden = embedding(tokens[:, past : past + 1].to(skeleton.device))
+            for index, block in sweep.blocks(skeleton, range(len(skeleton))):
+                for rows, cache in pasts:
+                    x = hidden[rows]
+                    arguments = skeleton.arguments(x.shape[0], 1, past)[index]
+                    hidden[rows] = block(x, {**arguments, cache_argument(type(skeleton.block(index)).forward): cache})
+                del block
+                if not all_finite(hidden):
+                    raise NumericalError(f"block {index} gives NaN or Inf{advice(hidden.dtype)}")
+            tokens[:, past + 1] = _next_tokens(skeleton, hidden[:, 0], generator)
+            progress.step(f"token {past + 1}")
+            rest(progress)
     return tokens
 
 

@@ -21,7 +21,7 @@ import streamprune
 from streamprune import Config
 from streamprune.errors import CalibrationError, ConfigError, NumericalError, ResumeError
 from streamprune.jobs.forecast.memory import Memory
-from streamprune.jobs.forecast.resources import forecast
+from streamprune.jobs.forecast.resources import forecast, generation_batch
 from streamprune.jobs.forecast.workload import Workload
 from streamprune.jobs.names import job_folder
 from streamprune.maths.sampling import sample
@@ -187,7 +187,7 @@ def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: 
     assert after.operations > before.operations
     tight = forecast(skeleton, needs, device_limit=2**40, disk_limit=cached * 100 - 1)
     assert "activations need" in tight.problems[0]
-    sizes = [Memory(skeleton, needs).generation_batch(batch, 1) for batch in (1, 16, 64, 10_000)]
+    sizes = [generation_batch(Memory(skeleton, needs), batch, 1) for batch in (1, 16, 64, 10_000)]
     assert 1 <= sizes[0] < sizes[1] < sizes[2] < sizes[3] == 600
 
 
@@ -204,7 +204,7 @@ def test_a_model_calibrates_on_what_it_writes(
     job = Job(config, None)
     with job.opened(restart=False):
         run.Run(job).prepare()
-        batch = Memory(job.skeleton, job.request.workload).generation_batch(job.batch, job.backward_batch)
+        batch = generation_batch(Memory(job.skeleton, job.request.workload), job.batch, job.backward_batch)
         expected = generate(job.skeleton, 12, 24, 0, tmp_path / "generate", batch, Silent())
         assert torch.equal(job.tokens, expected)
         assert torch.equal(load_file(job.written_path)["tokens"], expected)

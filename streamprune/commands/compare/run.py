@@ -188,7 +188,7 @@ class _Work:
             if self.journal.header is None:
                 self.journal.append("start", evaluation=self.header)
             self._check_same()
-            files.remove_tree(self.caches.own)  # left by a killed evaluation
+            self.caches.remove()  # left by a killed evaluation
             for path in self.folder.glob(f"*{files.TEMPORARY}"):
                 files.remove(path)
             self.caches.record()

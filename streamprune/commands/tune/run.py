@@ -21,8 +21,8 @@ from ...errors import ConfigError, ResourceError
 from ...jobs.config import TuneConfig, TuneMethod
 from ...jobs.folder import JobFolder, MissingFile
 from ...jobs.forecast.memory import SLACK, Memory
-from ...jobs.forecast.resources import forecast
-from ...jobs.forecast.workload import REFINE_SEQUENCES, Workload
+from ...jobs.forecast.resources import forecast, training_batch
+from ...jobs.forecast.workload import Workload
 from ...jobs.journal import Entry, Journal
 from ...jobs.meter import metered, peaks, totals
 from ...jobs.names import is_report, is_tuning
@@ -260,12 +260,16 @@ class Tuning(JobFolder):
             activations=self.activations,
         )
 
+    @property
+    def _held(self) -> int:
+        """Bytes of the memory limit that the process and activations in host memory take."""
+        return self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
+
     def _peak(self, batch: int, micro: int) -> int:
         """Return the peak bytes that count towards the memory limit, given the sequences per micro-batch, forward and training."""
-        held = self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
         if self.teacher is None:
-            return held + Memory(self.student, self._workload(self.student)).in_memory(micro)
-        return held + max(
+            return self._held + Memory(self.student, self._workload(self.student)).in_memory(micro)
+        return self._held + max(
             Memory(skeleton, self._workload(skeleton)).device_peak(batch, micro) for skeleton in self.sources
         )
 
@@ -280,15 +284,15 @@ class Tuning(JobFolder):
             ours, theirs = (forecast(each, self._workload(each), **limits).require() for each in self.sources)
             self.check_disk(ours.output_bytes, ours.disk_bytes)
             return {"batch": min(ours.batch, theirs.batch), "micro": ours.backward_batch}
-        fitting = [size for size in range(1, REFINE_SEQUENCES + 1) if self._peak(1, size) <= limit]
-        if not fitting:
+        memory = Memory(self.student, self._workload(self.student))
+        micro = training_batch(memory, limit - self._held)
+        if micro is None:
             raise ResourceError(
                 f"the memory limit is {format_bytes(limit)}; training the model in memory needs "
                 f"{format_bytes(self._peak(1, 1))}; --method distil with --teacher needs only a block at a time"
             )
-        memory = Memory(self.student, self._workload(self.student))
         self.check_disk(memory.beside_out() + memory.states(self.config.rank), 0)
-        return {"batch": 1, "micro": min(fitting[-1], self.config.samples)}
+        return {"batch": 1, "micro": micro}
 
     # Opening and resuming.
 

@@ -20,8 +20,7 @@ from ...model.block import linear_shape
 from ...model.site import Site
 from ...stream.store import file_bytes
 from ...stream.sweep import LOGIT_BYTES
-from .shapes import Shapes, Sublayer
-from .workload import REFINE_SEQUENCES
+from .workload import REFINE_SEQUENCES, Shapes, Sublayer
 
 GRAMS_AT_ONCE = 1 << 31
 """Largest number of bytes of Grams of one block's experts summed in one pass, if more than one Gram."""
@@ -69,11 +68,6 @@ class Memory(Shapes):
         """Return whether a GPU that may use `limit` bytes has room for the next block's stored weights as well."""
         return self.skeleton.device.type == "cuda" and self.device_peak(*sizes) + self.stored_block <= limit
 
-    def generation_batch(self, batch: int, backward_batch: int) -> int:
-        """Return the sequences per micro-batch for generating calibration tokens, within the other steps' peak."""
-        room = self.device_peak(batch, backward_batch) - self.decoding(0)
-        return max(1, min(self.workload.samples, room // (self.decoding(1) - self.decoding(0))))
-
     def demands(self, batch: int, backward_batch: int, grams: GramPlace) -> dict[str, Demand]:
         """Return the largest demand of each step, by the step's name."""
         found: dict[str, Demand] = {}
@@ -97,7 +91,7 @@ class Memory(Shapes):
                 demand,
                 sums=demand.sums - moved,
                 solving=demand.solving - solved,
-                activations=demand.activations + (self.sum_item * self.widest() * TILE if moved else 0),
+                activations=demand.activations + (self.sum_item * self.most_columns * TILE if moved else 0),
                 host=2 * self.stored_block + in_transit + moved + solved,
             )
         return replace(placed, slack=placed.device // IDLE_SHARE)
@@ -121,8 +115,8 @@ class Memory(Shapes):
             activations = work.samples * self.d * self.item + 8 * logits
             yield "the head's next tokens", Demand(weights=self.head, activations=activations)
             yield "one block's next tokens", Demand(weights=block, activations=self.decoding(1) - block)
-        a_token = max(sum(map(self._backward_token, sublayers)) for sublayers in self.sublayers)
-        backward = backward_batch * length * a_token
+        per_token = max(sum(map(self._backward_token, sublayers)) for sublayers in self.sublayers)
+        backward = backward_batch * length * per_token
         sums = max(map(self._survey_sums, self.blocks))
         if work.gradients:
             yield "one block's backward pass", Demand(block, sums, activations=backward)
@@ -207,8 +201,8 @@ class Memory(Shapes):
         """
         weights = self.weight_item * self.skeleton.block_parameters() + self.head
         trained = 4 * self.sum_item * self._updates(self.workload.rank or 0)
-        a_token = sum(map(self._backward_token, self.all_sublayers()))
-        return weights + trained + batch * self.workload.length * (a_token + 4 * 4 * self.skeleton.vocabulary)
+        per_token = sum(map(self._backward_token, self.all_sublayers()))
+        return weights + trained + batch * self.workload.length * (per_token + 4 * 4 * self.skeleton.vocabulary)
 
     def passing(self, batch: int) -> int:
         """Return bytes of activations during the forward pass of the largest sublayer."""
@@ -231,7 +225,6 @@ class Memory(Shapes):
         return self.item * 4 * self.d + 8 * self.d + 2 * self.stored_row // max(self.workload.length, 1)
 
     def _inner_token(self, site: Site) -> int:
-        """Return bytes per token of the activations between the norm and the residual stream."""
         if site.kind == "attention":
             # q, k, v, their rotated copies, k and v repeated for the query heads, the output.
             maps = (3 * self.item + 4) * site.heads * self.workload.length if self.skeleton.writes_maps else 0
@@ -242,16 +235,13 @@ class Memory(Shapes):
         return self.item * (5 * site.columns + 2 * self.d)
 
     def _update_parameters(self, index: int, rank: int) -> int:
-        """Return the number of parameters of a block's low-rank updates."""
         names = self.skeleton.linears(index)
         return rank * sum(sum(linear_shape(self.skeleton.module(index, name))) for name in names)
 
     def _updates(self, rank: int) -> int:
-        """Return the number of parameters of all blocks' low-rank updates."""
         return sum(self._update_parameters(index, rank) for index in range(len(self.blocks)))
 
     def _survey_sums(self, sites: list[Site]) -> int:
-        """Return bytes of the statistics of some sites."""
         return self.sum_item * sum(n * n for site in sites for n in self.summed(site))
 
     # Disk.

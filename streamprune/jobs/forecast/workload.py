@@ -1,14 +1,17 @@
-"""The facts about a job that determine its resources."""
+"""The facts that determine a job's resources: what it does, and the sizes of its model from the checkpoint's headers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
-from ...maths.sums import GRADIENTS, Statistic
+from ...maths.sums import GRADIENTS, PANEL, Statistic
 from ...model.site import Site
+from ...model.skeleton import Skeleton
+from ...stream.encoding import token_bytes
 
 REFINE_SEQUENCES = 8
 """Sequences per refinement step."""
@@ -50,3 +53,79 @@ class Workload:
     def dense_stream(self) -> bool:
         """Whether the prune sweep also advances the dense stream."""
         return self.compensates or self.aims or self.refines > 0
+
+
+class Sublayer:
+    """The sites of one sublayer: a single site, or the experts of a mixture."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+        self.widest = max(sites, key=lambda site: site.columns)
+        self.routed = self.widest.expert is not None
+        self.reached = sum(site.share for site in sites)
+        """Mean number of these sites that a token reaches."""
+        self.parameters = sum(site.units * site.unit_parameters for site in sites)
+
+
+class Shapes:
+    """Sizes of one model under one job.
+
+    Attributes:
+        item, sum_item: bytes per element of the computing dtype and of sums.
+        weight_item: bytes per weight in memory; on a CPU that computes in another dtype than is stored, of both copies.
+        d, most_columns: width of the residual stream, and most columns of any site's consumer, in elements.
+        row_bytes, stored_row: bytes of one sequence's activations, as computed and as stored.
+        block, stored_block: bytes of the largest block's weights in memory and as stored.
+        stored_all: bytes of all blocks' weights as stored.
+        embed, head: bytes of the embeddings, and of embeddings and head, in memory.
+        keys_and_values, widest_pair: bytes of one sequence's keys and values, of all blocks and of the largest block.
+    """
+
+    def __init__(self, skeleton: Skeleton, workload: Workload) -> None:
+        self.skeleton, self.workload = skeleton, workload
+        checkpoint = skeleton.checkpoint
+        self.item = skeleton.dtype.itemsize
+        self.sum_item = 8 if skeleton.dtype == torch.float64 else 4
+        stored = next((entry.dtype for entry in checkpoint.values() if entry.numel), skeleton.dtype)
+        self.on_cpu = skeleton.device.type == "cpu"
+        # On a CPU, a block computes with its stored weights or, for another dtype, with a copy in addition to them.
+        self.weight_item = self.item + (stored.itemsize if self.on_cpu and stored != skeleton.dtype else 0)
+        self.d = skeleton.width
+        self.row_bytes = workload.length * self.d * self.item
+        self.stored_row = workload.length * token_bytes(self.d, workload.activations or skeleton.dtype)
+        self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
+        self.most_columns = max(site.columns for sites in self.blocks for site in sites)
+        self.sublayers = [
+            [Sublayer(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
+        ]
+        counts = [[checkpoint[n] for n in skeleton.block_names(i).values()] for i in range(len(skeleton))]
+        self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
+        self.block = max(sum(entry.numel for entry in block) for block in counts) * self.weight_item
+        self.stored_all = sum(entry.nbytes for block in counts for entry in block)
+        self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.weight_item
+        pairs = [
+            sum(2 * (site.heads if entry.repeats else site.units) * site.head_width for site, entry in places)
+            for places in map(skeleton.places, range(len(skeleton)))
+        ]
+        self.keys_and_values, self.widest_pair = (workload.length * self.item * n for n in (sum(pairs), max(pairs)))
+        self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.weight_item
+
+    def all_sublayers(self) -> Iterator[Sublayer]:
+        """Iterate over the sublayers of all blocks."""
+        return (sublayer for sublayers in self.sublayers for sublayer in sublayers)
+
+    def summed(self, site: Site) -> list[int]:
+        """Return the numbers of rows of the (square) Grams that the survey sums at a site."""
+        wanted, found = self.workload.survey, []
+        if wanted & {"gram", "factors"}:
+            found.append(site.columns)
+        if wanted & {"gradient-gram", "factors"}:
+            found.append(self.d)
+        if "factors" in wanted:
+            # The producers' input, and the output of each producer.
+            found += [self.d, *(weights // self.d for weights in site.linears[:-1])]
+        return found
+
+    def gram_products(self, n: int) -> float:
+        """Return how many of the n² products per token are computed for a Gram of n rows."""
+        return n * (n + min(n, PANEL.get(self.skeleton.device.type, PANEL["cuda"]))) / 2
