@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from . import options, show
+import streamprune
 
-if TYPE_CHECKING:
-    from streamprune import Bench, Width
+from . import options, show
 
 
 @click.command()
@@ -48,10 +47,7 @@ def bench(
 
       streamprune bench llama-2-5b --against llama-2-7b --threads 8
     """
-    import streamprune
-
     options.begin(model, against)
-
     with show.watched(quiet) as progress:
         measured = streamprune.bench(model, against, memory=memory, progress=progress, **chosen)
     found = asdict(measured)
@@ -65,7 +61,7 @@ def bench(
     show.result(found, as_json, lines)
 
 
-def _speeds(measured: Bench) -> list[str]:
+def _speeds(measured: streamprune.Bench) -> list[str]:
     ours, other = measured.model, measured.against
     if other is None:
         alone = [[name, f"{getattr(ours, name).tokens_per_second:.1f}"] for name in ("prefill", "decode")]
@@ -86,7 +82,7 @@ def _speeds(measured: Bench) -> list[str]:
     ]
 
 
-def _widths(tried: list[Width]) -> list[str]:
+def _widths(tried: list[streamprune.Width]) -> list[str]:
     rows = [["FFN width", "round-to", "operations", "prefill", "decode"]]
     for each in tried:
         figures = [f"{figure:.3f}" for figure in (each.operations, each.prefill, each.decode)]

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+import streamprune
+from streamprune.errors import ConfigError
+
 from . import options, show
 
 
@@ -20,9 +23,7 @@ from . import options, show
     help="Recipes; label=NAME labels one that is used several times with different settings.",
 )
 @click.option("--text", required=True, metavar=options.TEXT, help="Text to measure perplexity on, whole and in order.")
-@click.option(
-    "--eval-seq-len", type=int, help="Tokens per window of --text.  [default: 2048, or the model's context if shorter]"
-)
+@options.seq_len_option("--eval-seq-len", of=" of --text")
 @click.option(
     "--out",
     type=options.DIRECTORY,
@@ -70,14 +71,10 @@ def compare(
 
       streamprune compare llama-2-7b --ratios 0.3 --text wiki-test.txt --recipes sobp,plain=sobp --set plain.refine=off
     """
-    import streamprune
-
-    variants = _variants(recipes, settings)
-    numbers = _numbers(ratios)
-    common = options.machine(**chosen)
+    variants, numbers = _variants(recipes, settings), _numbers(ratios)
     options.begin(model, texts=[text, chosen["calibration"]])
     with show.progress(quiet) as progress:
-        found = streamprune.compare(model, ratios=numbers, recipes=variants, text=text, progress=progress, **common)
+        found = streamprune.compare(model, ratios=numbers, recipes=variants, text=text, progress=progress, **chosen)
     given = {"model": model, "out": Path(found.out), "ratio": 0.5, "refine": chosen["refine"]}
     options.note_idle(
         quiet, *(streamprune.Config(recipe=each.recipe, settings=each.settings, **given) for each in variants)
@@ -90,21 +87,17 @@ def compare(
 
 
 def _numbers(text: str) -> list[float]:
-    from streamprune.errors import ConfigError
-
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--ratios {text!r}: write numbers separated by commas, such as 0.2,0.3") from None
 
 
-def _variants(recipes: str, settings: tuple[str, ...]) -> list[Any]:
+def _variants(recipes: str, settings: tuple[str, ...]) -> list[streamprune.Variant]:
     """The requested recipes, each with its settings."""
-    from streamprune import Variant
-    from streamprune.errors import ConfigError
     from streamprune.recipes.settings import parse
 
-    variants = [Variant.parse(part.strip()) for part in recipes.split(",")]
+    variants = [streamprune.Variant.parse(part.strip()) for part in recipes.split(",")]
     own: dict[str, dict[str, str]] = {variant.label: {} for variant in variants}
     for key, value in options.assignments(settings, form := "label.name=value").items():
         label, dot, name = key.partition(".")
@@ -115,4 +108,4 @@ def _variants(recipes: str, settings: tuple[str, ...]) -> list[Any]:
         own[label][name] = value
     for variant in variants:
         parse(variant.recipe, own[variant.label])
-    return [Variant(variant.label, variant.recipe, own[variant.label]) for variant in variants]
+    return [streamprune.Variant(variant.label, variant.recipe, own[variant.label]) for variant in variants]

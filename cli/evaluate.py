@@ -8,13 +8,16 @@ from typing import Any
 
 import click
 
+import streamprune
+from streamprune.errors import ConfigError
+
 from . import options, show
 
 
 @click.command("eval")
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--text", metavar=options.TEXT, help="Text to measure perplexity on, whole and in order.")
-@click.option("--seq-len", type=int, help="Tokens per window.  [default: 2048, or the model's context if shorter]")
+@options.text_option
+@options.seq_len_option()
 @click.option("--tasks", metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
 @click.option("--include-path", type=options.DIRECTORY, metavar="DIR", help="Folder with more task files.")
 @click.option("--limit", type=int, metavar="N", help="Score the first N documents of each task.  [default: all]")
@@ -22,16 +25,7 @@ from . import options, show
 @options.machine_options
 @options.output_options
 def evaluate(
-    model: Path,
-    text: str | None,
-    seq_len: int | None,
-    tasks: str | None,
-    include_path: Path | None,
-    limit: int | None,
-    num_fewshot: int | None,
-    as_json: bool,
-    quiet: bool,
-    **chosen: Any,
+    model: Path, text: str | None, seq_len: int | None, tasks: str | None, as_json: bool, quiet: bool, **chosen: Any
 ) -> None:
     """Measure perplexity and task scores, streamed block by block.
 
@@ -44,37 +38,27 @@ def evaluate(
 
       streamprune eval llama-2-49b --tasks arc_easy,piqa --memory 24GiB
     """
-    import streamprune
-    from streamprune.errors import ConfigError
-
+    limits = {name: chosen.pop(name) for name in ("include_path", "limit", "num_fewshot")}
     if text is None and tasks is None:
         raise ConfigError("nothing to measure: give --text TEXT, --tasks A,B or both")
-    for option, value, other, needed in (
-        ("--seq-len", seq_len, "--text", text),
-        ("--include-path", include_path, "--tasks", tasks),
-        ("--limit", limit, "--tasks", tasks),
-        ("--num-fewshot", num_fewshot, "--tasks", tasks),
-    ):
-        if value is not None and needed is None:
-            raise ConfigError(f"{option} {value} needs {other}")
-    machine = options.machine(**chosen)
+    if seq_len is not None and text is None:
+        raise ConfigError(f"--seq-len {seq_len} needs --text")
+    for name, value in limits.items():
+        if value is not None and tasks is None:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} needs --tasks")
+    # First, since an unknown name is found in a second, before torch is imported.
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    wanted = None if tasks is None else streamprune.find_tasks(names, **limits)
     found: dict[str, Any] = {}
     lines: list[str] = []
-    # First, since an unknown name is found in a second, before torch is imported.
-    wanted = tasks and streamprune.find_tasks(
-        [name.strip() for name in tasks.split(",") if name.strip()],
-        include_path=include_path,
-        limit=limit,
-        num_fewshot=num_fewshot,
-    )
     options.begin(model, texts=[text])
     with show.progress(quiet) as progress:
         if text is not None:
-            measured = streamprune.evaluate(model, text, seq_len=seq_len, progress=progress, **machine)
+            measured = streamprune.evaluate(model, text, seq_len=seq_len, progress=progress, **chosen)
             found |= asdict(measured)
             lines += [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"]
-        if wanted:
-            scored = streamprune.evaluate_tasks(model, wanted, progress=progress, **machine)
+        if wanted is not None:
+            scored = streamprune.evaluate_tasks(model, wanted, progress=progress, **chosen)
             found["tasks"] = {"results": scored.results, "documents": scored.documents, "protocol": scored.protocol}
             lines += [*scored.table.rstrip().splitlines(), f"({scored.protocol})"]
     show.result(found, as_json, lines)

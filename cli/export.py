@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+import streamprune
+from streamprune.system.units import format_bytes
+
 from . import options, show
 
 
@@ -27,11 +30,7 @@ def export(model: Path, out: Path, dtype: str, as_json: bool, quiet: bool) -> No
 
       streamprune export llama-2-5b llama-2-5b.gguf --dtype q8_0
     """
-    import streamprune
-    from streamprune.system.units import format_bytes
-
     options.begin(model)
-
     with show.watched(quiet) as progress:
         done = streamprune.export_gguf(model, out, dtype=dtype, progress=progress)
     line = f"{out}: {done.architecture} in {done.dtype}, {done.parameters:,} parameters, {format_bytes(done.size)}"

@@ -8,6 +8,12 @@ from typing import Any
 
 import click
 
+import streamprune
+from streamprune.commands.report.records import flat
+from streamprune.commands.status import check_exists
+from streamprune.model.hub import is_name
+from streamprune.system.units import format_bytes
+
 from . import options, show
 
 STEPS = 16
@@ -29,10 +35,6 @@ def inspect(model: Path, as_json: bool) -> None:
 
       streamprune inspect llama-2-5b
     """
-    import streamprune
-    from streamprune.commands.status import check_exists
-    from streamprune.model.hub import is_name
-
     if not is_name(model):
         check_exists(model)
     options.begin()
@@ -43,8 +45,8 @@ def inspect(model: Path, as_json: bool) -> None:
 
 
 def _paragraphs(parts: list[list[str]]) -> list[str]:
-    """Lines of several parts, separated by empty lines."""
-    return [line for part in parts for line in ("", *part)][1:]
+    """Lines of the parts, separated by empty lines."""
+    return [line for part in parts if part for line in ("", *part)][1:]
 
 
 def _model(model: dict[str, Any]) -> list[str]:
@@ -65,15 +67,14 @@ def _model(model: dict[str, Any]) -> list[str]:
 
 
 def _kind(site: Mapping[str, Any]) -> str:
-    kind: str = site["site"].split(".")[2]
-    return kind
+    return str(site["site"].split(".")[2])
 
 
 def _units(each: list[int]) -> str:
-    """Unit counts of one site or of several, as text."""
-    low, high = min(each, default=0), max(each, default=0)
+    """Unit counts of a block's sites of one kind: ``12``, or ``8 × 20-24`` for eight experts."""
     if len(each) < 2:
-        return str(low) if each else ""
+        return "".join(map(str, each))
+    low, high = min(each), max(each)
     return f"{len(each)} × {low}" + f"-{high}" * (high > low)
 
 
@@ -99,8 +100,7 @@ def _job(job: dict[str, Any]) -> list[str]:
         head.append(f"finished steps: {', '.join(job['finished']) or 'none'}")
     if sites := report.get("sites", job.get("sites")):
         head += _sites(sites, job.get("curves"))
-    blocks = _blocks(report["blocks"]) if "blocks" in report else []
-    return _paragraphs([part for part in (head, blocks, _settings(made)) if part])
+    return _paragraphs([head, _blocks(report.get("blocks", [])), _settings(made)])
 
 
 def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[str]:
@@ -110,8 +110,7 @@ def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[s
     for site in sites:
         measured = (("error", ".4f"), ("damping", "g"), ("seconds", ".2f"))
         figures = ["" if site.get(name) is None else format(site[name], form) for name, form in measured]
-        extent = [f"{site[done]:,}", f"{site[total]:,}", show.bar(site[done] / site[total])]
-        rows.append([site["site"], *extent, *figures])
+        rows.append([site["site"], f"{site[done]:,}", f"{site[total]:,}", show.bar(site[done] / site[total]), *figures])
     notes = []
     if alone := sum(site.get("left_alone", False) for site in sites):
         notes.append(f"{alone} experts saw too few tokens and were not pruned")
@@ -125,7 +124,7 @@ def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[s
 
 
 def _drawn(sites: list[dict[str, Any]], curves: Mapping[str, list[tuple[int, float]]]) -> dict[str, str]:
-    """Curves by site name, on one scale, each with its cut."""
+    """Curves by site name as block characters, on one logarithmic scale, each with its cut."""
     costs = [cost for points in curves.values() for _, cost in points if cost > 0]
     if not costs:
         return {}
@@ -143,8 +142,8 @@ def _drawn(sites: list[dict[str, Any]], curves: Mapping[str, list[tuple[int, flo
 
 
 def _blocks(blocks: list[dict[str, Any]]) -> list[str]:
-    from streamprune.system.units import format_bytes
-
+    if not blocks:
+        return []
     most = max(block["survey_seconds"] + block["prune_seconds"] for block in blocks) or 1.0
     places = [name for name in ("host", "device") if blocks[0][f"{name}_bytes"]]
     rows = [["block", "survey s", "prune s", "time".ljust(16), *(f"{name} peak" for name in places)]]
@@ -158,8 +157,6 @@ def _blocks(blocks: list[dict[str, Any]]) -> list[str]:
 
 def _settings(job: Mapping[str, Any]) -> list[str]:
     """Settings, inputs and versions of a job, one line each."""
-    from streamprune.commands.report.records import flat
-
     lines = []
     for part, values in job.items():
         lines.append(f"{part}:")

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from streamprune.errors import StreamPruneError
+
 from . import bench, compare, evaluate, export, inspect, plan, report, run, show, status, streams, tune, verify
 
 RESUMED = ("run", "tune", "compare")
@@ -19,23 +21,16 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
         except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
             where = f"{error.filename}: " if error.filename else ""
             show.tell(f"{where}{error.strerror or error}{_advice(ctx)}")
             ctx.exit(1)
         except KeyboardInterrupt:
             show.tell(f"interrupted{_advice(ctx)}")
             ctx.exit(130)
-        except (click.ClickException, click.Abort, click.exceptions.Exit):
-            raise
-        except Exception as error:
-            # Only now, so that help does not wait for torch.
-            from streamprune.errors import StreamPruneError
-
-            if not isinstance(error, StreamPruneError):
-                raise
+        except StreamPruneError as error:
             if not error.reported:
                 show.tell(str(error))
             ctx.exit(error.exit_code)

@@ -9,6 +9,10 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+import streamprune
+from streamprune.errors import ConfigError
+from streamprune.system import units
+
 from . import show
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,13 +44,11 @@ def window(context: click.Context, parameter: click.Parameter, text: str | None)
     return int(start), int(stop)
 
 
-def checked(check: str) -> Callable[[click.Context, click.Parameter, str], str]:
-    """A callback that passes the value to a check in `streamprune.system.units`."""
+def checked(check: Callable[[str], None]) -> Callable[[click.Context, click.Parameter, str], str]:
+    """A callback that checks the value."""
 
     def callback(context: click.Context, parameter: click.Parameter, value: str) -> str:
-        from streamprune.system import units
-
-        getattr(units, check)(value)
+        check(value)
         return value
 
     return callback
@@ -54,11 +56,8 @@ def checked(check: str) -> Callable[[click.Context, click.Parameter, str], str]:
 
 def size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
     """``"24GiB"`` → 25769803776 bytes."""
-    from streamprune.errors import ConfigError
-    from streamprune.system.units import parse_bytes
-
     try:
-        return None if text is None else parse_bytes(text)
+        return None if text is None else units.parse_bytes(text)
     except ConfigError as error:
         raise ConfigError(f"{parameter.opts[0]}: {error}") from None
 
@@ -68,6 +67,31 @@ def sources(context: click.Context, parameter: click.Parameter, given: tuple[str
     return given if len(given) > 1 else given[0] if given else None
 
 
+def only_given(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """Pass the value to the command only if it is given, since the commands have different defaults."""
+    if value is not None and parameter.name is not None:
+        context.params[parameter.name] = value
+
+
+def seq_len_option(name: str = "--seq-len", of: str = "") -> Callable[[F], F]:
+    return click.option(
+        name, type=int, help=f"Tokens per window{of}.  [default: 2048, or the model's context if shorter]"
+    )
+
+
+def windows_options(kind: str) -> Callable[[F], F]:
+    """Which windows of text a job draws."""
+    return bundle(
+        click.option("--samples", default=128, show_default=True, help=f"Number of {kind} windows."),
+        seq_len_option(),
+        click.option("--seed", default=0, show_default=True, help="Seed for all random choices."),
+    )
+
+
+text_option = click.option("--text", metavar=TEXT, help="Text to measure perplexity on, whole and in order.")
+restart_option = click.option(
+    "--restart", is_flag=True, help="Delete what an earlier job left in OUT, finished or not."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 output_options = bundle(
     json_option,
@@ -79,7 +103,7 @@ device_options = bundle(
         "--device",
         default="auto",
         show_default=True,
-        callback=checked("check_device"),
+        callback=checked(units.check_device),
         help="Device: auto, cpu, cuda or cuda:N.",
     ),
     click.option(
@@ -97,7 +121,7 @@ computing_options = bundle(
         default="auto",
         show_default=True,
         metavar="NAME",
-        callback=checked("check_dtype"),
+        callback=checked(units.check_dtype),
         help="Dtype to compute in: auto, float32, bfloat16, float16 or float64. auto is the checkpoint's dtype on a GPU and "
         "float32 on the CPU.",
     ),
@@ -113,6 +137,8 @@ machine_options = bundle(
     click.option(
         "--activations",
         metavar="NAME",
+        callback=only_given,
+        expose_value=False,
         help="Dtype to store activations in: float32, bfloat16, float16, float64, float8 (with one scale per token) or auto. "
         "auto is bfloat16 for models stored in it, and --dtype for others.  [default: auto; eval: --dtype]",
     ),
@@ -134,9 +160,7 @@ calibration_options = bundle(
         "self: the model writes the text (slow). random-tokens: tokens drawn from the vocabulary.  [default: a built-in "
         "English sample]",
     ),
-    click.option("--samples", default=128, show_default=True, help="Number of calibration windows."),
-    click.option("--seq-len", type=int, help="Tokens per window.  [default: 2048, or the model's context if shorter]"),
-    click.option("--seed", default=0, show_default=True, help="Seed for all random choices."),
+    windows_options("calibration"),
 )
 
 result_options = bundle(
@@ -192,7 +216,6 @@ job_options = bundle(
     ),
     click.option(
         "--plan",
-        "plan_file",
         type=FILE,
         metavar="FILE",
         help="Plan file that says what to keep, instead of letting the recipe decide.",
@@ -208,7 +231,6 @@ def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = 
         texts: each one source, several, or a word of `DATA_FREE`; None is ignored.
         shared: whether processes that torchrun started together may share this work.
     """
-    from streamprune.errors import ConfigError
     from streamprune.jobs.config import DATA_FREE
     from streamprune.model.hub import check_model
     from streamprune.system.ranks import expected
@@ -231,15 +253,8 @@ def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = 
     disable_progress_bar()  # `show` shows progress
 
 
-def machine(*, activations: str | None, **others: Any) -> dict[str, Any]:
-    """Options as settings; `activations` is left out unless given, since commands have different defaults."""
-    return others if activations is None else {**others, "activations": activations}
-
-
 def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
     """Values of `--set` by name; `form` is how to write one."""
-    from streamprune.errors import ConfigError
-
     chosen: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -251,47 +266,33 @@ def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
     return chosen
 
 
-def note_idle(quiet: bool, *configs: Any) -> None:
+def note_idle(quiet: bool, *configs: streamprune.Config) -> None:
     """Say on stderr, unless `quiet`, which given options had no effect on any of the configs."""
     from streamprune.pruning.request import idle
 
+    if quiet:
+        return
     context = click.get_current_context()
-    given = {
-        parameter.name: parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
-    }
     reasons = [idle(config) for config in configs]
-    options: dict[str, list[str]] = {}
-    for name, option in given.items():
-        if all(name in each for each in reasons):
+    unused: dict[str, list[str]] = {}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and all(name in each for each in reasons):
             reason = ", ".join(dict.fromkeys(each[name] for each in reasons))
-            options.setdefault(reason, []).append(option)
-    for reason, unused in options.items() if not quiet else ():
-        show.tell(f"{reason}, so {', '.join(unused)} changed nothing")
+            unused.setdefault(reason, []).append(parameter.opts[0])
+    for reason, names in unused.items():
+        show.tell(f"{reason}, so {', '.join(names)} changed nothing")
 
 
 def config(
-    model: Path,
-    out: Path,
-    *,
-    settings: tuple[str, ...],
-    plan_file: Path | None,
-    structure: str | None,
-    **others: Any,
-) -> Any:
+    model: Path, out: Path, *, settings: tuple[str, ...], structure: str | None, **others: Any
+) -> streamprune.Config:
     """The `Config` that the options ask for."""
-    from streamprune import Config
     from streamprune.recipes.settings import parse
 
     if structure is not None:
         settings = (*settings, f"structure={structure}")
-    made = Config(
-        model=model,
-        out=out,
-        settings=assignments(settings, "name=value"),
-        plan=plan_file,
-        **machine(**others),
-    )
+    made = streamprune.Config(model=model, out=out, settings=assignments(settings, "name=value"), **others)
     parse(made.recipe, made.settings)
     return made

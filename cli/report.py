@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+import streamprune
+from streamprune.commands.status import check_finished
 
 from . import options, show
 
@@ -18,8 +22,8 @@ from . import options, show
 @click.option(
     "--tokens", type=int, help="Tokens per sample, at most.  [default: 48, or what the prompt leaves of the context]"
 )
-@click.option("--text", metavar=options.TEXT, help="Text to measure perplexity on, streamed, whole and in order.")
-@click.option("--seq-len", type=int, help="Tokens per window of --text.  [default: 2048, or the context if shorter]")
+@options.text_option
+@options.seq_len_option(of=" of --text")
 @click.option(
     "--comparison",
     type=options.DIRECTORY,
@@ -31,20 +35,7 @@ from . import options, show
 )
 @options.device_options
 @options.output_options
-def report(
-    out: Path,
-    against: Path | None,
-    prompts: tuple[str, ...],
-    tokens: int | None,
-    text: str | None,
-    seq_len: int | None,
-    comparison: Path | None,
-    html: Path | None,
-    device: str,
-    memory: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def report(out: Path, against: Path | None, text: str | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Write one HTML page about OUT, a result of `run` or `tune`.
 
     OUT must be finished. The page shows budget and errors over depth, importance curves, time and memory, settings and
@@ -56,24 +47,8 @@ def report(
 
       streamprune report llama-2-5b --against llama-2-7b --prompt "The sea is" --text wiki-test.txt --out 5b.html
     """
-    import streamprune
-    from streamprune.commands.status import check_finished
-
     check_finished(out)
     options.begin(against, texts=[text])
-
     with show.watched(quiet) as progress:
-        page = streamprune.report(
-            out,
-            against=against,
-            prompts=prompts,
-            tokens=tokens,
-            text=text,
-            seq_len=seq_len,
-            comparison=comparison,
-            html=html,
-            device=device,
-            memory=memory,
-            progress=progress,
-        )
+        page = streamprune.report(out, against=against, text=text, progress=progress, **chosen)
     show.result({"html": str(page)}, as_json, [f"written to {page}"])

@@ -8,6 +8,10 @@ from typing import Any
 
 import click
 
+import streamprune
+from streamprune.errors import ConfigError
+from streamprune.system.units import format_bytes, format_passes
+
 from . import options, show
 
 
@@ -17,17 +21,10 @@ from . import options, show
 @options.job_options
 @click.option("--plan-only", is_flag=True, help="Stop before pruning and print the path of the plan file.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if OUT misses its ratio by more than one unit.")
-@click.option("--restart", is_flag=True, help="Delete what an earlier job left in OUT, finished or not.")
+@options.restart_option
 @options.output_options
 def run(
-    model: Path,
-    out: Path,
-    plan_only: bool,
-    strict: bool,
-    restart: bool,
-    as_json: bool,
-    quiet: bool,
-    **chosen: Any,
+    model: Path, out: Path, plan_only: bool, strict: bool, restart: bool, as_json: bool, quiet: bool, **chosen: Any
 ) -> None:
     """Prune MODEL into OUT.
 
@@ -49,9 +46,6 @@ def run(
 
       torchrun --nproc-per-node 4 -m streamprune_cli run llama-70b llama-49b --ratio 0.3 --calibration wiki.txt
     """
-    import streamprune
-    from streamprune.errors import ConfigError
-
     if strict and plan_only:
         raise ConfigError("--strict judges a result, and --plan-only makes none; give one of them")
     with streamprune.joined() as ranks:
@@ -68,8 +62,6 @@ def run(
         show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
         options.note_idle(quiet, config)
         return
-    from streamprune.system.units import format_bytes, format_passes
-
     shares = f"{result.ratio_blocks:.2%} of the blocks and {result.ratio_model:.2%} of the model"
     lines = [
         f"{result.out}: {result.zeros:,} of {result.parameters_after:,} parameters made zero, {shares}, by {result.recipe}"

@@ -9,78 +9,67 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from streamprune import Progress
+import streamprune
+from streamprune.system.progress import Event, Progress
+from streamprune.system.strict_json import finite
 
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress]:
     """Progress of a command, shown unless `quiet`; the first SIGTERM, SIGINT or SIGHUP asks the work to stop."""
-    from streamprune.system.signals import asked_by_signals
 
     def tell() -> None:
         if not quiet:
             # Straight to the descriptor: a handler must not enter a stream that was being written to.
             os.write(2, b"\nstreamprune: stopping at the end of this step; a second signal stops at once\n")
 
-    with asked_by_signals(tell) as stopping, watched(quiet, stopping) as shown:
+    with streamprune.asked_by_signals(tell) as stopping, watched(quiet, stopping) as shown:
         yield shown
 
 
 @contextmanager
 def watched(quiet: bool = False, stopping: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
     """Progress of work that cannot be resumed: a signal ends it at once."""
-    if quiet:
-        from streamprune.system.progress import Callback
-
-        yield Callback(lambda event: None, stopping=stopping)
-    else:
-        with closing(Shown(stopping)) as shown:
-            yield shown
+    with closing(Display()) as display:
+        yield streamprune.Callback((lambda event: None) if quiet else display.show, stopping=stopping)
 
 
-class Shown:
-    """Progress: a bar where stderr is a terminal, plain lines otherwise."""
+class Display:
+    """Shows progress: a bar where stderr is a terminal, plain lines otherwise."""
 
-    def __init__(self, stopping: Callable[[], bool]) -> None:
-        self.stopping = stopping
+    def __init__(self) -> None:
         self._bar: Any = None
-        self._terminal = sys.stderr.isatty()
-        self._name, self._total, self._done = "", 0, 0
         self._printed = 0.0
 
-    def phase(self, name: str, total: int, done: int = 0) -> None:
-        self.close()
-        self._name, self._total, self._done = name, total, done
-        if self._terminal:
-            self._bar = tqdm(total=total, initial=done, desc=name, file=sys.stderr, leave=True, unit="step")
-        elif done:
-            click.echo(f"{name}: {done} of {total} done earlier", err=True)
-
-    def step(self, note: str = "") -> None:
-        self._done += 1
-        if self._bar is not None:
-            self._bar.set_postfix_str(printable(note), refresh=False)
+    def show(self, event: Event) -> None:
+        if event.kind == "note":
+            line = f"streamprune: {printable(event.message)}"
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stderr)
+            else:
+                click.echo(line, err=True)
+        elif event.kind == "phase":
+            self.close()
+            if sys.stderr.isatty():
+                self._bar = tqdm(
+                    total=event.total, initial=event.done, desc=event.phase, file=sys.stderr, leave=True, unit="step"
+                )
+            elif event.done:
+                click.echo(f"{event} done earlier", err=True)
+        elif self._bar is not None:
+            self._bar.set_postfix_str(printable(event.message), refresh=False)
             self._bar.update()
-            if self._done == self._total:
+            if event.done == event.total:
                 self.close()
-        elif self._done == self._total or time.monotonic() - self._printed > 1:
+        elif event.done == event.total or time.monotonic() - self._printed > 1:
             # At most one line per second.
             self._printed = time.monotonic()
-            line = f"{self._name}: {self._done} of {self._total}" + (f", {note}" if note else "")
-            click.echo(printable(line), err=True)
-
-    def say(self, message: str) -> None:
-        line = f"streamprune: {printable(message)}"
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            click.echo(line, err=True)
+            click.echo(printable(str(event)), err=True)
 
     def close(self) -> None:
         """End the bar, if there is one."""
@@ -92,8 +81,6 @@ class Shown:
 def result(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """The command's result: one JSON object, or lines for people."""
     if as_json:
-        from streamprune.system.strict_json import finite
-
         click.echo(json.dumps(finite(value)))
     else:
         for line in lines:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from . import options, show
+import streamprune
+from streamprune.system.units import format_seconds
 
-if TYPE_CHECKING:
-    from streamprune import Status
+from . import options, show
 
 
 @click.command()
@@ -26,16 +26,12 @@ def status(out: Path, as_json: bool) -> None:
 
       streamprune status llama-2-5b --json
     """
-    import streamprune
-
     found = streamprune.status(out)
-    show.result(found.as_dict(), as_json, _lines(found))
+    show.result(asdict(found), as_json, _lines(found))
     click.get_current_context().exit(found.exit_code)
 
 
-def _lines(found: Status) -> list[str]:
-    from streamprune.system.units import format_seconds
-
+def _lines(found: streamprune.Status) -> list[str]:
     lines = [f"{found.out}: {found.state}"]
     if found.error is not None:
         lines.append(f"error: {found.error}")

@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+import streamprune
+from streamprune.system.units import format_bytes
+
 from . import options, show
 
 
@@ -47,11 +50,9 @@ from . import options, show
     type=float,
     help="Learning rate at the first step; it decays to zero.  [default: 1e-3 (lora), 3e-3 (distil)]",
 )
-@click.option("--samples", default=128, show_default=True, help="Number of training windows.")
-@click.option("--seq-len", type=int, help="Tokens per window.  [default: 2048, or the model's context if shorter]")
-@click.option("--seed", default=0, show_default=True, help="Seed for all random choices.")
+@options.windows_options("training")
 @options.machine_options
-@click.option("--restart", is_flag=True, help="Delete what an earlier job left in OUT, finished or not.")
+@options.restart_option
 @options.output_options
 def tune(model: Path, out: Path, restart: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Train low-rank changes of MODEL and absorb them into OUT.
@@ -65,10 +66,7 @@ def tune(model: Path, out: Path, restart: bool, as_json: bool, quiet: bool, **ch
 
       streamprune tune llama-2-49b tuned --text wiki.txt --method distil --teacher llama-2-70b --memory 24GiB
     """
-    import streamprune
-    from streamprune.system.units import format_bytes
-
-    config = streamprune.TuneConfig(model=model, out=out, **options.machine(**chosen))
+    config = streamprune.TuneConfig(model=model, out=out, **chosen)
     options.begin(model, config.teacher, texts=[config.text])
     with show.progress(quiet) as progress:
         tuned = streamprune.tune(config, restart=restart, progress=progress)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from . import options, show
+import streamprune
+from streamprune.system.units import format_bytes
 
-if TYPE_CHECKING:
-    from streamprune import Verification
+from . import options, show
 
 
 @click.command()
@@ -30,19 +29,14 @@ def verify(out: Path, as_json: bool, quiet: bool) -> None:
 
       streamprune verify llama-2-5b
     """
-    import streamprune
-
     options.begin(out)
-
     with show.watched(quiet) as progress:
         found = streamprune.verify(out, progress=progress)
     show.result(found.as_dict(), as_json, _lines(found))
     click.get_current_context().exit(0 if found.sound else 1)
 
 
-def _lines(found: Verification) -> list[str]:
-    from streamprune.system.units import format_bytes
-
+def _lines(found: streamprune.Verification) -> list[str]:
     read = f"{found.files} files, {found.tensors} tensors, {format_bytes(found.bytes)}"
     faults = f"{len(found.faults)} fault{'s' * (len(found.faults) > 1)}"
     lines = [f"{found.path}: {'sound' if found.sound else f'damaged, {faults}'} ({read})"]

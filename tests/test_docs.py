@@ -60,8 +60,7 @@ def test_every_setting_of_config_is_an_option_by_its_name() -> None:
     from streamprune_cli import main
 
     options = {parameter.name for parameter in main.commands["run"].params}
-    renamed = {"plan": "plan_file"}
-    assert {renamed.get(field.name, field.name) for field in fields(Config)} <= options
+    assert {field.name for field in fields(Config)} <= options
 
 
 def test_the_types_ship() -> None:
