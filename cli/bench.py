@@ -24,8 +24,8 @@ from . import options, show
     type=int,
     help="Decoding steps after the prompt, one token each.  [default: 64, or what fits the context]",
 )
-@click.option("--batch", default=1, show_default=True, help="Sequences per batch.")
-@click.option("--repetitions", default=5, show_default=True, help="Rounds; the models take turns in each.")
+@click.option("--batch", default=1, help="Sequences per batch.")
+@click.option("--repetitions", default=5, help="Rounds; the models take turns in each.")
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @click.option(
     "--widths",

@@ -13,9 +13,22 @@ from streamprune.errors import ConfigError
 from . import options, show
 
 
+def numbers(context: click.Context, parameter: click.Parameter, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--ratios {text!r}: write numbers separated by commas, such as 0.2,0.3") from None
+
+
 @click.command()
 @click.argument("model", type=options.DIRECTORY)
-@click.option("--ratios", required=True, metavar="R,R,…", help="Shares of the parameters to remove, each in (0, 1).")
+@click.option(
+    "--ratios",
+    required=True,
+    callback=numbers,
+    metavar="R,R,…",
+    help="Shares of the parameters to remove, each in (0, 1).",
+)
 @click.option(
     "--recipes",
     required=True,
@@ -50,14 +63,7 @@ from . import options, show
 @click.option("--restart", is_flag=True, help="Delete an earlier comparison in OUT and start over.")
 @options.output_options
 def compare(
-    model: Path,
-    ratios: str,
-    recipes: str,
-    text: str,
-    settings: tuple[str, ...],
-    as_json: bool,
-    quiet: bool,
-    **chosen: Any,
+    model: Path, recipes: str, text: str, settings: tuple[str, ...], as_json: bool, quiet: bool, **chosen: Any
 ) -> None:
     """Prune with several recipes at several ratios and measure each.
 
@@ -71,26 +77,18 @@ def compare(
 
       streamprune compare llama-2-7b --ratios 0.3 --text wiki-test.txt --recipes sobp,plain=sobp --set plain.refine=off
     """
-    variants, numbers = _variants(recipes, settings), _numbers(ratios)
+    variants = _variants(recipes, settings)
     options.begin(model, texts=[text, chosen["calibration"]])
     with show.progress(quiet) as progress:
-        found = streamprune.compare(model, ratios=numbers, recipes=variants, text=text, progress=progress, **chosen)
+        found = streamprune.compare(model, recipes=variants, text=text, progress=progress, **chosen)
     given = {"model": model, "out": Path(found.out), "ratio": 0.5, "refine": chosen["refine"]}
-    options.note_idle(
-        quiet, *(streamprune.Config(recipe=each.recipe, settings=each.settings, **given) for each in variants)
-    )
+    configs = [streamprune.Config(recipe=each.recipe, settings=each.settings, **given) for each in variants]
+    options.note_idle(quiet, *configs)
     lines = show.table(found.cells())
     if found.reached:
         lines += ["", *show.table(found.reached_cells())]
     lines += ["", f"perplexity: {found.protocol}", *found.notes, f"written to {found.out}"]
     show.result(found.as_dict(), as_json, lines)
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--ratios {text!r}: write numbers separated by commas, such as 0.2,0.3") from None
 
 
 def _variants(recipes: str, settings: tuple[str, ...]) -> list[streamprune.Variant]:

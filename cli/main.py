@@ -11,6 +11,7 @@ from streamprune.errors import StreamPruneError
 
 from . import bench, compare, evaluate, export, inspect, plan, report, run, show, status, streams, tune, verify
 
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 RESUMED = ("run", "tune", "compare")
 """Commands that resume; the others start again."""
 
@@ -40,7 +41,7 @@ def _advice(ctx: click.Context) -> str:
     return "; run the same command again to resume" if ctx.invoked_subcommand in RESUMED else ""
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings=SETTINGS)
 @click.version_option(package_name="streamprune")
 def main() -> None:
     """Make a large language model structurally smaller, streaming it one block at a time.

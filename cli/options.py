@@ -34,13 +34,28 @@ def bundle(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+class Size(click.ParamType):
+    """``"24GiB"`` → 25769803776 bytes."""
+
+    name = "size"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return units.parse_bytes(value)
+        except ConfigError as error:
+            raise ConfigError(f"{param.opts[0] if param else 'size'}: {error}") from None
+
+
+SIZE = Size()
+
+
 def window(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
     """``"4:30"`` → (4, 30)."""
     if text is None:
         return None
     start, colon, stop = text.partition(":")
     if not (colon and start.isdecimal() and stop.isdecimal()):
-        raise click.BadParameter(f"{text!r}; write it as A:B, such as 4:30", context, parameter)
+        raise click.BadParameter(f"{text!r}; write it as A:B, such as 4:30")
     return int(start), int(stop)
 
 
@@ -52,14 +67,6 @@ def checked(check: Callable[[str], None]) -> Callable[[click.Context, click.Para
         return value
 
     return callback
-
-
-def size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    """``"24GiB"`` → 25769803776 bytes."""
-    try:
-        return None if text is None else units.parse_bytes(text)
-    except ConfigError as error:
-        raise ConfigError(f"{parameter.opts[0]}: {error}") from None
 
 
 def sources(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | tuple[str, ...] | None:
@@ -82,9 +89,9 @@ def seq_len_option(name: str = "--seq-len", of: str = "") -> Callable[[F], F]:
 def windows_options(kind: str) -> Callable[[F], F]:
     """Which windows of text a job draws."""
     return bundle(
-        click.option("--samples", default=128, show_default=True, help=f"Number of {kind} windows."),
+        click.option("--samples", default=128, help=f"Number of {kind} windows."),
         seq_len_option(),
-        click.option("--seed", default=0, show_default=True, help="Seed for all random choices."),
+        click.option("--seed", default=0, help="Seed for all random choices."),
     )
 
 
@@ -100,16 +107,11 @@ output_options = bundle(
 
 device_options = bundle(
     click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        callback=checked(units.check_device),
-        help="Device: auto, cpu, cuda or cuda:N.",
+        "--device", default="auto", callback=checked(units.check_device), help="Device: auto, cpu, cuda or cuda:N."
     ),
     click.option(
         "--memory",
-        metavar="SIZE",
-        callback=size,
+        type=SIZE,
         help="Limit on device memory (on a CPU: of the whole process), such as 24GiB.  [default: what is free]",
     ),
 )
@@ -119,7 +121,6 @@ computing_options = bundle(
     click.option(
         "--dtype",
         default="auto",
-        show_default=True,
         metavar="NAME",
         callback=checked(units.check_dtype),
         help="Dtype to compute in: auto, float32, bfloat16, float16 or float64. auto is the checkpoint's dtype on a GPU and "
@@ -144,8 +145,7 @@ machine_options = bundle(
     ),
     click.option(
         "--memory-host",
-        metavar="SIZE",
-        callback=size,
+        type=SIZE,
         help="Host memory for activations, in addition to --memory, such as 16GiB.  [default: none]",
     ),
 )
@@ -164,15 +164,12 @@ calibration_options = bundle(
 )
 
 result_options = bundle(
-    click.option(
-        "--disk", metavar="SIZE", callback=size, help="Limit on disk space for activations.  [default: what is free]"
-    ),
-    click.option("--round-to", default=8, show_default=True, help="Round FFN widths that change to multiples of this."),
+    click.option("--disk", type=SIZE, help="Limit on disk space for activations.  [default: what is free]"),
+    click.option("--round-to", default=8, help="Round FFN widths that change to multiples of this."),
     click.option(
         "--layout",
         type=click.Choice(["free", "uniform", "decilm"]),
         default="free",
-        show_default=True,
         help="free: each block has its own widths. uniform: all blocks have the same widths, and the result is a stock "
         "checkpoint. decilm: the same attention in all blocks and FFN widths in multiples of 256, for vLLM's DeciLM (llama "
         "only).",
@@ -182,15 +179,10 @@ result_options = bundle(
         "--ratio-of",
         type=click.Choice(["blocks", "window", "model"]),
         default="blocks",
-        show_default=True,
         help="What --ratio is a share of: all blocks, the blocks of --blocks, or the whole model with embeddings and head.",
     ),
     click.option(
-        "--refine",
-        default=0,
-        show_default=True,
-        metavar="STEPS",
-        help="Training steps for each pruned block, towards its dense output.",
+        "--refine", default=0, metavar="STEPS", help="Training steps for each pruned block, towards its dense output."
     ),
 )
 
@@ -199,7 +191,6 @@ job_options = bundle(
     click.option(
         "--recipe",
         default="default",
-        show_default=True,
         help="Pruning method: default; sobp, slimgpt, greedy-output or surgeon, from papers; random, magnitude or wanda-sp, as "
         "baselines.",
     ),

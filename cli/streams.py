@@ -23,8 +23,7 @@ class BestEffort(io.FileIO):
 def repair() -> None:
     """Open closed standard streams on the null device, and ignore write errors on stderr.
 
-    Otherwise a file that is opened later would get the number of a standard stream, and receive what libraries print. A stream
-    that is not this process's own, such as a test's, stays as it is.
+    Otherwise a file that is opened later would get the number of a standard stream, and receive what libraries print.
     """
     for descriptor in range(3):
         try:
@@ -40,12 +39,9 @@ def repair() -> None:
 
 
 def hide_warnings() -> None:
-    """Hide warnings of other libraries. STREAMPRUNE_WARNINGS=1 shows all of them, Python's -W those it names.
-
-    Nothing changes in a process that is not the command's own, such as a test's.
-    """
+    """Hide warnings of other libraries. STREAMPRUNE_WARNINGS=1 shows all of them, Python's -W those it names."""
     if sys.stderr is not sys.__stderr__:
-        return
+        return  # within another process, such as a test's
     if os.environ.get("STREAMPRUNE_WARNINGS", "0") not in ("", "0"):
         warnings.simplefilter("default")
         return

@@ -18,17 +18,12 @@ from . import options, show
 @click.argument("model", type=options.DIRECTORY)
 @click.argument("out", type=options.DIRECTORY)
 @click.option(
-    "--text",
-    required=True,
-    multiple=True,
-    metavar=options.SOURCE,
-    help="Text to train on; repeat for several sources.",
+    "--text", required=True, multiple=True, metavar=options.SOURCE, help="Text to train on; repeat for several sources."
 )
 @click.option(
     "--method",
     type=click.Choice(["auto", "lora", "distil"]),
     default="auto",
-    show_default=True,
     help="lora: end to end with the whole model in memory; needs peft. distil: block by block, streamed; needs --teacher. "
     "auto: lora if it fits into memory.",
 )
@@ -38,13 +33,8 @@ from . import options, show
     metavar="MODEL",
     help="Dense model whose block outputs are the target of distil.",
 )
-@click.option("--rank", default=8, show_default=True, help="Largest rank of the change of each linear.")
-@click.option(
-    "--steps",
-    default=200,
-    show_default=True,
-    help="Training steps, for the whole model (lora) or for each block (distil).",
-)
+@click.option("--rank", default=8, help="Largest rank of the change of each linear.")
+@click.option("--steps", default=200, help="Training steps, for the whole model (lora) or for each block (distil).")
 @click.option(
     "--rate",
     type=float,

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 from streamprune_cli import main
+from streamprune_cli.options import SIZE
 
 import streamprune
 
@@ -300,7 +301,7 @@ SIZES = [
     (name, parameter.opts[0])
     for name, command in sorted(main.commands.items())
     for parameter in command.params
-    if parameter.metavar == "SIZE"
+    if parameter.type is SIZE
 ]
 
 
