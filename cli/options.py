@@ -34,7 +34,7 @@ def bundle(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """``"24GiB"`` → 25769803776 bytes."""
 
     name = "size"
