@@ -272,11 +272,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _fitting(skeletons: Sequence[Skeleton], prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
-    """Return prompt and new tokens; numbers that are not given are chosen to fit the shortest context.
-
-    Raises:
-        ConfigError: the given numbers do not fit.
-    """
+    """Return prompt and new tokens; numbers that are not given are chosen to fit the shortest context."""
     shortest = min(skeletons, key=lambda each: each.context or sys.maxsize)
     context = shortest.context
     if context is None:
@@ -298,11 +294,7 @@ def _check(**numbers: int | None) -> None:
 
 
 def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room: dict[str, int]) -> None:
-    """Check that all models fit in memory together, with their keys, values and activations.
-
-    Raises:
-        ResourceError: they do not fit.
-    """
+    """Check that all models fit in memory together, with their keys, values and activations."""
     total, held, workload = 0, [], Workload(samples=batch, length=length, text=True, prunes=False)
     for skeleton in skeletons:
         pairs = sum(2 * site.units * site.head_width for site in skeleton.all_sites())

@@ -7,6 +7,7 @@ streamprune wrote it.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from ..model import manifest
 from ..model.checkpoint import Checkpoint
 from ..model.names import REPORT
 from ..model.skeleton import Skeleton
+from ..stream.store import ActivationStore
 from ..stream.sweep import check_weights
-from ..system import files
+from ..system import files, machine
 from ..system.log import NAME as LOG
 from ..system.log import Log
 from ..system.progress import STOPPED, Progress, Silent
@@ -30,7 +32,9 @@ from ..system.strict_json import read_json
 from ..system.units import format_bytes
 from . import caches
 from .caches import Caches
+from .config import JobConfig
 from .journal import Entry, Journal
+from .meter import metered
 from .names import JOURNAL, LOCK, REPLACED, STAGING, job_folder
 
 PROBE = "probe"
@@ -51,8 +55,9 @@ class JobFolder:
     """Folders, lock and journal of one job.
 
     Args:
-        out: the directory to create, absolute.
-        cache: folder for activations; None keeps them in the job's folder.
+        config: settings of the job; `out` is absolute.
+        device: where the job computes.
+        started: monotonic time in seconds at which this process began.
         is_ours: whether the content of a `report.json` is from this kind of job.
         progress: receives progress in addition to the log.
         ranks: ranks that share the job. The first holds its lock, journal and log, and alone changes shared files.
@@ -65,8 +70,9 @@ class JobFolder:
 
     def __init__(
         self,
-        out: Path,
-        cache: Path | None,
+        config: JobConfig,
+        device: torch.device,
+        started: float,
         is_ours: Callable[[Any], bool],
         progress: Progress | None,
         ranks: Ranks = ALONE,
@@ -75,9 +81,10 @@ class JobFolder:
         self._log = Log(progress)
         self._asked = self._log.stopping
         self.progress: Progress = self._log if ranks.first else Silent()
-        self._out, self._cache, self._is_ours = out, cache, is_ours
-        self.folder = job_folder(out)
-        self._caches = Caches(self.folder, cache)
+        self._config, self._out, self._cache, self._is_ours = config, config.out, config.cache, is_ours
+        self.device, self.started, self.peaks = device, started, machine.Peaks(device)
+        self.folder = job_folder(config.out)
+        self._caches = Caches(self.folder, config.cache)
         self.staging = self.folder / STAGING
         self.journal_path = self.folder / JOURNAL
         self.resumed = False
@@ -94,8 +101,12 @@ class JobFolder:
         """The models that the job reads."""
         raise NotImplementedError
 
-    def start(self, restart: bool) -> None:
-        """Start the job, or find the point where an earlier process stopped. Called with the lock held."""
+    def begin(self) -> Entry:
+        """Check everything that can be checked in advance, then call `write_start`; return the journal's first line."""
+        raise NotImplementedError
+
+    def use(self, resources: Entry) -> None:
+        """Take over the sizes that the journal's first line records under `resources`."""
         raise NotImplementedError
 
     def differs(self, report: Entry) -> str | None:
@@ -117,6 +128,30 @@ class JobFolder:
     def given_cache(self) -> str | None:
         """Folder for activations that the user gave, as the journal records it; None for the job's folder."""
         return str(self._cache.absolute()) if self._cache else None
+
+    def open_store(self, samples: int, length: int, stored: torch.dtype | None) -> ActivationStore:
+        """Open the store for this rank's activations, whose dtype is `stored` (see `ActivationStore`)."""
+        skeleton = self.sources[0]
+        return ActivationStore(
+            self.rank_cache,
+            (samples, length, skeleton.width),
+            skeleton.dtype,
+            self.device,
+            durable=True,
+            stored=stored,
+            memory=self._config.memory_host or 0,
+        )
+
+    def spent(self) -> dict[str, Any]:
+        """Return what this process took (seconds, peak bytes, bytes read from the models), and whether it resumed the job."""
+        host, device = self.peaks.most()
+        return {
+            "seconds": round(time.monotonic() - self.started, 3),
+            "peak_device_bytes": device,
+            "peak_host_bytes": host,
+            "bytes_read": sum(skeleton.checkpoint.bytes_read for skeleton in self.sources),
+            "resumed": self.resumed,
+        }
 
     def finished_report(self, restart: bool) -> Entry | None:
         """Return the report of OUT if this job already finished it; None if there is work to do.
@@ -176,7 +211,11 @@ class JobFolder:
 
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
-        """Hold the job exclusively: no other process works on it inside this context."""
+        """Hold the job exclusively, start or resume it, and measure and limit what it takes inside this context.
+
+        Raises:
+            ResumeError: the job was started with other settings, inputs or versions, or another process works on it.
+        """
         self._check_paths()
         first = self.ranks.first
         with self._claimed() as new:
@@ -185,9 +224,13 @@ class JobFolder:
                     raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
                 if first:
                     self._put_back()
-                self.start(restart)
+                self._start(restart)
                 self.journal.after_append = self._check_stop
-                with self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext():
+                with (
+                    self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext(),
+                    machine.limit_memory(self.device, self._config.memory),
+                    metered(self.journal, self.started, self.peaks, self.ranks),
+                ):
                     yield
             except BaseException as error:
                 if first and not self.journal_path.exists():
@@ -195,6 +238,39 @@ class JobFolder:
                 elif isinstance(error, DiskError):
                     raise DiskError(f"{error}; run the same command again to resume") from error
                 raise
+
+    def _start(self, restart: bool) -> None:
+        """Start the job, or find the point where an earlier process stopped."""
+        self.journal = Journal(self.journal_path, restart=restart, ranks=self.ranks)
+        start = self.journal.header
+        if start is None:
+            self.check_folder()
+            start = self.begin()
+        else:
+            self.check_same(start)
+            self.resumed = any(self.journal.steps())
+        self.use(start["resources"])
+
+    def write_start(self, *, stores: bool, **data: Any) -> Entry:
+        """Read the models, remove the files of an earlier job, and write the journal's first line. All ranks call this.
+
+        Args:
+            stores: whether the job writes activations.
+        """
+        header, sources = self.header, self.read_sources()
+        if self.ranks.first:
+            files.remove(self.journal_path)
+            files.sync(self.folder)
+        self._caches.remove(self.ranks)
+        if self.ranks.first:
+            files.empty_folder(self.folder, keep=LOCK)
+        if stores:
+            self.record_cache()
+        self.journal = Journal(self.journal_path, ranks=self.ranks)
+        replaces = self.existing_report() is not None
+        return self.journal.append(
+            "start", job=header, sources=sources, cache=self.given_cache, replaces=replaces, **data
+        )
 
     def _check_paths(self) -> None:
         """Check that the job can create its files, and that they would lie where the user means.
@@ -387,15 +463,6 @@ class JobFolder:
         """
         if self.folder.is_dir() and not self.journal_path.exists():
             files.remove_empty_folder(self.folder)
-
-    def discard(self) -> None:
-        """Remove all files of an earlier job except the locks, its journal first. All ranks call this."""
-        if self.ranks.first:
-            files.remove(self.journal_path)
-            files.sync(self.folder)
-        self._caches.remove(self.ranks)
-        if self.ranks.first:
-            files.empty_folder(self.folder, keep=LOCK)
 
     def record_cache(self) -> None:
         """Record where activations will lie, before any rank writes them there."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from ..jobs.config import Config
 from ..jobs.folder import JobFolder, first_difference
 from ..jobs.forecast.memory import SLACK, GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast
-from ..jobs.journal import Entry, Journal
+from ..jobs.journal import Entry
 from ..jobs.meter import by_block, peaks, totals
 from ..jobs.names import is_report
 from ..model import hub
@@ -51,11 +52,11 @@ class Job(JobFolder):
     known_prefixes: ClassVar = (*JobFolder.known_prefixes, "survey-", "shot-")
 
     def __init__(self, config: Config, progress: Progress | None, ranks: Ranks = ALONE) -> None:
+        started = time.monotonic()
         self.request = request = Request(config, progress, ranks)
         self.out_given = str(config.out)
         self.config, self.recipe, self.skeleton = request.config, request.recipe, request.skeleton
-        self.peaks = machine.Peaks(request.device)
-        super().__init__(self.config.out, config.cache, is_report, progress, ranks)
+        super().__init__(self.config, request.device, started, is_report, progress, ranks)
         self.plan_path = self.folder / PLAN
         self.written_path = self.folder / WRITTEN
 
@@ -91,7 +92,7 @@ class Job(JobFolder):
         """Folder for the checkpoint that a shot writes."""
         return self.staging if number == self.request.shots else self.folder / f"shot-{number:02}"
 
-    # Opening, resuming, ending.
+    # Opening and resuming.
 
     def differs(self, report: Entry) -> str | None:
         given = self.request.given_plan.digest() if self.request.given_plan else None
@@ -99,43 +100,32 @@ class Job(JobFolder):
             return difference
         return None if given == report["plan_given"] else f"by plan {report['plan_given']}, not {given}"
 
-    def start(self, restart: bool) -> None:
-        """Start the job, or find the point where an earlier process stopped.
+    def check_same(self, start: Entry) -> None:
+        super().check_same(start)
+        # A plan may be given later, after --plan-only; it cannot be withdrawn.
+        if start["plan"] and not self.request.given_plan:
+            raise ResumeError("plan is not given; this job was started with one; --restart starts over")
+        if start["shots"] != self.request.shots:
+            raise ResumeError(
+                f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
+            )
+        if start["ranks"] != self.ranks.size:
+            raise ResumeError(
+                f"{self.ranks.size} processes share the samples; this job was started with {start['ranks']}; --restart starts over"
+            )
+        self._check_memory(start["resources"])
 
-        Raises:
-            ResumeError: the job was started with other settings, inputs or versions.
-        """
-        self.journal = Journal(self.journal_path, restart=restart, ranks=self.ranks)
-        start = self.journal.header
-        if start is None:
-            start = self._begin()
-        else:
-            self.check_same(start)
-            # A plan may be given later, after --plan-only; it cannot be withdrawn.
-            if start["plan"] and not self.request.given_plan:
-                raise ResumeError("plan is not given; this job was started with one; --restart starts over")
-            if start["shots"] != self.request.shots:
-                raise ResumeError(
-                    f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
-                )
-            if start["ranks"] != self.ranks.size:
-                raise ResumeError(
-                    f"{self.ranks.size} processes share the samples; this job was started with {start['ranks']}; --restart starts over"
-                )
-            self._check_memory(start["resources"])
-            self.resumed = len(list(self.journal.steps())) > 0
-        self.batch: int = start["resources"]["batch"]
-        self.backward_batch: int = start["resources"]["backward_batch"]
-        self.grams: GramPlace = start["resources"]["grams"]
+    def use(self, resources: Entry) -> None:
+        self.batch: int = resources["batch"]
+        self.backward_batch: int = resources["backward_batch"]
+        self.grams: GramPlace = resources["grams"]
         self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
-        self.boundary_every: int = start["resources"]["boundary_every"]
+        self.boundary_every: int = resources["boundary_every"]
         self.skeleton.copies_ahead = Memory(self.skeleton, self.request.workload).copies_ahead(
             self.sizes, self._room["device_limit"]
         )
 
-    def _begin(self) -> Entry:
-        """Check everything that can be checked beforehand; only then remove the files of an earlier job."""
-        self.check_folder()
+    def begin(self) -> Entry:
         resources = self.forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.local_size)
         if self.request.needs_text and not self.request.writes_text:
@@ -143,32 +133,18 @@ class Job(JobFolder):
         check_companions(
             self.config.model, self.skeleton.vocabulary, self.progress, required=self.request.may_need_loader
         )
-        header = self.header
-        self._check_agreed()
-        sources = self.read_sources()
-        self.discard()
-        if self.request.needs_text:
-            self.record_cache()
-        self.journal = Journal(self.journal_path, ranks=self.ranks)
-        return self.journal.append(
-            "start",
-            job=header,
-            sources=sources,
-            cache=self.given_cache,
+        if difference := first_difference(self.ranks.broadcast(lambda: self.header), self.header):
+            raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
+        return self.write_start(
+            stores=self.request.needs_text,
             plan="given" if self.request.given_plan else None,
             shots=self.request.shots,
-            replaces=self.existing_report() is not None,
             ranks=self.ranks.size,
             resources={
                 name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
             },
             schedule=[asdict(phase) for phase in self.request.schedule()],
         )
-
-    def _check_agreed(self) -> None:
-        """Check that all ranks have the same settings, model, text and versions."""
-        if difference := first_difference(self.ranks.broadcast(lambda: self.header), self.header):
-            raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
 
     def _check_memory(self, resources: Mapping[str, Any]) -> None:
         """Compare the micro-batches of a started job, which fix the order of sums, with the current memory limit."""
@@ -250,13 +226,4 @@ class Job(JobFolder):
     @cached_property
     def store(self) -> ActivationStore:
         """Inputs of blocks for this rank's samples, for the sweep in progress."""
-        shape = self.part.stop - self.part.start, self.request.length, self.skeleton.width
-        return ActivationStore(
-            self.rank_cache,
-            shape,
-            self.skeleton.dtype,
-            self.request.device,
-            durable=True,
-            stored=self.request.activations,
-            memory=self.config.memory_host or 0,
-        )
+        return self.open_store(self.part.stop - self.part.start, self.request.length, self.request.activations)

@@ -50,9 +50,8 @@ class Result:
     """Whether an earlier process did some of the work."""
 
     @classmethod
-    def of(cls, job: Job, report: Mapping[str, Any], seconds: float) -> Result:
-        """Combine the report's figures with those of this process, which took `seconds`."""
-        host, device = job.peaks.most()
+    def of(cls, job: Job, report: Mapping[str, Any]) -> Result:
+        """Combine the report's figures with those of this process."""
         return cls(
             out=job.out_given,
             **{name: report[name] for name in FIGURES},
@@ -60,10 +59,6 @@ class Result:
             sweeps_per_shot=report.get("sweeps_per_shot"),
             ratio_missed=report.get("ratio_missed"),
             tokens=report.get("tokens"),
-            seconds=round(seconds, 3),
-            peak_device_bytes=device,
-            peak_host_bytes=host,
-            bytes_read=job.skeleton.checkpoint.bytes_read,
             waited=report.get("waited", {}),
-            resumed=job.resumed,
+            **job.spent(),
         )

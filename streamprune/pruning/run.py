@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from ..jobs.config import Config
 from ..jobs.forecast.memory import Memory
 from ..jobs.forecast.resources import Resources, generation_batch
 from ..jobs.journal import Entry
-from ..jobs.meter import metered
 from ..jobs.reports import extents, pruning_card
 from ..maths.flops import kind
 from ..model import hub, write
@@ -22,7 +20,6 @@ from ..recipes.recipe import Correction
 from ..stream import sweep
 from ..stream.generate import generate
 from ..system import files
-from ..system.machine import limit_memory
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
 from .allocate import allocate
@@ -53,19 +50,14 @@ def prune(
     Raises:
         StreamPruneError: see `errors`; `out` is then unchanged.
     """
-    started = time.monotonic()
     job = Job(config, progress, ranks)
     finished = ranks.broadcast(lambda: job.finished_report(restart))
     if finished is None:
-        with (
-            job.opened(restart),
-            limit_memory(job.request.device, config.memory),
-            metered(job.journal, started, job.peaks, ranks),
-        ):
+        with job.opened(restart):
             finished = Run(job).work()
     else:
         job.tidy()
-    return Result.of(job, finished, time.monotonic() - started)
+    return Result.of(job, finished)
 
 
 def plan_only(config: Config, *, restart: bool = False, progress: Progress | None = None, ranks: Ranks = ALONE) -> Path:
@@ -73,7 +65,6 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
 
     `prune` with the same config resumes from there. With `plan` set to an edited copy, it prunes by that copy.
     """
-    started = time.monotonic()
     job = Job(config, progress, ranks)
     if job.request.shots > 1:
         raise ConfigError(
@@ -82,11 +73,7 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
         )
     if ranks.broadcast(lambda: job.finished_report(restart)) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")
-    with (
-        job.opened(restart),
-        limit_memory(job.request.device, config.memory),
-        metered(job.journal, started, job.peaks, ranks),
-    ):
+    with job.opened(restart):
         Run(job).prepare()
     return job.plan_path
 

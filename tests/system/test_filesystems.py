@@ -19,7 +19,6 @@ import streamprune
 from streamprune.commands.compare import run as comparison
 from streamprune.errors import ConfigError, DiskError
 from streamprune.jobs.caches import Caches
-from streamprune.jobs.folder import JobFolder
 from streamprune.jobs.names import job_folder
 from streamprune.system import disk, files
 from streamprune.system.disk import Disk
@@ -231,7 +230,7 @@ def test_a_comparison_follows_no_link_in_the_cache_and_what_a_killed_probe_left_
 
 
 def test_what_a_killed_probe_left_goes(run: Run, tmp_path: Path) -> None:
-    cache = JobFolder(tmp_path / "out", tmp_path / "cache", lambda report: False, None).cache
+    cache = Caches(tmp_path / "out.streamprune", tmp_path / "cache").own
     for place in (tmp_path / "out.streamprune" / "probe", cache.with_name(f"{cache.name}-probe")):
         place.mkdir(parents=True)
         (place / "file.tmp").write_text("half")

@@ -44,6 +44,8 @@ from ...text.source import Source, Spec, Text, source
 from ..evaluate import evaluate, read_windows
 from .table import CSV, DENSE, JSON, MARKDOWN, PLOT, Comparison, Row, Variant, reach, require_plotting
 
+FIGURES = ("ratio_blocks", "operations", "forward_equivalents", "peak_host_bytes", "peak_device_bytes")
+"""Figures of a `Result` that its `Row` has, too."""
 KNOWN = {JOURNAL, LOCK, LOG, ROWS, PROBE, caches.RECORD, "cache", JSON, CSV, MARKDOWN, PLOT}
 """Names that the folder of a comparison may contain."""
 
@@ -170,13 +172,7 @@ class _Work:
 
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
-        """Hold the comparison exclusively: no other process works on it inside this context.
-
-        Raises:
-            ConfigError: a path that the work uses is a symbolic link.
-            DiskError: a file system lacks an operation that the work needs.
-            ResumeError: a requested row was started with other settings, inputs or versions.
-        """
+        """Hold the comparison exclusively: no other process works on it inside this context."""
         rows = self.folder / ROWS
         for path in (*map(self.folder.joinpath, sorted(KNOWN)), self.caches.own):
             if link := files.find_symlink(path):
@@ -242,7 +238,7 @@ class _Work:
         files.empty_folder(self.folder, LOCK)
 
     def _check_same(self) -> None:
-        """Check that the evaluation and each row that was started are the same as before."""
+        """Raise ResumeError if the evaluation or a row that was started has other settings, inputs or versions now."""
         header = self.journal.header
         assert header is not None
         differences = [first_difference(header["evaluation"], self.header)]
@@ -313,13 +309,9 @@ class _Work:
             return self.journal.append(
                 f"prune/{candidate.name}",
                 figures={
-                    "ratio_blocks": result.ratio_blocks,
                     "parameters": result.parameters_after,
                     "seconds": seconds,
-                    "operations": result.operations,
-                    "forward_equivalents": result.forward_equivalents,
-                    "peak_host_bytes": result.peak_host_bytes,
-                    "peak_device_bytes": result.peak_device_bytes,
+                    **{name: getattr(result, name) for name in FIGURES},
                 },
                 own_peak=own_peak,
                 ratio_missed=result.ratio_missed,
@@ -371,7 +363,7 @@ class _Work:
         }
 
     def _budget_notes(self, rows: Sequence[Row]) -> list[str]:
-        """Return a note for each ratio at which the recipes' removals differ by more than one step of the widths."""
+        """Note each ratio at which the recipes' removals differ by more than one step of the widths."""
         notes, blocks = [], self.job.skeleton.block_parameters()
         step = largest_step(self.job.request.sites, self.job.request.budget())
         for ratio in dict.fromkeys(row.ratio for row in rows[1:]):
@@ -385,7 +377,6 @@ class _Work:
 
 
 def _default_folder(model: Path) -> Path:
-    """Return the default folder for the work: in the current folder, named after the model."""
     name = os.path.abspath(model) if hub.commit(model) is None else hub.title(model)
     return Path(f"{Path(name).name}-compare")
 
@@ -405,7 +396,7 @@ def _check(variants: Sequence[Variant], ratios: Sequence[float], perplexities: S
 
 
 def _refuse_others(folder: Path) -> None:
-    """Raise ConfigError if the folder cannot be created, or contains files that no comparison writes."""
+    """Refuse a folder that cannot be created, or that contains files that no comparison writes."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"out is {folder}; {existing} is not a directory")

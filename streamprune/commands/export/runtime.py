@@ -62,61 +62,50 @@ def _query_scale(largest: int) -> Callable[[Any], int]:
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 _gemma = partial(Runtime, activation="gelu_pytorch_tanh", slides=True, norm_shift=1.0, tied=True)
-LLAMA = Runtime("llama", biases=("self_attn.", "mlp."), paired=True, factors=True)
-DECI = Runtime("deci", biases=("mlp.",), paired=True, factors=True)
-QWEN2 = Runtime("qwen2", biases=QKV)
-QWEN3 = Runtime("qwen3")
-OPENELM = Runtime("openelm", fused=True, tied=True)
-GPT2 = Runtime("gpt2", activation="gelu_new", biases=("attn.", "mlp."), transposed=True, full_heads=True)
-GRANITE = Runtime("granite", biases=LLAMA.biases, paired=True)
-SMOLLM3 = Runtime(
-    "smollm3",
-    paired=True,
-    assumes={"no_rope_layers": lambda c: [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)]},
-)
-GEMMA2 = _gemma("gemma2", assumes={"query_pre_attn_scalar": _query_scale(46), "layer_types": _sliding(2)})
-GEMMA3 = _gemma(
-    "gemma3",
-    assumes={
-        "query_pre_attn_scalar": _query_scale(62),
-        "layer_types": _sliding(6),
-        "final_logit_softcapping": lambda c: None,
-        "attn_logit_softcapping": lambda c: None,
-    },
-)
-OLMO2 = Runtime("olmo2", full_heads=True, stored_head=True)
-PHI3 = Runtime("phi3", full_heads=True)
-STARCODER2 = Runtime(
-    "starcoder2",
-    activation="gelu_pytorch_tanh",
-    biases=LLAMA.biases,
-    full_heads=True,
-    assumes={"use_bias": lambda c: True},
-)
-QWEN3_MOE = Runtime(
-    "qwen3moe",
-    assumes={"norm_topk_prob": lambda c: True, "decoder_sparse_step": lambda c: 1, "mlp_only_layers": lambda c: []},
-)
-OLMOE = Runtime("olmoe", full_heads=True, stored_head=True, assumes={"norm_topk_prob": lambda c: False})
+_llama = Runtime("llama", biases=("self_attn.", "mlp."), paired=True, factors=True)
+_deci = Runtime("deci", biases=("mlp.",), paired=True, factors=True)
 
-RUNTIMES: dict[str, tuple[Runtime, Runtime | None]] = {
-    "llama": (LLAMA, DECI),
-    "mistral": (LLAMA, DECI),
-    "qwen2": (QWEN2, None),
-    "qwen3": (QWEN3, OPENELM),
-    "gpt2": (GPT2, None),
-    "granite": (GRANITE, None),
-    "smollm3": (SMOLLM3, None),
-    "gemma2": (GEMMA2, None),
-    "gemma3_text": (GEMMA3, None),
-    "olmo2": (OLMO2, None),
-    "phi3": (PHI3, None),
-    "starcoder2": (STARCODER2, None),
-    "mixtral": (LLAMA, None),
-    "qwen3_moe": (QWEN3_MOE, None),
-    "olmoe": (OLMOE, None),
+RUNTIMES = {
+    "llama": _llama,
+    "mistral": _llama,
+    "mixtral": _llama,
+    "qwen2": Runtime("qwen2", biases=QKV),
+    "qwen3": Runtime("qwen3"),
+    "gpt2": Runtime("gpt2", activation="gelu_new", biases=("attn.", "mlp."), transposed=True, full_heads=True),
+    "granite": Runtime("granite", biases=_llama.biases, paired=True),
+    "smollm3": Runtime(
+        "smollm3",
+        paired=True,
+        assumes={"no_rope_layers": lambda c: [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)]},
+    ),
+    "gemma2": _gemma("gemma2", assumes={"query_pre_attn_scalar": _query_scale(46), "layer_types": _sliding(2)}),
+    "gemma3_text": _gemma(
+        "gemma3",
+        assumes={
+            "query_pre_attn_scalar": _query_scale(62),
+            "layer_types": _sliding(6),
+            "final_logit_softcapping": lambda c: None,
+            "attn_logit_softcapping": lambda c: None,
+        },
+    ),
+    "olmo2": Runtime("olmo2", full_heads=True, stored_head=True),
+    "phi3": Runtime("phi3", full_heads=True),
+    "starcoder2": Runtime(
+        "starcoder2",
+        activation="gelu_pytorch_tanh",
+        biases=_llama.biases,
+        full_heads=True,
+        assumes={"use_bias": lambda c: True},
+    ),
+    "qwen3_moe": Runtime(
+        "qwen3moe",
+        assumes={"norm_topk_prob": lambda c: True, "decoder_sparse_step": lambda c: 1, "mlp_only_layers": lambda c: []},
+    ),
+    "olmoe": Runtime("olmoe", full_heads=True, stored_head=True, assumes={"norm_topk_prob": lambda c: False}),
 }
-"""By `model_type`: the architecture for blocks of equal widths, and the one with widths per block, if there is one."""
+"""By `model_type`: the architecture for blocks of equal widths."""
+PER_BLOCK = {"llama": _deci, "mistral": _deci, "qwen3": Runtime("openelm", fused=True, tied=True)}
+"""By `model_type`: the architecture with widths per block, if there is one."""
 
 
 def choose(skeleton: Skeleton) -> Runtime:
@@ -130,11 +119,11 @@ def choose(skeleton: Skeleton) -> Runtime:
         raise CheckpointError(
             f"{where}: export knows no GGUF architecture for model_type {model_type!r}; it knows {', '.join(sorted(RUNTIMES))}"
         )
-    uniform, per_block = RUNTIMES[model_type]
     alike = are_alike(skeleton.all_sites())
     pruned = skeleton.checkpoint.config["model_type"] != model_type
     hint = "; prune with --layout uniform" if pruned and not alike else ""
-    runtime = uniform if alike else per_block
+    uniform = RUNTIMES[model_type]
+    runtime = uniform if alike else PER_BLOCK.get(model_type)
     if runtime is None:
         raise CheckpointError(
             f"{where}: the blocks differ in width, but llama.cpp's {uniform.name} builds all of them alike{hint}"

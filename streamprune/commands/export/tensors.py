@@ -99,10 +99,7 @@ def _paired(tensor: Tensor, head_width: int) -> Tensor:
 
 
 def _stored_as(dtype: str, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
-    """Return the stored type of a tensor.
-
-    Norms, biases and positions stay f32. A tensor whose row length is no multiple of the type's block becomes f16.
-    """
+    """Norms, biases and positions stay f32. A tensor whose row length is no multiple of the type's block becomes f16."""
     wanted = GGMLQuantizationType[dtype.upper()]
     if len(shape) < 2 or name == "position_embd.weight":
         return GGMLQuantizationType.F32

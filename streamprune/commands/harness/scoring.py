@@ -79,8 +79,7 @@ def _scores(
 ) -> list[tuple[float, bool]]:
     """Compute the scores from the last block's output, in chunks of targets that bound the logits' memory.
 
-    Args:
-        asked: by bucket and sequence, the numbers of the queries.
+    `asked` lists, by bucket and sequence, the numbers of the queries.
     """
     total = torch.zeros(len(queries), dtype=torch.float64)
     missed = torch.zeros(len(queries), dtype=torch.int64)
@@ -88,26 +87,20 @@ def _scores(
     with skeleton.head() as head:
         for bucket, sequences in zip(buckets, asked, strict=True):
             for batch, (hidden,) in bucket.store.each(bucket.batch, sweep.boundary("dense", len(skeleton))):
-                wanted = [
-                    (row, position, target, number)
-                    for row, numbers in enumerate(sequences[batch])
-                    for number in numbers
-                    for position, target in _predictions(queries[number])
-                ]
+                wanted = []
+                for row, numbers in enumerate(sequences[batch]):
+                    for number in numbers:
+                        targets = queries[number].targets
+                        begin = len(queries[number].inputs) - len(targets)
+                        wanted += [(row, begin + k, target, number) for k, target in enumerate(targets)]
                 for start in range(0, len(wanted), chunk):
-                    rows, positions, targets, numbers = torch.tensor(wanted[start : start + chunk]).unbind(1)
+                    rows, positions, expected, owners = torch.tensor(wanted[start : start + chunk]).unbind(1)
                     logits = head(hidden[rows.to(hidden.device), positions.to(hidden.device)])
                     likely = torch.log_softmax(logits, -1, dtype=accumulator(logits.dtype))
                     first = likely.argmax(-1).cpu()
-                    found = likely.gather(1, targets.to(likely.device).unsqueeze(1)).squeeze(1)
-                    total.index_add_(0, numbers, found.double().cpu())
-                    missed.index_add_(0, numbers, (first != targets).long())
+                    found = likely.gather(1, expected.to(likely.device).unsqueeze(1)).squeeze(1)
+                    total.index_add_(0, owners, found.double().cpu())
+                    missed.index_add_(0, owners, (first != expected).long())
     if not bool(torch.isfinite(total).all()):
         raise NumericalError(f"the head gives NaN or Inf{advice(skeleton.dtype)}")
     return [(value, not misses) for value, misses in zip(total.tolist(), missed.tolist(), strict=True)]
-
-
-def _predictions(query: Query) -> list[tuple[int, int]]:
-    """Return pairs of a position among the inputs and the token that it should predict."""
-    first = len(query.inputs) - len(query.targets)
-    return [(first + offset, target) for offset, target in enumerate(query.targets)]

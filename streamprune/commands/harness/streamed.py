@@ -40,11 +40,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before an empty context.
-
-        Raises:
-            CalibrationError: the tokenizer has neither a beginning-of-sequence nor an end-of-sequence token.
-        """
+        """The token before an empty context."""
         first: int | None = self.tokenizer.bos_token_id
         token = self.eot_token_id if first is None else first
         if token is None:
@@ -86,11 +82,7 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
         raise ConfigError("a streamed model only scores given text; with the model in memory: lm_eval --model hf")
 
     def _query(self, context: list[int], continuation: list[int]) -> Query:
-        """Join context and continuation without the last token, and truncate on the left to the model's limit.
-
-        Raises:
-            CalibrationError: either part is empty, the continuation is too long, or a token is outside the vocabulary.
-        """
+        """Join context and continuation without the last token, and truncate on the left to the model's limit."""
         whole = (context + continuation)[-(self.max_length + 1) :]
         if not context or not 0 < len(continuation) <= self.max_length:
             raise CalibrationError(

@@ -197,11 +197,7 @@ def evaluate_tasks(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence lm_eval inside the context, because `progress` reports instead.
-
-    This disables its progress bars, its log messages, and its queries about the machine and the working directory's
-    git repository, which take seconds and print git's complaints to stderr.
-    """
+    """Silence lm_eval's progress bars and log, and skip its slow queries about the machine and the git repository."""
     from lm_eval import evaluator
     from lm_eval.api import model, task
 

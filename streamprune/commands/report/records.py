@@ -15,38 +15,23 @@ from ..compare.table import JSON
 from ..status import check_finished
 
 
-@dataclass(frozen=True)
 class SiteRecord:
-    """Result of pruning one site."""
+    """A site in `report.json`. Counts are units or, if weights were zeroed instead, weights."""
 
-    name: str
-    kept: int
-    """Units kept or, if weights were zeroed, the number of nonzero weights."""
-    total: int
-    """Units or weights before pruning."""
-    zeroed: bool
-    """Whether weights were zeroed instead of units removed."""
-    error: float | None
-    """Share of the consumer's output energy that was lost; None if it was not measured."""
-    damping: float | None
-    seconds: float | None
-    left_alone: bool
-    """Whether the site is an expert that saw too few tokens to be pruned."""
-
-    @property
-    def block(self) -> int:
-        """Index of its block."""
-        return int(self.name.split(".")[1])
-
-    @property
-    def kind(self) -> str:
-        """``attention`` or ``ffn``."""
-        return self.name.split(".")[2]
-
-    @property
-    def share(self) -> float:
-        """Share kept, in [0, 1]."""
-        return self.kept / self.total
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.name: str = entry["site"]
+        _, block, self.kind, *_ = self.name.split(".")
+        self.block = int(block)
+        self.zeroed = "zeros" in entry
+        self.total: int = entry["weights" if self.zeroed else "units"]
+        self.kept: int = self.total - entry["zeros"] if self.zeroed else entry["kept"]
+        self.share = self.kept / self.total
+        self.error: float | None = entry.get("error")
+        """Share of the consumer's output energy that was lost; None if it was not measured."""
+        self.damping: float | None = entry.get("damping")
+        self.seconds: float | None = entry.get("seconds")
+        self.left_alone: bool = entry.get("left_alone", False)
+        """Whether the site is an expert that saw too few tokens to be pruned."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +49,7 @@ class Records:
     @property
     def sites(self) -> list[SiteRecord]:
         """The pruned sites in the order of the model."""
-        return [_site(site) for site in self.pruning["sites"]] if self.pruning else []
+        return [SiteRecord(site) for site in self.pruning["sites"]] if self.pruning else []
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -120,18 +105,3 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(inner, f"{path}.{key}" if path else key)
     else:
         yield path, value
-
-
-def _site(site: Mapping[str, Any]) -> SiteRecord:
-    zeroed = "zeros" in site
-    total = site["weights" if zeroed else "units"]
-    return SiteRecord(
-        name=site["site"],
-        kept=total - site["zeros"] if zeroed else site["kept"],
-        total=total,
-        zeroed=zeroed,
-        error=site.get("error"),
-        damping=site.get("damping"),
-        seconds=site.get("seconds"),
-        left_alone=site.get("left_alone", False),
-    )

@@ -24,7 +24,7 @@ from ...jobs.forecast.memory import SLACK, Memory
 from ...jobs.forecast.resources import forecast, training_batch
 from ...jobs.forecast.workload import Workload
 from ...jobs.journal import Entry, Journal
-from ...jobs.meter import metered, peaks, totals
+from ...jobs.meter import peaks, totals
 from ...jobs.names import is_report, is_tuning
 from ...jobs.reports import tuning_card
 from ...jobs.schedule import Phase
@@ -90,31 +90,21 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
     Raises:
         StreamPruneError: see `errors`. `out` is then unchanged.
     """
-    started = time.monotonic()
     job = Tuning(config, progress, restart)
     report = job.finished_report(restart)
     if report is None:
-        with (
-            job.opened(restart),
-            machine.limit_memory(job.device, config.memory),
-            metered(job.journal, started, job.peaks),
-        ):
+        with job.opened(restart):
             report = job.work()
     else:
         job.tidy()
     tuning = report["tuning"]
-    host, device = job.peaks.most()
     return Tuned(
         out=str(config.out),
         **{name: tuning[name] for name in ("method", "rank", "steps", "loss_first", "loss_last")},
         parameters=report["parameters_after"],
         tokens=report.get("tokens"),
         operations=report["operations"],
-        seconds=round(time.monotonic() - started, 3),
-        peak_device_bytes=device,
-        peak_host_bytes=host,
-        bytes_read=sum(skeleton.checkpoint.bytes_read for skeleton in job.sources),
-        resumed=job.resumed,
+        **job.spent(),
     )
 
 
@@ -128,12 +118,11 @@ class Tuning(JobFolder):
     known_prefixes: ClassVar = (*JobFolder.known_prefixes, STATE)
 
     def __init__(self, config: TuneConfig, progress: Progress | None, restart: bool) -> None:
+        started = time.monotonic()
         teacher = config.teacher and hub.resolve_model(config.teacher, progress)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, teacher=teacher, out=config.out.absolute())
-        super().__init__(config.out, config.cache, is_tuning, progress)
-        self.device = machine.resolve_device(config.device)
-        self.peaks = machine.Peaks(self.device)
+        super().__init__(config, machine.resolve_device(config.device), started, is_tuning, progress)
         self.student = student = open_skeleton(config.model, self.device, config.dtype)
         self.activations = machine.resolve_activations(config.activations, student.dtype, student.checkpoint.dtype)
         self.source = self._source()
@@ -148,15 +137,10 @@ class Tuning(JobFolder):
 
     @property
     def sources(self) -> list[Skeleton]:
-        """All models that the job reads."""
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
     def _source(self) -> Entry | None:
-        """Read the report of the model to tune, if it has one.
-
-        Raises:
-            ConfigError: the model has zeroed weights, which a low-rank update would fill.
-        """
+        """Read the report of the model to tune, if it has one. Refuses a model with zeroed weights."""
         path = self.config.model / REPORT
         report = read_json(path) if path.is_file() else None
         if is_report(report) and report is not None and report["zeros"]:
@@ -211,30 +195,25 @@ class Tuning(JobFolder):
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """Settings, inputs, and versions that affect the numbers. They must be unchanged on resume."""
         import transformers
 
+        settings = {
+            "method": self.method,
+            **self.config.fixed(),
+            "rate": self.rate,
+            "dtype": machine.dtype_name(self.student.dtype),
+            "activations": machine.activations_name(self.activations, self.student.dtype),
+        }
         inputs = {"model": self.student.checkpoint.identity(), **text_identity(self.text, self.config.model)}
         versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
         if self.teacher is not None:
             inputs["teacher"] = self.teacher.checkpoint.identity()
         else:
             versions["peft"] = version("peft")
-        return {
-            "settings": {
-                "method": self.method,
-                **self.config.fixed(),
-                "rate": self.rate,
-                "dtype": machine.dtype_name(self.student.dtype),
-                "activations": machine.activations_name(self.activations, self.student.dtype),
-            },
-            "inputs": inputs,
-            "versions": versions,
-        }
+        return {"settings": settings, "inputs": inputs, "versions": versions}
 
     @cached_property
     def text(self) -> Text:
-        """The text to train on."""
         return Text.of(self.config.text)
 
     @cached_property
@@ -266,7 +245,7 @@ class Tuning(JobFolder):
         return self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
 
     def _peak(self, batch: int, micro: int) -> int:
-        """Return the peak bytes that count towards the memory limit, given the sequences per micro-batch, forward and training."""
+        """Return the peak bytes that count towards the memory limit."""
         if self.teacher is None:
             return self._held + Memory(self.student, self._workload(self.student)).in_memory(micro)
         return self._held + max(
@@ -274,11 +253,7 @@ class Tuning(JobFolder):
         )
 
     def _batches(self) -> dict[str, int]:
-        """Return the sequences per micro-batch, forward (``batch``) and training (``micro``).
-
-        Raises:
-            ResourceError: the job does not fit into memory or on the disk.
-        """
+        """Return the sequences per micro-batch, forward (``batch``) and training (``micro``), that fit into memory."""
         limit, limits = self._room["device_limit"], {**self._room, "disk_limit": files.free_bytes(self.cache)}
         if self.teacher is not None:
             ours, theirs = (forecast(each, self._workload(each), **limits).require() for each in self.sources)
@@ -296,55 +271,32 @@ class Tuning(JobFolder):
 
     # Opening and resuming.
 
-    def start(self, restart: bool) -> None:
-        """Start the job, or find the point where an earlier process stopped.
+    def check_same(self, start: Entry) -> None:
+        super().check_same(start)
+        needed = self._peak(**start["resources"])
+        if self.config.memory is not None and self.config.memory * SLACK < needed:
+            raise ResourceError(
+                f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches "
+                f"that need {format_bytes(needed)}; --restart starts over"
+            )
 
-        Raises:
-            ResumeError: the job was started with other settings, inputs or versions.
-        """
-        self.journal = Journal(self.journal_path, restart=restart)
-        start = self.journal.header
-        if start is None:
-            start = self._begin()
-        else:
-            self.check_same(start)
-            needed = self._peak(**start["resources"])
-            if self.config.memory is not None and self.config.memory * SLACK < needed:
-                raise ResourceError(
-                    f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches "
-                    f"that need {format_bytes(needed)}; --restart starts over"
-                )
-            self.resumed = any(self.journal.steps())
-        self.batch: int = start["resources"]["batch"]
-        self.micro: int = start["resources"]["micro"]
+    def use(self, resources: Entry) -> None:
+        self.batch: int = resources["batch"]
+        self.micro: int = resources["micro"]
         self.how = Refinement(self.config.steps, self.config.seed, self.micro, rate=self.rate, rank=self.config.rank)
         for skeleton in self.sources if self.method == "distil" else ():
             workload, limit = self._workload(skeleton), self._room["device_limit"]
             skeleton.copies_ahead = Memory(skeleton, workload).copies_ahead((self.batch, self.micro, "device"), limit)
 
-    def _begin(self) -> Entry:
-        """Check everything that can be checked in advance; only then discard an earlier job."""
-        self.check_folder()
+    def begin(self) -> Entry:
         batches = self._batches()
         _ = self.tokens
         check_companions(self.config.model, self.student.vocabulary, self.progress, required=True)
-        header, sources = self.header, self.read_sources()
-        self.discard()
-        files.make_folder(self.staging)
         work = [Phase("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
         if self.method == "distil":
-            self.record_cache()
             work = [Phase("embed"), Phase("block", len(self.student))]
-        self.journal = Journal(self.journal_path)
-        return self.journal.append(
-            "start",
-            job=header,
-            sources=sources,
-            cache=self.given_cache,
-            replaces=self.existing_report() is not None,
-            resources=batches,
-            schedule=[asdict(phase) for phase in (*work, Phase("complete"))],
-        )
+        schedule = [asdict(phase) for phase in (*work, Phase("complete"))]
+        return self.write_start(stores=self.method == "distil", resources=batches, schedule=schedule)
 
     def _missing(self) -> MissingFile | None:
         """Find a missing or damaged file of a finished step; missing inputs of the first block are embedded again."""
@@ -369,6 +321,7 @@ class Tuning(JobFolder):
         """Train, write and publish; return the report."""
         self.rewind_to_existing(self._missing)
         if self.journal.find("complete") is None:
+            files.make_folder(self.staging)
             figures, shards = self._lora() if self.method == "lora" else self._distil()
             assert self.journal.header is not None
             self.check_sources(self.journal.header)
@@ -377,16 +330,7 @@ class Tuning(JobFolder):
 
     @cached_property
     def _store(self) -> ActivationStore:
-        """The student's and teacher's streams of a distillation."""
-        return ActivationStore(
-            self.cache,
-            (self.config.samples, self.length, self.student.width),
-            self.student.dtype,
-            self.device,
-            durable=True,
-            stored=self.activations,
-            memory=self.config.memory_host or 0,
-        )
+        return self.open_store(self.config.samples, self.length, self.activations)
 
     def _distil(self) -> tuple[Entry, dict[str, str]]:
         """Fit each block from the tuned stream's input to the teacher's output; return figures and shards' digests."""
@@ -421,7 +365,7 @@ class Tuning(JobFolder):
         return {"loss_first": first, "loss_last": last, "blocks": blocks}, self._distilled()
 
     def _distilled(self) -> dict[str, str]:
-        """Return the digests of the shards of all distilled blocks, by name."""
+        """Digests of the shards of all distilled blocks, by name."""
         lines = enumerate(self.journal.steps("block/"))
         return {write.block_shard(self.student, index): line["sha256"] for index, line in lines}
 
@@ -460,7 +404,6 @@ class Tuning(JobFolder):
         return lines[-1]["sha256"] if lines else {}
 
     def _state(self) -> dict[str, Tensor] | None:
-        """Read the last saved LoRA state."""
         return next((load_shard(self.folder / name, digest) for name, digest in self._saved.items()), None)
 
     def _write(self, figures: Mapping[str, Any], shards: Mapping[str, str]) -> dict[str, str]:
