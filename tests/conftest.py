@@ -163,12 +163,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run the tests marked slow, as CI does")
 
 
+REPRESENTATIVE = {"llama", "gpt2", "gemma3", "mixtral"}
+"""Kinds of model that tests over all of `TINY` take unless `--all` is given."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow tests to `--all`; `-m` and tests named by file or node choose for themselves."""
+    """Leave slow tests, and most kinds of model, to `--all`; `-m` and tests named by file or node choose for themselves."""
     if config.getoption("--all") or config.getoption("-m") or config.args != config.getini("testpaths"):
         return
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+    def left_out(item: pytest.Item) -> bool:
+        name = (
+            item.callspec.params.get("name")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        return item.get_closest_marker("slow") is not None or (name in TINY and name not in REPRESENTATIVE)
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = [item for item in items if not left_out(item)]
 
 
 @pytest.hookimpl(wrapper=True)
