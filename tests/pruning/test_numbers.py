@@ -23,8 +23,8 @@ from streamprune.maths.sampling import sample
 from streamprune.maths.slimgpt import batched_group_removal, dynamic_group_removal
 from streamprune.maths.sums import Gram, HeadDivergence, MaskGradient
 from streamprune.model.block import Sublayer
-from streamprune.pruning import block, refine, survey
-from streamprune.recipes import masks, obs, surgeon
+from streamprune.pruning import block, refine
+from streamprune.recipes import RECIPES, masks, obs, surgeon
 from streamprune.recipes.obs import best
 from streamprune.stream import sweep
 
@@ -187,12 +187,12 @@ def test_mask_gradients_and_attention_maps(run: Run, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("recipe", ["default", "sobp", "surgeon", "greedy-output"])
 def test_findings(recipe: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = survey.Surveyor._digest
+    real = RECIPES[recipe].digest
 
-    def digest(self: Any, *arguments: Any) -> dict[str, Tensor]:
-        return {name: planted(each, torch.nan) for name, each in real(self, *arguments).items()}
+    def digest(self: Any, surveyed: Any) -> dict[str, Tensor]:
+        return {name: planted(each, torch.nan) for name, each in real(self, surveyed).items()}
 
-    monkeypatch.setattr(survey.Surveyor, "_digest", digest)
+    monkeypatch.setattr(RECIPES[recipe], "digest", digest)
     stopped(run(recipe), tmp_path, "the survey's", "is NaN or Inf")
 
 
