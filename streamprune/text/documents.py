@@ -19,9 +19,8 @@ import sys
 import tempfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -86,9 +85,6 @@ class Documents:
     field: str | None = None
     """Name of the field with a row's document; None for a source without rows."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
     def __len__(self) -> int:
         """Return the number of blocks."""
         raise NotImplementedError
@@ -103,7 +99,34 @@ class Documents:
 
     def identity(self) -> dict[str, Any]:
         """Identify the content, JSON-ready."""
-        return {"sha256": files.sha256(self._path)}
+        raise NotImplementedError
+
+    def _error(self, at: int, problem: str) -> CalibrationError:
+        """Return the error for the row at a position, which is an offset in a file or a row's index in a table."""
+        raise NotImplementedError
+
+    def _document(self, value: Any, at: int) -> Document:
+        """Check and convert the text or conversation of the row at a position; None becomes an empty text."""
+        if isinstance(value, list):
+            return [self._message(message, at) for message in value]
+        text = "" if value is None else value
+        if not isinstance(text, str):
+            raise self._error(at, f"field {self.field!r} is neither text nor a list of messages")
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"field {self.field!r} has half a surrogate pair at character {error.start}, which is no text"
+            raise self._error(at, problem) from None
+        return text
+
+    def _message(self, message: Any, at: int) -> dict[str, Any]:
+        if isinstance(message, dict):
+            if "role" in message and "content" in message:
+                return message
+            if "from" in message and "value" in message:
+                speaker = message["from"]
+                return {"role": _SPEAKERS.get(str(speaker), speaker), "content": message["value"]}
+        raise self._error(at, f"field {self.field!r} has a message without role and content (or from and value)")
 
 
 def open_documents(place: str, field: str | None) -> Documents:
@@ -132,17 +155,51 @@ def open_documents(place: str, field: str | None) -> Documents:
     return PlainText(path)
 
 
-class PlainText(Documents):
-    """A UTF-8 file, gzipped or not, as one text. Blocks end at the end of a line unless lines are very long."""
-
-    separator = ""
+class TextFile(Documents):
+    """A UTF-8 file, gzipped or not, in blocks of `BLOCK` bytes."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._size = _measure(path)
+        self._path, self._size = path, _measure(path)
 
     def __len__(self) -> int:
         return max(1, -(-self._size // BLOCK))
+
+    def identity(self) -> dict[str, Any]:
+        return {"sha256": files.sha256(self._path)}
+
+    def _error(self, at: int, problem: str) -> CalibrationError:
+        lines = 1
+        with _reading(self._path) as file:
+            while at > 0 and (chunk := file.read(min(1 << 20, at))):
+                lines, at = lines + chunk.count(b"\n"), at - len(chunk)
+        return CalibrationError(f"{self._path}, line {lines}: {problem}")
+
+    def _line(self, file: BinaryIO, at: int, read: int = 0) -> bytes:
+        """Read the next line of a row that begins at `at`, after `read` bytes of it; empty at the end of the file."""
+        line = file.readline(LINE - read + 1)
+        if read + len(line) > LINE:
+            raise self._error(at, f"longer than {LINE >> 20} MiB, which no document is")
+        return line
+
+    def _decoded(self, data: bytes, at: int) -> str:
+        """Decode bytes from offset `at`. NUL is an error: it occurs in UTF-16 and binary files, but not in text."""
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CalibrationError(
+                f"{self._path} is not UTF-8 text (byte {at + error.start}); convert it to UTF-8"
+            ) from error
+        if "\0" in text:
+            raise CalibrationError(
+                f"{self._path} is not UTF-8 text (byte {at + data.index(0)} is NUL, as in UTF-16); convert it to UTF-8"
+            )
+        return text
+
+
+class PlainText(TextFile):
+    """A file as one text. Blocks end at the end of a line unless lines are very long."""
+
+    separator = ""
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with _reading(self._path) as file:
@@ -153,25 +210,21 @@ class PlainText(Documents):
                     data, at = b"", file.seek(number * BLOCK)
                 data += file.read(BLOCK + _LOOK_AHEAD - len(data))
                 start = _cut(data, 0) if number else _mark(data)
-                text = _decoded(data[start : _cut(data, BLOCK)], self._path, at + start)
+                text = self._decoded(data[start : _cut(data, BLOCK)], at + start)
                 yield number, [text.replace("\r\n", "\n").replace("\r", "\n")]
                 data, at = data[BLOCK:], at + BLOCK
 
 
-class JsonLines(Documents):
-    """A file with one JSON object per line, gzipped or not. A block holds the rows that begin in it."""
+class JsonLines(TextFile):
+    """A file with one JSON object per line. A block holds the rows that begin in it."""
 
     def __init__(self, path: Path, field: str | None) -> None:
         super().__init__(path)
-        self._size = _measure(path)
         with _reading(path) as file:
             first = next((row for _, row in self._rows(file, 0, self._size) if row), None)
         if first is None:
             raise CalibrationError(f"{path} is empty")
         self.field: str = _field(field, first, str(path))
-
-    def __len__(self) -> int:
-        return -(-self._size // BLOCK)
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with _reading(self._path) as file:
@@ -181,36 +234,32 @@ class JsonLines(Documents):
                 # Forwards only, as above: the last row of the previous block may end in this one.
                 if place < begin:
                     place = file.seek(begin - 1)
-                    place += len(_line(file, self._path, place))
+                    place += len(self._line(file, place))
                 for at, row in self._rows(file, place, begin + BLOCK):
-                    where = partial(_place_of_line, self._path, at)
                     if self.field not in row:
-                        raise CalibrationError(f"{where()}: no field {self.field!r}; {_listed(row)}")
-                    documents.append(_document(row[self.field], self.field, where))
+                        raise self._error(at, f"no field {self.field!r}; {_listed(row)}")
+                    documents.append(self._document(row[self.field], at))
                 place = file.tell()
                 yield number, documents
 
     def _rows(self, file: BinaryIO, place: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the rows that begin in [`place`, `stop`), each with its offset. The file must be at `place`."""
-        while place < stop and (line := _line(file, self._path, place)):
+        while place < stop and (line := self._line(file, place)):
             text = line[_mark(line) :]
             if text.strip():
                 try:
                     row = json.loads(text.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
-                    raise CalibrationError(
-                        f"{_place_of_line(self._path, place)}: not JSON ({error}); write one object per line, in UTF-8"
-                    ) from error
+                    problem = f"not JSON ({error}); write one object per line, in UTF-8"
+                    raise self._error(place, problem) from error
                 if not isinstance(row, dict):
-                    raise CalibrationError(
-                        f"{_place_of_line(self._path, place)}: not a JSON object; write one object per line"
-                    )
+                    raise self._error(place, "not a JSON object; write one object per line")
                 yield place, row
             place += len(line)
 
 
-class Delimited(Documents):
-    """A column of a delimited file with a header row, gzipped or not. A block holds the rows that begin in it.
+class Delimited(TextFile):
+    """A column of a delimited file with a header row. A block holds the rows that begin in it.
 
     Quoting follows the `csv` module: cells that hold delimiters, quotes (doubled) or newlines are quoted. From the
     middle of a file one cannot tell whether a newline ends a row. Opening therefore reads the file once, row by
@@ -226,10 +275,9 @@ class Delimited(Documents):
     def __init__(self, path: Path, field: str | None, delimiter: str) -> None:
         super().__init__(path)
         self._delimiter = delimiter
-        size = _measure(path)
         self._edges = array("q")  # offset of each block's first row, then the end of the file
         with _reading(path) as file:
-            rows = self._rows(file, 0, size)
+            rows = self._rows(file, 0, self._size)
             _, names = next(rows, (0, []))
             if not names:
                 raise CalibrationError(f"{path} is empty")
@@ -239,13 +287,11 @@ class Delimited(Documents):
             self._column = names.index(self.field)
             for place, cells in rows:
                 if len(cells) != len(names):
-                    raise CalibrationError(
-                        f"{_place_of_line(path, place)}: {len(cells)} cells, and the header has {len(names)}; "
-                        "quote cells that hold delimiters, quotes or newlines"
-                    )
+                    problem = f"{len(cells)} cells, and the header has {len(names)}"
+                    raise self._error(place, f"{problem}; quote cells that hold delimiters, quotes or newlines")
                 if not self._edges or place // BLOCK > self._edges[-1] // BLOCK:
                     self._edges.append(place)
-        self._edges.append(size)
+        self._edges.append(self._size)
 
     def __len__(self) -> int:
         return len(self._edges) - 1
@@ -262,9 +308,9 @@ class Delimited(Documents):
 
         def lines() -> Iterator[str]:
             nonlocal end
-            while line := _line(file, self._path, place, end - place):
+            while line := self._line(file, place, end - place):
                 skipped = 0 if end else _mark(line)
-                text = _decoded(line[skipped:], self._path, end + skipped)
+                text = self._decoded(line[skipped:], end + skipped)
                 end += len(line)
                 yield text
 
@@ -275,9 +321,7 @@ class Delimited(Documents):
                 cells = next(reader, None)
             except csv.Error as error:
                 reason = str(error).partition(" - ")[0]
-                raise CalibrationError(
-                    f"{_place_of_line(self._path, place)}: not a row of cells ({reason}); check its quotes"
-                ) from error
+                raise self._error(place, f"not a row of cells ({reason}); check its quotes") from error
             if cells is None:
                 return
             if cells:
@@ -297,8 +341,7 @@ class Table(Documents):
     """
 
     def __init__(self, place: str, field: str | None) -> None:
-        super().__init__(Path(place))
-        self._place = place
+        self._place, self._path = place, Path(place)
         try:
             import datasets
             import pyarrow.parquet  # noqa: F401
@@ -327,16 +370,15 @@ class Table(Documents):
             first, stop = self._edges[number : number + 2]
             with self._refusing():
                 values = self._rows[first:stop][self.field].to_pylist()
-            rows = enumerate(values, start=first + 1)
-            yield number, [_document(value, self.field, partial(self._where, row)) for row, value in rows]
+            yield number, [self._document(value, row) for row, value in enumerate(values, start=first)]
 
-    def _where(self, row: int) -> str:
-        return f"{self._place}, row {row}"
+    def _error(self, at: int, problem: str) -> CalibrationError:
+        return CalibrationError(f"{self._place}, row {at + 1}: {problem}")
 
     def identity(self) -> dict[str, Any]:
         """Return the digest of a file; for other datasets the number of rows and a digest of evenly spaced rows."""
         if self._path.is_file():
-            return super().identity()
+            return {"sha256": files.sha256(self._path)}
         rows, digest = len(self._rows), hashlib.sha256()
         for probe in range(min(rows, _PROBES)):
             first = probe * rows // min(rows, _PROBES)
@@ -394,11 +436,7 @@ def _row_groups(path: Path, metadata: Any) -> list[int]:
 
 
 def _load(place: str, cache: str) -> Any:
-    """Load the requested split from a folder, the cache of `datasets` or the hub.
-
-    Args:
-        cache: folder for copies of local data. Hub datasets are kept in the shared cache.
-    """
+    """Load the requested split from a folder, the cache of `datasets` or the hub. `cache` is for copies of local data."""
     import datasets
 
     if os.path.isdir(place):
@@ -423,11 +461,7 @@ def _load(place: str, cache: str) -> Any:
 
 
 def _field(asked: str | None, names: Iterable[str], place: str) -> str:
-    """Return the field asked for, or the first of `FIELDS` that exists.
-
-    Raises:
-        CalibrationError: the field does not exist.
-    """
+    """Return the field asked for, or the first of `FIELDS`, if it exists."""
     names = list(names)
     if asked is not None and asked not in names:
         raise CalibrationError(f"{place} has no field {asked!r}; {_listed(names)}")
@@ -443,39 +477,6 @@ def _field(asked: str | None, names: Iterable[str], place: str) -> str:
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     return f"it has {', '.join(names[:12]) or 'none'}" + (", …" if len(names) > 12 else "")
-
-
-def _document(value: Any, field: str, where: Callable[[], str]) -> Document:
-    """Check and convert a row's text or conversation; None becomes an empty text.
-
-    Args:
-        where: returns the row's position, for error messages.
-
-    Raises:
-        CalibrationError: the value is neither text nor a conversation, or is not valid Unicode.
-    """
-    if isinstance(value, list):
-        return [_message(message, field, where) for message in value]
-    text = "" if value is None else value
-    if not isinstance(text, str):
-        raise CalibrationError(f"{where()}: field {field!r} is neither text nor a list of messages")
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(
-            f"{where()}: field {field!r} has half a surrogate pair at character {error.start}, which is no text"
-        ) from None
-    return text
-
-
-def _message(message: Any, field: str, where: Callable[[], str]) -> dict[str, Any]:
-    if isinstance(message, dict):
-        if "role" in message and "content" in message:
-            return message
-        if "from" in message and "value" in message:
-            speaker = message["from"]
-            return {"role": _SPEAKERS.get(str(speaker), speaker), "content": message["value"]}
-    raise CalibrationError(f"{where()}: field {field!r} has a message without role and content (or from and value)")
 
 
 @contextmanager
@@ -496,12 +497,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _measure(path: Path) -> int:
-    """Return the uncompressed size of a text file in bytes.
-
-    Raises:
-        CalibrationError: the compression or encoding is not supported, the gzip data is corrupt, or the file expands
-            more than any text would.
-    """
+    """Return the uncompressed size of a text file in bytes. Reject unsupported formats and files that expand too much."""
     with _reading(path) as file:
         head = file.read(512)
         for form, offset, magic in _UNSUPPORTED:
@@ -530,37 +526,3 @@ def _cut(data: bytes, edge: int) -> int:
 def _mark(data: bytes) -> int:
     """Return the length in bytes of the UTF-8 byte-order mark at the start; 0 without one."""
     return len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-
-
-def _decoded(data: bytes, path: Path, place: int) -> str:
-    """Decode bytes from offset `place` of a file.
-
-    Raises:
-        CalibrationError: they are not UTF-8, or hold NUL, which occurs in UTF-16 and binary files but not in text.
-    """
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {place + error.start}); convert it to UTF-8") from error
-    if "\0" in text:
-        raise CalibrationError(
-            f"{path} is not UTF-8 text (byte {place + data.index(0)} is NUL, as in UTF-16); convert it to UTF-8"
-        )
-    return text
-
-
-def _line(file: BinaryIO, path: Path, place: int, read: int = 0) -> bytes:
-    """Read the next line of a row that begins at `place`, after `read` bytes of it; empty at the end of the file."""
-    line = file.readline(LINE - read + 1)
-    if read + len(line) > LINE:
-        raise CalibrationError(f"{_place_of_line(path, place)}: longer than {LINE >> 20} MiB, which no document is")
-    return line
-
-
-def _place_of_line(path: Path, place: int) -> str:
-    """Return the line number of an offset, for error messages. Counts lines on demand."""
-    lines = 1
-    with _reading(path) as file:
-        while place > 0 and (chunk := file.read(min(1 << 20, place))):
-            lines, place = lines + chunk.count(b"\n"), place - len(chunk)
-    return f"{path}, line {lines}"
