@@ -30,11 +30,8 @@ class Caches:
     def __init__(self, folder: Path, given: Path | None) -> None:
         self._folder, self._given = folder, given
         self._record = folder / RECORD
-
-    @property
-    def own(self) -> Path:
+        self.own = folder / "cache" if given is None else self._within(given)
         """Folder to which this process writes activations."""
-        return self._folder / "cache" if self._given is None else self._within(self._given)
 
     def record(self) -> None:
         """Durably record the folder for activations before its first use, so that a later process finds it."""

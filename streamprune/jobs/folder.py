@@ -85,6 +85,9 @@ class JobFolder:
         self.device, self.started, self.peaks = device, started, machine.Peaks(device)
         self.folder = job_folder(config.out)
         self._caches = Caches(self.folder, config.cache)
+        self.cache = self._caches.own
+        self._rank_cache = self.cache if ranks.size == 1 else self.cache / f"rank-{ranks.rank}"
+        self._given_cache = str(config.cache.absolute()) if config.cache else None  # as the journal records it
         self.staging = self.folder / STAGING
         self.journal_path = self.folder / JOURNAL
         self.resumed = False
@@ -114,26 +117,11 @@ class JobFolder:
         difference = first_difference(report["job"], self.header)
         return f"of another job: {difference}" if difference else None
 
-    @property
-    def cache(self) -> Path:
-        """Folder for this job's activations."""
-        return self._caches.own
-
-    @property
-    def rank_cache(self) -> Path:
-        """Folder for this rank's activations."""
-        return self.cache if self.ranks.size == 1 else self.cache / f"rank-{self.ranks.rank}"
-
-    @property
-    def given_cache(self) -> str | None:
-        """Folder for activations that the user gave, as the journal records it; None for the job's folder."""
-        return str(self._cache.absolute()) if self._cache else None
-
     def open_store(self, samples: int, length: int, stored: torch.dtype | None) -> ActivationStore:
         """Open the store for this rank's activations, whose dtype is `stored` (see `ActivationStore`)."""
         skeleton = self.sources[0]
         return ActivationStore(
-            self.rank_cache,
+            self._rank_cache,
             (samples, length, skeleton.width),
             skeleton.dtype,
             self.device,
@@ -204,8 +192,6 @@ class JobFolder:
 
     def _replacing(self) -> bool:
         """Whether an unfinished job with the same settings was told to replace the content of OUT."""
-        if not self.journal_path.is_file():
-            return False
         start = Journal(self.journal_path, repair=False).header
         return start is not None and start["replaces"] and first_difference(start["job"], self.header) is None
 
@@ -269,15 +255,11 @@ class JobFolder:
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         replaces = self.existing_report() is not None
         return self.journal.append(
-            "start", job=header, sources=sources, cache=self.given_cache, replaces=replaces, **data
+            "start", job=header, sources=sources, cache=self._given_cache, replaces=replaces, **data
         )
 
     def _check_paths(self) -> None:
-        """Check that the job can create its files, and that they would lie where the user means.
-
-        Raises:
-            ConfigError: a path cannot be used.
-        """
+        """Check that the job can create its files, and that they would lie where the user means."""
         for name, path in (("OUT", self.folder), ("cache", self.cache)):
             try:
                 str(path).encode()
@@ -296,7 +278,7 @@ class JobFolder:
             raise ConfigError(f"OUT is {self._out}, a mount point, which cannot be replaced; choose a folder in it")
 
     def _clean_up(self, new: bool) -> None:
-        """Clean up after a failure before the first journal line, but keep files that existed before."""
+        """Clean up after a failure before the first journal line. Files that existed before stay."""
         if self.folder.is_dir() and (new or all(path.name.startswith(LOCK) for path in self.folder.iterdir())):
             self._caches.remove()
             files.empty_folder(self.folder)
@@ -305,12 +287,7 @@ class JobFolder:
 
     @contextmanager
     def _claimed(self) -> Iterator[bool]:
-        """Create the folder and hold this rank's lock in it; yield whether this process created the folder.
-
-        Raises:
-            DiskError: a file system lacks an operation that a job needs.
-            ResumeError: another process holds the lock.
-        """
+        """Create the folder and hold this rank's lock in it; yield whether this process created the folder."""
         first, rank = self.ranks.first, self.ranks.rank
         new = first and not self.folder.exists()
         try:
@@ -335,7 +312,7 @@ class JobFolder:
             raise DiskError(f"{self.folder} and {self.folder.parent} are on different file systems; {OTHER_OUT}")
         files.check_file_system(self.folder, PROBE, OTHER_OUT)
         if self._cache is not None:
-            files.check_file_system(self.rank_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
+            files.check_file_system(self._rank_cache, f"{self.cache.name}-{PROBE}", OTHER_CACHE)
 
     def _check_stop(self) -> None:
         """Stop all ranks at the same point if any of them was asked to stop."""
@@ -353,9 +330,9 @@ class JobFolder:
         """Raise ResumeError if the job was started with other settings, inputs, versions or another cache folder."""
         if difference := first_difference(start["job"], self.header):
             raise ResumeError(f"{self.folder} contains a job with other settings: {difference}; --restart starts over")
-        if start["cache"] != self.given_cache:
+        if start["cache"] != self._given_cache:
             raise ResumeError(
-                f"cache is {self.given_cache or 'not given'}; this job was started with {start['cache'] or 'none'}; "
+                f"cache is {self._given_cache or 'not given'}; this job was started with {start['cache'] or 'none'}; "
                 "--restart starts over"
             )
         self.check_sources(start)
@@ -480,11 +457,8 @@ def first_difference(then: Any, now: Any, place: str = "") -> str | None:
                 return found
         return None
     # Compare as JSON, so that a value read back equals the value written.
-    if json.dumps(then) == json.dumps(now):
+    before, after = json.dumps(then), json.dumps(now)
+    if before == after:
         return None
-    return f"{place} is {_short(now)} and was {_short(then)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    before, after = (text if len(text) <= 60 else text[:57] + "..." for text in (before, after))
+    return f"{place} is {after} and was {before}"

@@ -77,8 +77,7 @@ class Journal:
         text = json.dumps(entry)
         files.append(self.path, f"{zlib.crc32(text.encode()):08x} {text}\n".encode(), durable=True)
         # Round-trip through JSON, so that an uninterrupted job sees the same values as a resumed one.
-        written: Entry = json.loads(text)
-        return written
+        return dict(json.loads(text))
 
     def _read(self) -> list[Entry]:
         good, entries = 0, list[Entry]()

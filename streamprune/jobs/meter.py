@@ -28,23 +28,22 @@ def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE
     Args:
         started: monotonic time in seconds from which the first line counts.
     """
-    last_flops, last_waited, last_time = dict.fromkeys(KINDS, 0), waited(), started
+    last = dict.fromkeys(KINDS, 0), waited(), started
     peaks.lap()
     with FlopCounter() as counter:
 
         def since_last_line() -> Entry:
-            nonlocal last_flops, last_waited, last_time
-            before = last_flops, last_waited, last_time
-            last_flops, last_waited, last_time = dict(counter.kinds), waited(), time.monotonic()
-            ours = {kind: last_flops[kind] - before[0][kind] for kind in KINDS}
+            nonlocal last
+            (flops, blocked, then), last = last, (dict(counter.kinds), waited(), time.monotonic())
+            ours = {kind: last[0][kind] - flops[kind] for kind in KINDS}
             all_flops, laps = zip(*ranks.gather((ours, peaks.lap())), strict=True)
-            flops = {kind: sum(each[kind] for each in all_flops) for kind in KINDS}
+            total = {kind: sum(each[kind] for each in all_flops) for kind in KINDS}
             return {
-                "operations": sum(flops.values()),
-                "operations_by_kind": flops,
-                "seconds": round(last_time - before[2], 3),
+                "operations": sum(total.values()),
+                "operations_by_kind": total,
+                "seconds": round(last[2] - then, 3),
                 "memory": {**_largest(laps), "own": all(lap["own"] for lap in laps)},
-                "waited": {kind: round(last_waited[kind] - before[1][kind], 3) for kind in last_waited},
+                "waited": {kind: round(last[1][kind] - blocked[kind], 3) for kind in blocked},
             }
 
         journal.meter = since_last_line

@@ -12,7 +12,7 @@ Taken = Callable[[], list[Tensor]]  # wait for a copy and return the copied tens
 
 
 class Cuda:
-    """The part of torch.cuda that is used here. Streams run concurrently, each in order. Only `finish` blocks the host."""
+    """The streams of one GPU. They run concurrently, each in order."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -22,18 +22,6 @@ class Cuda:
 
     def current(self) -> Any:
         return torch.cuda.current_stream(self._device)
-
-    def record(self, stream: Any) -> Any:
-        """Record an event on the stream: it happens once all work queued so far is done."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream)
-        return event
-
-    def wait(self, stream: Any, event: Any) -> None:
-        stream.wait_event(event)
-
-    def finish(self, event: Any) -> None:
-        event.synchronize()
 
     def copy(self, stream: Any, source: Tensor, *, to_host: bool) -> Tensor:
         """Queue a copy into new memory on the stream. Host memory, whether source or target, is pinned."""
@@ -69,11 +57,11 @@ class Copies:
         if engine is None:
             return lambda: list(tensors)
         there = [engine.copy(self._inward, tensor, to_host=False) for tensor in tensors]
-        done = engine.record(self._inward)
+        done = self._inward.record_event()
 
         def take() -> list[Tensor]:
             current = engine.current()
-            engine.wait(current, done)
+            current.wait_event(done)
             for tensor in there:
                 engine.keep(tensor, current)
             return there
@@ -86,14 +74,14 @@ class Copies:
         if engine is None:
             return lambda: list(tensors)
         stream = self._outward
-        engine.wait(stream, engine.record(engine.current()))
+        stream.wait_event(engine.current().record_event())
         here = [engine.copy(stream, tensor, to_host=True) for tensor in tensors]
-        done = engine.record(stream)
+        done = stream.record_event()
         for tensor in tensors:
             engine.keep(tensor, stream)
 
         def take() -> list[Tensor]:
-            engine.finish(done)
+            done.synchronize()
             return here
 
         return take

@@ -73,15 +73,12 @@ class ActivationStore:
         self.folder, self.shape, self.dtype, self.device, self.durable = folder, shape, dtype, device, durable
         self.encoding = Encoding(shape[2], dtype, dtype if stored is None else stored)
         self.memory = memory
+        self.row_bytes = shape[1] * self.encoding.token_bytes
         self._held: dict[str, _Held] = {}  # boundaries in host memory by name, oldest first
         self._filling: list[_Held] = []
         self._sums: dict[str, np.ndarray] = {}  # checksums (samples,) of the boundaries on disk, by name
         self._copies = Copies.of(device)
         files.make_folder(folder)
-
-    @property
-    def row_bytes(self) -> int:
-        return self.shape[1] * self.encoding.token_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -185,11 +182,10 @@ class ActivationStore:
 
             yield write
             background.submit(close)
-        self._held.pop(name, None)
+        self._forget(name)
         if held is not None:
             held.on_disk = append is not None
             self._held[name] = held
-        self._sums.pop(name, None)
         if append is None:
             files.remove(self.path(name))  # a previous version
         else:

@@ -32,21 +32,17 @@ class Disk:
         return file.readinto(buffer) or 0
 
     def write(self, file: FileIO, data: memoryview) -> None:
-        """Write all bytes."""
         done = 0
         while done < len(data):
             done += file.write(data[done:]) or 0
 
     def truncate(self, file: FileIO, length: int) -> None:
-        """Truncate to the first `length` bytes."""
         file.truncate(length)
 
     def sync(self, file: FileIO) -> None:
-        """Flush the contents of a file to disk (fsync)."""
         os.fsync(file.fileno())
 
     def sync_folder(self, path: Path) -> None:
-        """Flush the directory entries of a folder to disk (fsync)."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -62,11 +58,9 @@ class Disk:
         os.replace(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Create a hard link."""
         os.link(source, target)
 
     def unlink(self, path: Path) -> None:
-        """Remove one name of a file."""
         os.unlink(path)
 
     def make_folder(self, path: Path) -> None:
@@ -74,7 +68,6 @@ class Disk:
         os.mkdir(path)
 
     def remove_folder(self, path: Path) -> None:
-        """Remove an empty folder."""
         os.rmdir(path)
 
 

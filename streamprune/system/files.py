@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DiskError, ResumeError
-from .disk import Mode, disk
+from .disk import disk
 from .timing import waiting
 
 TEMPORARY = ".tmp"
@@ -46,20 +45,11 @@ def _disk_errors(does: Literal["read", "write", "make", "remove", "lock"], path:
         raise DiskError(f"cannot {does} {path}: {error.strerror or error}") from error
 
 
-@contextmanager
-def _opened(path: Path, mode: Mode) -> Iterator[FileIO]:
-    file = disk().open(path, mode)
-    try:
-        yield file
-    finally:
-        file.close()
-
-
 def sync(path: Path) -> None:
     """Flush the contents of a file, or the entries of a folder, to disk."""
     with waiting("write"), _disk_errors("write", path):
         if not path.is_dir():
-            with _opened(path, "rb") as file:
+            with disk().open(path, "rb") as file:
                 disk().sync(file)
             return
         try:
@@ -156,7 +146,7 @@ def link(source: Path, target: Path) -> None:
 def append(path: Path, data: Any, *, durable: bool = False) -> None:
     """Append bytes. Without `durable`, a power cut may take them."""
     new = durable and not path.exists()
-    with waiting("write"), _disk_errors("write", path), _opened(path, "ab") as file:
+    with waiting("write"), _disk_errors("write", path), disk().open(path, "ab") as file:
         disk().write(file, memoryview(data).cast("B"))
         if durable:
             disk().sync(file)
@@ -166,7 +156,7 @@ def append(path: Path, data: Any, *, durable: bool = False) -> None:
 
 def truncate(path: Path, length: int) -> None:
     """Durably truncate a file to its first `length` bytes."""
-    with _disk_errors("write", path), _opened(path, "r+b") as file:
+    with _disk_errors("write", path), disk().open(path, "r+b") as file:
         disk().truncate(file, length)
         disk().sync(file)
 
@@ -252,7 +242,7 @@ def rename_folder(path: Path, target: Path) -> None:
 def read_into(path: Path, offset: int, buffer: memoryview) -> int:
     """Fill `buffer` from a file, starting at byte `offset`. Returns the number of bytes read, fewer at the end of the file."""
     done = 0
-    with waiting("read"), _disk_errors("read", path), _opened(path, "rb") as file:
+    with waiting("read"), _disk_errors("read", path), disk().open(path, "rb") as file:
         file.seek(offset)
         while done < len(buffer) and (count := disk().read(file, buffer[done:])):
             done += count
@@ -269,7 +259,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    with _disk_errors("read", path), _opened(path, "rb") as file:
+    with _disk_errors("read", path), disk().open(path, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "Not a regular file")
         buffer = bytearray(COPY_BYTES)
@@ -280,7 +270,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 def advise_read(path: Path, offset: int, length: int) -> None:
     """Ask the kernel to read ahead, where it supports that. A missing file is ignored here; the reader reports it."""
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), _opened(path, "rb") as file:
+        with suppress(OSError), disk().open(path, "rb") as file:
             # In pieces: Linux caps each request at the device's read-ahead size.
             for begin in range(offset, offset + length, 1 << 17):
                 os.posix_fadvise(file.fileno(), begin, min(1 << 17, offset + length - begin), os.POSIX_FADV_WILLNEED)
@@ -289,7 +279,7 @@ def advise_read(path: Path, offset: int, length: int) -> None:
 def drop_cached(path: Path) -> None:
     """Ask the kernel to drop a file from the page cache, where it supports that, so that the next read comes from the disk."""
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), _opened(path, "rb") as file:
+        with suppress(OSError), disk().open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -333,7 +323,7 @@ def locked(path: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with _disk_errors("lock", path):
             try:
-                file = stack.enter_context(_opened(path, "ab"))
+                file = stack.enter_context(disk().open(path, "ab"))
             except FileNotFoundError:  # its folder was just removed
                 raise finished from None
             for left in reversed(range(LOCK_TRIES)):
@@ -366,7 +356,7 @@ def locked_for_writing(path: Path) -> Iterator[None]:
 
 def is_locked(path: Path) -> bool:
     """Return whether a process holds this lock; false if the lock file does not exist."""
-    with suppress(FileNotFoundError), _disk_errors("read", path), _opened(path, "rb") as file:
+    with suppress(FileNotFoundError), _disk_errors("read", path), disk().open(path, "rb") as file:
         try:
             disk().lock(file, shared=True)  # shared, so that concurrent checks do not conflict
         except BlockingIOError:

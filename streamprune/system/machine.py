@@ -57,13 +57,9 @@ def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch
 def resolve_activations(name: str, computing: torch.dtype, stored: torch.dtype) -> torch.dtype:
     """Return the dtype that activations are stored in.
 
-    ``auto`` is bfloat16 for a model stored in bfloat16, unless it computes in float64: such a model was never more precise,
-    and this halves the disk traffic of a CPU, which computes in float32. For all other models ``auto`` is the computing
-    dtype; float16 ends at 65504, which residual streams exceed.
-
-    Args:
-        computing: dtype that blocks compute in.
-        stored: dtype of the model's weights.
+    ``auto`` is bfloat16 for weights `stored` in bfloat16, unless blocks compute in float64: such a model was never more
+    precise, and this halves the disk traffic of a CPU, which computes in float32. For all other models ``auto`` is the
+    `computing` dtype; float16 ends at 65504, which residual streams exceed.
 
     Raises:
         ConfigError: not one of `ACTIVATIONS`, or wider than the computing dtype.
@@ -191,11 +187,6 @@ def reset_peaks(device: torch.device) -> bool:
     return peak_host_bytes() <= resident_bytes() * 1.02
 
 
-def peak_device_bytes(device: torch.device) -> int:
-    """Return the peak memory of tensors on the device in bytes; on the CPU, the peak host memory."""
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_host_bytes()
-
-
 class Peaks:
     """Memory peaks of this process, per lap and overall. The kernel keeps only one peak, which each lap resets."""
 
@@ -209,16 +200,20 @@ class Peaks:
 
         ``own`` is whether the host peak belongs to this lap alone, which needs a kernel that can reset the peak.
         """
-        lap = {"host_bytes": peak_host_bytes(), "device_bytes": None, "own": self._own}
-        if self._device.type == "cuda":
-            lap["device_bytes"] = peak_device_bytes(self._device)
+        host, device = self._current()
+        lap = {"host_bytes": host, "device_bytes": device, "own": self._own}
         self._most_host, self._most_device = self.most()
         self._own = reset_peaks(self._device)
         return lap
 
     def most(self) -> tuple[int, int]:
-        """Return the host and device peaks over all laps, in bytes."""
-        return max(self._most_host, peak_host_bytes()), max(self._most_device, peak_device_bytes(self._device))
+        """Return the host and device peaks over all laps, in bytes; on the CPU both are the host's."""
+        host, device = self._current()
+        return max(self._most_host, host), max(self._most_device, host if device is None else device)
+
+    def _current(self) -> tuple[int, int | None]:
+        on_gpu = self._device.type == "cuda"
+        return peak_host_bytes(), int(torch.cuda.max_memory_allocated(self._device)) if on_gpu else None
 
 
 def _host_available() -> int:

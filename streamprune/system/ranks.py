@@ -116,11 +116,10 @@ class Ranks:
         """Return, on all ranks, the value that `make` returns on rank `source`. For small, picklable values."""
         if self.size == 1:
             return make()
-        values = [make() if self.rank == source else None]
+        values: list[Any] = [make() if self.rank == source else None]
         with self._collective() as distributed:
             distributed.broadcast_object_list(values, src=source)
-        value: Any = values[0]
-        return value  # type: ignore[no-any-return]
+        return values[0]  # type: ignore[no-any-return]
 
     def add_up(self, owner: int | None = None) -> Callable[[Tensor], None]:
         """Return `sum` for this owner."""
@@ -205,15 +204,13 @@ class Ranks:
         try:
             yield torch.distributed
         except RuntimeError as error:
-            raise self._explained(error) from None
-
-    def _explained(self, error: RuntimeError) -> StreamPruneError:
-        with suppress(RuntimeError):  # the store may be gone with the rank that hosted it
-            if self.store.check([FAILED]):
-                failure = json.loads(self.store.get(FAILED))
-                return ElsewhereError(failure["message"], failure["code"])
-        reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the location in the backend's source
-        return LostError(f"another process of this job was lost ({reason}); run the same command again to resume")
+            with suppress(RuntimeError):  # the store may be gone with the rank that hosted it
+                if self.store.check([FAILED]):
+                    failure = json.loads(self.store.get(FAILED))
+                    raise ElsewhereError(failure["message"], failure["code"]) from None
+            reason = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the location in the backend's source
+            message = f"another process of this job was lost ({reason}); run the same command again to resume"
+            raise LostError(message) from None
 
     def publish_error(self, error: BaseException) -> None:
         """Publish the error that ends this rank. If another rank was first, mark `error` as already reported."""

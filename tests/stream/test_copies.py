@@ -16,15 +16,29 @@ Piece = Callable[[], object]
 
 
 class Event:
-    def __init__(self) -> None:
+    def __init__(self, device: Simulated) -> None:
+        self.device = device
         self.at: float | None = None
+
+    def synchronize(self) -> None:
+        while self.at is None:
+            self.device.go_on()
 
 
 class Stream:
     """What it was given and has not done yet: pieces of work, events to record, and events to wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Simulated) -> None:
+        self.device = device
         self.given: list[Piece | Event | tuple[Event]] = []
+
+    def record_event(self) -> Event:
+        event = Event(self.device)
+        self.given.append(event)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.given.append((event,))
 
 
 class Simulated:
@@ -41,23 +55,11 @@ class Simulated:
         self.clock = 0.0
 
     def stream(self) -> Stream:
-        self.streams.append(Stream())
+        self.streams.append(Stream(self))
         return self.streams[-1]
 
     def current(self) -> Stream:
         return self.computing
-
-    def record(self, stream: Stream) -> Event:
-        event = Event()
-        stream.given.append(event)
-        return event
-
-    def wait(self, stream: Stream, event: Event) -> None:
-        stream.given.append((event,))
-
-    def finish(self, event: Event) -> None:
-        while event.at is None:
-            self.go_on()
 
     def copy(self, stream: Stream, source: Tensor, *, to_host: bool) -> Tensor:
         target = torch.full_like(source, float("nan"))
@@ -119,7 +121,7 @@ def test_what_comes_in_is_not_held_up_by_what_goes_out() -> None:
     """Which waits for the device to compute it."""
     device = Simulated(0)
     copies = Copies(device)
-    device.wait(device.computing, Event())  # it is busy for as long as we look
+    device.computing.wait_event(Event(device))  # it is busy for as long as we look
     copies.outward([torch.zeros(3)])
     copies.inward([torch.ones(3)])
     while device.able():
