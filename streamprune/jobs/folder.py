@@ -251,7 +251,9 @@ class JobFolder:
         if self.ranks.first:
             files.empty_folder(self.folder, keep=LOCK)
         if stores:
-            self.record_cache()
+            if self.ranks.first:
+                self._caches.record()
+            self.ranks.barrier()
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         replaces = self.existing_report() is not None
         return self.journal.append(
@@ -440,12 +442,6 @@ class JobFolder:
         """
         if self.folder.is_dir() and not self.journal_path.exists():
             files.remove_empty_folder(self.folder)
-
-    def record_cache(self) -> None:
-        """Record where activations will lie, before any rank writes them there."""
-        if self.ranks.first:
-            self._caches.record()
-        self.ranks.barrier()
 
 
 def first_difference(then: Any, now: Any, place: str = "") -> str | None:
