@@ -230,7 +230,10 @@ class JobFolder:
         self.journal = Journal(self.journal_path, restart=restart, ranks=self.ranks)
         start = self.journal.header
         if start is None:
-            self.check_folder()
+            if (path := self._foreign()) is not None:
+                raise ConfigError(
+                    f"{self.folder} contains {path.name}, which no job writes; move it away or choose another OUT"
+                )
             start = self.begin()
         else:
             self.check_same(start)
@@ -250,10 +253,8 @@ class JobFolder:
         self._caches.remove(self.ranks)
         if self.ranks.first:
             files.empty_folder(self.folder, keep=LOCK)
-        if stores:
-            if self.ranks.first:
+            if stores:
                 self._caches.record()
-            self.ranks.barrier()
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         replaces = self.existing_report() is not None
         return self.journal.append(
@@ -356,13 +357,6 @@ class JobFolder:
                 raise ResumeError(
                     f"{checkpoint[name].shard}: tensor {name!r} has changed since the job was started; --restart starts over"
                 )
-
-    def check_folder(self) -> None:
-        """Raise ConfigError if the job's folder, which is about to be emptied, contains a file that no job writes."""
-        if (path := self._foreign()) is not None:
-            raise ConfigError(
-                f"{self.folder} contains {path.name}, which no job writes; move it away or choose another OUT"
-            )
 
     def _foreign(self) -> Path | None:
         """Return a file in the job's folder that is not from such a job."""

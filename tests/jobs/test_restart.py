@@ -300,8 +300,7 @@ def test_killed_between_two_results_the_older_one_is_put_back(
             streamprune.prune(replacing, restart=True)
         assert not replacing.out.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(JobFolder, "check_same", killed)
-        patch.setattr(JobFolder, "check_folder", killed)
+        patch.setattr(JobFolder, "_start", killed)
         with pytest.raises(Killed):
             streamprune.prune(replacing, restart=restart)
     assert contents(replacing.out) == before

@@ -25,10 +25,10 @@ import streamprune
 from streamprune import Config
 from streamprune.commands.status import read_journal
 from streamprune.errors import DiskError, ResumeError
+from streamprune.jobs.caches import Caches
 from streamprune.jobs.folder import JobFolder
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import JOURNAL, LOCK, job_folder
-from streamprune.pruning.job import Job
 from streamprune.system import disk, files
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
@@ -306,7 +306,7 @@ def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_refused_job_leaves_no_folder(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
     config = configured(tiny("llama"), cache=tmp_path / "cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "record_cache", lambda self: 1 / 0)
+        patch.setattr(Caches, "record", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             streamprune.prune(config)
     assert not list(tmp_path.iterdir())

@@ -99,7 +99,7 @@ def compare(
         _ = reader.tokens
     windows = read_windows(candidates[0].job.skeleton, source(text), eval_seq_len)
     _refuse_others(folder)
-    work = _Work(folder, candidates, source(text), windows, keep=keep, log=_RowLog(progress))
+    work = _Work(folder, candidates, source(text), windows, keep, _RowLog(progress))
     with work.opened(restart):
         work.log.say(f"the table and the pruned checkpoints go to {folder.absolute()}")
         found = work.table(perplexities)
@@ -143,14 +143,7 @@ class _Work:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        candidates: Sequence[_Candidate],
-        text: Source,
-        windows: Tensor,
-        *,
-        keep: bool,
-        log: _RowLog,
+        self, folder: Path, candidates: Sequence[_Candidate], text: Source, windows: Tensor, keep: bool, log: _RowLog
     ) -> None:
         import transformers
 
@@ -294,10 +287,7 @@ class _Work:
         )
 
     def _pruned(self, candidate: _Candidate) -> Entry:
-        """Prune a row unless that is done; return its journal line.
-
-        The line has the row's figures, whether its peak of host memory is its own, and why a ratio is missed, if it is.
-        """
+        """Prune a row unless that is done; return its journal line."""
         out, line = candidate.out, self.journal.find(f"prune/{candidate.name}")
         if line is None:
             if self.journal.find(f"begin/{candidate.name}") is None:
@@ -325,7 +315,7 @@ class _Work:
         return line
 
     def _measured(self, name: str, model: Path) -> Entry:
-        """Measure a row unless that is done; return perplexity, protocol, and whether to keep the checkpoint."""
+        """Measure a row unless that is done; return its journal line."""
         line, started, config = self.journal.find(f"eval/{name}"), time.monotonic(), self.config
         if line is not None:
             return line
@@ -348,10 +338,9 @@ class _Work:
     def _settings(self) -> dict[str, Any]:
         job, config = self.job, self.config
         length = max(candidate.job.request.length for candidate in self.candidates)
+        text = "built-in sample" if config.calibration is None else str(job.request.text)
         return {
-            "calibration": ("built-in sample" if config.calibration is None else str(job.request.text))
-            if length
-            else None,
+            "calibration": text if length else None,
             "samples": config.samples,
             "seq_len": length or None,
             "seed": config.seed,

@@ -41,7 +41,8 @@ SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((TEKKEN_SPLIT, "bytes"), True): "tekken",
     ((GPT4O_SPLIT, "bytes"), False): "gpt-4o",
 }
-"""llama.cpp's names of pre-tokenizers, by steps (see `_split_name`) and by whether a part that is a piece is taken whole."""
+"""llama.cpp's names of pre-tokenizers, by steps and by whether a part that is a piece is taken whole. Steps are regular
+expressions, ``"digits"`` (single digits) and ``"bytes"`` (bytes to characters)."""
 APPROXIMATE = ("tekken", "gpt-4o")
 """Pre-tokenizers that split non-ASCII words of mixed case differently in llama.cpp."""
 
@@ -125,10 +126,7 @@ def add_vocabulary(writer: GGUFWriter, skeleton: Skeleton) -> list[str]:
 
 
 def _split_name(data: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name of a byte-level tokenizer's pre-tokenizer; None if it has none like it.
-
-    Steps are regular expressions, ``"digits"`` (single digits) and ``"bytes"`` (bytes to characters).
-    """
+    """Return llama.cpp's name of a byte-level tokenizer's pre-tokenizer; None if it has none like it."""
     pre = data["pre_tokenizer"] or {"type": "none"}
     steps: list[str] = []
     for part in pre.get("pretokenizers", [pre]):
@@ -170,11 +168,7 @@ def _scores(
 ) -> dict[int, float]:
     """Return scores by token id that reproduce the merges in the same order: minus the rank of the merged piece.
 
-    The scores are equivalent only if every pair that forms a piece is a merge and the merges of a piece are
-    consecutive.
-
-    Raises:
-        CheckpointError: they are not equivalent.
+    They are equivalent only if every pair that forms a piece is a merge and the merges of a piece are consecutive.
     """
     ranks: dict[str, int] = {}
     for left, right in merges:

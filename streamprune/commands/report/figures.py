@@ -80,11 +80,7 @@ def errors(sites: Sequence[SiteRecord]) -> list[Chart]:
 
 
 def curves(found: Mapping[str, Any], sites: Sequence[SiteRecord]) -> list[Chart]:
-    """Draw the cost of each further unit, one line per site.
-
-    Args:
-        found: contents of curves.json.
-    """
+    """Draw the cost of each further unit, one line per site; `found` is the content of curves.json."""
     points = found["sites"]
     y = charts.logarithmic(found["label"], [cost for each in points.values() for _, cost in each])
     figures = []
