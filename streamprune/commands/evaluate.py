@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -63,8 +64,7 @@ def evaluate(
         cache: folder for activations during the run; None takes the system's temporary folder.
         activations: dtype in which activations are stored, see `system.machine.resolve_activations`. None stores them
             as computed, because this is a measurement.
-        memory_host: bytes of host memory for activations, in addition to `memory`. Activations held there are not
-            written to disk.
+        memory_host: bytes of host memory that hold activations, in addition to `memory`, instead of the disk.
 
     Raises:
         CheckpointError, CalibrationError, ConfigError: the model, the text or the device is unusable.
@@ -72,21 +72,11 @@ def evaluate(
         NumericalError: the computation produces NaN or Inf.
         Stopped: `progress` asked to stop. Nothing is kept of an unfinished evaluation.
     """
-    progress = progress or Silent()
-    model, given = hub.resolve_model(model, progress), source(text)
-    skeleton = open_skeleton(model, machine.resolve_device(device), dtype)
+    progress, given = progress or Silent(), source(text)
+    skeleton = open_skeleton(hub.resolve_model(model, progress), machine.resolve_device(device), dtype)
     windows = read_windows(skeleton, given, seq_len)
-    length = windows.shape[1]
-    with through_blocks(
-        skeleton,
-        [windows],
-        "evaluate",
-        progress,
-        memory=memory,
-        cache=cache,
-        activations=activations,
-        memory_host=memory_host,
-    ) as (bucket,):
+    limits: dict[str, Any] = {"memory": memory, "cache": cache, "activations": activations, "memory_host": memory_host}
+    with through_blocks(skeleton, [windows], "evaluate", progress, **limits) as (bucket,):
         last = sweep.boundary("dense", len(skeleton))
         loss, count = sweep.losses(skeleton, bucket.store, last, windows, bucket.batch)
         progress.step("head")
@@ -94,9 +84,9 @@ def evaluate(
     return Evaluation(
         perplexity=math.exp(loss / count) if loss / count < 700 else math.inf,
         tokens=count,
-        seq_len=length,
+        seq_len=windows.shape[1],
         protocol=(
-            f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {length}, remainder dropped; "
+            f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {windows.shape[1]}, remainder dropped; "
             f"mean over all {count} predicted tokens; computed in {machine.dtype_name(skeleton.dtype)}"
             + ("" if stored == skeleton.dtype else f", activations stored in {machine.dtype_name(stored)}")
         ),
@@ -131,14 +121,10 @@ def through_blocks(
     Args:
         groups: (sequences, length) int64 each, of different lengths.
         phase: reported to `progress`, with one step more than this function takes, for the head.
-        memory, cache, activations, memory_host: as in `evaluate`.
-
-    Raises:
-        ConfigError, ResourceError, NumericalError, Stopped: as in `evaluate`.
+        memory, cache, activations, memory_host: as in `evaluate`, whose errors it raises.
     """
-    stored = None
-    if activations is not None:
-        stored = machine.resolve_activations(activations, skeleton.dtype, skeleton.checkpoint.dtype)
+    dtypes = skeleton.dtype, skeleton.checkpoint.dtype
+    stored = None if activations is None else machine.resolve_activations(activations, *dtypes)
     parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
     total, longest = sum(tokens.numel() for tokens in groups), max(tokens.shape[1] for tokens in groups)
     samples = -(-total // longest)

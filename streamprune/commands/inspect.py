@@ -12,6 +12,7 @@ from ..jobs.journal import as_written
 from ..jobs.names import is_report, is_tuning, job_folder
 from ..model import hub
 from ..model.names import CONFIG, CURVES, REPORT
+from ..model.site import Site
 from ..model.skeleton import open_skeleton
 from ..system import machine
 from ..system.progress import Progress
@@ -27,8 +28,8 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
         path: a checkpoint directory, its name on the hub, or the OUT of an unfinished job.
 
     Returns:
-        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready. The entry of a finished job has its report and
-        the cost curves of its sites (`curves`). That of an unfinished job has its settings, finished steps and sites.
+        ``{"model": {...} or None, "job": {...} or None}``, JSON-ready. A finished job has its report and the cost curves
+        of its sites (`curves`); an unfinished one has its settings, finished steps and sites.
 
     Raises:
         CheckpointError: `path` is neither a checkpoint nor a job.
@@ -56,16 +57,7 @@ def _model(path: Path) -> dict[str, Any]:
         {
             "block": index,
             "parameters": sum(entries[name].numel for name in skeleton.block_names(index).values()),
-            "sites": [
-                {
-                    "site": site.name,
-                    "units": site.units,
-                    "columns": site.columns,
-                    "unit_parameters": site.unit_parameters,
-                    **({"heads": site.heads, "head_dim": site.head_width} if site.heads else {}),
-                }
-                for site in skeleton.sites(index)
-            ],
+            "sites": [_site(site) for site in skeleton.sites(index)],
         }
         for index in range(len(skeleton))
     ]
@@ -81,6 +73,12 @@ def _model(path: Path) -> dict[str, Any]:
         "tied": skeleton.tied,
         "blocks": blocks,
     }
+
+
+def _site(site: Site) -> dict[str, Any]:
+    found = {name: getattr(site, name) for name in ("units", "columns", "unit_parameters")}
+    heads = {"heads": site.heads, "head_dim": site.head_width} if site.heads else {}
+    return {"site": site.name, **found, **heads}
 
 
 def _unfinished_job(out: Path) -> dict[str, Any] | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import CheckpointError, ConfigError
 from ..jobs.journal import Journal, as_written
@@ -20,8 +20,6 @@ from .compare import table
 State = Literal["not started", "running", "interrupted", "failed", "finished"]
 EXIT_CODES: dict[State, int] = {"finished": 0, "failed": 1, "not started": 3, "running": 4, "interrupted": 75}
 """Exit codes of `streamprune status`. A stopped job itself also exits with 75."""
-ATTEMPTS = 3
-"""Attempts at reading. Jobs may end during one: the row of a comparison, then the comparison."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,9 @@ class Status:
     phase: str | None = None
     """Kind of the current or next step; ``starting`` before the first step."""
     shot: int | None = None
-    """Number of the current shot."""
     done: int | None = None
     """Finished steps: journal lines; for a comparison, rows pruned and rows measured. The log is updated more often."""
     total: int | None = None
-    """All steps."""
     share: float | None = None
     """`done` divided by `total`."""
     seconds: float | None = None
@@ -57,10 +53,6 @@ class Status:
         """Exit code of `streamprune status`, from `EXIT_CODES`."""
         return EXIT_CODES[self.state]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the status as JSON-ready data."""
-        return asdict(self)
-
 
 def status(out: str | Path) -> Status:
     """Show the progress of the pruning, tuning or comparison that writes or wrote `out`.
@@ -69,28 +61,20 @@ def status(out: str | Path) -> Status:
         ConfigError: `out` is not from such a job.
         ResumeError: the journal is damaged.
     """
-    for _ in range(ATTEMPTS - 1):
-        with suppress(FileNotFoundError):  # a job ended meanwhile and removed its folder
+    for _ in range(2):
+        with suppress(FileNotFoundError):  # a job, or a row of a comparison, ended meanwhile and removed its folder
             return _status(Path(out))
     return _status(Path(out))
 
 
 def check_exists(out: Path) -> None:
-    """Check that a path exists or that a job is writing it.
-
-    Raises:
-        CheckpointError: neither is true.
-    """
+    """Raise CheckpointError unless a path exists or a job is writing it."""
     if not out.exists() and not job_folder(out).is_dir():
         raise CheckpointError(f"{out} does not exist, and no job is writing it")
 
 
 def check_finished(out: Path) -> None:
-    """Check that a path is the finished result of a pruning or tuning job.
-
-    Raises:
-        ConfigError: the job is unfinished, or the path is a comparison's folder or something else.
-    """
+    """Raise ConfigError unless a path is the finished result of a pruning or tuning job."""
     if (out / REPORT).is_file():
         return
     if (job_folder(out) / JOURNAL).is_file():
@@ -109,7 +93,7 @@ def read_journal(out: Path) -> Journal | None:
 def _status(out: Path) -> Status:
     is_comparison = (out / JOURNAL).is_file() or (out / LOCK).is_file()
     with as_written(out):
-        return _comparison(out) if is_comparison else _job(out, str(out))
+        return _comparison(out, str(out)) if is_comparison else _job(out, str(out))
 
 
 def _job(out: Path, name: str) -> Status:
@@ -130,17 +114,17 @@ def _job(out: Path, name: str) -> Status:
     return Status(name, "finished", share=1.0, seconds=report.get("seconds"), seconds_left=0.0, log=last)
 
 
-def _comparison(out: Path) -> Status:
+def _comparison(out: Path, name: str) -> Status:
     running = files.is_locked(out / LOCK)
     journal = Journal(out / JOURNAL, repair=False)
     asked = journal.find(ASKED) if journal.header is not None else None
     if asked is None:
-        return Status(str(out), "running" if running else "not started", phase="starting" if running else None)
+        return Status(name, "running", phase="starting") if running else Status(name, "not started")
     schedule, row = Schedule(asked["schedule"], journal), None
     if schedule.current is not None and schedule.current.kind == "prune":
-        name = schedule.current.name.partition("/")[2]
-        row = _job(out / ROWS / name, name)
-    found = _unfinished(str(out), out, journal, schedule, running, row)
+        label = schedule.current.name.partition("/")[2]
+        row = _job(out / ROWS / label, label)
+    found = _unfinished(name, out, journal, schedule, running, row)
     if schedule.current is None and not (out / LOCK).exists() and (out / table.JSON).is_file():
         return replace(found, state="finished", phase=None, error=None)
     return found
@@ -149,7 +133,7 @@ def _comparison(out: Path) -> Status:
 def _unfinished(
     name: str, folder: Path, journal: Journal, schedule: Schedule, running: bool, row: Status | None = None
 ) -> Status:
-    """Return the status of an unfinished job that has a journal."""
+    """Return the status of a job with a journal."""
     current, since, step = schedule.current, 0.0, None
     if row is not None and row.seconds is not None:
         since = row.seconds
