@@ -8,13 +8,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT, contents
+from kills.life import Ended, Forked
 from streamprune_cli import main
 
 import streamprune
@@ -77,44 +80,35 @@ class Impatient(Callback):
 
 # Signals.
 
-DRIVER = """
-import os, signal, sys, time
-from streamprune.pruning.block import BlockPruner
-from streamprune_cli import main
 
-real = BlockPruner.prune
+def send_in_block_1(name: str, times: int) -> None:
+    """Have the command get so many signals in the middle of block 1; with none, its parent gets one and passes it on."""
+    real = BlockPruner.prune
 
-def prune(self, block, index):
-    if index == 1:
-        for _ in range(int(sys.argv[2])):
-            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-        if sys.argv[1] == "SIGTERM" and not int(sys.argv[2]):
-            os.kill(os.getppid(), signal.SIGTERM)
-            while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-                time.sleep(0.01)
-    return real(self, block, index)
+    def prune(self: BlockPruner, block: Any, index: int) -> Any:
+        if index == 1:
+            for _ in range(times):
+                os.kill(os.getpid(), getattr(signal, name))
+            if not times:
+                os.kill(os.getppid(), signal.SIGTERM)
+                while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+                    time.sleep(0.01)
+        return real(self, block, index)
 
-BlockPruner.prune = prune
-main(sys.argv[3:])
-"""
-"""The command, with so many signals in the middle of block 1; with none, its parent gets one and hands it on."""
+    BlockPruner.prune = prune  # type: ignore[method-assign]
 
 
-def drive(name: str, times: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", DRIVER, name, str(times), *arguments], capture_output=True, text=True, check=False
-    )
+def drive(name: str, times: int, arguments: list[str], folder: Path) -> Ended:
+    return Forked(arguments, folder, partial(send_in_block_1, name, times)).wait()
 
 
-def test_a_signal_finishes_the_step_and_the_same_command_goes_on(
+def test_a_signal_finishes_the_step_and_the_same_command_resumes(
     arguments: list[str], configured: Make, tiny: Tiny, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    stopped = drive("SIGTERM", 1, [*arguments, "--quiet"])
-    assert stopped.returncode == 75, stopped.stderr
-    assert stopped.stdout == ""
-    # Nothing but the error.
-    assert stopped.stderr == "streamprune: stopped on request; run the same command again to resume\n"
+    stopped = drive("SIGTERM", 1, [*arguments, "--quiet"], tmp_path)
+    message = "streamprune: stopped on request; run the same command again to resume\n"
+    assert (stopped.code, stopped.out, stopped.err) == (75, "", message)
     assert not out.exists()
     assert lines(out)[-1] == "shot-1/prune/1"
     assert not list(job_folder(out).rglob("*.tmp"))
@@ -126,32 +120,16 @@ def test_a_signal_finishes_the_step_and_the_same_command_goes_on(
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_second_signal_stops_at_once(arguments: list[str], tmp_path: Path) -> None:
-    stopped = drive("SIGTERM", 2, arguments)
-    assert stopped.returncode == -signal.SIGTERM, stopped.stderr
-    assert "stopping at the end of this step; a second signal stops at once" in stopped.stderr
-    assert lines(tmp_path / "out")[-1] == "shot-1/prune/0"
-
-
-@pytest.mark.parametrize(("times", "code", "last"), [(1, 75, 1), (2, 130, 0)])
-def test_interrupting_does_the_same(
-    times: int, code: int, last: int, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "times", "code", "last"),
+    [("SIGTERM", 2, -signal.SIGTERM, 0), ("SIGINT", 1, 75, 1), ("SIGINT", 2, 130, 0)],
+)
+def test_a_second_signal_stops_at_once(
+    name: str, times: int, code: int, last: int, arguments: list[str], tmp_path: Path
 ) -> None:
-    real = BlockPruner.prune
-
-    def prune(self: BlockPruner, block: Any, index: int) -> Any:
-        if index == 1:
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
-        return real(self, block, index)
-
-    monkeypatch.setattr(BlockPruner, "prune", prune)
-    # Whoever runs the tests in the background may have it ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert invoke(*arguments).exit_code == code
-    finally:
-        signal.signal(signal.SIGINT, before)
+    stopped = drive(name, times, arguments, tmp_path)
+    assert stopped.code == code, stopped.err
+    assert "stopping at the end of this step; a second signal stops at once" in stopped.err
     assert lines(tmp_path / "out")[-1] == f"shot-1/prune/{last}"
     assert not (tmp_path / "out").exists()
 
@@ -597,7 +575,8 @@ def stopping_shim(times: int) -> str:
     return f"""#!/bin/bash
 if [ "$1" = run ] && [ ! -f stopped ]; then
     touch stopped
-    exec {sys.executable} driver.py SIGTERM {times} "$@"
+    export PYTHONPATH={ROOT}/tests:{ROOT}/tests/cli
+    exec {sys.executable} -c 'import sys, test_batch as t; t.send_in_block_1("SIGTERM", {times}); t.main(sys.argv[1:])' "$@"
 fi
 exec {sys.executable} -m streamprune_cli "$@"
 """
@@ -611,7 +590,6 @@ def test_a_sweep_through_the_queue_requeues_and_polls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "driver.py").write_text(DRIVER)
     programs = {"sbatch": FAKE_SBATCH, "srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "streamprune": stopping_shim(1)}
     sweep = [str(ROOT / "examples" / "sweep.sh"), arguments[1], "small", "0.2", *arguments[5:]]
     submit = {"SUBMIT": f"sbatch {ROOT / 'examples' / 'slurm.sh'}", "POLL": "0.1"}
@@ -632,7 +610,6 @@ def test_a_sweep_skips_stops_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "driver.py").write_text(DRIVER)
     options = [*arguments[5:], "--quiet"]
     assert invoke("run", arguments[1], "small-0.2", "--ratio", "0.2", *options).exit_code == 0
     sweep = [str(ROOT / "examples" / "sweep.sh"), arguments[1], "small", "0.2 0.3", *options]

@@ -82,9 +82,10 @@ class Life:
 class Forked(Life):
     """The command in a process forked from one that has imported everything and has no threads."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(self, arguments: Sequence[str], folder: Path, before: Callable[[], None] | None = None) -> None:
         super().__init__(folder)
-        self._process = _starter().Process(target=_command, args=(list(arguments), folder, self._streams))
+        given = (list(arguments), folder, self._streams, before)
+        self._process = _starter().Process(target=_command, args=given)
         self._process.start()
 
     def targets(self) -> dict[str, list[int]]:
@@ -188,8 +189,8 @@ def _starter() -> Any:
     return context
 
 
-def _command(arguments: list[str], folder: Path, streams: Path) -> None:
-    """In the forked process: the command as its script calls it."""
+def _command(arguments: list[str], folder: Path, streams: Path, before: Callable[[], None] | None) -> None:
+    """In the forked process: the command as its script calls it, after `before`."""
     assert threads(os.getppid()) == 1, "a thread of the starter's is missing here"
     os.chdir(folder)
     for descriptor, name in ((1, "out"), (2, "err")):
@@ -200,5 +201,7 @@ def _command(arguments: list[str], folder: Path, streams: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from streamprune_cli import main
 
+    if before is not None:
+        before()
     command: Callable[..., None] = main
     command(arguments, prog_name="streamprune")
