@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -61,7 +62,6 @@ def refused(result: Result, message: str, code: int, folder: Path) -> None:
     [
         (["--ratio", "0"], "ratio is 0; it must be in (0, 1)"),
         (["--ratio", "1"], "ratio is 1; it must be in (0, 1)"),
-        (["--ratio", "-0.2"], "ratio is -0.2"),
         (["--ratio", "nan"], "ratio is nan"),
         (["--ratio", "0.97"], "ratio is 0.97; this model can lose at most 0."),
         (["--ratio", "0.0001"], "ratio is 0.0001; the smallest step is"),
@@ -82,7 +82,6 @@ def refused(result: Result, message: str, code: int, folder: Path) -> None:
         ),
         (["--set", "damping=low"], "setting damping = 'low': it must be a number"),
         (["--set", "damping=-1"], "setting damping = '-1': it must be from 0 to 1"),
-        (["--set", "damping=100"], "it must be from 0 to 1"),
         (["--set", "damping=nan"], "it must be from 0 to 1"),
         (["--recipe", "sobp", "--set", "head_weight=inf"], "it must be from 0 to 1e+09"),
         (["--seed", "9223372036854775808"], "it must be below 2^63"),
@@ -97,14 +96,8 @@ def test_settings(arguments: list[str], message: str, run: Callable[..., Result]
     refused(run(*arguments), message, 2, tmp_path)
 
 
-def test_neither_ratio_nor_plan(run: Callable[..., Result], tmp_path: Path) -> None:
-    refused(run(ratio=None), "give a ratio or a plan file", 2, tmp_path)
-
-
 def edit_json(path: Path, **changes: Any) -> None:
-    data = json.loads(path.read_text())
-    data.update(changes)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def break_config(model: Path, **changes: Any) -> None:
@@ -112,15 +105,18 @@ def break_config(model: Path, **changes: Any) -> None:
 
 
 def shard_of(model: Path, name: str) -> Path:
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    return model / index["weight_map"][name]
+    return model / str(json.loads((model / INDEX).read_text())["weight_map"][name])
+
+
+def drop_from_index(model: Path, name: str) -> None:
+    index = json.loads((model / INDEX).read_text())
+    del index["weight_map"][name]
+    (model / INDEX).write_text(json.dumps(index))
 
 
 def drop_tensor(model: Path, name: str) -> None:
     edit_tensors(model, lambda tensors: tensors.pop(name, None))
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    del index["weight_map"][name]
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    drop_from_index(model, name)
 
 
 def poison(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -131,27 +127,30 @@ def poison(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
+def only_pickles(model: Path) -> None:
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+
+
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not a checkpoint": (lambda m: [p.unlink() for p in m.iterdir()], "has no config.json"),
     "no weights": (lambda m: [p.unlink() for p in m.glob("*.safetensors*")], "has neither model.safetensors nor"),
+    "only pickles": (only_pickles, "only pickled weights, which are never opened"),
     "missing shard": (lambda m: shard_of(m, UP).unlink(), "is missing"),
     "truncated shard": (lambda m: files.truncate(shard_of(m, UP), 600), "is corrupt or cut short"),
     "garbage shard": (lambda m: shard_of(m, UP).write_bytes(b"\xff" * 500), "is corrupt or cut short"),
     "empty shard": (lambda m: shard_of(m, UP).write_bytes(b""), "is corrupt or cut short"),
     "config is no JSON": (lambda m: (m / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "config is a list": (lambda m: (m / "config.json").write_text("[1]"), "config.json is not a JSON object"),
-    "index is no JSON": (lambda m: (m / "model.safetensors.index.json").write_text("oops"), "cannot be read as JSON"),
-    "index is empty": (lambda m: (m / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+    "index is no JSON": (lambda m: (m / INDEX).write_text("oops"), "cannot be read as JSON"),
+    "index is empty": (lambda m: (m / INDEX).write_text("{}"), "has no weight_map"),
     "index leads outside": (
-        lambda m: edit_json(m / "model.safetensors.index.json", weight_map={UP: "../../etc/passwd"}),
+        lambda m: edit_json(m / INDEX, weight_map={UP: "../../etc/passwd"}),
         "places 'model.layers.1.mlp.up_proj.weight' in '../../etc/passwd', which is not a file of this directory",
     ),
-    "index is absolute": (
-        lambda m: edit_json(m / "model.safetensors.index.json", weight_map={UP: "/etc/passwd"}),
-        "'/etc/passwd', which is not a file of this directory",
-    ),
     "index names a number": (
-        lambda m: edit_json(m / "model.safetensors.index.json", weight_map={UP: 7}),
+        lambda m: edit_json(m / INDEX, weight_map={UP: 7}),
         "which is not a file of this directory",
     ),
     "index places a tensor wrongly": (
@@ -176,7 +175,6 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda m: break_config(m, model_type="mamba"),
         "model_type 'mamba' is not supported; supported are falcon, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama",
     ),
-    "no architecture": (lambda m: break_config(m, model_type=None), "model_type None is not supported"),
     "absurd config": (lambda m: break_config(m, num_attention_heads=0), "transformers cannot build this model"),
     "config of words": (lambda m: break_config(m, hidden_size="wide"), "transformers cannot build this model"),
     "no tokenizer": (lambda m: [p.unlink() for p in m.glob("tokenizer*")], "no tokenizer that transformers can read"),
@@ -209,7 +207,7 @@ def in_one_file(model: Path) -> dict[str, torch.Tensor]:
 def test_two_sets_of_weights(model: Path, run: Callable[..., Result], text: Path, tmp_path: Path) -> None:
     """transformers reads the single file, so that nothing else may be read."""
     name = "model.norm.weight"
-    index = (model / "model.safetensors.index.json").read_text()
+    index = (model / INDEX).read_text()
     shard = shard_of(model, UP)
     data = shard.read_bytes()
     in_one_file(model)
@@ -238,9 +236,7 @@ def test_two_sets_of_weights(model: Path, run: Callable[..., Result], text: Path
 def test_what_the_index_leaves_out_is_read_all_the_same(model: Path) -> None:
     """transformers takes from the index only which shards there are."""
     shard = shard_of(model, UP)
-    index = json.loads((model / INDEX).read_text())
-    del index["weight_map"][UP]
-    (model / INDEX).write_text(json.dumps(index))
+    drop_from_index(model, UP)
     assert torch.equal(Checkpoint(model).read(UP), streamprune.load(model).state_dict()[UP])
     other = next(path for path in model.glob("*.safetensors") if path != shard)
     save_file({**load_file(other), UP: torch.zeros(48, 32)}, other, metadata={"format": "pt"})
@@ -314,13 +310,6 @@ def test_libraries_of_tokenizers(
     (model / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=rf"tokenizer\.model {message}"):
         load_tokenizer(model)
-
-
-def test_pickles_only(model: Path, run: Callable[..., Result], tmp_path: Path) -> None:
-    for path in model.glob("*.safetensors*"):
-        path.unlink()
-    (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    refused(run(), "only pickled weights, which are never opened", 1, tmp_path)
 
 
 def test_model_is_no_directory(run: Callable[..., Result], tmp_path: Path, text: Path) -> None:
@@ -420,9 +409,10 @@ def test_a_name_that_is_not_utf8(name: str, run: Callable[..., Result], model: P
     refused(result, "which is not UTF-8", 2, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["out", "out/cache", "out.streamprune/out", "other/../out/x"])
-def test_a_cache_in_out(place: str, run: Callable[..., Result], tmp_path: Path) -> None:
-    refused(run("--cache", str(tmp_path / place)), "; choose a folder outside", 2, tmp_path)
+def test_caches(run: Callable[..., Result], text: Path, tmp_path: Path) -> None:
+    for place in ("out", "out/cache", "out.streamprune/out", "other/../out/x"):
+        refused(run("--cache", str(tmp_path / place)), "; choose a folder outside", 2, tmp_path)
+    refused(run("--cache", str(text / "cache")), "cache cannot be below", 2, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -441,26 +431,24 @@ def test_a_tokenizer_that_the_result_has_to_name(
 
 
 @pytest.mark.parametrize("command", ["run", "eval"])
-def test_only_what_goes_on_is_told_to_go_on(
+def test_only_what_resumes_is_told_to(
     command: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*given: object, **more: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "\x1b[31m/tmp/x")
-
-    def interrupted(*given: object, **more: object) -> None:
-        raise KeyboardInterrupt
-
-    arguments = {
-        "run": [str(model), str(tmp_path / "out"), "--ratio", "0.3"],
-        "eval": [str(model), "--text", str(text)],
-    }
+    name, *given = {
+        "run": ("prune", str(tmp_path / "out"), "--ratio", "0.3"),
+        "eval": ("evaluate", "--text", str(text)),
+    }[command]
     advice = "; run the same command again to resume" if command == "run" else ""
-    for raised, message, code in (
-        (full, r"\x1b[31m/tmp/x: No space left on device", 1),
-        (interrupted, "interrupted", 130),
+    for error, message, code in (
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "\x1b[31m/tmp/x"),
+            r"\x1b[31m/tmp/x: No space left on device",
+            1,
+        ),
+        (KeyboardInterrupt(), "interrupted", 130),
     ):
-        monkeypatch.setattr(streamprune, {"run": "prune", "eval": "evaluate"}[command], raised)
-        result = CliRunner().invoke(main, [command, *arguments[command]])
+        monkeypatch.setattr(streamprune, name, Mock(side_effect=error))
+        result = CliRunner().invoke(main, [command, str(model), *given])
         assert result.exit_code == code
         assert result.stderr == f"streamprune: {message}{advice}\n"
 
@@ -498,6 +486,9 @@ def test_out_is_taken(run: Callable[..., Result], model: Path, tmp_path: Path) -
     shutil.copytree(model, out)
     assert "already exists and was not written by streamprune" in run().stderr
     assert "already exists and was not written by streamprune" in run("--restart").stderr
+    result = CliRunner().invoke(main, ["run", str(model), str(model), "--ratio", "0.3", "--recipe", "magnitude"])
+    assert result.exit_code == 2
+    assert "the model itself" in result.stderr
 
 
 def test_what_appears_in_out_meanwhile_is_left_alone(
@@ -530,16 +521,6 @@ def test_a_folder_of_the_users_in_the_jobs_place(run: Callable[..., Result], tmp
     assert result.exit_code == 2
     assert "contains mine.txt" in result.stderr
     assert (tmp_path / "out.streamprune" / "mine.txt").exists()
-
-
-def test_cache_below_a_file(run: Callable[..., Result], tmp_path: Path, text: Path) -> None:
-    refused(run("--cache", str(text / "cache")), "cache cannot be below", 2, tmp_path)
-
-
-def test_out_is_the_model(model: Path) -> None:
-    result = CliRunner().invoke(main, ["run", str(model), str(model), "--ratio", "0.3", "--recipe", "magnitude"])
-    assert result.exit_code == 2
-    assert "the model itself" in result.stderr
 
 
 PLAN = {"format": "streamprune-plan-1", "ratio": 0.3}
@@ -575,8 +556,8 @@ def test_plans(plan: Any, message: str, run: Callable[..., Result], tmp_path: Pa
 def test_plan_without_units_where_units_are_needed(run: Callable[..., Result], tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({**PLAN, "sites": SITES}))
-    settings = ("--recipe", "sobp", "--set", "refine=off")
-    refused(run("--plan", str(path), *settings, ratio=None), 'needs "units"', 2, tmp_path)
+    given = ("--plan", str(path), "--recipe", "sobp", "--set", "refine=off")
+    refused(run(*given, ratio=None), 'needs "units"', 2, tmp_path)
 
 
 def test_evaluation(model: Path, text: Path, tmp_path: Path) -> None:

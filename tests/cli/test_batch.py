@@ -29,7 +29,7 @@ from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.jobs.schedule import Phase, Schedule
 from streamprune.pruning.block import BlockPruner
-from streamprune.system import files, signals
+from streamprune.system import files
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
@@ -132,31 +132,6 @@ def test_a_second_signal_stops_at_once(
     assert "stopping at the end of this step; a second signal stops at once" in stopped.err
     assert lines(tmp_path / "out")[-1] == f"shot-1/prune/{last}"
     assert not (tmp_path / "out").exists()
-
-
-def test_handlers_are_there_only_while_work_is_watched() -> None:
-    before = [signal.getsignal(number) for number in signals.SIGNALS]
-    told: list[int] = []
-    with signals.asked_by_signals(lambda: told.append(1)) as asked:
-        assert not asked()
-        assert [signal.getsignal(number) for number in signals.SIGNALS] != before
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked()
-        assert [signal.getsignal(number) for number in signals.SIGNALS] == before
-    assert told == [1]
-    with signals.asked_by_signals(lambda: None):
-        pass
-    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
-
-
-def test_a_signal_that_was_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with signals.asked_by_signals(lambda: None) as asked:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert not asked()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
@@ -379,14 +354,11 @@ def test_a_result_that_was_renamed_but_not_cleared_is_finished(
     assert streamprune.status(config.out).state == "finished"
 
 
-def test_something_else_has_no_status(tiny: Tiny, text: Path) -> None:
+def test_what_has_no_status(tiny: Tiny, text: Path, arguments: list[str], tmp_path: Path) -> None:
     for other in (tiny("llama"), text):
         assert invoke("status", str(other)).exit_code == 2
         with pytest.raises(ConfigError, match="not a job's result"):
             streamprune.status(other)
-
-
-def test_a_damaged_journal_is_said(arguments: list[str], tmp_path: Path) -> None:
     invoke(*arguments, "--plan-only")
     journal = job_folder(tmp_path / "out") / "journal.jsonl"
     journal.write_bytes(b"x" + journal.read_bytes())
@@ -445,6 +417,7 @@ def test_quiet_plan_prints_only_what_does_not_fit(arguments: list[str]) -> None:
 
 
 def journal_of(tmp_path: Path, steps: dict[str, float]) -> Journal:
+    tmp_path.mkdir(exist_ok=True)
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append("start")
     for step, seconds in steps.items():
@@ -480,17 +453,12 @@ def test_the_estimate_by_hand(tmp_path: Path) -> None:
     assert schedule.seconds_left(since=10, step=40.0) == pytest.approx(30 + 2 * 12 + 5 + 2 * 35)
 
 
-def test_skipped_steps_count_as_done(tmp_path: Path) -> None:
+def test_skipped_steps_and_names_that_begin_alike(tmp_path: Path) -> None:
     schedule = Schedule(PHASES, journal_of(tmp_path, {"shot-1/allocate": 2.0}))
-    assert (schedule.done, schedule.total) == (3, 10)
-    assert schedule.current == Phase("shot-1/prune", 2)
-
-
-def test_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path, {"prune/a-0.25": 1.0})
+    assert (schedule.done, schedule.total, schedule.current) == (3, 10, Phase("shot-1/prune", 2))
+    journal = journal_of(tmp_path / "other", {"prune/a-0.25": 1.0})
     schedule = Schedule([{"name": "prune/a-0.2"}, {"name": "prune/a-0.25"}], journal)
-    assert schedule.current == Phase("prune/a-0.2")
-    assert schedule.done == 1
+    assert (schedule.done, schedule.current) == (1, Phase("prune/a-0.2"))
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from conftest import ROOT
 from streamprune_cli import main
 from streamprune_cli.options import SIZE
 
 import streamprune
+from streamprune.model.checkpoint import Checkpoint
+from streamprune.recipes.settings import SETTINGS
 
 COMMANDS = sorted(main.commands)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
 
 
 @pytest.fixture
@@ -26,71 +31,44 @@ def arguments(tiny: Callable[..., Path], text: Path, tmp_path: Path) -> list[str
     return [str(tiny("llama")), str(tmp_path / "out"), *options]
 
 
-def test_run_prints_one_object_and_nothing_else_on_stdout(arguments: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "streamprune_cli", "run", *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout)
-    assert list(result) == [
-        "out",
-        "recipe",
-        "ratio_requested",
-        "ratio_blocks",
-        "ratio_model",
-        "ratio_missed",
-        "parameters_before",
-        "parameters_after",
-        "zeros",
-        "operations",
-        "forward_equivalents",
-        "operations_by_kind",
-        "sweeps_per_shot",
-        "tokens",
-        "seconds",
-        "peak_device_bytes",
-        "peak_host_bytes",
-        "bytes_read",
-        "waited",
-        "resumed",
-    ]
+RESULT = (
+    "out recipe ratio_requested ratio_blocks ratio_model ratio_missed parameters_before parameters_after zeros operations "
+    "forward_equivalents operations_by_kind sweeps_per_shot tokens seconds peak_device_bytes peak_host_bytes bytes_read "
+    "waited resumed"
+)
+
+
+def test_run_prints_one_object_and_nothing_else_on_stdout(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    forecast = json.loads(invoke("plan", arguments[0], *arguments[2:], "--json").stdout)
+    main(["run", *arguments, "--json"], standalone_mode=False)
+    stdout, stderr = capfd.readouterr()
+    result = json.loads(stdout)
+    assert list(result) == RESULT.split()
     assert result["out"] == str(tmp_path / "out")
     assert result["resumed"] is False
     assert result["ratio_missed"] is None
-    assert "instead of" not in done.stderr
+    assert "instead of" not in stderr
     # Progress: plain lines where stderr is no terminal.
-    assert "survey: 6 of 6" in done.stderr
-    assert "prune: 3 of 3" in done.stderr
-    assert "\r" not in done.stderr
-    again = CliRunner().invoke(main, ["run", *arguments, "--json"])
+    assert "survey: 6 of 6" in stderr
+    assert "prune: 3 of 3" in stderr
+    assert "\r" not in stderr
+    # Check, forward, backward and prune sweeps; embeddings (the tied head) for check, embedding, head and output,
+    # the final norm for check, head and output.
+    sizes = {name: entry.nbytes for name, entry in Checkpoint(Path(arguments[0])).items()}
+    blocks = sum(size for name, size in sizes.items() if ".layers." in name)
+    norm = 32 * 4
+    assert result["bytes_read"] == 4 * blocks + 4 * (sum(sizes.values()) - blocks - norm) + 3 * norm
+    assert forecast["bytes_to_read"] == pytest.approx(result["bytes_read"], rel=0.05)
+    again = invoke("run", *arguments, "--json")
     assert json.loads(again.stdout)["resumed"] is True
 
 
-def test_each_sweep_reads_every_byte_once(arguments: list[str], tmp_path: Path) -> None:
-    result = json.loads(CliRunner().invoke(main, ["run", *arguments, "--json"]).stdout)
-    model = Path(arguments[0])
-    blocks = outside = 0
-    from streamprune.model.checkpoint import Checkpoint
-
-    for name, entry in Checkpoint(model).items():
-        if ".layers." in name:
-            blocks += entry.nbytes
-        else:
-            outside += entry.nbytes
-    # Check, forward, backward and prune sweeps; embeddings (the tied head) for check, embedding, head and output,
-    # the final norm for check, head and output.
-    norm = 32 * 4
-    assert result["bytes_read"] == 4 * blocks + 4 * (outside - norm) + 3 * norm
-
-
-def test_plan_only_then_plan(arguments: list[str], tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["run", *arguments, "--plan-only", "--json"])
-    path = Path(json.loads(result.stdout)["plan"])
+def test_plan_only(arguments: list[str], tmp_path: Path) -> None:
+    path = Path(json.loads(invoke("run", *arguments, "--plan-only", "--json").stdout)["plan"])
     assert json.loads(path.read_text())["sites"]["blocks.0.ffn"]["keep"] <= 48
-    looked = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--json"])
-    job = json.loads(looked.stdout)["job"]
+    job = json.loads(invoke("inspect", str(tmp_path / "out"), "--json").stdout)["job"]
     assert job["state"] == "interrupted"
     assert job["finished"][-1] == "shot-1/allocate"
     assert not (tmp_path / "out").exists()
@@ -100,20 +78,20 @@ def test_plan_only_then_plan(arguments: list[str], tmp_path: Path) -> None:
 def test_plan_and_status_count_the_same_steps(recipe: str, arguments: list[str], tmp_path: Path) -> None:
     settings = ["--set", "shots=1"] if recipe == "surgeon" else []
     same = [*arguments[2:], "--recipe", recipe, *settings, "--json"]
-    CliRunner().invoke(main, ["run", *arguments[:2], *same, "--plan-only"])
-    planned = CliRunner().invoke(main, ["plan", arguments[0], *same])
-    status = CliRunner().invoke(main, ["status", str(tmp_path / "out"), "--json"])
+    invoke("run", *arguments[:2], *same, "--plan-only")
+    planned = invoke("plan", arguments[0], *same)
+    status = invoke("status", str(tmp_path / "out"), "--json")
     assert json.loads(planned.stdout)["steps"] == json.loads(status.stdout)["total"]
 
 
 def test_plan_forecasts(arguments: list[str]) -> None:
-    result = CliRunner().invoke(main, ["plan", arguments[0], *arguments[2:], "--json"])
+    result = invoke("plan", arguments[0], *arguments[2:], "--json")
     assert result.exit_code == 0
     forecast = json.loads(result.stdout)
     keys = {"device_bytes", "host_bytes", "disk_bytes", "bytes_to_read", "operations", "steps", "fits", "problems"}
     assert keys <= forecast.keys()
     assert forecast["fits"] is True
-    tight = CliRunner().invoke(main, ["plan", arguments[0], *arguments[2:], "--memory", "20KB"])
+    tight = invoke("plan", arguments[0], *arguments[2:], "--memory", "20KB")
     assert tight.exit_code == 1
     assert "does not fit: the memory limit is 19.5 KiB" in tight.stdout
 
@@ -133,31 +111,31 @@ CAPPED = (
 
 
 def test_a_missed_ratio_is_said(scarce: list[str], tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["run", *scarce, "--json"])
+    done = invoke("run", *scarce, "--json")
     assert done.exit_code == 0
     result = json.loads(done.stdout)
     assert (result["ratio_requested"], round(result["ratio_blocks"], 4)) == (0.3, 0.0821)
     assert re.fullmatch(CAPPED, result["ratio_missed"])
     assert done.stderr.splitlines()[-1] == f"streamprune: {tmp_path / 'out'}: {result['ratio_missed']}"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["ratio_missed"] == result["ratio_missed"]
-    assert result["ratio_missed"] in CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).stdout
+    assert result["ratio_missed"] in invoke("inspect", str(tmp_path / "out")).stdout
     # The finished result says so again, but not where only errors are wanted.
-    assert result["ratio_missed"] in CliRunner().invoke(main, ["run", *scarce]).stderr
-    quiet = CliRunner().invoke(main, ["run", *scarce, "--quiet"])
+    assert result["ratio_missed"] in invoke("run", *scarce).stderr
+    quiet = invoke("run", *scarce, "--quiet")
     assert (quiet.exit_code, quiet.stderr) == (0, "")
 
 
 def test_strict_keeps_the_result_and_fails(scarce: list[str], tmp_path: Path) -> None:
     for more in ([], ["--quiet"]):  # the second finds the result of the first
-        done = CliRunner().invoke(main, ["run", *scarce, "--strict", *more, "--json"])
+        done = invoke("run", *scarce, "--strict", *more, "--json")
         assert done.exit_code == 1
         assert json.loads(done.stdout)["out"] == str(tmp_path / "out")
         assert re.search(CAPPED + "; the result is written, and --strict makes this a failure$", done.stderr.strip())
     assert streamprune.verify(tmp_path / "out").sound
     # With enough tokens nothing is missed.
-    enough = CliRunner().invoke(main, ["run", *scarce, "--samples", "64", "--strict", "--restart"])
+    enough = invoke("run", *scarce, "--samples", "64", "--strict", "--restart")
     assert enough.exit_code == 0
-    refused = CliRunner().invoke(main, ["run", *scarce, "--strict", "--plan-only"])
+    refused = invoke("run", *scarce, "--strict", "--plan-only")
     assert refused.exit_code == 2
     assert "--strict judges a result, and --plan-only makes none" in refused.stderr
 
@@ -169,19 +147,18 @@ def test_plan_knows_a_ratio_that_cannot_be_met(scarce: list[str]) -> None:
         "block's 4 experts can see as many as they have channels (24), and the other experts keep all their channels; "
         "raise --samples or --seq-len"
     )
-    found = CliRunner().invoke(main, ["plan", *same])
+    found = invoke("plan", *same)
     assert found.exit_code == 0
     assert f"misses its ratio: {known}" in found.stdout.splitlines()
-    assert json.loads(CliRunner().invoke(main, ["plan", *same, "--json"]).stdout)["ratio_missed"] == known
-    assert CliRunner().invoke(main, ["plan", *same, "--quiet"]).stdout == ""
-    enough = CliRunner().invoke(main, ["plan", *same, "--samples", "64", "--json"])
+    assert json.loads(invoke("plan", *same, "--json").stdout)["ratio_missed"] == known
+    assert invoke("plan", *same, "--quiet").stdout == ""
+    enough = invoke("plan", *same, "--samples", "64", "--json")
     assert json.loads(enough.stdout)["ratio_missed"] is None
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--recipe", "magnitude"], "--calibration, --samples, --seq-len"),
         (["--recipe", "magnitude", "--seed", "0"], "--calibration, --samples, --seq-len, --seed"),
         (["--recipe", "random", "--seed", "1"], "--calibration, --samples, --seq-len"),
         (["--recipe", "magnitude", "--structure", "2:4"], "--calibration, --samples, --seq-len"),
@@ -196,7 +173,7 @@ def test_options_about_text_that_change_nothing_are_said(
     note = [] if said is None else [f"streamprune: {recipe} reads no text here, so {said} changed nothing"]
 
     def notes(*words: str) -> list[str]:
-        done = CliRunner().invoke(main, [*words, *given])
+        done = invoke(*words, *given)
         assert done.exit_code == 0, done.output
         return [line for line in done.stderr.splitlines() if line.endswith("changed nothing")]
 
@@ -207,14 +184,14 @@ def test_options_about_text_that_change_nothing_are_said(
 
 def test_round_to_beside_a_plan_is_said(arguments: list[str], tmp_path: Path) -> None:
     same = [*arguments, "--recipe", "magnitude"]
-    plan = json.loads(CliRunner().invoke(main, ["run", *same, "--plan-only", "--json"]).stdout)["plan"]
-    done = CliRunner().invoke(main, ["run", *same, "--plan", plan])
+    plan = json.loads(invoke("run", *same, "--plan-only", "--json").stdout)["plan"]
+    done = invoke("run", *same, "--plan", plan)
     assert done.exit_code == 0, done.output
     assert "streamprune: the plan decides the widths, so --round-to changed nothing" in done.stderr.splitlines()
 
 
 def test_defaults_about_text_are_not_spoken_of(arguments: list[str]) -> None:
-    done = CliRunner().invoke(main, ["run", *arguments[:4], "--recipe", "magnitude"])
+    done = invoke("run", *arguments[:4], "--recipe", "magnitude")
     assert done.exit_code == 0
     assert "changed nothing" not in done.stderr
 
@@ -233,47 +210,32 @@ def test_compare_speaks_of_them_where_no_recipe_reads_text(
     recipes: str, said: str | None, arguments: list[str], text: Path, tmp_path: Path
 ) -> None:
     same = [arguments[0], *arguments[4:], "--ratios", "0.3", "--recipes", recipes, "--text", str(text)]
-    done = CliRunner().invoke(main, ["compare", *same, "--out", str(tmp_path / "out")])
+    done = invoke("compare", *same, "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     found = [line for line in done.stderr.splitlines() if line.endswith("changed nothing")]
     assert found == ([] if said is None else [f"streamprune: {said}"])
 
 
-def test_plan_forecasts_the_bytes_that_run_reads(arguments: list[str]) -> None:
-    forecast = json.loads(CliRunner().invoke(main, ["plan", arguments[0], *arguments[2:], "--json"]).stdout)
-    result = json.loads(CliRunner().invoke(main, ["run", *arguments, "--json"]).stdout)
-    assert forecast["bytes_to_read"] == pytest.approx(result["bytes_read"], rel=0.05)
-
-
 def test_eval_and_inspect(arguments: list[str], text: Path, tmp_path: Path) -> None:
-    CliRunner().invoke(main, ["run", *arguments])
+    assert "removed by default" in invoke("run", *arguments).stdout
     out = str(tmp_path / "out")
-    measured = json.loads(
-        CliRunner().invoke(main, ["eval", out, "--text", str(text), "--seq-len", "24", "--json"]).stdout
-    )
+    measured = json.loads(invoke("eval", out, "--text", str(text), "--seq-len", "24", "--json").stdout)
     assert list(measured) == ["perplexity", "tokens", "seq_len", "protocol"]
     assert measured["tokens"] == 3000 // 24 * 23
-    looked = CliRunner().invoke(main, ["inspect", out])
+    shown = invoke("eval", arguments[0], "--text", str(text)).stdout
+    assert re.match(r"perplexity \d+\.\d+\n\(whole text tokenised", shown)
+    looked = invoke("inspect", out)
     assert looked.exit_code == 0
-    assert "streamprune_llama" in looked.stdout
-    assert "job: finished" in looked.stdout
-    assert "blocks.2.ffn" in looked.stdout
-    dense = CliRunner().invoke(main, ["inspect", arguments[0], "--json"])
-    found = json.loads(dense.stdout)
+    for part in ("streamprune_llama", "job: finished", "blocks.2.ffn"):
+        assert part in looked.stdout
+    found = json.loads(invoke("inspect", arguments[0], "--json").stdout)
     assert found["job"] is None
     assert [len(block["sites"]) for block in found["model"]["blocks"]] == [2, 2, 2]
 
 
-def test_human_output(arguments: list[str], text: Path) -> None:
-    done = CliRunner().invoke(main, ["run", *arguments])
-    assert "removed by default" in done.stdout
-    measured = CliRunner().invoke(main, ["eval", arguments[0], "--text", str(text)])
-    assert re.match(r"perplexity \d+\.\d+\n\(whole text tokenised", measured.stdout)
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example_and_is_in_the_readme(name: str) -> None:
-    shown = CliRunner().invoke(main, [name, "--help"])
+    shown = invoke(name, "--help")
     assert shown.exit_code == 0
     assert re.search(rf"Examples?:\s+streamprune {name} ", shown.stdout)
     assert f"streamprune {name}" in (ROOT / "README.md").read_text()
@@ -305,32 +267,24 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "option"), SIZES)
-def test_a_size_without_its_unit_is_refused(name: str, option: str) -> None:
-    words = [name, option, "12"]
-    for parameter in main.commands[name].params:
-        if parameter.param_type_name == "argument":
-            words.append("nothing")
-        elif parameter.name in REQUIRED:
-            words += [parameter.opts[0], REQUIRED[parameter.name]]
-    refused = CliRunner().invoke(main, words)
-    assert refused.exit_code == 2
-    assert f"{option}: the size '12' has no unit and would be bytes; write it like 12GiB" in refused.stderr
-
-
-def test_every_size_is_tried() -> None:
+def test_a_size_without_its_unit_is_refused() -> None:
     assert {option for _, option in SIZES} == {"--memory", "--memory-host", "--disk"}
+    for name, option in SIZES:
+        words = [name, option, "12"]
+        for parameter in main.commands[name].params:
+            if parameter.param_type_name == "argument":
+                words.append("nothing")
+            elif parameter.name in REQUIRED:
+                words += [parameter.opts[0], REQUIRED[parameter.name]]
+        refused = invoke(*words)
+        assert refused.exit_code == 2
+        assert f"{option}: the size '12' has no unit and would be bytes; write it like 12GiB" in refused.stderr
 
 
 def test_unknown_options_are_usage_errors() -> None:
-    assert CliRunner().invoke(main, ["run"]).exit_code == 2
-    assert CliRunner().invoke(main, ["run", "a", "b", "--ratio", "much"]).exit_code == 2
-    assert CliRunner().invoke(main, ["prune"]).exit_code == 2
-
-
-def test_help_imports_no_torch() -> None:
-    code = "import sys; from streamprune_cli import main; main(['run', '--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert invoke("run").exit_code == 2
+    assert invoke("run", "a", "b", "--ratio", "much").exit_code == 2
+    assert invoke("prune").exit_code == 2
 
 
 def test_public_names() -> None:
@@ -340,10 +294,6 @@ def test_public_names() -> None:
 
 
 def test_every_setting_is_in_the_docs() -> None:
-    from dataclasses import fields
-
-    from streamprune.recipes.settings import SETTINGS
-
     documented = (ROOT / "docs" / "methods.md").read_text()
     assert list(SETTINGS) == [recipe.name for recipe in streamprune.RECIPES.values()]
     for name, settings in SETTINGS.items():

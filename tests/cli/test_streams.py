@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,43 +93,44 @@ def test_no_file_gets_the_number_of_a_stream(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b""
 
 
-# A closed terminal.
+# Signals.
+
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
-@pytest.fixture
-def asked() -> Callable[..., tuple[bool, int]]:
-    """Send this process signals while it can be asked: whether it was, and how often it was told."""
-
-    def send(*numbers: signal.Signals) -> tuple[bool, int]:
-        told: list[int] = []
-        before = [signal.getsignal(number) for number in (*signals.SIGNALS, signals.HANGUP)]
+@pytest.mark.parametrize(
+    ("sent", "ignored", "found"),
+    [
+        ((), [], (False, 0)),
+        ((TERM,), [], (True, 1)),
+        # A closed terminal asks however often it says so.
+        ((HUP, HUP, HUP), [], (True, 1)),
+        ((TERM, HUP), [], (True, 1)),
+        # Behind it another signal ends at once.
+        ((HUP, INT), [], KeyboardInterrupt),
+        ((HUP, INT), [HUP, INT], (False, 0)),
+    ],
+)
+def test_signals(
+    sent: tuple[signal.Signals, ...], ignored: list[signal.Signals], found: tuple[bool, int] | type[KeyboardInterrupt]
+) -> None:
+    """Whether signals ask to stop, and how often that is told."""
+    watched = (*signals.SIGNALS, signals.HANGUP)
+    before = {number: signal.getsignal(number) for number in watched}
+    # Whoever runs the tests may have them ignored.
+    mine = {number: signal.SIG_IGN if number in ignored else signal.default_int_handler for number in watched}
+    told: list[int] = []
+    try:
+        for number, handler in mine.items():
+            signal.signal(number, handler)
         with signals.asked_by_signals(lambda: told.append(1)) as stop:
-            for number in numbers:
+            for number in sent:
                 os.kill(os.getpid(), number)
-            found = stop(), len(told)
-        assert [signal.getsignal(number) for number in (*signals.SIGNALS, signals.HANGUP)] == before
-        return found
-
-    return send
-
-
-def test_a_closed_terminal_asks_however_often_it_says_so(asked: Callable[..., tuple[bool, int]]) -> None:
-    assert asked(signal.SIGHUP, signal.SIGHUP, signal.SIGHUP) == (True, 1)
-    assert asked(signal.SIGTERM, signal.SIGHUP) == (True, 1)
-
-
-def test_behind_a_closed_terminal_another_signal_ends_at_once(asked: Callable[..., tuple[bool, int]]) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            asked(signal.SIGHUP, signal.SIGINT)
+            assert (stop(), len(told)) == found
+    except KeyboardInterrupt:
+        assert found is KeyboardInterrupt
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_nohup_is_respected(asked: Callable[..., tuple[bool, int]]) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert asked(signal.SIGHUP) == (False, 0)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+        left = {number: signal.getsignal(number) for number in watched}
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+    assert left == mine
