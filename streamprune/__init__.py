@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .commands.compare.run import compare
     from .commands.compare.table import Comparison, Variant
     from .commands.evaluate import Evaluation, evaluate
-    from .commands.export import Exported, export_gguf
-    from .commands.harness import Tasks, TaskScores, evaluate_tasks, find_tasks
+    from .commands.export.gguf import Exported, export_gguf
+    from .commands.harness.tasks import Tasks, TaskScores, evaluate_tasks, find_tasks
     from .commands.inspect import inspect
     from .commands.report.report import report
     from .commands.status import Status, status
@@ -44,8 +44,8 @@ _HOME = {
     "commands.compare.run": ("compare",),
     "commands.compare.table": ("Comparison", "Variant"),
     "commands.evaluate": ("Evaluation", "evaluate"),
-    "commands.export": ("Exported", "export_gguf"),
-    "commands.harness": ("TaskScores", "Tasks", "evaluate_tasks", "find_tasks"),
+    "commands.export.gguf": ("Exported", "export_gguf"),
+    "commands.harness.tasks": ("TaskScores", "Tasks", "evaluate_tasks", "find_tasks"),
     "commands.inspect": ("inspect",),
     "commands.report.report": ("report",),
     "commands.status": ("Status", "status"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ class Exported:
     """Bytes of the file."""
     context: int
     """Largest number of tokens in the context."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     """Differences between the file and the checkpoint."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,6 @@ TOKENS = 48
 """Default number of tokens per sample."""
 ROOM = 1.2
 """Memory that generation takes, as a multiple of the model's size."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt, and each model's continuation."""
-
-    prompt: str
-    texts: Mapping[str, str]
-    """Continuations without the prompt, by model label."""
-    alike: int
-    """Number of leading characters on which all continuations agree."""
-    same: int
-    """Number of leading tokens on which all continuations agree."""
-    tokens: int
-    """Tokens of the longest continuation."""
 
 
 def check_samples(
@@ -87,12 +71,16 @@ def _room(path: Path, prompt: str, tokens: int | None) -> int:
 
 def write_samples(
     models: Mapping[str, Path], prompts: Sequence[str], limits: Sequence[int], device: torch.device, progress: Progress
-) -> list[Sample]:
+) -> list[dict[str, Any]]:
     """Continue every prompt greedily with every model.
 
     Args:
         models: checkpoint directories by label.
         limits: largest number of tokens to generate after each prompt. A model may end its text earlier.
+
+    Returns:
+        Per prompt: the `prompt`, the continuations as `texts` by label, the numbers of leading characters (`alike`) and
+        tokens (`same`) on which they agree, and the `tokens` of the longest.
 
     Raises:
         CheckpointError: transformers cannot load a model or its tokenizer.
@@ -109,7 +97,13 @@ def write_samples(
         del model
         return_freed_memory()
     return [
-        Sample(prompt, texts, _agreed(list(texts.values())), _agreed(ids), tokens=max(map(len, ids)))
+        {
+            "prompt": prompt,
+            "texts": texts,
+            "alike": _agreed([*texts.values()]),
+            "same": _agreed(ids),
+            "tokens": max(map(len, ids)),
+        }
         for prompt, (texts, ids) in zip(prompts, found, strict=True)
     ]
 
