@@ -14,8 +14,8 @@ from . import options, show
 
 
 @click.command()
-@click.argument("model", type=options.DIRECTORY)
-@click.option("--against", type=options.DIRECTORY, metavar="MODEL", help="The dense model that MODEL was made from.")
+@click.argument("model", type=options.PATH)
+@click.option("--against", type=options.PATH, metavar="MODEL", help="The dense model that MODEL was made from.")
 @click.option(
     "--prompt-tokens", type=int, help="Tokens per prompt.  [default: 512, or what fits the context beside --new-tokens]"
 )

@@ -21,7 +21,7 @@ def numbers(context: click.Context, parameter: click.Parameter, text: str) -> li
 
 
 @click.command()
-@click.argument("model", type=options.DIRECTORY)
+@click.argument("model", type=options.PATH)
 @click.option(
     "--ratios",
     required=True,
@@ -39,7 +39,7 @@ def numbers(context: click.Context, parameter: click.Parameter, text: str) -> li
 @options.seq_len_option("--eval-seq-len", of=" of --text")
 @click.option(
     "--out",
-    type=options.DIRECTORY,
+    type=options.PATH,
     help="Folder for the table and intermediate files.  [default: MODEL-compare in the current folder]",
 )
 @click.option(

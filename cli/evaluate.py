@@ -15,11 +15,11 @@ from . import options, show
 
 
 @click.command("eval")
-@click.argument("model", type=options.DIRECTORY)
+@click.argument("model", type=options.PATH)
 @options.text_option
 @options.seq_len_option()
 @click.option("--tasks", metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
-@click.option("--include-path", type=options.DIRECTORY, metavar="DIR", help="Folder with more task files.")
+@click.option("--include-path", type=options.PATH, metavar="DIR", help="Folder with more task files.")
 @click.option("--limit", type=int, metavar="N", help="Score the first N documents of each task.  [default: all]")
 @click.option("--num-fewshot", type=int, metavar="N", help="Examples before each document.  [default: the task's own]")
 @options.machine_options

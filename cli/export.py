@@ -14,8 +14,8 @@ from . import options, show
 
 
 @click.command()
-@click.argument("model", type=options.DIRECTORY)
-@click.argument("out", type=options.FILE, metavar="OUT.gguf")
+@click.argument("model", type=options.PATH)
+@click.argument("out", type=options.PATH, metavar="OUT.gguf")
 @click.option("--dtype", default="f16", metavar="NAME", help="Dtype of the matrices: f32, f16, bf16 or q8_0.")
 @options.output_options
 def export(model: Path, out: Path, dtype: str, as_json: bool, quiet: bool) -> None:

@@ -10,8 +10,6 @@ import click
 
 import streamprune
 from streamprune.commands.report.records import flat
-from streamprune.commands.status import check_exists
-from streamprune.model.hub import is_name
 from streamprune.system.units import format_bytes
 
 from . import options, show
@@ -23,7 +21,7 @@ DECADES = 6
 
 
 @click.command()
-@click.argument("model", type=options.DIRECTORY)
+@click.argument("model", type=options.PATH)
 @options.json_option
 def inspect(model: Path, as_json: bool) -> None:
     """Show the blocks, sites and widths of MODEL, and its job.
@@ -35,9 +33,6 @@ def inspect(model: Path, as_json: bool) -> None:
 
       streamprune inspect llama-2-5b
     """
-    if not is_name(model):
-        check_exists(model)
-    options.begin()
     with show.watched() as progress:
         found = streamprune.inspect(model, progress=progress)
     parts = [lines(found[name]) for name, lines in (("model", _model), ("job", _job)) if found[name] is not None]

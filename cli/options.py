@@ -17,8 +17,7 @@ from . import show
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DIRECTORY = click.Path(path_type=Path, file_okay=True)
-FILE = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
 TEXT = "TEXT[:FIELD]"
 SOURCE = f"{TEXT}[=WEIGHT]"
 
@@ -132,7 +131,7 @@ machine_options = bundle(
     computing_options,
     click.option(
         "--cache",
-        type=DIRECTORY,
+        type=PATH,
         help="Folder for activations; use a fast disk.  [default: beside OUT, or a temporary folder]",
     ),
     click.option(
@@ -207,7 +206,7 @@ job_options = bundle(
     ),
     click.option(
         "--plan",
-        type=FILE,
+        type=PATH,
         metavar="FILE",
         help="Plan file that says what to keep, instead of letting the recipe decide.",
     ),

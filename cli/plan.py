@@ -22,7 +22,7 @@ PARTS = ("weights", "sums", "solving", "activations", "slack", "device_bytes", "
 
 
 @click.command()
-@click.argument("model", type=options.DIRECTORY)
+@click.argument("model", type=options.PATH)
 @options.job_options
 @options.json_option
 @click.option("--quiet", "-q", is_flag=True, help="Print only what does not fit; nothing if all fits.")

@@ -14,9 +14,9 @@ from . import options, show
 
 
 @click.command()
-@click.argument("out", type=options.DIRECTORY)
+@click.argument("out", type=options.PATH)
 @click.option(
-    "--against", type=options.DIRECTORY, metavar="MODEL", help="Dense model to compare samples and perplexity with."
+    "--against", type=options.PATH, metavar="MODEL", help="Dense model to compare samples and perplexity with."
 )
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt to continue; may be repeated.")
 @click.option(
@@ -26,12 +26,12 @@ from . import options, show
 @options.seq_len_option(of=" of --text")
 @click.option(
     "--comparison",
-    type=options.DIRECTORY,
+    type=options.PATH,
     metavar="DIR",
     help="Result of streamprune compare to show: its folder or compare.json.",
 )
 @click.option(
-    "--out", "--html", "html", type=options.FILE, metavar="FILE", help="Page to write.  [default: OUT/report.html]"
+    "--out", "--html", "html", type=options.PATH, metavar="FILE", help="Page to write.  [default: OUT/report.html]"
 )
 @options.device_options
 @options.output_options

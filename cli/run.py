@@ -16,8 +16,8 @@ from . import options, show
 
 
 @click.command()
-@click.argument("model", type=options.DIRECTORY)
-@click.argument("out", type=options.DIRECTORY)
+@click.argument("model", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @options.job_options
 @click.option("--plan-only", is_flag=True, help="Stop before pruning and print the path of the plan file.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if OUT misses its ratio by more than one unit.")

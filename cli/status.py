@@ -14,7 +14,7 @@ from . import options, show
 
 
 @click.command()
-@click.argument("out", type=options.DIRECTORY)
+@click.argument("out", type=options.PATH)
 @options.json_option
 def status(out: Path, as_json: bool) -> None:
     """Show the progress of the job that writes OUT.

@@ -15,8 +15,8 @@ from . import options, show
 
 
 @click.command()
-@click.argument("model", type=options.DIRECTORY)
-@click.argument("out", type=options.DIRECTORY)
+@click.argument("model", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @click.option(
     "--text", required=True, multiple=True, metavar=options.SOURCE, help="Text to train on; repeat for several sources."
 )
@@ -29,7 +29,7 @@ from . import options, show
 )
 @click.option(
     "--teacher",
-    type=options.DIRECTORY,
+    type=options.PATH,
     metavar="MODEL",
     help="Dense model whose block outputs are the target of distil.",
 )

@@ -13,7 +13,7 @@ from . import options, show
 
 
 @click.command()
-@click.argument("out", type=options.DIRECTORY)
+@click.argument("out", type=options.PATH)
 @options.output_options
 def verify(out: Path, as_json: bool, quiet: bool) -> None:
     """Check that a checkpoint is complete and undamaged.

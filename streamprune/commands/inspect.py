@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
 from ..jobs.journal import as_written
 from ..jobs.names import is_report, is_tuning, job_folder
 from ..model import hub
 from ..model.names import CONFIG, CURVES, REPORT
 from ..model.site import Site
-from ..model.skeleton import open_skeleton
-from ..system import machine
 from ..system.progress import Progress
 from ..system.strict_json import read_json
 from .compare.table import JSON, MARKDOWN
-from .status import check_exists, read_journal, status
+from .status import read_journal, status
 
 
 def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -51,6 +47,11 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
 
 
 def _model(path: Path) -> dict[str, Any]:
+    import torch
+
+    from ..model.skeleton import open_skeleton
+    from ..system.machine import dtype_name
+
     skeleton = open_skeleton(path, torch.device("cpu"), "auto")
     entries = skeleton.checkpoint
     blocks = [
@@ -64,7 +65,7 @@ def _model(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "model_type": skeleton.config.model_type,
-        "dtypes": sorted({machine.dtype_name(entry.dtype) for entry in entries.values()}),
+        "dtypes": sorted({dtype_name(entry.dtype) for entry in entries.values()}),
         "parameters": skeleton.parameters(),
         "block_parameters": skeleton.block_parameters(),
         "width": skeleton.width,
@@ -84,7 +85,8 @@ def _site(site: Site) -> dict[str, Any]:
 def _unfinished_job(out: Path) -> dict[str, Any] | None:
     journal = read_journal(out)
     if journal is None:
-        check_exists(out)
+        if not out.exists() and not job_folder(out).is_dir():
+            raise CheckpointError(f"{out} does not exist, and no job is writing it")
         return None
     if journal.header is None:
         return {"state": "starting"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..jobs.journal import Journal, as_written
 from ..jobs.names import ASKED, JOURNAL, LOCK, ROWS, STAGING, is_report, is_tuning, job_folder
 from ..jobs.schedule import Schedule, seconds_spent
@@ -65,12 +65,6 @@ def status(out: str | Path) -> Status:
         with suppress(FileNotFoundError):  # a job, or a row of a comparison, ended meanwhile and removed its folder
             return _status(Path(out))
     return _status(Path(out))
-
-
-def check_exists(out: Path) -> None:
-    """Raise CheckpointError unless a path exists or a job is writing it."""
-    if not out.exists() and not job_folder(out).is_dir():
-        raise CheckpointError(f"{out} does not exist, and no job is writing it")
 
 
 def check_finished(out: Path) -> None:

@@ -94,6 +94,10 @@ def test_plan_forecasts(arguments: list[str]) -> None:
     tight = invoke("plan", arguments[0], *arguments[2:], "--memory", "20KB")
     assert tight.exit_code == 1
     assert "does not fit: the memory limit is 19.5 KiB" in tight.stdout
+    fits = invoke("plan", arguments[0], *arguments[2:], "--quiet")
+    assert (fits.exit_code, fits.output) == (0, "")
+    tight = invoke("plan", arguments[0], *arguments[2:], "--memory", "20KB", "--quiet")
+    assert [line.startswith("does not fit: ") for line in tight.stdout.splitlines()] == [True]
 
 
 @pytest.fixture

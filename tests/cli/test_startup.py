@@ -113,8 +113,6 @@ FIRST = [
     "from transformers import AutoModelForCausalLM; import streamprune",
     "import streamprune; from transformers import AutoConfig",
     "from transformers import AutoConfig; import streamprune",
-    "import streamprune; from transformers import AutoTokenizer",
-    "import streamprune; import transformers.models.llama.modeling_llama",
     "import streamprune.model.modeling_streamprune",
 ]
 FORKS = """

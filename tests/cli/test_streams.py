@@ -44,7 +44,7 @@ def expected(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         (">/dev/full", 1),
     ],
 )
-def test_the_job_goes_on_without_its_readers(
+def test_the_job_continues_without_its_readers(
     redirected: str, code: int, inputs: Inputs, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     arguments = SCENARIOS["sobp"].arguments(inputs)
