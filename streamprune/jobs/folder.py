@@ -243,8 +243,7 @@ class JobFolder:
     def write_start(self, *, stores: bool, **data: Any) -> Entry:
         """Read the models, remove the files of an earlier job, and write the journal's first line. All ranks call this.
 
-        Args:
-            stores: whether the job writes activations.
+        `stores` is whether the job writes activations.
         """
         header, sources = self.header, self.read_sources()
         if self.ranks.first:

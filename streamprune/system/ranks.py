@@ -177,9 +177,7 @@ class Ranks:
     ) -> Iterator[tuple[T, Info, list[Tensor]]]:
         """Yield the items of a group of `rounds` with their owners' results, in order on all ranks.
 
-        Args:
-            own: results for this rank's items, used up here: a small, picklable value and tensors each.
-            device: see `broadcast_tensors`.
+        `own` are the results for this rank's items, used up here: a small, picklable value and tensors each.
         """
         info: Any
         for place, item in enumerate(together):

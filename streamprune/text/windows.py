@@ -106,11 +106,7 @@ def _pool(tokenizer: Any, given: Source, vocabulary: int, size: int, seed: int) 
 
 
 def _read(tokenizer: Any, given: Source, documents: Documents, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Read blocks as text: each document followed by the separator, conversations formatted by the chat template.
-
-    Raises:
-        CalibrationError: the text is unusable, or the tokenizer has no chat template.
-    """
+    """Read blocks as text: each document followed by the separator, conversations formatted by the chat template."""
     for number, block in documents.read(numbers):
         parts = [
             _conversation(tokenizer, document, given) if isinstance(document, list) else document + documents.separator
