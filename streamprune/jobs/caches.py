@@ -10,7 +10,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..errors import ResumeError
 from ..system import files
 from ..system.ranks import ALONE, Ranks
 from ..system.strict_json import read_json
@@ -40,11 +39,7 @@ class Caches:
             files.write_text(self._record, json.dumps({FOLDERS: [*recorded, given]}) + "\n")
 
     def remove(self, ranks: Ranks = ALONE) -> None:
-        """Remove the activations of all ranks, which may have separate disks, then the record of their folders.
-
-        Raises:
-            ResumeError: the record is damaged.
-        """
+        """Remove the activations of all ranks, which may have separate disks, then the record of their folders."""
         for _ in ranks.in_turn():
             recorded = map(self._within, map(Path, self._recorded()))
             for path in dict.fromkeys([self._folder / "cache", *recorded, self.own]):
@@ -60,7 +55,5 @@ class Caches:
     def _recorded(self) -> list[str]:
         if not self._record.is_file():
             return []
-        folders = read_json(self._record).get(FOLDERS)
-        if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
-            raise ResumeError(f"{self._record} is damaged: {FOLDERS!r} is not a list of folders")
+        folders: list[str] = read_json(self._record)[FOLDERS]
         return folders

@@ -15,7 +15,7 @@ from ..errors import DamageError, NumericalError
 from ..maths.refit import advice
 from ..system import files
 from ..system.host import host_buffer
-from ..system.threads import Background, read_ahead
+from ..system.threads import background, read_ahead
 from ..system.timing import waiting
 from .copies import Copies, Taken
 from .encoding import Encoding
@@ -154,13 +154,13 @@ class ActivationStore:
                 stack.callback(self._filling.remove, held)
             if held is None or durable:
                 append = stack.enter_context(files.replacing(self.path(name), durable=durable))
-            background = stack.enter_context(Background())
+            submit = stack.enter_context(background())
 
             def write(batch: Tensor) -> None:
                 raw = self.encoding.encode(batch)
                 # A sum reveals NaN and Inf at a fifth of the cost. It can also overflow, so `keep` checks again.
                 take = self._copies.outward([raw, self.encoding.telling(raw).sum()])
-                background.submit(lambda: keep(*take()))
+                submit(lambda: keep(*take()))
 
             def keep(raw: Tensor, total: Tensor) -> None:
                 nonlocal written
@@ -181,7 +181,7 @@ class ActivationStore:
                     append(sums)
 
             yield write
-            background.submit(close)
+            submit(close)
         self._forget(name)
         if held is not None:
             held.on_disk = append is not None

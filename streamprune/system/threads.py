@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -50,36 +51,31 @@ def read_ahead(
 
 
 MAX_PENDING = 2
-"""Tasks of a `Background` that may be pending: one runs and one waits."""
+"""Tasks of `background` that may be pending: one runs and one waits."""
 
 
-class Background:
-    """A context that runs tasks, such as writes, in one background thread, with at most `MAX_PENDING` tasks pending.
+@contextmanager
+def background() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Run tasks, such as writes, in one background thread, in order; yields the function that submits a task.
 
-    An exception in a task is raised by a later `submit`, or when the context ends; waiting tasks are then cancelled. If the
-    context ends without an exception, all tasks are done.
+    It blocks while `MAX_PENDING` tasks are pending. An exception in a task is raised by a later submit, or when the context
+    ends; waiting tasks are then cancelled. If the context ends without an exception, all tasks are done.
     """
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
+    pending: deque[Future[None]] = deque()
 
-    def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
-        self._under_way: deque[Future[None]] = deque()
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Queue a task, and block while `MAX_PENDING` tasks are pending."""
-        while len(self._under_way) >= MAX_PENDING:
-            self._finish_one()
-        self._under_way.append(self._worker.submit(work))
-
-    def __enter__(self) -> Background:
-        return self
-
-    def __exit__(self, kind: object, *others: object) -> None:
-        try:
-            while kind is None and self._under_way:
-                self._finish_one()
-        finally:
-            self._worker.shutdown(wait=True, cancel_futures=True)
-
-    def _finish_one(self) -> None:
+    def finish_one() -> None:
         with waiting("write"):
-            self._under_way.popleft().result()
+            pending.popleft().result()
+
+    def submit(task: Callable[[], None]) -> None:
+        while len(pending) >= MAX_PENDING:
+            finish_one()
+        pending.append(worker.submit(task))
+
+    try:
+        yield submit
+        while pending:
+            finish_one()
+    finally:
+        worker.shutdown(wait=True, cancel_futures=True)

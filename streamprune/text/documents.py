@@ -265,11 +265,7 @@ class Delimited(TextFile):
     middle of a file one cannot tell whether a newline ends a row. Opening therefore reads the file once, row by
     row, and stores the offset of each block's first row: 8 bytes per 64 KiB.
 
-    pandas, with which `datasets` reads these files, would accept rows with more or fewer cells than the header and
-    shift, drop or invent cells. Here they are errors.
-
-    Raises:
-        CalibrationError: a row is malformed, or has more or fewer cells than the header.
+    Rows with more or fewer cells than the header are errors; pandas, which `datasets` uses, would shift or drop cells.
     """
 
     def __init__(self, path: Path, field: str | None, delimiter: str) -> None:

@@ -7,15 +7,15 @@ import time
 
 import pytest
 
-from streamprune.system.threads import MAX_PENDING, Background
+from streamprune.system.threads import MAX_PENDING, background
 from streamprune.system.timing import waited, waiting
 
 
 def test_in_order_in_another_thread_and_done_at_the_end() -> None:
     done: list[tuple[int, bool]] = []
-    with Background() as background:
+    with background() as submit:
         for i in range(9):
-            background.submit(lambda i=i: done.append((i, threading.current_thread() is threading.main_thread())))
+            submit(lambda i=i: done.append((i, threading.current_thread() is threading.main_thread())))
     assert done == [(i, False) for i in range(9)]
 
 
@@ -23,9 +23,9 @@ def test_no_more_than_a_piece_or_two_wait() -> None:
     gate, handed = threading.Event(), []
 
     def hand_in() -> None:
-        with Background() as background:
+        with background() as submit:
             for i in range(5):
-                background.submit(gate.wait)
+                submit(gate.wait)
                 handed.append(i)
 
     thread = threading.Thread(target=hand_in)
@@ -48,10 +48,10 @@ def test_an_error_is_raised_and_nothing_is_begun_after_it_was(later: int) -> Non
         raise OSError(28, "No space left on device")
 
     def hand_in() -> None:
-        with Background() as background:
-            background.submit(fail)
+        with background() as submit:
+            submit(fail)
             for i in range(later):
-                background.submit(lambda i=i: done.append(i))
+                submit(lambda i=i: done.append(i))
 
     with pytest.raises(OSError, match="No space"):
         hand_in()
@@ -69,9 +69,9 @@ def test_whoever_leaves_by_an_error_waits_for_what_is_under_way_only() -> None:
     class Stop(BaseException): ...
 
     def hand_in() -> None:
-        with Background() as background:
-            background.submit(slow)
-            background.submit(lambda: done.append("next"))
+        with background() as submit:
+            submit(slow)
+            submit(lambda: done.append("next"))
             begun.wait()
             raise Stop
 
@@ -82,9 +82,9 @@ def test_whoever_leaves_by_an_error_waits_for_what_is_under_way_only() -> None:
 
 def test_only_time_in_which_the_thread_itself_is_blocked_counts() -> None:
     before = waited()
-    with Background() as background:
-        background.submit(own_read)
-        background.submit(lambda: None)
+    with background() as submit:
+        submit(own_read)
+        submit(lambda: None)
     after = waited()
     assert after["read"] == before["read"]
     assert 0.005 < after["write"] - before["write"] < 0.2
