@@ -10,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..errors import ResumeError
 from ..system import files
 from ..system.ranks import ALONE, Ranks
 from ..system.strict_json import read_json
@@ -39,7 +40,11 @@ class Caches:
             files.write_text(self._record, json.dumps({FOLDERS: [*recorded, given]}) + "\n")
 
     def remove(self, ranks: Ranks = ALONE) -> None:
-        """Remove the activations of all ranks, which may have separate disks, then the record of their folders."""
+        """Remove the activations of all ranks, which may have separate disks, then the record of their folders.
+
+        Raises:
+            ResumeError: the record is damaged.
+        """
         for _ in ranks.in_turn():
             recorded = map(self._within, map(Path, self._recorded()))
             for path in dict.fromkeys([self._folder / "cache", *recorded, self.own]):
@@ -55,5 +60,7 @@ class Caches:
     def _recorded(self) -> list[str]:
         if not self._record.is_file():
             return []
-        folders: list[str] = read_json(self._record)[FOLDERS]
+        folders = read_json(self._record).get(FOLDERS)
+        if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
+            raise ResumeError(f"{self._record} is damaged: {FOLDERS!r} is not a list of folders")
         return folders
