@@ -31,6 +31,8 @@ from streamprune.jobs.schedule import Phase, Schedule
 from streamprune.pruning.block import BlockPruner
 from streamprune.system import files
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
 SMALL = ["--samples", "6", "--seq-len", "24", "--round-to", "4"]

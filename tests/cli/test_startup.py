@@ -131,6 +131,7 @@ for first in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_auto_classes_know_pruned_models_whatever_is_imported_first() -> None:
     done = subprocess.run([sys.executable, "-c", FORKS, *FIRST], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -196,6 +196,7 @@ def test_what_cannot_be_measured_is_refused(tiny: Tiny, pruned: Path, monkeypatc
         measured(pruned, memory=100_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "context", "expected"),
     [

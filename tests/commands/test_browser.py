@@ -13,6 +13,8 @@ from conftest import make_tiny
 
 import streamprune
 
+pytestmark = pytest.mark.slow
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra `browser`)")
 
 ARGUMENTS = (

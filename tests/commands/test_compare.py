@@ -149,6 +149,7 @@ def test_the_files_agree(compare: Compare, tmp_path: Path) -> None:
     assert "- m: recipe `magnitude`" in markdown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "steps"),
     [
@@ -180,6 +181,7 @@ def test_ratios_and_recipes_can_be_added(compare: Compare, tmp_path: Path) -> No
     assert numbers(found) == numbers(compare(out=tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -200,6 +202,7 @@ def test_changed_settings_are_refused(change: dict[str, Any], message: str, comp
     assert len(fresh.rows) == 2
 
 
+@pytest.mark.slow
 def test_changed_texts_are_refused(compare: Compare, scored: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         compare(progress=Watched("row 2 of 5, sobp at 0.2: prune", 1))

@@ -53,6 +53,7 @@ EARLIER: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("appends", [3, 6, 9])
 @pytest.mark.parametrize("changes", EARLIER, ids=lambda changes: changes["recipe"])
 def test_whatever_was_there_is_gone(

@@ -320,6 +320,7 @@ JOBS: list[tuple[str, dict[str, str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "undamped"), [(torch.bfloat16, False), (torch.float32, True)])
 @pytest.mark.parametrize(("recipe", "settings"), JOBS)
 def test_jobs_on_spoilt_models(

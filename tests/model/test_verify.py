@@ -620,6 +620,7 @@ WRITTEN = (
 )
 
 
+@pytest.mark.slow
 def test_a_write_that_goes_wrong_is_no_result_and_the_same_command_mends_it(
     tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -649,6 +650,7 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", JOBS.values(), ids=JOBS)
 def test_shards_that_an_earlier_process_wrote_are_held_too(
     changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
@@ -670,6 +672,7 @@ def test_shards_that_an_earlier_process_wrote_are_held_too(
         assert contents(config.out) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model-00003-of-00005.safetensors", "config.json"])
 @pytest.mark.parametrize("method", ["lora", "distil"])
 def test_a_tuning_whose_write_goes_wrong(

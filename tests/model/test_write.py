@@ -135,6 +135,7 @@ def runtimes_width(factor: float, width: int) -> int:
     return columns if columns % 256 == 0 else columns + 256 - columns % 256
 
 
+@pytest.mark.slow
 def test_decilm_layout_says_what_its_runtimes_read(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -294,6 +295,7 @@ def uneven_plan(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fields"), ROTATIONS.values(), ids=ROTATIONS)
 def test_the_tokenizer_needs_no_code(name: str, fields: dict[str, Any], configured: Make, tmp_path: Path) -> None:
     """Whatever rotary embedding the config has, in the form that models are published with."""
@@ -328,6 +330,7 @@ RUN_TIME: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [RUN_TIME, {"output_attentions": True}], ids=["kernels", "output_attentions"])
 @pytest.mark.parametrize("layout", ["free", "uniform"])
 def test_how_somebody_ran_the_model_is_no_part_of_a_checkpoint(

@@ -26,6 +26,8 @@ from streamprune.errors import DamageError, ResumeError, StreamPruneError
 from streamprune.jobs.journal import Journal
 from streamprune.system import disk, files
 
+pytestmark = pytest.mark.slow
+
 QUICK = 2
 """Operations tried per scenario and fault, unless `scripts/faults` asks for more."""
 

@@ -12,7 +12,7 @@ from kills.campaign import Campaign, left_behind
 from kills.life import Forked, Torchrun, send
 from kills.scenario import SCENARIOS, Inputs
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")]
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

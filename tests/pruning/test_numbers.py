@@ -146,6 +146,7 @@ def test_a_draw_from_what_is_no_distribution() -> None:
 # Sums.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("recipe", MEASURING)
 def test_every_gram_of_a_job(

@@ -220,6 +220,7 @@ def test_a_later_block_reads_what_the_refined_one_gives(
         assert sites[f"blocks.{index}.ffn"]["refinement"] == pytest.approx([error, error], rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["magnitude", "sobp"])
 def test_every_recipe_can_be_refined(recipe: str, tiny: Tiny, configured: Make) -> None:
     path = tiny("gpt2", torch.bfloat16)
@@ -233,6 +234,7 @@ def test_every_recipe_can_be_refined(recipe: str, tiny: Tiny, configured: Make) 
     assert {out[name].dtype for name in out} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 8])
 def test_killed_inside_a_block_the_bytes_are_the_same(
     step: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch

@@ -218,6 +218,7 @@ def stopping_at(instant: int, monkeypatch: pytest.MonkeyPatch, *, before: bool) 
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"recipe": "default", "settings": {"shots": "2"}, "refine": 2}])
 def test_stopped_at_any_rename_the_bytes_are_the_same(
     changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import contents, edit_tensors, make_tiny
 
 import streamprune
 from streamprune import Config, TuneConfig
 from streamprune.commands.tune import lora
+
+pytestmark = pytest.mark.slow
 
 RECIPES: list[dict[str, Any]] = [
     {"recipe": "default", "settings": {"shots": "2"}, "refine": 3},

@@ -48,6 +48,7 @@ def outside_is_untouched(source: Path, out: Path, window: range) -> None:
     assert changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("recipe", ["default", "sobp", "slimgpt", "greedy-output", "wanda-sp", "magnitude"])
 def test_blocks_outside_keep_their_bytes(recipe: str, name: str, tiny: Tiny, configured: Make) -> None:
@@ -160,6 +161,7 @@ def test_default_in_a_window_is_the_plain_implementation(
     same_result(config, twins, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shots", [1, 2])
 def test_default_in_a_window_over_shots(shots: int, tiny: Tiny, configured: Make) -> None:
     path = tiny("llama-biased", torch.float64, num_hidden_layers=DEPTH)

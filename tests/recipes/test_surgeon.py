@@ -447,6 +447,7 @@ def test_shots_by_default(ratio: float, structure: str, given: int, expected: in
     assert Surgeon(SurgeonSettings(structure=structure, shots=given)).shots(ratio) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("structure", "lines"), [("units", 2), ("2:4", 3)])
 def test_stopped_in_and_between_shots_the_bytes_are_the_same(
     structure: str, lines: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch

@@ -223,6 +223,7 @@ def test_a_model_calibrates_on_what_it_writes(
     assert shards[0] == shards[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instant", [1, 20])
 def test_stopped_while_writing_the_bytes_are_the_same(
     instant: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
@@ -248,6 +249,7 @@ def test_stopped_while_writing_the_bytes_are_the_same(
     assert contents(config.out) == contents(whole.out)
 
 
+@pytest.mark.slow
 def test_stopped_around_the_tokens_being_kept(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny("llama")
     whole, config = (configured(path, out, calibration="self", samples=3, seq_len=12) for out in ("whole", "stopped"))

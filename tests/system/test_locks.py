@@ -31,7 +31,7 @@ from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import JOURNAL, LOCK, job_folder
 from streamprune.system import disk, files
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")]
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

@@ -36,7 +36,7 @@ from streamprune.pruning.block import BlockPruner
 from streamprune.system import files, ranks
 from streamprune.system.ranks import ALONE, Ranks, joined
 
-pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]

@@ -273,6 +273,7 @@ def test_long_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Huge sources.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "csv", "parquet"])
 def test_a_huge_source_is_sampled_within_bounds(kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     size, pool = 20 << 20, 1 << 18
