@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=11008, help="columns; default: %(default)s")
     parser.add_argument("--rows", type=int, default=4096, help="of W; default: %(default)s")
-    parser.add_argument("--width", type=int, default=1, help="columns a unit; default: %(default)s")
+    parser.add_argument("--width", type=int, default=1, help="columns per unit; default: %(default)s")
     parser.add_argument("--ratio", type=float, default=0.3, help="of the units to remove; default: %(default)s")
     parser.add_argument("--plain-steps", type=int, help="of the plain loop to time and scale up; default: all")
     parser.add_argument(

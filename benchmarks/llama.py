@@ -129,7 +129,7 @@ def main() -> None:
         print(
             f"{name}: {each['architecture']}, {each['parameters']:,} parameters, {each['bytes']:,} bytes; perplexity "
             f"{each['perplexity']:.4f} here, {each['perplexity_llama_cpp']:.4f} in llama.cpp; prompt "
-            f"{each['prompt_tokens_per_second']:.0f}, written {each['written_tokens_per_second']:.0f} tokens a second"
+            f"{each['prompt_tokens_per_second']:.0f}, written {each['written_tokens_per_second']:.0f} tokens per second"
         )
     print(
         f"pruned / dense: prompt {found['prompt_ratio']:.2f}, written {found['written_ratio']:.2f}, "

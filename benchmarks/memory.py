@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=2944, help="FFN width; default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the checkpoints; default: %(default)s")
     parser.add_argument("--samples", type=int, default=8, help="windows; default: %(default)s")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a window; default: %(default)s")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per window; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed

@@ -178,12 +178,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=Shape.hidden, help="residual width; default: %(default)s")
     parser.add_argument("--ffn", type=int, default=Shape.ffn, help="FFN width; default: %(default)s")
     parser.add_argument("--samples", type=int, default=16, help="windows; default: %(default)s")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens a window; default: %(default)s")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per window; default: %(default)s")
     parser.add_argument("--recipes", nargs="+", default=["default", "sobp", "wanda-sp"], metavar="NAME")
     parser.add_argument(
         "--slow-recipes", nargs="*", default=["wanda-sp"], metavar="NAME", help="those for the simulated disk"
     )
-    parser.add_argument("--disk-rate", metavar="SIZE", help="bytes a second; default: half of what eval consumed")
+    parser.add_argument("--disk-rate", metavar="SIZE", help="bytes per second; default: half of what eval consumed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed

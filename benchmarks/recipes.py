@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--only", choices=MODELS, help="one of the models; default: both")
     parser.add_argument("--ratio", type=float, default=0.3, help="default: %(default)s")
     parser.add_argument("--samples", type=int, default=16, help="windows; default: %(default)s")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a window; default: %(default)s")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per window; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     recipes = options.recipes.split(",")

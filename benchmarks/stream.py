@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=Shape.hidden, help="residual width; default: %(default)s")
     parser.add_argument("--ffn", type=int, default=Shape.ffn, help="FFN width; default: %(default)s")
     parser.add_argument("--samples", type=int, default=32, help="windows; default: %(default)s")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens a window; default: %(default)s")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per window; default: %(default)s")
     parser.add_argument(
         "--batch", type=int, nargs="+", metavar="N", help="windows a micro-batch; default: 1 and eval's"
     )

@@ -514,7 +514,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, required=True)
-    parser.add_argument("--size", type=int, default=4, help="sequences a micro-batch; default: %(default)s")
+    parser.add_argument("--size", type=int, default=4, help="sequences per micro-batch; default: %(default)s")
     parser.add_argument("--text", help="to measure perplexity on, afterwards")
     o = parser.parse_args()
     job = Job(

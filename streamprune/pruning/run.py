@@ -68,8 +68,8 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
     job = Job(config, progress, ranks)
     if job.request.shots > 1:
         raise ConfigError(
-            f"recipe {job.recipe.name} takes {job.request.shots} shots with these settings, and every shot makes a plan "
-            "of its own; --plan-only needs one shot"
+            f"recipe {job.recipe.name} takes {job.request.shots} shots with these settings, each with its own "
+            "plan; --plan-only needs one shot"
         )
     if ranks.broadcast(lambda: job.finished_report(restart)) is not None:
         raise ConfigError(f"{config.out} is finished; --restart starts over")

@@ -117,7 +117,7 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
             }
             if "attention" in budget.alike and len(set(gone.values())) > 1:
                 raise ConfigError(
-                    f"tau is {self.settings.tau:g}; it removes {sorted(set(gone.values()))} heads a block, and the layout needs one number"
+                    f"tau is {self.settings.tau:g}; it removes {sorted(set(gone.values()))} heads per block, and the layout needs one number"
                 )
         else:
             part = _of_attention(sites, budget)

@@ -401,7 +401,7 @@ def test_the_report_has_every_damping_that_was_used(
     }
     assert told == took
     assert {name for _, name in told} == {*REPORTED} - ({"target_damping"} if recipe == "sobp" else set())
-    # Eight tokens a sequence do not fill 40 and 48 columns; what rounding leaves of the rest may be positive by chance.
+    # Eight tokens per sequence do not fill 40 and 48 columns; what rounding leaves of the rest may be positive by chance.
     raised = [each for each in told.values() if each > 0]
     assert all(each >= 1e-6 for each in raised) if damping == "0" else raised == [0.01] * len(told)
     assert len(raised) > len(told) / 2
