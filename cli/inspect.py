@@ -101,17 +101,18 @@ def _job(job: dict[str, Any]) -> list[str]:
 def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[str]:
     done, total = ("zeros", "weights") if "zeros" in sites[0] else ("kept", "units")
     drawn = {} if curves is None else _drawn(sites, curves["sites"])
-    rows = [["site", done, "of", "share".ljust(16), "error", "damping", "seconds"]]
+    cost = ["cost".ljust(STEPS + 1)] if drawn else []
+    rows = [["site", done, "of", "share".ljust(16), "error", "damping", "seconds", *cost]]
     for site in sites:
         measured = (("error", ".4f"), ("damping", "g"), ("seconds", ".2f"))
         figures = ["" if site.get(name) is None else format(site[name], form) for name, form in measured]
-        rows.append([site["site"], f"{site[done]:,}", f"{site[total]:,}", show.bar(site[done] / site[total]), *figures])
+        extent = [f"{site[done]:,}", f"{site[total]:,}", show.bar(site[done] / site[total])]
+        curve = [drawn.get(site["site"], "").ljust(STEPS + 1)] if drawn else []
+        rows.append([site["site"], *extent, *figures, *curve])
     notes = []
     if alone := sum(site.get("left_alone", False) for site in sites):
         notes.append(f"{alone} experts saw too few tokens and were not pruned")
     if curves is not None and drawn:
-        for row in rows:
-            row.append(drawn.get(row[0], "cost" if row is rows[0] else "").ljust(STEPS + 1))
         notes.append(
             f"cost: {curves['label']} of each further unit, cheapest first, logarithmic; | is where the site was cut"
         )

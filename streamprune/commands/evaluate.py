@@ -31,12 +31,9 @@ class Evaluation:
     """Result of `evaluate`."""
 
     perplexity: float
-    tokens: int
-    """Number of predicted tokens: all tokens of the windows except the first of each."""
-    seq_len: int
-    """Tokens per window."""
-    protocol: str
-    """How perplexity was measured."""
+    tokens: int  # predicted tokens: all tokens of the windows except the first of each
+    seq_len: int  # tokens per window
+    protocol: str  # how perplexity was measured
 
 
 def evaluate(
@@ -97,11 +94,9 @@ def evaluate(
 class Bucket:
     """Sequences of equal length on their way through the model."""
 
-    tokens: Tensor
-    """(sequences, length) int64."""
+    tokens: Tensor  # (sequences, length) int64
     store: ActivationStore
-    batch: int
-    """Sequences per micro-batch."""
+    batch: int  # sequences per micro-batch
 
 
 @contextmanager
@@ -127,10 +122,11 @@ def through_blocks(
     stored = None if activations is None else machine.resolve_activations(activations, *dtypes)
     parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
     total, longest = sum(tokens.numel() for tokens in groups), max(tokens.shape[1] for tokens in groups)
-    samples = -(-total // longest)
     resources = forecast(
         skeleton,
-        Workload(samples=samples, length=longest, text=True, prunes=False, scores=True, activations=stored),
+        Workload(
+            samples=-(-total // longest), length=longest, text=True, prunes=False, scores=True, activations=stored
+        ),
         **machine.memory_limits(skeleton.device, memory, held),
         disk_limit=files.free_bytes(parent),
     ).require()
@@ -139,15 +135,10 @@ def through_blocks(
     with machine.limit_memory(skeleton.device, memory), files.scratch(parent, "streamprune-eval-") as folder:
         buckets = []
         for tokens in groups:
-            sequences, length = tokens.shape
+            length, share = tokens.shape[1], held * tokens.numel() // total
+            shape = (len(tokens), length, skeleton.width)
             store = ActivationStore(
-                folder / str(length),
-                (sequences, length, skeleton.width),
-                skeleton.dtype,
-                skeleton.device,
-                durable=False,
-                stored=stored,
-                memory=held * tokens.numel() // total,
+                folder / str(length), shape, skeleton.dtype, skeleton.device, durable=False, stored=stored, memory=share
             )
             buckets.append(Bucket(tokens, store, bucket_batch(resources, longest, length)))
         progress.phase(phase, len(skeleton) + 2)

@@ -27,26 +27,19 @@ class Status:
     """Status of one job. Unknown values are None."""
 
     out: str
-    state: State
-    """``running``: a live process holds the lock. ``interrupted``, ``failed``: the same command resumes the job."""
-    phase: str | None = None
-    """Kind of the current or next step; ``starting`` before the first step."""
+    state: State  # ``running``: a live process holds the lock. ``interrupted``, ``failed``: the same command resumes the job
+    phase: str | None = None  # kind of the current or next step; ``starting`` before the first
     shot: int | None = None
     done: int | None = None
     """Finished steps: journal lines; for a comparison, rows pruned and rows measured. The log is updated more often."""
     total: int | None = None
-    share: float | None = None
-    """`done` divided by `total`."""
+    share: float | None = None  # `done` divided by `total`
     seconds: float | None = None
     """Seconds spent on finished steps by all processes and, if the job is running, since its last journal line."""
-    seconds_left: float | None = None
-    """Remaining seconds, estimated from the finished steps."""
-    error: str | None = None
-    """Error message of the last process, if it failed."""
-    log: str | None = None
-    """Last line of the log, without its timestamp."""
-    row: Status | None = None
-    """For a comparison: status of the row being pruned."""
+    seconds_left: float | None = None  # estimated from the finished steps
+    error: str | None = None  # message of the last process, if it failed
+    log: str | None = None  # last line of the log, without its timestamp
+    row: Status | None = None  # for a comparison: status of the row being pruned
 
     @property
     def exit_code(self) -> int:
