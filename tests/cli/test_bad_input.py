@@ -1,4 +1,4 @@
-"""Every mistake is one line, with the value and the limit, before any work; nothing is left behind."""
+"""Invalid input gives one line, with the value and the limit, before any work; nothing is left behind."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from streamprune.system import disk, files, machine
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A checkpoint of the test's own, to be broken."""
+    """A checkpoint that the test may break."""
     return make_tiny(tmp_path / "model", "llama")
 
 
 @pytest.fixture
 def run(model: Path, text: Path, tmp_path: Path) -> Callable[..., Result]:
-    """`streamprune run` on the model with small settings and whatever else is given."""
+    """`streamprune run` on the model with small settings and more options."""
 
     def invoke(*more: str, source: Path = model, ratio: str | None = "0.3", calibration: Path = text) -> Result:
         arguments = ["run", str(source), str(tmp_path / "out"), "--calibration", str(calibration)]
@@ -233,7 +233,7 @@ def test_two_sets_of_weights(model: Path, run: Callable[..., Result], text: Path
     assert torch.equal(Checkpoint(model).read(name), loaded)
 
 
-def test_what_the_index_leaves_out_is_read_all_the_same(model: Path) -> None:
+def test_tensors_missing_from_the_index_are_read(model: Path) -> None:
     """transformers takes from the index only which shards there are."""
     shard = shard_of(model, UP)
     drop_from_index(model, UP)
@@ -342,13 +342,13 @@ def test_tokenizer_of_another_model(model: Path, run: Callable[..., Result], tmp
     set_tensor(model, "model.embed_tokens.weight", lambda t: t[:20])
     break_config(model, vocab_size=20)
     refused(run(), "the tokenizer's 's' is token 20, but the model has 20 (vocab_size); they do not match", 1, tmp_path)
-    # Whatever reads no text takes the tokenizer along all the same.
+    # Recipes that read no text copy the tokenizer, too.
     for layout in ("free", "uniform"):
         refused(run("--recipe", "magnitude", "--layout", layout), "they do not match", 1, tmp_path)
 
 
 def add_token(model: Path, token: str, id: int) -> None:
-    """Have the tokenizer know a token of that id, the next one: pieces fill what is between."""
+    """Add a special token of that id to the tokenizer; pieces fill the ids before it."""
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     pieces = tokenizer["model"]["vocab"]
     pieces |= {f"<{number}>": number for number in range(len(pieces), id)}
@@ -360,7 +360,7 @@ def add_token(model: Path, token: str, id: int) -> None:
 def test_an_added_token_beyond_the_vocabulary(
     model: Path, run: Callable[..., Result], text: Path, tmp_path: Path
 ) -> None:
-    """As the text models of Gemma 3 have one for images: a text may not hold it, nor the tokenizer need it."""
+    """As Gemma 3 has one for images: texts must not contain it, and the tokenizer must not need it."""
     add_token(model, "<image>", 40)
     result = run("--recipe", "magnitude")
     assert result.exit_code == 0, result.output
@@ -421,7 +421,7 @@ def test_caches(run: Callable[..., Result], text: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_that_the_result_has_to_name(
     name: str, content: str, model: Path, run: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """Also where no text is read; a stock result takes its tokenizer along as it is."""
+    """Also where no text is read; a stock result copies its tokenizer unchanged."""
     (model / "tokenizer.json").write_text("{}")
     (model / name).write_text(content)
     message = "the tokenizer needs its own code" if "auto_map" in content else "no tokenizer that transformers can read"

@@ -1,4 +1,4 @@
-"""Jobs that nobody watches: signals, status, log, quiet, and the shell scripts around them."""
+"""Unattended jobs: signals, status, log, --quiet, and the shell scripts in examples/."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def lines(out: Path) -> list[str]:
 
 
 class Stopping:
-    """For `Callback`: false so many times, then true."""
+    """For `Callback`: returns false so many times, then true."""
 
     def __init__(self, asks: int) -> None:
         self.left = asks
@@ -65,7 +65,7 @@ class Stopping:
 
 
 class Impatient(Callback):
-    """Stops at every resting place, but for those where a life that stops there would never come further."""
+    """Stops wherever a job can, except where a process that stops makes no progress."""
 
     def __init__(self) -> None:
         super().__init__(self._see, stopping=self._stops)
@@ -144,9 +144,7 @@ def test_a_second_signal_stops_at_once(
         {"recipe": "wanda-sp", "calibration": "self", "samples": 2, "seq_len": 6},
     ],
 )
-def test_stopped_at_every_resting_place_the_bytes_are_the_same(
-    changes: dict[str, Any], tiny: Tiny, configured: Make
-) -> None:
+def test_stopped_wherever_it_can_the_bytes_are_the_same(changes: dict[str, Any], tiny: Tiny, configured: Make) -> None:
     path = tiny("llama", num_hidden_layers=2)
     whole, parts = (configured(path, out, **changes) for out in ("whole", "parts"))
     streamprune.prune(whole)
@@ -264,7 +262,7 @@ def test_a_comparison_is_finished_when_its_table_is(
 
     compare([0.2])
     assert streamprune.status(out).state == "finished"
-    # More rows are work again, and the old table is not theirs.
+    # With more rows, the comparison is unfinished, and the old table is not its result.
     with monkeypatch.context() as patch:
         patch.setattr(streamprune.Comparison, "write", write)
         with pytest.raises(OSError, match="full"):
@@ -316,7 +314,7 @@ def test_every_state_has_its_exit_code(arguments: list[str], tmp_path: Path, mon
     assert seen[1]["seconds_left"] is not None
     found = state()
     assert (found["state"], found["error"], found["done"]) == ("failed", "the numbers are wrong", 12)
-    # A command that is refused changes nothing of it; one that resumes does.
+    # A refused command changes nothing of this; one that resumes does.
     log = (job_folder(out) / "log.txt").read_bytes()
     assert "contains a job with other settings" in invoke(*arguments, "--seed", "7").stderr
     assert (job_folder(out) / "log.txt").read_bytes() == log
@@ -327,7 +325,7 @@ def test_every_state_has_its_exit_code(arguments: list[str], tmp_path: Path, mon
     assert found["seconds"] == json.loads((out / "report.json").read_text())["seconds"]
 
 
-def test_status_looks_only(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_changes_nothing(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     invoke(*arguments, "--plan-only")
     journal = job_folder(out) / "journal.jsonl"
@@ -336,7 +334,7 @@ def test_status_looks_only(arguments: list[str], tmp_path: Path, monkeypatch: py
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert invoke("status", str(out)).exit_code == 75
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    # Somebody who looks at the lock does not keep a job from starting.
+    # A process that checks the lock does not keep a job from starting.
     import fcntl
 
     with (job_folder(out) / "lock").open() as looking:

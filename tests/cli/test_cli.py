@@ -114,7 +114,7 @@ CAPPED = (
 )
 
 
-def test_a_missed_ratio_is_said(scarce: list[str], tmp_path: Path) -> None:
+def test_a_missed_ratio_is_reported(scarce: list[str], tmp_path: Path) -> None:
     done = invoke("run", *scarce, "--json")
     assert done.exit_code == 0
     result = json.loads(done.stdout)
@@ -170,7 +170,7 @@ def test_plan_knows_a_ratio_that_cannot_be_met(scarce: list[str]) -> None:
         (["--recipe", "wanda-sp"], None),
     ],
 )
-def test_options_about_text_that_change_nothing_are_said(
+def test_options_without_effect_are_named(
     given: list[str], said: str | None, arguments: list[str], tmp_path: Path
 ) -> None:
     recipe = given[1]
@@ -186,7 +186,7 @@ def test_options_about_text_that_change_nothing_are_said(
     assert notes("plan", arguments[0], *arguments[2:]) == note
 
 
-def test_round_to_beside_a_plan_is_said(arguments: list[str], tmp_path: Path) -> None:
+def test_round_to_with_a_plan_is_named(arguments: list[str], tmp_path: Path) -> None:
     same = [*arguments, "--recipe", "magnitude"]
     plan = json.loads(invoke("run", *same, "--plan-only", "--json").stdout)["plan"]
     done = invoke("run", *same, "--plan", plan)
@@ -194,7 +194,7 @@ def test_round_to_beside_a_plan_is_said(arguments: list[str], tmp_path: Path) ->
     assert "streamprune: the plan decides the widths, so --round-to changed nothing" in done.stderr.splitlines()
 
 
-def test_defaults_about_text_are_not_spoken_of(arguments: list[str]) -> None:
+def test_defaults_without_effect_are_not_named(arguments: list[str]) -> None:
     done = invoke("run", *arguments[:4], "--recipe", "magnitude")
     assert done.exit_code == 0
     assert "changed nothing" not in done.stderr
@@ -210,7 +210,7 @@ def test_defaults_about_text_are_not_spoken_of(arguments: list[str]) -> None:
         ),
     ],
 )
-def test_compare_speaks_of_them_where_no_recipe_reads_text(
+def test_compare_names_options_without_effect_on_any_recipe(
     recipes: str, said: str | None, arguments: list[str], text: Path, tmp_path: Path
 ) -> None:
     same = [arguments[0], *arguments[4:], "--ratios", "0.3", "--recipes", recipes, "--text", str(text)]

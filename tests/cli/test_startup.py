@@ -1,4 +1,4 @@
-"""What is imported when: help, status and mistakes in a call wait for neither torch nor transformers."""
+"""Help, status and usage errors import neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ except SystemExit as end:
 
 
 def ended(*arguments: object, **environment: str) -> tuple[int, list[str], str]:
-    """The exit code of the command in a process of its own, the heavy libraries that it imported, and its stderr before that."""
+    """Exit code of the command in a separate process, the heavy libraries that it imported, and its stderr."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps([str(each) for each in arguments])],
         capture_output=True,
@@ -86,7 +86,7 @@ def test_status_imports_neither_torch_nor_transformers(finished: Path) -> None:
         ("report nowhere", 2, "nowhere has no report.json"),
     ],
 )
-def test_a_mistake_is_told_before_anything_heavy_is_imported(
+def test_invalid_arguments_are_reported_before_anything_heavy_is_imported(
     tiny: Any, tmp_path: Path, call: str, code: int, said: str
 ) -> None:
     names = {"MODEL": str(tiny("llama")), "OUT": str(tmp_path / "out")}

@@ -1,4 +1,4 @@
-"""What becomes of a job whose terminal is closed, or whose output nobody reads any more."""
+"""Jobs whose terminal is closed or whose output nobody reads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture(scope="session")
 def expected(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What `run` makes, watched to its end."""
+    """The result of an undisturbed `run`."""
     folder = tmp_path_factory.mktemp("watched")
     ended = Forked(SCENARIOS["sobp"].arguments(inputs), folder).wait()
     assert ended.code == 0, ended.err
@@ -39,7 +39,7 @@ def expected(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     [
         ("<&- >&- 2>&-", 0),
         ("2> >(head -n 1)", 0),
-        # Nobody was told of the result; told again, the command has it at once.
+        # The result could not be printed; it is complete.
         ("> >(exec <&-)", 1),
         (">/dev/full", 1),
     ],
@@ -62,7 +62,7 @@ def test_the_job_continues_without_its_readers(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_cannot_be_said_is_lost_and_nothing_else() -> None:
+def test_write_errors_on_stderr_are_ignored() -> None:
     reading, writing = os.pipe()
     with BestEffort(writing, "w") as stream:
         assert stream.write(b"heard") == 5
