@@ -572,3 +572,42 @@ def test_a_model_that_transformers_cannot_load(tiny: Tiny, monkeypatch: pytest.M
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(CheckpointError, match="transformers cannot load this model \\(no such luck\\)"):
         next(lora.train(skeleton, torch.zeros(2, 4, dtype=torch.int64), Refinement(1, 0, 1, rank=1), None, print))
+
+
+def test_perplexity_falls_where_the_teacher_knows_the_text(tuning: Make, tmp_path: Path) -> None:
+    """A teacher that learned to count letters, and a perturbed copy of it."""
+    counting = tmp_path / "counting.txt"
+    counting.write_text("abcdefghijklmnopqrstuvwxyz .," * 60)
+    teacher = make_tiny(tmp_path / "teacher", "llama", tie_word_embeddings=False)
+    model = streamprune.load(teacher, dtype=torch.float32)
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    tokens = windows(tuning(teacher, text=counting, samples=64))
+    for step in range(40):
+        part = tokens[8 * (step % 8) :][:8]
+        adam.zero_grad()
+        model(part, labels=part).loss.backward()
+        adam.step()
+    model.save_pretrained(teacher)
+    for path in teacher.glob("model-*"):
+        path.unlink()
+    (teacher / "model.safetensors.index.json").unlink()
+    other = tmp_path / "student"
+    other.mkdir()
+    for path in teacher.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    edit_tensors(
+        other,
+        lambda tensors: [
+            t.add_(0.12 * torch.randn(t.shape, generator=generator)) for n, t in tensors.items() if "proj" in n
+        ],
+    )
+    config = tuning(other, text=counting, teacher=teacher, method="distil", steps=30, rank=8, samples=32)
+    streamprune.tune(config)
+    dense, before, after = (
+        streamprune.evaluate(path, counting, seq_len=16).perplexity for path in (teacher, other, config.out)
+    )
+    assert dense < before
+    report = json.loads((config.out / "report.json").read_text())
+    assert all(last < first for first, last in report["tuning"]["blocks"])
+    assert after < dense + 0.5 * (before - dense)
