@@ -11,13 +11,12 @@ detects a lost rank at once.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import signal
 import socket
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -45,8 +44,8 @@ FAILED, READ = "streamprune/failed", "streamprune/read"
 """Keys of the store: the error of the first rank that failed, as JSON, and how many other ranks have read it."""
 READING = 5.0
 """Seconds that rank 0, which may host the store, waits for the others to read the error."""
-PR_SET_PDEATHSIG = 1
-"""From Linux's sys/prctl.h."""
+WATCHING = 1.0
+"""Seconds between two checks that the launcher is alive."""
 
 
 @dataclass(eq=False)
@@ -211,16 +210,22 @@ class Ranks:
             raise LostError(message) from None
 
     def publish_error(self, error: BaseException) -> None:
-        """Publish the error that ends this rank. If another rank was first, mark `error` as already reported."""
+        """Publish the error that ends this rank. If another rank was first, mark `error` as already reported.
+
+        If the store is gone, as after the launcher's death, wait instead: ranks that stop at the same point as this one may not
+        have received its last message yet, and closing the connection would discard it.
+        """
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         message = one_line(error) if isinstance(error, ElsewhereError) else f"rank {self.rank}: {one_line(error)}"
         own = json.dumps({"rank": self.rank, "message": message, "code": code})
-        with suppress(RuntimeError):
+        try:
             first = self.store.compare_set(FAILED, "", own).decode()
             if first != own:
                 self.store.add(READ, 1)
                 if isinstance(error, StreamPruneError):
                     error.reported = True
+        except RuntimeError:
+            time.sleep(1)
 
     def wait_until_read(self) -> None:
         """On rank 0, which may host the store, wait until the other ranks have read the error."""
@@ -273,8 +278,8 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store=store, gpus=gpus)
     try:
         ranks.local_size = ranks.gather(socket.gethostname()).count(socket.gethostname())
-        _stop_with_launcher()
-        yield ranks
+        with _stopping_with_launcher():
+            yield ranks
         ranks.barrier()
     except BaseException as error:
         ranks.publish_error(error)
@@ -303,7 +308,28 @@ def _discarded_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def _stop_with_launcher() -> None:
-    """Have Linux send this process SIGTERM when the `torchrun` that started it dies, so that it does not keep the job's lock."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+@contextmanager
+def _stopping_with_launcher() -> Iterator[None]:
+    """Send this process SIGTERM if the `torchrun` that started it dies, while the context is open.
+
+    Otherwise it would keep the job's lock while another launcher starts the same command again. Linux could send it
+    (PR_SET_PDEATHSIG), but does so once for every thread of the launcher, and a second signal ends a job at once.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    launcher, over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCHING):
+            if os.getppid() != launcher:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watching = threading.Thread(target=watch, name="launcher", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()

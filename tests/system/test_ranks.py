@@ -541,17 +541,18 @@ def test_a_rank_is_asked_to_stop_once_its_launcher_is_gone(tmp_path: Path, monke
         if not os.fork():
             asked: list[int] = []
             signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-            ranks._stop_with_launcher()
-            time.sleep(0.1)  # the launcher is there
-            os.write(writing, b"asked early" if asked else b"working, ")
-            os.kill(os.getppid(), signal.SIGKILL)
-            until = time.monotonic() + LIMIT
-            while not asked and time.monotonic() < until:
-                time.sleep(0.01)
-            os.write(writing, b"asked" if asked else b"forgotten")
+            with ranks._stopping_with_launcher():
+                time.sleep(0.1)  # the launcher is there
+                os.write(writing, b"asked early" if asked else b"working, ")
+                os.kill(os.getppid(), signal.SIGKILL)
+                until = time.monotonic() + LIMIT
+                while not asked and time.monotonic() < until:
+                    time.sleep(0.01)
+                time.sleep(0.2)  # a second signal would end a job at once
+            os.write(writing, b"asked %d time" % len(asked))
             os._exit(0)
         signal.pause()
     os.close(writing)
     assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == -signal.SIGKILL
     with open(reading, "rb") as told:
-        assert told.read() == b"working, asked"
+        assert told.read() == b"working, asked 1 time"
