@@ -348,6 +348,8 @@ def table(home: Path) -> Target:
 
 def source(home: Path) -> Target:
     """How sources are given: places, fields and weights."""
+    import datasets  # noqa: F401 - a folder's first read imports it, and an input would be blamed for its memory
+
     folder = home / "sources"
     folder.mkdir()
     for name in ("t.txt", "t.jsonl", "t.jsonl=2", "a:b.txt"):
