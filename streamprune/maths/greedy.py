@@ -71,15 +71,19 @@ def greedy_removal(
     assert w.shape[1] == h.shape[0] == units * width
     ready = [] if factor is None else [factor]
     del factor
+
+    def attempt(ridge: float) -> tuple[Tensor, Tensor]:
+        v = _energies(w, h, place)
+        p = invert_(ready.pop()) if ready else inverse(h, ridge, place, device=w.device)[0]
+        order, costs = removal(p, v, width=width, count=count, block=block, place=place)
+        # If rounding made a diagonal entry of P non-positive, costs are negative, infinite or NaN.
+        if not bool((costs >= 0).all()) or not all_finite(costs):
+            raise SingularError(place)
+        return order, costs
+
     for ridge in dampings(damping):
         with suppress(SingularError):
-            v = _energies(w, h, place)
-            p = invert_(ready.pop()) if ready else inverse(h, ridge, place, device=w.device)[0]
-            order, costs = removal(p, v, width=width, count=count, block=block, place=place)
-            # If rounding made a diagonal entry of P non-positive, costs are negative, infinite or NaN.
-            if bool((costs >= 0).all()) and all_finite(costs):
-                return order, costs
-            del p, v
+            return attempt(ridge)  # a function, so that P and V of a failed attempt are freed before the next
     raise SingularError(f"{place}: the units' costs could not be computed with damping up to 10")
 
 

@@ -10,6 +10,7 @@ Both functions return the removed units in order (count,) int64, and the output 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -44,23 +45,23 @@ def batched_group_removal(
     assert 0 <= count < heads
     assert w.shape[1] == h.shape[0] == heads * width
 
-    for ridge in dampings(damping):
-        with suppress(SingularError):
-            rows, p = _begin(w, h, ridge, place)
-            left = torch.arange(heads)
-            order = torch.empty(count, dtype=torch.int64)
-            energies = torch.empty(count, dtype=p.dtype)
-            for step in range(count):
-                factors, _ = cholesky_blocks(diagonal_blocks(p, width), place)  # (left, width, width)
-                denominators = factors.diagonal(dim1=-2, dim2=-1).square()  # (left, width)
-                estimates = (_energies(rows).view(-1, width) / denominators).sum(dim=1)
-                best = int(estimates.argmin())
-                order[step] = left[best]
-                rows, p, energy = _remove(rows, p, unit_columns(torch.tensor([best], device=p.device), width), place)
-                energies[step] = energy.sum()
-                left = torch.cat([left[:best], left[best + 1 :]])
-            return order, energies
-    raise SingularError(f"{place}: the units' costs could not be computed with damping up to 10")
+    def attempt(ridge: float) -> tuple[Tensor, Tensor]:
+        rows, p = _begin(w, h, ridge, place)
+        left = torch.arange(heads)
+        order = torch.empty(count, dtype=torch.int64)
+        energies = torch.empty(count, dtype=p.dtype)
+        for step in range(count):
+            factors, _ = cholesky_blocks(diagonal_blocks(p, width), place)  # (left, width, width)
+            denominators = factors.diagonal(dim1=-2, dim2=-1).square()  # (left, width)
+            estimates = (_energies(rows).view(-1, width) / denominators).sum(dim=1)
+            best = int(estimates.argmin())
+            order[step] = left[best]
+            rows, p, energy = _remove(rows, p, unit_columns(torch.tensor([best], device=p.device), width), place)
+            energies[step] = energy.sum()
+            left = torch.cat([left[:best], left[best + 1 :]])
+        return order, energies
+
+    return _first(attempt, damping, place)
 
 
 def dynamic_group_removal(
@@ -81,22 +82,30 @@ def dynamic_group_removal(
     assert w.shape[1] == n
     assert 1 <= last <= first
 
+    def attempt(ridge: float) -> tuple[Tensor, Tensor]:
+        rows, p = _begin(w, h, ridge, place)
+        left = torch.arange(n, device=p.device)
+        order, energies = [left[:0]], [rows[:0, 0]]
+        to_go = count
+        while to_go > 0:
+            take = min(to_go, max(last, min(first, to_go // 2 // last * last)))
+            estimates = _energies(rows) / p.diagonal()
+            cheapest = estimates.argsort(stable=True)[:take]
+            order.append(left[cheapest])
+            left = left[_others(cheapest, len(left))]
+            rows, p, energy = _remove(rows, p, cheapest, place)
+            energies.append(energy)
+            to_go -= take
+        return torch.cat(order).cpu(), torch.cat(energies).cpu()
+
+    return _first(attempt, damping, place)
+
+
+def _first(attempt: Callable[[float], tuple[Tensor, Tensor]], damping: float, place: str) -> tuple[Tensor, Tensor]:
+    """Return the first result of `attempt` that no SingularError prevents, with `damping` raised tenfold after each."""
     for ridge in dampings(damping):
         with suppress(SingularError):
-            rows, p = _begin(w, h, ridge, place)
-            left = torch.arange(n, device=p.device)
-            order, energies = [left[:0]], [rows[:0, 0]]
-            to_go = count
-            while to_go > 0:
-                take = min(to_go, max(last, min(first, to_go // 2 // last * last)))
-                estimates = _energies(rows) / p.diagonal()
-                cheapest = estimates.argsort(stable=True)[:take]
-                order.append(left[cheapest])
-                left = left[_others(cheapest, len(left))]
-                rows, p, energy = _remove(rows, p, cheapest, place)
-                energies.append(energy)
-                to_go -= take
-            return torch.cat(order).cpu(), torch.cat(energies).cpu()
+            return attempt(ridge)
     raise SingularError(f"{place}: the units' costs could not be computed with damping up to 10")
 
 

@@ -14,7 +14,7 @@ def allocate(shot: Shot) -> Plan:
     """Return the plan to prune by, and journal it if it is new.
 
     Raises:
-        ResumeError: the job goes by another plan than the one given, or its plan file was changed.
+        ResumeError: the job uses another plan than the one given, or its plan file was changed.
     """
     job, chosen = shot.job, shot.journalled("allocate")
     if job.request.given_plan is not None:
@@ -25,7 +25,7 @@ def allocate(shot: Shot) -> Plan:
                 )
             return _choose(shot, job.request.given_plan, given=True)
     elif chosen is not None and chosen["given"]:
-        raise ResumeError(f"plan is not given; this job goes by the plan {chosen['plan']}; --restart starts over")
+        raise ResumeError(f"plan is not given; this job uses the plan {chosen['plan']}; --restart starts over")
     elif chosen is None:
         allocated = shot.ranks.broadcast(
             lambda: job.request.allocate(shot.sites, _reached(shot), shot.survey, shot.budget).to_json()

@@ -142,7 +142,7 @@ class Request:
             findings=sum(self.recipe.findings(site) for site in self.sites) if self.surveys else 0,
             gram=self.recipe.wants_gram or self.recipe.target is not None,
             compensates=self.recipe.compensation is not None or self.recipe.wants_inputs,
-            aims=self.recipe.target is not None,
+            has_target=self.recipe.target is not None,
             refines=self.config.refine,
             corrects=correction.steps if correction else 0,
             correction_rank=correction.rank if correction else 0,

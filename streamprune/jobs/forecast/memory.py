@@ -171,7 +171,7 @@ class Memory(Shapes):
         yield f"shrinking one {site.kind} site", Demand(after, grams, 2 * w)
         if work.gram:
             sums, activations = grams, forward + tokens * converted * n
-            if work.aims and not sublayer.routed:
+            if work.has_target and not sublayer.routed:
                 sums += w
                 activations += forward + tokens * (item + converted) * d
                 solving = 2 * w + item * (n * n + inverse_workspace(n))

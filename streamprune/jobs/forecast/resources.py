@@ -191,7 +191,7 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
             consumers += 2 * site.linears[-1] * site.share * tokens
             summed = [*shapes.summed(site), *([site.columns] if workload.gram else [])]
             sums += 2 * tokens * site.share * sum(shapes.gram_products(n) for n in summed)
-            sums += 2 * tokens * site.columns * d * (workload.aims and pruned_input and site.expert is None)
+            sums += 2 * tokens * site.columns * d * (workload.has_target and pruned_input and site.expert is None)
             if "divergence" in workload.survey and attention:
                 sums += 2 * sum(site.linears[:-1]) * tokens + mixed
         sums += 2 * tokens * (shapes.gram_products(d) + d * d) * (workload.compensates and pruned_input)
@@ -211,7 +211,7 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
         if workload.gram:
             found["sweeps"] += before * (forward - consumers)
         if workload.prunes and workload.dense_stream:
-            found["sweeps"] += before * (forward if workload.aims else advanced)
+            found["sweeps"] += before * (forward if workload.has_target else advanced)
         if workload.prunes and (workload.gram or workload.dense_stream):
             found["sweeps"] += after * advanced
         found["training"] += workload.corrects * step * (after * forward + 2 / 3 * head)

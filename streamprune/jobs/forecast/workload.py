@@ -29,7 +29,7 @@ class Workload:
     findings: int = 0  # elements of the sums' dtype stored on disk between survey and prune sweep
     gram: bool = False  # whether the prune sweep sums the Gram of each consumer's input
     compensates: bool = False  # whether producers are compensated, which sums the Grams of their inputs
-    aims: bool = False  # whether consumers are fitted to a target
+    has_target: bool = False  # whether consumers are fitted to a target
     refines: int = 0  # steps of block refinement per block
     corrects: int = 0  # steps of low-rank training after each shot
     correction_rank: int = 0
@@ -52,7 +52,7 @@ class Workload:
     @property
     def dense_stream(self) -> bool:
         """Whether the prune sweep also advances the dense stream."""
-        return self.compensates or self.aims or self.refines > 0
+        return self.compensates or self.has_target or self.refines > 0
 
 
 class Sublayer:
