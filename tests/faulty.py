@@ -1,8 +1,8 @@
-"""A disk that fails, tears or stops at an operation that is chosen beforehand, in the place of the machine's own.
+"""A disk that fails, tears a write or stops at a chosen operation, in place of the real one.
 
-A *stop* is what SIGKILL leaves: from there on nothing reaches the disk any more, not even what `finally` would do. A *power cut* takes back
-also what was not made durable: bytes behind a file's last sync, and names, in folders that were not synced, from the last operation
-on as many as asked for. Errors of a full disk hold from there on; an input/output error comes once.
+A *stop* leaves what SIGKILL leaves: nothing reaches the disk afterwards, not even from `finally` blocks. A *power cut* also undoes
+what was not durable: bytes after a file's last sync, and all or the later half of the names that changed in folders that were
+not synced. A full disk stays full; an input/output error occurs once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FAULTS: tuple[Fault, ...] = get_args(Fault)
 GROWING = ("create", "write", "link", "make_folder")
 """Operations that a full disk refuses."""
 CHANGING = (*GROWING, "truncate", "rename", "unlink", "remove_folder")
-"""Between these, a stop leaves the same wherever it comes."""
+"""A stop between two of these leaves the same wherever it comes."""
 AT: dict[Fault, tuple[str, ...]] = {
     "stop": CHANGING,
     "tear": ("write",),
@@ -32,21 +32,21 @@ AT: dict[Fault, tuple[str, ...]] = {
     "full": GROWING,
     "error": (*CHANGING, "sync", "sync_folder", "open", "read", "lock"),
 }
-"""Before which operations a fault makes a difference."""
+"""Operations before which a fault makes a difference."""
 
 
 class Stopped(BaseException):
-    """Stands for the end of the process: nothing in the project catches it for good."""
+    """Stands for the end of the process: the project never swallows it."""
 
 
 class FaultyDisk(Disk):
-    """Counts operations, and has the fault happen at one of them.
+    """Counts operations and fails at one of them.
 
     Args:
-        fault: what happens; None for nothing.
-        at: at which operation, from 1.
-        folder: below which all files lie; what it takes at most is watched where there is no fault.
-        graveyard: a folder on the same file system, for what a power cut may bring back.
+        folder: contains all files; without a fault, its largest size is recorded as `most`.
+        graveyard: a folder on the same file system for files that a power cut may bring back.
+        fault: None for none.
+        at: number of the operation that fails, from 1.
     """
 
     def __init__(self, folder: Path, graveyard: Path, fault: Fault | None = None, at: int = 0) -> None:
@@ -58,9 +58,9 @@ class FaultyDisk(Disk):
         self._guard = threading.RLock()
         self._graves = 0
         self._synced: dict[int, int] = {}
-        """By inode, the bytes that are durable of a file that has more."""
+        """Durable bytes of files that have more, by inode."""
         self._names: list[tuple[Path, Callable[[], None]]] = []
-        """Folders that have names which are not durable, with how to take them back, in order."""
+        """Folders with names that are not durable, and functions that undo these, in order."""
 
     # The operations.
 
@@ -178,7 +178,7 @@ class FaultyDisk(Disk):
             if path.is_file() and (length := self._synced.get(path.stat().st_ino)) is not None:
                 os.truncate(path, min(length, path.stat().st_size))
         for folder, undo in list(reversed(self._names))[:names]:
-            if folder.is_dir():  # else it is gone for good, with all its names
+            if folder.is_dir():  # else it is gone, with all its names
                 undo()
 
     def _named(self, folder: Path, undo: Callable[[], None]) -> None:

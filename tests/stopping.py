@@ -1,4 +1,4 @@
-"""Jobs that tests stop half-way, and what they calibrate on."""
+"""Interrupt jobs after a number of journal lines, and recompute their calibration windows."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def windows(config: Config, path: Path) -> torch.Tensor:
 
 
 class Stop(BaseException):
-    """Stands for a kill: nothing in the project catches it."""
+    """Stands for a kill: the project catches no BaseException for good."""
 
 
 @contextmanager
 def stopping_after(appends: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stop right after that many journal lines were written."""
+    """Raise Stop after this many journal lines."""
     real, count = Journal.append, 0
 
     def append(self: Journal, step: str, **data: Any) -> Any:
