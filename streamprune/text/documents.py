@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import glob
 import gzip
 import hashlib
 import io
@@ -21,7 +20,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -142,7 +141,9 @@ def open_documents(place: str, field: str | None) -> Documents:
     if not os.path.isfile(place):
         reason = "not a file" if os.path.exists(place) else "No such file or directory"
         raise CalibrationError(f"cannot read the text {place}: {reason}")
-    if name.endswith((PARQUET, ARROW)):
+    if name.endswith(PARQUET):
+        return Parquet(path, field)
+    if name.endswith(ARROW):
         return Table(place, field)
     suffix = Path(name.removesuffix(GZIPPED)).suffix
     if suffix in JSON_LINES:
@@ -325,51 +326,95 @@ class Delimited(TextFile):
             place = end
 
 
-class Table(Documents):
-    """A column of a parquet or arrow file, of a folder or of a dataset on the hub, read by the `datasets` library.
+class Column(Documents):
+    """A column of a table."""
 
-    The library copies parquet files and data folders to a temporary folder, which is removed as soon as the copy is
-    mapped into memory.
-
-    Raises:
-        CalibrationError: the library cannot read the source.
-        ConfigError: the library is not installed.
-    """
-
-    def __init__(self, place: str, field: str | None) -> None:
-        self._place, self._path = place, Path(place)
-        try:
-            import datasets
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"{place} needs {error.name}: {EXTRA}") from None
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-        with files.scratch(Path(tempfile.gettempdir()), "streamprune-text-") as cache, self._refusing():
-            if self._path.is_file() and place.lower().endswith(PARQUET):
-                rows, groups = _parquet(self._path, field, str(cache))
-            else:
-                rows = datasets.Dataset.from_file(place) if self._path.is_file() else _load(place, str(cache))
-                groups = [len(rows)]
-        self.field: str = _field(field, rows.column_names, place)
-        # As arrow, values are not decoded, for example from the path of an image.
-        self._rows = rows.select_columns([self.field]).with_format("arrow")
-        # First row of each block, then the number of rows. A block does not span two row groups of a parquet file.
-        ends = zip(groups, accumulate(groups), strict=True)
-        self._edges = [first for count, end in ends for first in range(end - count, end, ROWS)] + [len(rows)]
-
-    def __len__(self) -> int:
-        return len(self._edges) - 1
-
-    def read(self, numbers: Sequence[int]) -> Iterator[Block]:
-        for number in numbers:
-            first, stop = self._edges[number : number + 2]
-            with self._refusing():
-                values = self._rows[first:stop][self.field].to_pylist()
-            yield number, [self._document(value, row) for row, value in enumerate(values, start=first)]
+    _place: str
+    _path: Path
 
     def _error(self, at: int, problem: str) -> CalibrationError:
         return CalibrationError(f"{self._place}, row {at + 1}: {problem}")
+
+    def _documents(self, values: list[Any], first: int) -> list[Document]:
+        """Convert the values of the rows from `first` on."""
+        return [self._document(value, row) for row, value in enumerate(values, start=first)]
+
+
+class Parquet(Column):
+    """A column of a parquet file. A block does not span two row groups.
+
+    pyarrow reads a few rows at a time. `datasets` would first copy the column, row group by row group, to the disk.
+    """
+
+    def __init__(self, path: Path, field: str | None) -> None:
+        self._place, self._path = str(path), path
+        with self._opened() as file:
+            self.field: str = _field(field, file.schema_arrow.names, str(path))
+            groups = _row_groups(path, file.metadata)
+        # Row group of each block, its first row in the group, and its first row in the file.
+        self._blocks = [
+            (group, first, end - count + first)
+            for group, (count, end) in enumerate(zip(groups, accumulate(groups), strict=True))
+            for first in range(0, count, ROWS)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Block]:
+        with self._opened() as file:
+            for group, wanted in groupby(numbers, key=lambda number: self._blocks[number][0]):
+                batches = file.iter_batches(ROWS, row_groups=[group], columns=[self.field], use_threads=False)
+                values = chain.from_iterable(batch.column(0) for batch in batches)
+                position = 0
+                for number in wanted:
+                    _, first, row = self._blocks[number]
+                    found = [value.as_py() for value in islice(values, first - position, first - position + ROWS)]
+                    position = first + len(found)
+                    if not found:
+                        raise CalibrationError(f"{self._path} has fewer rows than it says, in row group {group}")
+                    yield number, self._documents(found, row)
+
+    def identity(self) -> dict[str, Any]:
+        return {"sha256": files.sha256(self._path)}
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """Open the file, and turn any error of the library into a CalibrationError."""
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise ConfigError(f"{self._path} needs pyarrow: {EXTRA}") from None
+        try:
+            # Column chunks may be large, so read them through a small buffer.
+            with pyarrow.parquet.ParquetFile(self._path, buffer_size=1 << 20) as file:
+                yield file
+        except StreamPruneError:
+            raise
+        except Exception as error:
+            raise CalibrationError(f"{self._path} cannot be read as parquet: {one_line(error)}") from error
+
+
+class Table(Column):
+    """A column of an arrow file, of a folder or of a dataset on the hub, read by the `datasets` library."""
+
+    def __init__(self, place: str, field: str | None) -> None:
+        self._place, self._path = place, Path(place)
+        with self._refusing():
+            rows = _load(place)
+        self.field: str = _field(field, rows.column_names, place)
+        # As arrow, values are not decoded, for example from the path of an image.
+        self._rows = rows.select_columns([self.field]).with_format("arrow")
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // ROWS)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Block]:
+        for number in numbers:
+            first = number * ROWS
+            with self._refusing():
+                values = self._rows[first : first + ROWS][self.field].to_pylist()
+            yield number, self._documents(values, first)
 
     def identity(self) -> dict[str, Any]:
         """Return the digest of a file; for other datasets the number of rows and a digest of evenly spaced rows."""
@@ -395,29 +440,6 @@ class Table(Documents):
             raise CalibrationError(f"{self._place} cannot be read by the datasets library: {reason}") from error
 
 
-def _parquet(path: Path, field: str | None, cache: str) -> tuple[Any, list[int]]:
-    """Load a column of a parquet file: its rows, and the number of rows of each row group."""
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        schema, groups = file.schema_arrow, _row_groups(path, file.metadata)
-    name = _field(field, schema.names, str(path))
-    if not sum(groups):
-        raise CalibrationError(f"{path} is empty")
-    rows = datasets.Dataset.from_parquet(
-        glob.escape(os.path.abspath(path)),
-        cache_dir=cache,
-        columns=[name],
-        features=datasets.Features.from_arrow_schema(pyarrow.schema([schema.field(name)])),
-        batch_size=ROWS,
-    )
-    if len(rows) != sum(groups):
-        raise CalibrationError(f"{path} has {len(rows)} rows, and its footer says {sum(groups)}")
-    return rows, groups
-
-
 def _row_groups(path: Path, metadata: Any) -> list[int]:
     """Return the rows of each row group from a parquet file's footer, after a check that the counts are plausible."""
     size = path.stat().st_size
@@ -431,10 +453,16 @@ def _row_groups(path: Path, metadata: Any) -> list[int]:
     return rows
 
 
-def _load(place: str, cache: str) -> Any:
-    """Load the requested split from a folder, the cache of `datasets` or the hub. `cache` is for copies of local data."""
-    import datasets
-
+def _load(place: str) -> Any:
+    """Load an arrow file, or the requested split from a folder, the cache of `datasets` or the hub."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"{place} needs datasets: {EXTRA}") from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if os.path.isfile(place):
+        return datasets.Dataset.from_file(place)
     if os.path.isdir(place):
         name, config, split = place, None, None
     elif match := _DATASET.fullmatch(place.removeprefix(DATASET)):
@@ -445,8 +473,10 @@ def _load(place: str, cache: str) -> Any:
     if not folder.is_dir():
         return datasets.load_dataset(name, config, split=wanted)
     if not any((folder / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
-        # The full path cannot be mistaken for a name on the hub.
-        return datasets.load_dataset(str(folder.resolve()), config, split=wanted, cache_dir=cache)
+        # The library's copy can be removed as soon as it is mapped into memory.
+        with files.scratch(Path(tempfile.gettempdir()), "streamprune-text-") as cache:
+            # The full path cannot be mistaken for a name on the hub.
+            return datasets.load_dataset(str(folder.resolve()), config, split=wanted, cache_dir=str(cache))
     found = datasets.load_from_disk(name)
     splits = found if isinstance(found, datasets.DatasetDict) else {}
     if split is None and not splits:

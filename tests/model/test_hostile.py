@@ -776,7 +776,7 @@ def test_a_table_broken_in_the_middle(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[200:600] = bytes(400)
     path.write_bytes(data)
-    with pytest.raises(CalibrationError, match=r"table.parquet cannot be read by the datasets library"):
+    with pytest.raises(CalibrationError, match=r"table.parquet cannot be read as parquet"):
         read_rows(path)
 
 

@@ -439,7 +439,7 @@ CORRUPT = "its gzip data is corrupt or truncated"
         ("t.parquet:body", {"text": ["some text"]}, "t.parquet has no field 'body'; it has text"),
         ("t.parquet", {"text": [["x"]] * 3}, "t.parquet, row 1: field 'text' has a message without role and content"),
         ("t.parquet", {"text": []}, "t.parquet is empty"),
-        ("t.parquet", "PAR0", "t.parquet cannot be read by the datasets library: Parquet"),
+        ("t.parquet", "PAR0", "t.parquet cannot be read as parquet: Parquet"),
         ("t.arrow", "PAR0", "t.arrow cannot be read by the datasets library: "),
         ("hf:nowhere/nothing", None, "hf:nowhere/nothing cannot be read by the datasets library: "),
         ("hf:data@test[:5]:text", {"text": ["x"]}, "hf:data@test[:5] has no split 'test[:5]'; it has none"),
@@ -516,9 +516,10 @@ def test_a_bomb_of_text(tmp_path: Path) -> None:
 
 def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = parquet(tmp_path / "t.parquet", {"text": ["x"]})
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    for place in ("hf:x", str(path), str(tmp_path)):
-        with pytest.raises(ConfigError, match=r"needs datasets: pip install 'streamprune\[datasets\]'"):
+    for name in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for place, name in (("hf:x", "datasets"), (str(tmp_path), "datasets"), (str(path), "pyarrow")):
+        with pytest.raises(ConfigError, match=rf"needs {name}: pip install 'streamprune\[datasets\]'"):
             documents.open_documents(place, None)
 
 
