@@ -5,7 +5,7 @@ files in the page cache, then with a simulated disk. The simulated disk delivers
 after another, as if nothing were ever cached. By default the rate is half of that at which the evaluation consumed
 them, so reading is its lower bound and everything else has to be hidden behind it.
 
-The computation counts as busy whenever the main thread does not wait for reads, writes (including fsync and the
+The computation counts as busy whenever the main thread does not wait for reads or writes (including fsync and the
 journal); those that the main thread does itself count as waiting. This measure is for the CPU. On a GPU the
 main thread runs ahead of the device, and benchmarks/gpu.py measures rates instead. The simulated disk counts the
 seconds that its rate takes. The figure printed is the share of the whole command, from opening the model to the

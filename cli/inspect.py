@@ -33,6 +33,9 @@ def inspect(model: Path, as_json: bool) -> None:
 
       streamprune inspect llama-2-5b
     """
+    options.check_alone()
+    if not model.is_dir():  # a name on the hub; a job's folder needs no torch
+        options.begin(model)
     with show.watched() as progress:
         found = streamprune.inspect(model, progress=progress)
     parts = [lines(found[name]) for name, lines in (("model", _model), ("job", _job)) if found[name] is not None]

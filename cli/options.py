@@ -213,6 +213,14 @@ job_options = bundle(
 )
 
 
+def check_alone() -> None:
+    """Refuse to do the same work in each of several processes that torchrun started."""
+    from streamprune.system.ranks import expected
+
+    if expected() > 1:
+        raise ConfigError(f"{expected()} processes were started together (WORLD_SIZE); only run shares its work")
+
+
 def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = False) -> None:
     """Check what needs no torch, then import it, so that invalid arguments are reported at once.
 
@@ -223,11 +231,10 @@ def begin(*models: str | Path | None, texts: Sequence[Any] = (), shared: bool = 
     """
     from streamprune.jobs.config import DATA_FREE
     from streamprune.model.hub import check_model
-    from streamprune.system.ranks import expected
     from streamprune.text.source import Text
 
-    if not shared and expected() > 1:
-        raise ConfigError(f"{expected()} processes were started together (WORLD_SIZE); only run shares its work")
+    if not shared:
+        check_alone()
     for model in models:
         if model is not None:
             check_model(model)

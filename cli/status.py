@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -27,7 +26,7 @@ def status(out: Path, as_json: bool) -> None:
       streamprune status llama-2-5b --json
     """
     found = streamprune.status(out)
-    show.result(asdict(found), as_json, _lines(found))
+    show.result(found.as_dict(), as_json, _lines(found))
     click.get_current_context().exit(found.exit_code)
 
 

@@ -164,7 +164,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 REPRESENTATIVE = {"llama", "gpt2", "gemma3", "mixtral"}
-"""Kinds of model that tests over all of `TINY` take unless `--all` is given."""
+"""Kinds of model that tests over most of `TINY` take unless `--all` is given. Shorter lists are taken whole."""
+
+
+def _kind(item: pytest.Item) -> str | None:
+    """The kind of model that a test is parametrised with."""
+    name = item.callspec.params.get("name") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    return name if name in TINY else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -172,13 +178,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--all") or config.getoption("-m") or config.args != config.getini("testpaths"):
         return
 
+    kinds: dict[str, set[str]] = {}  # by test function
+    for item in items:
+        if (name := _kind(item)) is not None:
+            kinds.setdefault(item.nodeid.partition("[")[0], set()).add(name)
+
     def left_out(item: pytest.Item) -> bool:
-        name = (
-            item.callspec.params.get("name")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
-        return item.get_closest_marker("slow") is not None or (name in TINY and name not in REPRESENTATIVE)
+        of_all = len(kinds.get(item.nodeid.partition("[")[0], ())) > len(TINY) // 2
+        return item.get_closest_marker("slow") is not None or (of_all and _kind(item) not in {None, *REPRESENTATIVE})
 
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
     items[:] = [item for item in items if not left_out(item)]

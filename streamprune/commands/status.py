@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +45,9 @@ class Status:
     def exit_code(self) -> int:
         """Exit code of `streamprune status`, from `EXIT_CODES`."""
         return EXIT_CODES[self.state]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def status(out: str | Path) -> Status:

@@ -234,6 +234,8 @@ class JobFolder:
                 raise ConfigError(
                     f"{self.folder} contains {path.name}, which no job writes; move it away or choose another OUT"
                 )
+            # What reads the text is loaded before memory is measured, as it is when a job resumes.
+            _ = self.header
             start = self.begin()
         else:
             self.check_same(start)

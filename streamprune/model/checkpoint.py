@@ -61,7 +61,7 @@ class TensorEntry:
         """Read the tensor to new host memory; pinned if `device` is a GPU."""
         buffer = host_buffer(self.nbytes, device)
         if files.read_into(self.shard, self.begin, buffer.numpy().data) < self.nbytes:
-            raise CheckpointError(f"{self.shard} ended inside a tensor")
+            raise CheckpointError(f"{self.shard} ends before byte {self.begin + self.nbytes}, inside a tensor")
         return buffer.view(self.dtype).view(self.shape)
 
 

@@ -94,7 +94,7 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
         architecture_of(config.model_type.removeprefix(PREFIX), str(checkpoint.directory))
         entries = [architecture.sublayers(config, index) for index in range(config.num_hidden_layers)]
     if fields["model_type"].startswith(PREFIX):
-        _check_widths(fields.get(OURS), architecture, entries, where)
+        _check_widths(fields.get(OURS), architecture, entries, len(checkpoint), where)
     _check_rotation(getattr(config, "rope_parameters", None), where)
     _check_numbers(fields, where)
     return architecture, config
@@ -175,15 +175,26 @@ def _check_numbers(value: Any, where: str, name: str = "the config") -> None:
 
 
 def _check_widths(
-    widths: Any, architecture: Architecture, entries: Sequence[Sequence[SublayerEntry]], where: str
+    widths: Any, architecture: Architecture, entries: Sequence[Sequence[SublayerEntry]], most: int, where: str
 ) -> None:
-    """Check the parts of the config field `OURS` that `modeling_streamprune` applies to whatever they name.
+    """Check the parts of the config field `OURS` that `modeling_streamprune` applies to whatever they name, and that it
+    builds at most `most` experts.
 
     Other mistakes show when the model is built and compared with the shards.
     """
     counts = {name for block in entries for entry in block for name in entry.counts}
     if not isinstance(widths, dict) or widths.get("blocks") != architecture.blocks:
         raise CheckpointError(f'{where}: "{OURS}" must have "blocks": "{architecture.blocks}"')
+    listed = widths.get("experts", {})
+    held = (
+        [own for blocks in listed.values() if isinstance(blocks, list) for own in blocks]
+        if isinstance(listed, dict)
+        else None
+    )
+    if held is None or sum(len(own) for own in held if isinstance(own, list)) > most:
+        raise CheckpointError(
+            f'{where}: "experts" of "{OURS}" lists more experts than the shards hold tensors ({most})'
+        )
     attributes, renamed = widths.get("attributes"), widths.get("renamed", [])
     if not isinstance(attributes, dict) or not attributes.keys() <= counts:
         raise CheckpointError(f'{where}: "attributes" of "{OURS}" may have {", ".join(sorted(counts)) or "none"}')

@@ -445,6 +445,11 @@ class Skeleton:
                         f"{self.checkpoint.directory}/config.json: {counted} experts or more; the shards hold "
                         f"{len(self.checkpoint)} tensors"
                     )
+                chosen = self.config.num_experts_per_tok
+                if not 1 <= chosen <= held:
+                    raise CheckpointError(
+                        f"{self.checkpoint.directory}/config.json: num_experts_per_tok is {chosen}; it must be 1 to {held}"
+                    )
                 if not isinstance(experts, Experts):
                     separate_experts(template, name)
 

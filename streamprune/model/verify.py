@@ -151,8 +151,7 @@ class _Reading:
             message = f"{shard}: tensor {name!r} is not in the {model} model that the config describes, and is not read"
             self._add_extra(shard, name, message)
         for name, what in found:
-            # A missing tensor may be in a shard that could not be opened.
-            if name in checkpoint or not checkpoint.faults:
+            if name in checkpoint or not checkpoint.lost(name):
                 file = checkpoint[name].shard.name if name in checkpoint else weight_file(self.folder)
                 self._fault("layout", file, name, f"{file}: tensor {name!r} {what}")
 
@@ -224,6 +223,7 @@ class _Opened(Checkpoint):
     def __init__(self, directory: Path) -> None:
         self.faults: list[tuple[str, str]] = []  # unreadable shards, and the error of each
         self._lost: set[str] = set()
+        self._all_lost = False
         super().__init__(directory)
 
     @property
@@ -235,12 +235,17 @@ class _Opened(Checkpoint):
     def claimed(self) -> Set[str]:
         return super().claimed | self._lost
 
+    def lost(self, name: str) -> bool:
+        """Return whether the tensor may be in an unreadable shard."""
+        return self._all_lost or name.endswith(tuple(self._lost))  # names in base models lack the prefix
+
     def _open(self, path: Path, wanted: set[str] | None) -> None:
         try:
             super()._open(path, wanted)
         except (CheckpointError, DiskError) as error:
             self.faults.append((path.name, str(error)))
             self._lost |= wanted or set()
+            self._all_lost |= wanted is None
 
 
 _Piece = tuple[int, int, str | None]

@@ -47,6 +47,8 @@ class BlockPruner:
     plan: Plan
     survey: Survey
     """Findings of the dense model; empty without a survey."""
+    window: range
+    """Blocks that may change."""
     streams: Streams | None
     """None for a recipe that measures nothing."""
     refinement: Refinement | None
@@ -64,8 +66,9 @@ class BlockPruner:
         Afterwards the store has the streams that the next block needs.
         """
         streams = self.streams
-        if streams is not None and index not in streams.window:
-            streams.pass_by(block, index)
+        if index not in self.window:
+            if streams is not None:
+                streams.pass_by(block, index)
             return block, [self._counts(each.site) | untouched(each.site) for each in block.prunables]
         if streams is not None:
             streams.part(index)
@@ -98,7 +101,7 @@ class BlockPruner:
         """Whether producers are fitted to their input, which must then differ from the dense one."""
         if self.streams is None or self.recipe.compensation is None:
             return False
-        return here.block > self.streams.window.start or (here.position > 0 and not sub.entry.parallel)
+        return here.block > self.window.start or (here.position > 0 and not sub.entry.parallel)
 
     def _sums_inputs(self, sub: Sublayer, here: Place) -> bool:
         return self._compensates(sub, here) or self.recipe.wants_inputs
@@ -172,6 +175,7 @@ class BlockPruner:
         if self.ranks.mine(0):
             factor, damping = cholesky(h, self.recipe.compensation or 0.0, sub.name)
             solved = [(damping, [compensation(h, c, factor)])]
+            del factor
         ((_, damping, (m,)),) = self.ranks.exchange([sub.name], solved, self.skeleton.device)
         for prunable in sub.prunables:
             for name in prunable.producers:
@@ -372,6 +376,7 @@ class BlockPruner:
             for read in advanced:
                 if sums is not None:
                     sums.add(*(_normed(owners[s][here.position + 1], *read[s]) for s in summed))
+                del read  # before the next micro-batch is computed
         return sums
 
     def _refine(self, pruned: Block, index: int, seconds: float) -> Report:

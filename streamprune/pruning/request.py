@@ -45,7 +45,8 @@ class Request:
     """
 
     def __init__(self, config: Config, progress: Progress | None = None, ranks: Ranks = ALONE) -> None:
-        self.recipe: Recipe[Any] = RECIPES[config.recipe](parse(config.recipe, config.settings))
+        settings = parse(config.recipe, config.settings)  # which refuses unknown recipes
+        self.recipe: Recipe[Any] = RECIPES[config.recipe](settings)
         self.ranks = ranks
         if config.samples < ranks.size:
             raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
@@ -333,7 +334,8 @@ def idle(config: Config) -> dict[str, str]:
     Raises:
         ConfigError: unknown recipe, or a setting that it does not have.
     """
-    recipe = RECIPES[config.recipe](parse(config.recipe, config.settings))
+    settings = parse(config.recipe, config.settings)
+    recipe = RECIPES[config.recipe](settings)
     summed = _surveys(config, recipe) and recipe.statistics
     found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
     if not summed and not _streams(config, recipe):

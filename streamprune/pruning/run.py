@@ -178,6 +178,7 @@ class Run:
             recipe=job.recipe,
             plan=plan,
             survey=shot.survey,
+            window=job.request.window,
             streams=shot.streams,
             refinement=refinement,
             seed=job.config.seed,

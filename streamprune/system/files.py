@@ -24,6 +24,8 @@ from .disk import disk
 from .timing import waiting
 
 TEMPORARY = ".tmp"
+LOCKED = "lock"
+"""Name of the lock file in a folder of `scratch`."""
 LOCK_TRIES = 4
 SYNC_BYTES = 32 << 20
 """Bytes written to a durable file between two fsyncs, so that little is left to flush at the end."""
@@ -426,19 +428,36 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
             found = path.lstat()
             # Skip links and other users' folders: they could redirect the lock and the removal to any place.
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-                with locked(path / "lock"):
-                    empty_folder(path)
+                with locked(path / LOCKED):
+                    _empty_last(path)
                 remove_empty_folder(path)
     with ExitStack() as stack:
         while True:
             with _disk_errors("make", parent / prefix):
                 folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            stack.callback(remove_empty_folder, folder)
-            stack.callback(empty_folder, folder)
+            stack.callback(_left_for_later, remove_empty_folder, folder)
             with suppress(ResumeError):  # another process took it for a left-over one and is removing it
-                stack.enter_context(locked(folder / "lock"))
+                try:
+                    stack.enter_context(locked(folder / LOCKED))
+                except DiskError:
+                    empty_folder(folder)
+                    raise
                 break
+        # While the lock is held: otherwise another process would take the folder for a left-over one.
+        stack.callback(_left_for_later, _empty_last, folder)
         yield folder
+
+
+def _empty_last(folder: Path) -> None:
+    """Remove the contents of a folder whose lock is held, the lock last."""
+    empty_folder(folder, keep=LOCKED)
+    empty_folder(folder)
+
+
+def _left_for_later(remove: Callable[[Path], None], folder: Path) -> None:
+    """Remove what can be removed: NFS and FUSE keep a name for a mapped file. The next `scratch` takes the rest."""
+    with suppress(OSError, DiskError):
+        remove(folder)
 
 
 def find_symlink(folder: Path) -> Path | None:

@@ -25,7 +25,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import ElsewhereError, LostError, StreamPruneError, one_line
+from ..errors import ConfigError, ElsewhereError, LostError, StreamPruneError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -251,11 +251,17 @@ def joined() -> Iterator[Ranks]:
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which `torchrun` sets.
 
     Raises:
+        ConfigError: `torchrun --max-restarts` on several machines, whose processes count their restarts separately.
         LostError: the other ranks did not join in time.
     """
     if expected() == 1:
         yield ALONE
         return
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "torchrun --max-restarts restarts the processes of one machine only; without it, run the same command again "
+            "on all machines to resume"
+        )
     import torch
     import torch.distributed as distributed
     from torch.distributed.distributed_c10d import PrefixStore

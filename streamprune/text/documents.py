@@ -20,6 +20,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -311,14 +312,16 @@ class Delimited(TextFile):
                 end += len(line)
                 yield text
 
-        csv.field_size_limit(LINE)
         reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
         while place < stop:
+            limit = csv.field_size_limit(LINE)
             try:
                 cells = next(reader, None)
             except csv.Error as error:
                 reason = str(error).partition(" - ")[0]
                 raise self._error(place, f"not a row of cells ({reason}); check its quotes") from error
+            finally:
+                csv.field_size_limit(limit)  # that of the whole process
             if cells is None:
                 return
             if cells:
@@ -473,10 +476,9 @@ def _load(place: str) -> Any:
     if not folder.is_dir():
         return datasets.load_dataset(name, config, split=wanted)
     if not any((folder / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
-        # The library's copy can be removed as soon as it is mapped into memory.
-        with files.scratch(Path(tempfile.gettempdir()), "streamprune-text-") as cache:
-            # The full path cannot be mistaken for a name on the hub.
-            return datasets.load_dataset(str(folder.resolve()), config, split=wanted, cache_dir=str(cache))
+        found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        state = tuple((str(path), stat.st_size, stat.st_mtime_ns) for path in found for stat in [path.stat()])
+        return _converted(str(folder.resolve()), config, wanted, state)
     found = datasets.load_from_disk(name)
     splits = found if isinstance(found, datasets.DatasetDict) else {}
     if split is None and not splits:
@@ -484,6 +486,17 @@ def _load(place: str) -> Any:
     if wanted not in splits:
         raise CalibrationError(f"{place} has no split {wanted!r}; it has {', '.join(splits) or 'none'}")
     return splits[wanted]
+
+
+@lru_cache(maxsize=4)
+def _converted(folder: str, config: str | None, split: str, state: tuple[tuple[str, int, int], ...]) -> Any:
+    """Convert a folder of data files once per process; `state` (names, sizes and times) tells when it has changed."""
+    import datasets
+
+    # The library's copy can be removed as soon as it is mapped into memory.
+    with files.scratch(Path(tempfile.gettempdir()), "streamprune-text-") as cache:
+        # The full path cannot be mistaken for a name on the hub.
+        return datasets.load_dataset(folder, config, split=split, cache_dir=str(cache))
 
 
 def _field(asked: str | None, names: Iterable[str], place: str) -> str:

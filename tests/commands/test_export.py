@@ -411,6 +411,7 @@ def byteless(tokenizer: dict[str, Any]) -> None:
         ("bytes", lambda t: t["model"].update(ignore_merges=True), "cannot split the text"),
         ("bytes", lambda t: t["model"].update(byte_fallback=True), "cannot split the text"),
         ("bytes", lambda t: t["model"].update(merges=[]), "no merges"),
+        ("bytes", lambda t: t["model"].update(end_of_word_suffix="</w>"), "dropout, prefixes or suffixes"),
         ("stories260K", unjoined, "no SentencePiece scores"),
         ("stories260K", scattered, "no SentencePiece scores"),
         ("stories260K", byteless, "lacks pieces for some bytes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune import Callback, Stopped
+from streamprune.commands.harness import tasks
 from streamprune.commands.harness.scoring import Query, grouped, padded, score
 from streamprune.errors import CalibrationError, ConfigError, ResourceError, StreamPruneError
 from streamprune.model.skeleton import Skeleton, open_skeleton
@@ -285,6 +287,19 @@ def test_a_wrong_name_is_refused_before_torch_and_the_model(more: list[str]) -> 
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout == "2 []\n"
     assert "no task 'arc_eas' is among lm_eval's" in done.stderr
+
+
+def test_only_names_in_no_task_file_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "lm_eval" / "tasks" / "own"
+    own.mkdir(parents=True)
+    (own / "a.yaml").write_text("task: one\ntag:\n- 'two'\n- three # a note\ngroup: [four,five]\ninclude: _base\n")
+    (own / "b.yaml").write_text('{"task": "six", group: seven}\r\ntag: eight\r\n')
+    (own / "_base").write_text("tag: nine")
+    spec = importlib.machinery.ModuleSpec("lm_eval", None)
+    spec.submodule_search_locations = [str(tmp_path / "lm_eval")]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    there = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert tasks._missing([*there, "on", "ne", "o.e", "our,five"]) == ["on", "ne", "o.e", "our,five"]
 
 
 @pytest.mark.usefixtures("choices")

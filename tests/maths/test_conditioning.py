@@ -79,6 +79,10 @@ def large_constants_beside_small(x: Tensor) -> Tensor:
     return x
 
 
+def far_from_zero(x: Tensor) -> Tensor:
+    return x + 1e3
+
+
 def all_at_once(x: Tensor) -> Tensor:
     x = x[: N // 2]
     x[:, 5] *= 1e6
@@ -99,10 +103,11 @@ CASES = [
     half_small,
     all_sizes,
     large_constants_beside_small,
+    far_from_zero,
     all_at_once,
 ]
 case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-DAMPINGS = (0.01, 0.0)
+DAMPINGS = (0.01, 1e-4, 0.0)
 METHODS = ("default", "sobp", "slimgpt", "greedy-output", "surgeon")
 
 
@@ -392,7 +397,7 @@ def test_the_report_has_every_damping_that_was_used(
     watch(block, "cholesky", lambda h: "target_damping" if len(h) in (48, 40) else "compensation_damping")
     watch(obs, "refit_as_stored", lambda w: "damping")
     path = make_tiny(tmp_path / "model", "llama", num_key_value_heads=4, num_attention_heads=4, head_dim=10)
-    settings = {"damping": damping} | ({"compensation_damping": damping} if recipe == "sobp" else {})
+    settings = {"damping": damping} | ({"compensation_damping": "0.1"} if recipe == "sobp" else {})
     config = configured(path, recipe=recipe, settings=settings, samples=2, seq_len=8)
     streamprune.prune(config)
     report = json.loads((config.out / "report.json").read_text())
@@ -405,6 +410,9 @@ def test_the_report_has_every_damping_that_was_used(
     raised = [each for each in told.values() if each > 0]
     assert all(each >= 1e-6 for each in raised) if damping == "0" else raised == [0.01] * len(told)
     assert len(raised) > len(told) / 2
+    if recipe == "sobp":  # whose two dampings differ
+        assert all(value >= 0.1 for (_, name), value in told.items() if name == "compensation_damping")
+        assert all(value < 0.1 for (_, name), value in told.items() if name == "damping")
 
 
 def test_the_surgeons_damping_is_told_where_it_was_raised(configured: Make, tmp_path: Path) -> None:

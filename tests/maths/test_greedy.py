@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from streamprune.errors import NumericalError
-from streamprune.maths import slimgpt, triangular
+from streamprune.errors import NumericalError, SingularError
+from streamprune.maths import greedy, slimgpt, triangular
 from streamprune.maths.greedy import greedy_removal, removal, workspace
 from streamprune.maths.refit import cholesky, refit, unit_columns
 from streamprune.maths.slimgpt import batched_group_removal, dynamic_group_removal
@@ -247,3 +249,34 @@ def test_a_factor_that_is_at_hand_changes_no_bit(width: int) -> None:
     )
     assert torch.equal(alone[0], given[0])
     assert torch.equal(alone[1], given[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "step", "remove"),
+    [
+        (greedy, "removal", partial(greedy.greedy_removal, width=1, count=3)),
+        (slimgpt, "_remove", partial(slimgpt.batched_group_removal, width=2, count=2)),
+        (slimgpt, "_remove", partial(slimgpt.dynamic_group_removal, count=3)),
+    ],
+)
+def test_a_failed_attempt_is_freed_before_the_next(
+    module: Any, step: str, remove: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inverse, real, made = module.inverse, getattr(module, step), list[weakref.ref[torch.Tensor]]()
+
+    def inverted(*arguments: Any, **options: Any) -> Any:
+        assert all(earlier() is None for earlier in made)
+        found = inverse(*arguments, **options)
+        made.append(weakref.ref(found[0]))
+        return found
+
+    def fails_once(*arguments: Any, **options: Any) -> Any:
+        if len(made) == 1:
+            raise SingularError("here")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "inverse", inverted)
+    monkeypatch.setattr(module, step, fails_once)
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    remove(torch.ones(4, 8, dtype=torch.float64), x.T @ x / 40, damping=0.01, place="here")
+    assert len(made) == 2

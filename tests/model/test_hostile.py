@@ -405,6 +405,21 @@ def test_experts_that_the_shards_do_not_hold(tiny: Callable[..., Path], tmp_path
     assert peak(refuse) < 64 << 20
 
 
+def test_experts_of_ours_that_the_shards_do_not_hold(tiny: Callable[..., Path], configured: Callable[..., Any]) -> None:
+    config = configured(tiny("mixtral"), recipe="magnitude")
+    streamprune.prune(config)
+    asked = json.loads((config.out / CONFIG).read_text())
+    (name,) = asked["streamprune"]["experts"]
+
+    def refuse() -> None:
+        with pytest.raises(CheckpointError, match="lists more experts than the shards hold tensors"):
+            opened(config.out)
+
+    for listed in ({name: [[1] * 20_000] * 3}, {name: None, "other": [[1] * 20_000]}):
+        edit(config.out / CONFIG, streamprune={**asked["streamprune"], "experts": listed})
+        assert peak(refuse) < 64 << 20
+
+
 def test_labels_are_not_counted_up_to(model: Path) -> None:
     edit(model / CONFIG, num_labels=10**9)
     assert peak(lambda: opened(model)) < 64 << 20
@@ -481,13 +496,13 @@ def test_what_a_forward_returns_is_not_the_configs_to_say(model: Path, text: Pat
     assert given.hidden_states is None
 
 
-@pytest.mark.parametrize("chosen", [5, -1, 2**70])
+@pytest.mark.parametrize("chosen", [0, 5, -1, 2**70])
 def test_no_more_experts_are_chosen_than_there_are(chosen: int, tiny: Callable[..., Path], tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny("mixtral"), tmp_path / "mixtral"))
     edit(model / CONFIG, num_experts_per_tok=4)
     opened(model)
     edit(model / CONFIG, num_experts_per_tok=chosen)
-    with pytest.raises(CheckpointError, match="transformers cannot build this model"):
+    with pytest.raises(CheckpointError, match=f"num_experts_per_tok is {chosen}; it must be 1 to 4"):
         opened(model)
 
 

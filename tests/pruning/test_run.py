@@ -23,6 +23,7 @@ from streamprune.jobs.forecast import resources
 from streamprune.jobs.names import job_folder
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.job import Job
+from streamprune.pruning.request import idle
 from streamprune.recipes.plan import Plan
 
 
@@ -526,3 +527,10 @@ def test_where_grams_are_changes_nothing_where_the_device_is_the_host(
             streamprune.prune(config)
         results.append({name: data for name, data in contents(config.out).items() if name.endswith(".safetensors")})
     assert results[0] == results[1] == results[2]
+
+
+def test_an_unknown_recipe_is_refused_from_python(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    config = Config(model=tiny("llama"), out=tmp_path / "out", ratio=0.3, recipe="magic")
+    for call in (streamprune.prune, streamprune.plan_only, streamprune.forecast_job, idle):
+        with pytest.raises(ConfigError, match="recipe is 'magic'; it must be one of default, sobp"):
+            call(config)

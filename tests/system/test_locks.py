@@ -287,6 +287,32 @@ def test_wherever_the_disk_fails_scratch_says_so_and_goes(fault: Fault, tmp_path
         assert not list(work.iterdir())
 
 
+def test_a_scratch_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.tempfile, "mkdtemp", lambda **where: os.mkdir(tmp_path / "none" / "below"))
+    with pytest.raises(DiskError, match=r"cannot make .*work-: No such file"), files.scratch(tmp_path, "work-"):
+        pass
+
+
+def test_a_scratch_folder_that_is_being_emptied_is_not_left_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, others = files._remove_all, []
+
+    def remove(path: Path) -> None:
+        if path.name == "mine" and not others:
+            others.append(path)
+            with files.scratch(tmp_path, "work-"):  # as another process would
+                pass
+            assert path.exists()
+        real(path)
+
+    monkeypatch.setattr(files, "_remove_all", remove)
+    with files.scratch(tmp_path, "work-") as folder:
+        (folder / "mine").touch()
+    assert others
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_that_cannot_be_looked_at_is_no_lock_that_is_free(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
     for at in (1, 2):

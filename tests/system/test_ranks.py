@@ -27,7 +27,7 @@ from streamprune_cli import main
 
 import streamprune
 from streamprune import Config
-from streamprune.errors import LostError, NumericalError
+from streamprune.errors import ConfigError, LostError, NumericalError
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.maths.sums import SiteStatistics
@@ -179,6 +179,18 @@ def test_a_process_by_itself_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -
             assert list(alone.exchange(together, given, torch.device("cpu"))) == [
                 (item, item * 2, [torch.tensor(item)])
             ]
+
+
+def test_restarts_on_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_MAX_RESTARTS": "3",
+        "GROUP_WORLD_SIZE": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="--max-restarts restarts the processes of one machine only"), joined():
+        pass
 
 
 def test_what_ranks_send_each_other(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def add_rotary(writer: GGUFWriter, skeleton: Skeleton, runtime: Runtime) -> Tens
     writer.add_rope_freq_base(float(theta))
     supported = rope.get("partial_rotary_factor", 1.0) == 1.0
     # Gemma 3's sliding layers, for which llama.cpp has no settings.
-    supported &= given.get("sliding_attention", {}).get("rope_theta", 10000.0) == 10000.0
+    sliding = given.get("sliding_attention") or {}
+    supported &= sliding.get("rope_theta", 10000.0) == 10000.0 and sliding.get("rope_type", "default") == "default"
     factors: Tensor | None = None
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

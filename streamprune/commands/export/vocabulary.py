@@ -69,10 +69,18 @@ def add_vocabulary(writer: GGUFWriter, skeleton: Skeleton) -> list[str]:
             f"{directory}: the tokenizer is of type {model['type']} or has no merges; GGUF files can hold byte-level BPE "
             "and SentencePiece's BPE"
         )
+    if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+        raise CheckpointError(
+            f"{directory}: the tokenizer's BPE has dropout, prefixes or suffixes, which llama.cpp lacks"
+        )
     beyond = check_vocabulary(tokenizer, size, directory)
     notes = [f"token {token!r} ({id}) is left out: the model has {size} tokens" for token, id in beyond.items()]
     added = {each["id"]: each for each in data["added_tokens"] if each["id"] < size}
     pieces = {id: text for text, id in model["vocab"].items()} | {id: each["content"] for id, each in added.items()}
+    kept = [pieces[id] for id in range(size) if id in pieces]
+    if len({*kept}) < len(kept):
+        twice = next(piece for piece in kept if kept.count(piece) > 1)
+        raise CheckpointError(f"{directory}: the tokenizer has the piece {twice!r} twice, which llama.cpp refuses")
     types = [TokenType.NORMAL if id in pieces else TokenType.UNUSED for id in range(size)]
     for id, each in added.items():
         types[id] = TokenType.CONTROL if each["special"] else TokenType.USER_DEFINED
@@ -107,7 +115,7 @@ def add_vocabulary(writer: GGUFWriter, skeleton: Skeleton) -> list[str]:
     for name in ("bos", "eos", "unk", "pad"):
         ids = [getattr(each, f"{name}_token_id", None) for each in (tokenizer, skeleton.config)]
         # Configs may list several.
-        id = next((each[0] if isinstance(each, list) else each for each in ids if each is not None), None)
+        id = next((each[0] if isinstance(each, list) else each for each in ids if each not in (None, [])), None)
         if id is not None and 0 <= id < size:
             special[name] = id
             getattr(writer, f"add_{name}_token_id")(id)

@@ -80,7 +80,8 @@ def read_records(out: Path) -> Records:
         tunings.append(report)
         report = report["source"]
     curves = read_json(out / CURVES) if (out / CURVES).is_file() else None
-    return Records(out.resolve().name, report, tunings, curves)
+    # A tuned model may come from another tool, with a report of its own.
+    return Records(out.resolve().name, report if is_report(report) else None, tunings, curves)
 
 
 def read_comparison(path: Path) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def train(
             loss = nll * (len(part) / len(chosen))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            del logits, nll, loss  # before the next forward pass
         if not math.isfinite(total):
             place = _first_not_finite(model, skeleton, chosen[: how.batch])
             raise NumericalError(
