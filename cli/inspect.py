@@ -10,6 +10,7 @@ import click
 
 import streamprune
 from streamprune.commands.report.records import flat
+from streamprune.model.hub import is_name
 from streamprune.system.units import format_bytes
 
 from . import options, show
@@ -34,7 +35,7 @@ def inspect(model: Path, as_json: bool) -> None:
       streamprune inspect llama-2-5b
     """
     options.check_alone()
-    if not model.is_dir():  # a name on the hub; a job's folder needs no torch
+    if is_name(model):  # a job's folder needs no torch
         options.begin(model)
     with show.watched() as progress:
         found = streamprune.inspect(model, progress=progress)
