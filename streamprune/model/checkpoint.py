@@ -22,13 +22,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import CheckpointError, DamageError, one_line
+from ..maths.refit import all_finite
 from ..system import files
 from ..system.directory import check_links, check_pointer
-from ..system.host import host_buffer, tensor_bytes
+from ..system.host import tensor_bytes
 from ..system.strict_json import parse, read_json, write_json
+from .entries import CPU, Plain, Span, TensorEntry
 from .names import ADAPTER, CONFIG, INDEX, RUN_TIME, SINGLE
 
-CPU = torch.device("cpu")
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Suffixes of the names of buffers that old checkpoints contain and current models do not read."""
 MODELOPT = "hf_quant_config.json"
@@ -44,25 +45,16 @@ NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """Location of one tensor."""
+class Stored:
+    """A tensor as it is stored in a shard."""
 
-    shard: Path
-    dtype: torch.dtype
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
-    begin: int  # offset in the file, in bytes
-    nbytes: int
+    span: Span
 
-    @property
-    def numel(self) -> int:
-        return self.nbytes // self.dtype.itemsize
-
-    def read(self, device: torch.device = CPU) -> Tensor:
-        """Read the tensor to new host memory; pinned if `device` is a GPU."""
-        buffer = host_buffer(self.nbytes, device)
-        if files.read_into(self.shard, self.begin, buffer.numpy().data) < self.nbytes:
-            raise CheckpointError(f"{self.shard} ends before byte {self.begin + self.nbytes}, inside a tensor")
-        return buffer.view(self.dtype).view(self.shape)
+    def finite(self, piece: Tensor) -> bool:
+        """Return whether a piece of the bytes, uint8 and of whole elements, holds neither NaN nor Inf."""
+        return all_finite(piece.view(DTYPES[self.dtype]))
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
@@ -94,9 +86,13 @@ class Checkpoint(Mapping[str, TensorEntry]):
         """The config without run-time fields (see `RUN_TIME`)."""
         self.bytes_read = 0
         self.headers: dict[str, str] = {}  # SHA-256 in hex of every shard's header, by file name
-        self._entries: dict[str, TensorEntry] = {}
+        self.stored: dict[str, Stored] = {}
+        """The tensors of all shards as they are stored, by name, except integers."""
         for shard, wanted in self._shards().items():
             self._open(directory / shard, wanted)
+        self._entries: dict[str, TensorEntry] = {
+            name: Plain(DTYPES[each.dtype], each.shape, each.span) for name, each in self.stored.items()
+        }
 
     def __getitem__(self, name: str) -> TensorEntry:
         try:
@@ -119,9 +115,10 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return self._entries.keys()
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """Read a tensor to new host memory, in its stored dtype; pinned if `device` is a GPU."""
-        tensor = self[name].read(device)
-        self.bytes_read += tensor.nbytes
+        """Read a tensor to new host memory, in its entry's dtype; pinned if `device` is a GPU."""
+        entry = self[name]
+        tensor = entry.read(device)
+        self.bytes_read += entry.stored_bytes
         return tensor
 
     @property
@@ -131,8 +128,13 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def announce(self, name: str) -> None:
         """Ask the kernel to read a tensor ahead."""
-        entry = self[name]
-        files.advise_read(entry.shard, entry.begin, entry.nbytes)
+        for span in self[name].spans:
+            files.advise_read(span.file, span.begin, span.nbytes)
+
+    def divide(self, name: str, parts: Mapping[str, TensorEntry]) -> None:
+        """Replace a tensor by parts of it, by name: the experts of a fused tensor, see `TensorEntry.part`."""
+        del self._entries[name]
+        self._entries |= parts
 
     def complete_names(self, prefix: str, head: str) -> None:
         """If no tensor name starts with `prefix`, add it to all but the head's, so that checkpoints of base models can be read."""
@@ -147,10 +149,10 @@ class Checkpoint(Mapping[str, TensorEntry]):
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
         samples = {name: hashlib.sha256() for name in self.headers}
-        for entry in self._entries.values():
-            sample = bytearray(min(512, entry.nbytes))
-            files.read_into(entry.shard, entry.begin + (entry.nbytes - len(sample)) // 2, memoryview(sample))
-            samples[entry.shard.name].update(sample)
+        for span in (stored.span for stored in self.stored.values()):
+            sample = bytearray(min(512, span.nbytes))
+            files.read_into(span.file, span.begin + (span.nbytes - len(sample)) // 2, memoryview(sample))
+            samples[span.file.name].update(sample)
         shards = {
             name: [(self.directory / name).stat().st_size, header, samples[name].hexdigest()]
             for name, header in self.headers.items()
@@ -172,7 +174,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
         now = self.stamps()
         suspects = {name for name in now if stamps.get(name) != now[name]}
         for name, check in sums.items():
-            if self[name].shard.name in suspects and zlib.crc32(tensor_bytes(self.read(name))) != check:
+            files_of = {span.file.name for span in self[name].spans}
+            if files_of & suspects and zlib.crc32(tensor_bytes(self.read(name))) != check:
                 return name
         return None
 
@@ -202,11 +205,13 @@ class Checkpoint(Mapping[str, TensorEntry]):
             raise CheckpointError(f"shard {path} lacks {missing[0]!r}, which the index places there")
         self._check_dtypes(path, {name: entry["dtype"] for name, entry in header.items()})
         # Like transformers, read all tensors of a shard; the index only says which shards there are.
-        for name, entry in _entries(path, begin, header):
-            if (twin := self._entries.get(name)) is not None:
-                raise CheckpointError(f"shard {path} holds {name!r}, and so does {twin.shard.name}; it must be in one")
-            if entry.dtype in DTYPES.values():
-                self._entries[name] = entry
+        for name, stored in _stored(path, begin, header):
+            if (twin := self.stored.get(name)) is not None:
+                raise CheckpointError(
+                    f"shard {path} holds {name!r}, and so does {twin.span.file.name}; it must be in one"
+                )
+            if stored.dtype in DTYPES:
+                self.stored[name] = stored
 
     def _check_dtypes(self, path: Path, dtypes: Mapping[str, str]) -> None:
         """Raise a CheckpointError if a tensor of a shard, dtypes by name, has an unsupported dtype.
@@ -278,13 +283,11 @@ def read_header(path: Path) -> tuple[int, bytes]:
     return 8 + len(raw), bytes(raw)
 
 
-def _entries(path: Path, offset: int, header: Mapping[str, Any]) -> Iterator[tuple[str, TensorEntry]]:
-    """Yield the tensors of a shard whose dtype is in `NAMES`; `offset` and `header` are those of `read_header`."""
-    dtypes = {name: dtype for dtype, name in NAMES.items()}
+def _stored(path: Path, offset: int, header: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
+    """Yield the tensors of a shard; `offset` and `header` are those of `read_header`."""
     for name, entry in header.items():
-        if entry.get("dtype") in dtypes:
-            begin, end = entry["data_offsets"]
-            yield name, TensorEntry(path, dtypes[entry["dtype"]], tuple(entry["shape"]), offset + begin, end - begin)
+        begin, end = entry["data_offsets"]
+        yield name, Stored(entry["dtype"], tuple(entry["shape"]), Span(path, offset + begin, end - begin))
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
@@ -346,8 +349,13 @@ class Shard(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         offset, raw = read_header(path)
-        entries = _entries(path, offset, json.loads(raw))
-        self._tensors = {name.removeprefix(prefix): entry for name, entry in entries if name.startswith(prefix)}
+        header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        dtypes = {name: dtype for dtype, name in NAMES.items()}
+        self._tensors = {
+            name.removeprefix(prefix): Plain(dtypes[stored.dtype], stored.shape, stored.span)
+            for name, stored in _stored(path, offset, header)
+            if name.startswith(prefix)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name].read()

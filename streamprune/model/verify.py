@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DiskError, one_line
-from ..maths.refit import all_finite
 from ..system import files
 from ..system.directory import check_pointer
 from ..system.host import host_buffer
 from ..system.progress import Progress, Silent, rest
 from ..system.threads import prefetch
 from . import manifest
-from .checkpoint import CPU, UNREAD, Checkpoint, TensorEntry, weight_file
+from .checkpoint import UNREAD, Checkpoint, Stored, weight_file
+from .entries import CPU, Span
 from .hub import resolve_model
 from .names import COMPANIONS, CONFIG, INDEX, SINGLE
 from .skeleton import Skeleton
@@ -90,7 +90,7 @@ class _Reading:
 
     def done(self) -> Verification:
         checkpoint = self._opened()
-        entries = {} if checkpoint is None else dict(checkpoint)
+        stored = {} if checkpoint is None else checkpoint.stored
         shards = set() if checkpoint is None else checkpoint.shards
         small = sorted(self.digests.keys() - shards)
         self.progress.phase("verify", len(small) + len(shards))
@@ -99,14 +99,15 @@ class _Reading:
         if checkpoint is not None and not any(fault.file == CONFIG and fault.kind == "file" for fault in self.faults):
             self._compare_with_config(checkpoint)
         # Extra tensors are not used for computing, and masks may contain Inf.
-        read = {name: each for name, each in entries.items() if name not in self.extra and not name.endswith(UNREAD)}
+        extra = set() if checkpoint is None else {span for name in self.extra for span in checkpoint.spans(name)}
+        read = {name: each for name, each in stored.items() if each.span not in extra and not name.endswith(UNREAD)}
         for shard in sorted(shards):
-            self._read(shard, {name: entry for name, entry in read.items() if entry.shard.name == shard})
+            self._read(shard, {name: each for name, each in read.items() if each.span.file.name == shard})
         return Verification(
             path=str(self.folder),
             manifest=self.manifest,
             files=len(small) + len(shards),
-            tensors=len(entries),
+            tensors=len(stored),
             bytes=self.bytes,
             unlisted=self._unlisted(shards) if self.manifest else (),
             faults=tuple(self.faults),
@@ -155,20 +156,20 @@ class _Reading:
                 file = checkpoint[name].shard.name if name in checkpoint else weight_file(self.folder)
                 self._fault("layout", file, name, f"{file}: tensor {name!r} {what}")
 
-    def _read(self, name: str, entries: Mapping[str, TensorEntry]) -> None:
+    def _read(self, name: str, stored: Mapping[str, Stored]) -> None:
         path = self.folder / name
         if not path.is_file():
             if not any(fault.file == name for fault in self.faults):
                 self._absent(name)
         else:
             try:
-                self._read_pieces(path, entries)
+                self._read_pieces(path, stored)
             except (DiskError, FileNotFoundError) as error:
                 self._fault("file", name, None, f"{name} cannot be read: {one_line(error)}")
         self.progress.step(name)
         rest(self.progress)
 
-    def _read_pieces(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    def _read_pieces(self, path: Path, stored: Mapping[str, Stored]) -> None:
         digest, expected = hashlib.sha256(), self.digests.get(path.name)
         wrong: dict[str, None] = {}
         files.drop_cached(path)
@@ -183,9 +184,9 @@ class _Reading:
                 digest.update(data)
             return buffer
 
-        for (_, length, tensor), buffer in prefetch(_pieces(path.stat().st_size, entries), load):
+        for (_, length, tensor), buffer in prefetch(_pieces(path.stat().st_size, stored), load):
             self.bytes += length
-            if tensor is not None and not all_finite(buffer.view(entries[tensor].dtype)):
+            if tensor is not None and not stored[tensor].finite(buffer):
                 wrong[tensor] = None
         if expected is not None and digest.hexdigest() != expected:
             message = f"{path.name} has checksum {digest.hexdigest()[:SHOWN]}…; it was written with {expected[:SHOWN]}…"
@@ -231,6 +232,10 @@ class _Opened(Checkpoint):
         """File names of all shards, readable or not."""
         return {*self.headers, *(shard for shard, _ in self.faults)}
 
+    def spans(self, name: str) -> tuple[Span, ...]:
+        """Return the bytes of a tensor; none for other names."""
+        return self[name].spans if name in self else ()
+
     @property
     def claimed(self) -> Set[str]:
         return super().claimed | self._lost
@@ -252,13 +257,13 @@ _Piece = tuple[int, int, str | None]
 """A range of bytes of a file: begin, length, and the tensor that contains it all; None for data that is not checked."""
 
 
-def _pieces(size: int, entries: Mapping[str, TensorEntry]) -> Iterator[_Piece]:
+def _pieces(size: int, stored: Mapping[str, Stored]) -> Iterator[_Piece]:
     """Split a file of `size` bytes into pieces, in order. No piece crosses the boundary of a tensor."""
     place = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        yield from _cut(place, entry.begin, None)
-        place = entry.begin + entry.nbytes
-        yield from _cut(entry.begin, place, name)
+    for name, span in sorted(((name, each.span) for name, each in stored.items()), key=lambda item: item[1].begin):
+        yield from _cut(place, span.begin, None)
+        place = span.begin + span.nbytes
+        yield from _cut(span.begin, place, name)
     yield from _cut(place, size, None)
 
 

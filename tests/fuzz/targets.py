@@ -90,10 +90,11 @@ def header(home: Path) -> Target:
         (folder / SINGLE).write_bytes(data)
         checkpoint = Checkpoint(folder)
         end = 0
-        for name, entry in sorted(checkpoint.items(), key=lambda item: item[1].begin):
-            assert entry.begin >= end, f"{name} begins inside another tensor"
-            assert entry.nbytes == torch.Size(entry.shape).numel() * entry.dtype.itemsize
-            end = entry.begin + entry.nbytes
+        for name, stored in sorted(checkpoint.stored.items(), key=lambda item: item[1].span.begin):
+            span, entry = stored.span, checkpoint[name]
+            assert span.begin >= end, f"{name} begins inside another tensor"
+            assert span.nbytes == entry.nbytes == torch.Size(entry.shape).numel() * entry.dtype.itemsize
+            end = span.begin + span.nbytes
         assert end <= len(data)
         checkpoint.identity()
         for name in checkpoint:

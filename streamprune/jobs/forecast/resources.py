@@ -156,8 +156,8 @@ def bucket_batch(resources: Resources, longest: int, length: int) -> int:
 def _bytes_to_read(shapes: Shapes, every: int) -> int:
     """Return the bytes of stored weights read over the whole job, given boundaries at every `every`-th block."""
     skeleton, workload = shapes.skeleton, shapes.workload
-    embed = sum(skeleton.checkpoint[name].nbytes for name in skeleton.embed_names())
-    head = sum(skeleton.checkpoint[name].nbytes for name in skeleton.head_names())
+    embed = sum(skeleton.checkpoint[name].stored_bytes for name in skeleton.embed_names())
+    head = sum(skeleton.checkpoint[name].stored_bytes for name in skeleton.head_names())
     everything = shapes.stored_all + embed + head
     if not workload.prunes:
         return everything

@@ -75,7 +75,7 @@ class Shapes:
         weight_item: bytes per weight in memory; on a CPU that computes in another dtype than is stored, of both copies.
         d, most_columns: width of the residual stream, and most columns of any site's consumer, in elements.
         row_bytes, stored_row: bytes of one sequence's activations, as computed and as stored.
-        block, stored_block: bytes of the largest block's weights in memory and as stored.
+        block, stored_block: bytes of the largest block's weights in memory, and as they are read.
         stored_all: bytes of all blocks' weights as stored.
         embed, head: bytes of the embeddings, and of embeddings and head, in memory.
         keys_and_values, widest_pair: bytes of one sequence's keys and values, of all blocks and of the largest block.
@@ -101,7 +101,7 @@ class Shapes:
         counts = [[checkpoint[n] for n in skeleton.block_names(i).values()] for i in range(len(skeleton))]
         self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.weight_item
-        self.stored_all = sum(entry.nbytes for block in counts for entry in block)
+        self.stored_all = sum(entry.stored_bytes for block in counts for entry in block)
         self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.weight_item
         pairs = [
             sum(2 * (site.heads if entry.repeats else site.units) * site.head_width for site, entry in places)
