@@ -6,11 +6,10 @@ streamprune wrote it.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +29,7 @@ from ..system.progress import STOPPED, Progress, Silent
 from ..system.ranks import ALONE, Ranks
 from ..system.strict_json import read_json
 from ..system.units import format_bytes
-from . import caches
+from . import caches, resume
 from .caches import Caches
 from .config import JobConfig
 from .journal import Entry, Journal
@@ -40,15 +39,6 @@ from .names import JOURNAL, LOCK, REPLACED, STAGING, job_folder
 PROBE = "probe"
 OTHER_OUT = "fix that or choose another OUT"
 OTHER_CACHE = "fix that or choose another --cache"
-
-
-@dataclass(frozen=True)
-class MissingFile:
-    """A file that the job needs to resume but that is missing or damaged."""
-
-    path: Path
-    step: str
-    """Prefix of the name of the first step to repeat, with all later ones."""
 
 
 class JobFolder:
@@ -104,6 +94,11 @@ class JobFolder:
         """The models that the job reads."""
         raise NotImplementedError
 
+    @property
+    def terms(self) -> resume.Terms:
+        """What the journal's first line records and must be unchanged on resume."""
+        return {"job": self.header, "cache": self._given_cache}
+
     def begin(self) -> Entry:
         """Check everything that can be checked in advance, then call `write_start`; return the journal's first line."""
         raise NotImplementedError
@@ -112,10 +107,19 @@ class JobFolder:
         """Take over the sizes that the journal's first line records under `resources`."""
         raise NotImplementedError
 
-    def differs(self, report: Entry) -> str | None:
-        """Describe how a finished result differs from the one asked for; None if it does not."""
-        difference = first_difference(report["job"], self.header)
-        return f"of another job: {difference}" if difference else None
+    def peak(self, resources: Entry) -> int:
+        """Return the bytes that count towards the memory limit at the peak, with such sizes."""
+        raise NotImplementedError
+
+    @cached_property
+    def room(self) -> dict[str, int]:
+        """Memory limits of the job in bytes (see `machine.memory_limits`)."""
+        return machine.memory_limits(self.device, self._config.memory, self._config.memory_host or 0, self.ranks)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the memory limit that the process and activations in host memory take."""
+        return self.room["base"] + self.room["memory_host"] if self.device.type == "cpu" else 0
 
     def open_store(self, samples: int, length: int, stored: torch.dtype | None) -> ActivationStore:
         """Open the store for this rank's activations, whose dtype is `stored` (see `ActivationStore`)."""
@@ -148,16 +152,15 @@ class JobFolder:
             ConfigError: OUT contains something else.
         """
         report = self.existing_report()
-        if report is None or restart or self._replacing():
+        if report is None or restart or resume.replaces_out(self._started(), self.terms):
             return None
-        reason = self.differs(report)
-        if not reason:
-            try:
-                Skeleton(Checkpoint(self._out), device=torch.device("cpu"), dtype=torch.float32)
-            except CheckpointError as error:
-                reason = f"that was damaged: {error}"
-        if reason:
-            raise ConfigError(f"OUT is {self._out}, a finished result {reason}; --restart replaces it")
+        resume.refuse_other_result(self._out, report, self.terms)
+        try:
+            Skeleton(Checkpoint(self._out), device=torch.device("cpu"), dtype=torch.float32)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"OUT is {self._out}, a finished result that was damaged: {error}; --restart replaces it"
+            ) from error
         self.resumed = True
         return report
 
@@ -171,8 +174,12 @@ class JobFolder:
 
     def _is_own(self) -> bool:
         """Whether the folder is from this job, not from one with other settings that will replace OUT."""
-        start = Journal(self.journal_path, repair=False).header
-        return self._foreign() is None if start is None else first_difference(start["job"], self.header) is None
+        start = self._started()
+        return self._foreign() is None if start is None else resume.is_same(start, self.terms)
+
+    def _started(self) -> Entry | None:
+        """Return the first line of the journal; None if no job was started. It may be running."""
+        return Journal(self.journal_path, repair=False).header
 
     def existing_report(self) -> Entry | None:
         """Return the report of streamprune's result in OUT; None if OUT is empty or missing.
@@ -190,11 +197,6 @@ class JobFolder:
             raise ConfigError(f"OUT is {out}, which already exists and was not written by streamprune")
         return report
 
-    def _replacing(self) -> bool:
-        """Whether an unfinished job with the same settings was told to replace the content of OUT."""
-        start = Journal(self.journal_path, repair=False).header
-        return start is not None and start["replaces"] and first_difference(start["job"], self.header) is None
-
     @contextmanager
     def opened(self, restart: bool) -> Iterator[None]:
         """Hold the job exclusively, start or resume it, and measure and limit what it takes inside this context.
@@ -206,9 +208,10 @@ class JobFolder:
         first = self.ranks.first
         with self._claimed() as new:
             try:
-                if first and not restart and self.existing_report() is not None and not self._replacing():
-                    raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
                 if first:
+                    replaced = restart or self.existing_report() is None
+                    if not replaced and not resume.replaces_out(self._started(), self.terms):
+                        raise ResumeError(f"another process has just finished this job: OUT is {self._out}")
                     self._put_back()
                 self._start(restart)
                 self.journal.after_append = self._check_stop
@@ -238,7 +241,9 @@ class JobFolder:
             _ = self.header
             start = self.begin()
         else:
-            self.check_same(start)
+            resume.check_same(start, self.terms, self.folder)
+            resume.check_sources(start, self.sources, self.ranks)
+            resume.check_memory(self._config.memory, self.room["device_limit"], self.peak(start["resources"]))
             self.resumed = any(self.journal.steps())
         self.use(start["resources"])
 
@@ -247,7 +252,7 @@ class JobFolder:
 
         `stores` is whether the job writes activations.
         """
-        header, sources = self.header, self.read_sources()
+        sources = self._read_sources()
         if self.ranks.first:
             files.remove(self.journal_path)
             files.sync(self.folder)
@@ -258,9 +263,7 @@ class JobFolder:
                 self._caches.record()
         self.journal = Journal(self.journal_path, ranks=self.ranks)
         replaces = self.existing_report() is not None
-        return self.journal.append(
-            "start", job=header, sources=sources, cache=self._given_cache, replaces=replaces, **data
-        )
+        return self.journal.append("start", **self.terms, sources=sources, replaces=replaces, **data)
 
     def _check_paths(self) -> None:
         """Check that the job can create its files, and that they would lie where the user means."""
@@ -323,25 +326,7 @@ class JobFolder:
         if any(self.ranks.gather(self._asked())):
             raise Stopped(STOPPED)
 
-    def rewind_to_existing(self, find_missing: Callable[[], MissingFile | None]) -> None:
-        """Undo steps of earlier processes until `find_missing` finds no file that the next step needs on any rank."""
-        while self.resumed and any(found := self.ranks.gather(find_missing())):
-            first = next(each for each in found if each is not None)
-            self.progress.say(f"{first.path} is missing or damaged; repeating the job from {first.step}")
-            self.journal.rewind(first.step)
-
-    def check_same(self, start: Entry) -> None:
-        """Raise ResumeError if the job was started with other settings, inputs, versions or another cache folder."""
-        if difference := first_difference(start["job"], self.header):
-            raise ResumeError(f"{self.folder} contains a job with other settings: {difference}; --restart starts over")
-        if start["cache"] != self._given_cache:
-            raise ResumeError(
-                f"cache is {self._given_cache or 'not given'}; this job was started with {start['cache'] or 'none'}; "
-                "--restart starts over"
-            )
-        self.check_sources(start)
-
-    def read_sources(self) -> list[Entry]:
+    def _read_sources(self) -> list[Entry]:
         """Read and check all weights. Returns file stamps and checksums of each source, to detect changes later."""
         found = []
         for skeleton in self.sources:
@@ -349,15 +334,6 @@ class JobFolder:
             parts = self.ranks.gather(check_weights(skeleton, self.progress, self.ranks))
             found.append({"stamps": stamps, "sums": {name: check for part in parts for name, check in part.items()}})
         return found
-
-    def check_sources(self, start: Entry) -> None:
-        """Raise ResumeError if a tensor has changed since the job was started. Reads files that were written to since."""
-        for skeleton, then in zip(self.sources, start["sources"], strict=True):
-            checkpoint = skeleton.checkpoint
-            if name := self.ranks.broadcast(lambda c=checkpoint, then=then: c.changed(**then)):  # type: ignore[misc]
-                raise ResumeError(
-                    f"{checkpoint[name].shard}: tensor {name!r} has changed since the job was started; --restart starts over"
-                )
 
     def _foreign(self) -> Path | None:
         """Return a file in the job's folder that is not from such a job."""
@@ -378,6 +354,16 @@ class JobFolder:
             raise ResourceError(
                 f"{what} may need {format_bytes(needed)}; {self.folder.parent} has {format_bytes(free)} free"
             )
+
+    def complete(self, digests: Mapping[str, str]) -> None:
+        """Record the result in the staging folder as complete, given its files' digests by name.
+
+        Raises:
+            ResumeError: a model has changed since the job was started.
+        """
+        assert self.journal.header is not None
+        resume.check_sources(self.journal.header, self.sources, self.ranks)
+        self.journal.append("complete", sha256=digests)
 
     def publish(self) -> Entry:
         """Publish the finished result as OUT, unless that is done already, and clean up; return its report."""
@@ -437,19 +423,3 @@ class JobFolder:
         """
         if self.folder.is_dir() and not self.journal_path.exists():
             files.remove_empty_folder(self.folder)
-
-
-def first_difference(then: Any, now: Any, place: str = "") -> str | None:
-    """Describe the first field in which two JSON values differ, with both values; None if they are equal."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in sorted(then.keys() | now.keys()):
-            inner = f"{place}.{key}" if place else key
-            if found := first_difference(then.get(key), now.get(key), inner):
-                return found
-        return None
-    # Compare as JSON, so that a value read back equals the value written.
-    before, after = json.dumps(then), json.dumps(now)
-    if before == after:
-        return None
-    before, after = (text if len(text) <= 60 else text[:57] + "..." for text in (before, after))
-    return f"{place} is {after} and was {before}"

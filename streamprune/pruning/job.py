@@ -14,24 +14,24 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError, ResourceError, ResumeError
+from ..errors import ConfigError
 from ..jobs.config import Config
-from ..jobs.folder import JobFolder, first_difference
-from ..jobs.forecast.memory import SLACK, GramPlace, Memory, Sizes
+from ..jobs.folder import JobFolder
+from ..jobs.forecast.memory import GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast
 from ..jobs.journal import Entry
 from ..jobs.meter import by_block, peaks, totals
 from ..jobs.names import is_report
+from ..jobs.resume import Terms, first_difference
 from ..model import hub
 from ..model.checkpoint import load_shard
 from ..model.skeleton import Skeleton
 from ..model.tokenizer import check_companions, load_tokenizer
 from ..recipes.plan import Plan
 from ..stream.store import ActivationStore
-from ..system import files, machine
+from ..system import files
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
-from ..system.units import format_bytes
 from ..text import windows
 from .request import Request
 
@@ -68,11 +68,21 @@ class Job(JobFolder):
     def sources(self) -> list[Skeleton]:
         return [self.skeleton]
 
+    @cached_property
+    def terms(self) -> Terms:
+        plan = self.request.given_plan
+        return {
+            **super().terms,
+            "plan": plan.digest() if plan else None,
+            "shots": self.request.shots,
+            "ranks": self.ranks.size,
+        }
+
     def forecast(self) -> Resources:
         """Estimate what the job takes on this machine. With several ranks: what each takes, given what the poorest has free."""
         disk = files.free_bytes(self.cache)
         disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.local_size
-        rooms = self.ranks.gather({**self._room, "disk_limit": disk})
+        rooms = self.ranks.gather({**self.room, "disk_limit": disk})
         found = forecast(
             self.skeleton,
             self.request.workload,
@@ -84,36 +94,11 @@ class Job(JobFolder):
             ratio_missed=self.request.goal.foreseen(self.request.planned, self.request.counted_tokens),
         )
 
-    @property
-    def _room(self) -> dict[str, int]:
-        return machine.memory_limits(self.request.device, self.config.memory, self.config.memory_host or 0, self.ranks)
-
     def shot_folder(self, number: int) -> Path:
         """Folder for the checkpoint that a shot writes."""
         return self.staging if number == self.request.shots else self.folder / f"shot-{number:02}"
 
     # Opening and resuming.
-
-    def differs(self, report: Entry) -> str | None:
-        given = self.request.given_plan.digest() if self.request.given_plan else None
-        if difference := super().differs(report):
-            return difference
-        return None if given == report["plan_given"] else f"by plan {report['plan_given']}, not {given}"
-
-    def check_same(self, start: Entry) -> None:
-        super().check_same(start)
-        # A plan may be given later, after --plan-only; it cannot be withdrawn.
-        if start["plan"] and not self.request.given_plan:
-            raise ResumeError("plan is not given; this job was started with one; --restart starts over")
-        if start["shots"] != self.request.shots:
-            raise ResumeError(
-                f"a plan is given, which takes one shot; this job was started in {start['shots']}; --restart starts over"
-            )
-        if start["ranks"] != self.ranks.size:
-            raise ResumeError(
-                f"{self.ranks.size} processes share the samples; this job was started with {start['ranks']}; --restart starts over"
-            )
-        self._check_memory(start["resources"])
 
     def use(self, resources: Entry) -> None:
         self.batch: int = resources["batch"]
@@ -122,7 +107,7 @@ class Job(JobFolder):
         self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
         self.boundary_every: int = resources["boundary_every"]
         self.skeleton.copies_ahead = Memory(self.skeleton, self.request.workload).copies_ahead(
-            self.sizes, self._room["device_limit"]
+            self.sizes, self.room["device_limit"]
         )
 
     def begin(self) -> Entry:
@@ -137,28 +122,15 @@ class Job(JobFolder):
             raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
         return self.write_start(
             stores=self.request.needs_text,
-            plan="given" if self.request.given_plan else None,
-            shots=self.request.shots,
-            ranks=self.ranks.size,
             resources={
                 name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
             },
             schedule=[asdict(phase) for phase in self.request.schedule()],
         )
 
-    def _check_memory(self, resources: Mapping[str, Any]) -> None:
-        """Compare the micro-batches of a started job, which fix the order of sums, with the current memory limit."""
-        if self.config.memory is None:
-            return
+    def peak(self, resources: Entry) -> int:
         sizes = resources["batch"], resources["backward_batch"], resources["grams"]
-        room = self._room
-        base = room["base"] + room["memory_host"] if self.request.device.type == "cpu" else 0
-        needed, limit = base + Memory(self.skeleton, self.request.workload).device_peak(*sizes), room["device_limit"]
-        if limit * SLACK < needed:
-            raise ResourceError(
-                f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches of "
-                f"{sizes[0]} and {sizes[1]}, which need {format_bytes(needed)}; --restart starts over"
-            )
+        return self.held + Memory(self.skeleton, self.request.workload).device_peak(*sizes)
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
         """The contents of `report.json`.
@@ -184,7 +156,7 @@ class Job(JobFolder):
             "shots": self.request.shots,
             "ranks": self.ranks.size,
             "plan": plan.digest(),
-            "plan_given": plan.digest() if self.request.given_plan else None,
+            "plan_given": self.terms["plan"],
             "job": self.header,
             "model": hub.origin(self.config.model),
             "tokens": windows.fingerprint(self.tokens) if self.request.needs_text else None,

@@ -11,6 +11,7 @@ from ..jobs.forecast.memory import Memory
 from ..jobs.forecast.resources import Resources, generation_batch
 from ..jobs.journal import Entry
 from ..jobs.reports import extents, pruning_card
+from ..jobs.resume import rewind_to_existing
 from ..maths.flops import kind
 from ..model import hub, write
 from ..model.checkpoint import write_shard
@@ -28,8 +29,8 @@ from .correct import correct_blocks
 from .curves import write_curves
 from .job import Job
 from .refine import Refinement
+from .required import required_files
 from .result import Result
-from .resume import find_missing
 from .shot import Shot
 from .survey import survey
 
@@ -92,7 +93,7 @@ class Run:
     def work(self) -> Entry:
         """Do everything up to the finished OUT; return the report."""
         job = self.job
-        job.rewind_to_existing(lambda: find_missing(job))
+        self._rewind()
         if job.journal.find("complete") is None:
             self._get_text()
             for number in range(1, job.request.shots + 1):
@@ -103,18 +104,19 @@ class Run:
                     self._prune_once(shot)
                 if number > 1 and job.ranks.first:
                     files.remove_tree(job.shot_folder(number - 1))
-            assert job.journal.header is not None
-            job.check_sources(job.journal.header)
             finished = Shot(job, job.request.shots).finished
             assert finished is not None
-            job.journal.append("complete", sha256=finished["sha256"])
+            job.complete(finished["sha256"])
         return job.publish()
 
     def prepare(self) -> None:
         """Do what comes before the prune sweep."""
-        self.job.rewind_to_existing(lambda: find_missing(self.job))
+        self._rewind()
         self._get_text()
         self._plan(Shot(self.job, 1))
+
+    def _rewind(self) -> None:
+        rewind_to_existing(self.job.journal, lambda: required_files(self.job), self.job.progress)
 
     # One shot.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..jobs.journal import Entry
+from ..jobs.resume import ensure
 from ..model.checkpoint import Shard
 from ..model.site import Site
 from ..model.skeleton import Skeleton, open_skeleton
@@ -103,9 +104,8 @@ class Shot:
         sweep.embed(self.skeleton, job.tokens[job.part], job.store, sweep.boundary(DENSE, 0), job.batch)
 
     def ensure_embedded(self) -> None:
-        """Write the first block's input unless it is intact: no journal line is withdrawn for it."""
-        if not self.job.store.intact(sweep.boundary(DENSE, 0)):
-            self.embed()
+        """Write the first block's input unless it is intact."""
+        ensure(self.job.store, sweep.boundary(DENSE, 0), self.embed)
 
     # The journal.
 

@@ -391,7 +391,9 @@ def test_less_memory_than_the_job_was_started_for_is_refused(
 ) -> None:
     path = tiny("llama")
     interrupted(configured(path), monkeypatch)
-    with pytest.raises(ResourceError, match=r"memory limit is 48.8 KiB; this job was started with micro-batches of 12"):
+    with pytest.raises(
+        ResourceError, match=r"memory limit is 48.8 KiB; this job was started with micro-batches that need"
+    ):
         streamprune.prune(configured(path, memory=50_000))
     streamprune.prune(configured(path))
 

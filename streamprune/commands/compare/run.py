@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, DiskError, ResumeError
+from ...errors import ConfigError, DiskError
 from ...jobs import caches
 from ...jobs.caches import Caches
 from ...jobs.config import Config
-from ...jobs.folder import OTHER_CACHE, OTHER_OUT, PROBE, first_difference
+from ...jobs.folder import OTHER_CACHE, OTHER_OUT, PROBE
 from ...jobs.journal import Entry, Journal
 from ...jobs.names import ASKED, JOURNAL, LOCK, ROWS, WORK
+from ...jobs.resume import refuse_difference
 from ...jobs.schedule import Phase
 from ...model import hub
 from ...model.names import REPORT
@@ -232,16 +233,12 @@ class _Work:
 
     def _check_same(self) -> None:
         """Raise ResumeError if the evaluation or a row that was started has other settings, inputs or versions now."""
-        header = self.journal.header
+        header, what = self.journal.header, f"{self.folder} contains a comparison"
         assert header is not None
-        differences = [first_difference(header["evaluation"], self.header)]
+        refuse_difference(what, header["evaluation"], self.header)
         for candidate in self.candidates:
             if (begun := self.journal.find(f"begin/{candidate.name}")) is not None:
-                differences.append(first_difference(begun["job"], candidate.job.header, candidate.name))
-        if found := next(filter(None, differences), None):
-            raise ResumeError(
-                f"{self.folder} contains a comparison with other settings: {found}; --restart starts over"
-            )
+                refuse_difference(what, begun["job"], candidate.job.header, candidate.name)
 
     def table(self, perplexities: Sequence[float]) -> Comparison:
         """Produce the missing rows; return all of them."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -19,14 +19,15 @@ from torch import Tensor
 
 from ...errors import ConfigError, ResourceError
 from ...jobs.config import TuneConfig, TuneMethod
-from ...jobs.folder import JobFolder, MissingFile
-from ...jobs.forecast.memory import SLACK, Memory
+from ...jobs.folder import JobFolder
+from ...jobs.forecast.memory import Memory
 from ...jobs.forecast.resources import forecast, training_batch
 from ...jobs.forecast.workload import Workload
 from ...jobs.journal import Entry, Journal
 from ...jobs.meter import peaks, totals
 from ...jobs.names import is_report, is_tuning
 from ...jobs.reports import tuning_card
+from ...jobs.resume import RequiredFile, ensure, rewind_to_existing
 from ...jobs.schedule import Phase
 from ...maths.flops import kind
 from ...model import hub, write
@@ -157,7 +158,7 @@ class Tuning(JobFolder):
             begun = Journal(self.journal_path, repair=False).header or self.existing_report()
             method = begun["job"]["settings"].get("method", method) if begun is not None else method
         if method == "auto":
-            limit, least = self._room["device_limit"], self._peak(1, 1)
+            limit, least = self.room["device_limit"], self._peak(1, 1)
             if not lora.installed():
                 lacking = "peft is not installed (pip install 'streamprune[tune]')"
             elif least > limit:
@@ -223,10 +224,6 @@ class Tuning(JobFolder):
         tokenizer = load_tokenizer(config.model, vocabulary)
         return windows.sample(tokenizer, self.text, vocabulary, config.samples, self.length, config.seed, self.progress)
 
-    @cached_property
-    def _room(self) -> dict[str, int]:
-        return machine.memory_limits(self.device, self.config.memory, self.config.memory_host or 0)
-
     def _workload(self, skeleton: Skeleton) -> Workload:
         config = self.config
         return Workload(
@@ -239,28 +236,26 @@ class Tuning(JobFolder):
             activations=self.activations,
         )
 
-    @property
-    def _held(self) -> int:
-        """Bytes of the memory limit that the process and activations in host memory take."""
-        return self._room["base"] + self._room["memory_host"] if self.device.type == "cpu" else 0
-
     def _peak(self, batch: int, micro: int) -> int:
         """Return the peak bytes that count towards the memory limit."""
         if self.teacher is None:
-            return self._held + Memory(self.student, self._workload(self.student)).in_memory(micro)
-        return self._held + max(
+            return self.held + Memory(self.student, self._workload(self.student)).in_memory(micro)
+        return self.held + max(
             Memory(skeleton, self._workload(skeleton)).device_peak(batch, micro) for skeleton in self.sources
         )
 
+    def peak(self, resources: Entry) -> int:
+        return self._peak(**resources)
+
     def _batches(self) -> dict[str, int]:
         """Return the sequences per micro-batch, forward (``batch``) and training (``micro``), that fit into memory."""
-        limit, limits = self._room["device_limit"], {**self._room, "disk_limit": files.free_bytes(self.cache)}
+        limit, limits = self.room["device_limit"], {**self.room, "disk_limit": files.free_bytes(self.cache)}
         if self.teacher is not None:
             ours, theirs = (forecast(each, self._workload(each), **limits).require() for each in self.sources)
             self.check_disk(ours.output_bytes, ours.disk_bytes)
             return {"batch": min(ours.batch, theirs.batch), "micro": ours.backward_batch}
         memory = Memory(self.student, self._workload(self.student))
-        micro = training_batch(memory, limit - self._held)
+        micro = training_batch(memory, limit - self.held)
         if micro is None:
             raise ResourceError(
                 f"the memory limit is {format_bytes(limit)}; training the model in memory needs "
@@ -271,21 +266,12 @@ class Tuning(JobFolder):
 
     # Opening and resuming.
 
-    def check_same(self, start: Entry) -> None:
-        super().check_same(start)
-        needed = self._peak(**start["resources"])
-        if self.config.memory is not None and self.config.memory * SLACK < needed:
-            raise ResourceError(
-                f"the memory limit is {format_bytes(self.config.memory)}; this job was started with micro-batches "
-                f"that need {format_bytes(needed)}; --restart starts over"
-            )
-
     def use(self, resources: Entry) -> None:
         self.batch: int = resources["batch"]
         self.micro: int = resources["micro"]
         self.how = Refinement(self.config.steps, self.config.seed, self.micro, rate=self.rate, rank=self.config.rank)
         for skeleton in self.sources if self.method == "distil" else ():
-            workload, limit = self._workload(skeleton), self._room["device_limit"]
+            workload, limit = self._workload(skeleton), self.room["device_limit"]
             skeleton.copies_ahead = Memory(skeleton, workload).copies_ahead((self.batch, self.micro, "device"), limit)
 
     def begin(self) -> Entry:
@@ -298,34 +284,30 @@ class Tuning(JobFolder):
         schedule = [asdict(phase) for phase in (*work, Phase("complete"))]
         return self.write_start(stores=self.method == "distil", resources=batches, schedule=schedule)
 
-    def _missing(self) -> MissingFile | None:
-        """Find a missing or damaged file of a finished step; missing inputs of the first block are embedded again."""
-        complete, shards, saved = self.journal.find("complete"), self._distilled(), self._saved
+    def _required_files(self) -> Iterator[RequiredFile]:
+        """Iterate over the files that the next step reads. The first block's inputs can be embedded again."""
+        complete, shards = self.journal.find("complete"), self._distilled()
         if complete is not None and not self.staging.is_dir():
-            return None  # published
-        needed = [(self.staging, "block/", shards), (self.folder, "steps/", saved)]
+            return  # published
+        written = [(self.staging, "block/", shards), (self.folder, "steps/", self._saved)]
         if complete is not None:
-            needed = [(self.staging, "complete", complete["sha256"])]
-        for folder, step, digests in needed:
+            written = [(self.staging, "complete", complete["sha256"])]
+        for folder, step, digests in written:
             for name, digest in digests.items():
-                if not files.has_digest(folder / name, digest):
-                    return MissingFile(folder / name, step)
+                yield RequiredFile(folder / name, step, partial(files.has_digest, folder / name, digest))
         for stream in (STUDENT, TEACHER) if complete is None and 0 < len(shards) < len(self.student) else ():
-            if not self._store.intact(name := sweep.boundary(stream, len(shards))):
-                return MissingFile(self._store.path(name), "block/")
-        return None
+            name = sweep.boundary(stream, len(shards))
+            yield RequiredFile(self._store.path(name), "block/", partial(self._store.intact, name))
 
     # The work.
 
     def work(self) -> Entry:
         """Train, write and publish; return the report."""
-        self.rewind_to_existing(self._missing)
+        rewind_to_existing(self.journal, self._required_files, self.progress)
         if self.journal.find("complete") is None:
             files.make_folder(self.staging)
             figures, shards = self._lora() if self.method == "lora" else self._distil()
-            assert self.journal.header is not None
-            self.check_sources(self.journal.header)
-            self.journal.append("complete", sha256=self._write(figures, shards))
+            self.complete(self._write(figures, shards))
         return self.publish()
 
     @cached_property
@@ -338,8 +320,9 @@ class Tuning(JobFolder):
         student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
         done = len(self._distilled())
         for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
-            if not done and not store.intact(name := sweep.boundary(stream, 0)):
-                sweep.embed(skeleton, self.tokens, store, name, self.batch)
+            if not done:
+                name = sweep.boundary(stream, 0)
+                ensure(store, name, partial(sweep.embed, skeleton, self.tokens, store, name, self.batch))
         if self.journal.find("embed") is None:
             self.journal.append("embed")
         store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})

@@ -1,4 +1,4 @@
-"""Find files of a job that are missing or altered before it resumes, so that they are made again.
+"""The files that the next step of a pruning job reads; `jobs.resume` repeats the steps whose files are missing or altered.
 
 Each file that a journal line mentions has its digest in that line; boundaries carry their own checksums. Files that only
 the same process reads are checked as they are read.
@@ -7,10 +7,11 @@ the same process reads are checked as they are read.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..jobs.folder import MissingFile
+from ..jobs.resume import RequiredFile
 from ..model import write
 from ..recipes.plan import Plan
 from ..stream import sweep
@@ -21,28 +22,28 @@ from .shot import GRADIENT, Shot
 from .streams import DENSE
 
 
-def find_missing(job: Job) -> MissingFile | None:
-    """Return the first file that is missing or altered; None if the job may resume where its journal ends.
+def required_files(job: Job) -> Iterator[RequiredFile]:
+    """Iterate over the files that this rank reads to resume: its own boundaries and, on the first, what it wrote for all.
 
-    With several ranks, each checks its own boundaries, and the first also checks what it wrote for all. The input of a
-    block is not needed if it can be embedded, or computed from the inputs of earlier blocks.
+    The input of a block is not required if it can be embedded, or computed from the inputs of earlier blocks.
     """
-    number = next((n for n in range(1, job.request.shots + 1) if Shot(job, n).finished is None), job.request.shots + 1)
-    shot = Shot(job, min(number, job.request.shots))
-    candidates = [*_files(job, number)] if job.ranks.first else []
-    job.progress.phase("check files", len(candidates))
-    for path, digest, step in candidates:
-        if not (_is_plan(path) if digest is None else files.has_digest(path, digest)):
-            return MissingFile(path, step)
-        job.progress.step(path.name)
-    return _boundary(shot) if number <= job.request.shots else None
+    shots = job.request.shots
+    number = next((n for n in range(1, shots + 1) if Shot(job, n).finished is None), shots + 1)
+    if job.ranks.first:
+        yield from _written(job, number)
+    if number <= shots:
+        yield from _boundaries(Shot(job, number))
 
 
-def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
-    """Files needed to resume shot `number`: path, digest (None for a plan), and the prefix of the step that wrote it."""
+def _written(job: Job, number: int) -> Iterator[RequiredFile]:
+    """Files that earlier steps wrote for shot `number`; one more than there are shots asks for the finished result."""
     shards = [write.block_shard(job.skeleton, index) for index in range(len(job.skeleton))]
-    if (written := job.journal.find("calibrate")) is not None:
-        yield job.written_path, written["sha256"], "calibrate"
+
+    def written(path: Path, digest: str, step: str) -> RequiredFile:
+        return RequiredFile(path, step, partial(files.has_digest, path, digest))
+
+    if (line := job.journal.find("calibrate")) is not None:
+        yield written(job.written_path, line["sha256"], "calibrate")
     if number > 1 and not (number > job.request.shots and job.published):
         done = Shot(job, number - 1)
         entry = done.finished
@@ -50,22 +51,24 @@ def _files(job: Job, number: int) -> Iterator[tuple[Path, str | None, str]]:
         for name, digest in entry["sha256"].items():
             # With several shots, its source has been removed too.
             step = "" if job.request.shots > 1 else "prune/" if name in shards else "pruned"
-            yield done.folder / name, digest, done.named(step)
+            yield written(done.folder / name, digest, done.named(step))
     if number > job.request.shots:
         return
     shot = Shot(job, number)
     if shot.journalled("allocate") is not None:
-        yield job.plan_path, None, shot.named("allocate")
+        yield RequiredFile(job.plan_path, shot.named("allocate"), partial(_is_plan, job.plan_path))
     for line in [*shot.steps("forward/"), *shot.steps("backward/")] if job.request.surveys else ():
         if "sha256" in line:
-            yield shot.survey_path(int(line["step"].rpartition("/")[2])), line["sha256"], shot.named("forward/")
+            yield written(
+                shot.survey_path(int(line["step"].rpartition("/")[2])), line["sha256"], shot.named("forward/")
+            )
     made = dict(zip(shards, (line["sha256"] for line in shot.steps("prune/")), strict=False))
     for name, digest in (shot.journalled("pruned") or {"sha256": made})["sha256"].items():
-        yield shot.pruned / name, digest, shot.named("prune/" if name in shards else "pruned")
+        yield written(shot.pruned / name, digest, shot.named("prune/" if name in shards else "pruned"))
     if corrected := shot.steps("correct/"):
         state = correct.state(shot.corrections, len(corrected))
         for name, digest in corrected[-1]["sha256"].items():
-            yield state / name, digest, shot.named("correct/")
+            yield written(state / name, digest, shot.named("correct/"))
 
 
 def _is_plan(path: Path) -> bool:
@@ -77,23 +80,21 @@ def _is_plan(path: Path) -> bool:
     return True
 
 
-def _boundary(shot: Shot) -> MissingFile | None:
-    """Check the inputs that the next block needs."""
+def _boundaries(shot: Shot) -> Iterator[RequiredFile]:
+    """Activations that the next block reads."""
     job, depth = shot.job, len(shot.job.skeleton)
     wanted: list[tuple[str, str]] = []
     forward, backward, pruned = (len(shot.steps(f"{name}/")) for name in ("forward", "backward", "prune"))
     if shot.journalled("allocate") is None and shot.journalled("surveyed") is None:
         if shot.journalled("head") is None and forward and job.request.statistics:
-            there = (
-                [i for i in range(forward) if i % job.boundary_every == 0] if job.request.workload.gradients else [0]
+            every = job.boundary_every if job.request.workload.gradients else forward
+            stored = (
+                i for i in reversed(range(0, forward, every)) if i == 0 or job.store.intact(sweep.boundary(DENSE, i))
             )
-            intact = (i for i in reversed(there) if i == 0 or job.store.intact(sweep.boundary(DENSE, i)))
-            wanted = [(sweep.boundary(DENSE, forward), f"forward/{next(intact)}")]
+            wanted = [(sweep.boundary(DENSE, forward), f"forward/{next(stored)}")]
         elif shot.journalled("head") is not None and backward < depth:
             wanted = [(sweep.boundary(GRADIENT, depth - backward), "forward/")]
     elif shot.journalled("pruned") is None and pruned and shot.streams is not None:
         wanted = [(sweep.boundary(stream, pruned), "prune/") for stream in shot.streams.into(pruned)]
     for name, step in wanted:
-        if not job.store.intact(name):
-            return MissingFile(job.store.path(name), shot.named(step))
-    return None
+        yield RequiredFile(job.store.path(name), shot.named(step), partial(job.store.intact, name))
