@@ -11,7 +11,6 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import CheckpointError, DamageError, one_line
-from ..maths.refit import all_finite
 from ..system import files
 from ..system.directory import check_links, check_pointer
 from ..system.host import tensor_bytes
 from ..system.strict_json import parse, read_json, write_json
-from .entries import CPU, Plain, Span, TensorEntry
+from .entries import CPU, DTYPES, Plain, Span, Stored, TensorEntry
 from .names import ADAPTER, CONFIG, INDEX, RUN_TIME, SINGLE
+from .quantised import QUANTISED, original, quantised_by, read_quantisation
 
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Suffixes of the names of buffers that old checkpoints contain and current models do not read."""
@@ -36,25 +35,9 @@ MODELOPT = "hf_quant_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 """A shard name that is neither a path nor a pattern, since it may be requested from the hub."""
-QUANTISED = ("quantization_config", "compression_config", "quantization")  # config fields that describe quantisation
 _TABLES = ("I64", "BOOL")  # dtypes that never hold packed weights
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Supported weight dtypes."""
 NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "I64"}
 """Dtypes that `write_shard` supports: those of weights, and int64 for counts."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it is stored in a shard."""
-
-    dtype: str  # safetensors' name
-    shape: tuple[int, ...]
-    span: Span
-
-    def finite(self, piece: Tensor) -> bool:
-        """Return whether a piece of the bytes, uint8 and of whole elements, holds neither NaN nor Inf."""
-        return all_finite(piece.view(DTYPES[self.dtype]))
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
@@ -83,16 +66,22 @@ class Checkpoint(Mapping[str, TensorEntry]):
                 "delete the field, or that file"
             )
         self.config = {field: value for field, value in config.items() if field not in RUN_TIME}
-        """The config without run-time fields (see `RUN_TIME`)."""
+        """The config without run-time fields (see `RUN_TIME`), and without `QUANTISED` if tensors are dequantised."""
+        self._digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        self._quantisation = read_quantisation(self.config)
         self.bytes_read = 0
         self.headers: dict[str, str] = {}  # SHA-256 in hex of every shard's header, by file name
         self.stored: dict[str, Stored] = {}
         """The tensors of all shards as they are stored, by name, except integers."""
         for shard, wanted in self._shards().items():
             self._open(directory / shard, wanted)
-        self._entries: dict[str, TensorEntry] = {
-            name: Plain(DTYPES[each.dtype], each.shape, each.span) for name, each in self.stored.items()
-        }
+        self._entries: dict[str, TensorEntry]
+        if self._quantisation is None:
+            self._entries = {n: Plain(DTYPES[each.dtype], each.shape, each.span) for n, each in self.stored.items()}
+        else:
+            self._entries = self._quantisation.entries(self.stored)
+        if self.dequantises:
+            self.config = {field: value for field, value in self.config.items() if field not in QUANTISED}
 
     def __getitem__(self, name: str) -> TensorEntry:
         try:
@@ -122,6 +111,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return tensor
 
     @property
+    def dequantises(self) -> bool:
+        """Whether some tensors are quantised, so that other programs do not find in the files what `read` gives."""
+        return any(each.dtype not in DTYPES for each in self.stored.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """Stored dtype of the weights: that of the first non-empty tensor."""
         return next((entry.dtype for entry in self.values() if entry.numel), torch.float32)
@@ -147,7 +141,6 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
         Samples are up to 512 bytes from the middle of each tensor, so that two fine-tunes of one model differ.
         """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
         samples = {name: hashlib.sha256() for name in self.headers}
         for span in (stored.span for stored in self.stored.values()):
             sample = bytearray(min(512, span.nbytes))
@@ -157,7 +150,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
             name: [(self.directory / name).stat().st_size, header, samples[name].hexdigest()]
             for name, header in self.headers.items()
         }
-        return {"config": digest, "shards": shards}
+        return {"config": self._digest, "shards": shards}
 
     def stamps(self) -> dict[str, list[int]]:
         """Return size in bytes, modification time in ns and inode of each shard: they change if the file is modified or replaced."""
@@ -210,37 +203,34 @@ class Checkpoint(Mapping[str, TensorEntry]):
                 raise CheckpointError(
                     f"shard {path} holds {name!r}, and so does {twin.span.file.name}; it must be in one"
                 )
-            if stored.dtype in DTYPES:
+            if self._is_read(name, stored.dtype):
                 self.stored[name] = stored
+
+    def _is_read(self, name: str, dtype: str) -> bool:
+        return dtype in DTYPES or (self._quantisation is not None and self._quantisation.reads(name, dtype))
 
     def _check_dtypes(self, path: Path, dtypes: Mapping[str, str]) -> None:
         """Raise a CheckpointError if a tensor of a shard, dtypes by name, has an unsupported dtype.
 
-        The message names the quantisation method if the config declares one. DeepSeek V4 has tables of integers.
+        The message names the quantisation method if the config declares one, and the original model. DeepSeek V4 has tables of
+        integers.
         """
         # Pythia's attention masks are boolean.
-        unread = {n: d for n, d in dtypes.items() if d not in DTYPES and not n.endswith(UNREAD)}
+        unread = {n: d for n, d in dtypes.items() if not self._is_read(n, d) and not n.endswith(UNREAD)}
         method = quantised_by(self.config) or ("modelopt" if (self.directory / MODELOPT).exists() else None)
         by = f" ({method})" if method else ""
         only = f"only {', '.join(DTYPES)}"
         for name, dtype in unread.items():
             named = "weight" in name.rpartition(".")[2]
             if dtype not in _TABLES and (named or method or dtype.startswith("F")):
+                source = original(self.directory, self.config)
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} has dtype {dtype}; quantised weights{by} cannot be pruned, {only}"
+                    f"{path}: tensor {name!r} has dtype {dtype}; quantised weights{by} cannot be pruned, {only}, or with "
+                    "quant_method fp8 or mxfp4 in the config; take the 16-bit original"
+                    + (f": {source}" if source else " that was quantised")
                 )
         for name, dtype in unread.items():
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}; tables of it cannot be read, {only}")
-
-
-def quantised_by(config: Mapping[str, Any]) -> str | None:
-    """Return the quantisation method that a config declares, such as ``gptq``; None if it declares none."""
-    for field in QUANTISED:
-        given = config.get(field)
-        if given is not None:
-            method = given.get("quant_method") if isinstance(given, dict) else None
-            return str(method)[:40] if method else f"as {field} says"
-    return None
 
 
 def weight_file(directory: Path) -> str:

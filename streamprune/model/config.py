@@ -15,9 +15,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .architectures import ARCHITECTURES, Architecture, SublayerEntry, architecture_of
-from .checkpoint import QUANTISED, Checkpoint, quantised_by
+from .checkpoint import Checkpoint
 from .modeling_streamprune import PREFIX
 from .names import CONFIG
+from .quantised import QUANTISED, quantised_by
 
 OURS = "streamprune"  # the config field with per-block widths
 _CHOOSING = {

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..maths.refit import all_finite
 from ..system import files
 from ..system.host import host_buffer
 
 CPU = torch.device("cpu")
 ALL = slice(None)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of weights that are not quantised, by safetensors' name."""
+_PACKED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,21 @@ class Span:
         buffer = host_buffer(self.nbytes, CPU).view(dtype)
         self.read_into(buffer)
         return buffer
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a shard stores it."""
+
+    dtype: str  # safetensors' name
+    shape: tuple[int, ...]
+    span: Span
+
+    def finite(self, piece: Tensor) -> bool:
+        """Return whether a piece of the bytes, uint8 and of whole elements, holds neither NaN nor Inf. Integers never do."""
+        if self.dtype in _PACKED:
+            return all_finite(piece.view(_PACKED[self.dtype]).bfloat16())
+        return self.dtype not in DTYPES or all_finite(piece.view(DTYPES[self.dtype]))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from ..system.host import host_buffer
 from ..system.progress import Progress, Silent, rest
 from ..system.threads import prefetch
 from . import manifest
-from .checkpoint import UNREAD, Checkpoint, Stored, weight_file
-from .entries import CPU, Span
+from .checkpoint import UNREAD, Checkpoint, weight_file
+from .entries import CPU, Span, Stored
 from .hub import resolve_model
 from .names import COMPANIONS, CONFIG, INDEX, SINGLE
 from .skeleton import Skeleton

@@ -148,7 +148,12 @@ NVFP4 = {"q.weight": "U8", "q.weight_scale": "F8_E4M3", "q.weight_scale_2": "F32
         (NVFP4, {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, None, "modelopt"),
         ({"q.weight": "F8_E4M3", "q.weight_scale": "F32"}, {}, "hf_quant_config.json", "modelopt"),
         ({"q.weight": "U32"}, {"quantization": {"bits": 4}}, None, "as quantization says"),
-        ({"gate.tid2eid": "I64", "q.weight": "F8_E4M3"}, {"quantization_config": {"quant_method": "fp8"}}, None, "fp8"),
+        (
+            {"gate.tid2eid": "I64", "q.weight": "F8_E4M3"},
+            {"quantization_config": {"quant_method": "fbgemm_fp8"}},
+            None,
+            "fbgemm_fp8",
+        ),
         ({"q.weight_packed": "I32"}, {}, None, ""),
     ],
 )
