@@ -27,6 +27,13 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def check_least(least: int, **values: int | None) -> None:
+    """Raise ConfigError if a value, by its setting's name, is below `least`; None is accepted."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
 class StreamPruneError(Exception):
     """Base class for errors the user can fix. Messages are one line."""
 

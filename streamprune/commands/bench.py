@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import set_torch_threads, timer
 
-from ..errors import ConfigError, ResourceError
+from ..errors import ConfigError, ResourceError, check_least
 from ..jobs.forecast.memory import Memory
 from ..jobs.forecast.workload import Workload
 from ..maths.flops import FlopCounter
@@ -152,7 +152,9 @@ def bench(
     progress = progress or Silent()
     where = machine.resolve_device(device)
     paths = [resolve_model(each, progress) for each in (model, against) if each is not None]
-    _check(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repetitions=repetitions, threads=threads)
+    check_least(
+        1, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repetitions=repetitions, threads=threads
+    )
     skeletons = [open_skeleton(path, where, dtype) for path in paths]
     prompt_tokens, new_tokens = _fitting(skeletons, prompt_tokens, new_tokens)
     _require_memory(skeletons, batch, prompt_tokens + new_tokens, machine.memory_limits(where, memory))
@@ -203,7 +205,7 @@ def bench_widths(
         CheckpointError, ConfigError: the model, the device or a number is unusable.
     """
     where = machine.resolve_device(device)
-    _check(prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions, threads=threads)
+    check_least(1, prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions, threads=threads)
     skeleton = open_skeleton(resolve_model(model), where, dtype)
     own = statistics.median_low(site.columns for site in skeleton.all_sites() if site.kind == "ffn")
     widths: dict[int, tuple[int, ...]] = {own: ()}
@@ -285,12 +287,6 @@ def _fitting(skeletons: Sequence[Skeleton], prompt_tokens: int | None, new_token
             f"{shortest.checkpoint.directory} is {context}"
         )
     return prompt, new
-
-
-def _check(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
 def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room: dict[str, int]) -> None:

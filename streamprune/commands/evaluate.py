@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_least
 from ..jobs.forecast.resources import bucket_batch, forecast
 from ..jobs.forecast.workload import Workload
 from ..model import hub
@@ -174,8 +174,7 @@ def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tenso
     Raises:
         CheckpointError, CalibrationError, ConfigError: the tokenizer, the text or the length is unusable.
     """
-    if seq_len is not None and seq_len < 2:
-        raise ConfigError(f"seq_len is {seq_len}; it must be at least 2")
+    check_least(2, seq_len=seq_len)
     if text.weight != 1:
         raise ConfigError(f"{text} has weight {text.weight:g}; a text to measure on is read whole, without weights")
     length = window_length(seq_len, skeleton.context)

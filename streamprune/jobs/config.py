@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_least
 from ..model.site import LAYOUTS
 from ..system.units import ACTIVATIONS, check_device, check_dtype
 from ..text.source import Source, Spec
@@ -64,18 +64,14 @@ class JobConfig:
             path = getattr(self, name, None)
             if path is not None and self.out.resolve() == path.resolve():
                 raise ConfigError(f"OUT is {self.out}, the {name} itself")
-        self._check_least(samples=1, seed=0, seq_len=2, memory_host=0)
+        check_least(1, samples=self.samples)
+        check_least(2, seq_len=self.seq_len)
+        check_least(0, seed=self.seed, memory_host=self.memory_host)
         if self.seed >= 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be below 2^63")
         check_dtype(self.dtype)
         check_device(self.device)
         self._check_choice(activations=ACTIVATIONS)
-
-    def _check_least(self, **limits: int) -> None:
-        for name, least in limits.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
     def _check_choice(self, **choices: Sequence[str] | Mapping[str, object]) -> None:
         for name, allowed in choices.items():
@@ -136,7 +132,8 @@ class Config(JobConfig):
         if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
             raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
         super().__post_init__()
-        self._check_least(round_to=1, refine=0)
+        check_least(1, round_to=self.round_to)
+        check_least(0, refine=self.refine)
         self._check_choice(ratio_of=RATIOS_OF, layout=LAYOUTS)
 
 
@@ -163,7 +160,7 @@ class TuneConfig(JobConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(rank=1, steps=1)
+        check_least(1, rank=self.rank, steps=self.steps)
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise ConfigError(f"rate is {self.rate:g}; it must be positive and finite")
         self._check_choice(method=TUNE_METHODS)

@@ -21,6 +21,7 @@ removed units.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -81,6 +82,13 @@ def greedy_removal(
             raise SingularError(place)
         return order, costs
 
+    return until_regular(attempt, damping, place)
+
+
+def until_regular(
+    attempt: Callable[[float], tuple[Tensor, Tensor]], damping: float, place: str
+) -> tuple[Tensor, Tensor]:
+    """Return the first result of `attempt` for one of the `dampings` that no SingularError prevents."""
     for ridge in dampings(damping):
         with suppress(SingularError):
             return attempt(ridge)  # a function, so that P and V of a failed attempt are freed before the next

@@ -95,6 +95,11 @@ def raised(damping: float) -> float:
     return max(10 * damping, 1e-6)
 
 
+def others(index: Tensor, n: int) -> Tensor:
+    """Return the numbers below `n` that are not in `index` (k,) int64: (n − k,) int64 ascending, on its device."""
+    return torch.ones(n, dtype=torch.bool, device=index.device).index_fill_(0, index, False).nonzero()[:, 0]
+
+
 def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tuple[Tensor, float]:
     """Refit the kept columns: ``W'_K = W H_λ[:,K] (H_λ[K,K])⁻¹`` (SoBP, stage 3; the OBS update).
 
@@ -102,7 +107,7 @@ def refit(w: Tensor, h: Tensor, kept: Tensor, damping: float, place: str) -> tup
     ``H_λ`` is that of the full H. Returns W'_K (d_out, k) and the damping used.
     """
     stays = kept.to(h.device)
-    goes = torch.ones(h.shape[0], dtype=torch.bool, device=h.device).index_fill_(0, stays, False).nonzero()[:, 0]
+    goes = others(stays, len(h))
     if not all_finite(h):
         raise NumericalError(f"{place}: the Gram holds NaN or Inf")
     factor, used = _factored(lambda: h[stays[:, None], stays].to(w.device), damping, float(h.diagonal().mean()), place)

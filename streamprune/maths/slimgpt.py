@@ -10,14 +10,12 @@ Both functions return the removed units in order (count,) int64, and the output 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-
 import torch
 from torch import Tensor
 
-from ..errors import NumericalError, SingularError
-from .refit import all_finite, cholesky, cholesky_blocks, dampings, inverse, unit_columns
+from ..errors import NumericalError
+from .greedy import until_regular
+from .refit import all_finite, cholesky, cholesky_blocks, inverse, others, unit_columns
 from .triangular import add_product, diagonal_blocks, shrink, shrink_rows, whole_rows
 
 
@@ -61,7 +59,7 @@ def batched_group_removal(
             left = torch.cat([left[:best], left[best + 1 :]])
         return order, energies
 
-    return _first(attempt, damping, place)
+    return until_regular(attempt, damping, place)
 
 
 def dynamic_group_removal(
@@ -92,21 +90,13 @@ def dynamic_group_removal(
             estimates = _energies(rows) / p.diagonal()
             cheapest = estimates.argsort(stable=True)[:take]
             order.append(left[cheapest])
-            left = left[_others(cheapest, len(left))]
+            left = left[others(cheapest, len(left))]
             rows, p, energy = _remove(rows, p, cheapest, place)
             energies.append(energy)
             to_go -= take
         return torch.cat(order).cpu(), torch.cat(energies).cpu()
 
-    return _first(attempt, damping, place)
-
-
-def _first(attempt: Callable[[float], tuple[Tensor, Tensor]], damping: float, place: str) -> tuple[Tensor, Tensor]:
-    """Return the first result of `attempt` that no SingularError prevents, with `damping` raised tenfold after each."""
-    for ridge in dampings(damping):
-        with suppress(SingularError):
-            return attempt(ridge)
-    raise SingularError(f"{place}: the units' costs could not be computed with damping up to 10")
+    return until_regular(attempt, damping, place)
 
 
 def _begin(w: Tensor, h: Tensor, damping: float, place: str) -> tuple[Tensor, Tensor]:
@@ -125,10 +115,6 @@ def _energies(rows: Tensor) -> Tensor:
     return norms.square()
 
 
-def _others(columns: Tensor, n: int) -> Tensor:
-    return torch.ones(n, dtype=torch.bool, device=columns.device).index_fill_(0, columns, False).nonzero()[:, 0]
-
-
 def _remove(rows: Tensor, p: Tensor, columns: Tensor, place: str) -> tuple[Tensor, Tensor, Tensor]:
     """Remove `columns` S (take,) from Wᵀ (n, d_out) and P (n, n).
 
@@ -136,7 +122,7 @@ def _remove(rows: Tensor, p: Tensor, columns: Tensor, place: str) -> tuple[Tenso
     removed column loses given those before it (take,).
     """
     # With P_SS = L Lᵀ, Y = L⁻¹ P_SK and Z = L⁻¹ W_Sᵀ:   W_K ← W_K − Zᵀ Y,   P_KK ← P_KK − Yᵀ Y.
-    stay = _others(columns, len(p))
+    stay = others(columns, len(p))
     p_s = whole_rows(p, columns)  # (take, n)
     factor, _ = cholesky(p_s.index_select(1, columns), 0.0, place)
     y = torch.linalg.solve_triangular(factor, p_s.index_select(1, stay), upper=False)  # (take, k)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,10 +80,10 @@ class BlockPruner:
             here = Place(index, position, last=position == len(block.sublayers) - 1)
             if self._sums_inputs(sub, here):
                 inputs = inputs or self._sum_inputs(dense, sub, here)
-                inputs.across(self.ranks.add_up())
+                inputs.across(self.ranks.sum)
             common = self._compensate(sub, inputs) if self._compensates(sub, here) else {}
             # Only what the recipe wants outlives the compensation.
-            given = inputs.mean(_inputs_of(sub))[0] if inputs is not None and self.recipe.wants_inputs else None
+            given = inputs.mean(f"{sub.name}, inputs")[0] if inputs is not None and self.recipe.wants_inputs else None
             inputs = None
             found = self._prune_sites(dense, sub, here, given, common)
             del given
@@ -167,7 +168,7 @@ class BlockPruner:
             For the report: the damping that it took.
         """
         assert inputs is not None
-        h, c = inputs.mean(_inputs_of(sub))
+        h, c = inputs.mean(f"{sub.name}, inputs")
         assert c is not None
         dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
         h, c = h.to(dtype), c.to(dtype)
@@ -199,7 +200,11 @@ class BlockPruner:
         reports = []
         for numbers in _in_turn(sub):
             sums = self._sum_h(dense, sub, here, numbers, has_target) if sums_h else {}
-            self._add_up(numbers, sums)
+            for place, number in enumerate(numbers if sums else ()):
+                owner = self.ranks.owner(place)
+                sums[number].across(partial(self.ranks.sum, owner=owner))
+                if not self.ranks.mine(place):
+                    del sums[number]  # each rank keeps those of the sites that it solves
             return_freed_memory()  # of the sweep: what solves needs more, in larger pieces
             for together, mine in self.ranks.rounds(numbers):
                 # Popped, so that no sum outlives its site.
@@ -245,14 +250,6 @@ class BlockPruner:
                 if write is not None:
                     write(dense.join(x, o))
         return sums
-
-    def _add_up(self, numbers: Sequence[int], sums: dict[int, Gram]) -> None:
-        """Add up the ranks' sums site by site; each rank keeps those of the sites that it solves."""
-        for place, number in enumerate(numbers):
-            if number in sums:
-                sums[number].across(self.ranks.add_up(self.ranks.owner(place)))
-                if not self.ranks.mine(place):
-                    del sums[number]
 
     # One site: fit to target, select, refit.
 
@@ -464,11 +461,6 @@ def _shrink(prunable: Prunable, kept: list[int] | None, weights: Sequence[Tensor
             prunable.set_weight(prunable.consumer, w)
         else:
             prunable.shrink(torch.tensor(kept), w)
-
-
-def _inputs_of(sub: Sublayer) -> str:
-    """The name that messages give to what its producers read."""
-    return f"{sub.name}, inputs"
 
 
 def _in_turn(sub: Sublayer) -> Iterator[range]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -132,7 +134,7 @@ def _save_findings(shot: Shot, index: int, block: Block, stats: list[SiteStatist
     """
     job, ranks = shot.job, shot.ranks
     for number, statistics in enumerate(stats):
-        statistics.across(ranks.add_up(ranks.owner(number)))
+        statistics.across(partial(ranks.sum, owner=ranks.owner(number)))
     own = {number: statistics for number, statistics in enumerate(stats) if ranks.mine(number)}
     stats.clear()
     if job.grams == "parked":

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..maths.divergence import between_units, redundant
+from ..maths.refit import others
 from ..model.site import Site
 from .allocation import Budget, allocate, even_densities
-from .obs import ObsRecipe, best, kept_columns, obs_workspace, others
+from .obs import ObsRecipe, best, kept_columns, obs_workspace
 from .plan import Plan, SitePlan
 from .recipe import Findings, Problem, Refit, Survey, Surveyed, Target
 from .settings import GreedyOutputSettings
@@ -38,7 +39,7 @@ def candidates(d: Tensor, count: int) -> list[int]:
     if not count:
         return []
     found = next(found for tau in _thresholds(d) if len(found := redundant(d, tau)) >= count)
-    stays = others(len(d), torch.tensor(found))
+    stays = others(torch.tensor(found), len(d))
     return sorted(found, key=lambda unit: float(d[unit, stays].min()))[:count]
 
 
@@ -131,9 +132,8 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
             )
         plan = {}
         for site in attention:
-            units = others(
-                site.units, torch.tensor(candidates(divergences[site.name], gone[site.name]), dtype=torch.int64)
-            )
+            chosen = torch.tensor(candidates(divergences[site.name], gone[site.name]), dtype=torch.int64)
+            units = others(chosen, site.units)
             plan[site.name] = SitePlan(len(units), tuple(units.tolist()))
         left = allocate(ffn, even_densities(ffn), replace(budget, gone=budget.gone + removed))
         return Plan({**plan, **{name: SitePlan(units) for name, units in left.items()}}, budget.ratio)

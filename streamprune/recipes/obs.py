@@ -9,19 +9,12 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from ..maths.greedy import greedy_removal, workspace
-from ..maths.refit import refit_as_stored, unit_columns
+from ..maths.refit import others, refit_as_stored, unit_columns
 from ..maths.triangular import TILE, inverse_workspace
 from ..model.site import Site
 from .recipe import Problem, Recipe, Refit
 
 S = TypeVar("S", bound=Any)
-
-
-def others(units: int, removed: Tensor) -> Tensor:
-    """Return the units that stay, (units − r,) int64 ascending, given the removed ones (r,) int64."""
-    stays = torch.ones(units, dtype=torch.bool)
-    stays[removed] = False
-    return stays.nonzero()[:, 0]
 
 
 def best(scores: Tensor, keep: int, place: str) -> Tensor:
@@ -81,7 +74,7 @@ class ObsRecipe(Recipe[S]):
             place=site.name,
             factor=problem.factors.pop(damping, None),
         )
-        return others(site.units, removed)
+        return others(removed, site.units)
 
     def reconstruct(self, problem: Problem, kept: Tensor) -> Refit:
         """Refit the kept columns of W (d_out, n) by the OBS update with H (n, n): W becomes (d_out, k·width)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class SitePlan:
     """For pruning that keeps shapes: number of weights to zero in each linear, producers in order, consumer last."""
 
 
-class Plan(Mapping[str, SitePlan]):
+class Plan(dict[str, SitePlan]):
     """Map each site name to what that site keeps.
 
     Args:
@@ -37,22 +37,13 @@ class Plan(Mapping[str, SitePlan]):
     """
 
     def __init__(self, kept: Mapping[str, SitePlan], ratio: float) -> None:
-        self._kept = dict(kept)
+        super().__init__(kept)
         self.ratio = ratio
-
-    def __getitem__(self, name: str) -> SitePlan:
-        return self._kept[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     def to_json(self) -> str:
         """Return the text of the plan file, one line per site."""
         lines = []
-        for name, entry in self._kept.items():
+        for name, entry in self.items():
             value: dict[str, Any] = {"keep": entry.keep}
             for field in ("units", "zeros"):
                 if getattr(entry, field) is not None:
@@ -119,10 +110,10 @@ class Plan(Mapping[str, SitePlan]):
             ConfigError: a site is missing or unknown, or a count or unit is out of range.
         """
         names = {site.name for site in sites}
-        for name in self._kept.keys() - names:
+        for name in self.keys() - names:
             raise ConfigError(f"{where}: the model has no site {name!r}")
         for site in sites:
-            if site.name not in self._kept:
+            if site.name not in self:
                 raise ConfigError(f"{where}: {site.name} is missing")
             entry = self[site.name]
             if not 1 <= entry.keep <= site.units:

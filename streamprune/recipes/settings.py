@@ -94,12 +94,18 @@ class GreedyOutputSettings:
 
 
 @dataclass(frozen=True)
-class SurgeonSettings:
-    """Settings of `surgeon`."""
+class MagnitudeSettings:
+    """Settings of `magnitude`."""
 
     structure: str = setting(
         "units", "what is removed: units, single weights, or M of N neighbours", choices=STRUCTURES
     )
+
+
+@dataclass(frozen=True)
+class SurgeonSettings(MagnitudeSettings):
+    """Settings of `surgeon`."""
+
     shots: int = setting(
         0,
         "shots of the linear schedule; 0 is the paper's: 40 to remove half of all units, 5 for weights",
@@ -122,15 +128,6 @@ class SurgeonSettings:
         1e-3, "learning rate of the low-rank training, falling to zero within a shot", limits=(0.0, 1.0)
     )
     damping: float = setting(0.01, "ridge of every factor, relative to its mean diagonal", limits=(0.0, 1.0))
-
-
-@dataclass(frozen=True)
-class MagnitudeSettings:
-    """Settings of `magnitude`."""
-
-    structure: str = setting(
-        "units", "what is removed: units, single weights, or M of N neighbours", choices=STRUCTURES
-    )
 
 
 SETTINGS: dict[str, type[Any]] = {

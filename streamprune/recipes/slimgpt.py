@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..maths.refit import others
 from ..maths.slimgpt import batched_group_removal, dynamic_group_removal
 from ..maths.slimgpt import workspace as removal_workspace
 from ..model.site import Site
 from .allocation import Budget, allocate, even_densities
-from .obs import ObsRecipe, obs_workspace, others
+from .obs import ObsRecipe, obs_workspace
 from .plan import Plan, SitePlan
 from .recipe import Problem, Survey
 from .settings import SlimGptSettings
@@ -65,7 +66,7 @@ class SlimGpt(ObsRecipe[SlimGptSettings]):
             removed, _ = dynamic_group_removal(
                 w, h, count=count, damping=damping, place=site.name, first=first, last=last
             )
-        return others(site.units, removed)
+        return others(removed, site.units)
 
     @property
     def _groups(self) -> tuple[int, int]:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..maths.kfac import best_step, column_costs, damped, element_costs, group_costs, remove_columns, remove_elements
-from ..maths.refit import inverse, lowers_error, refit_as_stored, unit_columns
+from ..maths.refit import inverse, lowers_error, others, refit_as_stored, unit_columns
 from ..maths.sums import Statistic
 from ..model.site import Site
 from .allocation import Budget, allocate
 from .masks import MaskRecipe, count_zeros, histograms, mask
-from .obs import best, others
+from .obs import best
 from .plan import Plan, SitePlan
 from .recipe import Correction, Findings, Problem, Refit, Survey, Surveyed
 from .settings import SurgeonSettings
@@ -162,7 +162,7 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
         """
         site, device = problem.site, w.device
         width = len(factor) // site.units
-        removed, stays = (unit_columns(each.to(device), width) for each in (others(site.units, kept), kept))
+        removed, stays = (unit_columns(each.to(device), width) for each in (others(kept, site.units), kept))
         inverted, used = inverse(factor, self.settings.damping, site.name, device=device)
         updated, ridge = remove_columns(w, inverted, removed, site.name)
         del inverted

@@ -30,22 +30,6 @@ class Progress(Protocol):
         """Return whether the work should stop with `Stopped`. Called at points where stopping loses little or no work."""
 
 
-class Silent:
-    """Progress that is discarded."""
-
-    def phase(self, name: str, total: int, done: int = 0) -> None:
-        pass
-
-    def step(self, note: str = "") -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
-
-    def stopping(self) -> bool:
-        return False
-
-
 @dataclass(frozen=True)
 class Event:
     """One progress event. Its `str` is a line for the user."""
@@ -94,6 +78,13 @@ class Callback:
 
     def _tell(self, kind: Literal["phase", "step", "note"], message: str = "") -> None:
         self._call(Event(kind, self._phase, self._done, self._total, message))
+
+
+class Silent(Callback):
+    """Progress that is discarded."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda event: None)
 
 
 def rest(progress: Progress) -> None:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ConfigError, ElsewhereError, LostError, StreamPruneError, one_line
@@ -119,10 +118,6 @@ class Ranks:
         with self._collective() as distributed:
             distributed.broadcast_object_list(values, src=source)
         return values[0]  # type: ignore[no-any-return]
-
-    def add_up(self, owner: int | None = None) -> Callable[[Tensor], None]:
-        """Return `sum` for this owner."""
-        return partial(self.sum, owner=owner)
 
     def sum(self, tensor: Tensor, owner: int | None = None) -> None:
         """Sum a tensor over all ranks, in place, on the host or a GPU.

@@ -84,6 +84,7 @@ class Documents:
     """Text between documents; empty if the documents are pieces of one text."""
     field: str | None = None
     """Name of the field with a row's document; None for a source without rows."""
+    _path: Path
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -98,8 +99,8 @@ class Documents:
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """Identify the content, JSON-ready."""
-        raise NotImplementedError
+        """Identify the content, JSON-ready: the digest of a file."""
+        return {"sha256": files.sha256(self._path)}
 
     def _error(self, at: int, problem: str) -> CalibrationError:
         """Return the error for the row at a position, which is an offset in a file or a row's index in a table."""
@@ -165,9 +166,6 @@ class TextFile(Documents):
 
     def __len__(self) -> int:
         return max(1, -(-self._size // BLOCK))
-
-    def identity(self) -> dict[str, Any]:
-        return {"sha256": files.sha256(self._path)}
 
     def _error(self, at: int, problem: str) -> CalibrationError:
         lines = 1
@@ -333,7 +331,19 @@ class Column(Documents):
     """A column of a table."""
 
     _place: str
-    _path: Path
+    _reader: str
+    """What reads it, for messages."""
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn any error of the library into a CalibrationError."""
+        try:
+            yield
+        except StreamPruneError:
+            raise
+        except Exception as error:
+            reason = one_line(error.__cause__ or error)
+            raise CalibrationError(f"{self._place} cannot be read {self._reader}: {reason}") from error
 
     def _error(self, at: int, problem: str) -> CalibrationError:
         return CalibrationError(f"{self._place}, row {at + 1}: {problem}")
@@ -348,6 +358,8 @@ class Parquet(Column):
 
     pyarrow reads a few rows at a time. `datasets` would first copy the column, row group by row group, to the disk.
     """
+
+    _reader = "as parquet"
 
     def __init__(self, path: Path, field: str | None) -> None:
         self._place, self._path = str(path), path
@@ -378,28 +390,21 @@ class Parquet(Column):
                         raise CalibrationError(f"{self._path} has fewer rows than it says, in row group {group}")
                     yield number, self._documents(found, row)
 
-    def identity(self) -> dict[str, Any]:
-        return {"sha256": files.sha256(self._path)}
-
     @contextmanager
     def _opened(self) -> Iterator[Any]:
-        """Open the file, and turn any error of the library into a CalibrationError."""
         try:
             import pyarrow.parquet
         except ImportError:
             raise ConfigError(f"{self._path} needs pyarrow: {EXTRA}") from None
-        try:
-            # Column chunks may be large, so read them through a small buffer.
-            with pyarrow.parquet.ParquetFile(self._path, buffer_size=1 << 20) as file:
-                yield file
-        except StreamPruneError:
-            raise
-        except Exception as error:
-            raise CalibrationError(f"{self._path} cannot be read as parquet: {one_line(error)}") from error
+        # Column chunks may be large, so read them through a small buffer.
+        with self._refusing(), pyarrow.parquet.ParquetFile(self._path, buffer_size=1 << 20) as file:
+            yield file
 
 
 class Table(Column):
     """A column of an arrow file, of a folder or of a dataset on the hub, read by the `datasets` library."""
+
+    _reader = "by the datasets library"
 
     def __init__(self, place: str, field: str | None) -> None:
         self._place, self._path = place, Path(place)
@@ -420,9 +425,9 @@ class Table(Column):
             yield number, self._documents(values, first)
 
     def identity(self) -> dict[str, Any]:
-        """Return the digest of a file; for other datasets the number of rows and a digest of evenly spaced rows."""
+        """Identify datasets other than files by the number of rows and a digest of evenly spaced rows."""
         if self._path.is_file():
-            return {"sha256": files.sha256(self._path)}
+            return super().identity()
         rows, digest = len(self._rows), hashlib.sha256()
         for probe in range(min(rows, _PROBES)):
             first = probe * rows // min(rows, _PROBES)
@@ -430,17 +435,6 @@ class Table(Column):
                 (row,) = self._rows[first : first + 1].to_pylist()
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return {"dataset": self._place.removeprefix(DATASET), "rows": rows, "sha256": digest.hexdigest()}
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Turn any error of the library into a CalibrationError."""
-        try:
-            yield
-        except StreamPruneError:
-            raise
-        except Exception as error:
-            reason = one_line(error.__cause__ or error)
-            raise CalibrationError(f"{self._place} cannot be read by the datasets library: {reason}") from error
 
 
 def _row_groups(path: Path, metadata: Any) -> list[int]:

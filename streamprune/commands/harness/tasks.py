@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import CalibrationError, ConfigError, one_line
+from ...errors import CalibrationError, ConfigError, check_least, one_line
 from ...model.hub import resolve_model
 from ...model.tokenizer import load_tokenizer
 from ...system.progress import Progress, Silent
@@ -68,10 +68,8 @@ def find_tasks(
         raise ConfigError("tasks need lm-evaluation-harness: pip install 'streamprune[harness]'")
     if not names:
         raise ConfigError("no tasks are named")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; it must be at least 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ConfigError(f"num_fewshot is {num_fewshot}; it must not be negative")
+    check_least(1, limit=limit)
+    check_least(0, num_fewshot=num_fewshot)
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"include_path {include_path} is not a directory with task files in it")
     own = None if include_path is None else _manager(include_path, include_defaults=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError, ResourceError
+from ...errors import ConfigError, ResourceError, check_least
 from ...model.checkpoint import Checkpoint
 from ...model.config import read_configuration
 from ...model.tokenizer import check_vocabulary, load_tokenizer
@@ -39,8 +39,7 @@ def check_samples(
         CheckpointError: a model is not a checkpoint, or its tokenizer cannot be read.
         ResourceError: a model does not fit into free memory.
     """
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"tokens is {tokens}; it must be at least 1")
+    check_least(1, tokens=tokens)
     for path in models.values():
         needed = int(ROOM * sum(entry.nbytes for entry in Checkpoint(path).values()))
         for place in {torch.device("cpu"), device}:

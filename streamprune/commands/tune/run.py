@@ -53,6 +53,8 @@ STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
 RATES = {"lora": 1e-3, "distil": 3e-3}
 """Default learning rates by method."""
+LEAST: Entry = {"batch": 1, "micro": 1}
+"""The smallest micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Tuning(JobFolder):
             begun = Journal(self.journal_path, repair=False).header or self.existing_report()
             method = begun["job"]["settings"].get("method", method) if begun is not None else method
         if method == "auto":
-            limit, least = self.room["device_limit"], self._peak(1, 1)
+            limit, least = self.room["device_limit"], self.peak(LEAST)
             if not lora.installed():
                 lacking = "peft is not installed (pip install 'streamprune[tune]')"
             elif least > limit:
@@ -236,16 +238,12 @@ class Tuning(JobFolder):
             activations=self.activations,
         )
 
-    def _peak(self, batch: int, micro: int) -> int:
-        """Return the peak bytes that count towards the memory limit."""
-        if self.teacher is None:
-            return self.held + Memory(self.student, self._workload(self.student)).in_memory(micro)
-        return self.held + max(
-            Memory(skeleton, self._workload(skeleton)).device_peak(batch, micro) for skeleton in self.sources
-        )
-
     def peak(self, resources: Entry) -> int:
-        return self._peak(**resources)
+        batch, micro = resources["batch"], resources["micro"]
+        memories = [Memory(skeleton, self._workload(skeleton)) for skeleton in self.sources]
+        if self.teacher is None:
+            return self.held + memories[0].in_memory(micro)
+        return self.held + max(memory.device_peak(batch, micro) for memory in memories)
 
     def _batches(self) -> dict[str, int]:
         """Return the sequences per micro-batch, forward (``batch``) and training (``micro``), that fit into memory."""
@@ -259,7 +257,7 @@ class Tuning(JobFolder):
         if micro is None:
             raise ResourceError(
                 f"the memory limit is {format_bytes(limit)}; training the model in memory needs "
-                f"{format_bytes(self._peak(1, 1))}; --method distil with --teacher needs only a block at a time"
+                f"{format_bytes(self.peak({'batch': 1, 'micro': 1}))}; --method distil with --teacher needs only a block at a time"
             )
         self.check_disk(memory.beside_out() + memory.states(self.config.rank), 0)
         return {"batch": 1, "micro": micro}
