@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# A checkpoint larger than the machine's memory, pruned and evaluated inside a hard limit that a cgroup sets from outside.
+# Prune and evaluate a checkpoint larger than the machine's memory, inside a hard memory limit set by a cgroup.
 #
-#     benchmarks/out_of_core.sh                     everything: make, run4, eval4, run6; hours, see docs/performance.md
+#     benchmarks/out_of_core.sh                     all parts: make, run4, eval4, run6; takes hours, see docs/performance.md
 #     benchmarks/out_of_core.sh make run4           only these parts, in this order
 #     BLOCKS=4 HIDDEN=512 FFN=1408 HEADS=8 VOCABULARY=1000 LIMIT=1GiB GRADIENT_LIMIT=1GiB \
-#         benchmarks/out_of_core.sh                 the same in small: about 2 minutes
+#         benchmarks/out_of_core.sh                 a small model: about 2 minutes
 #
-# Parts: make (a random llama of 13B shape, bfloat16, 26 GB), run4 (prune without gradients inside LIMIT), eval4 (perplexity
-# of the dense and the pruned checkpoint inside LIMIT), run6 (prune with the gradient survey inside GRADIENT_LIMIT), clean.
-# A result is removed before the next one is made, and after run6; the checkpoint stays until `clean`. Beside it there has to
-# be room on the disk for 0.8 of it. What the commands say on stderr lies in FOLDER/*.log; they go on where they were
-# interrupted. The exit code is 1 if a command fails, 2 where no limit can be set.
+# Parts:
+#   make    write a random llama of 13B shape in bfloat16 (26 GB)
+#   run4    prune it without gradients, inside LIMIT
+#   eval4   measure the perplexity of the dense and the pruned checkpoint, inside LIMIT
+#   run6    prune it with the gradient survey, inside GRADIENT_LIMIT
+#   clean   remove the checkpoint
+# Each result is removed before the next one is written, and after run6. Besides the checkpoint, the disk needs free space
+# for 0.8 of its size. The commands' stderr is in FOLDER/*.log. Interrupted commands resume. Exit code 1: a command failed.
+# Exit code 2: no limit can be set on this machine.
 #
-# The limit counts everything: the interpreter, tensors, and the page cache of what is read and written, which is why the
-# cgroup's own peak is the limit itself: the kernel lets go of cached pages only then. "the process" is what it held by itself,
-# with libraries that other processes had read before, which the cgroup does not count.
-# Before each command the checkpoint's pages are dropped from the machine's cache, so all reading is from the disk.
+# The limit covers the interpreter, tensors, and the page cache of files that are read and written. The kernel frees cached
+# pages only at the limit, so the cgroup's peak equals the limit. "The process" is the resident memory of the process,
+# including library pages that other processes had loaded, which the cgroup does not count. Before each command, the
+# checkpoint is dropped from the page cache, so that all reads come from the disk.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -45,7 +49,7 @@ print(int(float(size[1]) * (1024 if unit.endswith("i") else 1000) ** " KMGT".ind
 PY
 }
 
-# Runs inside the limit: starts the command, waits for it, and says what the kernel counted. Python without torch, 10 MB.
+# Runs inside the limit: start the command, wait for it, and print what the kernel counted. Python without torch, 10 MB.
 read -r -d '' INSIDE <<'PY' || true
 import json, os, re, subprocess, sys, time
 
@@ -58,7 +62,7 @@ folder = f"/sys/fs/cgroup/memory{old[1]}" if old else f"/sys/fs/cgroup{new[1]}"
 
 
 def figure(*names):
-    """The first number there is: "file", or "file key" of a file of keys and values."""
+    """Return the first figure that exists: the number in "file", or the value of "file key"."""
     for name in names:
         file, _, key = name.partition(" ")
         try:
@@ -78,7 +82,7 @@ def size(number):
 
 
 if figure("memory.limit_in_bytes", "memory.max") != limit:
-    sys.exit(f"the limit of {limit} bytes does not hold in {folder}")
+    sys.exit(f"the limit of {limit} bytes is not set in {folder}")
 started = time.monotonic()
 with open(log, "w") as errors:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -90,17 +94,17 @@ try:
     said = json.loads(output)
 except ValueError:
     said = {}
-# `run` takes the kernel's mark back at every step, and says the most itself.
+# `run` resets the kernel's peak at every step, and reports the overall peak itself.
 resident = max(usage.ru_maxrss * 1024, said.get("peak_host_bytes", 0))
-print(f"# exit {code} after {seconds:.0f} s ({usage.ru_utime:.0f} s of user time, {usage.ru_stime:.0f} s of the kernel's)")
+print(f"# exit {code} after {seconds:.0f} s ({usage.ru_utime:.0f} s user, {usage.ru_stime:.0f} s system)")
 print(f"# the process held at most {size(resident)}; "
-      f"the cgroup, page cache and this process included, {size(figure('memory.max_usage_in_bytes', 'memory.peak'))} "
+      f"the cgroup, including page cache and this process, {size(figure('memory.max_usage_in_bytes', 'memory.peak'))} "
       f"of {size(limit)}, swap {size(figure('memory.stat total_swap', 'memory.swap.peak'))}")
-print(f"# processes killed for want of memory: {figure('memory.oom_control oom_kill', 'memory.events oom_kill')}")
+print(f"# processes killed for lack of memory: {figure('memory.oom_control oom_kill', 'memory.events oom_kill')}")
 read = f"; weights read {size(said['bytes_read'])}" if "bytes_read" in said else ""
 print(f"# read from the disk {size(usage.ru_inblock * 512)}, written {size(usage.ru_oublock * 512)}{read}", flush=True)
 if code:
-    print(f"# the end of {log}:", *open(log).read().splitlines()[-5:], sep="\n")
+    print(f"# last lines of {log}:", *open(log).read().splitlines()[-5:], sep="\n")
 sys.exit(1 if code else 0)
 PY
 
@@ -111,7 +115,7 @@ drop_group() {
 }
 trap drop_group EXIT
 
-# Finds out, once, how a limit can be set: HOW is v1, v2 or systemd, PARENT the folder of cgroups to make ours in.
+# Find out how to set a limit: HOW is v1, v2 or systemd; PARENT is the folder in which to create the cgroup.
 find_limit() {
     local old new candidate
     old=$(sed -nE 's/^[0-9]+:([^:]*,)?memory(,[^:]*)?:(.*)$/\3/p' /proc/self/cgroup)
@@ -129,7 +133,7 @@ find_limit() {
             mkdir "$PARENT/streamprune-$$" 2>/dev/null || continue
             [ -f "$PARENT/streamprune-$$/memory.max" ] ||
                 { echo +memory >"$PARENT/cgroup.subtree_control"; } 2>/dev/null || true
-            # Only a child that has the controller, and that a process may be moved to.
+            # Usable only if it has the controller and a process may be moved to it.
             if [ -f "$PARENT/streamprune-$$/memory.max" ] &&
                 (echo 0 >"$PARENT/streamprune-$$/cgroup.procs") 2>/dev/null; then
                 rmdir "$PARENT/streamprune-$$"
@@ -142,12 +146,12 @@ find_limit() {
         HOW=systemd
         return
     fi
-    echo "out_of_core.sh: no memory limit can be set here: the memory cgroup (${PARENT:-none is mounted}) cannot be written" >&2
-    echo "to, and systemd-run --user --scope does not work; run it as root, or in a session of systemd's" >&2
+    echo "out_of_core.sh: cannot set a memory limit: the memory cgroup (${PARENT:-none is mounted}) is not writable, and" >&2
+    echo "systemd-run --user --scope does not work; run as root, or in a systemd session" >&2
     exit 2
 }
 
-# limited NAME LIMIT COMMAND...: the command inside the limit, with its transcript.
+# limited NAME LIMIT COMMAND...: run the command inside the limit and print a transcript.
 limited() {
     local name=$1 limit code=0
     limit=$(($(bytes "$2") / 1048576 * 1048576)) # whole pages
@@ -187,7 +191,7 @@ PY
     echo
 }
 
-share() { # share LIMIT GIVEN: what --memory is told
+share() { # share LIMIT GIVEN: the value of --memory
     if [ -n "$2" ]; then echo "$2"; else echo "$(($(bytes "$1") * 9 / 10 / 1048576))MiB"; fi
 }
 
@@ -205,7 +209,7 @@ make() {
 
 prune() { # prune NAME LIMIT MEMORY RECIPE...
     local name=$1 limit=$2 memory=$3
-    rm -rf "$FOLDER"/pruned-run[46] # what was finished
+    rm -rf "$FOLDER"/pruned-run[46] # earlier results
     limited "$name" "$limit" run "$FOLDER/model" "$FOLDER/pruned-$name" --ratio "$RATIO" --recipe "${@:4}" \
         --calibration "$FOLDER/text.txt" --samples "$SAMPLES" --seq-len "$SEQ_LEN" --device cpu --dtype "$DTYPE" \
         --memory "$memory" --json
@@ -223,7 +227,7 @@ main() {
         case $part in
         make | run4 | eval4 | run6 | clean) ;;
         -h | --help) usage && exit ;;
-        *) echo "out_of_core.sh: no part is named $part; there are make, run4, eval4, run6, clean" >&2 && exit 2 ;;
+        *) echo "out_of_core.sh: unknown part $part; the parts are make, run4, eval4, run6, clean" >&2 && exit 2 ;;
         esac
     done
     find_limit
@@ -233,7 +237,7 @@ main() {
     echo
     for part in "${parts[@]}"; do
         if [ "$part" != make ] && [ ! -d "$FOLDER/model" ]; then
-            echo "out_of_core.sh: $FOLDER/model is not there; begin with make" >&2
+            echo "out_of_core.sh: $FOLDER/model does not exist; run the part make first" >&2
             exit 2
         fi
         case $part in

@@ -92,7 +92,6 @@ def compare(
 
 
 def _variants(recipes: str, settings: tuple[str, ...]) -> list[streamprune.Variant]:
-    """The requested recipes, each with its settings."""
     from streamprune.recipes.settings import parse
 
     variants = [streamprune.Variant.parse(part.strip()) for part in recipes.split(",")]

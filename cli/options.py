@@ -58,16 +58,6 @@ def window(context: click.Context, parameter: click.Parameter, text: str | None)
     return int(start), int(stop)
 
 
-def checked(check: Callable[[str], None]) -> Callable[[click.Context, click.Parameter, str], str]:
-    """A callback that checks the value."""
-
-    def callback(context: click.Context, parameter: click.Parameter, value: str) -> str:
-        check(value)
-        return value
-
-    return callback
-
-
 def sources(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | tuple[str, ...] | None:
     """None for no source, the source itself for one, a tuple for several."""
     return given if len(given) > 1 else given[0] if given else None
@@ -86,7 +76,6 @@ def seq_len_option(name: str = "--seq-len", of: str = "") -> Callable[[F], F]:
 
 
 def windows_options(kind: str) -> Callable[[F], F]:
-    """Which windows of text a job draws."""
     return bundle(
         click.option("--samples", default=128, help=f"Number of {kind} windows."),
         seq_len_option(),
@@ -106,7 +95,10 @@ output_options = bundle(
 
 device_options = bundle(
     click.option(
-        "--device", default="auto", callback=checked(units.check_device), help="Device: auto, cpu, cuda or cuda:N."
+        "--device",
+        default="auto",
+        callback=lambda context, parameter, name: units.check_device(name),
+        help="Device: auto, cpu, cuda or cuda:N.",
     ),
     click.option(
         "--memory",
@@ -121,7 +113,7 @@ computing_options = bundle(
         "--dtype",
         default="auto",
         metavar="NAME",
-        callback=checked(units.check_dtype),
+        callback=lambda context, parameter, name: units.check_dtype(name),
         help="Dtype to compute in: auto, float32, bfloat16, float16 or float64. auto is the checkpoint's dtype on a GPU and "
         "float32 on the CPU.",
     ),
@@ -285,7 +277,6 @@ def note_idle(quiet: bool, *configs: streamprune.Config) -> None:
 def config(
     model: Path, out: Path, *, settings: tuple[str, ...], structure: str | None, **others: Any
 ) -> streamprune.Config:
-    """The `Config` that the options ask for."""
     from streamprune.recipes.settings import parse
 
     if structure is not None:

@@ -72,7 +72,6 @@ class Display:
             click.echo(printable(str(event)), err=True)
 
     def close(self) -> None:
-        """End the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

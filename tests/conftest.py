@@ -34,7 +34,7 @@ EXAMPLE = ROOT / "examples" / "docs-llama-7m"
 EXAMPLE_TEXT = ROOT / "examples" / "text"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,"
 
-# What each tiny model has of its own: grouped queries, explicit head_dim, biases, sliding windows, tied heads,
+# What is specific to each tiny model: grouped queries, explicit head_dim, biases, sliding windows, tied heads,
 # norms after the residual sum, projected embeddings.
 COMMON = {
     "vocab_size": 40,
@@ -223,8 +223,8 @@ def architectures_page() -> str:
     listed = "\n".join(f"{number}. {check}" for number, check in enumerate(checks, 1))
     return f"""# Architectures
 
-Written by the tests: `./scripts/test --all --architectures`. One tiny checkpoint of each kind, made by tests/conftest.py with whatever
-the kind has of its own (grouped queries, fused projections, windows, norms, parallel residuals, experts), goes through:
+Written by the tests: `./scripts/test --all --architectures`. One tiny checkpoint of each kind, made by tests/conftest.py with the
+features specific to that kind (grouped queries, fused projections, windows, norms, parallel residuals, experts), goes through:
 
 {listed}
 
@@ -237,9 +237,9 @@ NOTES = """What each kind does not give up:
 
 - An attention unit is a key/value group with its query heads. `falcon-7b` has one group, so only its FFN shrinks.
 - Falcon with ALiBi (`falcon-rw`) counts heads outside the blocks: only its FFN shrinks.
-- gpt2, opt, gpt_neox, falcon and olmoe cannot say fewer heads in a stock config: the uniform layout shrinks their FFNs only.
-- llama, gemma2 and gemma3 say head counts that divide the width only.
-- mixtral, qwen3_moe, olmoe: every expert is a site of its own, the router is never changed, and an expert that fewer calibration
+- gpt2, opt, gpt_neox, falcon and olmoe cannot express fewer heads in a stock config: the uniform layout shrinks their FFNs only.
+- llama, gemma2 and gemma3 only express head counts that divide the width.
+- mixtral, qwen3_moe, olmoe: each expert is a separate site, the router is never changed, and an expert that fewer calibration
   tokens reached than it has channels keeps them all (the report says so). Consumers' Grams are weighted by the router's squared
   weights. An expert has no target, since the dense model sends it other tokens.
 - olmo2 and olmoe normalise queries and keys over all heads at once: what is left is normalised over the heads that are left.

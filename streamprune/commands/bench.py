@@ -61,8 +61,6 @@ class Phase:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of one model."""
-
     path: str
     parameters: int
     prefill: Phase
@@ -257,7 +255,6 @@ class Runner:
         self._seconds.append((middle - start, timer() - middle))
 
     def speed(self) -> Speed:
-        """Summarise the rounds."""
         tokens = self.prompts.numel(), len(self.prompts) * self.new_tokens
         columns = zip(tokens, self._operations, self._bytes_read, zip(*self._seconds, strict=True), strict=True)
         prefill, decode = (

@@ -26,7 +26,6 @@ def _fixed(**options: Any) -> Any:
 
 
 def _free(**options: Any) -> Any:
-    """Define a field that may change on resume."""
     return field(metadata={"resume": "free"}, **options)
 
 

@@ -67,7 +67,6 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def total(self) -> int:
-        """Operations so far."""
         return sum(self.kinds.values())
 
     def __torch_dispatch__(

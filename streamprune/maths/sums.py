@@ -226,11 +226,6 @@ class SiteStatistics:
         sums = (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence)
         return [each for each in sums if each is not None]
 
-    @property
-    def wants_producers(self) -> bool:
-        """Whether the gradients of the producers' outputs are needed."""
-        return any(gram is not None for gram in self.producers)
-
     def park(self) -> None:
         for each in self._sums():
             if isinstance(each, Gram):

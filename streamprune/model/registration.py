@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
 
 CONFIGS, MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
 """The modules of `AutoConfig` and of `AutoModelForCausalLM`."""
@@ -25,13 +24,6 @@ def teach() -> None:
         import_module(OURS)
 
 
-def _register(modeling: Any) -> None:
-    from .architectures import ARCHITECTURES
-
-    for model_type in ARCHITECTURES:
-        modeling.register(model_type)
-
-
 class _Finder(MetaPathFinder):
     """Import hook that makes each of the three modules import the next one, and registers the architectures after the last."""
 
@@ -46,7 +38,10 @@ class _Finder(MetaPathFinder):
         def followed(module: ModuleType) -> None:
             execute(module)
             if name == OURS:
-                _register(module)
+                from .architectures import ARCHITECTURES
+
+                for model_type in ARCHITECTURES:
+                    module.register(model_type)
             elif _NEXT[name] not in sys.modules:
                 import_module(_NEXT[name])
 

@@ -114,7 +114,7 @@ class BlockPruner:
         sends the expert other tokens.
         """
         wanted = self.streams is not None and self.recipe.target is not None and sub.entry.experts is None
-        return wanted and self._moving.parted(here)
+        return wanted and (here.block > self.window.start or here.position > 0)
 
     def _continues(self, here: Place) -> bool:
         """Whether a later step reads the streams after this sublayer."""

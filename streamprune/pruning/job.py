@@ -95,7 +95,6 @@ class Job(JobFolder):
         )
 
     def shot_folder(self, number: int) -> Path:
-        """Folder for the checkpoint that a shot writes."""
         return self.staging if number == self.request.shots else self.folder / f"shot-{number:02}"
 
     # Opening and resuming.

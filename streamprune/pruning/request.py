@@ -48,6 +48,10 @@ class Request:
         settings = parse(config.recipe, config.settings)  # which refuses unknown recipes
         self.recipe: Recipe[Any] = RECIPES[config.recipe](settings)
         self.ranks = ranks
+        self.surveys = _surveys(config, self.recipe)
+        """Whether the model is surveyed before anything is removed."""
+        self.streams = _streams(config, self.recipe)
+        """Whether the prune sweep needs activations."""
         if config.samples < ranks.size:
             raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
         self.device = machine.resolve_device(config.device, ranks)
@@ -96,19 +100,9 @@ class Request:
         return Plan(whole, plan.ratio)
 
     @property
-    def surveys(self) -> bool:
-        """Whether the model is surveyed before anything is removed."""
-        return _surveys(self.config, self.recipe)
-
-    @property
     def statistics(self) -> frozenset[Statistic]:
         """What a survey sums at each site; empty without a survey, or if it reads only weights."""
         return (self.surveys and self.recipe.statistics) or frozenset()
-
-    @property
-    def streams(self) -> bool:
-        """Whether the prune sweep needs activations."""
-        return _streams(self.config, self.recipe)
 
     @property
     def needs_text(self) -> bool:
@@ -131,7 +125,6 @@ class Request:
 
     @cached_property
     def workload(self) -> Workload:
-        """What the forecast counts."""
         correction = self.recipe.correction
         # Only the first rank generates text and corrects.
         divided = not self.writes_text and correction is None
@@ -183,7 +176,8 @@ class Request:
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
         # Also if a plan makes the survey unnecessary: a job that started without a plan may resume with one.
         if self.recipe.statistics or self.streams:
-            inputs |= self._text_identity()
+            text, given = self.text, self.config.model
+            inputs |= text_identity(text, given) if isinstance(text, Text) else {"calibration": text}
         return {
             "settings": {
                 **self.config.fixed(),
@@ -195,11 +189,6 @@ class Request:
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         }
-
-    def _text_identity(self) -> dict[str, Any]:
-        return (
-            text_identity(self.text, self.config.model) if isinstance(self.text, Text) else {"calibration": self.text}
-        )
 
     @cached_property
     def goal(self) -> Goal:
@@ -242,7 +231,6 @@ class Request:
         return self.skeleton.layout is not UNIFORM
 
     def schedule(self) -> list[Phase]:
-        """The phases of the job, in order."""
         depth, correction = len(self.skeleton), self.recipe.correction
         found = [Phase("calibrate")] if self.writes_text else []
         for number in range(1, self.shots + 1):

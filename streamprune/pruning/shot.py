@@ -62,7 +62,6 @@ class Shot:
 
     @cached_property
     def sites(self) -> list[Site]:
-        """The sites of that model."""
         return self.skeleton.all_sites()
 
     @property
@@ -110,11 +109,9 @@ class Shot:
     # The journal.
 
     def named(self, step: str) -> str:
-        """The journal's name for a step of this shot."""
         return f"shot-{self.number}/{step}"
 
     def record(self, step: str, **data: Any) -> Entry:
-        """Record a step of this shot as finished."""
         return self.job.journal.append(self.named(step), **data)
 
     def journalled(self, step: str) -> Entry | None:
@@ -146,7 +143,6 @@ class Shot:
     # The findings.
 
     def survey_path(self, index: int) -> Path:
-        """File with the findings of a block."""
         return self.job.folder / f"survey-{index:04}.safetensors"
 
     @property

@@ -62,10 +62,6 @@ class Streams:
             return ()
         return self.moving if index > self.window.start else self.moving[:1]
 
-    def parted(self, here: Place) -> bool:
-        """Whether the streams may differ at a sublayer's input."""
-        return here.block > self.window.start or here.position > 0
-
     def part(self, index: int) -> None:
         """At the window's first block, begin the dense stream as the pruned one."""
         if index == self.window.start and DENSE in self.moving:

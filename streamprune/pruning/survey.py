@@ -69,16 +69,12 @@ def _store_inputs(shot: Shot) -> None:
         if index % every:
             store.remove(sweep.boundary(DENSE, index))
         shot.progress.step(f"forward, block {index}")
-    sweep.head_gradient(shot.skeleton, store, job.tokens[job.part], job.batch, uniform=_uniform(job))
+    uniform = None
+    if job.recipe.draws_labels:
+        generator = torch.Generator().manual_seed(job.config.seed)
+        uniform = torch.rand(job.tokens.shape, generator=generator, dtype=torch.float64)[job.part]
+    sweep.head_gradient(shot.skeleton, store, job.tokens[job.part], job.batch, uniform=uniform)
     shot.record("head")
-
-
-def _uniform(job: Job) -> Tensor | None:
-    """Uniform numbers (samples, length) float64 that the model's own labels are drawn with, if the recipe wants them."""
-    if not job.recipe.draws_labels:
-        return None
-    generator = torch.Generator().manual_seed(job.config.seed)
-    return torch.rand(job.tokens.shape, generator=generator, dtype=torch.float64)[job.part]
 
 
 def _sum_backward(shot: Shot) -> None:

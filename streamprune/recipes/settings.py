@@ -29,8 +29,6 @@ class NoSettings:
 
 @dataclass(frozen=True)
 class DefaultSettings:
-    """Settings of `default`."""
-
     shots: int = setting(1, "number of equal shots in which the ratio is removed", limits=(1, 1000))
     labels: str = setting(
         "drawn",
@@ -49,8 +47,6 @@ class DefaultSettings:
 
 @dataclass(frozen=True)
 class SobpSettings:
-    """Settings of `sobp`."""
-
     gradient: str = setting(
         "fisher",
         "average the squares of the sequences' mask gradients (empirical Fisher, ours) or their absolute values (paper)",
@@ -68,8 +64,6 @@ class SobpSettings:
 
 @dataclass(frozen=True)
 class SlimGptSettings:
-    """Settings of `slimgpt`."""
-
     r0: float = setting(0.4, "the first block's share, as a fraction of the ratio; 1 is uniform", limits=(0.0, 1.0))
     exact: bool = setting(False, "remove one unit at a time by its exact cost instead of in batches")
     first_group: int = setting(1024, "size of the first group of FFN channels removed together", limits=(1, 1e6))
@@ -79,8 +73,6 @@ class SlimGptSettings:
 
 @dataclass(frozen=True)
 class GreedyOutputSettings:
-    """Settings of `greedy-output`."""
-
     heads: str = setting(
         "similarity",
         "how heads are chosen: by similarity of their attention maps, or by the second moment of their value path",
@@ -95,8 +87,6 @@ class GreedyOutputSettings:
 
 @dataclass(frozen=True)
 class MagnitudeSettings:
-    """Settings of `magnitude`."""
-
     structure: str = setting(
         "units", "what is removed: units, single weights, or M of N neighbours", choices=STRUCTURES
     )
@@ -104,8 +94,6 @@ class MagnitudeSettings:
 
 @dataclass(frozen=True)
 class SurgeonSettings(MagnitudeSettings):
-    """Settings of `surgeon`."""
-
     shots: int = setting(
         0,
         "shots of the linear schedule; 0 is the paper's: 40 to remove half of all units, 5 for weights",

@@ -230,7 +230,7 @@ def _observed(
     arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
     given: list[list[Tensor]] = []
     u = sublayer.normed(x)
-    if stats[0].wants_producers:
+    if any(stats[0].producers):
         mixed, given = sublayer.produce(u, arguments)
     else:
         mixed = sublayer.mix(u, arguments)

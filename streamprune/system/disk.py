@@ -75,7 +75,6 @@ _disks = [Disk()]
 
 
 def disk() -> Disk:
-    """Return the disk in use."""
     return _disks[-1]
 
 

@@ -302,7 +302,6 @@ def _existing(folder: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
     digest = hashlib.sha256()
     for piece in _pieces(path):
         digest.update(piece)

@@ -68,7 +68,6 @@ class Log:
             self._path = None
 
     def finish(self) -> None:
-        """Write the last line."""
         self._write("finished")
 
     def _write(self, text: object) -> None:

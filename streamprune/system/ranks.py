@@ -95,7 +95,6 @@ class Ranks:
     # Collectives. All ranks must call these, in the same order.
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         if self.size > 1:
             import torch
 

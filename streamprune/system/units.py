@@ -61,13 +61,15 @@ def format_passes(equivalents: float, kinds: Mapping[str, int]) -> str:
     return f"{equivalents:.1f} dense forward passes" + (f": {', '.join(parts)}" if parts else "")
 
 
-def check_device(name: str) -> None:
-    """Check the syntax of a device name. `machine.resolve_device` checks that this machine has the device."""
+def check_device(name: str) -> str:
+    """Check the syntax of a device name and return it. `machine.resolve_device` checks that this machine has the device."""
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
         raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    return name
 
 
-def check_dtype(name: str) -> None:
-    """Check the name of a computing dtype."""
+def check_dtype(name: str) -> str:
+    """Check the name of a computing dtype and return it."""
     if name not in DTYPES:
         raise ConfigError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    return name

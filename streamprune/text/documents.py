@@ -328,8 +328,6 @@ class Delimited(TextFile):
 
 
 class Column(Documents):
-    """A column of a table."""
-
     _place: str
     _reader: str
     """What reads it, for messages."""

@@ -69,7 +69,6 @@ class Source:
         raise CalibrationError(f"cannot read the text {text}: No such file or directory")
 
     def open(self) -> Documents:
-        """Open the source's documents, see `open_documents`."""
         return open_documents(self.place, self.field)
 
     def __str__(self) -> str:
@@ -81,7 +80,6 @@ Spec = str | Path | Source
 
 
 def source(given: Spec) -> Source:
-    """Convert a source as given to a `Source`."""
     if isinstance(given, Source):
         return given
     return Source.parse(given) if isinstance(given, str) else Source(str(given))

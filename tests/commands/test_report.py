@@ -325,7 +325,7 @@ def test_zeros_instead_of_units(tiny: Tiny, tmp_path: Path) -> None:
     site = report["sites"][0]
     kept = site["weights"] - site["zeros"]
     assert f"block 0: {kept:,} of {site['weights']:,} kept, {kept / site['weights']:.1%}" in read.notes
-    assert f"{report['zeros']:,} of {report['parameters_before']:,} parameters set to zero" in read.words
+    assert f"{report['zeros']:,} of {report['parameters_before']:,} parameters made zero" in read.words
 
 
 def test_sites_of_a_mixture(copied: Path) -> None:

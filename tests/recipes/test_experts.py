@@ -1,4 +1,4 @@
-"""Mixtures of experts: every expert a site of its own, the router as it is."""
+"""Mixtures of experts: each expert is a separate site, and the router is unchanged."""
 
 from __future__ import annotations
 

@@ -91,7 +91,8 @@ def compare(
     if plot:
         require_plotting()
     model = hub.resolve_model(model, progress)
-    folder = Path(out) if out is not None else _default_folder(model)
+    name = os.path.abspath(model) if hub.commit(model) is None else hub.title(model)
+    folder = Path(f"{Path(name).name}-compare" if out is None else out)
     candidates = [_Candidate(variant, ratio, model, folder, common) for variant in variants for ratio in ratios]
     for candidate in candidates:
         candidate.job.forecast().require()
@@ -177,7 +178,12 @@ class _Work:
             self.journal = Journal(self.folder / JOURNAL)
             if self.journal.header is None:
                 self.journal.append("start", evaluation=self.header)
-            self._check_same()
+            header, what = self.journal.header, f"{self.folder} contains a comparison"
+            assert header is not None
+            refuse_difference(what, header["evaluation"], self.header)
+            for candidate in self.candidates:
+                if (begun := self.journal.find(f"begin/{candidate.name}")) is not None:
+                    refuse_difference(what, begun["job"], candidate.job.header, candidate.name)
             self.caches.remove()  # left by a killed evaluation
             for path in self.folder.glob(f"*{files.TEMPORARY}"):
                 files.remove(path)
@@ -231,17 +237,7 @@ class _Work:
         self.caches.remove()
         files.empty_folder(self.folder, LOCK)
 
-    def _check_same(self) -> None:
-        """Raise ResumeError if the evaluation or a row that was started has other settings, inputs or versions now."""
-        header, what = self.journal.header, f"{self.folder} contains a comparison"
-        assert header is not None
-        refuse_difference(what, header["evaluation"], self.header)
-        for candidate in self.candidates:
-            if (begun := self.journal.find(f"begin/{candidate.name}")) is not None:
-                refuse_difference(what, begun["job"], candidate.job.header, candidate.name)
-
     def table(self, perplexities: Sequence[float]) -> Comparison:
-        """Produce the missing rows; return all of them."""
         self.log.row = f"row 1 of {len(self.candidates) + 1}, {DENSE}"
         dense = self._measured(DENSE, self.config.model)
         rows = [Row(parameters=self.job.skeleton.parameters(), perplexity=dense["perplexity"])]
@@ -360,11 +356,6 @@ class _Work:
                     f"which differ by more than the largest step, {step:,}."
                 )
         return notes
-
-
-def _default_folder(model: Path) -> Path:
-    name = os.path.abspath(model) if hub.commit(model) is None else hub.title(model)
-    return Path(f"{Path(name).name}-compare")
 
 
 def _check(variants: Sequence[Variant], ratios: Sequence[float], perplexities: Sequence[float]) -> None:

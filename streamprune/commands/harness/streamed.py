@@ -34,7 +34,6 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int | None:
-        """The end-of-text token."""
         token: int | None = self.tokenizer.eos_token_id
         return token
 

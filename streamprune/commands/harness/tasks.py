@@ -115,12 +115,7 @@ def _missing(names: Sequence[str]) -> list[str]:
         for folder, _, files in os.walk(Path(place, "tasks")):
             for file in files if left else ():
                 data = Path(folder, file).read_bytes()
-                left = [
-                    n
-                    for n in left
-                    if n.encode() not in data
-                    or not re.search(rb"(?<![\w-])" + re.escape(n.encode()) + rb"(?![\w-])", data)
-                ]
+                left = [n for n in left if not re.search(rf"(?<![\w-]){re.escape(n)}(?![\w-])".encode(), data)]
     return left
 
 

@@ -122,11 +122,9 @@ class Chart:
         self.marks.append(Mark("polyline", {"class": f"line {css}", "style": style, "points": path}, tooltip))
 
     def level(self, y: float, css: str, tooltip: str = "") -> None:
-        """Draw a horizontal line across the chart."""
         self.line([(self.x.low, y), (self.x.high, y)], css, tooltip)
 
     def dot(self, x: float, y: float, css: str, tooltip: str, style: str | None = None, radius: float = 3.5) -> None:
-        """Draw a dot."""
         place = {"cx": f"{self.across(x):.1f}", "cy": f"{self.up(y):.1f}", "r": f"{radius:g}"}
         self.marks.append(Mark("circle", {"class": f"dot {css}", "style": style, **place}, tooltip))
 

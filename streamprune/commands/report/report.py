@@ -61,7 +61,10 @@ def report(
     out, progress = Path(out), progress or Silent()
     page = out / PAGE if html is None else Path(html)
     records = read_records(out)
-    _check_page(page)
+    if page.suffix not in (".html", ".htm"):
+        raise ConfigError(f"html is {page}; its name must end in .html")
+    if page.is_dir() or not page.absolute().parent.is_dir():
+        raise ConfigError(f"html is {page}; it must be a file in an existing directory")
     table = None if comparison is None else read_comparison(Path(comparison))
     dense = None if against is None else resolve_model(against, progress)
     if dense is not None and not prompts and text is None:
@@ -139,10 +142,3 @@ def _plain(value: object) -> str:
     if isinstance(value, list):
         return " · ".join(map(_plain, value))
     return "—" if value is None else str(value)
-
-
-def _check_page(page: Path) -> None:
-    if page.suffix not in (".html", ".htm"):
-        raise ConfigError(f"html is {page}; its name must end in .html")
-    if page.is_dir() or not page.absolute().parent.is_dir():
-        raise ConfigError(f"html is {page}; it must be a file in an existing directory")

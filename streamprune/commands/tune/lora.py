@@ -31,7 +31,6 @@ SAVE_EVERY = 25
 
 
 def installed() -> bool:
-    """Return whether `peft` is installed."""
     return importlib.util.find_spec("peft") is not None
 
 

@@ -52,7 +52,6 @@ class Resources:
     ratio_missed: str | None = None  # why a job cannot remove the ratio asked for, if that is certain beforehand
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the forecast as JSON-ready data."""
         return {**asdict(self), "problems": list(self.problems), "fits": not self.problems}
 
     def require(self) -> Resources:
