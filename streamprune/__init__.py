@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .model.verify import Verification, verify
     from .pruning.result import Result
     from .pruning.run import forecast_job, plan_only, prune
-    from .recipes import RECIPES
+    from .recipes.registry import RECIPES
     from .system.progress import Callback, Event, Progress
     from .system.ranks import Ranks, joined
     from .system.signals import asked_by_signals
@@ -57,7 +57,7 @@ _HOME = {
     "model.verify": ("Verification", "verify"),
     "pruning.result": ("Result",),
     "pruning.run": ("forecast_job", "plan_only", "prune"),
-    "recipes": ("RECIPES",),
+    "recipes.registry": ("RECIPES",),
     "system.progress": ("Callback", "Event", "Progress"),
     "system.ranks": ("Ranks", "joined"),
     "system.signals": ("asked_by_signals",),

@@ -85,12 +85,7 @@ class LostError(StreamPruneError):
 
 
 class ElsewhereError(StreamPruneError):
-    """Another process of the same job failed and reported its error.
-
-    Args:
-        message: the error message of the failed process.
-        exit_code: the exit code of the failed process.
-    """
+    """Another process of the same job failed and reported its error, with this message and exit code."""
 
     reported = True
 

@@ -46,10 +46,8 @@ class JobFolder:
 
     Args:
         config: settings of the job; `out` is absolute.
-        device: where the job computes.
         started: monotonic time in seconds at which this process began.
         is_ours: whether the content of a `report.json` is from this kind of job.
-        progress: receives progress in addition to the log.
         ranks: ranks that share the job. The first holds its lock, journal and log, and alone changes shared files.
     """
 

@@ -143,15 +143,8 @@ _FORMULAS: dict[str, Formula] = {
     # Recomputed scores, then the gradients of values, probabilities, queries and keys.
     **dict.fromkeys((f"{op}_backward" for op in _ATTENTION), _attention(5, query=1)),
     "aten.linalg_cholesky_ex": _solve(0, 1 / 3),
-    "aten.cholesky": _solve(0, 1 / 3),
-    "aten.cholesky_inverse": _solve(0, 2 / 3),
     "aten.cholesky_solve": _solve(1, 0, 2),
     "aten.linalg_solve_triangular": _solve(0, 0, 1),
-    "aten.triangular_solve": _solve(1, 0, 1),
     "aten._linalg_solve_ex": _solve(0, 2 / 3, 2),
-    "aten.linalg_lu_factor_ex": _solve(0, 2 / 3),
-    "aten.linalg_lu_solve": _solve(0, 0, 2),
-    "aten.linalg_inv_ex": _solve(0, 2),
-    "aten._linalg_eigh": _solve(0, 9),
 }
 """Formulas by op. Those of torch's registry serve for all other ops; they traverse the argument tree on every call."""

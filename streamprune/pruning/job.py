@@ -41,9 +41,6 @@ PLAN, WRITTEN = "plan.json", "calibration.safetensors"
 class Job(JobFolder):
     """One job: everything that a first and a resumed process need to know.
 
-    Args:
-        ranks: processes that share the job.
-
     Raises:
         StreamPruneError: any error that can be found before the work starts.
     """

@@ -19,10 +19,10 @@ from ..maths.sums import Statistic
 from ..model import hub, write
 from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
 from ..model.skeleton import Skeleton, open_skeleton
-from ..recipes import RECIPES
 from ..recipes.allocation import Budget
 from ..recipes.plan import Plan, SitePlan
 from ..recipes.recipe import Recipe, Survey
+from ..recipes.registry import RECIPES
 from ..recipes.settings import parse
 from ..system import machine
 from ..system.progress import Progress
@@ -35,10 +35,6 @@ from .shortfall import Goal, largest_unit
 
 class Request:
     """A config together with the model, recipe and plan that it names.
-
-    Args:
-        progress: shows the download of a model from the hub.
-        ranks: processes that share the job.
 
     Raises:
         StreamPruneError: any error that can be found before the job's folder is opened.

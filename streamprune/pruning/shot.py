@@ -27,11 +27,7 @@ GRADIENT = "gradient"
 
 
 class Shot:
-    """One shot of an opened job: what its steps share.
-
-    Args:
-        number: from 1 to `Job.shots`.
-    """
+    """One shot of an opened job: what its steps share. Shots are numbered from 1."""
 
     def __init__(self, job: Job, number: int) -> None:
         self.job, self.number = job, number

@@ -29,12 +29,7 @@ class SitePlan:
 
 
 class Plan(dict[str, SitePlan]):
-    """Map each site name to what that site keeps.
-
-    Args:
-        kept: one entry per site.
-        ratio: share of the blocks' parameters that the plan was made to remove, in (0, 1).
-    """
+    """What each site keeps, by site name. `ratio` is the share of parameters that the plan was made to remove, in (0, 1)."""
 
     def __init__(self, kept: Mapping[str, SitePlan], ratio: float) -> None:
         super().__init__(kept)

@@ -28,11 +28,7 @@ from .settings import SlimGptSettings
 def incremental_ratios(blocks: int, r0: float) -> list[float]:
     """Return each block's share relative to the ratio: ``r_i = r_0 + (r_{L−1} − r_0)·log(i+1)/log(L)``.
 
-    ``r_{L−1}`` is chosen so that the shares have mean 1.
-
-    Args:
-        blocks: L, the number of blocks.
-        r0: relative share of the first block.
+    L is the number of blocks. ``r_{L−1}`` is chosen so that the shares have mean 1.
     """
     if blocks == 1:
         return [1.0]

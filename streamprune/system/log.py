@@ -20,11 +20,7 @@ FAILED = "failed: "
 
 
 class Log:
-    """Progress that writes to the log and passes every call on. Lines are buffered until the log is opened.
-
-    Args:
-        progress: receives every call too; None for no one.
-    """
+    """Progress that writes to the log and passes every call on. Lines are buffered until the log is opened."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress or Silent()

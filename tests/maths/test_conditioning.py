@@ -28,8 +28,9 @@ from streamprune.maths.refit import cholesky, compensation, fit, inverse, refit_
 from streamprune.maths.slimgpt import batched_group_removal, dynamic_group_removal
 from streamprune.model.site import Site
 from streamprune.pruning import block
-from streamprune.recipes import RECIPES, masks, obs, surgeon
+from streamprune.recipes import masks, obs, surgeon
 from streamprune.recipes.recipe import Problem
+from streamprune.recipes.registry import RECIPES
 from streamprune.recipes.settings import parse
 
 Make = Callable[..., Config]

@@ -24,8 +24,9 @@ from streamprune.maths.slimgpt import batched_group_removal, dynamic_group_remov
 from streamprune.maths.sums import Gram, HeadDivergence, MaskGradient
 from streamprune.model.block import Sublayer
 from streamprune.pruning import block, refine
-from streamprune.recipes import RECIPES, masks, obs, surgeon
+from streamprune.recipes import masks, obs, surgeon
 from streamprune.recipes.obs import best
+from streamprune.recipes.registry import RECIPES
 from streamprune.stream import sweep
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import streamprune
 from streamprune import Config
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.job import Job
-from streamprune.recipes import RECIPES
+from streamprune.recipes.registry import RECIPES
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
 Make = Callable[..., Config]
