@@ -80,11 +80,20 @@ class Callback:
         self._call(Event(kind, self._phase, self._done, self._total, message))
 
 
-class Silent(Callback):
+class Silent:
     """Progress that is discarded."""
 
-    def __init__(self) -> None:
-        super().__init__(lambda event: None)
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        pass
+
+    def step(self, note: str = "") -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def stopping(self) -> bool:
+        return False
 
 
 def rest(progress: Progress) -> None:
