@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,8 +13,8 @@ from types import ModuleType
 CONFIGS, MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
 """The modules of `AutoConfig` and of `AutoModelForCausalLM`."""
 OURS = f"{__package__}.modeling_streamprune"
-_NEXT = {CONFIGS: MODELS, MODELS: OURS}
-"""The module to import after each, unless it is already being imported. OURS imports MODELS, which imports CONFIGS."""
+"""Registers pruned checkpoints. It imports MODELS, which imports CONFIGS."""
+_CONFIGURATION = re.compile(r"transformers\.models\.\w+\.configuration_\w+")
 
 
 def teach() -> None:
@@ -25,10 +26,19 @@ def teach() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Import hook that makes each of the three modules import the next one, and registers the architectures after the last."""
+    """Import hook that makes each of the three modules import the next one, and registers the architectures after the last.
+
+    While transformers defines a config class, it may import MODELS to write the class's docstring. OURS needs the config
+    classes, so it waits until that class is defined.
+    """
+
+    def __init__(self) -> None:
+        self._executed = set[str]()
+        self._defining = set[str]()
+        """Modules with config classes that are being executed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in (CONFIGS, MODELS, OURS):
+        if name not in (CONFIGS, MODELS, OURS) and not _CONFIGURATION.fullmatch(name):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
@@ -36,14 +46,21 @@ class _Finder(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def followed(module: ModuleType) -> None:
-            execute(module)
+            self._defining |= {name} - {CONFIGS, MODELS, OURS}
+            try:
+                execute(module)
+            finally:
+                self._defining.discard(name)
+            self._executed.add(name)
             if name == OURS:
                 from .architectures import ARCHITECTURES
 
                 for model_type in ARCHITECTURES:
                     module.register(model_type)
-            elif _NEXT[name] not in sys.modules:
-                import_module(_NEXT[name])
+            elif name == CONFIGS and MODELS not in sys.modules:
+                import_module(MODELS)
+            elif MODELS in self._executed and OURS not in sys.modules and not self._defining:
+                import_module(OURS)
 
         spec.loader.exec_module = followed  # type: ignore[method-assign]
         return spec

@@ -110,6 +110,8 @@ assert set(streamprune.__all__) <= set(dir(streamprune))
 
 FIRST = [
     "import streamprune; from transformers import AutoModelForCausalLM",
+    "import streamprune; from transformers import LlamaConfig; from transformers import AutoModelForCausalLM",
+    "import streamprune; from transformers import Gemma3TextConfig, LlamaConfig",
     "from transformers import AutoModelForCausalLM; import streamprune",
     "import streamprune; from transformers import AutoConfig",
     "from transformers import AutoConfig; import streamprune",
