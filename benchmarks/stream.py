@@ -227,16 +227,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="windows; default: %(default)s")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per window; default: %(default)s")
     parser.add_argument(
-        "--batch", type=int, nargs="+", metavar="N", help="windows a micro-batch; default: 1 and eval's"
+        "--batch", type=int, nargs="+", metavar="N", help="windows per micro-batch; default: 1 and eval's"
     )
     parser.add_argument("--repetitions", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="torch's threads; default: what torch takes")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")
     parser.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="a llama's checkpoint; default: a random one is made"
+        "--model", type=Path, metavar="FOLDER", help="directory of a llama checkpoint; default: write a random one"
     )
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=AGREEMENT, default="float32", help="default: %(default)s")
-    parser.add_argument("--memory", metavar="SIZE", help="the streamed way's; default: what is free")
+    parser.add_argument("--memory", metavar="SIZE", help="memory limit of the streamed way; default: all free memory")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the temporary folder is removed
