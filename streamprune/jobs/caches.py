@@ -40,11 +40,7 @@ class Caches:
             files.write_text(self._record, json.dumps({FOLDERS: [*recorded, given]}) + "\n")
 
     def remove(self, ranks: Ranks = ALONE) -> None:
-        """Remove the activations of all ranks, which may have separate disks, then the record of their folders.
-
-        Raises:
-            ResumeError: the record is damaged.
-        """
+        """Remove the activations of all ranks, which may have separate disks. Raises ResumeError if their record is damaged."""
         for _ in ranks.in_turn():
             recorded = map(self._within, map(Path, self._recorded()))
             for path in dict.fromkeys([self._folder / "cache", *recorded, self.own]):

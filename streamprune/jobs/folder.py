@@ -144,11 +144,7 @@ class JobFolder:
         }
 
     def finished_report(self, restart: bool) -> Entry | None:
-        """Return the report of OUT if this job already finished it; None if there is work to do.
-
-        Raises:
-            ConfigError: OUT contains something else.
-        """
+        """Return the report of OUT if this job already finished it; None if there is work to do. Raises as `existing_report`."""
         report = self.existing_report()
         if report is None or restart or resume.replaces_out(self._started(), self.terms):
             return None
@@ -180,11 +176,7 @@ class JobFolder:
         return Journal(self.journal_path, repair=False).header
 
     def existing_report(self) -> Entry | None:
-        """Return the report of streamprune's result in OUT; None if OUT is empty or missing.
-
-        Raises:
-            ConfigError: OUT contains something else.
-        """
+        """Return the report of streamprune's result in OUT; None if OUT is empty. Raises ConfigError for anything else."""
         out = self._out
         if out.is_symlink() or (out.exists() and not out.is_dir()):
             raise ConfigError(f"OUT is {out}, which is not a directory")
@@ -354,11 +346,7 @@ class JobFolder:
             )
 
     def complete(self, digests: Mapping[str, str]) -> None:
-        """Record the result in the staging folder as complete, given its files' digests by name.
-
-        Raises:
-            ResumeError: a model has changed since the job was started.
-        """
+        """Record the staged result as complete, given its digests. Raises ResumeError if a model has changed meanwhile."""
         assert self.journal.header is not None
         resume.check_sources(self.journal.header, self.sources, self.ranks)
         self.journal.append("complete", sha256=digests)

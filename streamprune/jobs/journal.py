@@ -102,11 +102,7 @@ class Journal:
 
 @contextmanager
 def as_written(out: Path) -> Iterator[None]:
-    """Turn errors from unexpected content of the journal of `out` into ResumeError.
-
-    Raises:
-        ResumeError: an entry lacks expected content although its checksum is valid.
-    """
+    """Turn errors from unexpected content of the journal of `out`, whose checksums are valid, into ResumeError."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:

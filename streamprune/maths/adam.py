@@ -46,11 +46,7 @@ class Descent:
                 self._adam.state[weight] = {"step": torch.tensor(float(self.done)), **moments}
 
     def step(self) -> None:
-        """Take one step with the accumulated gradients, then clear them.
-
-        Raises:
-            NumericalError: a gradient holds NaN or Inf.
-        """
+        """Take one step with the accumulated gradients, then clear them. Raises NumericalError if one holds NaN or Inf."""
         gathered = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
         # A single device synchronisation for all gradients.
         sums = torch.stack([gradient.sum() for gradient in gathered.values()]).tolist()

@@ -77,11 +77,7 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def check_model(model: str | Path) -> re.Match[str] | None:
-    """Return the match of a hub name (groups ``repo`` and ``revision``); None for a directory. Reads and downloads nothing.
-
-    Raises:
-        CheckpointError: neither a directory nor a hub name.
-    """
+    """Return the match of a hub name (`repo`, `revision`); None for a directory; else raise CheckpointError. No network."""
     if os.path.isdir(model):
         return None
     match = _NAME.fullmatch(str(model))
@@ -121,11 +117,7 @@ def origin(model: Path) -> dict[str, str | None]:
 
 
 def _fetched(repo: str, revision: str | None) -> Path:
-    """Return a complete copy in the cache, downloading what is missing.
-
-    Raises:
-        CheckpointError: the model cannot be downloaded completely.
-    """
+    """Return a complete copy in the cache, downloading what is missing. Raises CheckpointError if that fails."""
     from huggingface_hub import errors, snapshot_download
 
     name = repo if revision is None else f"{repo}@{revision}"

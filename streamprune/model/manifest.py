@@ -47,11 +47,7 @@ def read(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def check(path: Path, digest: str) -> None:
-    """Check that a file on disk has this SHA-256 (hex), bypassing the page cache where possible.
-
-    Raises:
-        DamageError: its digest differs.
-    """
+    """Raise DamageError unless a file on disk, read past the page cache where possible, has this SHA-256 (hex)."""
     files.drop_cached(path)
     if files.sha256(path) != digest:
         raise DamageError(

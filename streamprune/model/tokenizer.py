@@ -68,11 +68,7 @@ def check_vocabulary(tokenizer: Any, vocabulary: int, directory: Path) -> dict[s
 
 
 def _check_libraries(directory: Path) -> None:
-    """Check that the library for a tokenizer without `tokenizer.json` is installed; transformers would name the wrong one.
-
-    Raises:
-        CheckpointError: the library is not installed.
-    """
+    """Raise CheckpointError if a tokenizer without `tokenizer.json` needs a missing library; transformers names the wrong one."""
     from transformers import utils
 
     path = directory / "tokenizer.model"

@@ -12,11 +12,7 @@ from .shot import Shot
 
 
 def allocate(shot: Shot) -> Plan:
-    """Return the plan to prune by, and journal it if it is new.
-
-    Raises:
-        ResumeError: the job uses another plan than the one given, or its plan file was changed.
-    """
+    """Return the plan to prune by, and journal it if it is new. Raises ResumeError if it or its file was changed meanwhile."""
     job, chosen, plan = shot.job, shot.journalled("allocate"), shot.job.request.given_plan
     source = plan_in_force(chosen, job.terms["plan"], pruning=bool(shot.steps("prune/")))
     if source == "recorded":

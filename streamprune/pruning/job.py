@@ -39,11 +39,7 @@ PLAN, WRITTEN = "plan.json", "calibration.safetensors"
 
 
 class Job(JobFolder):
-    """One job: everything that a first and a resumed process need to know.
-
-    Raises:
-        StreamPruneError: any error that can be found before the work starts.
-    """
+    """One job: everything that a first and a resumed process need to know. Raises all errors found before the work starts."""
 
     known: ClassVar = JobFolder.known | {PLAN, WRITTEN}
     known_prefixes: ClassVar = (*JobFolder.known_prefixes, "survey-", "shot-")

@@ -34,11 +34,7 @@ from .shortfall import Goal, largest_unit
 
 
 class Request:
-    """A config together with the model, recipe and plan that it names.
-
-    Raises:
-        StreamPruneError: any error that can be found before the job's folder is opened.
-    """
+    """A config with the model, recipe and plan that it names. Raises all errors found before the job's folder is opened."""
 
     def __init__(self, config: Config, progress: Progress | None = None, ranks: Ranks = ALONE) -> None:
         settings = parse(config.recipe, config.settings)  # which refuses unknown recipes

@@ -87,11 +87,7 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
 
 
 def check_budget(sites: Sequence[Site], budget: Budget) -> None:
-    """Check that the budget can be met, before any work starts.
-
-    Raises:
-        ConfigError: the sites cannot lose that many parameters, or the budget is smaller than the smallest step.
-    """
+    """Raise ConfigError if the sites cannot lose that many parameters, or the budget is smaller than the smallest step."""
     bundles = _bundles(sites, even_densities(sites), budget)
     largest = sum(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
     if largest < budget.target:

@@ -47,12 +47,7 @@ class MaskRecipe(Recipe[S]):
         self.writes_zeros = settings.structure != UNITS
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        """Check that the structure can meet the budget.
-
-        Raises:
-            ConfigError: the ratio is above what the pattern can remove or below its smallest step, or the pattern
-                does not divide a width.
-        """
+        """Raise ConfigError for a ratio outside the pattern's range, or a pattern that does not divide a width."""
         structure = self.settings.structure
         if structure == UNITS:
             super().check(sites, budget)
@@ -76,12 +71,7 @@ class MaskRecipe(Recipe[S]):
             )
 
     def check_plan(self, sites: Sequence[Site], plan: Plan, where: str) -> None:
-        """Check that the structure can follow a plan, which already fits the model.
-
-        Raises:
-            ConfigError: the plan removes units but the structure zeroes weights (or the reverse), a count is not
-                possible with the pattern, or the pattern does not divide a width.
-        """
+        """Raise ConfigError for a plan that removes units where weights are zeroed (or the reverse) or misfits the pattern."""
         structure = self.settings.structure
         if structure == UNITS:
             super().check_plan(sites, plan, where)

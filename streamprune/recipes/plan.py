@@ -53,11 +53,7 @@ class Plan(dict[str, SitePlan]):
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Read a plan file. Call `check` to compare it with the model before use.
-
-        Raises:
-            ConfigError: the file cannot be read, or is not a plan.
-        """
+        """Read a plan file, or raise ConfigError. Call `check` to compare it with the model before use."""
         try:
             text = strict_json.read_text(path)
         except (FileNotFoundError, DiskError, UnicodeDecodeError) as error:
@@ -66,11 +62,7 @@ class Plan(dict[str, SitePlan]):
 
     @classmethod
     def parse(cls, text: str, where: str) -> Plan:
-        """Parse a plan from JSON text.
-
-        Raises:
-            ConfigError: the text is not a plan.
-        """
+        """Parse a plan from JSON text. Raises ConfigError if it is not a plan."""
         try:
             data = strict_json.parse(text)
         except ValueError as error:
@@ -99,11 +91,7 @@ class Plan(dict[str, SitePlan]):
         return cls(kept, float(ratio))
 
     def check(self, sites: Sequence[Site], where: str) -> None:
-        """Check that the plan fits a model.
-
-        Raises:
-            ConfigError: a site is missing or unknown, or a count or unit is out of range.
-        """
+        """Raise ConfigError if a site of the model is missing, or a site, count or unit of the plan does not exist there."""
         names = {site.name for site in sites}
         for name in self.keys() - names:
             raise ConfigError(f"{where}: the model has no site {name!r}")
@@ -128,11 +116,7 @@ class Plan(dict[str, SitePlan]):
 
 
 def units_only(sites: Sequence[Site], plan: Plan, where: str) -> None:
-    """Check that the plan removes whole units and writes no zeros.
-
-    Raises:
-        ConfigError: a site has an entry "zeros".
-    """
+    """Raise ConfigError if the plan writes zeros instead of removing whole units."""
     for site in sites:
         if plan[site.name].zeros is not None:
             raise ConfigError(f'{where}: {site.name} has "zeros"; with these settings whole units go')

@@ -55,7 +55,6 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
             self.correction = Correction(settings.lora_steps, settings.lora_rank, settings.lora_rate)
 
     def shots(self, ratio: float) -> int:
-        """Return the number of shots: the setting or, if it is 0, the paper's number."""
         if self.settings.shots:
             return self.settings.shots
         return 5 if self.writes_zeros else max(1, round(80 * ratio))

@@ -342,11 +342,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_for_writing(path: Path) -> Iterator[None]:
-    """Hold a lock file beside a file that is about to be written; it is removed at the end.
-
-    Raises:
-        ResumeError: another process is writing the file.
-    """
+    """Hold a lock file beside a file that is being written, then remove it. Raises ResumeError if it is held already."""
     lock = path.with_name(f"{path.name}.lock")
     with locked(lock):
         try:

@@ -97,10 +97,6 @@ class Silent:
 
 
 def rest(progress: Progress) -> None:
-    """Stop here if asked to; called where stopping loses little or no work.
-
-    Raises:
-        Stopped: `progress.stopping()` is true.
-    """
+    """Raise Stopped if `progress` asks to stop; called where stopping loses little or no work."""
     if progress.stopping():
         raise Stopped(STOPPED)

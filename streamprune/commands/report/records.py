@@ -85,11 +85,7 @@ def read_records(out: Path) -> Records:
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
-    """Read a comparison (see `Comparison.as_dict`) from its folder or its compare.json.
-
-    Raises:
-        ConfigError: the file does not exist or is not from a comparison.
-    """
+    """Read a comparison (see `Comparison.as_dict`) from its folder or compare.json. Raises ConfigError if it is neither."""
     path = path / JSON if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"comparison is {path}, which does not exist; streamprune compare writes it when it finishes")

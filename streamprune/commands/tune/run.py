@@ -112,11 +112,7 @@ def tune(config: TuneConfig, *, restart: bool = False, progress: Progress | None
 
 
 class Tuning(JobFolder):
-    """One tuning job, which resumes from its journal.
-
-    Raises:
-        StreamPruneError: an error that can be detected before any work starts.
-    """
+    """One tuning job, which resumes from its journal. Raises all errors that can be detected before any work starts."""
 
     known_prefixes: ClassVar = (*JobFolder.known_prefixes, STATE)
 

@@ -55,11 +55,7 @@ class Resources:
         return {**asdict(self), "problems": list(self.problems), "fits": not self.problems}
 
     def require(self) -> Resources:
-        """Return the forecast itself, if the job fits.
-
-        Raises:
-            ResourceError: the job does not fit.
-        """
+        """Return the forecast itself. Raises ResourceError if the job does not fit."""
         if self.problems:
             raise ResourceError("; ".join(self.problems))
         return self
