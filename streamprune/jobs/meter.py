@@ -24,9 +24,7 @@ def metered(journal: Journal, started: float, peaks: Peaks, ranks: Ranks = ALONE
     """Make `journal.append` record FLOPs, `seconds`, `memory` (bytes), and the seconds `waited` for disk.
 
     With several ranks, FLOPs are summed, memory is the largest of any rank, and seconds are those of the first rank.
-
-    Args:
-        started: monotonic time in seconds from which the first line counts.
+    The first line counts from the monotonic time `started`.
     """
     last = dict.fromkeys(KINDS, 0), waited(), started
     peaks.lap()

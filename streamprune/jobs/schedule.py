@@ -34,11 +34,7 @@ class Phase:
 
 
 class Schedule:
-    """A job's phases in order, matched with the lines of its journal.
-
-    Args:
-        phases: fields of each `Phase`, as the journal stores them.
-    """
+    """A job's phases in order, as the journal stores their fields, matched with the journal's lines."""
 
     def __init__(self, phases: Iterable[Mapping[str, Any]], journal: Journal) -> None:
         self.phases = [Phase(**phase) for phase in phases]

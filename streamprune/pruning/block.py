@@ -161,11 +161,7 @@ class BlockPruner:
     def _compensate(self, sub: Sublayer, inputs: Gram | None) -> Report:
         """Fit the producers (rows, d) to their pruned input, so that they give what they gave on the dense one.
 
-        Args:
-            inputs: sums over all ranks of H (d, d) and C (d, d), see `_inputs_gram`.
-
-        Returns:
-            For the report: the damping that it took.
+        `inputs` are the sums over all ranks of H (d, d) and C (d, d). Returns the damping that it took, for the report.
         """
         assert inputs is not None
         h, c = inputs.mean(f"{sub.name}, inputs")

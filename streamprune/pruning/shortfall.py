@@ -31,11 +31,7 @@ class Goal:
     """The plan file that sets the target, if one was given."""
 
     def missed(self, gone: int, reports: Sequence[Mapping[str, Any]]) -> str | None:
-        """Explain why `gone` parameters miss the target; None if they meet it.
-
-        Args:
-            reports: the report of each site, as in ``report.json``.
-        """
+        """Explain why `gone` parameters miss the target, given the sites' reports; None if they meet it."""
         if abs(self.target - gone) <= self.slack:
             return None
         experts = {site.name for site in self.sites if site.expert is not None}

@@ -110,11 +110,7 @@ class Refit:
 
 
 class Recipe(ABC, Generic[S]):
-    """One pruning method with its settings.
-
-    Args:
-        settings: an instance of the recipe's dataclass in `settings`. The class itself has that dataclass as `settings`.
-    """
+    """One pruning method with its `settings`: in an instance their values, in the class their dataclass."""
 
     name: ClassVar[str]
     summary: ClassVar[str]

@@ -37,12 +37,9 @@ class Sobp(ObsRecipe[SobpSettings]):
         self.compensation = settings.compensation_damping if settings.compensate else None
 
     def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
-        """Return the importance of each unit: mean of `g²` or `|g|` over sequences, divided by the unit's parameters.
+        """Return ``importance`` (units,) float: mean of `g²` or `|g|` over sequences, divided by the unit's parameters.
 
         `g` is the gradient of a sequence's mean loss with respect to the unit's mask.
-
-        Returns:
-            ``importance`` (units,) float.
         """
         site, gradient = surveyed.site, surveyed.statistics.mask
         assert gradient is not None

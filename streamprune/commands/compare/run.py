@@ -138,11 +138,7 @@ class _RowLog(Log):
 
 
 class _Work:
-    """The comparison's folder and journal. Produces the rows one after another.
-
-    Args:
-        windows: those of `text`, (windows, length) int64.
-    """
+    """The comparison's folder and journal. Measures every row on the same windows (windows, length) int64."""
 
     def __init__(
         self, folder: Path, candidates: Sequence[_Candidate], text: Source, windows: Tensor, keep: bool, log: _RowLog

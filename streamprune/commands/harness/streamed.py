@@ -21,9 +21,6 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
     Inputs are prepared as by lm_eval's `HFLM` with its defaults. The tokenizer adds special tokens, unless the text
     begins with the beginning-of-sequence token. That token precedes an empty context. Inputs that are too long are
     truncated on the left. Everything after the model is computed in float32 or better.
-
-    Args:
-        machine: other options of `score`.
     """
 
     def __init__(self, skeleton: Skeleton, tokenizer: Any, *, progress: Progress, **machine: Any) -> None:
