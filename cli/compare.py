@@ -83,7 +83,7 @@ def compare(
         found = streamprune.compare(model, recipes=variants, text=text, progress=progress, **chosen)
     given = {"model": model, "out": Path(found.out), "ratio": 0.5, "refine": chosen["refine"]}
     configs = [streamprune.Config(recipe=each.recipe, settings=each.settings, **given) for each in variants]
-    options.note_idle(quiet, *configs)
+    options.note_idle(quiet, *configs, used=["bos"])  # by --text, too
     lines = show.table(found.cells())
     if found.reached:
         lines += ["", *show.table(found.reached_cells())]

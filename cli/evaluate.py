@@ -18,6 +18,7 @@ from . import options, show
 @click.argument("model", type=options.PATH)
 @options.text_option
 @options.seq_len_option()
+@options.bos_option
 @click.option("--tasks", metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
 @click.option("--include-path", type=options.PATH, metavar="DIR", help="Folder with more task files.")
 @click.option("--limit", type=int, metavar="N", help="Score the first N documents of each task.  [default: all]")
@@ -59,6 +60,7 @@ def evaluate(
             lines += [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"]
         if wanted is not None:
             scored = streamprune.evaluate_tasks(model, wanted, progress=progress, **chosen)
-            found["tasks"] = {"results": scored.results, "documents": scored.documents, "protocol": scored.protocol}
+            found["tasks"] = {"results": scored.results, "documents": scored.documents, "bos": scored.bos}
+            found["tasks"]["protocol"] = scored.protocol
             lines += [*scored.table.rstrip().splitlines(), f"({scored.protocol})"]
     show.result(found, as_json, lines)

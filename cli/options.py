@@ -75,10 +75,19 @@ def seq_len_option(name: str = "--seq-len", of: str = "") -> Callable[[F], F]:
     )
 
 
+bos_option = click.option(
+    "--bos",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    help="Whether every text and window begins with the BOS token. auto: as the tokenizer does by itself.",
+)
+
+
 def windows_options(kind: str) -> Callable[[F], F]:
     return bundle(
         click.option("--samples", default=128, help=f"Number of {kind} windows."),
         seq_len_option(),
+        bos_option,
         click.option("--seed", default=0, help="Seed for all random choices."),
     )
 
@@ -255,8 +264,12 @@ def assignments(texts: tuple[str, ...], form: str) -> dict[str, str]:
     return chosen
 
 
-def note_idle(quiet: bool, *configs: streamprune.Config) -> None:
-    """Say on stderr, unless `quiet`, which given options had no effect on any of the configs."""
+def note_idle(quiet: bool, *configs: streamprune.Config, used: Sequence[str] = ()) -> None:
+    """Say on stderr, unless `quiet`, which given options had no effect on any of the configs.
+
+    Args:
+        used: options that had an effect elsewhere.
+    """
     from streamprune.pruning.request import idle
 
     if quiet:
@@ -267,7 +280,7 @@ def note_idle(quiet: bool, *configs: streamprune.Config) -> None:
     for parameter in context.command.params:
         name = parameter.name or ""
         given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if given and all(name in each for each in reasons):
+        if given and name not in used and all(name in each for each in reasons):
             reason = ", ".join(dict.fromkeys(each[name] for each in reasons))
             unused.setdefault(reason, []).append(parameter.opts[0])
     for reason, names in unused.items():

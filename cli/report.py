@@ -24,6 +24,7 @@ from . import options, show
 )
 @options.text_option
 @options.seq_len_option(of=" of --text")
+@options.bos_option
 @click.option(
     "--comparison",
     type=options.PATH,

@@ -288,6 +288,21 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def add_bos(folder: Path) -> Path:
+    """Have the tokenizer of `write_tokenizer` begin every text with BOS, token 0."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
 def make_tiny(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random checkpoint of the named kind, with weights large enough to matter."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -64,6 +64,7 @@ class Row:
             "calibration": "self" if self.calibration == "self" else calibration,
             "samples": self.samples,
             "seq_len": self.seq_len,
+            "bos": "off",  # as the papers' code cuts windows
             "ratio_of": self.ratio_of,
             "blocks": self.blocks,
         }
@@ -86,7 +87,8 @@ class Row:
         run += ["--ratio-of", self.ratio_of]
         if self.blocks is not None:
             run += ["--blocks", "{}:{}".format(*self.blocks)]
-        return [run, ["streamprune", "eval", result, "--text", str(text), "--seq-len", f"{self.eval_seq_len}"]]
+        evaluate = ["streamprune", "eval", result, "--text", str(text), "--seq-len", f"{self.eval_seq_len}"]
+        return [[*run, "--bos", common["bos"]], [*evaluate, "--bos", common["bos"]]]
 
 
 @dataclass(frozen=True)

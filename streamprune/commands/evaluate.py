@@ -17,7 +17,7 @@ from ..jobs.forecast.resources import bucket_batch, forecast
 from ..jobs.forecast.workload import Workload
 from ..model import hub
 from ..model.skeleton import Skeleton, open_skeleton
-from ..model.tokenizer import load_tokenizer
+from ..model.tokenizer import Bos, bos_token, load_tokenizer
 from ..stream import sweep
 from ..stream.store import ActivationStore
 from ..system import files, machine
@@ -32,7 +32,8 @@ class Evaluation:
 
     perplexity: float
     tokens: int  # predicted tokens: all tokens of the windows except the first of each
-    seq_len: int  # tokens per window
+    seq_len: int  # tokens per window, BOS included
+    bos: bool  # whether every window begins with BOS
     protocol: str  # how perplexity was measured
 
 
@@ -41,6 +42,7 @@ def evaluate(
     text: Spec,
     *,
     seq_len: int | None = None,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: str = "auto",
     memory: int | None = None,
@@ -53,10 +55,12 @@ def evaluate(
 
     The text is one source (see `text.source.Source`). Its documents, if it has several, are joined by two newlines. The
     whole text is tokenized without special tokens and cut into consecutive windows of `seq_len` tokens (default: 2048,
-    or the model's context if that is shorter); a remainder is dropped. Perplexity is the exponential of the mean
-    negative log-likelihood over all predicted tokens.
+    or the model's context if that is shorter); a remainder is dropped. With BOS, a window is BOS and `seq_len` - 1 tokens
+    of text. Perplexity is the exponential of the mean negative log-likelihood over all predicted tokens: all tokens of a
+    window but the first.
 
     Args:
+        bos: whether every window begins with BOS; ``auto`` does as the tokenizer does.
         memory: bytes that the device may use; None allows all free memory.
         cache: folder for activations during the run; None takes the system's temporary folder.
         activations: dtype in which activations are stored, see `system.machine.resolve_activations`. None stores them
@@ -71,7 +75,7 @@ def evaluate(
     """
     progress, given = progress or Silent(), source(text)
     skeleton = open_skeleton(hub.resolve_model(model, progress), machine.resolve_device(device), dtype)
-    windows = read_windows(skeleton, given, seq_len)
+    windows, first = read_windows(skeleton, given, seq_len, bos)
     limits: dict[str, Any] = {"memory": memory, "cache": cache, "activations": activations, "memory_host": memory_host}
     with through_blocks(skeleton, [windows], "evaluate", progress, **limits) as (bucket,):
         last = sweep.boundary("dense", len(skeleton))
@@ -82,9 +86,10 @@ def evaluate(
         perplexity=math.exp(loss / count) if loss / count < 700 else math.inf,
         tokens=count,
         seq_len=windows.shape[1],
+        bos=first is not None,
         protocol=(
-            f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {windows.shape[1]}, remainder dropped; "
-            f"mean over all {count} predicted tokens; computed in {machine.dtype_name(skeleton.dtype)}"
+            f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {windows.shape[1]} "
+            f"{'without' if first is None else 'that begin with'} BOS, remainder dropped; mean over all {count} predicted tokens; computed in {machine.dtype_name(skeleton.dtype)}"
             + ("" if stored == skeleton.dtype else f", activations stored in {machine.dtype_name(stored)}")
         ),
     )
@@ -168,15 +173,19 @@ def _whole(text: Source) -> str:
     return f"whole text, documents of field {documents.field!r} joined {joined},"
 
 
-def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None) -> Tensor:
-    """Tokenize a text with the model's tokenizer and cut it into consecutive windows: (windows, length) int64.
+def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None, bos: Bos = "auto") -> tuple[Tensor, int | None]:
+    """Tokenize a text with the model's tokenizer and cut it into consecutive windows.
+
+    Returns:
+        The windows (windows, length) int64, and the BOS token that they begin with, or None.
 
     Raises:
-        CheckpointError, CalibrationError, ConfigError: the tokenizer, the text or the length is unusable.
+        CheckpointError, CalibrationError, ConfigError: the tokenizer, the text, the length or `bos` is unusable.
     """
     check_least(2, seq_len=seq_len)
     if text.weight != 1:
         raise ConfigError(f"{text} has weight {text.weight:g}; a text to measure on is read whole, without weights")
     length = window_length(seq_len, skeleton.context)
     tokenizer = load_tokenizer(skeleton.checkpoint.directory, skeleton.vocabulary)
-    return consecutive_windows(tokenize(tokenizer, text, skeleton.vocabulary), length, text)
+    first = bos_token(tokenizer, bos, skeleton.checkpoint.directory)
+    return consecutive_windows(tokenize(tokenizer, text, skeleton.vocabulary), length, text, first), first

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, check_least
 from ..model.site import LAYOUTS
+from ..model.tokenizer import BOS, Bos
 from ..system.units import ACTIVATIONS, check_device, check_dtype
 from ..text.source import Source, Spec
 
@@ -40,7 +41,10 @@ class JobConfig:
     samples: int = _fixed(default=128)
     """Number of windows of text."""
     seq_len: int | None = _fixed(default=None)
-    """Tokens per window; None takes 2048, or the model's context if that is shorter."""
+    """Tokens per window, BOS included; None takes 2048, or the model's context if that is shorter."""
+    bos: Bos = _fixed(default="auto")
+    """Whether every window begins with BOS: ``on``, ``off``, or ``auto``, which does as the tokenizer does. Resuming
+    compares what was resolved."""
     seed: int = _fixed(default=0)
     dtype: str = _fixed(default="auto")
     """Dtype in which blocks compute; ``auto`` is the checkpoint's dtype on a GPU and float32 on the CPU."""
@@ -70,7 +74,7 @@ class JobConfig:
             raise ConfigError(f"seed is {self.seed}; it must be below 2^63")
         check_dtype(self.dtype)
         check_device(self.device)
-        self._check_choice(activations=ACTIVATIONS)
+        self._check_choice(activations=ACTIVATIONS, bos=BOS)
 
     def _check_choice(self, **choices: Sequence[str] | Mapping[str, object]) -> None:
         for name, allowed in choices.items():

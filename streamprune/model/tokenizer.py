@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, ConfigError, one_line
 from ..system.directory import check_links, check_pointer
 from ..system.progress import Progress
 from ..system.strict_json import read_json
 from .names import COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
+
+Bos = Literal["auto", "on", "off"]
+BOS: tuple[Bos, ...] = ("auto", "on", "off")
+"""Whether BOS, the beginning-of-sequence token, comes before every window; ``auto`` does as the tokenizer does."""
 
 
 def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
@@ -40,6 +44,56 @@ def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
     if vocabulary is not None:
         check_vocabulary(tokenizer, vocabulary, directory)
     return tokenizer
+
+
+def bos_token(tokenizer: Any, bos: Bos, directory: Path) -> int | None:
+    """Return the id of the BOS token that every window begins with; None if windows have none.
+
+    Args:
+        bos: ``auto`` encodes a text with `add_special_tokens=True` and looks whether BOS comes first.
+        directory: the tokenizer's, for the message.
+
+    Raises:
+        ConfigError: `bos` is ``on`` and the tokenizer has no BOS token, or `bos` is none of `BOS`.
+    """
+    if bos not in BOS:
+        raise ConfigError(f"bos is {bos!r}; it must be one of {', '.join(BOS)}")
+    first: int | None = tokenizer.bos_token_id
+    if bos == "on" and first is None:
+        raise ConfigError(f"bos is on; the tokenizer of {directory} ({type(tokenizer).__name__}) has no BOS token")
+    if bos == "auto":
+        plain, whole = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
+        # The text itself may begin with BOS: some tokenizers use it for what they do not know.
+        added = whole[:1] == [first] and whole[1 : len(plain) + 1] == plain
+        return first if added else None
+    return first if bos == "on" else None
+
+
+def find_bos(directory: Path, bos: Bos, vocabulary: int) -> int | None:
+    """Return the `bos_token` of a model, whose tokenizer is loaded only if it decides.
+
+    A directory without tokenizer files has no BOS with ``auto``.
+
+    Raises:
+        CheckpointError: see `load_tokenizer`.
+        ConfigError: see `bos_token`.
+    """
+    if bos == "off" or (bos == "auto" and not any((directory / name).is_file() for name in TOKENIZER_FILES)):
+        return None
+    return bos_token(load_tokenizer(directory, vocabulary), bos, directory)
+
+
+def encode(tokenizer: Any, text: str, bos: Bos, directory: Path) -> list[int]:
+    """Encode a text that a model continues or scores.
+
+    ``auto`` adds the tokenizer's own special tokens, ``on`` only BOS, ``off`` none.
+
+    Raises:
+        ConfigError: see `bos_token`.
+    """
+    first = None if bos == "auto" else bos_token(tokenizer, bos, directory)
+    ids: list[int] = tokenizer(text, add_special_tokens=bos == "auto")["input_ids"]
+    return ids if first is None else [first, *ids]
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, directory: Path) -> dict[str, int]:

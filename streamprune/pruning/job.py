@@ -170,11 +170,12 @@ class Job(JobFolder):
             assert line is not None
             return load_shard(self.written_path, line["sha256"])["tokens"]
         vocabulary, samples, seed = self.skeleton.vocabulary, self.config.samples, self.config.seed
+        bos = self.request.bos
         if self.request.text == "random-tokens":
-            return windows.random_windows(vocabulary, samples, self.request.length, seed)
+            return windows.random_windows(vocabulary, samples, self.request.length, seed, bos)
         tokenizer = load_tokenizer(self.config.model, vocabulary)
         return windows.sample(
-            tokenizer, self.request.text, vocabulary, samples, self.request.length, seed, self.progress
+            tokenizer, self.request.text, vocabulary, samples, self.request.length, seed, self.progress, bos=bos
         )
 
     @property

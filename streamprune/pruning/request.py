@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..jobs.config import DATA_FREE, Config, DataFree
 from ..jobs.forecast.workload import Workload
 from ..jobs.schedule import Phase
@@ -19,6 +19,7 @@ from ..maths.sums import Statistic
 from ..model import hub, write
 from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
 from ..model.skeleton import Skeleton, open_skeleton
+from ..model.tokenizer import find_bos
 from ..recipes.allocation import Budget
 from ..recipes.plan import Plan, SitePlan
 from ..recipes.recipe import Recipe, Survey
@@ -110,6 +111,16 @@ class Request:
                 return word
         return Text.of(builtin_text() if given is None else given)
 
+    @cached_property
+    def bos(self) -> int | None:
+        """The token that every window begins with, if any."""
+        try:
+            return find_bos(self.config.model, self.config.bos, self.skeleton.vocabulary)
+        except CheckpointError as error:
+            if isinstance(self.text, Text) or self.config.bos == "on":
+                raise
+            raise CheckpointError(f"{error}; with --bos off, {self.text} needs no tokenizer") from error
+
     @property
     def writes_text(self) -> bool:
         """Whether the model writes its own calibration tokens."""
@@ -167,13 +178,14 @@ class Request:
 
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
         # Also if a plan makes the survey unnecessary: a job that started without a plan may resume with one.
-        if self.recipe.statistics or self.streams:
-            text, given = self.text, self.config.model
-            inputs |= text_identity(text, given) if isinstance(text, Text) else {"calibration": text}
+        reads_text = bool(self.recipe.statistics or self.streams)
+        if reads_text:
+            inputs |= self._text_identity()
         return {
             "settings": {
                 **self.config.fixed(),
                 "settings": asdict(self.recipe.settings),
+                "bos": self.bos is not None if reads_text else None,
                 "ratio": self.ratio,
                 "dtype": machine.dtype_name(self.skeleton.dtype),
                 "activations": machine.activations_name(self.activations, self.skeleton.dtype),
@@ -181,6 +193,11 @@ class Request:
             "inputs": inputs,
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         }
+
+    def _text_identity(self) -> dict[str, Any]:
+        if isinstance(self.text, Text):
+            return text_identity(self.text, self.config.model)
+        return {"calibration": self.text, **({} if self.bos is None else {"bos": self.bos})}
 
     @cached_property
     def goal(self) -> Goal:
@@ -319,7 +336,7 @@ def idle(config: Config) -> dict[str, str]:
     summed = _surveys(config, recipe) and recipe.statistics
     found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
     if not summed and not _streams(config, recipe):
-        names = ["calibration", "samples", "seq_len", *([] if recipe.seeded else ["seed"])]
+        names = ["calibration", "samples", "seq_len", "bos", *([] if recipe.seeded else ["seed"])]
         found |= dict.fromkeys(names, f"{config.recipe} reads no text here")
     return found
 

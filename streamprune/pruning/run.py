@@ -234,6 +234,7 @@ class Run:
             memory = Memory(job.skeleton, job.request.workload)
             batch = generation_batch(memory, job.batch, job.backward_batch)
             folder, samples = job.cache / "generate", job.config.samples
-            tokens = generate(job.skeleton, samples, job.request.length, job.config.seed, folder, batch, job.progress)
+            length, seed, bos = job.request.length, job.config.seed, job.request.bos
+            tokens = generate(job.skeleton, samples, length, seed, folder, batch, job.progress, bos)
             digest = write_shard(job.written_path, {"tokens": tokens})
         job.journal.append("calibrate", sha256=digest)

@@ -26,22 +26,30 @@ from .store import temporary
 
 @torch.no_grad()
 def generate(
-    skeleton: Skeleton, samples: int, length: int, seed: int, folder: Path, batch: int, progress: Progress
+    skeleton: Skeleton,
+    samples: int,
+    length: int,
+    seed: int,
+    folder: Path,
+    batch: int,
+    progress: Progress,
+    bos: int | None = None,
 ) -> Tensor:
-    """Generate token ids (samples, length) int64: the first token uniformly, the others from the model's softmax.
+    """Generate token ids (samples, length) int64: the first token is BOS or uniform, the others from the model's softmax.
 
     Args:
         length: tokens per sequence; at least 2 and at most the model's context.
         seed: seed of the single generator used for all draws.
         folder: holds keys and values; see `store.temporary`.
         batch: sequences per micro-batch of one block.
+        bos: the token that every sequence begins with; None draws the first token uniformly from the vocabulary.
 
     Raises:
         NumericalError: a block or the head produces NaN or Inf.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.empty(samples, length, dtype=torch.int64)
-    tokens[:, 0] = torch.randint(skeleton.vocabulary, (samples,), generator=generator)
+    tokens[:, 0] = torch.randint(skeleton.vocabulary, (samples,), generator=generator) if bos is None else bos
     batches = [slice(start, min(start + batch, samples)) for start in range(0, samples, batch)]
     pasts = [(rows, KeysAndValues(folder, number)) for number, rows in enumerate(batches)]
     progress.phase("generate", length)

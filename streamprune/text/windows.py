@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CalibrationError, one_line
@@ -49,6 +50,8 @@ def sample(
     length: int,
     seed: int,
     progress: Progress | None = None,
+    *,
+    bos: int | None = None,
 ) -> Tensor:
     """Draw windows at seeded random positions from every source, in proportion to its weight: (samples, length) int64.
 
@@ -57,20 +60,21 @@ def sample(
 
     Args:
         progress: receives a message for each source with fewer tokens than its windows hold.
+        bos: the token that every window begins with; see `sample_windows`.
 
     Raises:
-        CalibrationError: a source is unusable or has fewer than `length` tokens.
+        CalibrationError: a source is unusable or has too few tokens for one window.
         ConfigError: a source's weight is too small for a single window.
     """
-    windows = []
+    windows, own = [], length - (bos is not None)
     for number, (given, share) in enumerate(zip(text.sources, text.shares(samples), strict=True)):
         # Each source has another seed, so that two with the same content do not give the same windows.
-        tokens = _pool(tokenizer, given, vocabulary, max(POOL, POOL_PER_TOKEN * share * length), seed + number)
-        windows.append(sample_windows(tokens, share, length, seed + number, given))
-        if tokens.numel() < share * length:
+        tokens = _pool(tokenizer, given, vocabulary, max(POOL, POOL_PER_TOKEN * share * own), seed + number)
+        windows.append(sample_windows(tokens, share, length, seed + number, given, bos))
+        if tokens.numel() < share * own:
             (progress or Silent()).say(
-                f"{given} gives {tokens.numel():,} tokens, and {share:,} windows of {length:,} ask for "
-                f"{share * length:,}: they overlap heavily; give more text, or lower samples or seq-len"
+                f"{given} gives {tokens.numel():,} tokens, and {share:,} windows of {own:,} ask for "
+                f"{share * own:,}: they overlap heavily; give more text, or lower samples or seq-len"
             )
     return torch.cat(windows)
 
@@ -157,41 +161,64 @@ def window_length(asked: int | None, context: int | None) -> int:
     return asked or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
 
 
-def sample_windows(tokens: Tensor, samples: int, length: int, seed: int, source: object) -> Tensor:
+def sample_windows(
+    tokens: Tensor, samples: int, length: int, seed: int, source: object, bos: int | None = None
+) -> Tensor:
     """Draw windows at seeded random positions in tokens (tokens,) int64: (samples, length) int64. They may overlap.
 
+    Args:
+        bos: the token that every window begins with, before `length` - 1 tokens of the text; None for `length` tokens.
+
     Raises:
-        CalibrationError: there are fewer than `length` tokens. The message names the source.
+        CalibrationError: there are too few tokens for one window. The message names the source.
     """
-    _check_length(tokens, length, source)
+    tokens, length = _beside_bos(tokens, length, source, bos)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(tokens.numel() - length + 1, (samples,), generator=generator)
-    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
+    return _begun(torch.stack([tokens[start : start + length] for start in starts.tolist()]), bos)
 
 
-def random_windows(vocabulary: int, samples: int, length: int, seed: int) -> Tensor:
+def random_windows(vocabulary: int, samples: int, length: int, seed: int, bos: int | None = None) -> Tensor:
     """Draw token ids uniformly from the vocabulary: (samples, length) int64.
 
     Greedy Output Approximation, appendix: random input for covariances without data.
+
+    Args:
+        bos: as in `sample_windows`.
     """
-    return torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed))
+    own = length - (bos is not None)
+    return _begun(torch.randint(vocabulary, (samples, own), generator=torch.Generator().manual_seed(seed)), bos)
 
 
-def consecutive_windows(tokens: Tensor, length: int, source: object) -> Tensor:
+def consecutive_windows(tokens: Tensor, length: int, source: object, bos: int | None = None) -> Tensor:
     """Cut tokens (tokens,) int64 into consecutive windows and drop the remainder: (windows, length) int64.
 
+    Args:
+        bos: as in `sample_windows`. Every token of the text is then predicted, the first of a window from BOS alone.
+
     Raises:
-        CalibrationError: there are fewer than `length` tokens. The message names the source.
+        CalibrationError: there are too few tokens for one window. The message names the source.
     """
-    _check_length(tokens, length, source)
-    return tokens[: tokens.numel() // length * length].view(-1, length)
+    tokens, length = _beside_bos(tokens, length, source, bos)
+    return _begun(tokens[: tokens.numel() // length * length].view(-1, length), bos)
 
 
-def _check_length(tokens: Tensor, length: int, source: object) -> None:
+def _beside_bos(tokens: Tensor, length: int, source: object, bos: int | None) -> tuple[Tensor, int]:
+    """Return the tokens of the text without BOS at its beginning, and how many of them a window holds beside BOS."""
+    if bos is not None:
+        length -= 1
+        if int(tokens[0]) == bos:  # chat templates begin their text with BOS
+            tokens = tokens[1:]
     if tokens.numel() < length:
         raise CalibrationError(
             f"{source} has {tokens.numel()} tokens; one window needs {length}: give more text, or lower seq-len"
         )
+    return tokens, length
+
+
+def _begun(windows: Tensor, bos: int | None) -> Tensor:
+    """Put BOS before each of the windows (windows, tokens) int64."""
+    return windows if bos is None else F.pad(windows, (1, 0), value=bos)
 
 
 def text_identity(text: Text, model: Path) -> dict[str, Any]:

@@ -189,6 +189,7 @@ def test_ratios_and_recipes_can_be_added(compare: Compare, tmp_path: Path) -> No
         ({"recipes": [Variant("sobp", "sobp", {"damping": "0.1"})]}, r"settings\.damping is 0\.1 and was 0\.01"),
         ({"recipes": ["sobp=wanda-sp"]}, r"settings\.recipe is .wanda-sp. and was .sobp."),
         ({"eval_seq_len": 20}, r"eval_seq_len is 20 and was 24"),
+        ({"bos": "on"}, r"bos is true and was false"),
         ({"dtype": "float64"}, r"dtype is .float64. and was .float32."),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ALPHABET, ROOT, make_tiny, shared
+from conftest import ALPHABET, ROOT, add_bos, make_tiny, shared
 from streamprune_cli import main
 
 import streamprune
@@ -24,7 +24,7 @@ from streamprune.commands.harness import tasks
 from streamprune.commands.harness.scoring import Query, grouped, padded, score
 from streamprune.errors import CalibrationError, ConfigError, ResourceError, StreamPruneError
 from streamprune.model.skeleton import Skeleton, open_skeleton
-from streamprune.model.tokenizer import load_tokenizer
+from streamprune.model.tokenizer import BOS, Bos, load_tokenizer
 from streamprune.stream import sweep
 from streamprune.system.progress import Silent
 
@@ -93,14 +93,14 @@ def choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 TASKS = ["mc_arc_easy", "mc_piqa", "mc_winogrande"]
 
 
-def backend(path: Path) -> HFLM:
+def backend(path: Path, **options: Any) -> HFLM:
     """lm_eval's own model of a checkpoint."""
-    return HFLM(pretrained=str(path), dtype="float32", device="cpu", batch_size=3, trust_remote_code=True)
+    return HFLM(pretrained=str(path), dtype="float32", device="cpu", batch_size=3, trust_remote_code=True, **options)
 
 
-def streamed(path: Path) -> StreamedModel:
+def streamed(path: Path, bos: Bos = "auto") -> StreamedModel:
     skeleton = open_skeleton(path, torch.device("cpu"), "float32")
-    return StreamedModel(skeleton, load_tokenizer(path), memory=None, cache=None, progress=Silent())
+    return StreamedModel(skeleton, load_tokenizer(path), bos=bos, memory=None, cache=None, progress=Silent())
 
 
 def requests(kind: str, arguments: list[tuple[str, ...]]) -> list[Instance]:
@@ -121,25 +121,10 @@ PAIRS: list[tuple[str, ...]] = [
 ]
 
 
-def with_first_token(folder: Path) -> Path:
-    """Have the tokenizer begin every text with its first token."""
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    tokenizer["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
-    }
-    path.write_text(json.dumps(tokenizer))
-    return folder
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "opt"])
 @pytest.mark.parametrize("first", [False, True], ids=["", "bos"])
 def test_requests_score_as_the_harness_scores_them(name: str, first: bool, tiny: Tiny, tmp_path: Path) -> None:
-    path = with_first_token(make_tiny(tmp_path / "model", name)) if first else tiny(name)
+    path = add_bos(make_tiny(tmp_path / "model", name)) if first else tiny(name)
     theirs, ours = backend(path), streamed(path)
     assert ours.max_length == theirs.max_length == 64
     expected = theirs.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
@@ -154,6 +139,34 @@ def test_requests_score_as_the_harness_scores_them(name: str, first: bool, tiny:
     texts: list[tuple[str, ...]] = [("".join(draw.choices(ALPHABET, k=length)),) for length in (3, 64, 180)]
     rolling = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
     assert ours.loglikelihood_rolling(requests("loglikelihood_rolling", texts)) == pytest.approx(rolling, abs=1e-3)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_bos_is_the_harness_own_option(adds: bool, tiny: Tiny, tmp_path: Path) -> None:
+    path = add_bos(make_tiny(tmp_path / "model", "llama")) if adds else tiny("llama")
+    pairs = [pair for pair in PAIRS if pair[0]]  # an empty context is BOS in any case
+    scores = {}
+    for bos in BOS:
+        options = {} if bos == "auto" else {"add_bos_token": bos == "on"}
+        theirs, ours = backend(path, **options), streamed(path, bos)
+        expected = theirs.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+        found = ours.loglikelihood(requests("loglikelihood", PAIRS))
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+        assert ours.tok_encode("abc")[:1] == theirs.tok_encode("abc")[:1]
+        assert ours.tok_encode("<s>abc") == theirs.tok_encode("<s>abc")
+        scores[bos] = ours.loglikelihood(requests("loglikelihood", pairs))
+    assert scores["on" if adds else "off"] == scores["auto"] != scores["off" if adds else "on"]
+
+
+@pytest.mark.usefixtures("choices")
+def test_tasks_and_text_agree_about_bos(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    adding = add_bos(make_tiny(tmp_path / "model", "llama"))
+    tasks = streamprune.find_tasks(["mc_piqa"], include_path=TASK_FILES, limit=2)
+    for path, bos, expected in ((adding, "auto", True), (tiny("llama"), "auto", False), (adding, "off", False)):
+        measured = streamprune.evaluate(path, text, seq_len=24, bos=bos)  # type: ignore[arg-type]
+        scored = streamprune.evaluate_tasks(path, tasks, bos=bos)  # type: ignore[arg-type]
+        assert measured.bos == scored.bos == expected
+        assert f"{'that begin with' if expected else 'without'} BOS" in scored.protocol
 
 
 def test_greedy_choices_are_told_apart(tiny: Tiny) -> None:
@@ -309,7 +322,7 @@ def test_the_command(tiny: Tiny, text: Path) -> None:
 
     tasks = ("--tasks", "mc_piqa, mc_arc_easy", "--include-path", TASK_FILES, "--limit", 2)
     found = json.loads(call(*tasks, "--text", text, "--seq-len", 24, "--json").stdout)
-    assert list(found) == ["perplexity", "tokens", "seq_len", "protocol", "tasks"]
+    assert list(found) == ["perplexity", "tokens", "seq_len", "bos", "protocol", "tasks"]
     assert found["tasks"]["documents"] == {"mc_piqa": 2, "mc_arc_easy": 2}
     assert 0 <= found["tasks"]["results"]["mc_piqa"]["acc,none"] <= 1
     assert list(json.loads(call(*tasks, "--json").stdout)) == ["tasks"]

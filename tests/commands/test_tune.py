@@ -419,6 +419,7 @@ def test_a_changed_setting_or_model_is_refused_with_both_values(
         ({"steps": 9}, r"settings\.steps is 9 and was 4"),
         ({"rate": 0.5}, r"settings\.rate is 0\.5 and was 0\.01"),
         ({"seed": 4}, r"settings\.seed is 4 and was 0"),
+        ({"bos": "on"}, r"settings\.bos is true and was false"),
         ({"text": other}, r"inputs\.calibration\.1\.sha256 is .* and was"),
         ({"teacher": student}, r"inputs\.teacher\.shards\..* is .* and was"),
         ({"model": tiny("llama")}, r"inputs\.model\.shards\..* is .* and was"),

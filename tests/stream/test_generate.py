@@ -53,16 +53,26 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def written(
-    path: Path, folder: Path, *, samples: int = 5, length: int = 20, batch: int = 2, seed: int = 3
+    path: Path,
+    folder: Path,
+    *,
+    samples: int = 5,
+    length: int = 20,
+    batch: int = 2,
+    seed: int = 3,
+    bos: int | None = None,
 ) -> torch.Tensor:
     skeleton = open_skeleton(path, CPU, "float64")
-    return generate(skeleton, samples, length, seed, folder, batch, Silent())
+    return generate(skeleton, samples, length, seed, folder, batch, Silent(), bos)
 
 
-def redrawn(expected: torch.Tensor, samples: int, length: int, vocabulary: int, seed: int) -> np.ndarray[Any, Any]:
+def redrawn(
+    expected: torch.Tensor, samples: int, length: int, vocabulary: int, seed: int, bos: int | None
+) -> np.ndarray[Any, Any]:
     """The tokens that the seed gives with these logits (samples, length, vocabulary), drawn by numpy."""
     generator = torch.Generator().manual_seed(seed)
-    columns = [torch.randint(vocabulary, (samples,), generator=generator).numpy()]
+    first = np.full(samples, bos)
+    columns = [torch.randint(vocabulary, (samples,), generator=generator).numpy() if bos is None else first]
     for step in range(length - 1):
         weights = np.exp(expected[:, step].numpy())
         steps = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
@@ -71,14 +81,16 @@ def redrawn(expected: torch.Tensor, samples: int, length: int, vocabulary: int, 
     return np.stack(columns, axis=1)
 
 
-def is_the_models_own(path: Path, tokens: torch.Tensor, logits: list[torch.Tensor], seed: int = 3) -> None:
+def is_the_models_own(
+    path: Path, tokens: torch.Tensor, logits: list[torch.Tensor], seed: int = 3, bos: int | None = None
+) -> None:
     """Teacher-forced, without a cache: the same logits at every step, and the same tokens drawn from them."""
     samples, length = tokens.shape
     with torch.no_grad():
         model = streamprune.load(path, dtype=torch.float64, experts_implementation="eager")
         expected = model(tokens, use_cache=False).logits
     torch.testing.assert_close(torch.stack(logits, 1), expected[:, :-1], rtol=1e-5, atol=1e-5)
-    assert np.array_equal(tokens.numpy(), redrawn(expected, samples, length, expected.shape[2], seed))
+    assert np.array_equal(tokens.numpy(), redrawn(expected, samples, length, expected.shape[2], seed, bos))
 
 
 @pytest.mark.check("writes its own calibration text")
@@ -91,6 +103,14 @@ def test_what_a_model_writes_is_drawn_from_its_own_logits(
     assert tokens.dtype == torch.int64
     is_the_models_own(path, tokens, logits)
     assert not (tmp_path / "generate").exists()
+
+
+def test_bos_comes_before_what_a_model_writes(tiny: Tiny, tmp_path: Path, logits: list[torch.Tensor]) -> None:
+    path = tiny("llama", torch.float64)
+    tokens = written(path, tmp_path / "generate", bos=7)
+    assert tokens[:, 0].tolist() == [7] * 5
+    assert len(set(tokens[:, 1].tolist())) > 1
+    is_the_models_own(path, tokens, logits, bos=7)
 
 
 def test_a_pruned_model_writes_too(tiny: Tiny, configured: Make, tmp_path: Path, logits: list[torch.Tensor]) -> None:

@@ -81,7 +81,7 @@ def compare(
         keep: keep the pruned checkpoints under `out`.
         plot: also plot the table, which needs matplotlib.
         restart: discard an earlier comparison in `out`.
-        common: fields of `Config` for all rows, such as `calibration` and `samples`.
+        common: fields of `Config` for all rows, such as `calibration` and `samples`. `bos` also holds for `text`.
 
     Raises:
         StreamPruneError: see `errors`. Errors that can be detected in advance are raised before any work starts.
@@ -99,9 +99,10 @@ def compare(
     reader = next((c.job for c in candidates if c.job.request.needs_text and not c.job.request.writes_text), None)
     if reader is not None:
         _ = reader.tokens
-    windows = read_windows(candidates[0].job.skeleton, source(text), eval_seq_len)
+    first = candidates[0].job
+    windows, bos = read_windows(first.skeleton, source(text), eval_seq_len, first.config.bos)
     _refuse_others(folder)
-    work = _Work(folder, candidates, source(text), windows, keep, _RowLog(progress))
+    work = _Work(folder, candidates, source(text), windows, bos is not None, keep, _RowLog(progress))
     with work.opened(restart):
         work.log.say(f"the table and the pruned checkpoints go to {folder.absolute()}")
         found = work.table(perplexities)
@@ -138,10 +139,20 @@ class _RowLog(Log):
 
 
 class _Work:
-    """The comparison's folder and journal. Measures every row on the same windows (windows, length) int64."""
+    """The comparison's folder and journal. Measures every row on the same windows (windows, length) int64.
+
+    `bos` says whether these windows begin with BOS.
+    """
 
     def __init__(
-        self, folder: Path, candidates: Sequence[_Candidate], text: Source, windows: Tensor, keep: bool, log: _RowLog
+        self,
+        folder: Path,
+        candidates: Sequence[_Candidate],
+        text: Source,
+        windows: Tensor,
+        bos: bool,
+        keep: bool,
+        log: _RowLog,
     ) -> None:
         import transformers
 
@@ -154,6 +165,7 @@ class _Work:
             "model": self.job.skeleton.checkpoint.identity(),
             "text": Text((text,)).identity(),
             "eval_seq_len": windows.shape[1],
+            "bos": bos,
             "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             "dtype": machine.dtype_name(self.job.skeleton.dtype),
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
@@ -312,6 +324,7 @@ class _Work:
             model,
             self.text,
             seq_len=self.header["eval_seq_len"],
+            bos="on" if self.header["bos"] else "off",
             device=config.device,
             dtype=config.dtype,
             memory=config.memory,
@@ -332,6 +345,7 @@ class _Work:
             "calibration": text if length else None,
             "samples": config.samples,
             "seq_len": length or None,
+            "bos": "on" if self.header["bos"] else "off",
             "seed": config.seed,
             "layout": config.layout,
             "round_to": config.round_to,

@@ -10,6 +10,7 @@ from lm_eval.utils import get_rolling_token_windows
 
 from ...errors import CalibrationError, ConfigError
 from ...model.skeleton import Skeleton
+from ...model.tokenizer import Bos, encode
 from ...system.progress import Progress
 from ...text.windows import DEFAULT_LENGTH
 from .scoring import Query, score
@@ -18,14 +19,19 @@ from .scoring import Query, score
 class StreamedModel(TemplateLM):  # type: ignore[misc]
     """Answer log-likelihood requests. One sweep scores all requests of a call.
 
-    Inputs are prepared as by lm_eval's `HFLM` with its defaults. The tokenizer adds special tokens, unless the text
-    begins with the beginning-of-sequence token. That token precedes an empty context. Inputs that are too long are
-    truncated on the left. Everything after the model is computed in float32 or better.
+    Inputs are prepared as by lm_eval's `HFLM`. The tokenizer adds special tokens, unless the text begins with BOS. BOS
+    precedes an empty context, whatever `bos` is. Inputs that are too long are truncated on the left. Everything after the
+    model is computed in float32 or better.
+
+    `bos` is ``auto`` for the defaults of `HFLM`, ``on`` or ``off`` for its option ``add_bos_token``. `machine` are other
+    options of `score`.
     """
 
-    def __init__(self, skeleton: Skeleton, tokenizer: Any, *, progress: Progress, **machine: Any) -> None:
+    def __init__(
+        self, skeleton: Skeleton, tokenizer: Any, *, progress: Progress, bos: Bos = "auto", **machine: Any
+    ) -> None:
         super().__init__()
-        self.skeleton, self.tokenizer = skeleton, tokenizer
+        self.skeleton, self.tokenizer, self.bos = skeleton, tokenizer, bos
         self.progress, self._machine = progress, machine
         self.max_length = skeleton.context or DEFAULT_LENGTH
 
@@ -44,12 +50,13 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
         return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        """Tokenize a text. None adds the tokenizer's special tokens, unless the text already begins with one."""
+        """Tokenize a text. None adds special tokens as `bos` says, unless the text already begins with one."""
         if add_special_tokens is None:
             first = self.tokenizer.bos_token or self.tokenizer.eos_token
             add_special_tokens = not first or not string.startswith(first)
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        return ids
+        return encode(
+            self.tokenizer, string, self.bos if add_special_tokens else "off", self.skeleton.checkpoint.directory
+        )
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **ignored: Any

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import CalibrationError, ConfigError, check_least, one_line
 from ...model.hub import resolve_model
-from ...model.tokenizer import load_tokenizer
+from ...model.tokenizer import Bos, bos_token, load_tokenizer
 from ...system.progress import Progress, Silent
 
 SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
@@ -32,6 +32,8 @@ class TaskScores:
     """Number of documents scored, by task."""
     table: str
     """lm_eval's table of the results."""
+    bos: bool
+    """Whether a text begins with BOS."""
     protocol: str
     """How the tasks were evaluated."""
 
@@ -123,6 +125,7 @@ def evaluate_tasks(
     model: str | Path,
     tasks: Tasks | Sequence[str],
     *,
+    bos: Bos = "auto",
     device: str = "auto",
     dtype: str = "auto",
     memory: int | None = None,
@@ -138,6 +141,8 @@ def evaluate_tasks(
 
     Args:
         tasks: names, or the result of `find_tasks`.
+        bos: whether a text begins with BOS; ``auto`` does as the tokenizer does. ``on`` and ``off`` are lm_eval's option
+            ``add_bos_token``. lm_eval has BOS before an empty context in any case.
         memory: bytes that the device may use; None allows all free memory.
         cache: folder for activations during the run; None takes the system's temporary folder.
         activations, memory_host: as in `evaluate`.
@@ -154,6 +159,7 @@ def evaluate_tasks(
 
     skeleton = open_skeleton(resolve_model(model, progress), machine.resolve_device(device), dtype)
     tokenizer = load_tokenizer(skeleton.checkpoint.directory, skeleton.vocabulary)
+    first = bos_token(tokenizer, bos, skeleton.checkpoint.directory)
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
@@ -167,6 +173,7 @@ def evaluate_tasks(
         activations=activations,
         memory_host=memory_host,
         progress=progress or Silent(),
+        bos=bos,
     )
     with _quietly():
         outcome = simple_evaluate(
@@ -184,9 +191,11 @@ def evaluate_tasks(
         results=outcome["results"],
         documents={name: counts["effective"] for name, counts in outcome["n-samples"].items()},
         table=table,
+        bos=first is not None,
         protocol=(
             f"lm_eval {importlib.metadata.version('lm_eval')}"
             + ("" if found.limit is None else f", the first {found.limit} documents of each task")
+            + f"; texts {'without' if first is None else 'that begin with'} BOS"
             + f"; sequences of at most {streamed.max_length} tokens"
             + f"; computed in {machine.dtype_name(skeleton.dtype)}"
         ),

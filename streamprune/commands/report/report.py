@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import ConfigError
 from ...model.checkpoint import Checkpoint
 from ...model.hub import resolve_model, title
+from ...model.tokenizer import Bos
 from ...system import files, machine
 from ...system.progress import Progress, Silent
 from ...system.units import format_bytes, format_passes, format_seconds
@@ -31,6 +32,7 @@ def report(
     tokens: int | None = None,
     text: Spec | None = None,
     seq_len: int | None = None,
+    bos: Bos = "auto",
     comparison: str | Path | None = None,
     html: str | Path | None = None,
     device: str = "auto",
@@ -49,6 +51,7 @@ def report(
         tokens: largest number of tokens per sample; None takes 48, or what a prompt leaves of the shorter context.
         text: one source (see `text.source.Source`) to measure perplexity on, streamed.
         seq_len: tokens per window of `text`; see `evaluate`.
+        bos: whether prompts and windows of `text` begin with BOS; ``auto`` does as the tokenizer does.
         comparison: the folder of a `compare`, or its compare.json.
         html: path of the page; None takes ``report.html`` in `out`.
         memory: bytes that the device may use to measure perplexity; None allows all free memory.
@@ -76,11 +79,11 @@ def report(
     models = {} if dense is None else {f"{title(dense)} (dense)": dense}
     models[f"{records.name} (pruned)"] = out
     where = machine.resolve_device(device)
-    limits = check_samples(models, prompts, tokens, where) if prompts else []
+    limits = check_samples(models, prompts, tokens, where, bos) if prompts else []
     dense_perplexity, perplexity = (
         None
         if text is None or path is None
-        else evaluate(path, text, seq_len=seq_len, device=device, memory=memory, progress=progress)
+        else evaluate(path, text, seq_len=seq_len, bos=bos, device=device, memory=memory, progress=progress)
         for path in (dense, out)
     )
     sites, source = records.sites, (records.pruning or records.tunings[-1])["job"]["inputs"]["model"]
@@ -90,7 +93,7 @@ def report(
         is_source=dense is not None and json.loads(json.dumps(Checkpoint(dense).identity())) == source,
         perplexity=perplexity,
         dense_perplexity=dense_perplexity,
-        samples=write_samples(models, prompts, limits, where, progress) if prompts else [],
+        samples=write_samples(models, prompts, limits, where, progress, bos) if prompts else [],
         comparison=table,
         comparison_chart=None if table is None else figures.comparison(table),
         best=[] if table is None else _best(table["rows"][1:]),

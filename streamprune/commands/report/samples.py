@@ -13,7 +13,7 @@ import torch
 from ...errors import ConfigError, ResourceError, check_least
 from ...model.checkpoint import Checkpoint
 from ...model.config import read_configuration
-from ...model.tokenizer import check_vocabulary, load_tokenizer
+from ...model.tokenizer import Bos, check_vocabulary, encode, load_tokenizer
 from ...model.whole import load_whole
 from ...system import machine
 from ...system.host import return_freed_memory
@@ -27,15 +27,17 @@ ROOM = 1.2
 
 
 def check_samples(
-    models: Mapping[str, Path], prompts: Sequence[str], tokens: int | None, device: torch.device
+    models: Mapping[str, Path], prompts: Sequence[str], tokens: int | None, device: torch.device, bos: Bos
 ) -> list[int]:
     """Check in advance that samples can be generated; return how many tokens may follow each prompt.
 
     Args:
         tokens: tokens per sample; None takes `TOKENS`, or what the prompt leaves of the models' contexts.
+        bos: whether prompts begin with BOS; ``auto`` adds what the tokenizer adds.
 
     Raises:
-        ConfigError: a prompt is empty, `tokens` is below 1, or both together exceed a model's context.
+        ConfigError: a prompt is empty, `tokens` is below 1, both together exceed a model's context, or a tokenizer lacks
+            the BOS that is asked for.
         CheckpointError: a model is not a checkpoint, or its tokenizer cannot be read.
         ResourceError: a model does not fit into free memory.
     """
@@ -49,12 +51,12 @@ def check_samples(
                     f"samples need all of {path} in memory, about {format_bytes(needed)}; {format_bytes(free)} are free "
                     f"on {place}; without --prompt the report needs no samples"
                 )
-    return [min(_room(path, prompt, tokens) for path in models.values()) for prompt in prompts]
+    return [min(_room(path, prompt, tokens, bos) for path in models.values()) for prompt in prompts]
 
 
-def _room(path: Path, prompt: str, tokens: int | None) -> int:
+def _room(path: Path, prompt: str, tokens: int | None, bos: Bos) -> int:
     """Return how many tokens may follow a prompt."""
-    length = len(load_tokenizer(path)(prompt)["input_ids"]) if prompt.strip() else 0
+    length = len(encode(load_tokenizer(path), prompt, bos, path)) if prompt.strip() else 0
     if not length:
         raise ConfigError(f"prompt is {prompt!r}; it must have at least one token")
     _, config = read_configuration(Checkpoint(path))
@@ -69,13 +71,19 @@ def _room(path: Path, prompt: str, tokens: int | None) -> int:
 
 
 def write_samples(
-    models: Mapping[str, Path], prompts: Sequence[str], limits: Sequence[int], device: torch.device, progress: Progress
+    models: Mapping[str, Path],
+    prompts: Sequence[str],
+    limits: Sequence[int],
+    device: torch.device,
+    progress: Progress,
+    bos: Bos,
 ) -> list[dict[str, Any]]:
     """Continue every prompt greedily with every model.
 
     Args:
         models: checkpoint directories by label.
         limits: largest number of tokens to generate after each prompt. A model may end its text earlier.
+        bos: as in `check_samples`.
 
     Returns:
         Per prompt: the `prompt`, the continuations as `texts` by label, the numbers of leading characters (`alike`) and
@@ -90,7 +98,7 @@ def write_samples(
         model, tokenizer = load_whole(path).to(device), load_tokenizer(path)
         check_vocabulary(tokenizer, model.config.vocab_size, path)
         for prompt, limit, (texts, ids) in zip(prompts, limits, found, strict=True):
-            ids.append(_continue(model, tokenizer(prompt, return_tensors="pt")["input_ids"].to(device), limit))
+            ids.append(_continue(model, torch.tensor([encode(tokenizer, prompt, bos, path)], device=device), limit))
             texts[label] = tokenizer.decode(ids[-1], skip_special_tokens=True)
             progress.step(label)
         del model

@@ -35,7 +35,7 @@ from ...model.block import Block
 from ...model.checkpoint import Checkpoint, load_shard, write_shard
 from ...model.names import CURVES, REPORT
 from ...model.skeleton import Skeleton, open_skeleton
-from ...model.tokenizer import check_companions, load_tokenizer
+from ...model.tokenizer import check_companions, find_bos, load_tokenizer
 from ...pruning.correct import write_blocks
 from ...pruning.refine import Refinement, ends, refine
 from ...stream import sweep
@@ -199,6 +199,7 @@ class Tuning(JobFolder):
         settings = {
             "method": self.method,
             **self.config.fixed(),
+            "bos": self.bos is not None,
             "rate": self.rate,
             "dtype": machine.dtype_name(self.student.dtype),
             "activations": machine.activations_name(self.activations, self.student.dtype),
@@ -216,11 +217,17 @@ class Tuning(JobFolder):
         return Text.of(self.config.text)
 
     @cached_property
+    def bos(self) -> int | None:
+        """The token that every window begins with, if any."""
+        return find_bos(self.config.model, self.config.bos, self.student.vocabulary)
+
+    @cached_property
     def tokens(self) -> Tensor:
         """Training windows (samples, length) int64."""
         config, vocabulary = self.config, self.student.vocabulary
         tokenizer = load_tokenizer(config.model, vocabulary)
-        return windows.sample(tokenizer, self.text, vocabulary, config.samples, self.length, config.seed, self.progress)
+        samples, length, seed = config.samples, self.length, config.seed
+        return windows.sample(tokenizer, self.text, vocabulary, samples, length, seed, self.progress, bos=self.bos)
 
     def _workload(self, skeleton: Skeleton) -> Workload:
         config = self.config
