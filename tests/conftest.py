@@ -151,15 +151,15 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-# docs/architectures.md, which these hooks write.
+# docs/checks.md, which these hooks write.
 
-TABLE = ROOT / "docs" / "architectures.md"
+TABLE = ROOT / "docs" / "checks.md"
 PASSED: dict[tuple[str, str], bool] = {}
 """By check and kind of model, whether all its tests passed."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--architectures", action="store_true", help="write docs/architectures.md from what passed")
+    parser.addoption("--checks", action="store_true", help="write docs/checks.md from what passed")
     parser.addoption("--all", action="store_true", help="also run the tests marked slow, as CI does")
 
 
@@ -208,11 +208,11 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--architectures") and not hasattr(session.config, "workerinput"):
-        TABLE.write_text(architectures_page(), encoding="utf-8")
+    if session.config.getoption("--checks") and not hasattr(session.config, "workerinput"):
+        TABLE.write_text(checks_page(), encoding="utf-8")
 
 
-def architectures_page() -> str:
+def checks_page() -> str:
     """The table of what passed, as Markdown."""
     checks = sorted({check for check, _ in PASSED})
     rows = ["| kind | `model_type` | " + " | ".join(str(n) for n in range(1, len(checks) + 1)) + " |"]
@@ -221,9 +221,9 @@ def architectures_page() -> str:
         marks = ["✓" if PASSED.get((check, name)) else "✗" for check in checks]
         rows.append(f"| {name} | `{fields['model_type']}` | " + " | ".join(marks) + " |")
     listed = "\n".join(f"{number}. {check}" for number, check in enumerate(checks, 1))
-    return f"""# Architectures
+    return f"""# Checks of each kind of model
 
-Written by the tests: `./scripts/test --all --architectures`. One tiny checkpoint of each kind, made by tests/conftest.py with the
+Written by the tests: `./scripts/test --all --checks`. One tiny checkpoint of each kind, made by tests/conftest.py with the
 features specific to that kind (grouped queries, fused projections, windows, norms, parallel residuals, experts), goes through:
 
 {listed}

@@ -68,9 +68,9 @@ def test_the_types_ship() -> None:
     assert '"py.typed"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_table_of_architectures_has_all_kinds_and_checks() -> None:
-    """What passes is written by `scripts/test --all --architectures`; a kind or a check that came since is missed here."""
-    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+def test_the_table_of_checks_has_all_kinds_and_checks() -> None:
+    """What passes is written by `scripts/test --all --checks`; a kind or a check that came since is missed here."""
+    page = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
     assert rows.keys() - {"kind", "---"} == set(TINY)
     assert "✗" not in page

@@ -15,7 +15,43 @@ def sections(*sizes: int, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {**ROPE, "mrope_section": list(sizes), **more}}
 
 
-GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "per_layer_config": ...}
+# Gemma 4 E2B: inputs per block, keys and values of earlier blocks in the last ones, which have wider FFNs.
+GEMMA4_E = {
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "per_layer_config": ...,
+    "global_head_dim": 32,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
+# Gemma 4 26B-A4B: experts beside the FFN, fewer key/value heads in full attention, values that are the keys.
+GEMMA4_A = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "per_layer_config": ...,
+    "global_head_dim": 32,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
+GEMMA4_12B = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "per_layer_config": ...,
+    "global_head_dim": 32,
+}
+INKLING2 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "n_layers_per_attn_res_block": 2,
+}
+LOOP = {**INKLING2, "loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2, "loop_gate_rank": 8}
 GEMMA3N = {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -26,7 +62,11 @@ GEMMA3N = {
     "altup_num_inputs": 2,
 }
 VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "latent_channels": 32, "embed_dim": 8, "num_res_blocks": 1}
-DOTS3 = {"per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 8}}}
+DOTS3 = {
+    "per_layer_config": {
+        2: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 8}
+    }
+}
 QWEN4 = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -49,7 +89,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "encoder_hash_byte_group_vocab": 64,
         "encoder_hash_byte_group_size": [3, 4],
         "encoder_config": {"hidden_size_global": 64},
-        "decoder_config": {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size_global": 64},
+        "decoder_config": {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "hidden_size_global": 64,
+        },
         "global_config": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
     },
     "chameleon": {"vocabulary_map": {"<image>": 300, "IMGIMGA": 301}, "image_token_id": 300, "vq_config": VQ},
@@ -70,7 +115,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "n_output_layers": 2,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"text_config": DOTS3},
+    "dots3_note": {"text_config": DOTS3, "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64}},
     "dots3_note_text": DOTS3,
     "emu3": {
         "vocabulary_map": {"<image>": 300, "<|extra_200|>": 301, "<|visual token 000000|>": 302},
@@ -79,16 +124,26 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 24], **sections(3, 3, 2)}},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "flint": {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention"] + ["full_attention"],
+        "mlp_only_layers": [0],
+    },
     "gemma3n": {"text_config": GEMMA3N},
     "gemma3n_text": GEMMA3N,
-    "gemma4": {"text_config": GEMMA4},
-    "gemma4_text": GEMMA4,
-    "gemma4_unified": {"text_config": GEMMA4},
-    "gemma4_unified_text": GEMMA4,
+    "gemma4": {"text_config": GEMMA4_A},
+    "gemma4_text": GEMMA4_E,
+    "gemma4_unified": {"text_config": GEMMA4_12B},
+    "gemma4_unified_text": GEMMA4_12B,
     "glm46v": {"text_config": sections(2, 3, 3)},
     "glm4v": {"text_config": sections(2, 3, 3)},
     "glm4v_moe": {"text_config": sections(1, 1, 2, partial_rotary_factor=0.5)},
-    "glm5_next": {"text_config": {"index_kpool": 4}, "projection_intermediate_size": 48, "vision_config": {"projection_intermediate_size": 48}},
+    "glm5_next": {
+        "text_config": {"index_kpool": 4},
+        "projection_intermediate_size": 48,
+        "vision_config": {"projection_intermediate_size": 48},
+    },
     "glm_ocr": {"text_config": sections(2, 3, 3)},
     "glmga": {"text_config": sections(2, 3, 3)},
     "gptj": {"rotary_dim": 8},
@@ -99,7 +154,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config": {"hidden_size": 64},
         "qformer_config": {"hidden_size": 64, "encoder_hidden_size": 64},
     },
-    "granitemoehybrid": {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "granitemoehybrid": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": ...},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
@@ -108,6 +166,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}},
         "vision_config": {"max_image_size": 64},
     },
+    "inkling2": {"text_config": INKLING2},
+    "inkling2_loop": {"text_config": LOOP},
+    "inkling2_loop_text": LOOP,
+    "inkling2_text": INKLING2,
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 4,
@@ -123,6 +185,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "llama4": {"vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 64, "projector_hidden_size": 48},
     "muse_spark": {

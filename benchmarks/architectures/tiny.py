@@ -403,10 +403,21 @@ def _no_head_dim(fields: Fields) -> Fields:
     return fields
 
 
+def _global_head_dim(fields: Fields) -> Fields:
+    """Return Gemma 4's config with its two fields for full attention, as the hub has it, instead of one entry per block."""
+    blocks = list((fields.get("per_layer_config") or {}).values())
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    if not blocks or blocks[0] != blocks[-1] or not set(blocks[0]) <= set(names):
+        return fields
+    rest = {name: value for name, value in fields.items() if name != "per_layer_config"}
+    return {**rest, **{names[name]: value for name, value in blocks[0].items()}}
+
+
 STEPS: dict[str, Callable[[Fields], Fields]] = {
     "torch_dtype": _torch_dtype,
     "rope_theta": _legacy_rope,
     "head_dim": _no_head_dim,
+    "global_head_dim": _global_head_dim,
 }
 
 

@@ -1,0 +1,247 @@
+"""One model type from a tiny checkpoint to a reloaded result: prune, evaluate, compare with transformers.
+
+The row's ``status``:
+
+works    every sublayer of every block is pruned, and everything agrees
+partly   as above, but some modules with weights pass through unpruned (`through`)
+refused  streamprune refuses the model before it starts, with the reason (`error`)
+failed   pruning ends in an error or disagrees with transformers: a fault of streamprune
+unbuilt  transformers cannot build the tiny checkpoint here, for example because of a missing package
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from . import scope, tiny
+from .reload import Loader
+
+WINDOWS, LENGTH = 8, 32
+RATIO = 0.25
+CLOSE = 1e-5
+"""Largest relative difference of losses and logits, in float32."""
+
+Row = dict[str, Any]
+
+
+class Disagreement(Exception):
+    """Two ways to compute the same thing differ."""
+
+
+def trial(model_type: str, folder: Path, record: Callable[[Row], None]) -> None:
+    """Try one model type. `record` gets the row at each step, so that the last one tells where a crash was.
+
+    Call it in a process that has not imported streamprune.
+    """
+    loader = Loader()
+    import streamprune
+    from streamprune.errors import CheckpointError, ConfigError
+
+    # Waiting for the disk is half the time of a tiny job, and this is no test of crashes.
+    os.fsync = lambda descriptor: None
+    torch.set_num_threads(1)
+    row: Row = {"type": model_type, "status": "unbuilt"}
+    started = time.monotonic()
+
+    def at(step: str, status: str) -> None:
+        row.update(step=step, status=status, seconds=round(time.monotonic() - started, 1))
+        record(row)
+
+    try:
+        _try(model_type, folder, row, at, loader)
+    except streamprune.StreamPruneError as error:
+        row["error"] = _line(error).replace(f"{folder / 'model'}: ", "")
+        # Some reasons show only when a block is built, which is still before any work on it.
+        said_no = isinstance(error, (CheckpointError, ConfigError)) and row["step"] in ("evaluate", "prune")
+        at(row["step"], "refused" if row["step"] == "open" or said_no else "failed")
+    except Exception as error:  # a type's own code may raise anything
+        row["error"] = f"{type(error).__name__}: {_line(error)}"
+        at(row["step"], "unbuilt" if row["step"] == "build" else "failed")
+    loader.close()
+
+
+def _try(model_type: str, folder: Path, row: Row, at: Callable[[str, str], None], loader: Loader) -> None:
+    import streamprune
+
+    at("build", "unbuilt")
+    auto = scope.auto_class(model_type)
+    model = tiny.tiny_model(tiny.tiny_config(model_type), auto)
+    row |= {"class": type(model).__name__, "auto": auto.__name__}
+    source = folder / "model"
+    row["hub_style"] = tiny.write_checkpoint(model, source)
+    model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    if missing := [name for name, keys in info.items() if name.endswith("_keys") and keys]:
+        raise Disagreement(f"transformers does not read its own checkpoint back: {missing}")
+    calibration, text = folder / "calibration.txt", folder / "text.txt"
+    letters = random.Random(0)
+    for path, size in ((calibration, 4000), (text, WINDOWS * LENGTH)):
+        path.write_bytes(bytes(letters.randrange(33, 127) for _ in range(size)))
+    tokens = windows(source, text)
+    dense = losses(logits(model, tokens), tokens)
+    if not dense.isfinite().all():
+        raise Disagreement("the losses of the tiny model are not finite")
+    before = groups(model, {name: parameter.numel() for name, parameter in model.named_parameters()})
+    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+
+    at("open", "failed")
+    sites = [site for block in streamprune.inspect(source)["model"]["blocks"] for site in block["sites"]]
+    row["sites"] = dict(Counter(family(site["site"]) for site in sites))
+
+    at("evaluate", "failed")
+    row["dense"] = compare("the streamed loss", streamed(source, text), dense)
+
+    def reloaded(out: Path) -> tuple[dict[str, float], dict[str, int]]:
+        """Return how a result differs streamed and loaded with streamprune from loaded without, and its sizes."""
+        alone, sizes = loader.logits(out, tokens, auto.__name__)
+        with_ours = logits(streamprune.load(out, dtype=torch.float32), tokens)
+        differences = {
+            "loss": compare("the streamed loss of the result", streamed(out, text), losses(alone, tokens)),
+            "logits": compare("the result loaded with streamprune", with_ours, alone),
+        }
+        return differences, sizes
+
+    at("prune", "failed")
+    job: Row = {"model": source, "calibration": calibration, "samples": WINDOWS, "seq_len": LENGTH, "dtype": "float32"}
+    out = folder / "pruned"
+    result = streamprune.prune(streamprune.Config(**job, out=out, ratio=RATIO, recipe="sobp", round_to=4))
+    row["removed"] = result.parameters_before - result.parameters_after
+    if row["removed"] <= 0:
+        raise Disagreement("no parameter was removed")
+    at("reload", "failed")
+    row["pruned"], _ = reloaded(out)
+
+    # At these sizes the recipe may leave heads alone, so that a plan has every site shrink.
+    at("prune every site", "failed")
+    plan = folder / "plan.json"
+    kept = {site["site"]: {"keep": max(1, site["units"] * 3 // 4)} for site in sites}
+    plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": RATIO, "sites": kept}))
+    out = folder / "planned"
+    streamprune.prune(streamprune.Config(**job, out=out, plan=plan, recipe="sobp", round_to=1))
+    at("reload every site", "failed")
+    row["planned"], sizes = reloaded(out)
+    row["single"] = sorted({family(site["site"]) for site in sites if site["units"] == 1})
+    row["through"] = unchanged(before, groups(model, sizes))
+    at("done", "partly" if row["through"] else "works")
+
+
+def windows(model: Path, text: Path) -> list[list[int]]:
+    """Return token ids, (WINDOWS, LENGTH)."""
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text.read_text()).ids
+    return [ids[start : start + LENGTH] for start in range(0, len(ids), LENGTH)]
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: list[list[int]]) -> torch.Tensor:
+    """Return logits (WINDOWS, LENGTH, vocabulary) of a whole model in memory."""
+    return model.eval()(input_ids=torch.tensor(tokens), use_cache=False).logits.float()
+
+
+def losses(logits: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
+    """Return the mean negative log-likelihood of each window, (WINDOWS,) float64."""
+    target = torch.tensor(tokens)[:, 1:, None]
+    return -logits[:, :-1].double().log_softmax(-1).gather(2, target)[..., 0].mean(1)
+
+
+def streamed(model: Path, text: Path) -> torch.Tensor:
+    """Return what `streamprune.evaluate` finds for each window, (WINDOWS,) float64 in nats."""
+    import streamprune
+
+    content, one, found = text.read_bytes(), text.with_name("window.txt"), []
+    for start in range(0, len(content), LENGTH):
+        one.write_bytes(content[start : start + LENGTH])
+        found.append(streamprune.evaluate(model, one, seq_len=LENGTH, dtype="float32").perplexity)
+    return torch.tensor(found, dtype=torch.float64).log()
+
+
+def compare(what: str, found: torch.Tensor, meant: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest value. Raises a Disagreement if it is not `CLOSE`."""
+    difference = float((found - meant).abs().max() / meant.abs().max())
+    if not difference < CLOSE:
+        raise Disagreement(f"{what} differs by {difference:.1e} relative to transformers")
+    return difference
+
+
+# What is pruned and what passes through.
+
+
+def family(site: str) -> str:
+    """Return the kind of a site by its name, such as ``blocks.3.ffn.12``, an expert."""
+    kind, _, number = site.partition(".")[2].partition(".")[2].partition(".")
+    return "experts" if kind == "ffn" and number.isdigit() else f"{kind} {number}".strip() if number else kind
+
+
+def groups(model: Any, sizes: Mapping[str, int]) -> dict[tuple[str, str], int]:
+    """Return the number of values in each group of linears of each block: by block and name of the group.
+
+    A group is the module that holds a linear, such as ``self_attn`` or ``mlp.experts``; experts count together. Modules
+    without a matrix, such as norms, belong to no group.
+
+    Args:
+        sizes: the number of values of each parameter of `model`, or of a pruned copy of it.
+    """
+    text = _text_model(model)
+    base = next(name for name, module in model.named_modules() if module is text)
+    in_block = re.compile(rf"({re.escape(base)}(?:(?:^|\.)[a-z_]+)+\.\d+)\.(.+)")
+    with_matrix: set[tuple[str, str]] = set()
+    found: Counter[tuple[str, str]] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and (match := in_block.match(name)):
+            with_matrix.add((match[1], _group(match[2])))
+    for name, size in sizes.items():
+        if match := in_block.match(name):
+            found[match[1], _group(match[2])] += size
+    return {key: size for key, size in found.items() if key in with_matrix and key[1]}
+
+
+def _group(name: str) -> str:
+    """Return the module that holds the linear of a parameter, relative to the block, without the numbers of experts."""
+    parts = name.split(".")
+    parts = parts[:-2] if parts[-1] in ("weight", "bias") else parts[:-1]
+    return ".".join(part for part in parts if not part.isdigit())
+
+
+def _text_model(model: Any) -> Any:
+    """Return the part of a model that holds the text blocks."""
+    try:
+        return model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        return model.base_model
+
+
+def unchanged(before: Mapping[tuple[str, str], int], after: Mapping[tuple[str, str], int]) -> list[str]:
+    """Return the groups that kept all their values in a block, though every site shrank.
+
+    A group does not count if it is part of one that shrank in the same block, or holds one, as a router's does.
+    """
+    shrunk = {key for key, size in before.items() if after.get(key, 0) < size}
+    through = {
+        group
+        for block, group in set(before) - shrunk
+        if not any(at == block and _related(group, other) for at, other in shrunk)
+    }
+    return sorted(through)
+
+
+def _related(group: str, other: str) -> bool:
+    return group == other or f"{group}.".startswith(f"{other}.") or f"{other}.".startswith(f"{group}.")
+
+
+def _line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), "")

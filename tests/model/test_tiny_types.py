@@ -1,0 +1,139 @@
+"""The pure parts of scripts/architectures: tiny configs, what passes through, the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`import architectures` is benchmarks/architectures."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("llama", None),
+        ("qwen3_next", {"linear_attention", "full_attention"}),
+        ("gemma4_text", {"sliding_attention", "full_attention"}),
+        ("lfm2", {"conv", "full_attention"}),
+        ("deepseek_v3", None),
+        ("mistral3", None),
+    ],
+)
+def test_a_tiny_model_has_blocks_of_every_kind_and_no_zeros(name: str, kinds: set[str] | None, tmp_path: Path) -> None:
+    from architectures import scope, tiny
+    from transformers import AutoConfig
+
+    config = tiny.tiny_config(name)
+    text = config.get_text_config()
+    assert (text.hidden_size, text.num_attention_heads, text.vocab_size) == (64, 4, 320)
+    assert kinds is None or set(text.layer_types) == kinds
+    model = tiny.tiny_model(config, scope.auto_class(name))
+    assert all((parameter != 0).all() for parameter in model.parameters())
+    meant = config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert "torch_dtype" in tiny.write_hub_config(tmp_path) or config.dtype is None
+    read = AutoConfig.from_pretrained(tmp_path).to_dict()
+    for field in ("rope_parameters", "layer_types", "text_config"):
+        without = {"dtype", "transformers_version"}
+        here, there = (json.loads(json.dumps(found.get(field))) for found in (meant, read))
+        if isinstance(here, dict):
+            here, there = ({k: v for k, v in found.items() if k not in without} for found in (here, there))
+        assert here == there
+
+
+def test_a_hub_config_has_the_fields_of_version_4(tmp_path: Path) -> None:
+    from architectures import tiny
+
+    tiny.tiny_config("llama").save_pretrained(tmp_path)
+    assert {"rope_theta", "head_dim"} <= set(tiny.write_hub_config(tmp_path))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["rope_theta"] == 10000.0
+    assert fields["rope_scaling"] is None
+    assert not {"rope_parameters", "head_dim"} & set(fields)
+
+
+def test_lists_with_one_entry_per_block_keep_one_block_of_each_kind() -> None:
+    from architectures import tiny
+
+    kinds = ["a", "a", "b", "b", "a", "b"]
+    sparse = [0, 1, 1, 1, 1, 1]
+    found = tiny.reduced(
+        {"num_hidden_layers": 6, "kinds": kinds, "sparse": sparse, "other": [1, 2], "hidden_size": 4096}
+    )
+    assert found == {
+        "num_hidden_layers": 3,
+        "kinds": ["a", "a", "b"],
+        "sparse": [0, 1, 1],
+        "other": [1, 2],
+        "hidden_size": 64,
+    }
+
+
+def test_what_shrank_nowhere_in_a_block_passes_through() -> None:
+    from architectures.trial import family, unchanged
+
+    before = {
+        ("layers.0", "self_attn"): 10,
+        ("layers.0", "mlp"): 20,
+        ("layers.1", "mamba"): 30,
+        ("layers.1", "mlp"): 2,  # a router
+        ("layers.1", "mlp.experts"): 40,
+        ("layers.2", "mlp"): 2,
+        ("layers.2", "mlp.experts"): 40,
+        ("layers.2", "mlp.shared"): 5,
+    }
+    smaller = {("layers.0", "self_attn"): 9, ("layers.0", "mlp"): 19, ("layers.1", "mlp.experts"): 39}
+    after = {**before, **smaller, ("layers.2", "mlp.experts"): 39}
+    assert unchanged(before, after) == ["mamba", "mlp.shared"]
+    assert [family(name) for name in ("blocks.0.attention", "blocks.10.ffn", "blocks.1.ffn.12")] == [
+        "attention",
+        "ffn",
+        "experts",
+    ]
+
+
+def test_the_page_says_of_each_type_what_was_found() -> None:
+    from architectures import page
+
+    versions = {"transformers": "1.2"}
+    rows: dict[str, dict[str, Any]] = {
+        "b": {"status": "works", "sites": {"attention": 2, "ffn": 2}, "through": [], "step": "done"},
+        "a": {"status": "partly", "sites": {"ffn": 2}, "through": ["mamba"], "step": "done", "single": []},
+        "c": {"status": "refused", "error": "it has | in it", "step": "open"},
+        "d": {"status": "failed", "error": "no", "step": "prune", "sites": {"ffn": 1}},
+    }
+    rows = {name: {"type": name, "versions": versions, **row} for name, row in rows.items()}
+    text = page.page(rows, {"a": "text", "b": "wrapper", "c": "text", "d": "text"}, "2026-01-02")
+    assert "on 2026-01-02 with transformers 1.2" in text
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert lines[1:] == [
+        "| `a` | text | partly | ffn | `mamba` |",
+        "| `b` | wrapper | works | attention, ffn |  |",
+        "| `c` | text | refused |  | it has \\| in it |",
+        "| `d` | text | failed |  | prune: no |",
+    ]
+    assert "| works | 0 | 1 | 1 |" in text
+    assert "| all | 3 | 1 | 4 |" in text
+
+
+def test_every_type_of_transformers_is_listed_or_left_out_with_a_reason() -> None:
+    from architectures import scope
+
+    listed = scope.listed()
+    assert {"llama", "qwen3_5", "gemma4", "mamba"} <= set(listed)
+    assert listed["mistral3"] == "wrapper"
+    reasons = {name: scope.left_out(name) for name in ("bert", "t5gemma2", "whisper", "blip")}
+    assert reasons == {
+        "bert": "encoder",
+        "t5gemma2": "encoder–decoder",
+        "whisper": "speech or sound",
+        "blip": "needs an image",
+    }
