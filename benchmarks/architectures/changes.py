@@ -46,12 +46,26 @@ GEMMA4_12B = {
     "per_layer_config": ...,
     "global_head_dim": 32,
 }
+COMPASS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+}
+LFM2 = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}
+MINIMAX_M3 = {**DENSE_FIRST, "layer_types": ["full_attention", "minimax_m3_sparse"]}
 INKLING2 = {
     "num_hidden_layers": 4,
     "layer_types": ["hybrid_sliding", "hybrid"] * 2,
     "n_layers_per_attn_res_block": 2,
 }
-LOOP = {**INKLING2, "loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2, "loop_gate_rank": 8}
+LOOP = {
+    **INKLING2,
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 3,
+    "loop_num_passes": 2,
+    "loop_gate_rank": 8,
+}
 GEMMA3N = {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -99,8 +113,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "chameleon": {"vocabulary_map": {"<image>": 300, "IMGIMGA": 301}, "image_token_id": 300, "vq_config": VQ},
     "codegen": {"rotary_dim": 8},
-    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cohere_compass": {"text_config": COMPASS},
+    "cohere_compass_text": COMPASS,
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"hidden_size": 64, "moe_top_k": 2},
@@ -115,7 +129,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "n_output_layers": 2,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"text_config": DOTS3, "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64}},
+    "dots3_note": {
+        "text_config": DOTS3,
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64},
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 64},
+    },
     "dots3_note_text": DOTS3,
     "emu3": {
         "vocabulary_map": {"<image>": 300, "<|extra_200|>": 301, "<|visual token 000000|>": 302},
@@ -170,6 +188,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "inkling2_loop": {"text_config": LOOP},
     "inkling2_loop_text": LOOP,
     "inkling2_text": INKLING2,
+    "inkling_mm_model": {"text_config": DENSE_FIRST},
+    "inkling_text": DENSE_FIRST,
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 4,
@@ -181,9 +201,15 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config": {"projection_dim": 64, "num_image_tokens": 16},
         "vq_config": {**VQ, "num_embeddings": 16, "num_patches": 4, "projection_dim": 64, "image_token_embed_dim": 64},
     },
+    "laguna": {"layer_types": ["full_attention", "sliding_attention"]},
+    "lfm2": LFM2,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_vl": {"text_config": LFM2},
     "llama4": {"vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}},
     "mamba2": {"num_heads": 8},
+    "mellum": {**DENSE_FIRST, "layer_types": ["sliding_attention", "full_attention"]},
+    "minimax_m3_vl": {"text_config": MINIMAX_M3},
+    "minimax_m3_vl_text": MINIMAX_M3,
     "ministral": {"head_dim": 16},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
@@ -202,7 +228,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "rwkv": {"attention_hidden_size": 64},
-    "step3p7": {"text_config": {"sliding_window": 12}},
+    "step3p7": {
+        "text_config": {
+            "sliding_window": 12,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+        }
+    },
     "xlnet": {"d_head": 16, "d_inner": 96},
     "xlstm": {"embedding_dim": 64, "num_blocks": 2, "num_hidden_layers": 2, "ffn_round_up_to_multiple_of": 16},
     "zamba": {

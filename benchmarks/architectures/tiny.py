@@ -217,7 +217,7 @@ def reduced(fields: Mapping[str, Any], text: bool = True) -> Fields:
 def _scaled(sizes: Fields, fields: Mapping[str, Any], name: str, value: Any) -> Any:
     """Return the size of one block that differs from the others, in the same proportion."""
     if name in sizes and isinstance(fields.get(name), int) and fields[name]:
-        return sizes[name] * value // fields[name]
+        return max(2, sizes[name] * value // fields[name])
     return value
 
 
