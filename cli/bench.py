@@ -39,7 +39,7 @@ def bench(
 ) -> None:
     """Measure inference speed in transformers, and what it could be.
 
-    MODEL is a checkpoint directory or a hub name. Operations limit prefill; bytes read limit decoding of a few
+    MODEL is a checkpoint directory, a GGUF file or a hub name. Operations limit prefill; bytes read limit decoding of a few
     sequences. A model with 70 % of both could be 1.43 times as fast. Both models must fit in memory together. They take
     turns, so that a busy machine slows both.
 

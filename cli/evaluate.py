@@ -30,7 +30,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and task scores, streamed block by block.
 
-    MODEL is a checkpoint directory or a hub name, dense or pruned. Tasks, their prompts and metrics are those of
+    MODEL is a checkpoint directory, a GGUF file or a hub name, dense or pruned. Tasks, their prompts and metrics are those of
     lm-evaluation-harness (`pip install 'streamprune[harness]'`), which also loads their data.
 
     Examples:

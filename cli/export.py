@@ -21,7 +21,7 @@ from . import options, show
 def export(model: Path, out: Path, dtype: str, as_json: bool, quiet: bool) -> None:
     """Write MODEL as a GGUF file for llama.cpp.
 
-    MODEL is a checkpoint directory or a hub name, dense or pruned. The file includes the tokenizer. A model that llama.cpp
+    MODEL is a checkpoint directory, a GGUF file or a hub name, dense or pruned. The file includes the tokenizer. A model that llama.cpp
     cannot express is refused before anything is written.
 
     Example:

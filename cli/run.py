@@ -28,7 +28,7 @@ def run(
 ) -> None:
     """Prune MODEL into OUT.
 
-    MODEL is a checkpoint directory or a hub name. OUT appears complete or not at all. After an interruption, run the same
+    MODEL is a checkpoint directory, a GGUF file or a hub name. OUT appears complete or not at all. After an interruption, run the same
     command again to resume; until it finishes, its work is in OUT.streamprune.
 
     A result that misses its ratio by more than one unit is written all the same, with a note that says why. With --strict

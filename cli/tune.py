@@ -44,7 +44,7 @@ from . import options, show
 def tune(model: Path, out: Path, restart: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Train low-rank changes of MODEL and absorb them into OUT.
 
-    MODEL is a checkpoint directory or a hub name, pruned or not. OUT has the same shape, and appears complete or not at
+    MODEL is a checkpoint directory, a GGUF file or a hub name, pruned or not. OUT has the same shape, and appears complete or not at
     all. After an interruption, run the same command again to resume; until it finishes, its work is in OUT.streamprune.
 
     Examples:

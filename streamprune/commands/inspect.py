@@ -33,7 +33,8 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> dict[str, 
     path = Path(path)
     if hub.is_name(path) and not job_folder(path).is_dir():
         path = hub.resolve_model(path, progress)
-    job, is_model = _unfinished_job(path), (path / CONFIG).is_file()
+    job = _unfinished_job(path)
+    is_model = (path / CONFIG).is_file() or hub.find_gguf(path) is not None
     if not is_model and (path / JSON).is_file():
         raise CheckpointError(f"{path} contains a comparison (see {MARKDOWN}), not a checkpoint")
     model = _model(path) if is_model or job is None else None

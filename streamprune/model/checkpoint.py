@@ -26,8 +26,9 @@ from ..system.directory import check_links, check_pointer
 from ..system.host import tensor_bytes
 from ..system.strict_json import parse, read_json, write_json
 from .entries import CPU, DTYPES, Plain, Span, Stored, TensorEntry
+from .hub import find_gguf
 from .names import ADAPTER, CONFIG, INDEX, RUN_TIME, SINGLE
-from .quantised import QUANTISED, original, quantised_by, read_quantisation
+from .quantised import QUANTISED, Quantisation, original, quantised_by, read_quantisation
 
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Suffixes of the names of buffers that old checkpoints contain and current models do not read."""
@@ -41,7 +42,7 @@ NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "I64"}
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
-    """A checkpoint directory, as a mapping from tensor names to their locations. `read` loads a tensor.
+    """A checkpoint directory or GGUF file, as a mapping from tensor names to their locations. `read` loads a tensor.
 
     Raises:
         CheckpointError: not a checkpoint, or one that cannot be read safely and in full: only pickled weights, two sets of
@@ -50,14 +51,39 @@ class Checkpoint(Mapping[str, TensorEntry]):
     """
 
     def __init__(self, directory: Path) -> None:
-        if not directory.is_dir():
+        self.directory = directory
+        """The directory, or the path of a GGUF file."""
+        self.config: dict[str, Any]
+        """The config without run-time fields (see `RUN_TIME`), and without `QUANTISED` if tensors are dequantised."""
+        self.bytes_read = 0
+        self.headers: dict[str, str] = {}  # SHA-256 in hex of every shard's header, by file name
+        self.stored: dict[str, Stored] = {}
+        """The tensors of all shards as they are stored, by name, except integers."""
+        self._entries: dict[str, TensorEntry]
+        self._quantisation: Quantisation | None = None
+        if directory.is_dir():
+            check_links(directory)
+        if (gguf := find_gguf(directory)) is not None:
+            self._read_gguf(gguf)
+        elif directory.is_dir():
+            self._read_shards()
+        else:
             raise CheckpointError(f"{directory} is not a directory with a model in it")
-        check_links(directory)
+
+    def _read_gguf(self, path: Path) -> None:
+        from .gguf_source import read_gguf
+
+        self.config, header, self.stored, self._entries = read_gguf(path)
+        self._digest = _digest(self.config)
+        self.headers[path.name] = hashlib.sha256(header).hexdigest()
+        self._home = path.parent
+
+    def _read_shards(self) -> None:
+        directory = self._home = self.directory
         if (directory / ADAPTER).exists():
             raise CheckpointError(
                 f"{directory} has an adapter ({ADAPTER}) beside its weights; merge it first, or remove the file"
             )
-        self.directory = directory
         config = read_json(directory / CONFIG)
         named = config.get("transformers_weights")
         if named is not None and named != (file := weight_file(directory)):
@@ -66,16 +92,10 @@ class Checkpoint(Mapping[str, TensorEntry]):
                 "delete the field, or that file"
             )
         self.config = {field: value for field, value in config.items() if field not in RUN_TIME}
-        """The config without run-time fields (see `RUN_TIME`), and without `QUANTISED` if tensors are dequantised."""
-        self._digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        self._digest = _digest(self.config)
         self._quantisation = read_quantisation(self.config)
-        self.bytes_read = 0
-        self.headers: dict[str, str] = {}  # SHA-256 in hex of every shard's header, by file name
-        self.stored: dict[str, Stored] = {}
-        """The tensors of all shards as they are stored, by name, except integers."""
         for shard, wanted in self._shards().items():
             self._open(directory / shard, wanted)
-        self._entries: dict[str, TensorEntry]
         if self._quantisation is None:
             self._entries = {n: Plain(DTYPES[each.dtype], each.shape, each.span) for n, each in self.stored.items()}
         else:
@@ -112,8 +132,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @property
     def dequantises(self) -> bool:
-        """Whether some tensors are quantised, so that other programs do not find in the files what `read` gives."""
-        return any(each.dtype not in DTYPES for each in self.stored.values())
+        """Whether tensors are read from a GGUF file or are quantised: other programs do not find in the files what `read` gives."""
+        return any(type(each) is not Stored or each.dtype not in DTYPES for each in self.stored.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,14 +167,14 @@ class Checkpoint(Mapping[str, TensorEntry]):
             files.read_into(span.file, span.begin + (span.nbytes - len(sample)) // 2, memoryview(sample))
             samples[span.file.name].update(sample)
         shards = {
-            name: [(self.directory / name).stat().st_size, header, samples[name].hexdigest()]
+            name: [(self._home / name).stat().st_size, header, samples[name].hexdigest()]
             for name, header in self.headers.items()
         }
         return {"config": self._digest, "shards": shards}
 
     def stamps(self) -> dict[str, list[int]]:
         """Return size in bytes, modification time in ns and inode of each shard: they change if the file is modified or replaced."""
-        found = {name: (self.directory / name).stat() for name in self.headers}
+        found = {name: (self._home / name).stat() for name in self.headers}
         return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found.items()}
 
     def changed(self, stamps: Mapping[str, list[int]], sums: Mapping[str, int]) -> str | None:
@@ -231,6 +251,10 @@ class Checkpoint(Mapping[str, TensorEntry]):
                 )
         for name, dtype in unread.items():
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}; tables of it cannot be read, {only}")
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def weight_file(directory: Path) -> str:

@@ -59,6 +59,11 @@ class Stored:
     shape: tuple[int, ...]
     span: Span
 
+    @property
+    def unit(self) -> int:
+        """Bytes of an element, or of several: no piece for `finite` is cut inside them."""
+        return 8
+
     def finite(self, piece: Tensor) -> bool:
         """Return whether a piece of the bytes, uint8 and of whole elements, holds neither NaN nor Inf. Integers never do."""
         if self.dtype in _PACKED:

@@ -1,4 +1,4 @@
-"""Resolve models given as a directory or as a repository on the Hugging Face hub.
+"""Resolve models given as a directory, a GGUF file or a repository on the Hugging Face hub.
 
 Hub models are downloaded once, safetensors and text files only, to the shared cache of huggingface_hub. ``HF_HUB_OFFLINE=1`` and
 ``HF_HOME`` work as usual.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _FIRST = [CONFIG, SINGLE, INDEX, REPORT, CURVES, *COMPANIONS]
 """Files fetched first. Shards follow only if there is no single file; otherwise transformers would ignore them too."""
+GGUF = ".gguf"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -35,7 +36,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 def resolve_model(model: str | Path, progress: Progress | None = None) -> Path:
-    """Return the directory of a model: the path itself, or the cached copy of ``org/name`` or ``org/name@revision``.
+    """Return the directory or GGUF file of a model: the path itself, or the cached copy of ``org/name`` or ``org/name@revision``.
 
     Downloads the model if necessary. An existing directory takes precedence over a hub name. If the hub is unreachable, a
     complete copy in the cache is used.
@@ -68,8 +69,10 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
 
     folder = resolve_model(path)
     careful = {"trust_remote_code": False, "use_safetensors": True, **options}
+    if (gguf := find_gguf(folder)) is not None:
+        folder, careful["gguf_file"] = gguf.parent, gguf.name
     settings = folder / CONFIG
-    if "config" not in careful and settings.is_file() and read_json(settings).keys() & KERNELS:
+    if gguf is None and "config" not in careful and settings.is_file() and read_json(settings).keys() & KERNELS:
         careful["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=careful["trust_remote_code"])
         forget_kernels(careful["config"])
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **careful)
@@ -77,15 +80,32 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def check_model(model: str | Path) -> re.Match[str] | None:
-    """Return the match of a hub name (`repo`, `revision`); None for a directory; else raise CheckpointError. No network."""
-    if os.path.isdir(model):
+    """Return the match of a hub name (`repo`, `revision`); None for a directory or GGUF file; else raise CheckpointError. No network."""
+    if os.path.isdir(model) or find_gguf(Path(model)) is not None:
         return None
     match = _NAME.fullmatch(str(model))
     if match is None or os.path.exists(model):
         raise CheckpointError(
-            f"{model} is not a directory with a model in it, nor a name on the hub (org/name or org/name@revision)"
+            f"{model} is not a directory with a model in it, nor a name on the hub (org/name or org/name@revision), nor a "
+            "GGUF file"
         )
     return match
+
+
+def find_gguf(model: Path) -> Path | None:
+    """Return the GGUF file of a model that is one, or a directory with one in place of safetensors; None for other models.
+
+    Raises:
+        CheckpointError: the directory has several GGUF files.
+    """
+    if model.is_file():
+        return model if model.suffix == GGUF else None
+    if not model.is_dir() or next(model.glob("*.safetensors*"), None):
+        return None
+    found = sorted(model.glob(f"*{GGUF}"))
+    if len(found) > 1:
+        raise CheckpointError(f"{model} has {len(found)} GGUF files; give one of them, such as {found[0]}")
+    return next(iter(found), None)
 
 
 def is_name(model: str | Path) -> bool:

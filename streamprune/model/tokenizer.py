@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from ..errors import CheckpointError, ConfigError, one_line
 from ..system.directory import check_links, check_pointer
 from ..system.progress import Progress
 from ..system.strict_json import read_json
+from .hub import find_gguf
 from .names import COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
 
 Bos = Literal["auto", "on", "off"]
@@ -27,13 +29,15 @@ def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_links(directory)
-    for name in TOKENIZER_FILES:
-        check_pointer(directory / name)
-    _check_libraries(directory)
+    gguf = find_gguf(directory)
+    if gguf is None:
+        check_links(directory)
+        for name in TOKENIZER_FILES:
+            check_pointer(directory / name)
+        _check_libraries(directory)
     try:
-        with panics_as_errors():
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with panics_as_errors(), _loadable(directory, gguf) as (folder, options):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
         settings = directory / TOKENIZER_CONFIG
         if settings.is_file() and read_json(settings).get("auto_map") is not None:
@@ -78,7 +82,8 @@ def find_bos(directory: Path, bos: Bos, vocabulary: int) -> int | None:
         CheckpointError: see `load_tokenizer`.
         ConfigError: see `bos_token`.
     """
-    if bos == "off" or (bos == "auto" and not any((directory / name).is_file() for name in TOKENIZER_FILES)):
+    there = find_gguf(directory) is not None or any((directory / name).is_file() for name in TOKENIZER_FILES)
+    if bos == "off" or (bos == "auto" and not there):
         return None
     return bos_token(load_tokenizer(directory, vocabulary), bos, directory)
 
@@ -94,6 +99,32 @@ def encode(tokenizer: Any, text: str, bos: Bos, directory: Path) -> list[int]:
     first = None if bos == "auto" else bos_token(tokenizer, bos, directory)
     ids: list[int] = tokenizer(text, add_special_tokens=bos == "auto")["input_ids"]
     return ids if first is None else [first, *ids]
+
+
+@contextmanager
+def _loadable(directory: Path, gguf: Path | None) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield the folder from which transformers loads a tokenizer, with options. That of a GGUF file holds a link to it alone."""
+    if gguf is None:
+        yield directory, {}
+        return
+    with TemporaryDirectory(prefix="streamprune-") as folder:
+        (Path(folder) / gguf.name).symlink_to(gguf.resolve())
+        yield Path(folder), {"gguf_file": gguf.name}
+
+
+@contextmanager
+def tokenizer_folder(source: Path) -> Iterator[Path]:
+    """Yield the folder with the tokenizer files of a model: its directory, or a temporary one for a GGUF file.
+
+    Raises:
+        CheckpointError: the tokenizer of a GGUF file cannot be read.
+    """
+    if find_gguf(source) is None:
+        yield source
+        return
+    with TemporaryDirectory(prefix="streamprune-") as folder:
+        load_tokenizer(source).save_pretrained(folder)
+        yield Path(folder)
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, directory: Path) -> dict[str, int]:
@@ -163,7 +194,8 @@ def check_companions(source: Path, vocabulary: int, progress: Progress, *, requi
             and cannot be read.
     """
     for name in COMPANIONS:
-        check_pointer(source / name)
+        if source.is_dir():
+            check_pointer(source / name)
     if not _has_tokenizer(source):
         return
     try:
@@ -178,6 +210,8 @@ def check_companions(source: Path, vocabulary: int, progress: Progress, *, requi
 
 
 def _has_tokenizer(source: Path) -> bool:
+    if find_gguf(source) is not None:
+        return True
     names = (TOKENIZER_CONFIG, "tokenizer.json", "tokenizer.model", "vocab.json")
     return any((source / name).is_file() for name in names)
 

@@ -9,12 +9,14 @@ tests/model/test_upstream.py tests each of these, and lists the versions they we
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,3 +153,60 @@ def rotary_frequencies(config: Any, kind: str) -> Tensor:
     """Return the inverse frequencies (head_dim / 2,) float32 of a scaled rotary embedding; `kind` is a ``rope_type``."""
     frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
     return frequencies
+
+
+def gguf_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the config fields and the tokenizer's fields that transformers reads from a GGUF file."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    parsed = load_gguf_checkpoint(str(path), return_tensors=False)
+    return dict(parsed["config"]), dict(parsed["tokenizer"])
+
+
+def gguf_names(
+    architecture: str, config: dict[str, Any]
+) -> tuple[dict[str, str], Callable[[str], Callable[[Any], Any]]]:
+    """Return how transformers loads the tensors of a GGUF file.
+
+    Args:
+        architecture: as the file gives it.
+        config: see `gguf_config`.
+
+    Returns:
+        The names in transformers' model by those in the file, and a function from the latter to the function that gives a tensor,
+        a NumPy array, its values and layout in the model. Experts are not laid out: gate and up projections are merged.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    fields = copy.deepcopy({name: value for name, value in config.items() if name != "model_type"})
+    with torch.device("meta"):
+        built = AutoConfig.for_model(config["model_type"], **fields)
+        model = AutoModelForCausalLM.from_config(built, trust_remote_code=False)
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+    names = dict(get_gguf_hf_weights_map(model, processor))
+    if architecture == "gpt2":
+        names["output.weight"] = "lm_head.weight"  # which its processor stores itself
+
+    def layout(name: str) -> Callable[[Any], Any]:
+        if name == "output.weight":
+            return lambda weights: weights
+        return lambda weights: processor.process(weights=weights, name=name).weights
+
+    return names, layout
+
+
+def gguf_factors(config: Mapping[str, Any], scaling: dict[str, Any]) -> Tensor:
+    """Return the factors (head_dim / 2,) float32 by which a scaled rotary embedding divides the frequencies."""
+    from transformers import AutoConfig
+
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    plain, scaled = (
+        AutoConfig.for_model(config["model_type"], **copy.deepcopy({**fields, **more}))
+        for more in ({}, {"rope_scaling": scaling})
+    )
+    width = getattr(plain, "head_dim", None) or plain.hidden_size // plain.num_attention_heads
+    usual: Tensor = 1.0 / plain.rope_parameters["rope_theta"] ** (
+        torch.arange(0, width, 2, dtype=torch.float32) / width
+    )
+    return usual / rotary_frequencies(scaled, scaling["rope_type"])

@@ -23,7 +23,7 @@ from ..system.threads import prefetch
 from . import manifest
 from .checkpoint import UNREAD, Checkpoint, weight_file
 from .entries import CPU, Span, Stored
-from .hub import resolve_model
+from .hub import find_gguf, resolve_model
 from .names import COMPANIONS, CONFIG, INDEX, SINGLE
 from .skeleton import Skeleton
 
@@ -82,7 +82,8 @@ class _Reading:
     """The state of one verification."""
 
     def __init__(self, folder: Path, digests: Mapping[str, str] | None, progress: Progress) -> None:
-        self.folder, self.digests, self.progress = folder, digests or {}, progress
+        self.model, self.folder = folder, folder.parent if folder.is_file() else folder  # a GGUF file
+        self.digests, self.progress = digests or {}, progress
         self.manifest = digests is not None
         self.faults: list[Fault] = []
         self.extra: dict[str, Fault] = {}
@@ -104,7 +105,7 @@ class _Reading:
         for shard in sorted(shards):
             self._read(shard, {name: each for name, each in read.items() if each.span.file.name == shard})
         return Verification(
-            path=str(self.folder),
+            path=str(self.model),
             manifest=self.manifest,
             files=len(small) + len(shards),
             tensors=len(stored),
@@ -124,10 +125,11 @@ class _Reading:
         for name in (CONFIG, INDEX, SINGLE):
             files.drop_cached(self.folder / name)
         try:
-            checkpoint = _Opened(self.folder)
+            checkpoint = _Opened(self.model)
         except (CheckpointError, DiskError) as error:
-            if (self.folder / CONFIG).is_file():
-                name = CONFIG if CONFIG in str(error) else INDEX
+            gguf = find_gguf(self.model)
+            if gguf is not None or (self.folder / CONFIG).is_file():
+                name = gguf.name if gguf else CONFIG if CONFIG in str(error) else INDEX
                 self._fault("layout", name, None, self._within(error, name))
             else:
                 self._absent(CONFIG)
@@ -263,12 +265,12 @@ def _pieces(size: int, stored: Mapping[str, Stored]) -> Iterator[_Piece]:
     for name, span in sorted(((name, each.span) for name, each in stored.items()), key=lambda item: item[1].begin):
         yield from _cut(place, span.begin, None)
         place = span.begin + span.nbytes
-        yield from _cut(span.begin, place, name)
+        yield from _cut(span.begin, place, name, PIECE // stored[name].unit * stored[name].unit)
     yield from _cut(place, size, None)
 
 
-def _cut(begin: int, end: int, tensor: str | None) -> Iterator[_Piece]:
-    return ((at, min(PIECE, end - at), tensor) for at in range(begin, end, PIECE))
+def _cut(begin: int, end: int, tensor: str | None, size: int = PIECE) -> Iterator[_Piece]:
+    return ((at, min(size, end - at), tensor) for at in range(begin, end, size))
 
 
 def verify(path: str | Path, *, progress: Progress | None = None) -> Verification:
@@ -278,7 +280,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> Verificatio
     by other tools. Without a manifest, file contents are not checked.
 
     Args:
-        path: a checkpoint directory, or a name on the hub.
+        path: a checkpoint directory, a GGUF file, or a name on the hub.
         progress: receives one step per file.
 
     Raises:

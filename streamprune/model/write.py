@@ -18,10 +18,10 @@ from . import modeling_streamprune as modeling
 from .architectures import is_stock, stock_config
 from .block import module_rows
 from .checkpoint import data_bytes, shard_name, write_index, write_shard
-from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG, canonical
+from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG, TOKENIZER_FILES, canonical
 from .site import DECILM, FREE, Layout, Site
 from .skeleton import Skeleton
-from .tokenizer import named_tokenizer
+from .tokenizer import named_tokenizer, tokenizer_folder
 from .verify import check
 
 BLOCK_CONFIGS = "block_configs"  # the config field of DeciLM with per-block widths
@@ -101,16 +101,18 @@ def finish(
     stock = fits_stock(skeleton, sites)
     config = uniform_config if stock else decilm_config if layout is DECILM else free_config
     digests[CONFIG] = write_json(folder / CONFIG, config(skeleton, sites))
-    copies = {name: source.directory / name for name in COMPANIONS}
-    if not stock:
-        path = Path(modeling.__file__)
-        copies[path.name] = path
-        if (named := named_tokenizer(source.directory)) is not None:
-            del copies[TOKENIZER_CONFIG]
-            digests[TOKENIZER_CONFIG] = write_json(folder / TOKENIZER_CONFIG, named)
-    for name, path in copies.items():
-        if path.is_file():
-            digests[name] = files.copy(path, folder / name)
+    with tokenizer_folder(source.directory) as home:
+        copies = {name: source.directory / name for name in COMPANIONS}
+        copies |= {name: home / name for name in TOKENIZER_FILES}
+        if not stock:
+            path = Path(modeling.__file__)
+            copies[path.name] = path
+            if (named := named_tokenizer(home)) is not None:
+                del copies[TOKENIZER_CONFIG]
+                digests[TOKENIZER_CONFIG] = write_json(folder / TOKENIZER_CONFIG, named)
+        for name, path in copies.items():
+            if path.is_file():
+                digests[name] = files.copy(path, folder / name)
     digests[CARD] = files.write_text(folder / CARD, _card(card, stock))
     digests[REPORT] = write_json(folder / REPORT, report)
     manifest.write(folder, digests)
