@@ -198,6 +198,13 @@ job_options = bundle(
     machine_options,
     result_options,
     click.option(
+        "--store",
+        type=click.Choice(["auto", "fp8"]),
+        default="auto",
+        help="auto: the source's dtype. fp8: linears of the blocks in FP8, one scale per 128 × 128 weights, where both widths "
+        "are multiples of 128 (see --round-to).",
+    ),
+    click.option(
         "--structure",
         type=click.Choice(["units", "unstructured", "2:4", "4:8"]),
         help="What surgeon and magnitude remove: whole units, or weights that become zero. Same as --set structure=...",

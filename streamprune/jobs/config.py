@@ -15,6 +15,8 @@ from ..text.source import Source, Spec
 
 RatioOf = Literal["blocks", "window", "model"]
 RATIOS_OF: tuple[RatioOf, ...] = ("blocks", "window", "model")
+Store = Literal["auto", "fp8"]
+STORES: tuple[Store, ...] = ("auto", "fp8")
 DataFree = Literal["self", "random-tokens"]
 DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
 TuneMethod = Literal["auto", "lora", "distil"]
@@ -110,6 +112,9 @@ class Config(JobConfig):
     vocabulary."""
     layout: str = _fixed(default="free")
     """``"free"``, ``"uniform"`` or ``"decilm"``: see `model.site.LAYOUTS`."""
+    store: Store = _fixed(default="auto")
+    """How the linears of the result's blocks are stored: ``auto``, in the source's dtype (quantised sources: bfloat16), or
+    ``fp8``, with a scale per 128 × 128 weights, where both widths are multiples of 128."""
     round_to: int = _fixed(default=8)
     """Every FFN width that changes becomes a multiple of this."""
     blocks: tuple[int, int] | None = _fixed(default=None)
@@ -137,7 +142,7 @@ class Config(JobConfig):
         super().__post_init__()
         check_least(1, round_to=self.round_to)
         check_least(0, refine=self.refine)
-        self._check_choice(ratio_of=RATIOS_OF, layout=LAYOUTS)
+        self._check_choice(ratio_of=RATIOS_OF, layout=LAYOUTS, store=STORES)
 
 
 @dataclass(frozen=True, kw_only=True)

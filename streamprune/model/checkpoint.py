@@ -37,8 +37,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 """A shard name that is neither a path nor a pattern, since it may be requested from the hub."""
 _TABLES = ("I64", "BOOL")  # dtypes that never hold packed weights
-NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "I64"}
-"""Dtypes that `write_shard` supports: those of weights, and int64 for counts."""
+NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3"}
+"""Dtypes that `write_shard` supports: those of weights, int64 for counts, and float8."""
 
 
 class Checkpoint(Mapping[str, TensorEntry]):

@@ -13,11 +13,11 @@ from ..errors import CheckpointError, DamageError, NumericalError
 from ..system import files
 from ..system.progress import Progress
 from ..system.strict_json import write_json
-from . import manifest
+from . import fp8, manifest
 from . import modeling_streamprune as modeling
 from .architectures import is_stock, stock_config
 from .block import module_rows
-from .checkpoint import data_bytes, shard_name, write_index, write_shard
+from .checkpoint import Shard, data_bytes, shard_name, write_index, write_shard
 from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG, TOKENIZER_FILES, canonical
 from .site import DECILM, FREE, Layout, Site
 from .skeleton import Skeleton
@@ -34,10 +34,15 @@ def block_shard(skeleton: Skeleton, index: int) -> str:
     return shard_name(index + 2, _shards(skeleton))
 
 
-def write_block(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], folder: Path) -> str:
-    """Write a block's shard from its weights by name inside the block; return its digest."""
-    tensors = {full: weights[name] for name, full in skeleton.block_names(index).items()}
-    return write_shard(folder / block_shard(skeleton, index), tensors)
+def write_block(
+    skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], folder: Path, store: str = "auto"
+) -> str:
+    """Write a block's shard from its weights by name inside the block; return its digest. `store` is ``auto`` or ``fp8``."""
+    names = skeleton.block_names(index)
+    if store == "fp8":
+        weights = fp8.quantised(skeleton, index, weights)
+        names |= {name: names[name.removesuffix(fp8.SCALE)] + fp8.SCALE for name in weights.keys() - names.keys()}
+    return write_shard(folder / block_shard(skeleton, index), {names[name]: weights[name] for name in names})
 
 
 def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
@@ -97,10 +102,15 @@ def finish(
     if lost := [shard for shard in sorted(set(placed.values())) if not (folder / shard).is_file()]:
         raise DamageError(f"{folder}: {lost[0]} is missing; {AGAIN}")
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
+    scales = {n: s for s in sorted(set(placed.values())) for n in Shard(folder / s) if n.endswith(fp8.SCALE)}
+    placed |= scales
     digests[INDEX] = write_index(folder, placed, report["parameters_after"], size)
     stock = fits_stock(skeleton, sites)
     config = uniform_config if stock else decilm_config if layout is DECILM else free_config
-    digests[CONFIG] = write_json(folder / CONFIG, config(skeleton, sites))
+    written = config(skeleton, sites)
+    if scales:
+        written["quantization_config"] = fp8.quantisation_config(skeleton, scales)
+    digests[CONFIG] = write_json(folder / CONFIG, written)
     with tokenizer_folder(source.directory) as home:
         copies = {name: source.directory / name for name in COMPANIONS}
         copies |= {name: home / name for name in TOKENIZER_FILES}

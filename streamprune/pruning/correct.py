@@ -56,18 +56,21 @@ def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
     for step, digests in corrector.steps(len(finished)):
         shot.record(f"correct/{step}", sha256=digests)
         shot.progress.step(f"step {step}")
-    return write_blocks(corrector.skeleton, shot.folder, corrector.absorb, shot.progress)
+    return write_blocks(corrector.skeleton, shot.folder, corrector.absorb, shot.progress, shot.store)
 
 
 def write_blocks(
-    skeleton: Skeleton, folder: Path, absorb: Callable[[Block, int], None], progress: Progress
+    skeleton: Skeleton, folder: Path, absorb: Callable[[Block, int], None], progress: Progress, store: str = "auto"
 ) -> dict[str, str]:
-    """Write all blocks after `absorb` has added the trained updates; return their shards' digests by name."""
+    """Write all blocks after `absorb` has added the trained updates; return their shards' digests by name.
+
+    `store` is that of `write.write_block`.
+    """
     shards = {}
     progress.phase("write", len(skeleton))
     for index, block in sweep.blocks(skeleton, range(len(skeleton))):
         absorb(block, index)
-        shards[write.block_shard(skeleton, index)] = write.write_block(skeleton, index, block.weights, folder)
+        shards[write.block_shard(skeleton, index)] = write.write_block(skeleton, index, block.weights, folder, store)
         del block
         progress.step(f"block {index}")
         rest(progress)

@@ -16,7 +16,7 @@ from ..jobs.forecast.workload import Workload
 from ..jobs.schedule import Phase
 from ..maths.flops import kind
 from ..maths.sums import Statistic
-from ..model import hub, write
+from ..model import fp8, hub, write
 from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import find_bos
@@ -55,6 +55,8 @@ class Request:
         self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
         self.sites = self.skeleton.all_sites()
         self._check_layout()
+        if config.store == "fp8":
+            fp8.check_storable(self.skeleton)
         self.window = self._window()
         self.given_plan = self._given_plan()
         self.ratio = self._agreed_ratio()

@@ -156,9 +156,11 @@ class Run:
             shot.prepare_streams(done)
         for index, block in sweep.blocks(skeleton, range(done, depth)):
             pruned, reports = pruner.prune(block, index)
-            digest = write.write_block(skeleton, index, pruned.weights, shot.pruned) if shot.ranks.first else None
+            store = "auto" if shot.correction else shot.store
+            weights = pruned.weights
+            digest = write.write_block(skeleton, index, weights, shot.pruned, store) if shot.ranks.first else None
             shot.record(f"prune/{index}", sites=reports, sha256=digest)
-            del block, pruned
+            del block, pruned, weights
             if shot.streams is not None:
                 shot.streams.drop(index)
             for report in reports:

@@ -36,6 +36,8 @@ class Shot:
         self.last = number == job.request.shots
         self.folder = job.shot_folder(number)
         """Where the result goes."""
+        self.store = job.config.store if self.last else "auto"
+        """How the result's blocks are stored. What later shots read keeps its dtype."""
         self.correction = job.recipe.correction
         self.pruned = job.folder / f"shot-{number:02}-pruned" if self.correction else self.folder
         """Where blocks go that are pruned but not yet corrected."""
