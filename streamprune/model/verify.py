@@ -265,11 +265,12 @@ def _pieces(size: int, stored: Mapping[str, Stored]) -> Iterator[_Piece]:
     for name, span in sorted(((name, each.span) for name, each in stored.items()), key=lambda item: item[1].begin):
         yield from _cut(place, span.begin, None)
         place = span.begin + span.nbytes
-        yield from _cut(span.begin, place, name, PIECE // stored[name].unit * stored[name].unit)
+        yield from _cut(span.begin, place, name, stored[name].unit)
     yield from _cut(place, size, None)
 
 
-def _cut(begin: int, end: int, tensor: str | None, size: int = PIECE) -> Iterator[_Piece]:
+def _cut(begin: int, end: int, tensor: str | None, unit: int = 1) -> Iterator[_Piece]:
+    size = max(1, PIECE // unit) * unit
     return ((at, min(size, end - at), tensor) for at in range(begin, end, size))
 
 
