@@ -16,6 +16,7 @@ import os
 import random
 import re
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,12 +65,13 @@ def trial(model_type: str, folder: Path, record: Callable[[Row], None]) -> None:
     try:
         _try(model_type, folder, row, at, loader)
     except streamprune.StreamPruneError as error:
-        row["error"] = _line(error).replace(f"{folder / 'model'}: ", "")
+        row["error"] = re.sub(rf"{re.escape(str(folder / 'model'))}\S*: ", "", _line(error))
         # Some reasons show only when a block is built, which is still before any work on it.
         said_no = isinstance(error, (CheckpointError, ConfigError)) and row["step"] in ("evaluate", "prune")
         at(row["step"], "refused" if row["step"] == "open" or said_no else "failed")
     except Exception as error:  # a type's own code may raise anything
         row["error"] = f"{type(error).__name__}: {_line(error)}"
+        traceback.print_exc()
         at(row["step"], "unbuilt" if row["step"] == "build" else "failed")
     loader.close()
 
@@ -189,45 +191,57 @@ def family(site: str) -> str:
 def groups(model: Any, sizes: Mapping[str, int]) -> dict[tuple[str, str], int]:
     """Return the number of values in each group of linears of each block: by block and name of the group.
 
-    A group is the module that holds a linear, such as ``self_attn`` or ``mlp.experts``; experts count together. Modules
-    without a matrix, such as norms, belong to no group.
+    A group is the module that holds a linear, such as ``self_attn`` or ``mlp.experts``; experts count together. Routers
+    and modules without a matrix, such as norms, belong to no group.
 
     Args:
         sizes: the number of values of each parameter of `model`, or of a pruned copy of it.
     """
-    text = _text_model(model)
-    base = next(name for name, module in model.named_modules() if module is text)
-    in_block = re.compile(rf"({re.escape(base)}(?:(?:^|\.)[a-z_]+)+\.\d+)\.(.+)")
-    with_matrix: set[tuple[str, str]] = set()
-    found: Counter[tuple[str, str]] = Counter()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and (match := in_block.match(name)):
-            with_matrix.add((match[1], _group(match[2])))
+    in_block = re.compile(rf"({'|'.join(map(re.escape, _lists(model)))})\.(\d+)\.(.+)")
+    with_matrix = {_key(in_block, name) for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    found: Counter[tuple[str, str] | None] = Counter()
     for name, size in sizes.items():
-        if match := in_block.match(name):
-            found[match[1], _group(match[2])] += size
-    return {key: size for key, size in found.items() if key in with_matrix and key[1]}
+        found[_key(in_block, name)] += size
+    return {key: found[key] for key in with_matrix if key}
+
+
+def _key(in_block: re.Pattern[str], name: str) -> tuple[str, str] | None:
+    """Return the block and the group of a parameter, or None if it has none."""
+    match = in_block.match(name)
+    group = _group(match[3]) if match else ""
+    return (f"{match[1]}.{match[2]}", group) if match and group else None
 
 
 def _group(name: str) -> str:
     """Return the module that holds the linear of a parameter, relative to the block, without the numbers of experts."""
-    parts = name.split(".")
-    parts = parts[:-2] if parts[-1] in ("weight", "bias") else parts[:-1]
-    return ".".join(part for part in parts if not part.isdigit())
+    parts = name.split(".")[: -1 if name.endswith((".weight", ".bias")) else None]
+    if {"router", "gate"} & set(parts):
+        return ""
+    return ".".join(part for part in parts[:-1] if not part.isdigit())
 
 
-def _text_model(model: Any) -> Any:
-    """Return the part of a model that holds the text blocks."""
+def _lists(model: Any) -> list[str]:
+    """Return the names of the lists of text blocks: those as long as the config says, at the shallowest level."""
     try:
-        return model.get_decoder()
+        text = model.get_decoder()
     except (AttributeError, NotImplementedError):
-        return model.base_model
+        text = model.base_model
+    base = next(name for name, module in model.named_modules() if module is text)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [
+        f"{base}.{name}".strip(".")
+        for name, module in text.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and (count is None or len(module) == count)
+    ]
+    least = min((name.count(".") for name in found), default=0)
+    return [name for name in found if name.count(".") == least]
 
 
 def unchanged(before: Mapping[tuple[str, str], int], after: Mapping[tuple[str, str], int]) -> list[str]:
     """Return the groups that kept all their values in a block, though every site shrank.
 
-    A group does not count if it is part of one that shrank in the same block, or holds one, as a router's does.
+    A group does not count if it is part of one that shrank in the same block, or holds one; nor if it is part of another
+    that passes through.
     """
     shrunk = {key for key, size in before.items() if after.get(key, 0) < size}
     through = {
@@ -235,7 +249,7 @@ def unchanged(before: Mapping[tuple[str, str], int], after: Mapping[tuple[str, s
         for block, group in set(before) - shrunk
         if not any(at == block and _related(group, other) for at, other in shrunk)
     }
-    return sorted(through)
+    return sorted(group for group in through if not any(group.startswith(f"{other}.") for other in through))
 
 
 def _related(group: str, other: str) -> bool:

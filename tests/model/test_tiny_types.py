@@ -137,3 +137,32 @@ def test_every_type_of_transformers_is_listed_or_left_out_with_a_reason() -> Non
         "whisper": "speech or sound",
         "blip": "needs an image",
     }
+
+
+def test_groups_are_modules_that_hold_linears_without_routers() -> None:
+    from architectures import scope, tiny
+    from architectures.trial import groups
+
+    model = tiny.tiny_model(tiny.tiny_config("qwen2_moe"), scope.auto_class("qwen2_moe"))
+    found = groups(model, {name: parameter.numel() for name, parameter in model.named_parameters()})
+    assert {group for _, group in found} == {"self_attn", "mlp.experts", "mlp.shared_expert", "mlp"}
+    block = "model.layers.1"
+    assert {at for at, _ in found} == {f"model.layers.{number}" for number in range(len(model.model.layers))}
+    experts = model.get_submodule(f"{block}.mlp.experts")
+    assert found[block, "mlp.experts"] == sum(parameter.numel() for parameter in experts.parameters())
+
+
+def test_losses_are_those_of_cross_entropy() -> None:
+    import torch
+    from architectures.trial import Disagreement, compare, losses
+
+    tokens = [[3, 1, 2], [0, 0, 3]]
+    logits = torch.randn(2, 3, 4)
+    meant = [
+        torch.nn.functional.cross_entropy(row[:-1].double(), torch.tensor(ids[1:]))
+        for row, ids in zip(logits, tokens, strict=True)
+    ]
+    found = losses(logits, tokens)
+    compare("the loss", found, torch.stack(meant))
+    with pytest.raises(Disagreement, match=r"the loss differs by .*e-02"):
+        compare("the loss", found * 1.03, torch.stack(meant))
