@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..system.host import host_buffer
 
 CPU = torch.device("cpu")
 ALL = slice(None)
+CHUNK = 1 << 17
+"""Elements that are dequantised or moved at a time."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of weights that are not quantised, by safetensors' name."""
 _PACKED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
@@ -126,6 +129,12 @@ class TensorEntry(ABC):
         return out
 
 
+def parts(count: int, width: int) -> Iterator[tuple[int, int]]:
+    """Cut `count` rows of `width` elements into parts of about `CHUNK` elements, at least one row: begin and end of each."""
+    step = max(1, CHUNK // width)
+    return ((begin, min(begin + step, count)) for begin in range(0, count, step))
+
+
 class ByRows(TensorEntry):
     """A tensor whose rows along the last dimension can be read one by one."""
 
@@ -182,8 +191,20 @@ class View(TensorEntry):
         return self.base.spans
 
     def fill(self, out: Tensor) -> None:
-        whole = self.base.read()
-        out.copy_((whole.mT if self.transposed else whole)[self.picked])
+        base = self.base
+        if not isinstance(base, ByRows) or len(base.shape) != 2:
+            whole = base.read()
+            out.copy_((whole.mT if self.transposed else whole)[self.picked])
+            return
+        height, width = base.shape
+        first, _, step = self.picked.indices(width if self.transposed else height)
+        for begin, end in parts(height if self.transposed else len(out), width if self.transposed else step * width):
+            if self.transposed:
+                rows = base.rows(begin, end, (end - begin, width)).read()
+                out[:, begin:end] = rows.T[self.picked]
+            else:
+                low, high = first + begin * step, first + (end - 1) * step + 1
+                out[begin:end] = base.rows(low, high, (high - low, width)).read()[::step]
 
     def part(self, index: int | None = None, rows: slice = ALL, *, transposed: bool = False) -> TensorEntry:
         if self.picked == ALL:  # the base may read fewer bytes

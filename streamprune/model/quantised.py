@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .entries import DTYPES, ByRows, Plain, Span, Stored, TensorEntry, View
+from .entries import DTYPES, ByRows, Plain, Span, Stored, TensorEntry, View, parts
 from .names import CARD
 
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Config fields that describe quantisation."""
-CHUNK = 1 << 19
-"""Elements that are dequantised at a time, at least one row."""
 FP8 = "F8_E4M3"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # suffixes of the two tensors that store one in MXFP4
 _SCALE_DTYPES = {**DTYPES, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8}
@@ -234,7 +232,6 @@ class Mxfp4(ByRows):
 
 
 def chunks(out: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Iterate over the rows of a contiguous tensor along its last dimension, `CHUNK` elements at a time: first row, and rows (n, c)."""
+    """Iterate over the rows of a contiguous tensor along its last dimension, see `parts`: first row, and rows (n, columns)."""
     rows = out.view(-1, out.shape[-1])
-    step = max(1, CHUNK // out.shape[-1])
-    return ((begin, rows[begin : begin + step]) for begin in range(0, len(rows), step))
+    return ((begin, rows[begin:end]) for begin, end in parts(*rows.shape))

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import streamprune
 from streamprune import Config
 from streamprune.errors import CheckpointError, ResumeError
-from streamprune.model import quantised
+from streamprune.model import entries
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.config import read_configuration
 from streamprune.model.entries import Span
@@ -91,7 +91,7 @@ def original(path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_dequantised_as_by_gguf(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(quantised, "CHUNK", 1000)
+    monkeypatch.setattr(entries, "CHUNK", 1000)
     qtype, random = Kind[kind], np.random.default_rng(0)
     elements, unit = GGML_QUANT_SIZES[qtype]
     columns = 512

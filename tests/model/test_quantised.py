@@ -21,7 +21,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import streamprune
 from streamprune import Config
 from streamprune.errors import CheckpointError, ResumeError
-from streamprune.model import quantised
+from streamprune.model import entries
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.whole import load_whole
 
@@ -62,7 +62,7 @@ def opened(folder: Path, tensors: dict[str, Tensor], method: str = "fp8", **sett
 def test_fp8_equals_transformers(
     shape: tuple[int, ...], grid: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(quantised, "CHUNK", 1000)
+    monkeypatch.setattr(entries, "CHUNK", 1000)
     s = (scales(*grid) * 2000).to(torch.uint8) + 110 if dtype == torch.uint8 else scales(*grid, dtype=dtype)
     tensors = {NAME: fp8(*shape), f"{NAME}_scale_inv": s, "model.layers.0.mlp.up_proj.activation_scale": scales(1)}
     checkpoint = opened(tmp_path, tensors, weight_block_size=[16, 32])
@@ -107,7 +107,7 @@ def test_scales_per_tensor_and_row(shape: tuple[int, ...], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_mxfp4_equals_transformers(experts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(quantised, "CHUNK", 1000)
+    monkeypatch.setattr(entries, "CHUNK", 1000)
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(256, (experts, 12, 2, 16), generator=generator, dtype=torch.uint8)
     exponents = torch.randint(255, (experts, 12, 2), generator=generator, dtype=torch.uint8)
