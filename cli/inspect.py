@@ -56,6 +56,7 @@ def _model(model: dict[str, Any]) -> list[str]:
         units = [_units([site["units"] for site in block["sites"] if _kind(site) == kind]) for kind in kinds]
         rows.append([str(block["block"]), f"{block['parameters']:,}", " ".join(heads), *units])
     return [
+        _support(model),
         f"{model['path']}: {model['model_type']}, {model['parameters']:,} parameters in {', '.join(model['dtypes'])}, "
         f"{model['block_parameters']:,} of them in {len(model['blocks'])} blocks",
         f"width {model['width']}, vocabulary {model['vocabulary']}, context {model['context']}, "
@@ -63,6 +64,19 @@ def _model(model: dict[str, Any]) -> list[str]:
         *show.table(rows),
         "attention: key/value groups, removed with their query heads; ffn: channels",
     ]
+
+
+def _support(model: dict[str, Any]) -> str:
+    """Say whether all of a model's blocks can be pruned."""
+    depth, sites = len(model["blocks"]), [site for block in model["blocks"] for site in block["sites"]]
+    left = [f"{each['module'] or 'everything'} of {each['count']} of {depth} blocks" for each in model["unpruned"]]
+    if not sites:
+        return f"refused: nothing in the blocks of {model['model_type']} models can be pruned"
+    kinds = ", ".join(dict.fromkeys(_kind(site) for site in sites))
+    carried = f"; {model['carried']:,} parameters outside the text model are carried over" if model["carried"] else ""
+    if left:
+        return f"works in part: {kinds} can be pruned; {', '.join(left)} stay as they are{carried}"
+    return f"works: {kinds} can be pruned{carried}"
 
 
 def _kind(site: Mapping[str, Any]) -> str:

@@ -174,6 +174,7 @@ result_options = bundle(
         "checkpoint. decilm: the same attention in all blocks and FFN widths in multiples of 256, for vLLM's DeciLM (llama "
         "only).",
     ),
+    click.option("--text-only", is_flag=True, help="Of a multimodal model, write the text model alone."),
     click.option("--blocks", metavar="A:B", callback=window, help="Prune only blocks A to B - 1.  [default: all]"),
     click.option(
         "--ratio-of",

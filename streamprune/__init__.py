@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .commands.tune.run import Tuned, tune
     from .errors import Stopped, StreamPruneError
     from .jobs.config import Config, TuneConfig
-    from .model.architectures import ARCHITECTURES
+    from .model.architectures import FAMILIES
     from .model.hub import load, resolve_model
     from .model.verify import Verification, verify
     from .pruning.result import Result
@@ -52,7 +52,7 @@ _HOME = {
     "commands.tune.run": ("Tuned", "tune"),
     "errors": ("Stopped", "StreamPruneError"),
     "jobs.config": ("Config", "TuneConfig"),
-    "model.architectures": ("ARCHITECTURES",),
+    "model.architectures": ("FAMILIES",),
     "model.hub": ("load", "resolve_model"),
     "model.verify": ("Verification", "verify"),
     "pruning.result": ("Result",),
@@ -67,7 +67,7 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ARCHITECTURES",
+    "FAMILIES",
     "RECIPES",
     "Bench",
     "Callback",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamprune.model.architectures import ARCHITECTURES, SublayerEntry
+from streamprune.model.architectures import SublayerEntry
 from streamprune.model.site import Site
 from streamprune.recipes.allocation import Budget, allocate, even_densities
 
@@ -60,12 +60,23 @@ def load(path: Path, **options: Any) -> Any:
     return model
 
 
+def parts(model: Any) -> tuple[str, list[tuple[SublayerEntry, ...]]]:
+    """The path of a loaded model's blocks, and the sublayers of each."""
+    from streamprune.model.skeleton import open_skeleton
+
+    if not hasattr(model, "sublayers"):
+        skeleton = open_skeleton(Path(model.name_or_path), torch.device("cpu"), "float64")
+        model.sublayers = skeleton.architecture.blocks, skeleton.entries
+    found: tuple[str, list[tuple[SublayerEntry, ...]]] = model.sublayers
+    return found
+
+
 def entries(model: Any) -> Iterator[tuple[int, str, SublayerEntry]]:
-    """Every sublayer's block, that block's name, and its entry in the table."""
-    architecture = ARCHITECTURES[model.config.model_type.removeprefix("streamprune_")]
-    for index in range(len(model.get_submodule(architecture.blocks))):
-        for entry in architecture.sublayers(model.config, index):
-            yield index, f"{architecture.blocks}.{index}", entry
+    """Every sublayer's block, that block's name, and its entry."""
+    blocks, found = parts(model)
+    for index, own in enumerate(found):
+        for entry in own:
+            yield index, f"{blocks}.{index}", entry
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class Place:
 
     def split(self, rows: Tensor, producer: int, dim: int = 0) -> tuple[Tensor, ...]:
         """The parts of a producer's rows."""
-        return rows.split(self.entry.producers[producer].stretches(self.site, rows.shape[dim]), dim=dim)
+        return rows.split(self.entry.producers[producer].stretches(self.site.units, rows.shape[dim]), dim=dim)
 
 
 def places(model: Any, sites: Iterable[Site]) -> list[Place]:

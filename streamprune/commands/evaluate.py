@@ -124,6 +124,7 @@ def through_blocks(
         memory, cache, activations, memory_host: as in `evaluate`, whose errors it raises.
     """
     dtypes = skeleton.dtype, skeleton.checkpoint.dtype
+    skeleton.prove()
     stored = None if activations is None else machine.resolve_activations(activations, *dtypes)
     parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
     total, longest = sum(tokens.numel() for tokens in groups), max(tokens.shape[1] for tokens in groups)

@@ -65,7 +65,7 @@ def _model(path: Path) -> dict[str, Any]:
     ]
     return {
         "path": str(path),
-        "model_type": skeleton.config.model_type,
+        "model_type": skeleton.checkpoint.config["model_type"],
         "dtypes": sorted({dtype_name(entry.dtype) for entry in entries.values()}),
         "parameters": skeleton.parameters(),
         "block_parameters": skeleton.block_parameters(),
@@ -73,6 +73,10 @@ def _model(path: Path) -> dict[str, Any]:
         "vocabulary": skeleton.vocabulary,
         "context": skeleton.context,
         "tied": skeleton.tied,
+        "unpruned": [
+            {"module": name, "blocks": indices, "count": len(indices)} for name, indices in skeleton.unpruned.items()
+        ],
+        "carried": sum(entries[name].numel for name in skeleton.carried_names()),
         "blocks": blocks,
     }
 

@@ -115,6 +115,8 @@ class Config(JobConfig):
     store: Store = _fixed(default="auto")
     """How the linears of the result's blocks are stored: ``auto``, in the source's dtype (quantised sources: bfloat16), or
     ``fp8``, with a scale per 128 × 128 weights, where both widths are multiples of 128."""
+    text_only: bool = _fixed(default=False)
+    """Write the text model of a multimodal model alone."""
     round_to: int = _fixed(default=8)
     """Every FFN width that changes becomes a multiple of this."""
     blocks: tuple[int, int] | None = _fixed(default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,15 +50,20 @@ class Layer:
         # tokens that the router sends to them.
         apart: dict[str, nn.Module] = {}
         for entry in entries:
-            name, stand_in = (entry.experts, Routed()) if entry.experts else (entry.consumer, nn.Identity())
-            apart[name] = modules.get_submodule(name)
-            modules.set_submodule(name, stand_in)
+            apart |= stand_in(modules, entry.parts)
+            single = entry.shared if entry.experts else entry
+            if single is not None and single.consumer is not None:
+                path, _, leaf = single.consumer.rpartition(".")
+                owner = self._find((modules, apart), path)
+                apart[single.consumer] = getattr(owner, leaf)
+                setattr(owner, leaf, nn.Identity())
         self._modules = modules, apart
 
-    @property
-    def experts(self) -> Experts:
-        """The experts of the block. Only valid for a mixture of experts."""
-        return next(module for module in self._modules[1].values() if isinstance(module, Experts))
+    def experts(self, name: str) -> Experts:
+        """Return the routed experts of a mixture."""
+        found = self.module(name)
+        assert isinstance(found, Experts)
+        return found
 
     def twin(self) -> Layer:
         """Return a copy that shares all tensors until one of the two replaces them."""
@@ -71,11 +76,29 @@ class Layer:
 
     def module(self, name: str) -> nn.Module:
         """Return a module by its original name, including consumers and experts that were taken out."""
-        modules, apart = self._modules
-        for path, module in apart.items():
+        return self._find(self._modules, name)
+
+    @staticmethod
+    def _find(held: tuple[nn.Module, Mapping[str, nn.Module]], name: str) -> nn.Module:
+        modules, apart = held
+        for path in sorted(apart, key=len, reverse=True):
             if name == path or name.startswith(path + "."):
-                return module.get_submodule(name[len(path) + 1 :])
+                return apart[path].get_submodule(name[len(path) + 1 :])
         return modules.get_submodule(name)
+
+    def given(self, name: str) -> tuple[Tensor, ...]:
+        """Return what the module that stands in at a place was given, and forget it."""
+        module = self._modules[0].get_submodule(name)
+        assert isinstance(module, StandIn)
+        given, module.given = module.given, ()
+        return given
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a parameter or buffer in the computing dtype."""
+        path, _, leaf = name.rpartition(".")
+        owner = self.module(path)
+        found: Tensor = owner._buffers[leaf] if leaf in owner._buffers else owner._parameters[leaf]  # type: ignore[assignment]
+        return found
 
     def scale_count(self, name: str, kept: int, units: int) -> None:
         """Scale an attribute that counts heads, for this block only, from `units` units to `kept`."""
@@ -103,30 +126,52 @@ class Mixed:
     """The inputs of all consumers of one sublayer."""
 
     z: tuple[Tensor, ...]
-    """One per site: (sequences, tokens, n), or (tokens of the expert, n) multiplied by the router's weights."""
-    rows: tuple[Tensor, ...] | None = None
-    """Tokens routed to each expert, (rows,) int64 indices into all tokens of the sequences in order; None without a router."""
+    """One per site: (sequences, tokens, n), or (tokens of the expert, n), multiplied by `factors`. Without a site, the output itself."""
+    rows: tuple[Tensor | None, ...] = ()
+    """Tokens routed to each expert, (rows,) int64 indices into all tokens of the sequences in order; None for all tokens."""
+    factors: tuple[Tensor, ...] = ()
+    """In a mixture of experts, what the output of each site is multiplied by: (sequences, tokens, 1) or (rows, 1)."""
     shape: tuple[int, int] = (0, 0)  # (sequences, tokens); only set with experts
 
     def of(self, number: int, x: Tensor) -> Tensor:
         """Return the rows of `x` (sequences, tokens, d) that are routed to a site, (rows, d); all of `x` without a router."""
-        return x if self.rows is None else x.flatten(0, 1)[self.rows[number]]
+        rows = self.rows[number] if self.rows else None
+        return x if rows is None else x.flatten(0, 1)[rows]
 
     def sequences(self, number: int) -> Tensor | None:
         """Return the sequence number of each row of an expert, (rows,) int64; None without a router."""
-        return None if self.rows is None else self.rows[number] // self.shape[1]
+        rows = self.rows[number] if self.rows else None
+        return None if rows is None else rows // self.shape[1]
 
 
-class Routed(nn.Module):
-    """Takes the place of the experts and records their input and the router's choices."""
+def fresh(arguments: Arguments) -> dict[str, Any]:
+    """Return arguments with new mappings: what a block writes to one is for no other block."""
+    return {name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in arguments.items()}
 
-    def __init__(self) -> None:
+
+class StandIn(nn.Module):
+    """Takes the place of one part of a mixture: records what it is given, and gives `value` in one entry.
+
+    The other entries of the mixture's output are those of other parts, so that its factor for each part can be read off.
+    """
+
+    def __init__(self, number: int) -> None:
         super().__init__()
-        self.sent: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.number, self.value, self.given = number, 1.0, tuple[Tensor, ...]()
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self.sent = [(hidden_states, top_k_index, top_k_weights)]
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        self.given = (hidden_states, *routing)
+        vector = torch.zeros_like(hidden_states)
+        vector[..., self.number] = self.value
+        return vector
+
+
+def stand_in(block: nn.Module, parts: Sequence[str]) -> dict[str, nn.Module]:
+    """Replace the parts of a mixture, by name; return them."""
+    found = {name: block.get_submodule(name) for name in parts}
+    for number, name in enumerate(parts):
+        block.set_submodule(name, StandIn(number))
+    return found
 
 
 class Block:
@@ -172,7 +217,7 @@ class Block:
         for name, weight in weights.items():
             layer.set(name, weight.detach())
             if not all_finite(layer.weights[name]):
-                raise NumericalError(f"{self.prunables[0].site.name}: {name} is not finite after training")
+                raise NumericalError(f"block: {name} is not finite after training")
 
     def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
         """Create trainable low-rank updates ``W + U V`` for all linears, by ``name.u`` and ``name.v``, on the device.
@@ -237,7 +282,7 @@ class Block:
         """Return a copy that shares all tensors until one of the two replaces them."""
         layer = self._layer.twin()
         return Block(
-            layer, [Sublayer(layer, s.entry, [(p.site, p.entry) for p in s.prunables]) for s in self.sublayers]
+            layer, [Sublayer(layer, s.entry, [(p.site, p.entry) for p in s.prunables], s.block) for s in self.sublayers]
         )
 
 
@@ -247,8 +292,10 @@ class Sublayer:
     Each of `places` is a site and an entry whose names are relative to the block.
     """
 
-    def __init__(self, layer: Layer, entry: SublayerEntry, places: Sequence[tuple[Site, SublayerEntry]]) -> None:
-        self.layer, self.entry = layer, entry
+    def __init__(
+        self, layer: Layer, entry: SublayerEntry, places: Sequence[tuple[Site, SublayerEntry]], block: int
+    ) -> None:
+        self.layer, self.entry, self.block = layer, entry, block
         self.prunables = [Prunable(layer, own, site) for site, own in places]
         self._norm, self._branch_norm, self._sum_norm = (
             layer.module(name) if name else None for name in (entry.norm, entry.branch_norm, entry.sum_norm)
@@ -261,7 +308,7 @@ class Sublayer:
 
     @property
     def name(self) -> str:
-        return f"blocks.{self.prunables[0].site.block}.{self.entry.kind}"
+        return f"blocks.{self.block}.{self.entry.kind}"
 
     def source(self, x: Tensor, entered: Tensor) -> Tensor:
         """Return what the sublayer reads: the stream before it or, if parallel, the block's input."""
@@ -269,33 +316,49 @@ class Sublayer:
 
     def normed(self, x: Tensor) -> Tensor:
         """Return the input of the producers: (sequences, tokens, d) → same shape."""
-        return x if self._norm is None else self._norm(x)
+        u = x if self._norm is None else self._norm(x)
+        return u if self.entry.factor == 1.0 else u * self.entry.factor
 
     def mix(self, u: Tensor, arguments: Arguments, chosen: Sequence[int] | None = None) -> Mixed:
         """Compute the inputs of the consumers from the input `u` (sequences, tokens, d) of the producers.
 
         `chosen` are the experts to run; the inputs of the others are empty.
         """
-        if self.entry.kind == "attention":
-            return Mixed((self._mixer[0](hidden_states=u, **arguments)[0],))
+        if self.entry.whole:
+            return Mixed((_first(self._mixer[0](u, **fresh(arguments))),))
         shape = u.shape[0], u.shape[1]
-        for module in self._mixer:
-            u = module(u)
+        mixed = _first(self._mixer[0](u, **self._passed(arguments)))
+        for module in self._mixer[1:]:
+            mixed = module(mixed)
         if self.entry.experts is None:
-            return Mixed((u,))
-        routed = self._mixer[0].get_submodule(self.entry.experts.removeprefix(f"{self.entry.mixer[0]}."))
-        assert isinstance(routed, Routed)
-        ((hidden, index, weights),) = routed.sent
-        routed.sent = []
-        z, rows = [], []
-        for number, expert in enumerate(self.layer.experts):
+            return Mixed((mixed.view(*shape, -1),))
+        hidden, index, weights = self.layer.given(self.entry.experts)
+        # See `StandIn`.
+        routed, *shared = torch.split(mixed.flatten(0, -2)[:, : len(self.entry.parts)], 1, dim=1)
+        z, rows, factors = list[Tensor](), list[Tensor | None](), list[Tensor]()
+        for number, expert in enumerate(self.layer.experts(self.entry.experts)):
             tokens, rank = torch.where(index == number)
             if chosen is not None and number not in chosen:
                 tokens, rank = tokens[:0], rank[:0]
             run: Any = expert
-            z.append(run.mix(hidden[tokens]) * weights[tokens, rank, None].to(hidden.dtype))
+            factors.append(weights[tokens, rank, None].to(hidden.dtype) * routed[tokens])
+            z.append(run.mix(hidden[tokens]) * factors[-1])
             rows.append(tokens)
-        return Mixed(tuple(z), tuple(rows), shape)
+        if self.entry.shared is not None:
+            name = self.entry.shared.mixer[0]
+            (read,) = (u,) if self.entry.beside else self.layer.given(name)
+            factors.append(u.new_ones(*shape, 1) if self.entry.beside else shared[0].view(*shape, 1))
+            rows.append(None)
+            wanted = chosen is None or len(z) in chosen
+            z.append(self.layer.module(name)(read).view(*shape, -1) * factors[-1] if wanted else u.new_empty(0))
+        return Mixed(tuple(z), tuple(rows), tuple(factors), shape)
+
+    def _passed(self, arguments: Arguments) -> dict[str, Any]:
+        """Return the arguments of the first mixer besides its input. What one block writes to a mapping is for no other block."""
+        passed = {name: arguments[given] for name, given in self.entry.arguments if given in arguments}
+        return {
+            name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in passed.items()
+        }
 
     def produce(self, u: Tensor, arguments: Arguments) -> tuple[Mixed, list[list[Tensor]]]:
         """Like `mix`, but also return the outputs of each site's producers: (sequences, tokens, rows), or (tokens of the expert, rows)."""
@@ -317,26 +380,30 @@ class Sublayer:
         """
         assert self.entry.kind == "attention"
         with upstream.eager_attention(self._mixer[0].config):
-            maps: Tensor = self._mixer[0](hidden_states=u, **arguments)[1]
+            maps: Tensor = self._mixer[0](u, **self._passed(arguments))[1]
         return maps
 
     def consume(self, mixed: Mixed) -> Tensor:
         """Return the output of the consumers, summed over experts: (sequences, tokens, d)."""
-        if mixed.rows is None:
-            o: Tensor = self.prunables[0].consume(mixed.z[0])
-            return o
-        given = [prunable.consume(z) for prunable, z in zip(self.prunables, mixed.z, strict=True)]
-        total = given[0].new_zeros(mixed.shape[0] * mixed.shape[1], given[0].shape[1])
+        if not self.prunables:
+            return mixed.z[0]
+        if not mixed.rows:
+            return self.prunables[0].consume(mixed.z[0])
+        given = [p.consume(z, f) for p, z, f in zip(self.prunables, mixed.z, mixed.factors, strict=True)]
+        total = given[0].new_zeros(mixed.shape[0] * mixed.shape[1], given[0].shape[-1])
         for tokens, each in zip(mixed.rows, given, strict=True):
-            total.index_add_(0, tokens, each)
+            total = total.index_add_(0, tokens, each) if tokens is not None else total + each.flatten(0, 1)
         return total.view(*mixed.shape, -1)
 
     def join(self, x: Tensor, o: Tensor) -> Tensor:
         """Return the stream after this sublayer, given the stream `x` before it and the consumers' output `o`, same shape."""
+        if self.entry.whole:
+            return o
         if self._branch_norm is not None:
             o = self._branch_norm(o)
         y = x + (o if self.entry.scale == 1.0 else o * self.entry.scale)
-        return y if self._sum_norm is None else self._sum_norm(y)
+        y = y if self._sum_norm is None else self._sum_norm(y)
+        return y if self.entry.sum_scale is None else y * self.layer.tensor(self.entry.sum_scale)
 
     def lacking(self, missing: Tensor) -> Tensor | float:
         """Return the change of the consumers' output that changes the stream by `missing` (sequences, tokens, d).
@@ -363,12 +430,15 @@ class Prunable:
     def __init__(self, layer: Layer, entry: SublayerEntry, site: Site) -> None:
         self.layer, self.entry, self.site = layer, entry, site
         self.producers = tuple(producer.name for producer in entry.producers)
+        assert entry.consumer is not None
         self.consumer = entry.consumer
         self._consumer = layer.module(entry.consumer)
 
-    def consume(self, z: Tensor) -> Tensor:
+    def consume(self, z: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Return the consumer's output; `factor` is what its input was multiplied by, and its bias must be."""
         o: Tensor = self._consumer(z)
-        return o
+        bias = None if factor is None else self.bias(self.consumer)
+        return o if factor is None or bias is None else o + (factor - 1) * bias
 
     def weight(self, name: str) -> Tensor:
         """Return the master weight of a linear (out, in), in float32 (float64 if stored so), on the device."""
@@ -382,7 +452,7 @@ class Prunable:
 
     def split(self, producer: int, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
         """Split a tensor along `dim`, which is indexed by the rows of a producer, into the producer's parts."""
-        return torch.split(rows, self.entry.producers[producer].stretches(self.site, rows.shape[dim]), dim=dim)
+        return torch.split(rows, self.entry.producers[producer].stretches(self.site.units, rows.shape[dim]), dim=dim)
 
     def producer_weights(self) -> tuple[Tensor, ...]:
         """Return the master weights of the producers (rows, d), fused ones in their parts; dtype and device as in `weight`."""
@@ -392,7 +462,7 @@ class Prunable:
         """Replace the weights of the producers; same order and shapes as `producer_weights`."""
         parts = iter(weights)
         for producer in self.entry.producers:
-            self.set_weight(producer.name, torch.cat([next(parts) for _ in producer.parts]))
+            self.set_weight(producer.name, torch.cat([next(parts) for _ in producer.parts or (0,)]))
 
     def bias(self, name: str) -> Tensor | None:
         """Return the bias of a linear (out,) in the computing dtype, or None."""
@@ -408,12 +478,12 @@ class Prunable:
         """Keep only the units `kept` (k,) int64, ascending, and set the consumer's weight to `consumer_weight` (d_out, k·width)."""
         site = self.site
         for producer in (*self.entry.producers, *self.entry.vectors):
-            for leaf in ("weight", "bias"):
-                tensor = self.layer.weights.get(f"{producer.name}.{leaf}")
-                if tensor is not None:
-                    axis = tensor.dim() - 1 if isinstance(self.layer.module(producer.name), Conv1D) else 0
-                    rows = self._rows(producer.stretches(site, tensor.shape[axis]), kept.cpu())
-                    self.layer.set(f"{producer.name}.{leaf}", tensor.index_select(axis, rows))
+            for name in (producer.name, f"{producer.name}.weight", f"{producer.name}.bias"):
+                if (tensor := self.layer.weights.get(name)) is not None:
+                    turned = name != producer.name and isinstance(self.layer.module(producer.name), Conv1D)
+                    axis = tensor.dim() - 1 if turned else 0
+                    rows = self._rows(producer.stretches(site.units, tensor.shape[axis]), kept.cpu())
+                    self.layer.set(name, tensor.index_select(axis, rows))
         self.set_weight(self.consumer, consumer_weight)
         for name in self.entry.counts:
             self.layer.scale_count(name, len(kept), site.units)
@@ -432,16 +502,30 @@ class Prunable:
         return weight.T if isinstance(self.layer.module(name), Conv1D) else weight
 
 
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return (out, in) of a linear, whichever way it holds its weight."""
     rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def module_rows(module: nn.Module) -> int:
-    """Return the number of outputs of a linear, or of entries of a norm."""
-    weight = module.get_parameter("weight")
-    return linear_shape(module)[0] if weight.dim() == 2 else len(weight)
+def rows_of(block: nn.Module, name: str) -> int:
+    """Return the number of outputs of a linear, of entries of a norm, or of rows of a parameter."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = block.get_submodule(owner)._parameters.get(leaf)
+    if parameter is not None:
+        return len(parameter)
+    module = block.get_submodule(name)
+    return linear_shape(module)[0] if is_linear(module) else len(next(module.parameters()))
+
+
+def _first(output: Any) -> Tensor:
+    """Return the hidden states among what a module returns."""
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -457,3 +541,5 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
             owner.out_features, owner.in_features = tensor.shape
         elif isinstance(owner, Conv1D):
             owner.nx, owner.nf = tensor.shape
+    if leaf == "weight" and isinstance(owner, nn.Conv1d):  # of one channel each
+        owner.in_channels = owner.out_channels = owner.groups = len(tensor)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -150,11 +150,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
         del self._entries[name]
         self._entries |= parts
 
-    def complete_names(self, prefix: str, head: str) -> None:
-        """If no tensor name starts with `prefix`, add it to all but the head's, so that checkpoints of base models can be read."""
-        if not any(name.startswith(f"{prefix}.") for name in self._entries):
-            full = {name if name.startswith(f"{head}.") else f"{prefix}.{name}": e for name, e in self._entries.items()}
-            self._entries = full
+    def unite(self, names: Sequence[str], name: str, whole: TensorEntry) -> None:
+        """Replace tensors by one that is made of them."""
+        for each in names:
+            del self._entries[each]
+        self._entries[name] = whole
+
+    def take(self, entries: Mapping[str, TensorEntry]) -> None:
+        """Replace the names of all tensors by those of the model."""
+        self._entries = dict(entries)
 
     def identity(self) -> dict[str, Any]:
         """Return a fingerprint: the digest of the config and, per shard, size in bytes, digest of the header and digest of samples.

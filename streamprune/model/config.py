@@ -11,10 +11,11 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from ..errors import CheckpointError
-from .architectures import ARCHITECTURES, Architecture, SublayerEntry, architecture_of
+from .architectures import Architecture, SublayerEntry
 from .checkpoint import Checkpoint
 from .modeling_streamprune import PREFIX
 from .names import CONFIG
@@ -36,8 +37,8 @@ _CHOOSING = {
 }
 """Fields that select code, files or the outputs of a forward pass, and label fields, which language models do not
 have."""
-_UNSUPPORTED = ("configuration_files", "per_layer_config")
-"""Fields that ask for another config, or for blocks of different configs."""
+_UNSUPPORTED = ("configuration_files",)
+"""Fields that ask for another config."""
 _WRAPPERS = {
     *("base_model", "base_layer", "lora_A", "lora_B"),  # PEFT
     *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
@@ -45,6 +46,10 @@ _WRAPPERS = {
 }
 """Parts of tensor names that adapters, training wrappers and larger models add, and that no supported model has."""
 
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
+"""A number in a tensor name: that of a block or an expert."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Fields with the number of routed experts."""
 _LARGEST = 3.4028234663852886e38
 """Largest finite float32."""
 _ROTATION = {
@@ -62,13 +67,12 @@ _ROTATION = {
 """Rotary embedding settings that must be positive numbers or lists of them: divisors, or arguments of a logarithm."""
 
 
-def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
-    """Return the table entry and transformers' config of a checkpoint, and complete its tensor names (`complete_names`).
+def read_configuration(checkpoint: Checkpoint) -> tuple[str, Any]:
+    """Return the stock model_type and transformers' config of a checkpoint.
 
     Raises:
-        CheckpointError: unsupported architecture, a quantisation field but no quantised weights, tensor names with the prefix
-            of a wrapper, more blocks than the shards hold, a config that transformers rejects, numbers out of range, or
-            invalid per-block widths.
+        CheckpointError: a model_type that transformers does not know, a quantisation field but no quantised weights, more
+            blocks than the shards hold, a config that transformers rejects, or numbers out of range.
     """
     fields, where = checkpoint.config, f"{checkpoint.directory}/{CONFIG}"
     for name in QUANTISED:
@@ -80,42 +84,47 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[Architecture, Any]:
     for name in _UNSUPPORTED:
         if fields.get(name) is not None:
             raise CheckpointError(f"{where}: {name} is not supported")
-    architecture = _architecture(fields, str(checkpoint.directory))
-    _check_names(checkpoint, architecture)
-    checkpoint.complete_names(architecture.blocks.partition(".")[0], architecture.head)
+    model_type = _model_type(fields, where)
     from transformers import CONFIG_MAPPING
 
-    from .upstream import translated
+    from .upstream import settings, translated
 
     with translated(where, "build this model"):
-        stock = CONFIG_MAPPING[fields["model_type"]]
-        _check_depth(fields, stock, checkpoint, architecture, where)
+        stock = CONFIG_MAPPING[model_type]
+        _check_depth(fields, stock, checkpoint, where)
         # A copy, since some config classes modify their arguments.
-        config = stock.from_dict(copy.deepcopy({k: v for k, v in fields.items() if _is_setting(k)}))
-        architecture_of(config.model_type.removeprefix(PREFIX), str(checkpoint.directory))
-        entries = [architecture.sublayers(config, index) for index in range(config.num_hidden_layers)]
-    if fields["model_type"].startswith(PREFIX):
-        _check_widths(fields.get(OURS), architecture, entries, len(checkpoint), where)
-    _check_rotation(getattr(config, "rope_parameters", None), where)
+        own = copy.deepcopy({k: v for k, v in fields.items() if _is_setting(k)}) | {"model_type": model_type}
+        config = stock.from_dict(settings(own))
+        if config.model_type != model_type:
+            raise CheckpointError(
+                f"{where}: model_type {model_type!r} is read as {config.model_type!r}, which is not supported"
+            )
+    _check_rotation(getattr(config.get_text_config(), "rope_parameters", None), where)
     _check_numbers(fields, where)
-    return architecture, config
+    _check_experts(config.get_text_config(), where)
+    return model_type, config
 
 
-def _architecture(fields: Mapping[str, Any], where: str) -> Architecture:
-    """Return the table entry of the declared model_type. Raises a CheckpointError for others, even those that bring their own code."""
+def _model_type(fields: Mapping[str, Any], where: str) -> str:
+    """Return the stock model_type. Raises a CheckpointError if transformers has none, even if the model brings its own code."""
+    from transformers import CONFIG_MAPPING
+
+    from .modeling_streamprune import stock_class
+
     declared = fields.get("model_type")
-    base = declared.removeprefix(PREFIX) if isinstance(declared, str) else None
+    base = declared.removeprefix(PREFIX) if isinstance(declared, str) else ""
     if base == "mistral" == declared and "layer_types" in fields:
         base = "ministral"  # as transformers does
-    if base not in ARCHITECTURES and fields.get("auto_map") is not None:
-        raise CheckpointError(
-            f"{where}: model_type {declared!r} is not supported, and the code that the model brings along (auto_map) is "
-            f"never run; supported are {', '.join(sorted(ARCHITECTURES))}"
-        )
-    return architecture_of(base, where)
+    if base in CONFIG_MAPPING and stock_class(base) is not None:
+        return base
+    code = "; the code that the model brings along (auto_map) is never run" if fields.get("auto_map") else ""
+    raise CheckpointError(
+        f"{where}: model_type {declared!r} is not supported: transformers {version('transformers')} has no such model that "
+        f"generates text{code}"
+    )
 
 
-def _check_names(checkpoint: Checkpoint, architecture: Architecture) -> None:
+def check_names(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Raise a CheckpointError if tensor names have a prefix other than the base model's own, or parts that wrappers add."""
     *bases, blocks = map(re.escape, architecture.blocks.split("."))
     own = "".join(rf"(?:{base}\.)?" for base in bases)
@@ -141,16 +150,26 @@ def _is_setting(name: str) -> bool:
     return name not in _CHOOSING and not name.startswith("_") and (plain or settable)
 
 
-def _check_depth(
-    fields: Mapping[str, Any], stock: Any, checkpoint: Checkpoint, architecture: Architecture, where: str
-) -> None:
+def _check_depth(fields: Mapping[str, Any], stock: Any, checkpoint: Checkpoint, where: str) -> None:
     """Check the number of blocks against the shards before anything loops over it."""
-    prefix = f"{architecture.blocks}."
-    held = len({name[len(prefix) :].partition(".")[0] for name in checkpoint.claimed if name.startswith(prefix)})
+    numbers: dict[str, set[str]] = {}
+    for name in checkpoint.claimed:
+        for match in _NUMBER.finditer(name):
+            numbers.setdefault(name[: match.start()], set()).add(match[1])
+    held = max((len(each) for each in numbers.values()), default=0)
     for name in ("num_hidden_layers", stock.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
-        claimed = fields.get(name)
-        if isinstance(claimed, int | float) and claimed > held:
-            raise CheckpointError(f"{where}: {name} is {claimed}; the shards hold {held} blocks")
+        for each in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+            claimed = each.get(name)
+            if isinstance(claimed, int | float) and claimed > held:
+                raise CheckpointError(f"{where}: {name} is {claimed}; the shards hold {held} blocks")
+
+
+def _check_experts(config: Any, where: str) -> None:
+    """Check the number of experts per token."""
+    held = next((getattr(config, name, None) for name in _EXPERTS if getattr(config, name, None) is not None), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if isinstance(held, int) and held > 1 and chosen is not None and not 1 <= chosen <= held:
+        raise CheckpointError(f"{where}: num_experts_per_tok is {chosen}; it must be 1 to {held}")
 
 
 def _check_rotation(settings: Any, where: str) -> None:
@@ -175,7 +194,7 @@ def _check_numbers(value: Any, where: str, name: str = "the config") -> None:
         raise CheckpointError(f"{where}: {name} is {str(value)[:40]}, which is beyond float32")
 
 
-def _check_widths(
+def check_widths(
     widths: Any, architecture: Architecture, entries: Sequence[Sequence[SublayerEntry]], most: int, where: str
 ) -> None:
     """Check the parts of the config field `OURS` that `modeling_streamprune` applies to whatever they name, and that it
@@ -199,5 +218,5 @@ def _check_widths(
     attributes, renamed = widths.get("attributes"), widths.get("renamed", [])
     if not isinstance(attributes, dict) or not attributes.keys() <= counts:
         raise CheckpointError(f'{where}: "attributes" of "{OURS}" may have {", ".join(sorted(counts)) or "none"}')
-    if not isinstance(renamed, list) or not all(pair in map(list, architecture.stored) for pair in renamed):
+    if not isinstance(renamed, list) or not all(pair in map(list, architecture.family.stored) for pair in renamed):
         raise CheckpointError(f'{where}: "renamed" of "{OURS}" does not fit a {architecture.model_type} model')

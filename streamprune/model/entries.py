@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -211,3 +211,26 @@ class View(TensorEntry):
             return self.base.part(index, rows, transposed=transposed != self.transposed)
         assert index is None, "only matrices and vectors are picked from"
         return View.of(self, rows, transposed=transposed)
+
+
+@dataclass(frozen=True)
+class Computed(TensorEntry):
+    """A tensor that is computed from others, as transformers does while it loads: split, merged or interleaved."""
+
+    bases: tuple[TensorEntry, ...]
+    compute: Callable[[Sequence[Tensor]], Tensor]
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(span for base in self.bases for span in base.spans)
+
+    def fill(self, out: Tensor) -> None:
+        out.copy_(self.compute([base.read() for base in self.bases]))
+
+    def part(self, index: int | None = None, rows: slice = ALL, *, transposed: bool = False) -> TensorEntry:
+        whole = (
+            self
+            if index is None
+            else Computed(self.dtype, self.shape[1:], self.bases, lambda tensors: self.compute(tensors)[index])
+        )
+        return View.of(whole, rows, transposed=transposed)

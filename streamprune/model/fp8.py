@@ -38,7 +38,8 @@ def check_storable(skeleton: Skeleton) -> None:
         raise ConfigError(
             f"store is fp8; the width of {where} is {skeleton.width}, and FP8 needs blocks of {SIDE} × {SIDE} weights"
         )
-    if type(skeleton.module(0, skeleton.linears(0)[0])) is not nn.Linear:
+    names = [(index, name) for index in range(len(skeleton)) for name in skeleton.linears(index)]
+    if any(type(skeleton.module(index, name)) is not nn.Linear for index, name in names):
         raise ConfigError(f"store is fp8; the {skeleton.architecture.model_type} model of {where} has no linears")
 
 
@@ -62,7 +63,7 @@ def quantisation_config(skeleton: Skeleton, scales: Iterable[str]) -> dict[str, 
     """Return the config's `quantization_config`, given the names of all stored scales."""
     kept = {name.removesuffix(f".weight{SCALE}") for name in scales}
     linears = [
-        skeleton.block_names(index)[f"{name}.weight"].removesuffix(".weight")
+        skeleton.written_name(skeleton.block_names(index)[f"{name}.weight"]).removesuffix(".weight")
         for index in range(len(skeleton))
         for name, module in skeleton.block(index).named_modules()
         if isinstance(module, nn.Linear)

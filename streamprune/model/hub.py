@@ -63,19 +63,29 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: `path` is neither a directory nor a model on the hub.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    from . import modeling_streamprune as modeling
     from .upstream import forget_kernels
 
     folder = resolve_model(path)
     careful = {"trust_remote_code": False, "use_safetensors": True, **options}
     if (gguf := find_gguf(folder)) is not None:
         folder, careful["gguf_file"] = gguf.parent, gguf.name
-    settings = folder / CONFIG
-    if gguf is None and "config" not in careful and settings.is_file() and read_json(settings).keys() & KERNELS:
-        careful["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=careful["trust_remote_code"])
+    fields = read_json(folder / CONFIG) if gguf is None and (folder / CONFIG).is_file() else {}
+    declared = str(fields.get("model_type"))
+    base = declared.removeprefix(modeling.PREFIX)
+    known = base in transformers.CONFIG_MAPPING
+    if known and base != declared:
+        modeling.register(base)
+    if "config" not in careful and fields.keys() & KERNELS:
+        careful["config"] = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=careful["trust_remote_code"]
+        )
         forget_kernels(careful["config"])
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **careful)
+    wrapper = known and modeling.IMAGES in modeling.auto_classes(base)
+    auto = transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(folder, **careful)
     return model
 
 

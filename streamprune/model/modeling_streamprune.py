@@ -21,34 +21,63 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, Conv1D
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Conv1D,
+)
 
 PREFIX = "streamprune_"
+IMAGES = "AutoModelForImageTextToText"
+ENDINGS = (
+    "ForCausalLM",
+    "ForConditionalGeneration",
+)  # of class names: for text models, and for those that read images too
 
 
 class Expert(nn.Module):
-    """One gated FFN."""
+    """One FFN, gated or not; `fused` is transformers' module for all experts."""
 
-    def __init__(self, width, hidden, activation):
+    def __init__(self, width, hidden, fused):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
-        self.activation = activation
+        bias, gated = "down_proj_bias" in fused._parameters, "gate_up_proj" in fused._parameters
+        if gated:
+            self.gate_proj = nn.Linear(hidden, width, bias=bias)
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+        self.activation = getattr(fused, "act_fn", None)
+        # Not a submodule: the fused module keeps its settings, but no tensors.
+        self.__dict__["gate"] = fused._apply_gate if gated and own_gate(fused) else None
+        self.concatenated = getattr(fused, "is_concatenated", True)
 
     def mix(self, x):
         """Return the input of `down_proj`."""
-        return self.activation(self.gate_proj(x)) * self.up_proj(x)
+        up = self.up_proj(x)
+        if not hasattr(self, "gate_proj"):
+            return self.activation(up)
+        gate = self.gate_proj(x)
+        if self.gate is None:
+            return self.activation(gate) * up
+        return self.gate(torch.cat((gate, up), -1) if self.concatenated else torch.stack((gate, up), -1).flatten(-2))
 
     def forward(self, x):
         return self.down_proj(self.mix(x))
 
 
+def own_gate(fused):
+    """Return whether a class of experts has a gate that is not simply ``act(gate) · up``."""
+    return type(fused)._apply_gate.__name__ != "_default_apply_gate" if hasattr(fused, "_apply_gate") else False
+
+
 class Experts(nn.ModuleList):
     """Experts of different widths. Replaces transformers' module, which holds all experts in one tensor."""
 
-    def __init__(self, widths, hidden, activation):
-        super().__init__(Expert(width, hidden, activation) for width in widths)
+    def __init__(self, widths, hidden, fused):
+        super().__init__(Expert(width, hidden, fused) for width in widths)
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         total = torch.zeros_like(hidden_states)
@@ -97,23 +126,66 @@ class BlockConfig:
 def separate_experts(block, name, widths=None):
     """Replace transformers' experts by `Experts` of these widths. If `widths` is None, keep the widths and weights."""
     fused = block.get_submodule(name)
-    number, hidden, width = fused.down_proj.shape
-    with torch.device(fused.down_proj.device):
-        experts = Experts(widths or [width] * number, hidden, fused.act_fn).to(fused.down_proj.dtype)
+    down, parts = fused.down_proj, {leaf: tensor.detach() for leaf, tensor in fused.named_parameters()}
+    number, width, hidden = (
+        down.shape if getattr(fused, "is_transposed", False) else (len(down), *reversed(down.shape[1:]))
+    )
+    with torch.device(down.device):
+        experts = Experts(widths or [width] * number, hidden, fused).to(down.dtype)
     block.set_submodule(name, experts)
+    fused._parameters.clear()
     if widths is None:
-        for expert, gate_up, down in zip(experts, fused.gate_up_proj, fused.down_proj, strict=True):
-            gate, up = gate_up.chunk(2)
-            for linear, weight in ((expert.gate_proj, gate), (expert.up_proj, up), (expert.down_proj, down)):
-                linear.weight = nn.Parameter(weight, requires_grad=fused.down_proj.requires_grad)
+        for leaf, tensor in parts.items():
+            for number, expert in enumerate(experts):
+                for path, index, rows, turned in expert_parts(leaf, fused):
+                    part = tensor[number].T if turned else tensor[number]
+                    part = part.chunk(2)[rows] if index is None else part[rows::index] if index else part
+                    owner, _, what = path.rpartition(".")
+                    expert.get_submodule(owner)._parameters[what] = nn.Parameter(part, requires_grad=down.requires_grad)
+
+
+def expert_parts(leaf, fused):
+    """Return the parts of one expert that a fused tensor of that name holds.
+
+    Each is: its name in `Expert`; None if the first or second half of the rows belongs to it, the step between its rows if
+    they alternate, or 0 for all rows; which half, or the first row; whether the fused tensor has it transposed.
+    """
+    what = "bias" if leaf.endswith("_bias") else "weight"
+    turned = what == "weight" and getattr(fused, "is_transposed", False)
+    name = leaf.removesuffix("_bias")
+    if name != "gate_up_proj":
+        return [(f"{name}.{what}", 0, 0, turned)]
+    step = None if getattr(fused, "is_concatenated", True) else 2
+    return [(f"gate_proj.{what}", step, 0, turned), (f"up_proj.{what}", step, 1, turned)]
+
+
+def fused(experts, path, leaf, weights):
+    """Return a fused tensor of transformers' experts, the opposite of `expert_parts`.
+
+    `weights` has the parts by name, such as "mlp.experts.3.up_proj.weight" for the path "mlp.experts".
+    """
+    found = []
+    number = 0
+    parts = expert_parts(leaf, experts)
+    while f"{path}.{number}.{parts[0][0]}" in weights:
+        tensors = [weights[f"{path}.{number}.{name}"] for name, *_ in parts]
+        whole = torch.stack(tensors, 1).flatten(0, 1) if parts[0][1] == 2 else torch.cat(tensors)
+        found.append(whole.T if parts[0][3] else whole)
+        number += 1
+    return torch.stack(found)
 
 
 def resized(old, rows, columns):
     """Return a linear or norm like `old` with other numbers of outputs and inputs; None keeps a number."""
     with torch.device(old.weight.device):
-        if old.weight.dim() == 1:
+        if not isinstance(old, (nn.Linear, Conv1D)):
             new = copy.copy(old)
-            new._parameters = {name: nn.Parameter(p.new_empty(rows or len(p))) for name, p in old._parameters.items()}
+            new._parameters = {
+                name: p if p is None else nn.Parameter(p.new_empty(rows or len(p), *p.shape[1:]))
+                for name, p in old._parameters.items()
+            }
+            if isinstance(old, nn.Conv1d):  # of one channel each
+                new.in_channels = new.out_channels = new.groups = rows or old.groups
         elif isinstance(old, Conv1D):
             new = Conv1D(rows or old.nf, columns or old.nx)
         else:
@@ -142,7 +214,12 @@ def set_count(block, name, value):
 
 def resize(model, widths):
     """Resize the modules of `model` to the widths in the config."""
-    for index, block in enumerate(model.get_submodule(widths["blocks"])):
+    resize_blocks(model.get_submodule(widths["blocks"]), widths)
+
+
+def resize_blocks(blocks, widths):
+    """Resize the modules of each block."""
+    for index, block in enumerate(blocks):
         for name, each in widths.get("experts", {}).items():
             if each[index] is not None:
                 separate_experts(block, name, each[index])
@@ -150,7 +227,13 @@ def resize(model, widths):
         columns = {name: each[index] for name, each in widths["columns"].items()}
         for name in rows.keys() | columns.keys():
             size = rows.get(name), columns.get(name)
-            if size != (None, None):
+            if size == (None, None):
+                continue
+            owner, _, leaf = name.rpartition(".")
+            parameters = block.get_submodule(owner)._parameters
+            if leaf in parameters:
+                parameters[leaf] = nn.Parameter(parameters[leaf].new_empty(size[0], *parameters[leaf].shape[1:]))
+            else:
                 block.set_submodule(name, resized(block.get_submodule(name), *size))
         for name, each in widths["attributes"].items():
             if each[index] is not None:
@@ -159,7 +242,7 @@ def resize(model, widths):
 
 def class_stem(base):
     """Return the class name of a model_type without its suffix: "qwen2" gives "PrunedQwen2"."""
-    return "Pruned" + "".join(part.capitalize() for part in base.split("_"))
+    return "Pruned" + "".join(part.capitalize() for part in re.split("[^a-z0-9]", base))
 
 
 @cache
@@ -178,13 +261,32 @@ def config_class(base):
 
 
 def stock_class(base):
-    """Return transformers' own causal language model class of model_type `base`."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]
+    """Return transformers' own class of model_type `base` that generates text, from images too if it can; None if there is none."""
+    config = CONFIG_MAPPING[base]
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if config in mapping:
+            return mapping[config]
+    return None
+
+
+def auto_classes(base):
+    """Return the names of the auto classes that load models of model_type `base`."""
+    config = CONFIG_MAPPING[base]
+    named = {
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+        IMAGES: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    return [name for name, mapping in named.items() if config in mapping and mapping[config] is stock_class(base)]
+
+
+def class_name(base):
+    """Return the name of `model_class`: "PrunedQwen2ForCausalLM"."""
+    return class_stem(base) + ENDINGS[IMAGES in auto_classes(base)]
 
 
 @cache
 def model_class(base):
-    """Return the causal language model class for pruned models of model_type `base`."""
+    """Return the class for pruned models of model_type `base`, which generate text."""
     stock = stock_class(base)
 
     def __init__(self, config, *args, **kwargs):
@@ -209,7 +311,7 @@ def model_class(base):
         "config_class": config_class(base),
         "__module__": __name__,
     }
-    return type(class_stem(base) + "ForCausalLM", (stock,), members)
+    return type(class_name(base), (stock,), members)
 
 
 class PrunedForCausalLM:
@@ -226,13 +328,15 @@ class PrunedForCausalLM:
 
 
 def register(base):
-    """Register pruned models of model_type `base` with AutoConfig and AutoModelForCausalLM."""
+    """Register pruned models of model_type `base` with AutoConfig and the auto classes of its kind."""
     AutoConfig.register(PREFIX + base, config_class(base), exist_ok=True)
-    AutoModelForCausalLM.register(config_class(base), PrunedForCausalLM, exist_ok=True)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if auto.__name__ in auto_classes(base):
+            auto.register(config_class(base), PrunedForCausalLM, exist_ok=True)
 
 
 def __getattr__(name):
-    for ending, maker in (("Config", config_class), ("ForCausalLM", model_class)):
+    for ending, maker in (("Config", config_class), *((ending, model_class) for ending in ENDINGS)):
         for base in CONFIG_MAPPING:
             if name == class_stem(base) + ending:
                 return maker(base)

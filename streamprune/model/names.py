@@ -37,6 +37,9 @@ TOKENIZER_FILES = (
 COMPANIONS = (
     "generation_config.json",
     *TOKENIZER_FILES,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",

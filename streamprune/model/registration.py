@@ -18,7 +18,7 @@ _CONFIGURATION = re.compile(r"transformers\.models\.\w+\.configuration_\w+")
 
 
 def teach() -> None:
-    """Register every architecture with the auto classes: now if they are imported already, otherwise when they are."""
+    """Register the model types of `FAMILIES` with the auto classes: now if they are imported already, otherwise when they are."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if sys.modules.keys() & {CONFIGS, MODELS}:
@@ -26,7 +26,7 @@ def teach() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Import hook that makes each of the three modules import the next one, and registers the architectures after the last.
+    """Import hook that makes each of the three modules import the next one, and registers these model types after the last.
 
     While transformers defines a config class, it may import MODELS to write the class's docstring. OURS needs the config
     classes, so it waits until that class is defined.
@@ -53,9 +53,9 @@ class _Finder(MetaPathFinder):
                 self._defining.discard(name)
             self._executed.add(name)
             if name == OURS:
-                from .architectures import ARCHITECTURES
+                from .architectures import FAMILIES
 
-                for model_type in ARCHITECTURES:
+                for model_type in FAMILIES:
                     module.register(model_type)
             elif name == CONFIGS and MODELS not in sys.modules:
                 import_module(MODELS)

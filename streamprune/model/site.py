@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["attention", "ffn"]
+Kind = Literal["attention", "linear", "ffn", "block"]
+"""Attention, linear attention or a state space model, an FFN; a block as a whole has no site."""
 
 
 @dataclass(frozen=True)

@@ -8,28 +8,35 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..errors import CheckpointError, NumericalError
+from ..errors import CheckpointError, NumericalError, one_line
 from ..maths.flops import counted
 from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sums import SiteStatistics, Statistic
 from ..system.machine import resolve_dtype
+from . import modeling_streamprune as modeling
 from . import upstream
-from .architectures import SublayerEntry, is_stock
-from .block import Arguments, Block, Layer, Routed, Sublayer, linear_shape, place
+from .architectures import FAMILIES, Architecture, SublayerEntry, family_of, is_stock
+from .block import Arguments, Block, Layer, Sublayer, fresh, linear_shape, place, stand_in
 from .checkpoint import UNREAD, Checkpoint
-from .config import read_configuration
+from .config import OURS, check_names, check_widths, read_configuration
+from .entries import Computed
+from .inference import experts_of, infer
 from .modeling_streamprune import Experts, separate_experts
+from .names import CONFIG
 from .site import FREE, Layout, Site
+from .trial import TOKENS
 
 
 class Skeleton:
@@ -40,6 +47,7 @@ class Skeleton:
         device: device of the blocks.
         dtype: computing dtype of the blocks.
         layout: constrains the widths of the sites.
+        text_only: write the text model of a multimodal model alone.
         check: reject the faults that `layout_faults` and `extra` find. transformers ignores extra tensors, but a checkpoint
             written from this model would lack them.
 
@@ -55,58 +63,229 @@ class Skeleton:
         device: torch.device,
         dtype: torch.dtype,
         layout: Layout = FREE,
+        text_only: bool = False,
         check: bool = True,
     ) -> None:
         self.checkpoint, self.device, self.dtype, self.layout = checkpoint, device, dtype, layout
         self.copies_ahead = False
         """Whether to copy the next block's weights to the device while the current block runs; decided by `jobs.forecast.memory`."""
-        self.architecture, self.config = read_configuration(checkpoint)
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
-        with upstream.translated(f"{checkpoint.directory}/config.json", "build this model"):
-            self._build(check)
-            if check:
-                # The blocks and their arguments depend on the config too: check that they work.
-                self.all_sites()
-                with counted(0):
-                    self._try()
+        model_type, self.whole_config = read_configuration(checkpoint)
+        self.config = self.whole_config.get_text_config()
+        """The config of the text model."""
+        self.alone = text_only and self.wrapped
+        """Whether the text model is written without the rest."""
+        with upstream.translated(f"{checkpoint.directory}/{CONFIG}", "build this model"):
+            self._build(model_type, check)
 
-    def _build(self, check: bool) -> None:
+    def _build(self, model_type: str, check: bool) -> None:
         """Take the model apart on the meta device and compare it with the shards, before anything takes memory."""
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).eval()
-        self._base = model.get_submodule(self.architecture.base)
-        blocks = model.get_submodule(self.architecture.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        self._templates: list[nn.Module] = list(blocks.children())
-        self.entries = [self.architecture.sublayers(self.config, index) for index in range(len(self._templates))]
-        """Sublayers of each block, from the table."""
-        self._separate_experts()
+        weights = sum(entry.numel for entry in self.checkpoint.values())
+        model = upstream.build(modeling.stock_class(model_type), self.whole_config, self.dtype, weights)
+        for module in model.modules():
+            for buffer in (buffer for buffer in module._buffers.values() if buffer is not None and not buffer.is_meta):
+                buffer.data = buffer.data.to(self.device)
+        blocks = upstream.blocks_of(model, self.config)
+        self._family = family_of(model_type)
+        self._rename(model, model_type)
+        layers = model.get_submodule(blocks)
+        self._templates: list[nn.Module] = list(layers.children())
         self._slots = [upstream.Recorder(template) for template in self._templates]
-        model.set_submodule(self.architecture.blocks, nn.ModuleList(self._slots))
+        self._base = model.get_submodule(blocks.rpartition(".")[0])
+        model.set_submodule(blocks, nn.ModuleList(self._slots))
+        self.architecture = self._outside(model, model_type, blocks)
         self._embed = _present(model, self.architecture.embed)
         self._after = _present(model, (*self.architecture.final, self.architecture.head))
+        used = (*self.architecture.embed, *self.architecture.final, self.architecture.head)
+        self._carried = {
+            name: tuple(tensor.shape)
+            for name, tensor in model.state_dict().items()
+            if not name.startswith(tuple(f"{path}." for path in (*used, blocks)))
+        }
+        """Shapes of the tensors that take no part in computing text, such as those of a vision tower, by name."""
+        for name in self._behind:
+            model.set_submodule(name, nn.Identity())
         if check:
-            for name, what in self.layout_faults():
-                raise CheckpointError(f"{self.checkpoint.directory}: tensor {name!r} {what}")
+            self._raise_faults(self._expected_outside())
+        self.entries = self._infer(weights)
+        """Sublayers of each block."""
+        if (widths := self.checkpoint.config.get(OURS)) is not None:
+            check_widths(widths, self.architecture, self.entries, len(self.checkpoint), self._where)
+            modeling.resize_blocks(self._templates, widths)
+        self._separate_experts()
+        if check:
+            self._raise_faults(self._expected())
             for name in self.extra():
                 raise CheckpointError(
-                    f"{self.checkpoint.directory}: tensor {name!r} is not in the {self.architecture.model_type} model that the "
-                    "config describes; transformers ignores it, but a result would lack it: remove it from the files"
+                    f"{self.checkpoint.directory}: tensor {name!r} is not in the {model_type} model that the config describes; "
+                    "transformers ignores it, but a result would lack it: remove it from the files"
                 )
-        for name in list(self._after)[:-1]:
-            model.set_submodule(name, nn.Identity())
-        numbers = sum(buffer.numel() for buffer in model.buffers() if buffer.is_meta)
-        weights = sum(entry.numel for entry in self.checkpoint.values())
-        if numbers > weights:
-            raise CheckpointError(
-                f"{self.checkpoint.directory}/config.json: tables of {numbers} numbers for a model of {weights} weights"
-            )
-        upstream.rebuild_buffers(model, self.config, self.device, self.dtype)
         # The rest of the model is its head, including any post-processing of logits.
-        model.set_submodule(self.architecture.base, upstream.PassThrough())
+        passed = blocks.partition(".")[0] if self.wrapped else self.architecture.base
+        model.set_submodule(passed, upstream.PassThrough(model.get_submodule(passed)))
         self._head = model
+        if check:
+            # The blocks and their arguments depend on the config too: check that they work.
+            self.all_sites()
+            with counted(0):
+                self._try()
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the model is a text model inside a larger one, which reads images too."""
+        return self.config is not self.whole_config
+
+    @property
+    def _where(self) -> str:
+        return f"{self.checkpoint.directory}/{CONFIG}"
+
+    def _rename(self, model: nn.Module, model_type: str) -> None:
+        """Name the checkpoint's tensors as in the model, with separate experts."""
+        self._ignored, self._ties = upstream.ignored(model), upstream.ties_head(model)
+        ours = OURS in self.checkpoint.config  # written with the model's names
+        convert = not self._family.stored and not ours
+        self.checkpoint.take(upstream.model_tensors(model, self.checkpoint, convert=convert))
+
+    def _outside(self, model: Any, model_type: str, blocks: str) -> Architecture:
+        """Find the modules with weights before and after the blocks, from the order in which the model calls them."""
+        base, _, leaf = blocks.rpartition(".")
+        own = {f"{base}.{name}": module for name, module in self._base.named_children() if name != leaf}
+        if found := [name for name, _ in self._base.named_parameters(recurse=False)]:
+            raise CheckpointError(
+                f"{self._where}: {model_type} models have {found[0]} beside their blocks, which is not supported"
+            )
+        order: list[str] = []
+        watched = {**own, "first": self._slots[0], "last": self._slots[-1]}
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+            for name, module in watched.items()
+        ]
+        self._embed = {name: module for name, module in own.items() if any(True for _ in module.parameters())}
+        ids, failure = torch.zeros((1, 1), dtype=torch.int64, device=self.device), None
+        try:
+            for self._slots[0].outputs in (0, 1, 2, 3):
+                order.clear()
+                for slot in self._slots:
+                    slot.outputs = self._slots[0].outputs
+                try:
+                    with torch.no_grad(), counted(0), self._filled(self._embed, self._blank):
+                        self._base(input_ids=ids, use_cache=False)
+                except Exception as error:
+                    failure = failure or error  # the model takes what blocks return in another form
+                    continue
+                if all(slot.hidden is not None and slot.hidden.shape == (1, 1, self.width) for slot in self._slots):
+                    break
+            else:
+                raise CheckpointError(
+                    f"{self._where}: the blocks of {model_type} models do not pass on hidden states alone"
+                    + (f" ({one_line(failure, 200)})" if failure else "")
+                ) from failure
+        finally:
+            for hook in hooks:
+                hook.remove()
+        given = [dict(slot.arguments) for slot in self._slots]
+        with torch.no_grad(), counted(0), self._filled(self._embed, _varied):
+            self._base(input_ids=ids + 1, use_cache=False)
+        for slot, before in zip(self._slots, given, strict=True):
+            for name, value in slot.arguments.items():
+                what = f"the blocks of {model_type} models read {name}, which"
+                if any(isinstance(each, upstream.Returned) for each in tree_leaves(value)):
+                    raise CheckpointError(f"{self._where}: {what} earlier blocks return: this is not supported")
+                for then, now in zip(tree_leaves(before.get(name)), tree_leaves(value), strict=False):
+                    if isinstance(now, Tensor) and not (isinstance(then, Tensor) and _same(then, now)):
+                        raise CheckpointError(f"{self._where}: {what} depends on the tokens: this is not supported")
+        paths = {module: name for name, module in model.named_modules()}
+        tokens, head = paths[model.get_input_embeddings()], paths[model.get_output_embeddings()]
+        before = dict.fromkeys(name for name in order[: order.index("first")] if name in self._embed)
+        last = len(order) - 1 - order[::-1].index("last")
+        self._behind = set(order[last + 1 :]) - set(order[: order.index("first")])
+        """Modules that only follow the blocks."""
+        return Architecture(
+            model_type,
+            blocks,
+            embed=(tokens, *(name for name in before if name != tokens)),
+            final=tuple(dict.fromkeys(order[last + 1 :])),
+            head=head,
+            family=self._family,
+        )
+
+    def _infer(self, weights: int) -> list[tuple[SublayerEntry, ...]]:
+        """Infer the sublayers of each block; blocks of the same modules have the same."""
+        meta, cpu = torch.device("meta"), torch.device("cpu")
+        single, several = self.arguments(1, 1), self._collect(1, TOKENS)
+        self._count_experts()
+        known: dict[Any, tuple[SublayerEntry, ...]] = {}
+        self._stock: dict[int, nn.Module] = {}
+        """The first block of each kind, with fused experts, on the meta device."""
+        found: list[tuple[SublayerEntry, ...]] = []
+        for template, one, more in zip(self._templates, single, several, strict=True):
+            shapes = tuple((name, tuple(parameter.shape)) for name, parameter in template.named_parameters())
+            if sum(shape[0] for _, shape in shapes if shape) > weights:
+                raise CheckpointError(f"{self._where}: its blocks are larger than the shards")
+            kinds = tuple((name, type(module)) for name, module in template.named_modules())
+            key = shapes, kinds, tuple(one)
+            if key not in known:
+                self._stock[len(found)] = copy.deepcopy(template)
+                dtype = next(template.parameters()).dtype
+                given = {name: _moved(value, meta, dtype) for name, value in one.items()}
+                tried = {name: _moved(value, cpu, torch.float32) for name, value in more.items()}
+                known[key] = infer(template, given, self.width, tried)
+            found.append(known[key])
+        return found
+
+    def check_sites(self) -> None:
+        """Raise a CheckpointError if there is nothing to prune."""
+        if not self.all_sites():
+            raise CheckpointError(
+                f"{self._where}: model_type {self.architecture.model_type!r} is not supported: its attention and FFNs have a form "
+                "that is not known, so that nothing can be pruned"
+            )
+
+    @torch.no_grad()
+    def prove(self) -> None:
+        """Prove that blocks are rebuilt correctly: with a block's weights, random inputs give what transformers' own block gives.
+
+        Reads one block of each kind, unless tests prove this model_type, and computes in float32 (float64 if the skeleton does) on
+        the device.
+
+        Raises:
+            CheckpointError: nothing can be pruned, or the outputs differ by more than 1e-4, relative to what the block adds to the
+                stream.
+        """
+        self.check_sites()
+        if self.architecture.model_type in FAMILIES or OURS in self.checkpoint.config:
+            return
+        generator = torch.Generator().manual_seed(0)
+        dtype = accumulator(self.dtype)
+        x = torch.randn((1, TOKENS, self.width), generator=generator, dtype=dtype).to(self.device)
+        for index, stock in self._stock.items():
+            weights = {name: tensor.to(dtype) for name, tensor in self.read_block(index).items()}
+            arguments = {
+                name: _moved(value, self.device, dtype) for name, value in self.arguments(1, TOKENS)[index].items()
+            }
+            own = self.build_block(index, weights, dtype=dtype)(x, arguments)
+            stock = copy.deepcopy(stock)
+            for name in [name for name, _ in (*stock.named_parameters(), *stock.named_buffers())]:
+                path, _, leaf = name.rpartition(".")
+                if name in weights:
+                    place(stock, name, weights[name].to(self.device))
+                elif path in (entry.experts for entry in self.entries[index]):
+                    place(stock, name, modeling.fused(stock.get_submodule(path), path, leaf, weights).to(self.device))
+            with upstream.translated(self._where, f"run block {index}"), upstream.eager_experts(self.config):
+                wanted = stock(x, **fresh(arguments))
+            wanted = wanted[0] if isinstance(wanted, tuple | list) else wanted
+            difference = float((own - wanted).norm() / (wanted - x).norm())
+            if not difference < 1e-4:
+                raise CheckpointError(
+                    f"{self._where}: model_type {self.architecture.model_type!r} is not supported: block {index}, rebuilt from its "
+                    f"parts, differs from transformers' own by {difference:.1e}"
+                )
+
+    def _raise_faults(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        for name, what in self._faults(expected):
+            if not self.wrapped:
+                check_names(self.checkpoint, self.architecture)
+            raise CheckpointError(f"{self.checkpoint.directory}: tensor {name!r} {what}")
 
     def __len__(self) -> int:
         return len(self._templates)
@@ -140,15 +319,16 @@ class Skeleton:
         layer = self._templates[index]
         found = []
         for entry in self.entries[index]:
-            if entry.experts is None:
-                found.append((self._site(index, entry), entry))
-                continue
-            experts = layer.get_submodule(entry.experts)
-            assert isinstance(experts, Experts)
-            share = self.config.num_experts_per_tok / len(experts)
-            for number in range(len(experts)):
-                own = entry.expert(number)
-                found.append((replace(self._site(index, own), expert=number, share=share), own))
+            if entry.experts is not None:
+                experts = layer.get_submodule(entry.experts)
+                assert isinstance(experts, Experts)
+                for number in range(len(experts)):
+                    own = entry.expert(number)
+                    site = self._site(index, own)
+                    found.append((replace(site, expert=number, share=self._chosen[index] / len(experts)), own))
+            single = entry.shared if entry.experts else entry
+            if single is not None and single.consumer is not None:
+                found.append((self._site(index, single), single))
         sites = tuple(site for site, _ in found)
         alike = self.layout.alike
         return [
@@ -158,40 +338,30 @@ class Skeleton:
 
     def _site(self, index: int, entry: SublayerEntry) -> Site:
         layer = self._templates[index]
+        assert entry.consumer is not None
         outputs, columns = linear_shape(layer.get_submodule(entry.consumer))
         producers = [layer.get_submodule(producer.name) for producer in entry.producers]
         rows = [linear_shape(module)[0] for module in producers]
-        heads, units = 0, columns
-        if entry.kind == "attention":
-            attention: Any = layer.get_submodule(entry.mixer[0])
-            # Besides the queries, the producers output one key head and one value head per unit.
-            head = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
-            heads, units = columns // head, (sum(rows) - columns) // (2 * head)
+        units = columns // entry.width
         if units < 1 or any(width % units for width in (columns, *rows)):
             raise CheckpointError(
                 f"{self.checkpoint.directory}: {entry.kind} widths {[columns, *rows]} of block {index} are not divisible into "
                 f"{units} units"
             )
-        produced = sum(p.numel() for module in producers for p in module.parameters())
-        produced += sum(p.numel() for v in entry.vectors for p in layer.get_submodule(v.name).parameters())
+        moved = [*entry.producers, *entry.vectors]
+        produced = sum(_numel(layer, producer.name) for producer in moved)
         site = Site(
             block=index,
             kind=entry.kind,
             units=units,
-            width=columns // units,
+            width=entry.width,
             outputs=outputs,
             unit_parameters=(outputs * columns + produced) // units,
-            heads=heads,
-            choices=(units,) if entry.fixed else None,
+            heads=columns // entry.head if entry.head else 0,
         )
-        parts = [part for p, each in zip(entry.producers, rows, strict=True) for part in p.stretches(site, each)]
-        inputs = linear_shape(producers[0])[1]
+        parts = [part for p, each in zip(entry.producers, rows, strict=True) for part in p.stretches(units, each)]
+        inputs = linear_shape(producers[0])[1] if producers else self.width
         return replace(site, linears=(*(part * inputs for part in parts), outputs * columns))
-
-    @cached_property
-    def families(self) -> dict[str, SublayerEntry]:
-        """Sublayer entry of each family of sites, whose `widths` are the fields of the stock config."""
-        return {entry.family: entry for entries in self.entries for entry in entries}
 
     def statistics(
         self, index: int, wanted: frozenset[Statistic], device: torch.device | None = None
@@ -214,7 +384,7 @@ class Skeleton:
 
     def linears(self, index: int) -> list[str]:
         """Return the names of all linears of a block's sites: the producers of each site, then its consumer."""
-        return [name for _, e in self.places(index) for name in (*(p.name for p in e.producers), e.consumer)]
+        return [name for _, e in self.places(index) for name in (*(p.name for p in e.producers), e.consumer or "")]
 
     def block(self, index: int) -> nn.Module:
         """Return a block on the meta device."""
@@ -223,6 +393,16 @@ class Skeleton:
     def module(self, index: int, name: str) -> nn.Module:
         """Return a module of a block, on the meta device."""
         return self._templates[index].get_submodule(name)
+
+    @cached_property
+    def unpruned(self) -> dict[str, list[int]]:
+        """What has no site and stays as it is: modules inside blocks, ``""`` for a whole block, each with the blocks' numbers."""
+        found: dict[str, list[int]] = {}
+        for index, entries in enumerate(self.entries):
+            for entry in entries:
+                if entry.consumer is None:
+                    found.setdefault(entry.mixer[0], []).append(index)
+        return found
 
     def all_sites(self) -> list[Site]:
         return [site for index in range(len(self)) for site in self.sites(index)]
@@ -234,7 +414,7 @@ class Skeleton:
 
     def stored_name(self, name: str) -> str:
         stored = name
-        for ours, theirs in self.architecture.stored:
+        for ours, theirs in self._family.stored:
             stored = stored.replace(ours, theirs)
         return name if name in self.checkpoint or stored not in self.checkpoint else stored
 
@@ -242,7 +422,7 @@ class Skeleton:
     def renamed(self) -> list[tuple[str, str]]:
         """Substrings of tensor names that differ in this checkpoint: (in the model, in the checkpoint)."""
         names = [*self.checkpoint]
-        return [pair for pair in self.architecture.stored if any(pair[1] in f".{name}" for name in names)]
+        return [pair for pair in self._family.stored if any(pair[1] in f".{name}" for name in names)]
 
     def block_parameters(self, index: int | None = None) -> int:
         """Return the number of parameters of one block, or of all blocks if `index` is None."""
@@ -253,6 +433,22 @@ class Skeleton:
         """Return the checkpoint's names of the tensors before the blocks."""
         return [name for *_, name in self._leaves(self._embed)]
 
+    def carried_names(self) -> list[str]:
+        """Return the checkpoint's names of the tensors that are written although they take no part in computing text."""
+        return [] if self.alone else [self.stored_name(name) for name in self._carried]
+
+    @property
+    def written_type(self) -> str:
+        """The model_type of what is written, before pruning."""
+        return str(self.config.model_type) if self.alone else self.architecture.model_type
+
+    def written_name(self, name: str) -> str:
+        """Return the name that a tensor or module of the model has in what is written."""
+        base = f"{self.architecture.base}."
+        if not self.alone or not name.startswith(base):
+            return name
+        return f"{modeling.stock_class(self.written_type).base_model_prefix}.{name.removeprefix(base)}"
+
     def head_names(self) -> list[str]:
         """Return the checkpoint's names of the tensors after the blocks; a tied head is not included."""
         names = [name for *_, name in self._leaves(self._after)]
@@ -260,7 +456,7 @@ class Skeleton:
 
     def parameters(self) -> int:
         """Return the number of parameters of the model; a tied head counts once."""
-        outside = {*self.embed_names(), *self.head_names()}
+        outside = {*self.embed_names(), *self.head_names(), *self.carried_names()}
         return self.block_parameters() + sum(self.checkpoint[name].numel for name in outside)
 
     def forward_operations(self, sequences: int, length: int) -> int:
@@ -284,14 +480,27 @@ class Skeleton:
         """Read the tensors of a block to host memory, in the stored dtype, by name inside the block."""
         return {name: self.checkpoint.read(full, self.device) for name, full in self.block_names(index).items()}
 
-    def build_block(self, index: int, weights: dict[str, Tensor], there: Mapping[str, Tensor] | None = None) -> Block:
-        """Build a block from the result of `read_block`; `there` has copies of weights that are already on the device, by name."""
+    def build_block(
+        self,
+        index: int,
+        weights: dict[str, Tensor],
+        there: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Block:
+        """Build a block from the result of `read_block`.
+
+        Args:
+            there: copies of weights that are already on the device, by name.
+            dtype: computing dtype; None for the skeleton's.
+        """
         entries, places = self.entries[index], iter(self.places(index))
-        layer = Layer(copy.deepcopy(self._templates[index]), weights, entries, self.device, self.dtype, there or {})
+        layer = Layer(
+            copy.deepcopy(self._templates[index]), weights, entries, self.device, dtype or self.dtype, there or {}
+        )
         sublayers = []
         for entry in entries:
-            number = len(layer.experts) if entry.experts else 1
-            sublayers.append(Sublayer(layer, entry, [next(places) for _ in range(number)]))
+            number = len(layer.experts(entry.experts)) + bool(entry.shared) if entry.experts else bool(entry.consumer)
+            sublayers.append(Sublayer(layer, entry, [next(places) for _ in range(number)], index))
         return Block(layer, sublayers)
 
     def arguments(self, sequences: int, tokens: int, past: int = 0, *, maps: bool = False) -> list[Arguments]:
@@ -306,21 +515,27 @@ class Skeleton:
         """
         key = sequences, tokens, past, maps
         if key not in self._arguments:
-            attention = upstream.eager_attention(self._base.config) if maps else nullcontext()
-            # Not counted, because results are cached and a repeat depends on earlier calls.
-            with attention, counted(0), self._filled(self._embed, self._blank):
-                self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
-            given = [slot.arguments.get("position_embeddings") or () for slot in self._slots]
+            found = self._collect(*key)
             # Blocks of the same kind share their tables.
-            if not all(all_finite(table) for table in {table for tables in given for table in tables}):
+            given = [tree_leaves(arguments.get("position_embeddings")) for arguments in found]
+            tables = {table for each in given for table in each if isinstance(table, Tensor)}
+            if not all(all_finite(torch.view_as_real(t) if t.is_complex() else t) for t in tables):
                 raise NumericalError(
                     f"{self.checkpoint.directory}: the rotary embedding of positions {past} to {past + tokens - 1} holds "
                     f"NaN or Inf{advice(self.dtype)}"
                 )
-            self._arguments[key] = [slot.arguments for slot in self._slots]
+            self._arguments[key] = found
             while len(self._arguments) > 4:
                 self._arguments.popitem(last=False)
         return self._arguments[key]
+
+    def _collect(self, sequences: int, tokens: int, past: int = 0, maps: bool = False) -> list[Arguments]:
+        """Run the model without its blocks, and return the arguments that each of them receives."""
+        attention = upstream.eager_attention(self._base.config) if maps else nullcontext()
+        # Not counted, because results are cached and a repeat depends on earlier calls.
+        with attention, counted(0), self._filled(self._embed, self._blank):
+            self._embedded(torch.zeros((sequences, tokens), dtype=torch.int64, device=self.device), past)
+        return [slot.arguments for slot in self._slots]
 
     @contextmanager
     def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -340,13 +555,8 @@ class Skeleton:
 
         def possible(units: int) -> bool:
             others = [other for other in sites if other.family != site.family]
-            families = {name: e for name, e in self.families.items() if any(s.family == name for s in sites)}
-            return is_stock(
-                self.architecture.model_type, families, self.checkpoint.config, [site.keeping(units), *others]
-            )
+            return is_stock(self.architecture.model_type, self.checkpoint.config, [site.keeping(units), *others])
 
-        if site.choices is not None:
-            return site.choices
         # If the stock config can express the FFN width at all, it can express any width.
         if site.kind == "ffn":
             return tuple(range(1, site.units + 1)) if possible(1) else (site.units,)
@@ -359,7 +569,7 @@ class Skeleton:
     @cached_property
     def tied(self) -> bool:
         """Whether the head shares the embedding's weight. As in transformers, a stored head that differs is not tied."""
-        if not getattr(self.config, "tie_word_embeddings", False):
+        if not self._ties:
             return False
         if self._head_weight not in self.checkpoint:
             return True
@@ -382,15 +592,14 @@ class Skeleton:
         for template, entries, arguments in zip(self._templates, self.entries, self.arguments(1, 1), strict=True):
             dtype = next(template.parameters()).dtype
             given = {name: _moved(value, meta, dtype) for name, value in arguments.items()}
-            # Routing depends on values, which meta tensors do not have.
-            experts = {entry.experts: template.get_submodule(entry.experts) for entry in entries if entry.experts}
-            try:
-                for name in experts:
-                    template.set_submodule(name, Routed())
-                template(torch.empty((1, 1, self.width), device=meta, dtype=dtype), **given)
-            finally:
-                for name, module in experts.items():
-                    template.set_submodule(name, module)
+            known = {entry.experts for entry in entries}
+            opaque = any(entry.whole for entry in entries) or experts_of(template).keys() - known
+            if opaque and self.architecture.model_type not in FAMILIES:
+                continue  # it may not run on the meta device
+            template = copy.deepcopy(template).to("meta")
+            # Routing depends on values, which meta tensors do not have. Other modules may read values too.
+            stand_in(template, [part for entry in entries for part in entry.parts])
+            template(torch.empty((1, 1, self.width), device=meta, dtype=dtype), **fresh(given))
         dtype = next(self._after[self.architecture.head].parameters()).dtype
         self._logits(torch.empty((1, 1, self.width), device=meta, dtype=dtype))
 
@@ -411,47 +620,98 @@ class Skeleton:
         assert hidden is not None
         return hidden
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, like: Tensor) -> Tensor:
         if name == self._head_weight and self.tied:
             name = self._embedding_weight
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
-    def _blank(self, name: str) -> Tensor:
+    def _blank(self, name: str, like: Tensor) -> Tensor:
         """Return zeros of a tensor's shape, expanded from one element so that they take no memory."""
-        return torch.zeros((), device=self.device, dtype=self.dtype).expand(self.checkpoint[name].shape)
+        return torch.zeros((), device=self.device, dtype=self.dtype).expand(like.shape)
 
     @contextmanager
-    def _filled(self, modules: dict[str, nn.Module], source: Callable[[str], Tensor]) -> Iterator[None]:
+    def _filled(self, modules: dict[str, nn.Module], source: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
         names = self._leaves(modules)
-        before = [module.get_parameter(leaf).detach() for module, leaf, _ in names]
+        before = [module.state_dict()[leaf] for module, leaf, _ in names]
         try:
-            for module, leaf, name in names:
-                place(module, leaf, source(name))
+            for (module, leaf, name), tensor in zip(names, before, strict=True):
+                place(module, leaf, source(name, tensor))
             yield
         finally:
             for (module, leaf, _), tensor in zip(names, before, strict=True):
                 place(module, leaf, tensor)
 
     def _separate_experts(self) -> None:
-        """Replace fused experts by separate modules, after checking their number against the shards."""
+        """Replace fused experts by separate modules."""
+        self._chosen: list[int] = []
+        """Experts per token of each block."""
+        for index, (template, entries) in enumerate(zip(self._templates, self.entries, strict=True)):
+            self._chosen.append(0)
+            known = {entry.experts for entry in entries}
+            for name, module in experts_of(template).items():
+                if name not in known:
+                    self._fuse(f"{self.architecture.blocks}.{index}.{name}", module)
+            for entry in (entry for entry in entries if entry.experts):
+                assert entry.experts is not None
+                experts: Any = template.get_submodule(entry.experts)
+                self._chosen[-1] = entry.chosen
+                if not isinstance(experts, Experts):
+                    self._divide(f"{self.architecture.blocks}.{index}.{entry.experts}", experts)
+                    separate_experts(template, entry.experts)
+
+    def _count_experts(self) -> None:
+        """Check the number of experts against the shards, before anything loops over them."""
         counted = 0
-        for template, entries in zip(self._templates, self.entries, strict=True):
-            for name in (entry.experts for entry in entries if entry.experts):
-                experts: Any = template.get_submodule(name)
-                held = len(experts) if isinstance(experts, Experts) else experts.down_proj.shape[0]
-                counted += held
+        for index, template in enumerate(self._templates):
+            for name, experts in experts_of(template).items():
+                if f"{self.architecture.blocks}.{index}.{name}.down_proj" not in self.checkpoint:
+                    counted += len(experts.get_parameter("down_proj"))
                 if counted > len(self.checkpoint):
                     raise CheckpointError(
-                        f"{self.checkpoint.directory}/config.json: {counted} experts or more; the shards hold "
-                        f"{len(self.checkpoint)} tensors"
+                        f"{self._where}: {counted} experts or more; the shards hold {len(self.checkpoint)} tensors"
                     )
-                chosen = self.config.num_experts_per_tok
-                if not 1 <= chosen <= held:
-                    raise CheckpointError(
-                        f"{self.checkpoint.directory}/config.json: num_experts_per_tok is {chosen}; it must be 1 to {held}"
-                    )
-                if not isinstance(experts, Experts):
-                    separate_experts(template, name)
+
+    def _fuse(self, path: str, experts: Any) -> None:
+        """Make the fused tensors of experts that stay as they are from separate ones in the checkpoint."""
+        for leaf, parameter in experts.named_parameters():
+            names = [
+                [f"{path}.{number}.{name}" for name, *_ in modeling.expert_parts(leaf, experts)]
+                for number in range(min(len(parameter), len(self.checkpoint)))
+            ]
+            if f"{path}.{leaf}" in self.checkpoint or not all(
+                name in self.checkpoint for each in names for name in each
+            ):
+                continue
+
+            def fused(
+                tensors: Sequence[Tensor], leaf: str = leaf, flat: tuple[str, ...] = tuple(chain.from_iterable(names))
+            ) -> Tensor:
+                whole: Tensor = modeling.fused(experts, path, leaf, dict(zip(flat, tensors, strict=True)))
+                return whole
+
+            bases = tuple(self.checkpoint[name] for each in names for name in each)
+            whole = Computed(bases[0].dtype, tuple(parameter.shape), bases, fused)
+            self.checkpoint.unite([name for each in names for name in each], f"{path}.{leaf}", whole)
+
+    def _divide(self, path: str, experts: Any) -> None:
+        """Replace the fused tensors of experts in the checkpoint by their parts."""
+        for leaf, parameter in experts.named_parameters():
+            if f"{path}.{leaf}" not in self.checkpoint:
+                continue
+            whole = self.checkpoint[f"{path}.{leaf}"]
+            if whole.shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{self.checkpoint.directory}: tensor {path}.{leaf} has shape {list(whole.shape)}; the config says "
+                    f"{list(parameter.shape)}"
+                )
+            parts = {}
+            for name, step, first, transposed in modeling.expert_parts(leaf, experts):
+                for number in range(len(parameter)):
+                    rows = parameter.shape[2 if transposed else 1]
+                    half = slice(first * rows // 2, (first + 1) * rows // 2)
+                    picked = half if step is None else slice(first, None, step or 1)
+                    parts[f"{path}.{number}.{name}"] = whole.part(number, picked, transposed=transposed)
+            self.checkpoint.divide(f"{path}.{leaf}", parts)
 
     def _leaves(self, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, str, str]]:
         """Return the tensors of modules: module, name inside it, and name in the checkpoint."""
@@ -463,10 +723,14 @@ class Skeleton:
 
     def layout_faults(self) -> Iterator[tuple[str, str]]:
         """Yield tensors that are missing, or whose shape differs from the config: name, and what is wrong."""
-        expected = self._expected()
+        return self._faults(self._expected())
+
+    def _faults(self, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:
+        """Yield those of the expected tensors that are missing or have another shape: name, and what is wrong."""
+        expected = dict(expected)
         # `tied` compares a stored head with the embedding, so it needs both.
         if (self._head_weight not in self.checkpoint or self._embedding_weight in self.checkpoint) and self.tied:
-            expected.pop(self._head_weight)
+            expected.pop(self._head_weight, None)
         for name, shape in expected.items():
             if name not in self.checkpoint:
                 yield name, f"is missing; the {self.architecture.model_type} model that the config describes has it"
@@ -476,24 +740,47 @@ class Skeleton:
     def extra(self) -> list[str]:
         """Return tensors that the config's model does not have, except the unused buffers of old checkpoints."""
         expected = self._expected()
-        return [name for name in self.checkpoint if name not in expected and not name.endswith(UNREAD)]
+        return [
+            name
+            for name in self.checkpoint
+            if name not in expected and not name.endswith(UNREAD) and not self._ignored(name)
+        ]
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors that the config implies, by stored name; the head is always included."""
-        expected: dict[str, tuple[int, ...]] = {}
+        expected = self._expected_outside()
         for index, layer in enumerate(self._templates):
             state = layer.state_dict()
             expected |= {full: tuple(state[name].shape) for name, full in self.block_names(index).items()}
+        return expected | {self.stored_name(name): shape for name, shape in self._carried.items()}
+
+    def _expected_outside(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors before and after the blocks, by stored name."""
+        expected: dict[str, tuple[int, ...]] = {}
         for modules in (self._embed, self._after):
             for module, leaf, name in self._leaves(modules):
                 expected[name] = tuple(module.state_dict()[leaf].shape)
         return expected
 
 
-def open_skeleton(model: Path, device: torch.device, dtype: str, *, layout: Layout = FREE) -> Skeleton:
+def open_skeleton(
+    model: Path, device: torch.device, dtype: str, *, layout: Layout = FREE, text_only: bool = False
+) -> Skeleton:
     """Open the skeleton of a checkpoint directory. `dtype` is the name of the computing dtype, see `resolve_dtype`."""
     checkpoint = Checkpoint(model)
-    return Skeleton(checkpoint, device=device, dtype=resolve_dtype(dtype, device, checkpoint.dtype), layout=layout)
+    computing = resolve_dtype(dtype, device, checkpoint.dtype)
+    return Skeleton(checkpoint, device=device, dtype=computing, layout=layout, text_only=text_only)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _varied(name: str, like: Tensor) -> Tensor:
+    """Return a tensor of the shape of another, each row of which has the same numbers, different from other rows."""
+    if like.dim() < 2:
+        return torch.ones(like.shape)
+    return torch.arange(len(like), dtype=torch.float32).view(-1, *[1] * (like.dim() - 1)).expand(like.shape)
 
 
 def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -514,6 +801,15 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype if value.is_floating_point() else None)
+
+
+def _numel(block: nn.Module, name: str) -> int:
+    """Return the number of parameters of a module, or of a parameter."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = block.get_submodule(owner)._parameters.get(leaf)
+    return (
+        parameter.numel() if parameter is not None else sum(p.numel() for p in block.get_submodule(name).parameters())
+    )
 
 
 def _matrix_elements(module: nn.Module) -> int:

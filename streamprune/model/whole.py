@@ -7,34 +7,37 @@ from typing import Any
 
 import torch
 
+from . import modeling_streamprune as modeling
 from .checkpoint import Checkpoint
-from .config import read_configuration
+from .config import OURS
+from .skeleton import Skeleton
+from .upstream import translated
 
 
 def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
     """Load a checkpoint directory as a transformers model in evaluation mode, on the CPU.
 
     `dtype` is that of the weights; None for the stored dtype. Quantised weights are dequantised. Raises a CheckpointError if the
-    directory is rejected by `Checkpoint`, `read_configuration` or transformers.
+    directory is rejected by `Checkpoint`, `Skeleton` or transformers.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    from .upstream import translated
-
-    checkpoint = Checkpoint(directory)
-    _, config = read_configuration(checkpoint)
+    skeleton = Skeleton(Checkpoint(directory), device=torch.device("cpu"), dtype=torch.float32)
+    base, config, kind = skeleton.architecture.model_type, skeleton.whole_config, None
+    if (widths := skeleton.checkpoint.config.get(OURS)) is not None:
+        config = modeling.config_class(base).from_dict({**config.to_dict(), OURS: widths})
+        kind = modeling.model_class(base)
+    kind = kind or modeling.stock_class(base)
     how = {"config": config, "dtype": dtype or "auto", "local_files_only": True, "use_safetensors": True}
     with translated(directory, "load this model"):
-        if checkpoint.dequantises:
-            with torch.device("meta"):
-                kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-            how |= {
-                "state_dict": {name: checkpoint.read(name) for name in checkpoint},
-                "dtype": dtype or checkpoint.dtype,
-            }
-            model = kind.from_pretrained(None, **how).eval()
+        if skeleton.checkpoint.dequantises:
+            checkpoint = Checkpoint(directory)  # with its own names
+            weights = {name: checkpoint.read(name) for name in checkpoint}
+            model = kind.from_pretrained(
+                None, **how | {"state_dict": weights, "dtype": dtype or checkpoint.dtype}
+            ).eval()
         else:
-            model = AutoModelForCausalLM.from_pretrained(directory, **how, trust_remote_code=False).eval()
+            model = kind.from_pretrained(directory, **how).eval()
     # Ignore the checkpoint's generation settings, which may ask for sampling or remote code.
     asked = model.generation_config
     tokens = {name: _tokens(getattr(asked, name, None)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

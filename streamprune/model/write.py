@@ -15,8 +15,8 @@ from ..system.progress import Progress
 from ..system.strict_json import write_json
 from . import fp8, manifest
 from . import modeling_streamprune as modeling
-from .architectures import is_stock, stock_config
-from .block import module_rows
+from .architectures import family_of, is_stock, stock_config
+from .block import rows_of
 from .checkpoint import Shard, data_bytes, shard_name, write_index, write_shard
 from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG, TOKENIZER_FILES, canonical
 from .site import DECILM, FREE, Layout, Site
@@ -38,7 +38,7 @@ def write_block(
     skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], folder: Path, store: str = "auto"
 ) -> str:
     """Write a block's shard from its weights by name inside the block; return its digest. `store` is ``auto`` or ``fp8``."""
-    names = skeleton.block_names(index)
+    names = {name: skeleton.written_name(full) for name, full in skeleton.block_names(index).items()}
     if store == "fp8":
         weights = fp8.quantised(skeleton, index, weights)
         names |= {name: names[name.removesuffix(fp8.SCALE)] + fp8.SCALE for name in weights.keys() - names.keys()}
@@ -46,14 +46,31 @@ def write_block(
 
 
 def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
-    """Write the shards outside the blocks (embeddings, final norm, head) unchanged. Returns their digests by file name."""
+    """Write the shards outside the blocks (embeddings, final norm, head, other towers) unchanged. Returns their digests by file name."""
     checkpoint, total = skeleton.checkpoint, _shards(skeleton)
     digests = {}
-    for number, names in ((1, skeleton.embed_names()), (total, skeleton.head_names())):
-        if names:
-            shard = shard_name(number, total)
-            digests[shard] = write_shard(folder / shard, {name: checkpoint.read(name) for name in names})
+    for number, names in _outside(skeleton).items():
+        shard = shard_name(number, total)
+        tensors = {skeleton.written_name(name): checkpoint.read(name) for name in names}
+        digests[shard] = write_shard(folder / shard, tensors)
     return digests
+
+
+def _outside(skeleton: Skeleton) -> dict[int, list[str]]:
+    """Return the names of the tensors of each shard outside the blocks, by the shard's number.
+
+    Tensors that take no part in computing text follow the head, in shards of at most the size of a block unless one is larger.
+    """
+    depth, head = len(skeleton), skeleton.head_names()
+    found = {1: skeleton.embed_names()} | ({depth + 2: head} if head else {})
+    most = max(sum(skeleton.checkpoint[n].nbytes for n in skeleton.block_names(i).values()) for i in range(depth))
+    number, held = depth + 1 + bool(head), most
+    for name in skeleton.carried_names():
+        if held + skeleton.checkpoint[name].nbytes > most:
+            number, held = number + 1, 0
+        held += skeleton.checkpoint[name].nbytes
+        found.setdefault(number, []).append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,10 +111,10 @@ def finish(
         CheckpointError: the tensors do not match the config.
     """
     digests, total = dict(digests), _shards(skeleton)
-    placed = {name: shard_name(1, total) for name in skeleton.embed_names()}
-    placed |= {name: shard_name(total, total) for name in skeleton.head_names()}
+    placed = {name: shard_name(number, total) for number, names in _outside(skeleton).items() for name in names}
     for index in range(len(skeleton)):
         placed |= {name: block_shard(skeleton, index) for name in skeleton.block_names(index).values()}
+    placed = {skeleton.written_name(name): shard for name, shard in placed.items()}
     source = skeleton.checkpoint
     if lost := [shard for shard in sorted(set(placed.values())) if not (folder / shard).is_file()]:
         raise DamageError(f"{folder}: {lost[0]} is missing; {AGAIN}")
@@ -132,7 +149,7 @@ def finish(
 
 def fits_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
     """Return whether the stock architecture can load a checkpoint with these sites."""
-    return is_stock(skeleton.architecture.model_type, skeleton.families, _plain_config(skeleton), sites)
+    return is_stock(skeleton.written_type, _plain_config(skeleton), sites)
 
 
 def _check_written(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
@@ -156,15 +173,15 @@ def _check_written(folder: Path, digests: Mapping[str, str], progress: Progress)
 
 def uniform_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """Return the source's config with the new widths, for the stock architecture."""
-    base = skeleton.architecture.model_type
+    base = skeleton.written_type
     stock = modeling.stock_class(base)
-    config = stock_config(base, skeleton.families, _plain_config(skeleton), sites)
+    config = stock_config(base, _plain_config(skeleton), sites)
     return {**config, "architectures": [stock.__name__]}
 
 
 def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """Return the source's config with per-block widths, for `modeling_streamprune`."""
-    base = skeleton.architecture.model_type
+    base = skeleton.written_type
     stem, module = modeling.class_stem(base), modeling.__name__.rpartition(".")[2]
     widths: dict[str, dict[str, list[Any]]] = {"rows": {}, "columns": {}, "attributes": {}, "experts": {}}
 
@@ -177,26 +194,29 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
             if entry.experts is not None:
                 own = [after[site.name].columns for site, _ in skeleton.places(index) if site.expert is not None]
                 put("experts", entry.experts, index, own)
-                continue
-            before = next(old for old, own in skeleton.places(index) if own.consumer == entry.consumer)
+        for before, entry in skeleton.places(index):
             site = after[before.name]
+            if site.expert is not None:
+                continue
             for producer in (*entry.producers, *entry.vectors):
-                parts = producer.stretches(before, module_rows(skeleton.module(index, producer.name)))
+                parts = producer.stretches(before.units, rows_of(skeleton.block(index), producer.name))
                 put("rows", producer.name, index, sum(part // before.units * site.units for part in parts))
+            assert entry.consumer is not None
             put("columns", entry.consumer, index, site.columns)
             for name in entry.counts:
                 count = modeling.count(skeleton.block(index), name)
                 put("attributes", name, index, count // before.units * site.units)
+    name = modeling.class_name(base)
     return {
         **_current_rotation(skeleton, _plain_config(skeleton)),
         "model_type": modeling.PREFIX + base,
-        "architectures": [f"{stem}ForCausalLM"],
+        "architectures": [name],
         "auto_map": {
             "AutoConfig": f"{module}.{stem}Config",
-            "AutoModelForCausalLM": f"{module}.{stem}ForCausalLM",
+            **dict.fromkeys(modeling.auto_classes(base), f"{module}.{name}"),
         },
         "streamprune": {
-            "blocks": skeleton.architecture.blocks,
+            "blocks": skeleton.written_name(skeleton.architecture.blocks),
             **widths,
             **({"renamed": skeleton.renamed} if skeleton.renamed else {}),
         },
@@ -220,7 +240,7 @@ def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
         **free_config(skeleton, sites),
         # vLLM compares names, not functions.
         "hidden_act": canonical(skeleton.config.hidden_act),
-        **{field: getattr(attention, name) for field, name in skeleton.families["attention"].widths},
+        **{field: getattr(attention, name) for field, name in family_of("llama").widths["attention"]},
         "architectures": ["DeciLMForCausalLM"],
         BLOCK_CONFIGS: blocks,
     }
@@ -245,14 +265,19 @@ def _current_rotation(skeleton: Skeleton, config: dict[str, Any]) -> dict[str, A
 
 def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
     ours = ("streamprune", "auto_map", BLOCK_CONFIGS)
-    config = {key: value for key, value in skeleton.checkpoint.config.items() if key not in ours}
+    fields = skeleton.checkpoint.config
+    if skeleton.alone:
+        # The text model's own fields, and those of the whole model that it shares.
+        shared: dict[str, Any] = {key: fields[key] for key in ("dtype", "torch_dtype") if key in fields}
+        fields = {**shared, **fields.get("text_config", {}), "tie_word_embeddings": skeleton.tied}
+    config = {key: value for key, value in fields.items() if key not in ours}
     # A head stored separately from the embedding, with other values, is not tied, whatever the config says.
     untied = getattr(skeleton.config, "tie_word_embeddings", False) and not skeleton.tied
     return {**config, "tie_word_embeddings": False} if untied else config
 
 
 def _shards(skeleton: Skeleton) -> int:
-    return len(skeleton) + (2 if skeleton.head_names() else 1)
+    return len(skeleton) + len(_outside(skeleton))
 
 
 def _card(card: Card, stock: bool) -> str:

@@ -67,12 +67,12 @@ class BlockPruner:
         Afterwards the store has the streams that the next block needs.
         """
         streams = self.streams
-        if index not in self.window:
+        if streams is not None and index in self.window:
+            streams.part(index)
+        if index not in self.window or not block.prunables:
             if streams is not None:
                 streams.pass_by(block, index)
             return block, [self._counts(each.site) | untouched(each.site) for each in block.prunables]
-        if streams is not None:
-            streams.part(index)
         pruned, reports = block.twin(), list[Report]()
         inputs: Gram | None = None
         for position, (dense, sub) in enumerate(zip(block.sublayers, pruned.sublayers, strict=True)):
@@ -90,7 +90,7 @@ class BlockPruner:
             if self._continues(here):
                 inputs = self._advance(block, pruned, here)
             dense.release()
-            seconds = round((time.perf_counter() - started) / len(found), 3)
+            seconds = round((time.perf_counter() - started) / max(1, len(found)), 3)
             reports += [report | {"seconds": seconds} for report in found]
         if self.refinement is not None:
             reports[-1] |= self._refine(pruned, index, reports[-1]["seconds"])
@@ -100,12 +100,12 @@ class BlockPruner:
 
     def _compensates(self, sub: Sublayer, here: Place) -> bool:
         """Whether producers are fitted to their input, which must then differ from the dense one."""
-        if self.streams is None or self.recipe.compensation is None:
+        if self.streams is None or self.recipe.compensation is None or not any(p.producers for p in sub.prunables):
             return False
         return here.block > self.window.start or (here.position > 0 and not sub.entry.parallel)
 
     def _sums_inputs(self, sub: Sublayer, here: Place) -> bool:
-        return self._compensates(sub, here) or self.recipe.wants_inputs
+        return self._compensates(sub, here) or (self.recipe.wants_inputs and bool(sub.prunables))
 
     def _has_target(self, sub: Sublayer, here: Place) -> bool:
         """Whether consumers are fitted to a target.
@@ -114,7 +114,7 @@ class BlockPruner:
         sends the expert other tokens.
         """
         wanted = self.streams is not None and self.recipe.target is not None and sub.entry.experts is None
-        return wanted and (here.block > self.window.start or here.position > 0)
+        return wanted and len(sub.prunables) == 1 and (here.block > self.window.start or here.position > 0)
 
     def _continues(self, here: Place) -> bool:
         """Whether a later step reads the streams after this sublayer."""
@@ -166,7 +166,7 @@ class BlockPruner:
         assert inputs is not None
         h, c = inputs.mean(f"{sub.name}, inputs")
         assert c is not None
-        dtype = sub.prunables[0].weight(sub.prunables[0].producers[0]).dtype
+        dtype = accumulator(sub.prunables[0].stored)
         h, c = h.to(dtype), c.to(dtype)
         solved = []
         if self.ranks.mine(0):

@@ -17,6 +17,7 @@ from ..jobs.schedule import Phase
 from ..maths.flops import kind
 from ..maths.sums import Statistic
 from ..model import fp8, hub, write
+from ..model.modeling_streamprune import stock_class
 from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import find_bos
@@ -50,10 +51,19 @@ class Request:
         self.device = machine.resolve_device(config.device, ranks)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, out=config.out.absolute())
-        self.skeleton: Skeleton = open_skeleton(config.model, self.device, config.dtype, layout=LAYOUTS[config.layout])
+        self.skeleton: Skeleton = open_skeleton(
+            config.model, self.device, config.dtype, layout=LAYOUTS[config.layout], text_only=config.text_only
+        )
         stored = self.skeleton.checkpoint.dtype
         self.activations = machine.resolve_activations(config.activations, self.skeleton.dtype, stored)
         self.sites = self.skeleton.all_sites()
+        self.skeleton.check_sites()
+        if config.text_only and not self.skeleton.wrapped:
+            raise ConfigError(f"text_only is on; {config.model} is a text model already")
+        if self.skeleton.alone and stock_class(self.skeleton.written_type) is None:
+            raise ConfigError(
+                f"text_only is on; transformers has no text model of type {self.skeleton.written_type!r} on its own"
+            )
         self._check_layout()
         if config.store == "fp8":
             fp8.check_storable(self.skeleton)

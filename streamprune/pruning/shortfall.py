@@ -78,7 +78,7 @@ class Goal:
             return sum(site.linears)
         if keeps is not None:
             return (site.units - keeps[site.name]) * site.unit_parameters
-        least = 1 if site.kind == "attention" else min(site.units, self.budget.round_to)
+        least = min(site.units, self.budget.round_to) if site.kind == "ffn" else 1
         return (site.units - min(site.choices or (least,))) * site.unit_parameters
 
     def _steps(self) -> str:
@@ -100,6 +100,6 @@ def largest_unit(sites: Sequence[Site], budget: Budget) -> int:
         if site.choices == (site.units,):
             continue
         alike = site.family if site.family in budget.alike else site.name
-        size = site.unit_parameters * (1 if site.kind == "attention" else budget.round_to)
+        size = site.unit_parameters * (budget.round_to if site.kind == "ffn" else 1)
         sizes[alike] = sizes.get(alike, 0) + size
     return max(sizes.values(), default=0)

@@ -52,8 +52,9 @@ class Shot:
         if self.number == 1:
             return self.job.skeleton
         source = self.job.shot_folder(self.number - 1)
+        config = self.job.config
         skeleton = open_skeleton(
-            source, self.job.request.device, self.job.config.dtype, layout=self.job.skeleton.layout
+            source, self.job.request.device, config.dtype, layout=self.job.skeleton.layout, text_only=config.text_only
         )
         skeleton.copies_ahead = self.job.skeleton.copies_ahead
         return skeleton

@@ -68,9 +68,10 @@ class Streams:
             self.store.link(boundary(PRUNED, index), boundary(DENSE, index))
 
     def pass_by(self, block: Block, index: int) -> None:
-        """Advance the pruned stream past a whole block, if a later block needs it."""
-        if self.into(index + 1):
-            advance(self.skeleton, block, index, self.store, PRUNED, self.batch)
+        """Advance the streams that a later block needs, and that have not moved yet, past a whole block."""
+        for stream in self.into(index + 1):
+            if boundary(stream, index + 1) not in self.store:
+                advance(self.skeleton, block, index, self.store, stream, self.batch)
 
     def drop(self, index: int, *, sublayer: int = 0) -> None:
         """Remove the inputs of a sublayer that is done."""

@@ -129,14 +129,13 @@ def _save_findings(shot: Shot, index: int, block: Block, stats: list[SiteStatist
         NumericalError: a finding holds NaN or Inf.
     """
     job, ranks = shot.job, shot.ranks
-    for number, statistics in enumerate(stats):
-        statistics.across(partial(ranks.sum, owner=ranks.owner(number)))
-    own = {number: statistics for number, statistics in enumerate(stats) if ranks.mine(number)}
+    for number in range(len(stats)):
+        stats[number].across(partial(ranks.sum, owner=ranks.owner(number)))
+    own = {number: stats[number] for number in range(len(stats)) if ranks.mine(number)}
     stats.clear()
     if job.grams == "parked":
-        for statistics in own.values():
-            statistics.park()
-    del statistics  # only `own` holds sums now
+        for number in own:
+            own[number].park()
     return_freed_memory()  # of the sweep
 
     found: dict[str, Tensor] = {}

@@ -127,7 +127,7 @@ def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
 
 def _steps(site: Site, round_to: int) -> tuple[int, ...]:
     fewer = range(site.units - 1, 0, -1) if site.choices is None else sorted(site.choices, reverse=True)
-    multiple = 1 if site.kind == "attention" else round_to
+    multiple = round_to if site.kind == "ffn" else 1
     return (0, *(site.units - keep for keep in fewer if keep < site.units and keep % multiple == 0))
 
 

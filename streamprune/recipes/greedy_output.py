@@ -102,6 +102,8 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
     def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         """Remove heads by similarity, then channels (the same share in every block) for the rest of the budget.
 
+        Linear attention has no maps to compare; by similarity, it keeps all heads.
+
         Raises:
             ConfigError: τ removes more than the ratio, or different numbers of heads where the layout needs one number.
         """
@@ -130,7 +132,7 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
                 f"tau is {self.settings.tau:g}; the heads it removes are {removed / budget.parameters:.3f} of the parameters, "
                 f"more than the ratio {budget.ratio:g}"
             )
-        plan = {}
+        plan = {site.name: SitePlan(site.units) for site in sites if site.kind == "linear"}
         for site in attention:
             chosen = torch.tensor(candidates(divergences[site.name], gone[site.name]), dtype=torch.int64)
             units = others(chosen, site.units)
@@ -150,7 +152,7 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
         """
         problem.factors.clear()  # Free the Cholesky factor of the target's fit: it is as large as H.
         energy = problem.w.square().sum(dim=0)
-        if problem.site.kind == "attention":
+        if problem.site.kind != "ffn":
             moments = (energy * problem.gram.diagonal().to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
         else:
             assert problem.inputs is not None
@@ -176,11 +178,12 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
             return {}
         ffn = [site for site in sites if site.kind == "ffn"]
         gone = budget.gone + _of_attention(sites, budget).target
-        return allocate(ffn, even_densities(ffn), replace(budget, gone=gone))
+        kept = {site.name: site.units for site in sites if site.kind == "linear"}
+        return kept | allocate(ffn, even_densities(ffn), replace(budget, gone=gone))
 
     def workspace(self, site: Site, keep: int) -> int:
         # Selection needs the Gram of the producers' inputs, (d, d), which is held until then.
-        selection = site.outputs**2 + sum(site.linears[:-1]) + max(site.linears[:-1])
+        selection = site.outputs**2 + sum(site.linears[:-1]) + max(site.linears[:-1], default=0)
         return max(selection, obs_workspace(site, keep) if self.settings.recover else 0)
 
     def curve(self, site: Site, findings: Findings) -> Tensor | None:

@@ -55,7 +55,7 @@ class SlimGpt(ObsRecipe[SlimGptSettings]):
             return super().select(problem, keep)
         site, w, h, damping = problem.site, problem.w, problem.gram, self.settings.damping
         count = site.units - keep
-        if site.kind == "attention":
+        if site.kind != "ffn":
             removed, _ = batched_group_removal(w, h, width=site.width, count=count, damping=damping, place=site.name)
         else:
             first, last = self._groups
@@ -73,5 +73,5 @@ class SlimGpt(ObsRecipe[SlimGptSettings]):
         """Count the elements held at the peak: P, W and the rows of the first removed group, or those of the refit."""
         if self.settings.exact:
             return super().workspace(site, keep)
-        group = site.width if site.kind == "attention" else min(self._groups[0], site.columns // 2)
+        group = site.width if site.kind != "ffn" else min(self._groups[0], site.columns // 2)
         return max(removal_workspace(site.columns, site.outputs, group), obs_workspace(site, keep))

@@ -60,10 +60,11 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     Returns the CRC-32 checksums of the tensors that this rank read, by tensor name, as `Checkpoint.changed` takes them.
 
     Raises:
-        CheckpointError: a tensor holds NaN, Inf or a value outside the computing dtype's range.
+        CheckpointError: a tensor holds NaN, Inf or a value outside the computing dtype's range, or see `Skeleton.prove`.
     """
+    skeleton.prove()
     groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
-    groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names()}]
+    groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names(), *skeleton.carried_names()}]
     groups = [group for number, group in enumerate(groups) if ranks.mine(number)]
     progress.phase("check weights", len(groups))
     names = [name for group in groups for name in group]
@@ -230,6 +231,8 @@ def _observed(
     arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
     given: list[list[Tensor]] = []
     u = sublayer.normed(x)
+    if not stats:
+        return sublayer.mix(u, arguments), given
     if any(stats[0].producers):
         mixed, given = sublayer.produce(u, arguments)
     else:

@@ -124,8 +124,8 @@ for first in sys.argv[1:]:
     if not child:
         exec(first, {})
         from transformers import AutoConfig, CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-        from streamprune import ARCHITECTURES
-        for name in ARCHITECTURES:
+        from streamprune import FAMILIES
+        for name in FAMILIES:
             config = CONFIG_MAPPING["streamprune_" + name]
             assert MODEL_FOR_CAUSAL_LM_MAPPING[config].__name__ == "PrunedForCausalLM", first
         os._exit(0)

@@ -570,7 +570,7 @@ def test_a_model_that_transformers_cannot_load(tiny: Tiny, monkeypatch: pytest.M
         raise OSError("no such luck")
 
     skeleton = open_skeleton(tiny("llama"), CPU, "float32")
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fail)
     with pytest.raises(CheckpointError, match="transformers cannot load this model \\(no such luck\\)"):
         next(lora.train(skeleton, torch.zeros(2, 4, dtype=torch.int64), Refinement(1, 0, 1, rank=1), None, print))
 

@@ -55,7 +55,7 @@ def streams(path: Path, folder: Path, samples: int, dtype: str = "float64") -> t
 def whole_block(path: Path, tokens: Tensor, index: int) -> Callable[[Tensor], Tensor]:
     """transformers' own block as (sequences, tokens, d) → same, for all of `tokens` at once; and its weights, trainable."""
     model = reference.load(path)
-    block = model.get_submodule(reference.ARCHITECTURES[model.config.model_type].blocks)[index]
+    block = model.get_submodule(reference.parts(model)[0])[index]
     called: list[Any] = []
     hook = block.register_forward_pre_hook(lambda m, a, k: called.append((a[1:], k)), with_kwargs=True)
     with torch.no_grad():
