@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..maths.refit import unit_columns
 from .architectures import SublayerEntry
@@ -103,6 +104,10 @@ class Trial:
         Returns the consumer's input (1, TOKENS, n), or the mixer's output if there is no consumer.
         """
         block, entry = copy.deepcopy(self._block), self._entry
+        for module in block.modules():
+            # Widths that do not fit each other end the process in torch's own attention, but raise an error here.
+            if isinstance(own := getattr(module, "config", None), PreTrainedConfig):
+                own._attn_implementation = "eager"
         change(block)
         vectors = {producer.name: producer for producer in (*entry.producers, *entry.vectors)}
         consumer = None if entry.experts else entry.consumer
@@ -208,5 +213,7 @@ class _Recorded:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name == "_attn_implementation":
+            return "eager"
         self.read.add(name)
         return getattr(self.config, name)
