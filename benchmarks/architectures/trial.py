@@ -67,7 +67,8 @@ def trial(model_type: str, folder: Path, record: Callable[[Row], None]) -> None:
     except streamprune.StreamPruneError as error:
         row["error"] = re.sub(rf"{re.escape(str(folder / 'model'))}\S*: ", "", _line(error))
         # Some reasons show only when a block is built, which is still before any work on it.
-        said_no = isinstance(error, (CheckpointError, ConfigError)) and row["step"] in ("evaluate", "prune")
+        of_source = isinstance(error, (CheckpointError, ConfigError)) and str(folder / "model") in str(error)
+        said_no = of_source and row["step"] in ("evaluate", "prune")
         at(row["step"], "refused" if row["step"] == "open" or said_no else "failed")
     except Exception as error:  # a type's own code may raise anything
         row["error"] = f"{type(error).__name__}: {_line(error)}"
