@@ -16,6 +16,7 @@ from ..errors import ConfigError, check_least
 from ..jobs.forecast.resources import bucket_batch, forecast
 from ..jobs.forecast.workload import Workload
 from ..model import hub
+from ..model.proof import prove
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import Bos, bos_token, load_tokenizer
 from ..stream import sweep
@@ -124,7 +125,7 @@ def through_blocks(
         memory, cache, activations, memory_host: as in `evaluate`, whose errors it raises.
     """
     dtypes = skeleton.dtype, skeleton.checkpoint.dtype
-    skeleton.prove()
+    prove(skeleton)
     stored = None if activations is None else machine.resolve_activations(activations, *dtypes)
     parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
     total, longest = sum(tokens.numel() for tokens in groups), max(tokens.shape[1] for tokens in groups)

@@ -13,7 +13,6 @@ output is a single sublayer without a site.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from .architectures import Producer, SublayerEntry
 from .block import is_linear, linear_shape, stand_in
+from .experts import experts_of
 from .trace import ALIASES, Call, Node, Unknown, ancestors, expanded, factor_of, inside, is_norm, leads, resolve, trace
 from .trial import Trial
 
@@ -228,25 +228,6 @@ def _heads(branch: Node, first: Call) -> int:
         if attention and node.call is None and len(node.shape) in (3, 4):
             return node.shape[-3]  # of one sequence
     return 0
-
-
-def experts_of(block: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a block that hold all routed experts in fused tensors, by name."""
-    return {name: module for name, module in block.named_modules() if _are_experts(module)}
-
-
-def _are_experts(module: nn.Module) -> bool:
-    """Whether a module holds all routed experts in fused tensors, as transformers' mixtures do."""
-    down = module._parameters.get("down_proj")
-    up = module._parameters.get("gate_up_proj", module._parameters.get("up_proj"))
-    takes = list(inspect.signature(module.forward).parameters) if down is not None else []
-    return (
-        down is not None
-        and up is not None
-        and down.dim() == up.dim() == 3
-        and len(takes) == 3
-        and not getattr(module, "has_post_expert_norm", False)
-    )
 
 
 def _mixture(

@@ -328,10 +328,10 @@ class PrunedForCausalLM:
 
 
 def register(base):
-    """Register pruned models of model_type `base` with AutoConfig and the auto classes of its kind."""
+    """Register pruned models of model_type `base` with AutoConfig and the auto classes of its kind, without importing a model."""
     AutoConfig.register(PREFIX + base, config_class(base), exist_ok=True)
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if auto.__name__ in auto_classes(base):
+        if CONFIG_MAPPING[base] in auto._model_mapping:
             auto.register(config_class(base), PrunedForCausalLM, exist_ok=True)
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,13 @@ from ..maths.flops import counted
 from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sums import SiteStatistics, Statistic
 from ..system.machine import resolve_dtype
+from . import experts, upstream
 from . import modeling_streamprune as modeling
-from . import upstream
 from .architectures import FAMILIES, Architecture, SublayerEntry, family_of, is_stock
 from .block import Arguments, Block, Layer, Sublayer, fresh, linear_shape, place, stand_in
 from .checkpoint import UNREAD, Checkpoint
 from .config import OURS, check_names, check_widths, read_configuration
-from .entries import Computed
-from .inference import experts_of, infer
+from .inference import infer
 from .modeling_streamprune import Experts, separate_experts
 from .names import CONFIG
 from .site import FREE, Layout, Site
@@ -110,7 +108,7 @@ class Skeleton:
         self.entries = self._infer(weights)
         """Sublayers of each block."""
         if (widths := self.checkpoint.config.get(OURS)) is not None:
-            check_widths(widths, self.architecture, self.entries, len(self.checkpoint), self._where)
+            check_widths(widths, self.architecture, self.entries, len(self.checkpoint), self.where)
             modeling.resize_blocks(self._templates, widths)
         self._separate_experts()
         if check:
@@ -136,7 +134,7 @@ class Skeleton:
         return self.config is not self.whole_config
 
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
         return f"{self.checkpoint.directory}/{CONFIG}"
 
     def _rename(self, model: nn.Module, model_type: str) -> None:
@@ -152,7 +150,7 @@ class Skeleton:
         own = {f"{base}.{name}": module for name, module in self._base.named_children() if name != leaf}
         if found := [name for name, _ in self._base.named_parameters(recurse=False)]:
             raise CheckpointError(
-                f"{self._where}: {model_type} models have {found[0]} beside their blocks, which is not supported"
+                f"{self.where}: {model_type} models have {found[0]} beside their blocks, which is not supported"
             )
         order: list[str] = []
         watched = {**own, "first": self._slots[0], "last": self._slots[-1]}
@@ -177,7 +175,7 @@ class Skeleton:
                     break
             else:
                 raise CheckpointError(
-                    f"{self._where}: the blocks of {model_type} models do not pass on hidden states alone"
+                    f"{self.where}: the blocks of {model_type} models do not pass on hidden states alone"
                     + (f" ({one_line(failure, 200)})" if failure else "")
                 ) from failure
         finally:
@@ -190,10 +188,10 @@ class Skeleton:
             for name, value in slot.arguments.items():
                 what = f"the blocks of {model_type} models read {name}, which"
                 if any(isinstance(each, upstream.Returned) for each in tree_leaves(value)):
-                    raise CheckpointError(f"{self._where}: {what} earlier blocks return: this is not supported")
+                    raise CheckpointError(f"{self.where}: {what} earlier blocks return: this is not supported")
                 for then, now in zip(tree_leaves(before.get(name)), tree_leaves(value), strict=False):
                     if isinstance(now, Tensor) and not (isinstance(then, Tensor) and _same(then, now)):
-                        raise CheckpointError(f"{self._where}: {what} depends on the tokens: this is not supported")
+                        raise CheckpointError(f"{self.where}: {what} depends on the tokens: this is not supported")
         paths = {module: name for name, module in model.named_modules()}
         tokens, head = paths[model.get_input_embeddings()], paths[model.get_output_embeddings()]
         before = dict.fromkeys(name for name in order[: order.index("first")] if name in self._embed)
@@ -213,22 +211,22 @@ class Skeleton:
         """Infer the sublayers of each block; blocks of the same modules have the same."""
         meta, cpu = torch.device("meta"), torch.device("cpu")
         single, several = self.arguments(1, 1), self._collect(1, TOKENS)
-        self._count_experts()
+        experts.check_number(self.checkpoint, self.architecture.blocks, self._templates, self.where)
         known: dict[Any, tuple[SublayerEntry, ...]] = {}
-        self._stock: dict[int, nn.Module] = {}
-        """The first block of each kind, with fused experts, on the meta device."""
+        self.stock_blocks: dict[int, nn.Module] = {}
+        """The first block of each kind as transformers builds it, on the meta device."""
         found: list[tuple[SublayerEntry, ...]] = []
         for template, one, more in zip(self._templates, single, several, strict=True):
             shapes = tuple((name, tuple(parameter.shape)) for name, parameter in template.named_parameters())
             if sum(shape[0] for _, shape in shapes if shape) > weights:
-                raise CheckpointError(f"{self._where}: its blocks are larger than the shards")
+                raise CheckpointError(f"{self.where}: its blocks are larger than the shards")
             kinds = tuple((name, type(module)) for name, module in template.named_modules())
             key = shapes, kinds, tuple(one)
             if key not in known:
-                self._stock[len(found)] = copy.deepcopy(template)
+                self.stock_blocks[len(found)] = copy.deepcopy(template)
                 dtype = next(template.parameters()).dtype
-                given = {name: _moved(value, meta, dtype) for name, value in one.items()}
-                tried = {name: _moved(value, cpu, torch.float32) for name, value in more.items()}
+                given = {name: moved(value, meta, dtype) for name, value in one.items()}
+                tried = {name: moved(value, cpu, torch.float32) for name, value in more.items()}
                 known[key] = infer(template, given, self.width, tried)
             found.append(known[key])
         return found
@@ -237,49 +235,9 @@ class Skeleton:
         """Raise a CheckpointError if there is nothing to prune."""
         if not self.all_sites():
             raise CheckpointError(
-                f"{self._where}: model_type {self.architecture.model_type!r} is not supported: its attention and FFNs have a form "
+                f"{self.where}: model_type {self.architecture.model_type!r} is not supported: its attention and FFNs have a form "
                 "that is not known, so that nothing can be pruned"
             )
-
-    @torch.no_grad()
-    def prove(self) -> None:
-        """Prove that blocks are rebuilt correctly: with a block's weights, random inputs give what transformers' own block gives.
-
-        Reads one block of each kind, unless tests prove this model_type, and computes in float32 (float64 if the skeleton does) on
-        the device.
-
-        Raises:
-            CheckpointError: nothing can be pruned, or the outputs differ by more than 1e-4, relative to what the block adds to the
-                stream.
-        """
-        self.check_sites()
-        if self.architecture.model_type in FAMILIES or OURS in self.checkpoint.config:
-            return
-        generator = torch.Generator().manual_seed(0)
-        dtype = accumulator(self.dtype)
-        x = torch.randn((1, TOKENS, self.width), generator=generator, dtype=dtype).to(self.device)
-        for index, stock in self._stock.items():
-            weights = {name: tensor.to(dtype) for name, tensor in self.read_block(index).items()}
-            arguments = {
-                name: _moved(value, self.device, dtype) for name, value in self.arguments(1, TOKENS)[index].items()
-            }
-            own = self.build_block(index, weights, dtype=dtype)(x, arguments)
-            stock = copy.deepcopy(stock)
-            for name in [name for name, _ in (*stock.named_parameters(), *stock.named_buffers())]:
-                path, _, leaf = name.rpartition(".")
-                if name in weights:
-                    place(stock, name, weights[name].to(self.device))
-                elif path in (entry.experts for entry in self.entries[index]):
-                    place(stock, name, modeling.fused(stock.get_submodule(path), path, leaf, weights).to(self.device))
-            with upstream.translated(self._where, f"run block {index}"), upstream.eager_experts(self.config):
-                wanted = stock(x, **fresh(arguments))
-            wanted = wanted[0] if isinstance(wanted, tuple | list) else wanted
-            difference = float((own - wanted).norm() / (wanted - x).norm())
-            if not difference < 1e-4:
-                raise CheckpointError(
-                    f"{self._where}: model_type {self.architecture.model_type!r} is not supported: block {index}, rebuilt from its "
-                    f"parts, differs from transformers' own by {difference:.1e}"
-                )
 
     def _raise_faults(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         for name, what in self._faults(expected):
@@ -320,12 +278,12 @@ class Skeleton:
         found = []
         for entry in self.entries[index]:
             if entry.experts is not None:
-                experts = layer.get_submodule(entry.experts)
-                assert isinstance(experts, Experts)
-                for number in range(len(experts)):
+                held = layer.get_submodule(entry.experts)
+                assert isinstance(held, Experts)
+                for number in range(len(held)):
                     own = entry.expert(number)
                     site = self._site(index, own)
-                    found.append((replace(site, expert=number, share=self._chosen[index] / len(experts)), own))
+                    found.append((replace(site, expert=number, share=self._chosen[index] / len(held)), own))
             single = entry.shared if entry.experts else entry
             if single is not None and single.consumer is not None:
                 found.append((self._site(index, single), single))
@@ -591,9 +549,9 @@ class Skeleton:
         meta = torch.device("meta")
         for template, entries, arguments in zip(self._templates, self.entries, self.arguments(1, 1), strict=True):
             dtype = next(template.parameters()).dtype
-            given = {name: _moved(value, meta, dtype) for name, value in arguments.items()}
+            given = {name: moved(value, meta, dtype) for name, value in arguments.items()}
             known = {entry.experts for entry in entries}
-            opaque = any(entry.whole for entry in entries) or experts_of(template).keys() - known
+            opaque = any(entry.whole for entry in entries) or experts.experts_of(template).keys() - known
             if opaque and self.architecture.model_type not in FAMILIES:
                 continue  # it may not run on the meta device
             template = copy.deepcopy(template).to("meta")
@@ -648,70 +606,16 @@ class Skeleton:
         for index, (template, entries) in enumerate(zip(self._templates, self.entries, strict=True)):
             self._chosen.append(0)
             known = {entry.experts for entry in entries}
-            for name, module in experts_of(template).items():
+            for name, module in experts.experts_of(template).items():
                 if name not in known:
-                    self._fuse(f"{self.architecture.blocks}.{index}.{name}", module)
+                    experts.unite(self.checkpoint, f"{self.architecture.blocks}.{index}.{name}", module)
             for entry in (entry for entry in entries if entry.experts):
                 assert entry.experts is not None
-                experts: Any = template.get_submodule(entry.experts)
+                held = template.get_submodule(entry.experts)
                 self._chosen[-1] = entry.chosen
-                if not isinstance(experts, Experts):
-                    self._divide(f"{self.architecture.blocks}.{index}.{entry.experts}", experts)
+                if not isinstance(held, Experts):
+                    experts.divide(self.checkpoint, f"{self.architecture.blocks}.{index}.{entry.experts}", held)
                     separate_experts(template, entry.experts)
-
-    def _count_experts(self) -> None:
-        """Check the number of experts against the shards, before anything loops over them."""
-        counted = 0
-        for index, template in enumerate(self._templates):
-            for name, experts in experts_of(template).items():
-                if f"{self.architecture.blocks}.{index}.{name}.down_proj" not in self.checkpoint:
-                    counted += len(experts.get_parameter("down_proj"))
-                if counted > len(self.checkpoint):
-                    raise CheckpointError(
-                        f"{self._where}: {counted} experts or more; the shards hold {len(self.checkpoint)} tensors"
-                    )
-
-    def _fuse(self, path: str, experts: Any) -> None:
-        """Make the fused tensors of experts that stay as they are from separate ones in the checkpoint."""
-        for leaf, parameter in experts.named_parameters():
-            names = [
-                [f"{path}.{number}.{name}" for name, *_ in modeling.expert_parts(leaf, experts)]
-                for number in range(min(len(parameter), len(self.checkpoint)))
-            ]
-            if f"{path}.{leaf}" in self.checkpoint or not all(
-                name in self.checkpoint for each in names for name in each
-            ):
-                continue
-
-            def fused(
-                tensors: Sequence[Tensor], leaf: str = leaf, flat: tuple[str, ...] = tuple(chain.from_iterable(names))
-            ) -> Tensor:
-                whole: Tensor = modeling.fused(experts, path, leaf, dict(zip(flat, tensors, strict=True)))
-                return whole
-
-            bases = tuple(self.checkpoint[name] for each in names for name in each)
-            whole = Computed(bases[0].dtype, tuple(parameter.shape), bases, fused)
-            self.checkpoint.unite([name for each in names for name in each], f"{path}.{leaf}", whole)
-
-    def _divide(self, path: str, experts: Any) -> None:
-        """Replace the fused tensors of experts in the checkpoint by their parts."""
-        for leaf, parameter in experts.named_parameters():
-            if f"{path}.{leaf}" not in self.checkpoint:
-                continue
-            whole = self.checkpoint[f"{path}.{leaf}"]
-            if whole.shape != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"{self.checkpoint.directory}: tensor {path}.{leaf} has shape {list(whole.shape)}; the config says "
-                    f"{list(parameter.shape)}"
-                )
-            parts = {}
-            for name, step, first, transposed in modeling.expert_parts(leaf, experts):
-                for number in range(len(parameter)):
-                    rows = parameter.shape[2 if transposed else 1]
-                    half = slice(first * rows // 2, (first + 1) * rows // 2)
-                    picked = half if step is None else slice(first, None, step or 1)
-                    parts[f"{path}.{number}.{name}"] = whole.part(number, picked, transposed=transposed)
-            self.checkpoint.divide(f"{path}.{leaf}", parts)
 
     def _leaves(self, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, str, str]]:
         """Return the tensors of modules: module, name inside it, and name in the checkpoint."""
@@ -794,10 +698,10 @@ def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
     return found
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Move an argument of a block to a device, and floating-point tensors to a dtype; other values are unchanged."""
     if isinstance(value, tuple):
-        return tuple(_moved(each, device, dtype) for each in value)
+        return tuple(moved(each, device, dtype) for each in value)
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype if value.is_floating_point() else None)

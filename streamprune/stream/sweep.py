@@ -19,6 +19,7 @@ from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sampling import sample
 from ..maths.sums import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
+from ..model.proof import prove
 from ..model.skeleton import Skeleton
 from ..system.host import return_freed_memory, tensor_bytes
 from ..system.progress import Progress, rest
@@ -60,9 +61,9 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     Returns the CRC-32 checksums of the tensors that this rank read, by tensor name, as `Checkpoint.changed` takes them.
 
     Raises:
-        CheckpointError: a tensor holds NaN, Inf or a value outside the computing dtype's range, or see `Skeleton.prove`.
+        CheckpointError: a tensor holds NaN, Inf or a value outside the computing dtype's range, or see `model.proof.prove`.
     """
-    skeleton.prove()
+    prove(skeleton)
     groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
     groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names(), *skeleton.carried_names()}]
     groups = [group for number, group in enumerate(groups) if ranks.mine(number)]
