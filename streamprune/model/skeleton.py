@@ -36,6 +36,9 @@ from .names import CONFIG
 from .site import FREE, Layout, Site
 from .trial import TOKENS
 
+_KNOWN: OrderedDict[Any, tuple[SublayerEntry, ...]] = OrderedDict()
+"""Sublayers that were inferred in this process, by config and modules."""
+
 
 class Skeleton:
     """The model of a checkpoint directory, dense or pruned.
@@ -210,25 +213,29 @@ class Skeleton:
     def _infer(self, weights: int) -> list[tuple[SublayerEntry, ...]]:
         """Infer the sublayers of each block; blocks of the same modules have the same."""
         meta, cpu = torch.device("meta"), torch.device("cpu")
-        single, several = self.arguments(1, 1), self._collect(1, TOKENS)
         experts.check_number(self.checkpoint, self.architecture.blocks, self._templates, self.where)
-        known: dict[Any, tuple[SublayerEntry, ...]] = {}
+        config, kept = self.whole_config.to_json_string(use_diff=False), self.architecture.model_type not in FAMILIES
         self.stock_blocks: dict[int, nn.Module] = {}
         """The first block of each kind as transformers builds it, on the meta device."""
-        found: list[tuple[SublayerEntry, ...]] = []
-        for template, one, more in zip(self._templates, single, several, strict=True):
+        found, seen = list[tuple[SublayerEntry, ...]](), set[Any]()
+        for index, (template, one) in enumerate(zip(self._templates, self.arguments(1, 1), strict=True)):
             shapes = tuple((name, tuple(parameter.shape)) for name, parameter in template.named_parameters())
             if sum(shape[0] for _, shape in shapes if shape) > weights:
                 raise CheckpointError(f"{self.where}: its blocks are larger than the shards")
             kinds = tuple((name, type(module)) for name, module in template.named_modules())
-            key = shapes, kinds, tuple(one)
-            if key not in known:
-                self.stock_blocks[len(found)] = copy.deepcopy(template)
+            key = config, shapes, kinds, tuple(one)
+            if kept and key not in seen:
+                self.stock_blocks[index] = copy.deepcopy(template)
+            seen.add(key)
+            if key not in _KNOWN:
                 dtype = next(template.parameters()).dtype
                 given = {name: moved(value, meta, dtype) for name, value in one.items()}
-                tried = {name: moved(value, cpu, torch.float32) for name, value in more.items()}
-                known[key] = infer(template, given, self.width, tried)
-            found.append(known[key])
+                several = self._collect(1, TOKENS)[index]
+                tried = {name: moved(value, cpu, torch.float32) for name, value in several.items()}
+                _KNOWN[key] = infer(template, given, self.width, tried)
+            found.append(_KNOWN[key])
+        while len(_KNOWN) > 256:
+            _KNOWN.popitem(last=False)
         return found
 
     def check_sites(self) -> None:
@@ -554,10 +561,15 @@ class Skeleton:
             opaque = any(entry.whole for entry in entries) or experts.experts_of(template).keys() - known
             if opaque and self.architecture.model_type not in FAMILIES:
                 continue  # it may not run on the meta device
-            template = copy.deepcopy(template).to("meta")
+            if any(not buffer.is_meta for buffer in template.buffers()):
+                template = copy.deepcopy(template).to(meta)
             # Routing depends on values, which meta tensors do not have. Other modules may read values too.
-            stand_in(template, [part for entry in entries for part in entry.parts])
-            template(torch.empty((1, 1, self.width), device=meta, dtype=dtype), **fresh(given))
+            apart = stand_in(template, [part for entry in entries for part in entry.parts])
+            try:
+                template(torch.empty((1, 1, self.width), device=meta, dtype=dtype), **fresh(given))
+            finally:
+                for name, module in apart.items():
+                    template.set_submodule(name, module)
         dtype = next(self._after[self.architecture.head].parameters()).dtype
         self._logits(torch.empty((1, 1, self.width), device=meta, dtype=dtype))
 
