@@ -100,6 +100,10 @@ class Layer:
         found: Tensor = owner._buffers[leaf] if leaf in owner._buffers else owner._parameters[leaf]  # type: ignore[assignment]
         return found
 
+    def is_buffer(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return leaf in self.module(path)._buffers
+
     def scale_count(self, name: str, kept: int, units: int) -> None:
         """Scale an attribute that counts heads, for this block only, from `units` units to `kept`."""
         block = self._modules[0]
@@ -201,7 +205,7 @@ class Block:
 
     @contextmanager
     def training(self, dtype: torch.dtype) -> Iterator[dict[str, nn.Parameter]]:
-        """Yield the block's weights, except routers, as trainable parameters in `dtype`, by name. At the end they become its weights.
+        """Yield the block's parameters, except routers, as trainable in `dtype`, by name. At the end they become its weights.
 
         Raises a NumericalError if a trained weight is not finite in the stored dtype.
         """
@@ -210,7 +214,11 @@ class Block:
         weights = {name: nn.Parameter(master.to(layer.device, dtype)) for name, master in layer.weights.items()}
         for name, weight in weights.items():
             layer.put(name, weight)
-        trained = {name: weight for name, weight in weights.items() if not name.startswith(routers)}
+        trained = {
+            name: weight
+            for name, weight in weights.items()
+            if not name.startswith(routers) and not layer.is_buffer(name)
+        }
         for name in weights.keys() - trained.keys():
             weights[name].requires_grad_(False)
         yield trained

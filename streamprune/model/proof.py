@@ -48,7 +48,7 @@ def prove(skeleton: Skeleton) -> None:
                 place(stock, name, weights[name].to(device))
             elif path in (entry.experts for entry in skeleton.entries[index]):
                 place(stock, name, modeling.fused(stock.get_submodule(path), path, leaf, weights).to(device))
-        with upstream.translated(skeleton.where, f"run block {index}"), upstream.eager_experts(skeleton.config):
+        with upstream.translated(skeleton.where, f"run block {index}"), upstream.eager_experts(stock):
             wanted = stock(x, **fresh(arguments))
         wanted = wanted[0] if isinstance(wanted, tuple | list) else wanted
         difference = float((own - wanted).norm() / (wanted - x).norm())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CheckpointError, NumericalError, one_line
-from ..maths.flops import counted
+from ..maths.flops import FlopCounter, counted
 from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sums import SiteStatistics, Statistic
 from ..system.machine import resolve_dtype
@@ -360,6 +360,16 @@ class Skeleton:
         return self._templates[index].get_submodule(name)
 
     @cached_property
+    def stateful(self) -> str | None:
+        """The first module that may keep something else than keys and values in a cache; None if there is none."""
+        for index, entries in enumerate(self.entries):
+            for entry in entries:
+                given = {name for _, name in entry.arguments} & {*upstream.CACHES}
+                if entry.whole or (given and entry.kind != "attention"):
+                    return f"{self.architecture.blocks}.{index}.{entry.mixer[0]}".rstrip(".")
+        return None
+
+    @cached_property
     def unpruned(self) -> dict[str, list[int]]:
         """What has no site and stays as it is: modules inside blocks, ``""`` for a whole block, each with the blocks' numbers."""
         found: dict[str, list[int]] = {}
@@ -427,14 +437,39 @@ class Skeleton:
     def forward_operations(self, sequences: int, length: int) -> int:
         """Return the floating-point operations of a forward pass over `sequences` of `length` tokens, in the convention of `maths.flops`.
 
-        Two per weight and token of each linear, plus the two attention products over all pairs of tokens. The head runs on all
-        tokens of a sequence except the last, which predicts nothing.
+        The head runs on all tokens of a sequence except the last, which predicts nothing.
+        """
+        head = sum(_matrix_elements(module) for module in self._after.values())
+        return self.block_operations(sequences, length) + sequences * (length - 1) * 2 * head
+
+    def block_operations(self, sequences: int, length: int) -> int:
+        """Return the floating-point operations of all blocks in such a forward pass.
+
+        Two per weight and token of each linear, plus the two attention products over all pairs of tokens. Products of other mixers
+        are counted on the meta device.
         """
         linears = sum(_matrix_elements(layer) for layer in self._templates)
         linears -= round(sum((1 - site.share) * sum(site.linears) for site in self.all_sites()))
-        mixing = sum(4 * length * site.columns for site in self.all_sites() if site.kind == "attention")
-        head = sum(_matrix_elements(module) for module in self._after.values())
-        return sequences * (length * (2 * linears + mixing) + (length - 1) * 2 * head)
+        mixing, counted_before = 0, dict[Any, int]()
+        for index, entries in enumerate(self.entries):
+            if all(entry.producers or entry.whole for entry in entries):
+                mixing += sum(4 * length**2 * site.columns for site in self.sites(index) if site.kind == "attention")
+                continue
+            key = tuple((name, tuple(p.shape)) for name, p in self._templates[index].named_parameters())
+            if key not in counted_before:
+                counted_before[key] = self._products(index, length)
+            mixing += counted_before[key]
+        return sequences * (length * 2 * linears + mixing)
+
+    @cache  # noqa: B019 - a number per block, for the life of the skeleton
+    def _products(self, index: int, length: int) -> int:
+        """Return the operations of a block on one sequence besides those of its linears; 0 if it does not run on the meta device."""
+        try:
+            with counted(0), FlopCounter() as counter:
+                ran = self._run_on_meta(index, length)
+        except Exception:
+            return 0  # with more than one token, it may read values of tensors
+        return 0 if ran is None else counter.total - 2 * length * ran
 
     def announce_block(self, index: int) -> None:
         """Ask the kernel to read ahead what `read_block` will read."""
@@ -554,24 +589,34 @@ class Skeleton:
         Settings that the modules cannot run with, such as a factor that is not a number, raise torch's own errors here.
         """
         meta = torch.device("meta")
-        for template, entries, arguments in zip(self._templates, self.entries, self.arguments(1, 1), strict=True):
-            dtype = next(template.parameters()).dtype
-            given = {name: moved(value, meta, dtype) for name, value in arguments.items()}
-            known = {entry.experts for entry in entries}
-            opaque = any(entry.whole for entry in entries) or experts.experts_of(template).keys() - known
-            if opaque and self.architecture.model_type not in FAMILIES:
-                continue  # it may not run on the meta device
-            if any(not buffer.is_meta for buffer in template.buffers()):
-                template = copy.deepcopy(template).to(meta)
-            # Routing depends on values, which meta tensors do not have. Other modules may read values too.
-            apart = stand_in(template, [part for entry in entries for part in entry.parts])
-            try:
-                template(torch.empty((1, 1, self.width), device=meta, dtype=dtype), **fresh(given))
-            finally:
-                for name, module in apart.items():
-                    template.set_submodule(name, module)
+        for index in range(len(self)):
+            self._run_on_meta(index, 1)
         dtype = next(self._after[self.architecture.head].parameters()).dtype
         self._logits(torch.empty((1, 1, self.width), device=meta, dtype=dtype))
+
+    @torch.no_grad()
+    def _run_on_meta(self, index: int, tokens: int) -> int | None:
+        """Run a block without its experts on one sequence; return the weights of the linears that ran.
+
+        None if it may not run on the meta device.
+        """
+        template, entries, meta = self._templates[index], self.entries[index], torch.device("meta")
+        known = {entry.experts for entry in entries}
+        opaque = any(entry.whole for entry in entries) or experts.experts_of(template).keys() - known
+        if opaque and self.architecture.model_type not in FAMILIES:
+            return None
+        dtype = next(template.parameters()).dtype
+        given = {name: moved(value, meta, dtype) for name, value in self.arguments(1, tokens)[index].items()}
+        if any(not buffer.is_meta for buffer in template.buffers()):
+            template = copy.deepcopy(template).to(meta)
+        # Routing depends on values, which meta tensors do not have. Other modules may read values too.
+        apart = stand_in(template, [part for entry in entries for part in entry.parts])
+        try:
+            template(torch.empty((1, tokens, self.width), device=meta, dtype=dtype), **fresh(given))
+            return _matrix_elements(template)
+        finally:
+            for name, module in apart.items():
+                template.set_submodule(name, module)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         *final, _ = self._after.values()

@@ -144,14 +144,17 @@ def attention(config: Any) -> str:
 
 
 @contextmanager
-def eager_experts(config: Any) -> Iterator[None]:
-    """Make models with this config compute their experts one by one, in any dtype, while the context is open."""
-    usual = getattr(config, "_experts_implementation", None)
-    config._experts_implementation = "eager"
+def eager_experts(block: nn.Module) -> Iterator[None]:
+    """Make a block compute its experts one by one, in any dtype, while the context is open."""
+    configs: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
+    usual = [getattr(config, "_experts_implementation", None) for config in configs]
     try:
+        for config in configs:
+            config._experts_implementation = "eager"
         yield
     finally:
-        config._experts_implementation = usual
+        for config, before in zip(configs, usual, strict=True):
+            config._experts_implementation = before
 
 
 @contextmanager

@@ -122,8 +122,8 @@ class Corrector:
             block.absorb(descent.weights, keep_zeros=self.how.keeps_zeros)
 
     def descent(self, step: int, index: int, block: Block) -> Descent | None:
-        """Return a block's updates before a step, with Adam's state; None outside the window."""
-        if index not in self.window:
+        """Return a block's updates before a step, with Adam's state; None outside the window and without sites."""
+        if index not in self.window or not block.prunables:
             return None
         how, path = self.how, self._file(step, index)
         assert how.rank is not None

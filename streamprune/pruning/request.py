@@ -72,6 +72,11 @@ class Request:
         self.ratio = self._agreed_ratio()
         self.shots = 1 if self.given_plan else self.recipe.shots(self.ratio)
         self.length = windows.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
+        if self.writes_text and (module := self.skeleton.stateful):
+            raise ConfigError(
+                f"calibration is self; {module} may keep a recurrent state, and text is generated with keys and values only: give "
+                "calibration text"
+            )
         if self.given_plan is None:
             self.recipe.check(self.changeable(self.sites), self.budget())
 

@@ -83,15 +83,16 @@ class KeysAndValues:
     ) -> tuple[Tensor, Tensor]:
         """Append one token (sequences, heads, 1, head_dim); return all tokens (sequences, heads, tokens, head_dim).
 
-        Further arguments differ between releases of transformers and serve other kinds of cache.
+        Keys and values may differ in head_dim. Further arguments differ between releases of transformers and serve other kinds of
+        cache.
         """
-        token = torch.stack((key_states, value_states))[..., 0, :]
+        token = torch.cat((key_states, value_states), dim=-1)[..., 0, :]
         path = self.folder / f"{layer_idx:04}-{self.number}"
         files.append(path, tensor_bytes(token.cpu()))
         buffer = host_buffer(path.stat().st_size, token.device)
         files.read_into(path, 0, buffer.numpy().data)
         tokens = buffer.to(token.device, non_blocking=True).view(token.dtype).view(-1, *token.shape)
-        k, v = tokens.permute(1, 2, 3, 0, 4)
+        k, v = torch.split(tokens.permute(1, 2, 0, 3), [key_states.shape[-1], value_states.shape[-1]], dim=-1)
         return k, v
 
 

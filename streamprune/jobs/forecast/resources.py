@@ -191,6 +191,9 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
                 sums += 2 * sum(site.linears[:-1]) * tokens + mixed
         sums += 2 * tokens * (shapes.gram_products(d) + d * d) * (workload.compensates and pruned_input)
         forward += last
+    if tokens:
+        # Linears that belong to no site, and products of other mixers than attention.
+        forward = max(forward, skeleton.block_operations(workload.samples, workload.length))
     advanced = forward if workload.refines else forward - last  # no stream is needed after the last sublayer
     found = dict.fromkeys(KINDS, 0.0)
     # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs.
