@@ -40,8 +40,26 @@ class AllTokens(torch.nn.Module):
             reached = sent.any(dim=1, keepdim=True).to(x)
             weight = (weights * sent).sum(dim=1, keepdim=True).to(x)
             given: Any = expert
-            total = total + given.down_proj(given.mix(x * reached) * weight) * reached
+            output = given.down_proj(given.mix(x * reached) * weight)
+            if given.down_proj.bias is not None:
+                output = output + (weight - 1) * given.down_proj.bias
+            total = total + output * reached
         return total
+
+
+class Shared(torch.nn.Module):
+    """A shared expert whose output the mixture multiplies by a gate: the consumer's input is multiplied here instead."""
+
+    def __init__(self, ffn: Any, gate: torch.nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = ffn.gate_proj, ffn.up_proj, ffn.down_proj
+        self.__dict__["gate"] = gate  # a module of the mixture
+        self.activation = ffn.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.gate(x).sigmoid()
+        output: Tensor = self.down_proj(factor * self.activation(self.gate_proj(x)) * self.up_proj(x)) / factor
+        return output
 
 
 def load(path: Path, **options: Any) -> Any:
@@ -57,6 +75,9 @@ def load(path: Path, **options: Any) -> Any:
             if not isinstance(block.get_submodule(entry.experts), Experts):
                 separate_experts(block, entry.experts)
             block.set_submodule(entry.experts, AllTokens(block.get_submodule(entry.experts)))
+        if entry.shared and (gate := getattr(block.get_submodule(entry.mixer[0]), "shared_expert_gate", None)):
+            (shared,) = entry.shared.mixer
+            block.set_submodule(shared, Shared(block.get_submodule(shared), gate))
     return model
 
 
@@ -85,6 +106,8 @@ class Place:
 
     site: Site
     entry: SublayerEntry
+    sublayer: SublayerEntry
+    block: str
     before: str
     """Reads the stream before the sublayer; the block's input where that is parallel."""
     reader: str
@@ -102,13 +125,15 @@ def places(model: Any, sites: Iterable[Site]) -> list[Place]:
     found = []
     for site in sites:
         block, entry = next(
-            (name, entry) for index, name, entry in entries(model) if (index, entry.kind) == (site.block, site.kind)
+            (name, entry)
+            for index, name, entry in entries(model)
+            if (index, entry.kind) == (site.block, site.kind) and entry.consumer
         )
-        own = entry if site.expert is None else entry.expert(site.expert)
+        own = entry.expert(site.expert) if site.expert is not None else entry.shared or entry
         producers = tuple(f"{block}.{producer.name}" for producer in own.producers)
-        reader = f"{block}.{entry.router}" if entry.router else producers[0]
+        reader = f"{block}.{entry.router or [*(each.name for each in own.producers), *own.mixer][0]}"
         before = f"{block}.{entry.norm}" if entry.norm else reader
-        found.append(Place(site, own, before, reader, producers, f"{block}.{own.consumer}"))
+        found.append(Place(site, own, entry, block, before, reader, producers, f"{block}.{own.consumer}"))
     return found
 
 
@@ -129,11 +154,12 @@ class NormOfKept(torch.nn.Module):
 def forget(model: Any, place: Place, kept: Sequence[int]) -> None:
     """Norms over all heads no longer see those that are gone, as zeros in the consumer's columns do not say."""
     for vector in place.entry.vectors:
-        name = place.consumer.removesuffix(place.entry.consumer) + vector.name
-        norm = model.get_submodule(name)
-        norm = norm.norm if isinstance(norm, NormOfKept) else norm
-        rows = columns_of(torch.tensor(kept), len(norm.weight) // place.site.units)
-        model.set_submodule(name, NormOfKept(norm, rows))
+        owner = dict(model.named_modules()).get(f"{place.block}.{vector.name}")
+        norm = owner.norm if isinstance(owner, NormOfKept) else owner
+        # Each head has its own entries of other parameters, and so of a norm with a gate.
+        if "norm" in type(norm).__name__.lower() and place.site.kind == "attention":
+            rows = columns_of(torch.tensor(kept), len(norm.weight) // place.site.units)
+            model.set_submodule(f"{place.block}.{vector.name}", NormOfKept(norm, rows))
 
 
 def block_parameters(model: Any) -> int:
@@ -147,10 +173,11 @@ def capture(model: Any, modules: Iterable[str], tokens: Tensor) -> list[Tensor]:
     hooks = []
     for name in modules:
 
-        def hook(module: Any, inputs: Any, name: str = name) -> None:
-            seen[name] = inputs[0].reshape(-1, inputs[0].shape[-1])
+        def hook(module: Any, inputs: Any, named: Any, name: str = name) -> None:
+            x = inputs[0] if inputs else named["hidden_states"]
+            seen[name] = x.reshape(-1, x.shape[-1])
 
-        hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     with torch.no_grad():
         model(tokens)
     for handle in hooks:
@@ -190,7 +217,7 @@ def output_gradients(
 def stream(model: Any, place: Place, tokens: Tensor) -> Tensor:
     """The residual stream to which a sublayer adds, (all tokens, d)."""
     (x,) = capture(model, [place.before], tokens)
-    if place.entry.parallel:
+    if place.sublayer.parallel:
         attention = next(entry for _, _, entry in entries(model) if entry.kind == "attention")
         consumer = f"{place.consumer.removesuffix(place.entry.consumer)}{attention.consumer}"
         (z,) = capture(model, [consumer], tokens)
@@ -334,13 +361,13 @@ class Twins:
             z = z[:, columns]
             h = gram(z)
             strength = DAMPING * float(h.diagonal().mean())
-            if target != "own" and place.site.expert is None:
+            if target != "own" and place.sublayer.experts is None:
                 # Dense output, less what the consumer adds by itself, more what the stream lacks.
                 (dense_z,) = capture(self.dense, [place.consumer], tokens)
                 aim = dense_z @ weight_of(self.dense.get_submodule(place.consumer)).T
-                if target == "residual" and not place.entry.branch_norm:
+                if target == "residual" and not place.sublayer.branch_norm:
                     lacking = stream(self.dense, place, tokens) - stream(self.pruned, place, tokens)
-                    aim = aim + lacking / place.entry.scale
+                    aim = aim + lacking / place.sublayer.scale
                 w = least_squares(z, aim, w, strength)
             units = self.kept[place.site.name]
             if keep[place.site.name] < len(units):
@@ -360,6 +387,8 @@ class Twins:
 
     def _compensate(self, place: Place, tokens: Tensor) -> None:
         """Each producer is to give on its pruned input what it gives on the dense one."""
+        if not place.producers:
+            return
         (x,), (x_hat,) = (capture(model, [place.reader], tokens) for model in (self.dense, self.pruned))
         strength = DAMPING * float(gram(x_hat).diagonal().mean())
         for name in place.producers:

@@ -99,10 +99,21 @@ def test_what_a_model_writes_is_drawn_from_its_own_logits(
     name: str, tiny: Tiny, tmp_path: Path, logits: list[torch.Tensor]
 ) -> None:
     path = tiny(name, torch.float64)
+    if module := open_skeleton(path, CPU, "float64").stateful:
+        pytest.skip(f"{module} keeps a recurrent state, so that the next test applies")
     tokens = written(path, tmp_path / "generate")
     assert tokens.dtype == torch.int64
     is_the_models_own(path, tokens, logits)
     assert not (tmp_path / "generate").exists()
+
+
+@pytest.mark.parametrize(("name", "block"), [("qwen3_5", 0), ("nemotron_h", 0), ("lfm2", 0)])
+def test_a_model_with_recurrent_states_writes_no_text(name: str, block: int, tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny(name), calibration="self")
+    with pytest.raises(ConfigError, match=rf"calibration is self; model\.layers\.{block}\.\w+ .* recurrent state"):
+        streamprune.prune(config)
+    assert not config.out.exists()
+    assert not job_folder(config.out).exists()
 
 
 def test_bos_comes_before_what_a_model_writes(tiny: Tiny, tmp_path: Path, logits: list[torch.Tensor]) -> None:
