@@ -10,7 +10,11 @@ from . import charts
 from .charts import Chart
 from .records import SiteRecord
 
-KINDS = {"attention": ("Attention", "key/value groups with their query heads"), "ffn": ("FFN", "channels")}
+KINDS = {
+    "attention": ("Attention", "key/value groups with their query heads"),
+    "linear": ("Linear attention", "key heads or groups with their value heads"),
+    "ffn": ("FFN", "channels"),
+}
 """Title of each kind of site, and its units."""
 LINES = 96
 """Largest number of curves per chart."""
