@@ -37,11 +37,11 @@ def page(rows: Mapping[str, Mapping[str, Any]], listed: Mapping[str, str], date:
     rules = "\n".join(f"- {rule}" for rule in scope.RULES[1:])
     return f"""# Architectures
 
-Written by `scripts/architectures` on {date} with {named}. For each model type it makes a tiny random checkpoint with
-a config as found on the hub, and
+Written by `scripts/architectures` on {date} with {named}. For each model type it makes a
+tiny random checkpoint with a config as found on the hub, and
 
 1. evaluates it streamed, which must give the loss of transformers on the same tokens,
-2. prunes 25 % with `sobp`, then every site by a quarter with a plan,
+2. prunes 25 % with `sobp` (less where most of a block passes through), then every site by a quarter with a plan,
 3. evaluates both results streamed and loads them in a process that cannot import streamprune: losses and logits must
    agree.
 

@@ -103,7 +103,8 @@ def _try(model_type: str, folder: Path, row: Row, at: Callable[[str, str], None]
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
     at("open", "failed")
-    sites = [site for block in streamprune.inspect(source)["model"]["blocks"] for site in block["sites"]]
+    described = streamprune.inspect(source)["model"]
+    sites = [site for block in described["blocks"] for site in block["sites"]]
     row["sites"] = dict(Counter(family(site["site"]) for site in sites))
 
     at("evaluate", "failed")
@@ -120,9 +121,12 @@ def _try(model_type: str, folder: Path, row: Row, at: Callable[[str, str], None]
         return differences, sizes
 
     at("prune", "failed")
+    # Where most of a block passes through, its sites cannot lose as much.
+    most = sum((site["units"] - 1) * site["unit_parameters"] for site in sites) / described["block_parameters"]
+    ratio = row["ratio"] = min(RATIO, most / 2)
     job: Row = {"model": source, "calibration": calibration, "samples": WINDOWS, "seq_len": LENGTH, "dtype": "float32"}
     out = folder / "pruned"
-    result = streamprune.prune(streamprune.Config(**job, out=out, ratio=RATIO, recipe="sobp", round_to=4))
+    result = streamprune.prune(streamprune.Config(**job, out=out, ratio=ratio, recipe="sobp", round_to=4))
     row["removed"] = result.parameters_before - result.parameters_after
     if row["removed"] <= 0:
         raise Disagreement("no parameter was removed")
