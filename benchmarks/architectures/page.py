@@ -52,6 +52,9 @@ is pruned. [checks.md](checks.md) lists what tests check further for one model o
 
 {meanings}
 
+Sites: `attention` is softmax attention, `linear` a mixer with linear attention or a state space, `ffn` a feed-forward
+network (also one shared beside experts), `experts` those that a router chooses.
+
 | `model_type` | | status | sites | passes through, or why not |
 |---|---|---|---|---|
 {chr(10).join(table)}

@@ -100,6 +100,8 @@ def _try(model_type: str, folder: Path, row: Row, at: Callable[[str, str], None]
     if not dense.isfinite().all():
         raise Disagreement("the losses of the tiny model are not finite")
     before = groups(model, {name: parameter.numel() for name, parameter in model.named_parameters()})
+    if not before:
+        raise Disagreement("no blocks were found, so that nobody could say what passes through")
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
     at("open", "failed")
