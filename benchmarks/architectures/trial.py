@@ -230,18 +230,16 @@ def _group(name: str) -> str:
 
 
 def _lists(model: Any) -> list[str]:
-    """Return the names of the lists of text blocks: those as long as the config says, at the shallowest level."""
+    """Return the names of the lists of text blocks: those as long as the config says, else any; the shallowest."""
     try:
         text = model.get_decoder()
     except (AttributeError, NotImplementedError):
         text = model.base_model
     base = next(name for name, module in model.named_modules() if module is text)
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
-        f"{base}.{name}".strip(".")
-        for name, module in text.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and (count is None or len(module) == count)
-    ]
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    inside = {name: length for name, length in lists.items() if name.startswith(f"{base}.".lstrip("."))} or lists
+    found = [name for name, length in inside.items() if length == count] or list(inside)
     least = min((name.count(".") for name in found), default=0)
     return [name for name in found if name.count(".") == least]
 
