@@ -308,6 +308,8 @@ def model_class(base):
     members = {
         "__init__": __init__,
         "save_pretrained": save_pretrained,
+        # Of custom code transformers expects no buffers that the model computes for its blocks, and leaves them empty.
+        "is_custom_code": classmethod(lambda cls: False),
         "config_class": config_class(base),
         "__module__": __name__,
     }
