@@ -184,7 +184,7 @@ def build(model_class: Any, config: Any, dtype: torch.dtype, most: int) -> Any:
     with torch.device("meta"):
         model = model_class._from_config(config, dtype=dtype).eval()
     numbers = sum(buffer.numel() for buffer in model.buffers())
-    if numbers > max(most, 1 << 24):
+    if numbers > max(most, 1 << 20):
         raise CheckpointError(f"config.json: tables of {numbers} numbers for a model of {most} weights")
     if numbers:
         with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():

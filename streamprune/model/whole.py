@@ -25,7 +25,8 @@ def load_whole(directory: Path, dtype: torch.dtype | None = None) -> Any:
     skeleton = Skeleton(Checkpoint(directory), device=torch.device("cpu"), dtype=torch.float32)
     base, config, kind = skeleton.architecture.model_type, skeleton.whole_config, None
     if (widths := skeleton.checkpoint.config.get(OURS)) is not None:
-        config = modeling.config_class(base).from_dict({**config.to_dict(), OURS: widths})
+        own = {"model_type": modeling.PREFIX + base, OURS: widths}
+        config = modeling.config_class(base).from_dict({**config.to_dict(), **own})
         kind = modeling.model_class(base)
     kind = kind or modeling.stock_class(base)
     how = {"config": config, "dtype": dtype or "auto", "local_files_only": True, "use_safetensors": True}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contents, write_tokenizer
+from conftest import contents, make_tiny, write_tokenizer
 from safetensors.torch import load_file
 
 import streamprune
@@ -150,3 +150,15 @@ def test_text_only_needs_a_multimodal_model(wrapper: Path, text: Path, tmp_path:
     assert json.loads((alone / "config.json").read_text())["model_type"] == "streamprune_gemma3_text"
     with pytest.raises(ConfigError, match=r"text_only is on; .* is a text model already"):
         pruned(alone, tmp_path / "again", text, text_only=True)
+
+
+def test_loading_a_pruned_model_leaves_the_rules_of_its_source_alone(tmp_path: Path, text: Path) -> None:
+    """Pruned mixtures register names of their own with transformers, under a model_type of their own."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from streamprune.model.whole import load_whole
+
+    before = repr(get_checkpoint_conversion_mapping("mixtral"))
+    out = pruned(make_tiny(tmp_path / "mixtral", "mixtral"), tmp_path / "out", text)
+    load_whole(out)
+    assert repr(get_checkpoint_conversion_mapping("mixtral")) == before
