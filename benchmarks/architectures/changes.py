@@ -24,12 +24,15 @@ GEMMA4_E = {
     "num_kv_shared_layers": 2,
     "use_double_wide_mlp": True,
 }
-# Gemma 4 26B-A4B: experts beside the FFN, fewer key/value heads in full attention, values that are the keys.
-GEMMA4_A = {
+GEMMA4_12B = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "per_layer_config": ...,
     "global_head_dim": 32,
+}
+# Gemma 4 26B-A4B: experts beside the FFN, fewer key/value heads in full attention, values that are the keys.
+GEMMA4_A = {
+    **GEMMA4_12B,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "num_global_key_value_heads": 2,
@@ -39,12 +42,6 @@ GEMMA4_A = {
     "num_experts": 4,
     "top_k_experts": 2,
     "moe_intermediate_size": 32,
-}
-GEMMA4_12B = {
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "per_layer_config": ...,
-    "global_head_dim": 32,
 }
 COMPASS = {
     "layer_types": ["sliding_attention", "full_attention"],

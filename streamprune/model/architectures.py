@@ -130,11 +130,6 @@ class Architecture:
         """The module that runs the blocks."""
         return self.blocks.rpartition(".")[0]
 
-    @property
-    def root(self) -> str:
-        """The part of the model beside the head, which contains `base`."""
-        return self.blocks.partition(".")[0]
-
 
 _HEADS: Widths = (("num_attention_heads", "heads"), ("num_key_value_heads", "units"), ("head_dim", "head_width"))
 _FFN: Widths = (("intermediate_size", "columns"),)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
 
 from ..errors import CheckpointError
 from ..maths.refit import accumulator
+from ..system.host import return_freed_memory
 from . import modeling_streamprune as modeling
 from . import upstream
 from .architectures import FAMILIES
@@ -35,25 +37,31 @@ def prove(skeleton: Skeleton) -> None:
     model_type = skeleton.architecture.model_type
     if model_type in FAMILIES or OURS in skeleton.checkpoint.config:
         return
-    device, dtype = skeleton.device, accumulator(skeleton.dtype)
-    x = torch.randn((1, TOKENS, skeleton.width), generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
     for index, template in skeleton.stock_blocks.items():
-        weights = {name: tensor.to(dtype) for name, tensor in skeleton.read_block(index).items()}
-        arguments = {name: moved(each, device, dtype) for name, each in skeleton.arguments(1, TOKENS)[index].items()}
-        own = skeleton.build_block(index, weights, dtype=dtype)(x, arguments)
-        stock = copy.deepcopy(template)
-        for name in [name for name, _ in (*stock.named_parameters(), *stock.named_buffers())]:
-            path, _, leaf = name.rpartition(".")
-            if name in weights:
-                place(stock, name, weights[name].to(device))
-            elif path in (entry.experts for entry in skeleton.entries[index]):
-                place(stock, name, modeling.fused(stock.get_submodule(path), path, leaf, weights).to(device))
-        with upstream.translated(skeleton.where, f"run block {index}"), upstream.eager_experts(stock):
-            wanted = stock(x, **fresh(arguments))
-        wanted = wanted[0] if isinstance(wanted, tuple | list) else wanted
-        difference = float((own - wanted).norm() / (wanted - x).norm())
+        difference = _difference(skeleton, index, template)
+        return_freed_memory()
         if not difference < CLOSE:
             raise CheckpointError(
                 f"{skeleton.where}: model_type {model_type!r} is not supported: block {index}, rebuilt from its parts, differs "
                 f"from transformers' own by {difference:.1e}"
             )
+
+
+def _difference(skeleton: Skeleton, index: int, template: nn.Module) -> float:
+    """Return the difference of a rebuilt block's output from that of `template` with the same weights, see `prove`."""
+    device, dtype = skeleton.device, accumulator(skeleton.dtype)
+    x = torch.randn((1, TOKENS, skeleton.width), generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
+    weights = {name: tensor.to(dtype) for name, tensor in skeleton.read_block(index).items()}
+    arguments = {name: moved(each, device, dtype) for name, each in skeleton.arguments(1, TOKENS)[index].items()}
+    own = skeleton.build_block(index, weights, dtype=dtype)(x, arguments)
+    stock = copy.deepcopy(template)
+    for name in [name for name, _ in (*stock.named_parameters(), *stock.named_buffers())]:
+        path, _, leaf = name.rpartition(".")
+        if name in weights:
+            place(stock, name, weights[name].to(device))
+        elif path in (entry.experts for entry in skeleton.entries[index]):
+            place(stock, name, modeling.fused(stock.get_submodule(path), path, leaf, weights).to(device))
+    with upstream.translated(skeleton.where, f"run block {index}"), upstream.eager_experts(stock):
+        wanted = stock(x, **fresh(arguments))
+    wanted = wanted[0] if isinstance(wanted, tuple | list) else wanted
+    return float((own - wanted).norm() / (wanted - x).norm())

@@ -239,8 +239,13 @@ class Skeleton:
         return found
 
     def check_sites(self) -> None:
-        """Raise a CheckpointError if there is nothing to prune."""
-        if not self.all_sites():
+        """Raise a CheckpointError if there is nothing to prune, or if two sites of a block would have the same name."""
+        sites = self.all_sites()
+        if len({site.name for site in sites}) < len(sites):
+            raise CheckpointError(
+                f"{self.where}: model_type {self.architecture.model_type!r} is not supported: a block has several sites of a kind"
+            )
+        if not sites:
             raise CheckpointError(
                 f"{self.where}: model_type {self.architecture.model_type!r} is not supported: its attention and FFNs have a form "
                 "that is not known, so that nothing can be pruned"

@@ -107,6 +107,8 @@ class Trial:
         """
         block, entry = copy.deepcopy(self._block), self._entry
         for module in block.modules():
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = buffer if buffer is None or buffer.is_meta else buffer.cpu()
             # Widths that do not fit each other end the process in torch's own attention, but raise an error here.
             if isinstance(own := getattr(module, "config", None), PreTrainedConfig):
                 own._attn_implementation = "eager"
