@@ -313,7 +313,7 @@ features specific to that kind (grouped queries, fused projections, windows, nor
 NOTES = """A dash: the check does not apply, since the stock config has no field for the widths, or since the model keeps recurrent states, with
 which no calibration text is generated (`--calibration self` is refused).
 
-What each kind does not give up:
+What is not pruned in each kind:
 
 - An attention unit is a key/value group with its query heads. `falcon-7b` has one group, so only its FFN shrinks.
 - Falcon with ALiBi (`falcon-rw`) counts heads outside the blocks: only its FFN shrinks.

@@ -10,7 +10,7 @@ from . import scope
 STATUSES = {
     "works": "every sublayer is pruned, and everything agrees",
     "partly": "everything agrees; the modules named pass through unpruned, and calibration runs through them",
-    "refused": "streamprune says no before it starts, with the reason",
+    "refused": "streamprune refuses the model before any work, with the reason",
     "failed": "pruning fails or disagrees: a fault",
     "unbuilt": "transformers cannot make the checkpoint here",
 }

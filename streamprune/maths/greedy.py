@@ -88,7 +88,7 @@ def greedy_removal(
 def until_regular(
     attempt: Callable[[float], tuple[Tensor, Tensor]], damping: float, place: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the first result of `attempt` for one of the `dampings` that no SingularError prevents."""
+    """Return the result of `attempt` at the first of the `dampings` where it raises no SingularError."""
     for ridge in dampings(damping):
         with suppress(SingularError):
             return attempt(ridge)  # a function, so that P and V of a failed attempt are freed before the next

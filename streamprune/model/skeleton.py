@@ -651,14 +651,13 @@ class Skeleton:
 
     @contextmanager
     def _filled(self, modules: dict[str, nn.Module], source: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-        names = self._leaves(modules)
-        before = [module.state_dict()[leaf] for module, leaf, _ in names]
+        leaves = self._leaves(modules)
         try:
-            for (module, leaf, name), tensor in zip(names, before, strict=True):
+            for module, leaf, tensor, name in leaves:
                 place(module, leaf, source(name, tensor))
             yield
         finally:
-            for (module, leaf, _), tensor in zip(names, before, strict=True):
+            for module, leaf, tensor, _ in leaves:
                 place(module, leaf, tensor)
 
     def _separate_experts(self) -> None:
@@ -679,12 +678,12 @@ class Skeleton:
                     experts.divide(self.checkpoint, f"{self.architecture.blocks}.{index}.{entry.experts}", held)
                     separate_experts(template, entry.experts)
 
-    def _leaves(self, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, str, str]]:
-        """Return the tensors of modules: module, name inside it, and name in the checkpoint."""
+    def _leaves(self, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, str, Tensor, str]]:
+        """Return the tensors of modules: module, name inside it, the tensor, and its name in the checkpoint."""
         return [
-            (module, leaf, self.stored_name(f"{path}.{leaf}"))
+            (module, leaf, tensor, self.stored_name(f"{path}.{leaf}"))
             for path, module in modules.items()
-            for leaf in module.state_dict()
+            for leaf, tensor in module.state_dict().items()
         ]
 
     def layout_faults(self) -> Iterator[tuple[str, str]]:
@@ -722,11 +721,8 @@ class Skeleton:
 
     def _expected_outside(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors before and after the blocks, by stored name."""
-        expected: dict[str, tuple[int, ...]] = {}
-        for modules in (self._embed, self._after):
-            for module, leaf, name in self._leaves(modules):
-                expected[name] = tuple(module.state_dict()[leaf].shape)
-        return expected
+        leaves = [*self._leaves(self._embed), *self._leaves(self._after)]
+        return {name: tuple(tensor.shape) for _, _, tensor, name in leaves}
 
 
 def open_skeleton(
