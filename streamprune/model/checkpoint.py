@@ -28,7 +28,7 @@ from ..system.strict_json import parse, read_json, write_json
 from .entries import CPU, DTYPES, Plain, Span, Stored, TensorEntry
 from .hub import find_gguf
 from .names import ADAPTER, CONFIG, INDEX, RUN_TIME, SINGLE
-from .quantised import QUANTISED, Quantisation, original, quantised_by, read_quantisation
+from .quantised import Quantisation, original, quantised_by, read_quantisation, without_quantisation
 
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Suffixes of the names of buffers that old checkpoints contain and current models do not read."""
@@ -54,7 +54,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.directory = directory
         """The directory, or the path of a GGUF file."""
         self.config: dict[str, Any]
-        """The config without run-time fields (see `RUN_TIME`), and without `QUANTISED` if tensors are dequantised."""
+        """The config without run-time fields (see `RUN_TIME`), and without those of quantisation if tensors are dequantised."""
         self.bytes_read = 0
         self.headers: dict[str, str] = {}  # SHA-256 in hex of every shard's header, by file name
         self.stored: dict[str, Stored] = {}
@@ -101,7 +101,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         else:
             self._entries = self._quantisation.entries(self.stored)
         if self.dequantises:
-            self.config = {field: value for field, value in self.config.items() if field not in QUANTISED}
+            self.config = without_quantisation(self.config)
 
     def __getitem__(self, name: str) -> TensorEntry:
         try:
@@ -137,7 +137,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Stored dtype of the weights: that of the first non-empty tensor."""
+        """Dtype of the first non-empty tensor as `read` gives it: the stored one, or bfloat16 if it is dequantised."""
         return next((entry.dtype for entry in self.values() if entry.numel), torch.float32)
 
     def announce(self, name: str) -> None:

@@ -75,12 +75,14 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[str, Any]:
             blocks than the shards hold, a config that transformers rejects, or numbers out of range.
     """
     fields, where = checkpoint.config, f"{checkpoint.directory}/{CONFIG}"
+    text = fields.get("text_config")
     for name in QUANTISED:
-        if fields.get(name) is not None:
-            raise CheckpointError(
-                f"{where}: it has a {name} ({quantised_by({name: fields[name]})}), but no tensor is packed; if the weights "
-                f"were dequantised, delete {name} from the file"
-            )
+        for part in (fields, text if isinstance(text, dict) else {}):
+            if part.get(name) is not None:
+                raise CheckpointError(
+                    f"{where}: it has a {name} ({quantised_by({name: part[name]})}), but no tensor is packed; if the weights "
+                    f"were dequantised, delete {name} from the file"
+                )
     for name in _UNSUPPORTED:
         if fields.get(name) is not None:
             raise CheckpointError(f"{where}: {name} is not supported")

@@ -18,13 +18,15 @@ SCALE = "_scale_inv"
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the FP8 values (m, n) and the scales (m / 128, n / 128) float32 of a weight (m, n), as transformers computes them.
 
-    The largest weight of each block becomes float8's largest, 448; a block of zeros has scale 1.
+    The largest weight of each block becomes float8's largest, 448. A block of zeros has scale 1, and so has one whose largest weight
+    is below 1.4e-36, for which the factor is beyond float32: its weights become zeros.
     """
     high, wide = (size // SIDE for size in weight.shape)
     tiles = weight.float().view(high, SIDE, wide, SIDE)
     largest = tiles.abs().amax((1, 3))
     limit = torch.finfo(torch.float8_e4m3fn).max
-    factors = torch.where(largest > 0, limit / largest, 1.0)
+    factors = limit / largest
+    factors = torch.where(factors.isfinite(), factors, 1.0)
     values = (tiles * factors[:, None, :, None]).clamp_(-limit, limit).to(torch.float8_e4m3fn)
     return values.view(weight.shape), 1.0 / factors
 
@@ -73,5 +75,5 @@ def quantisation_config(skeleton: Skeleton, scales: Iterable[str]) -> dict[str, 
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [SIDE, SIDE],
-        "modules_to_not_convert": [*(name for name in linears if name not in kept), skeleton.architecture.head],
+        "modules_to_not_convert": [name for name in (*linears, *skeleton.outside_linears()) if name not in kept],
     }

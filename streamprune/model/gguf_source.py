@@ -1,14 +1,16 @@
 """GGUF files as models: blocks are dequantised to bfloat16 by the gguf package, a few rows at a time while they are read.
 
-Config, tensor names and layouts are those of transformers' own GGUF loader. The file stands for itself: no config or tokenizer beside
-it is read.
+Config, tensor names and layouts are those of transformers' own GGUF loader. Config and tokenizer come from the file alone, even if
+there are others beside it.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import mmap
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 from ..system.directory import check_pointer
 from .entries import ALL, ByRows, Span, Stored, TensorEntry, View
 from .quantised import chunks
@@ -46,6 +48,12 @@ _MORE = {
 """Fields of a file that transformers' loader leaves at its defaults, by model type, with their names in the config."""
 _GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 """Numbers of blocks of the Gemma models whose attention is scaled by the width per head; others by the head's own width."""
+_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Sizes of metadata values by the number of their type; 8 are strings, 9 arrays."""
+_STRING, _ARRAY = 8, 9
+_VALUES = (
+    1 << 22
+)  # most values of metadata, elements of arrays included; a vocabulary of 262,144 tokens with merges takes 1.4 million
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PIECE = 1 << 20  # bytes that are checked for NaN and Inf at a time, at least one block
 
@@ -60,7 +68,7 @@ class Gguf(NamedTuple):
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Read a GGUF file without its tensors. The last result is kept as long as the file does not change.
+    """Read a GGUF file without its tensors. The last two results are kept as long as the files do not change.
 
     Raises:
         CheckpointError: the gguf package is missing, transformers does not support the architecture, a tensor has no place in the
@@ -82,6 +90,7 @@ def _read(path: Path, *stamps: int) -> Gguf:
 
     from . import upstream
 
+    check_metadata(path)
     with upstream.translated(path, "read this GGUF file"):
         reader = GGUFReader(path)
         fields = {
@@ -114,6 +123,61 @@ def _read(path: Path, *stamps: int) -> Gguf:
         entries = dict(_entries(path, stored, names, layout))
         header = bytes(reader.data[: reader.data_offset])
     return Gguf({name: value for name, value in config.items() if not name.startswith("_")}, header, stored, entries)
+
+
+def check_metadata(path: Path) -> None:
+    """Check the counts and lengths in a GGUF file's metadata: the gguf package believes them, and takes time and memory for them.
+
+    Raises:
+        CheckpointError: a string or an array ends beyond the file, arrays are nested, there are more than `_VALUES`, or the file is
+            not of version 2 or 3 in little-endian order.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _walk(data)
+    except (ValueError, struct.error) as error:
+        raise CheckpointError(f"{path}: cannot read this GGUF file ({one_line(error)})") from error
+
+
+def _walk(data: mmap.mmap) -> None:
+    magic, version, tensors, count = struct.unpack_from("<4sIQQ", data)
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError("it is not one of version 2 or 3 in little-endian order")
+    at, left = 24, _VALUES
+
+    def number(form: str) -> int:
+        nonlocal at
+        (found,) = struct.unpack_from(form, data, at)
+        at += struct.calcsize(form)
+        return int(found)
+
+    def skip(values: int, kind: int) -> None:
+        nonlocal at, left
+        left -= values
+        if left < 0:
+            raise ValueError(f"its metadata has more than {_VALUES} values")
+        if kind == _STRING:
+            for _ in range(values):
+                skip_bytes(number("<Q"))
+        elif kind in _BYTES:
+            skip_bytes(values * _BYTES[kind])
+        else:
+            raise ValueError(f"there is a value of type {kind} at byte {at}")
+
+    def skip_bytes(nbytes: int) -> None:
+        nonlocal at
+        if nbytes > len(data) - at:
+            raise ValueError(f"the value at byte {at} ends beyond the file")
+        at += nbytes
+
+    for _ in range(count):
+        skip(1, _STRING)
+        kind, values = number("<I"), 1
+        if kind == _ARRAY:
+            kind, values = number("<I"), number("<Q")
+        skip(values, kind)
+    if tensors > left:
+        raise ValueError(f"it claims {tensors} tensors")
 
 
 def _stored(path: Path, tensors: Any) -> Iterator[tuple[str, Stored]]:

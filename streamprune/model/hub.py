@@ -71,6 +71,9 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
     folder = resolve_model(path)
     careful = {"trust_remote_code": False, "use_safetensors": True, **options}
     if (gguf := find_gguf(folder)) is not None:
+        from .gguf_source import check_metadata
+
+        check_metadata(gguf)
         folder, careful["gguf_file"] = gguf.parent, gguf.name
     fields = read_json(folder / CONFIG) if gguf is None and (folder / CONFIG).is_file() else {}
     declared = str(fields.get("model_type"))

@@ -25,8 +25,8 @@ QUANTISED = ("quantization_config", "compression_config", "quantization")
 FP8 = "F8_E4M3"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # suffixes of the two tensors that store one in MXFP4
 _SCALE_DTYPES = {**DTYPES, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8}
-_IGNORED = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
-"""Suffixes of the names of scales of activations."""
+_IGNORED = re.compile(r"(.*\.)?((\w+_proj_)?activation_scale|input_scale|output_scale|k_scale|v_scale)")
+"""Names of scales of activations; fused experts have ``gate_up_proj_activation_scale``."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and their negatives: sign, two bits of exponent, one of mantissa
 
 
@@ -55,7 +55,11 @@ class Quantisation:
                 if name not in scales:
                     raise CheckpointError(f"{each.span.file}: tensor {name!r} is FP8, but there is no scale for it")
                 yield name, _fp8_entry(name, each, stored[scales[name]], self.block)
-            elif name not in used and not name.endswith(_IGNORED):
+            elif name not in used and not _IGNORED.fullmatch(name):
+                if each.dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{each.span.file}: tensor {name!r} is {each.dtype}, and no FP8 tensor's scale"
+                    )
                 yield name, Plain(DTYPES[each.dtype], each.shape, each.span)
 
     def _mxfp4(self, stored: Mapping[str, Stored]) -> Iterator[tuple[str, TensorEntry]]:
@@ -64,6 +68,10 @@ class Quantisation:
                 yield name, Plain(DTYPES[each.dtype], each.shape, each.span)
             elif name.endswith(_BLOCKS):
                 base = name.removesuffix(_BLOCKS)
+                if base in stored:
+                    raise CheckpointError(
+                        f"{each.span.file}: tensor {base!r} is stored in MXFP4 ({name}) and plainly too"
+                    )
                 scales = stored.get(base + _SCALES)
                 if (
                     scales is None
@@ -79,11 +87,15 @@ class Quantisation:
                     base,
                     View.of(Mxfp4(torch.bfloat16, shape, each.span, scales.span, each.shape[-1]), transposed=True),
                 )
+            else:
+                blocks = stored.get(name.removesuffix(_SCALES) + _BLOCKS)
+                if blocks is None or blocks.dtype != "U8":
+                    raise CheckpointError(f"{each.span.file}: no MXFP4 blocks for the scales {name!r}")
 
 
 def read_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
     """Return the quantisation that a config declares, if it is one that can be read."""
-    declared = config.get("quantization_config")
+    declared = _declaring(config).get("quantization_config")
     if not isinstance(declared, dict):
         return None
     method = declared.get("quant_method")
@@ -103,11 +115,26 @@ def read_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
 def quantised_by(config: Mapping[str, Any]) -> str | None:
     """Return the quantisation method that a config declares, such as ``gptq``; None if it declares none."""
     for field in QUANTISED:
-        given = config.get(field)
+        given = _declaring(config).get(field)
         if given is not None:
             method = given.get("quant_method") if isinstance(given, dict) else None
             return str(method)[:40] if method else f"as {field} says"
     return None
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the fields that describe quantisation, and its `text_config` without them."""
+    kept = {field: value for field, value in config.items() if field not in QUANTISED}
+    if isinstance(text := kept.get("text_config"), dict):
+        kept["text_config"] = {field: value for field, value in text.items() if field not in QUANTISED}
+    return kept
+
+
+def _declaring(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that declares quantisation: `text_config` if the rest does not."""
+    text = config.get("text_config")
+    whole = any(config.get(field) is not None for field in QUANTISED)
+    return text if isinstance(text, dict) and not whole else config
 
 
 def original(directory: Path, config: Mapping[str, Any]) -> str | None:
@@ -129,7 +156,7 @@ def _scale(name: str, stored: Mapping[str, Stored]) -> str | None:
 def _fp8_entry(name: str, values: Stored, scales: Stored, block: tuple[int, int] | None) -> Fp8:
     """Return the entry of an FP8 tensor with one scale, or with scales per block of its last two dimensions or per row."""
     shape, given, dtype = values.shape, scales.shape, _SCALE_DTYPES[scales.dtype]
-    if prod(given) == 1 and 0 not in shape:
+    if prod(given) == 1 and shape and 0 not in shape:
         rows = prod(shape[:-1])
         return Fp8(torch.bfloat16, shape, values.span, scales.span, dtype, (rows, 1, 1), (rows, shape[-1]), 0)
     if given == shape[:-1]:

@@ -104,6 +104,12 @@ class Skeleton:
             if not name.startswith(tuple(f"{path}." for path in (*used, blocks)))
         }
         """Shapes of the tensors that take no part in computing text, such as those of a vision tower, by name."""
+        self._linears = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith(f"{blocks}.")
+        ]
+        """Names of the linears outside the blocks."""
         for name in self._behind:
             model.set_submodule(name, nn.Identity())
         if check:
@@ -416,6 +422,12 @@ class Skeleton:
     def carried_names(self) -> list[str]:
         """Return the checkpoint's names of the tensors that are written although they take no part in computing text."""
         return [] if self.alone else [self.stored_name(name) for name in self._carried]
+
+    def outside_linears(self) -> list[str]:
+        """Return the names of the linears outside the blocks, as written: the head, projections, those of other towers."""
+        weights = [f"{name}.weight" for name in self._linears]
+        kept = [name for name in weights if not self.alone or name not in self._carried]
+        return [self.written_name(self.stored_name(name)).removesuffix(".weight") for name in kept]
 
     @property
     def written_type(self) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any, Literal
 
 from ..errors import CheckpointError, ConfigError, one_line
+from ..system import files
 from ..system.directory import check_links, check_pointer
 from ..system.progress import Progress
 from ..system.strict_json import read_json
@@ -18,6 +19,7 @@ from .names import COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
 Bos = Literal["auto", "on", "off"]
 BOS: tuple[Bos, ...] = ("auto", "on", "off")
 """Whether BOS, the beginning-of-sequence token, comes before every window; ``auto`` does as the tokenizer does."""
+SCRATCH = "streamprune-tokenizer-"  # start of the names of temporary folders for the tokenizers of GGUF files
 
 
 def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
@@ -30,7 +32,11 @@ def load_tokenizer(directory: Path, vocabulary: int | None = None) -> Any:
     from transformers import AutoTokenizer
 
     gguf = find_gguf(directory)
-    if gguf is None:
+    if gguf is not None:
+        from .gguf_source import check_metadata
+
+        check_metadata(gguf)
+    else:
         check_links(directory)
         for name in TOKENIZER_FILES:
             check_pointer(directory / name)
@@ -107,9 +113,9 @@ def _loadable(directory: Path, gguf: Path | None) -> Iterator[tuple[Path, dict[s
     if gguf is None:
         yield directory, {}
         return
-    with TemporaryDirectory(prefix="streamprune-") as folder:
-        (Path(folder) / gguf.name).symlink_to(gguf.resolve())
-        yield Path(folder), {"gguf_file": gguf.name}
+    with files.scratch(Path(gettempdir()), SCRATCH) as folder:
+        (folder / gguf.name).symlink_to(gguf.resolve())
+        yield folder, {"gguf_file": gguf.name}
 
 
 @contextmanager
@@ -122,9 +128,10 @@ def tokenizer_folder(source: Path) -> Iterator[Path]:
     if find_gguf(source) is None:
         yield source
         return
-    with TemporaryDirectory(prefix="streamprune-") as folder:
-        load_tokenizer(source).save_pretrained(folder)
-        yield Path(folder)
+    tokenizer = load_tokenizer(source)
+    with files.scratch(Path(gettempdir()), SCRATCH) as folder:
+        tokenizer.save_pretrained(folder)
+        yield folder
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, directory: Path) -> dict[str, int]:

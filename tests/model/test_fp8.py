@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contents, make_tiny
+from conftest import contents, make_tiny, write_tokenizer
 from stopping import Stop, stopping_after
-from transformers import AutoModelForCausalLM
-from transformers.integrations.finegrained_fp8 import Fp8Quantize
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    FineGrainedFP8Config,
+    Gemma3Config,
+)
+from transformers.integrations.finegrained_fp8 import FP8Linear, Fp8Quantize
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import streamprune
 from streamprune import Config
@@ -52,6 +59,15 @@ def test_quantised_as_by_transformers(dtype: torch.dtype) -> None:
     assert torch.equal(scales, expected["a.weight_scale_inv"])
 
 
+def test_blocks_whose_factor_overflows_become_zeros() -> None:
+    weight = torch.zeros(128, 384)
+    weight[0, 0], weight[0, 128], weight[0, 256] = 1e-36, 1e-38, 1e-35
+    values, scales = fp8.quantise(weight)
+    assert scales[0, :2].tolist() == [1.0, 1.0]
+    assert values.float().nonzero().tolist() == [[0, 256]]
+    assert torch.equal(values[0, 256].float() * scales[0, 2], weight[0, 256])
+
+
 @pytest.mark.parametrize("layout", ["free", "uniform"])
 def test_transformers_loads_what_streamprune_reads(layout: str, wide: Path, configured: Make, text: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers loads FP8 models with accelerate")
@@ -77,11 +93,53 @@ def test_transformers_loads_what_streamprune_reads(layout: str, wide: Path, conf
     assert "quantization_config" not in json.loads((again.out / "config.json").read_text())
 
 
+def make_wrapper(folder: Path) -> Path:
+    """A Gemma 3 with a vision tower, both of width 128."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config={
+            **sizes,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "vocab_size": 40,
+            "max_position_embeddings": 64,
+        },
+        vision_config={**sizes, "image_size": 16, "patch_size": 4, "vision_use_head": False},
+        mm_tokens_per_image=4,
+        image_token_index=35,
+        boi_token_index=36,
+        eoi_token_index=37,
+    )
+    AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["opt", "wrapper", "text model"])
+def test_transformers_replaces_exactly_the_linears_in_fp8(kind: str, configured: Make, tmp_path: Path) -> None:
+    """Linears outside the blocks, such as projections of embeddings and vision towers, are not replaced."""
+    if kind == "opt":
+        sizes = {"hidden_size": 128, "ffn_dim": 384, "num_attention_heads": 4, "word_embed_proj_dim": 64}
+        model = make_tiny(tmp_path / "opt", "opt", torch.bfloat16, **sizes)
+    else:
+        model = make_wrapper(tmp_path / "gemma3")
+    out = Path(streamprune.prune(configured(model, **HOW, text_only=kind == "text model")).out)
+    config = AutoConfig.from_pretrained(out, trust_remote_code=True)
+    auto = AutoModelForImageTextToText if kind == "wrapper" else AutoModelForCausalLM
+    with torch.device("meta"):
+        built = auto.from_config(config, trust_remote_code=True)
+    given = FineGrainedFP8Config.from_dict(config.quantization_config)
+    FineGrainedFP8HfQuantizer(given)._process_model_before_weight_loading(built)
+    replaced = {f"{name}.weight" for name, module in built.named_modules() if isinstance(module, FP8Linear)}
+    assert replaced == {name for name, each in Checkpoint(out).stored.items() if each.dtype == "F8_E4M3"} != set()
+
+
 def test_only_rounding_differs(wide: Path, configured: Make) -> None:
     whole = Path(streamprune.prune(configured(wide, "whole", **{**HOW, "store": "auto"})).out)
     small = Path(streamprune.prune(configured(wide, "small", **HOW)).out)
     before, after = Checkpoint(whole), Checkpoint(small)
-    assert list(before) == list(after) or set(before) == set(after)
+    assert set(before) == set(after)
+    assert any(each.dtype == "F8_E4M3" for each in after.stored.values())
     for name in before:
         old, new = before.read(name).float(), after.read(name).float()
         if f"{name}_scale_inv" in after.stored:

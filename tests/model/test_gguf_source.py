@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,16 +160,19 @@ def test_a_gguf_file_gives_the_bytes_of_its_16_bit_twin(
         {name: checkpoint.read(name) for name in checkpoint}, twin / "model.safetensors", metadata={"format": "pt"}
     )
     (twin / "config.json").write_text(json.dumps(checkpoint.config))
-    results = []
+    results, forecasts = [], []
     for model in (path, twin):
         config = configured(model, f"out-{model.name}", recipe="default", layout=layout)
-        assert streamprune.forecast_job(config)
+        forecasts.append(streamprune.forecast_job(config))
         streamprune.prune(config)
         assert streamprune.verify(config.out).sound
         files = contents(config.out)
         results.append({name: files[name] for name in files if name not in ("report.json", "README.md", "SHA256SUMS")})
     assert results[0].keys() == results[1].keys()
     assert results[0] == results[1]
+    same = [(each.steps, each.operations_by_kind, each.output_bytes, each.disk_bytes) for each in forecasts]
+    assert same[0] == same[1]
+    assert forecasts[0].bytes_to_read < forecasts[1].bytes_to_read
     assert {"tokenizer.json", "tokenizer_config.json"} <= results[0].keys()
     assert json.loads(results[0]["config.json"])["dtype"] == "bfloat16"
     tokens = [AutoTokenizer.from_pretrained(each)("two words").input_ids for each in (original(path), config.out)]
@@ -338,6 +343,47 @@ def test_damaged_files(exported: Exported, tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="cannot read this GGUF file"):
             Checkpoint(path)
+
+
+def value(kind: int, data: bytes) -> bytes:
+    """A GGUF file without tensors and with one value of metadata."""
+    return struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", kind) + data
+
+
+HOSTILE = {
+    "long array": (value(9, struct.pack("<IQ", 4, 1 << 40)), "more than 4194304 values"),
+    "array beyond the file": (value(9, struct.pack("<IQQ", 4, 1 << 20, 0)), "ends beyond the file"),
+    "long string": (value(8, struct.pack("<Q", 1 << 62)), "ends beyond the file"),
+    "array of strings": (value(9, struct.pack("<IQQ", 8, 2, 1 << 40)), "ends beyond the file"),
+    "array of arrays": (value(9, struct.pack("<IQIQ", 9, 1, 9, 1)), "value of type 9"),
+    "type": (value(77, b"\0" * 8), "value of type 77"),
+    "tensors": (struct.pack("<4sIQQ", b"GGUF", 3, 1 << 40, 0), "claims 1099511627776 tensors"),
+    "big-endian": (struct.pack(">4sIQQ", b"GGUF", 3, 0, 0), "little-endian"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_metadata_is_checked_before_it_is_parsed(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data, message = HOSTILE[case]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *_: pytest.fail("parsed"))
+    for read in (Checkpoint, load_tokenizer, streamprune.load):
+        with pytest.raises(CheckpointError, match=f"cannot read this GGUF file .*{message}"):
+            read(path)
+
+
+def test_folders_of_killed_processes_are_removed(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "streamprune-tokenizer-left"
+    left.mkdir()
+    (left / "tokenizer.json").write_text("{}")
+    with tokenizer_folder(exported("llama")) as folder:
+        assert [*tmp_path.iterdir()] == [folder]
+        assert (folder / "tokenizer.json").is_file()
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_without_the_gguf_package(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,15 +174,18 @@ def test_an_fp8_model_gives_the_bytes_of_its_16_bit_twin(
     twins: tuple[Path, Path], configured: Make, text: Path
 ) -> None:
     small, plain = twins
-    results = []
+    results, forecasts = [], []
     for model in twins:
         config = configured(model, out=f"out-{model.parent.name}", recipe="default")
-        assert streamprune.forecast_job(config)
+        forecasts.append(streamprune.forecast_job(config))
         streamprune.prune(config)
         assert streamprune.verify(config.out).sound
         results.append(weights(config.out))
         assert b"quantization_config" not in results[-1]["config.json"]
     assert results[0] == results[1]
+    same = [(each.steps, each.operations_by_kind, each.output_bytes, each.disk_bytes) for each in forecasts]
+    assert same[0] == same[1]
+    assert forecasts[0].bytes_to_read < forecasts[1].bytes_to_read
     measured = [streamprune.evaluate(model, text, seq_len=24) for model in twins]
     assert measured[0].perplexity == measured[1].perplexity
     loaded = [load_whole(model).state_dict() for model in twins]
@@ -238,6 +241,19 @@ def test_verify_finds_nan_in_quantised_weights(twins: tuple[Path, Path]) -> None
             "mxfp4",
             "no MXFP4 scales that fit tensor 'x_blocks'",
         ),
+        ({"x_scales": torch.zeros(2, 3, 1, dtype=torch.uint8)}, "mxfp4", "no MXFP4 blocks for the scales 'x_scales'"),
+        (
+            {
+                "x": torch.zeros(2, 32, 3),
+                "x_blocks": torch.zeros(2, 3, 1, 16, dtype=torch.uint8),
+                "x_scales": torch.zeros(2, 3, 1, dtype=torch.uint8),
+            },
+            "mxfp4",
+            r"tensor 'x' is stored in MXFP4 \(x_blocks\) and plainly too",
+        ),
+        ({"a.scale": torch.zeros(2, dtype=torch.uint8)}, "fp8", "tensor 'a.scale' is U8, and no FP8 tensor's scale"),
+        ({"a.scale": scales(2, dtype=torch.float8_e8m0fnu)}, "fp8", "is F8_E8M0, and no FP8 tensor's scale"),
+        ({NAME: fp8(), f"{NAME}_scale_inv": scales(1)}, "fp8", r"shape \[\], which its scales \[1\] do not fit"),
         ({NAME: torch.zeros(2, dtype=torch.int8)}, "fp8", "quantised weights .fp8. cannot be pruned"),
         ({NAME: fp8(4, 4)}, "mxfp4", "quantised weights .mxfp4. cannot be pruned"),
     ],
@@ -245,6 +261,30 @@ def test_verify_finds_nan_in_quantised_weights(twins: tuple[Path, Path]) -> None
 def test_tensors_that_do_not_fit(tensors: dict[str, Tensor], method: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         opened(tmp_path, tensors, method)
+
+
+def test_only_scales_of_activations_are_left_out(tmp_path: Path) -> None:
+    names = [
+        "a.input_scale",
+        "k_scale",
+        "mlp.experts.gate_up_proj_activation_scale",
+        "a.block_scale",
+        "a.my_input_scale",
+    ]
+    checkpoint = opened(tmp_path, {name: scales(2) for name in names})
+    assert set(checkpoint) == {"a.block_scale", "a.my_input_scale"}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_quantisation_of_the_text_model_of_a_wrapper(inside: bool, tmp_path: Path) -> None:
+    weight, s = fp8(64, 96), scales(64, 1)
+    save_file({NAME: weight, f"{NAME}_scale_inv": s}, tmp_path / "model.safetensors")
+    how = {"quantization_config": {"quant_method": "fp8"}}
+    config = {"text_config": {"hidden_size": 8, **how}} if inside else {"text_config": {"hidden_size": 8}, **how}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint(tmp_path)
+    assert torch.equal(checkpoint.read(NAME), (weight.float() * s).bfloat16())
+    assert checkpoint.config == {"text_config": {"hidden_size": 8}}
 
 
 PACKED: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
