@@ -245,6 +245,15 @@ def _entries(
             )
 
 
+def _floats(blocks: Array, kind: Any) -> Array:
+    """Dequantise blocks (n, bytes) to float32, without NumPy's warnings about Inf and NaN, which are looked for elsewhere."""
+    from gguf.quants import dequantize
+
+    with np.errstate(all="ignore"):
+        found: Array = dequantize(blocks, kind)
+    return found
+
+
 @dataclass(frozen=True)
 class StoredBlocks(Stored):
     """A tensor of a GGUF file; `dtype` is the name of its type there."""
@@ -257,12 +266,10 @@ class StoredBlocks(Stored):
         return self.block
 
     def finite(self, piece: Tensor) -> bool:
-        from gguf.quants import dequantize
-
         step = max(1, _PIECE // self.unit)
         blocks = piece.view(-1, self.unit).numpy()
         parts = (blocks[begin : begin + step] for begin in range(0, len(blocks), step))
-        return all(bool(np.isfinite(dequantize(part, self.kind)).all()) for part in parts)
+        return all(bool(np.isfinite(_floats(part, self.kind)).all()) for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,12 +293,10 @@ class Blocks(ByRows):
 
     def floats(self, begin: int, end: int) -> Tensor:
         """Return rows (end − begin, columns), dequantised to float32."""
-        from gguf.quants import dequantize
-
         picked = torch.arange(begin, end) if self.order is None else self.order[begin:end]
         span, local = self._rows(picked)
         data = span.read(torch.uint8).view(-1, self.row_bytes)
-        rows = torch.from_numpy(dequantize(data.numpy(), self.kind))
+        rows = torch.from_numpy(_floats(data.numpy(), self.kind))
         return rows if self.order is None else rows[local]
 
     def fill(self, out: Tensor) -> None:

@@ -11,19 +11,23 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import mutation
 import torch
 from conftest import make_tiny, write_tokenizer
+from gguf_reference import VOCABULARY as VOCABULARY_OF_BYTES
+from gguf_reference import write_byte_tokenizer
 from mutation import Form
 from safetensors.torch import load_file, save
 
-from streamprune import evaluate, inspect, status
+from streamprune import evaluate, export_gguf, inspect, status
 from streamprune.errors import CalibrationError
 from streamprune.jobs.journal import FORMAT, Journal
 from streamprune.model import hub
 from streamprune.model.checkpoint import Checkpoint, write_index, write_shard
+from streamprune.model.gguf_source import read_gguf
 from streamprune.model.names import CONFIG, INDEX, SINGLE
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
@@ -375,10 +379,38 @@ def source(home: Path) -> Target:
     return Target(seeds, mutation.as_words, read, 300, 15_000)
 
 
+def gguf(home: Path) -> Target:
+    folder = make_tiny(
+        home / "gguf-model",
+        "llama",
+        torch.bfloat16,
+        **{**SMALL, "hidden_size": 64, "intermediate_size": 64},
+        vocab_size=VOCABULARY_OF_BYTES,
+    )
+    write_byte_tokenizer(folder)
+    path = export_gguf(folder, home / "model.gguf", dtype="q8_0").path
+    whole = path.read_bytes()
+    ends = len(read_gguf(path).header)
+
+    def form(data: bytes, random: Random) -> bytes:
+        at = random.randint(0, ends)  # the metadata, its parts alone
+        return data[:at] + mutation.binary(data[at:ends], random) + data[ends:]
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        checkpoint = Checkpoint(path)
+        checkpoint.identity()
+        for name in checkpoint:
+            checkpoint.read(name)
+
+    return Target((whole,), form, read, 100, 2_000)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     make.__name__: make
     for make in (
         header,
+        gguf,
         index,
         config,
         tokenizer,

@@ -213,15 +213,17 @@ def test_a_job_notices_that_its_file_changed(
         streamprune.prune(config)
 
 
-def test_verify_finds_nan(exported: Exported, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [b"\xff\x7f", b"\x00\x7c" + bytes(32)], ids=["NaN", "Inf times zero"])
+def test_verify_finds_nan(block: bytes, exported: Exported, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     shutil.copy(exported("llama", "q8_0"), path)
     span = Checkpoint(path).stored["blk.1.ffn_up.weight"].span
     with path.open("r+b") as file:
         file.seek(span.begin + 34)
-        file.write(b"\xff\x7f")  # the scale of the second block
+        file.write(block)  # the second one, which begins with its scale
     (fault,) = streamprune.verify(path).faults
     assert (fault.kind, fault.tensor) == ("values", "blk.1.ffn_up.weight")
+    assert Checkpoint(path).read("model.layers.1.mlp.up_proj.weight").isnan().any()
 
 
 LLAMA3 = {

@@ -188,7 +188,10 @@ def test_what_is_left_over_of_quantised_weights(field: str, model: Path) -> None
         message = rf"it has a {field} \({shown}\), but no tensor is packed; .* delete {field} from the file"
         with pytest.raises(CheckpointError, match=message):
             opened(model)
-    edit(model / CONFIG, **{field: None})
+        edit(model / CONFIG, **{field: None}, text_config={field: given})
+        with pytest.raises(CheckpointError, match=message):
+            opened(model)
+        edit(model / CONFIG, text_config=None)
     opened(model)
 
 
