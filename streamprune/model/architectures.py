@@ -86,6 +86,14 @@ class SublayerEntry:
         return replace(self, producers=producers, consumer=f"{inside}{self.consumer}", shared=None)
 
     @property
+    def takes_target(self) -> bool:
+        """Whether its consumer can be fitted to the output of the dense model: it is a single site, not a mixture.
+
+        The dense model sends an expert other tokens, and the shared experts beside it have no target either.
+        """
+        return self.consumer is not None and self.experts is None
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The modules of a mixture that run apart from its mixer: the routed and the shared experts."""
         inside = self.shared.mixer if self.shared and not self.beside else ()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CheckpointError, NumericalError, one_line
 from ..maths.flops import FlopCounter, counted
+from ..maths.live import FusedAttention, LiveBytes
 from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sums import SiteStatistics, Statistic
 from ..system.machine import resolve_dtype
@@ -38,6 +39,23 @@ from .trial import TOKENS
 
 _KNOWN: OrderedDict[Any, tuple[SublayerEntry, ...]] = OrderedDict()
 """Sublayers that were inferred in this process, by config and modules."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the mixer of one sublayer does on one sequence, besides routed experts."""
+
+    operations: int  # floating-point operations
+    peak: int  # most bytes of results alive at a time
+    total: int  # bytes of all results: at least what a backward pass needs
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What a block does on one sequence."""
+
+    products: int  # floating-point operations besides those of its linears
+    sublayers: tuple[Measured, ...]
 
 
 class Skeleton:
@@ -71,6 +89,7 @@ class Skeleton:
         self.copies_ahead = False
         """Whether to copy the next block's weights to the device while the current block runs; decided by `jobs.forecast.memory`."""
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
+        self._ran: dict[Any, _Ran | None] = {}
         model_type, self.whole_config = read_configuration(checkpoint)
         self.config = self.whole_config.get_text_config()
         """The config of the text model."""
@@ -312,6 +331,14 @@ class Skeleton:
             for site, entry in found
         ]
 
+    def site_count(self, index: int, entry: SublayerEntry) -> int:
+        """Return the number of sites of one sublayer of a block."""
+        if entry.experts is None:
+            return int(entry.consumer is not None)
+        held = self._templates[index].get_submodule(entry.experts)
+        assert isinstance(held, Experts)
+        return len(held) + (entry.shared is not None)
+
     def _site(self, index: int, entry: SublayerEntry) -> Site:
         layer = self._templates[index]
         assert entry.consumer is not None
@@ -467,26 +494,62 @@ class Skeleton:
         """
         linears = sum(_matrix_elements(layer) for layer in self._templates)
         linears -= round(sum((1 - site.share) * sum(site.linears) for site in self.all_sites()))
-        mixing, counted_before = 0, dict[Any, int]()
+        mixing = 0
         for index, entries in enumerate(self.entries):
-            if all(entry.producers or entry.whole for entry in entries):
+            if all(entry.producers for entry in entries):
                 mixing += sum(4 * length**2 * site.columns for site in self.sites(index) if site.kind == "attention")
-                continue
-            key = tuple((name, tuple(p.shape)) for name, p in self._templates[index].named_parameters())
-            if key not in counted_before:
-                counted_before[key] = self._products(index, length)
-            mixing += counted_before[key]
+            elif (ran := self._measured(index, length)) is not None:
+                mixing += ran.products
         return sequences * (length * 2 * linears + mixing)
 
-    @cache  # noqa: B019 - a number per block, for the life of the skeleton
-    def _products(self, index: int, length: int) -> int:
-        """Return the operations of a block on one sequence besides those of its linears; 0 if it does not run on the meta device."""
-        try:
-            with counted(0), FlopCounter() as counter:
-                ran = self._run_on_meta(index, length)
-        except Exception:
-            return 0  # with more than one token, it may read values of tensors
-        return 0 if ran is None else counter.total - 2 * length * ran
+    def measured(self, index: int, length: int) -> tuple[Measured, ...] | None:
+        """Return what each sublayer of a block does on one sequence of `length` tokens, from a run on the meta device.
+
+        None if the block does not run there, because it reads values of tensors. Routed experts are left out.
+        """
+        ran = self._measured(index, length)
+        return None if ran is None else ran.sublayers
+
+    def _measured(self, index: int, length: int) -> _Ran | None:
+        """Run a block on the meta device; blocks of the same modules run once."""
+        template, entries = self._templates[index], self.entries[index]
+        shapes = tuple((name, tuple(p.shape)) for name, p in template.named_parameters())
+        key = length, shapes, tuple(type(module) for module in template.modules()), entries
+        if key not in self._ran:
+            self._ran[key] = self._measure(index, length)
+        return self._ran[key]
+
+    def _measure(self, index: int, length: int) -> _Ran | None:
+        template, entries, found = self._templates[index], self.entries[index], dict[int, Measured]()
+        self.arguments(1, length)  # computed and cached before anything is counted
+        with ExitStack() as stack:
+            stack.enter_context(counted(0))
+            stack.enter_context(FusedAttention())
+            counter, live = stack.enter_context(FlopCounter()), stack.enter_context(LiveBytes())
+            for number, entry in enumerate(entries):
+                # Closures, which a copy of the block keeps.
+                before = {"operations": 0, "now": 0, "total": 0}
+
+                def enter(*_: Any, before: dict[str, int] = before) -> None:
+                    before |= {"operations": counter.total, "now": live.now, "total": live.total}
+                    live.peak = live.now
+
+                def leave(*_: Any, number: int = number, before: dict[str, int] = before) -> None:
+                    found[number] = Measured(
+                        counter.total - before["operations"], live.peak - before["now"], live.total - before["total"]
+                    )
+
+                first, last = (template.get_submodule(entry.mixer[end]) for end in (0, -1))
+                stack.callback(first.register_forward_pre_hook(enter, prepend=True).remove)
+                stack.callback(last.register_forward_hook(leave).remove)
+            try:
+                ran = self._run_on_meta(index, length, opaque=True)
+            except RuntimeError:  # NotImplementedError among them: it reads values of tensors
+                return None
+        if ran is None or len(found) < len(entries):
+            return None
+        products = counter.total - 2 * length * ran
+        return _Ran(products, tuple(found[number] for number in range(len(entries))))
 
     def announce_block(self, index: int) -> None:
         """Ask the kernel to read ahead what `read_block` will read."""
@@ -516,7 +579,7 @@ class Skeleton:
         )
         sublayers = []
         for entry in entries:
-            number = len(layer.experts(entry.experts)) + bool(entry.shared) if entry.experts else bool(entry.consumer)
+            number = self.site_count(index, entry)
             sublayers.append(Sublayer(layer, entry, [next(places) for _ in range(number)], index))
         return Block(layer, sublayers)
 
@@ -612,15 +675,15 @@ class Skeleton:
         self._logits(torch.empty((1, 1, self.width), device=meta, dtype=dtype))
 
     @torch.no_grad()
-    def _run_on_meta(self, index: int, tokens: int) -> int | None:
+    def _run_on_meta(self, index: int, tokens: int, *, opaque: bool = False) -> int | None:
         """Run a block without its experts on one sequence; return the weights of the linears that ran.
 
-        None if it may not run on the meta device.
+        None if its parts are unknown and may not run on the meta device, unless `opaque` asks to try.
         """
         template, entries, meta = self._templates[index], self.entries[index], torch.device("meta")
         known = {entry.experts for entry in entries}
-        opaque = any(entry.whole for entry in entries) or experts.experts_of(template).keys() - known
-        if opaque and self.architecture.model_type not in FAMILIES:
+        unknown = any(entry.whole for entry in entries) or experts.experts_of(template).keys() - known
+        if unknown and not opaque and self.architecture.model_type not in FAMILIES:
             return None
         dtype = next(template.parameters()).dtype
         given = {name: moved(value, meta, dtype) for name, value in self.arguments(1, tokens)[index].items()}

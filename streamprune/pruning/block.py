@@ -110,11 +110,11 @@ class BlockPruner:
     def _has_target(self, sub: Sublayer, here: Place) -> bool:
         """Whether consumers are fitted to a target.
 
-        Before the streams part, the consumer's own output is the target. An expert's output has none: the dense model
-        sends the expert other tokens.
+        Which sublayers can be is `SublayerEntry.takes_target`. Before the streams part, the consumer's own output is the
+        target.
         """
-        wanted = self.streams is not None and self.recipe.target is not None and sub.entry.experts is None
-        return wanted and len(sub.prunables) == 1 and (here.block > self.window.start or here.position > 0)
+        wanted = self.streams is not None and self.recipe.target is not None and sub.entry.takes_target
+        return wanted and (here.block > self.window.start or here.position > 0)
 
     def _continues(self, here: Place) -> bool:
         """Whether a later step reads the streams after this sublayer."""

@@ -16,6 +16,7 @@ from streamprune.errors import ConfigError, ResourceError
 from streamprune.jobs.forecast.memory import Memory
 from streamprune.jobs.forecast.resources import forecast
 from streamprune.jobs.forecast.workload import Workload
+from streamprune.maths.live import LiveBytes
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.pruning.job import Job
 from streamprune.recipes.plan import Plan
@@ -236,3 +237,82 @@ def test_what_stays_is_known_before_any_work_where_no_survey_decides(
     assert not foreseen or sum(foreseen.values()) < sum(units[name] for name in foreseen)
     given = Job(replace(config, out=config.out.with_name("given"), plan=path), None)
     assert given.request.keeps == {name: site.keep for name, site in plan.items()}
+
+
+MIXERS: dict[str, dict[str, Any]] = {"qwen3_5": {}, "nemotron_h": {"chunk_size": 64}, "lfm2": {}, "falcon-rw": {}}
+"""Kinds of model with mixers of unknown form, at a length at which activations outweigh the state."""
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_of_unknown_form_take_no_more_than_forecast(name: str, tiny: Callable[..., Path]) -> None:
+    length = 512
+    path = tiny(name, max_position_embeddings=length, **MIXERS[name])
+    skeleton = open_skeleton(path, torch.device("cpu"), "float32")
+    memory = Memory(skeleton, Workload(samples=4, length=length, text=True, survey=frozenset({"mask-gradient"})))
+    unknown = [
+        index
+        for index, sublayers in enumerate(memory.sublayers)
+        if any(sublayer.measured is not None for sublayer in sublayers)
+    ]
+    assert unknown
+    for index in unknown:
+        block = skeleton.build_block(index, skeleton.read_block(index))
+        x, arguments = torch.randn(2, length, skeleton.width), skeleton.arguments(2, length)[index]
+        with torch.no_grad(), LiveBytes() as forward:
+            block(x, arguments)
+        x.requires_grad_()
+        with LiveBytes() as backward:
+            block(x, arguments).sum().backward()
+        foreseen = 2 * length * max(map(memory._forward_token, memory.sublayers[index]))
+        assert forward.peak <= foreseen <= 4 * forward.peak
+        foreseen = 2 * length * sum(map(memory._backward_token, memory.sublayers[index]))
+        assert backward.peak <= foreseen <= 6 * backward.peak
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_runs_on_the_meta_device(name: str, tiny: Callable[..., Path]) -> None:
+    skeleton = open_skeleton(tiny(name), torch.device("cpu"), "float32")
+    for index in range(len(skeleton)):
+        measured = skeleton.measured(index, 24)
+        assert measured is not None
+        assert all(each.operations > 0 and 0 < each.peak <= each.total for each in measured)
+
+
+def test_a_mixer_that_reads_values_has_a_generous_bound(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = open_skeleton(tiny("nemotron_h"), torch.device("cpu"), "float32")
+    blind = open_skeleton(skeleton.checkpoint.directory, torch.device("cpu"), "float32")
+    known = Memory(skeleton, WORKLOAD).passing(1)
+
+    def read(*_: Any, **__: Any) -> None:
+        torch.empty(1, device="meta").item()
+
+    monkeypatch.setattr(Skeleton, "_run_on_meta", read)
+    assert blind.measured(0, 64) is None
+    assert Memory(blind, WORKLOAD).passing(1) > known
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise TypeError("an error of ours")
+
+    monkeypatch.setattr(Skeleton, "_run_on_meta", broken)
+    skeleton._ran.clear()
+    with pytest.raises(TypeError, match="ours"):
+        skeleton.measured(0, 64)
+
+
+def test_no_stream_passes_the_last_sublayer_even_without_a_site(tiny: Callable[..., Path]) -> None:
+    skeleton = open_skeleton(tiny("nemotron_h"), torch.device("cpu"), "float32")
+    # As if the form of the last mixer, a Mamba, was not known.
+    skeleton.entries[-1] = tuple(replace(entry, consumer=None) for entry in skeleton.entries[-1])
+    measured = skeleton.measured(3, 24)
+    assert measured is not None
+    consumers = sum(2 * site.linears[-1] * 8 * 24 for site in skeleton.all_sites())
+    once = forecast(
+        skeleton,
+        Workload(samples=8, length=24, text=True, gram=True),
+        device_limit=2**40,
+        disk_limit=2**40,
+    ).operations_by_kind["sweeps"]
+    # Up to the consumers for the Grams, then all but the last sublayer.
+    assert once == 2 * skeleton.block_operations(8, 24) - consumers - 8 * measured[0].operations

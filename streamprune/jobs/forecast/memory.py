@@ -1,7 +1,8 @@
 """Forecast the memory and disk of each step of a job.
 
 Each figure sums the parts that the code holds at that step, in bytes. Activations are counted per token, from the
-widths of the sublayer. `benchmarks/forecast.py` checks that forecasts are within 10 % of the measured peaks.
+widths of the sublayer; those of mixers of unknown form are measured in a run on the meta device. `benchmarks/forecast.py`
+checks that forecasts are within 10 % of the measured peaks for models of known form.
 
 Scarce memory makes a job slower, but does not stop it. First, micro-batches shrink. Then, on a GPU, a site's Gram moves
 to host memory while the site is solved. Finally, Grams are summed and sites are solved on the host, and the device only
@@ -156,14 +157,20 @@ class Memory(Shapes):
     def _prune_steps(self, sublayer: Sublayer, batch: int) -> Iterator[tuple[str, Demand]]:
         """Yield the steps of the prune sweep at one sublayer, with the demand of each."""
         work, tokens, site = self.workload, batch * self.workload.length, sublayer.widest
+        forward = tokens * self._forward_token(sublayer)
+        if site is None:
+            if work.gram or work.dense_stream:
+                streams = forward + tokens * 4 * self.item * self.d
+                yield "two streams side by side", Demand(self.block, activations=streams)
+            return
         # `weights` adds the compensated producers to the block. `after` adds the pruned sites to the block.
         producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if work.compensates else 0
         weights = self.block + producers * self.weight_item
         after = self.block + sublayer.parameters * self.weight_item
         n, d, item = site.columns, self.d, self.sum_item
         w, gram = item * n * d, item * n * n
-        grams = max(gram, min(GRAMS_AT_ONCE, len(sublayer.sites) * gram)) if work.gram else 0
-        forward = tokens * self._forward_token(sublayer)
+        every = sum(item * each.columns**2 for each in sublayer.sites)
+        grams = max(gram, min(GRAMS_AT_ONCE, every)) if work.gram else 0
         converted = item if item != self.item else 0  # inputs of a sum, converted to its dtype
         error = item * n * (2 * min(d, SKETCH) + PANEL) if work.gram else 0
         solving = max(item * work.workspace(site), error)
@@ -171,9 +178,10 @@ class Memory(Shapes):
         yield f"shrinking one {site.kind} site", Demand(after, grams, 2 * w)
         if work.gram:
             sums, activations = grams, forward + tokens * converted * n
-            if work.has_target and not sublayer.routed:
+            if work.has_target and sublayer.entry.takes_target:
                 sums += w
-                activations += forward + tokens * (item + converted) * d
+                # The pruned stream's input of the consumer is held while the dense stream's is computed.
+                activations += tokens * (self._stream_token + self._inner_token(site) + (item + converted) * d)
                 solving = 2 * w + item * (n * n + inverse_workspace(n))
                 yield f"aiming one {site.kind} site", Demand(weights, grams, solving)
             yield f"the Gram of one {site.kind} site", Demand(weights, sums, activations=activations)
@@ -210,13 +218,21 @@ class Memory(Shapes):
 
     def _forward_token(self, sublayer: Sublayer) -> int:
         """Return bytes per token during a sublayer's forward pass: stream, norm in float32, and inner activations."""
+        if sublayer.measured is not None:
+            return self._stream_token + -(-sublayer.measured.peak // max(self.workload.length, 1))
+        assert sublayer.widest is not None
         # The output of each expert is held until the last expert has run.
-        given = self.item * (sublayer.widest.columns + self.d) if sublayer.routed else 0
-        return self._stream_token + self._inner_token(sublayer.widest) + round(sublayer.reached * given)
+        experts = sublayer.sites if sublayer.entry.experts else []
+        given = sum(site.share * self.item * (site.columns + self.d) for site in experts)
+        return self._stream_token + self._inner_token(sublayer.widest) + round(given)
 
     def _backward_token(self, sublayer: Sublayer) -> int:
         """Return bytes per token that one sublayer keeps for its backward pass, and of its gradients."""
-        return 2 * (self._stream_token + round(sublayer.reached * self._inner_token(sublayer.widest)))
+        if (measured := sublayer.measured) is not None:
+            # Gradients live as long as the results that they belong to.
+            inner = -(-(measured.total + measured.peak) // max(self.workload.length, 1))
+            return 2 * self._stream_token + inner
+        return 2 * (self._stream_token + round(sum(site.share * self._inner_token(site) for site in sublayer.sites)))
 
     @property
     def _stream_token(self) -> int:

@@ -176,20 +176,24 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
     head = 2 * d * skeleton.vocabulary * workload.samples * (workload.length - 1) * workload.text
     forward = consumers = mixing = sums = last = 0.0
     for number, sublayer in enumerate(shapes.all_sublayers()):
-        last = 0.0
+        measured = sublayer.measured
+        last = 0.0 if measured is None else float(measured.operations * workload.samples * workload.text)
         pruned_input = number > 0  # the input of the first sublayer is the same in both streams
+        targeted = workload.has_target and pruned_input and sublayer.entry.takes_target
         for site in sublayer.sites:
             attention = site.kind == "attention"
             mixed = 4 * workload.length * site.columns * tokens * attention
-            last += 2 * sum(site.linears) * site.share * tokens + mixed
+            if measured is None:
+                last += 2 * sum(site.linears) * site.share * tokens + mixed
             mixing += mixed
             consumers += 2 * site.linears[-1] * site.share * tokens
             summed = [*shapes.summed(site), *([site.columns] if workload.gram else [])]
             sums += 2 * tokens * site.share * sum(shapes.gram_products(n) for n in summed)
-            sums += 2 * tokens * site.columns * d * (workload.has_target and pruned_input and site.expert is None)
+            sums += 2 * tokens * site.columns * d * targeted
             if "divergence" in workload.survey and attention:
                 sums += 2 * sum(site.linears[:-1]) * tokens + mixed
-        sums += 2 * tokens * (shapes.gram_products(d) + d * d) * (workload.compensates and pruned_input)
+        compensated = workload.compensates and pruned_input and any(site.linears[:-1] for site in sublayer.sites)
+        sums += 2 * tokens * (shapes.gram_products(d) + d * d) * compensated
         forward += last
     if tokens:
         # Linears that belong to no site, and products of other mixers than attention.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import islice
+from math import prod
 
 import torch
 
 from ...maths.sums import GRADIENTS, PANEL, Statistic
+from ...model.architectures import SublayerEntry
 from ...model.site import Site
-from ...model.skeleton import Skeleton
+from ...model.skeleton import Measured, Skeleton
 from ...stream.encoding import token_bytes
 
 REFINE_SEQUENCES = 8
@@ -56,14 +58,15 @@ class Workload:
 
 
 class Sublayer:
-    """The sites of one sublayer: a single site, or the experts of a mixture."""
+    """One sublayer: its entry and its sites, which are none, one, or the experts of a mixture.
 
-    def __init__(self, sites: list[Site]) -> None:
-        self.sites = sites
-        self.widest = max(sites, key=lambda site: site.columns)
-        self.routed = self.widest.expert is not None
-        self.reached = sum(site.share for site in sites)
-        """Mean number of these sites that a token reaches."""
+    Attributes:
+        measured: what its mixer does on one sequence, if its form is not known: it has no site, or a recurrent one.
+    """
+
+    def __init__(self, entry: SublayerEntry, sites: list[Site], measured: Measured | None) -> None:
+        self.entry, self.sites, self.measured = entry, sites, measured
+        self.widest = max(sites, key=lambda site: site.columns, default=None)
         self.parameters = sum(site.units * site.unit_parameters for site in sites)
 
 
@@ -95,9 +98,7 @@ class Shapes:
         self.stored_row = workload.length * token_bytes(self.d, workload.activations or skeleton.dtype)
         self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
         self.most_columns = max(site.columns for sites in self.blocks for site in sites)
-        self.sublayers = [
-            [Sublayer(list(each)) for _, each in groupby(sites, lambda site: site.family)] for sites in self.blocks
-        ]
+        self.sublayers = [list(self._sublayers(index)) for index in range(len(skeleton))]
         counts = [[checkpoint[n] for n in skeleton.block_names(i).values()] for i in range(len(skeleton))]
         self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.weight_item
@@ -109,6 +110,35 @@ class Shapes:
         ]
         self.keys_and_values, self.widest_pair = (workload.length * self.item * n for n in (sum(pairs), max(pairs)))
         self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.weight_item
+
+    def _sublayers(self, index: int) -> Iterator[Sublayer]:
+        sites, length = iter(self.blocks[index]), max(self.workload.length, 1)
+        for number, entry in enumerate(self.skeleton.entries[index]):
+            count = self.skeleton.site_count(index, entry)
+            known = count > 0 and entry.kind != "linear"
+            yield Sublayer(entry, list(islice(sites, count)), None if known else self._measured(index, number, length))
+
+    def _measured(self, index: int, number: int, length: int) -> Measured:
+        """Return what a mixer does on one sequence or, if it does not run on the meta device, a generous bound.
+
+        The bound is eight float32 numbers per input and per output of each of its linears, and two maps of attention.
+        Of experts in a fused tensor, only those that a token reaches count, if the config says how many.
+        """
+        if (measured := self.skeleton.measured(index, length)) is not None:
+            return measured[number]
+        config = self.skeleton.config
+        numbers = weights = 0
+        for module in self.skeleton.entries[index][number].mixer:
+            for parameter in self.skeleton.module(index, module).parameters():
+                if parameter.dim() < 2:
+                    continue
+                *several, rows, columns = parameter.shape
+                times = min(prod(several), getattr(config, "num_experts_per_tok", None) or prod(several))
+                numbers += times * (rows + columns)
+                weights += times * rows * columns
+        maps = 2 * 4 * (getattr(config, "num_attention_heads", None) or 1) * length**2
+        held = 8 * 4 * length * numbers + maps
+        return Measured(2 * length * weights, held, held)
 
     def all_sublayers(self) -> Iterator[Sublayer]:
         """Iterate over the sublayers of all blocks."""
