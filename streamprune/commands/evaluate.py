@@ -125,7 +125,7 @@ def through_blocks(
         memory, cache, activations, memory_host: as in `evaluate`, whose errors it raises.
     """
     dtypes = skeleton.dtype, skeleton.checkpoint.dtype
-    prove(skeleton)
+    skeleton.check_sites()
     stored = None if activations is None else machine.resolve_activations(activations, *dtypes)
     parent, held = cache or Path(tempfile.gettempdir()), memory_host or 0
     total, longest = sum(tokens.numel() for tokens in groups), max(tokens.shape[1] for tokens in groups)
@@ -138,6 +138,7 @@ def through_blocks(
         disk_limit=files.free_bytes(parent),
     ).require()
     skeleton.copies_ahead = resources.copies_ahead
+    prove(skeleton)
     files.make_folder(parent)
     with machine.limit_memory(skeleton.device, memory), files.scratch(parent, "streamprune-eval-") as folder:
         buckets = []

@@ -106,8 +106,9 @@ def check_memory(asked: int | None, limit: int, needed: int) -> None:
         needed: bytes that count towards the limit at the job's peak.
     """
     if asked is not None and limit * SLACK < needed:
+        free = f", of which {format_bytes(limit)} are free" if limit < asked else ""
         raise ResourceError(
-            f"the memory limit is {format_bytes(asked)}; this job was started with micro-batches that need "
+            f"the memory limit is {format_bytes(asked)}{free}; this job was started with micro-batches that need "
             f"{format_bytes(needed)}; {RESTART}"
         )
 
@@ -143,12 +144,12 @@ def rewind_to_existing(
 
 
 def _first_missing(required_files: Iterable[RequiredFile], progress: Progress) -> tuple[Path, str] | None:
-    wanted = [*required_files]
-    progress.phase("check files", len(wanted))
-    for file in wanted:
+    progress.phase("check files", 1)
+    # One by one: what is required may be known only if the files before it are intact.
+    for file in required_files:
         if not file.intact():
             return file.path, file.step
-        progress.step(file.path.name)
+    progress.step("intact")
     return None
 
 

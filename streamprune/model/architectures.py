@@ -77,7 +77,6 @@ class SublayerEntry:
     whole: bool = False
     """Whether this is the whole block, because its parts do not have the form above. It then has no site."""
     repeats: bool = False  # whether the cache stores a key and a value per query head rather than per unit
-    fixed: bool = False  # whether no unit can be removed, because code outside the block depends on their number
 
     def expert(self, number: int) -> SublayerEntry:
         """Return the entry of one routed expert, with names relative to the block."""

@@ -211,21 +211,21 @@ class Block:
         """
         layer = self._layer
         routers = tuple(f"{s.entry.router}." for s in self.sublayers if s.entry.router)
-        weights = {name: nn.Parameter(master.to(layer.device, dtype)) for name, master in layer.weights.items()}
+        weights = {
+            name: nn.Parameter(master.to(layer.device, dtype))
+            for name, master in layer.weights.items()
+            if not layer.is_buffer(name)
+        }
         for name, weight in weights.items():
             layer.put(name, weight)
-        trained = {
-            name: weight
-            for name, weight in weights.items()
-            if not name.startswith(routers) and not layer.is_buffer(name)
-        }
+        trained = {name: weight for name, weight in weights.items() if not name.startswith(routers)}
         for name in weights.keys() - trained.keys():
             weights[name].requires_grad_(False)
         yield trained
         for name, weight in weights.items():
             layer.set(name, weight.detach())
             if not all_finite(layer.weights[name]):
-                raise NumericalError(f"block: {name} is not finite after training")
+                raise NumericalError(f"blocks.{self.sublayers[0].block}: {name} is not finite after training")
 
     def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
         """Create trainable low-rank updates ``W + U V`` for all linears, by ``name.u`` and ``name.v``, on the device.

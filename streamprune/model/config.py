@@ -44,10 +44,12 @@ _WRAPPERS = {
     *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
     *("language_model", "text_model", "thinker"),
 }
-"""Parts of tensor names that adapters, training wrappers and larger models add, and that no supported model has."""
+"""Parts of tensor names that adapters, training wrappers and larger models add, and that no text model has."""
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 """A number in a tensor name: that of a block or an expert."""
+_DEPTHS = {"depth", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers"}
+"""Other fields with numbers of blocks, such as those of a vision tower."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Fields with the number of routed experts."""
 _LARGEST = 3.4028234663852886e38
@@ -101,9 +103,10 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[str, Any]:
             raise CheckpointError(
                 f"{where}: model_type {model_type!r} is read as {config.model_type!r}, which is not supported"
             )
-    _check_rotation(getattr(config.get_text_config(), "rope_parameters", None), where)
+        text = config.get_text_config()
+    _check_rotation(getattr(text, "rope_parameters", None), where)
     _check_numbers(fields, where)
-    _check_experts(config.get_text_config(), where)
+    _check_experts(text, where)
     return model_type, config
 
 
@@ -159,18 +162,22 @@ def _check_depth(fields: Mapping[str, Any], stock: Any, checkpoint: Checkpoint, 
         for match in _NUMBER.finditer(name):
             numbers.setdefault(name[: match.start()], set()).add(match[1])
     held = max((len(each) for each in numbers.values()), default=0)
-    for name in ("num_hidden_layers", stock.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
-        for each in (fields, *(value for value in fields.values() if isinstance(value, dict))):
-            claimed = each.get(name)
-            if isinstance(claimed, int | float) and claimed > held:
-                raise CheckpointError(f"{where}: {name} is {claimed}; the shards hold {held} blocks")
+    own = {stock.attribute_map.get("num_hidden_layers", "num_hidden_layers"), "num_hidden_layers"}
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        for name in own | _DEPTHS:
+            claimed, most = part.get(name), held if name in own else len(checkpoint)
+            if isinstance(claimed, int | float) and claimed > most:
+                raise CheckpointError(f"{where}: {name} is {claimed}; the shards hold {most} blocks")
+        for name in _EXPERTS:
+            if isinstance(claimed := part.get(name), int | float) and claimed > len(checkpoint):
+                raise CheckpointError(f"{where}: {claimed} experts or more; the shards hold {len(checkpoint)} tensors")
 
 
 def _check_experts(config: Any, where: str) -> None:
     """Check the number of experts per token."""
     held = next((getattr(config, name, None) for name in _EXPERTS if getattr(config, name, None) is not None), None)
     chosen = getattr(config, "num_experts_per_tok", None)
-    if isinstance(held, int) and held > 1 and chosen is not None and not 1 <= chosen <= held:
+    if isinstance(held, int) and isinstance(chosen, int) and held > 1 and not 1 <= chosen <= held:
         raise CheckpointError(f"{where}: num_experts_per_tok is {chosen}; it must be 1 to {held}")
 
 

@@ -13,12 +13,13 @@ output is a single sublayer without a site.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .architectures import Producer, SublayerEntry
 from .block import is_linear, linear_shape, stand_in
@@ -137,6 +138,8 @@ def _arranged(
                 states.append(gained if after is not None else states[-1] | gained)
                 continue
             # It may be an FFN beside a mixture of experts that reads the same input: its shared experts.
+            if not arranged:
+                raise Unknown(f"{call.name} reads something else than the stream")
             before, branch_before = arranged[-1]
             pair = [(before, branch_before), (entry, branch)]
             if not any(_within(name, before.mixer[0]) for name in experts):
@@ -160,7 +163,7 @@ def _sums(entered: Node, node: Node) -> list[tuple[list[tuple[Node, float]], Nod
         return []
     summed = node.call.input if node.call is not None and is_norm(node.call.module) else None
     if factor_of(node):
-        summed = next(each for each in node.inputs if isinstance(each, Node) and not each.name)
+        summed = next((each for each in node.inputs if isinstance(each, Node) and not each.name), None)
     if summed is not None and leads(entered, summed):
         groups = _sums(entered, summed)
         if not groups or groups[-1][1] is not None:
@@ -204,18 +207,19 @@ def _chain(block: nn.Module, call: Call) -> tuple[tuple[str, ...], Call]:
 def _passed(call: Call, arguments: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Return which of the block's arguments a mixer receives: its parameter, and the block's argument.
 
-    Raises Unknown if it receives a tensor that the block computed.
+    Other values, such as flags, are found by their names alone. Raises Unknown if it receives a tensor that the block computed.
     """
     found = []
     for name, value in call.raw.items():
         if name == call.first:
             continue
         same = [key for key, each in arguments.items() if each is value]
-        if isinstance(value, Tensor) and not same:
+        tensors = any(isinstance(each, Tensor) for each in tree_leaves(value))
+        if tensors and not same:
             raise Unknown(f"{call.name} receives {name}, which the block computes")
         if name in arguments and (name in same or value is None):
             found.append((name, name))
-        elif same and value is not None:
+        elif tensors or isinstance(value, MutableMapping):
             found.append((name, same[0]))
     return tuple(found)
 
@@ -360,15 +364,18 @@ def _within(name: str, path: str) -> bool:
 
 def _consumer(output: Node) -> Call:
     """Return the call of the linear whose output is a mixer's output, but for a factor."""
-    node = output
+    node, factor = output, 1.0
     while node.call is not None and not is_linear(node.call.module):
         assert node.inner is not None
         terms = expanded(node.inner)
         if len(terms) != 1:
             raise Unknown("the mixer's output is a sum")
-        node = terms[0][0]
+        ((node, each),) = terms
+        factor *= each
     if node.call is None:
         raise Unknown("the mixer's last step is not a linear")
+    if factor != 1.0 and getattr(node.call.module, "bias", None) is not None:
+        raise Unknown("a factor on the mixer's output, bias included")
     return node.call
 
 

@@ -88,6 +88,8 @@ class Skeleton:
         self.checkpoint, self.device, self.dtype, self.layout = checkpoint, device, dtype, layout
         self.copies_ahead = False
         """Whether to copy the next block's weights to the device while the current block runs; decided by `jobs.forecast.memory`."""
+        self.proven = False
+        """Whether `proof.prove` has passed."""
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
         self._ran: dict[Any, _Ran | None] = {}
         model_type, self.whole_config = read_configuration(checkpoint)
@@ -180,6 +182,11 @@ class Skeleton:
             raise CheckpointError(
                 f"{self.where}: {model_type} models have {found[0]} beside their blocks, which is not supported"
             )
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            raise CheckpointError(
+                f"{self.where}: num_kv_shared_layers is {self.config.num_kv_shared_layers}; blocks that use the keys and values of "
+                "earlier blocks are not supported"
+            )
         order: list[str] = []
         watched = {**own, "first": self._slots[0], "last": self._slots[-1]}
         hooks = [
@@ -210,7 +217,7 @@ class Skeleton:
             for hook in hooks:
                 hook.remove()
         given = [dict(slot.arguments) for slot in self._slots]
-        with torch.no_grad(), counted(0), self._filled(self._embed, _varied):
+        with torch.no_grad(), counted(0), self._filled(self._embed, self._varied):
             self._base(input_ids=ids + 1, use_cache=False)
         for slot, before in zip(self._slots, given, strict=True):
             for name, value in slot.arguments.items():
@@ -243,12 +250,19 @@ class Skeleton:
         self.stock_blocks: dict[int, nn.Module] = {}
         """The first block of each kind as transformers builds it, on the meta device."""
         found, seen = list[tuple[SublayerEntry, ...]](), set[Any]()
-        for index, (template, one) in enumerate(zip(self._templates, self.arguments(1, 1), strict=True)):
+        # With masks in full, so that they are seen wherever they go.
+        for index, (template, one) in enumerate(zip(self._templates, self._collect(1, 1, maps=True), strict=True)):
             shapes = tuple((name, tuple(parameter.shape)) for name, parameter in template.named_parameters())
             if sum(shape[0] for _, shape in shapes if shape) > weights:
                 raise CheckpointError(f"{self.where}: its blocks are larger than the shards")
             kinds = tuple((name, type(module)) for name, module in template.named_modules())
-            key = config, shapes, kinds, tuple(one)
+            settings = tuple(
+                (name, field, value)
+                for name, module in template.named_modules()
+                for field, value in sorted(vars(module).items())
+                if type(value) in (bool, int, float, str) and not field.endswith(("idx", "layer_id", "layer_number"))
+            )
+            key = config, shapes, kinds, settings, tuple((name, value is None) for name, value in one.items())
             if kept and key not in seen:
                 self.stock_blocks[index] = copy.deepcopy(template)
             seen.add(key)
@@ -272,8 +286,8 @@ class Skeleton:
             )
         if not sites:
             raise CheckpointError(
-                f"{self.where}: model_type {self.architecture.model_type!r} is not supported: its attention and FFNs have a form "
-                "that is not known, so that nothing can be pruned"
+                f"{self.where}: model_type {self.architecture.model_type!r} is not supported: its attention and FFNs have an "
+                "unknown form, so nothing can be pruned"
             )
 
     def _raise_faults(self, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -351,8 +365,7 @@ class Skeleton:
                 f"{self.checkpoint.directory}: {entry.kind} widths {[columns, *rows]} of block {index} are not divisible into "
                 f"{units} units"
             )
-        moved = [*entry.producers, *entry.vectors]
-        produced = sum(_numel(layer, producer.name) for producer in moved)
+        produced = sum(_numel(layer, producer.name) for producer in (*entry.producers, *entry.vectors))
         site = Site(
             block=index,
             kind=entry.kind,
@@ -715,6 +728,13 @@ class Skeleton:
         assert hidden is not None
         return hidden
 
+    def _varied(self, name: str, like: Tensor) -> Tensor:
+        """Return a tensor of the shape of another, each row of which has the same numbers, different from other rows."""
+        if like.dim() < 2:
+            return torch.ones(like.shape, device=self.device, dtype=self.dtype)
+        rows = torch.arange(len(like), device=self.device).to(self.dtype)
+        return rows.view(-1, *[1] * (like.dim() - 1)).expand(like.shape)
+
     def _read(self, name: str, like: Tensor) -> Tensor:
         if name == self._head_weight and self.tied:
             name = self._embedding_weight
@@ -811,13 +831,6 @@ def open_skeleton(
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _varied(name: str, like: Tensor) -> Tensor:
-    """Return a tensor of the shape of another, each row of which has the same numbers, different from other rows."""
-    if like.dim() < 2:
-        return torch.ones(like.shape)
-    return torch.arange(len(like), dtype=torch.float32).view(-1, *[1] * (like.dim() - 1)).expand(like.shape)
 
 
 def _present(model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .block import fresh
+from .upstream import plain_attention
 
 ALIASES = {
     *("view", "_unsafe_view", "reshape", "clone", "_to_copy", "detach", "alias", "contiguous", "unsqueeze", "squeeze"),
-    *("expand", "dropout", "native_dropout", "_reshape_alias", "copy_", "lift_fresh"),
+    *("expand", "dropout", "native_dropout", "_reshape_alias", "lift_fresh"),
 }
 """Operations that do not change values."""
 
@@ -136,20 +137,25 @@ def trace(
 
     Raises Unknown if it does not run there: it reads values of tensors.
     """
-    x = torch.empty((1, 1, width), device="meta", dtype=next(block.parameters()).dtype)
-    block = copy.deepcopy(block).to("meta")  # its buffers may be elsewhere
-    arguments = fresh(arguments)
-    recorded = _Trace(block)
-    try:
-        with torch.no_grad(), recorded:
-            entered = recorded.node(x)
-            y = block(x, **arguments)
-            left = recorded.node(y[0] if isinstance(y, tuple | list) else y)
-    except Exception as error:
-        raise Unknown(str(error)) from error
-    finally:
-        recorded.close()
-    return entered, left, recorded.calls, arguments
+    failure = Unknown("")
+    # Attention in full shows its heads; some models only run with their own.
+    for plain in (True, False):
+        copied = copy.deepcopy(block).to("meta")  # its buffers may be elsewhere
+        if plain:
+            plain_attention(copied)
+        given, recorded = fresh(arguments), _Trace(copied)
+        x = torch.empty((1, 1, width), device="meta", dtype=next(block.parameters()).dtype)
+        try:
+            with torch.no_grad(), recorded:
+                entered = recorded.node(x)
+                y = copied(x, **given)
+                left = recorded.node(y[0] if isinstance(y, tuple | list) else y)
+            return entered, left, recorded.calls, given
+        except Exception as error:
+            failure = Unknown(str(error))
+        finally:
+            recorded.close()
+    raise failure
 
 
 def factor_of(node: Node) -> str | None:
@@ -195,6 +201,8 @@ def resolve(node: Node) -> Node:
             if any(True for _ in node.call.module.parameters()) or is_norm(node.call.module):
                 return node
             node = node.inner
+        elif node.operation == "copy_" and len(node.inputs) > 1 and isinstance(node.inputs[1], Node):
+            node = node.inputs[1]  # the source
         elif node.operation in ALIASES and node.inputs and isinstance(node.inputs[0], Node):
             node = node.inputs[0]
         else:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from ..maths.refit import unit_columns
 from .architectures import SublayerEntry
 from .block import StandIn, fresh, is_linear, linear_shape, place, stand_in
 from .modeling_streamprune import count, set_count
 from .trace import is_norm
+from .upstream import plain_attention
 
 TOKENS = 5
 """Length of the sequence with which mixers are tried."""
@@ -109,9 +109,8 @@ class Trial:
         for module in block.modules():
             for leaf, buffer in module._buffers.items():
                 module._buffers[leaf] = buffer if buffer is None or buffer.is_meta else buffer.cpu()
-            # Widths that do not fit each other end the process in torch's own attention, but raise an error here.
-            if isinstance(own := getattr(module, "config", None), PreTrainedConfig):
-                own._attn_implementation = "eager"
+        # Widths that do not fit each other end the process in torch's own attention, but raise an error here.
+        plain_attention(block)
         change(block)
         vectors = {producer.name: producer for producer in (*entry.producers, *entry.vectors)}
         consumer = None if entry.experts else entry.consumer

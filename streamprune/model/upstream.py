@@ -157,6 +157,13 @@ def eager_experts(block: nn.Module) -> Iterator[None]:
             config._experts_implementation = before
 
 
+def plain_attention(block: nn.Module) -> None:
+    """Have a copied block compute attention maps in full, with a config of its own."""
+    for module in block.modules():
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            config._attn_implementation = "eager"
+
+
 @contextmanager
 def eager_attention(config: Any) -> Iterator[None]:
     """Make models with this config compute attention maps and masks in full, while the context is open.
@@ -191,13 +198,18 @@ def build(model_class: Any, config: Any, dtype: torch.dtype, most: int) -> Any:
             real = model_class._from_config(config, dtype=dtype)
         for name, module in real.named_modules():
             model.get_submodule(name)._buffers.update(module._buffers)
+        for name, buffer in model.named_buffers():
+            if buffer.is_meta:
+                raise CheckpointError(
+                    f"config.json: {name} is a table of {buffer.numel()} numbers, which is not supported"
+                )
     return model
 
 
 class _LargeOnMeta(TorchFunctionMode):
     """Create large tensors, which are parameters, on the meta device at once: hosts refuse more memory than they have."""
 
-    LARGEST = 1 << 22
+    LARGEST = 1 << 26
     """Numbers of the largest tensor that may be a buffer."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

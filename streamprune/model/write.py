@@ -25,6 +25,8 @@ from .tokenizer import named_tokenizer, tokenizer_folder
 from .verify import check
 
 BLOCK_CONFIGS = "block_configs"  # the config field of DeciLM with per-block widths
+OTHERS = 1 << 30
+"""Bytes of a shard with tensors that take no part in computing text."""
 AGAIN = "the disk, the memory or another program damaged it; run the same command again, and it will be made again"
 """Advice at the end of messages about damaged files."""
 
@@ -59,16 +61,16 @@ def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
 def _outside(skeleton: Skeleton) -> dict[int, list[str]]:
     """Return the names of the tensors of each shard outside the blocks, by the shard's number.
 
-    Tensors that take no part in computing text follow the head, in shards of at most the size of a block unless one is larger.
+    Tensors that take no part in computing text follow the head, in shards of at most 1 GiB unless one is larger.
     """
     depth, head = len(skeleton), skeleton.head_names()
     found = {1: skeleton.embed_names()} | ({depth + 2: head} if head else {})
-    most = max(sum(skeleton.checkpoint[n].nbytes for n in skeleton.block_names(i).values()) for i in range(depth))
-    number, held = depth + 1 + bool(head), most
+    number, held = depth + 1 + bool(head), OTHERS
     for name in skeleton.carried_names():
-        if held + skeleton.checkpoint[name].nbytes > most:
+        size = max(1, skeleton.checkpoint[name].nbytes)
+        if held + size > OTHERS:
             number, held = number + 1, 0
-        held += skeleton.checkpoint[name].nbytes
+        held += size
         found.setdefault(number, []).append(name)
     return found
 
@@ -113,7 +115,7 @@ def finish(
     digests, total = dict(digests), _shards(skeleton)
     placed = {name: shard_name(number, total) for number, names in _outside(skeleton).items() for name in names}
     for index in range(len(skeleton)):
-        placed |= {name: block_shard(skeleton, index) for name in skeleton.block_names(index).values()}
+        placed |= dict.fromkeys(skeleton.block_names(index).values(), shard_name(index + 2, total))
     placed = {skeleton.written_name(name): shard for name, shard in placed.items()}
     source = skeleton.checkpoint
     if lost := [shard for shard in sorted(set(placed.values())) if not (folder / shard).is_file()]:

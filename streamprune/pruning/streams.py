@@ -68,7 +68,7 @@ class Streams:
             self.store.link(boundary(PRUNED, index), boundary(DENSE, index))
 
     def pass_by(self, block: Block, index: int) -> None:
-        """Advance the streams that a later block needs, and that have not moved yet, past a whole block."""
+        """Advance the streams that a later block needs past a whole block, unless a refined block has moved one already."""
         for stream in self.into(index + 1):
             if boundary(stream, index + 1) not in self.store:
                 advance(self.skeleton, block, index, self.store, stream, self.batch)

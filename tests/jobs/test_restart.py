@@ -329,3 +329,31 @@ def followed_by(error: BaseException, *, in_time: bool = False) -> Callable[[Job
 
 def killed(*arguments: Any) -> None:
     raise Killed
+
+
+@pytest.mark.parametrize("lost", ["config.json", "*.safetensors"])
+def test_a_lost_file_of_an_earlier_shot_is_made_again(
+    lost: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second shot cannot even be opened without it."""
+    path, real = tiny("llama"), Journal.append
+    config = configured(path, recipe="default", settings={"shots": "2"})
+
+    def append(self: Journal, step: str, **data: Any) -> Any:
+        found = real(self, step, **data)
+        if step.endswith("prune/0") and any(line["step"].endswith("finished") for line in self.steps()):
+            raise Killed
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", append)
+        with pytest.raises(Killed):
+            streamprune.prune(config)
+    (earlier,) = (
+        each for each in job_folder(config.out).iterdir() if each.is_dir() and (each / "config.json").is_file()
+    )
+    next(iter(sorted(earlier.glob(lost)))).unlink()
+    streamprune.prune(config)
+    fresh = configured(path, "fresh", recipe="default", settings={"shots": "2"})
+    streamprune.prune(fresh)
+    assert contents(config.out) == contents(fresh.out)

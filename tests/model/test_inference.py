@@ -288,7 +288,7 @@ def test_a_block_that_is_taken_apart_wrongly_is_refused(
     entries = list(skeleton.entries[block])
     assert all(getattr(entries[number], field) != value for field, value in changes.items())
     entries[number] = replace(entries[number], **changes)
-    skeleton.entries[block] = tuple(entries)
+    skeleton.entries[block], skeleton.proven = tuple(entries), False
     with pytest.raises(CheckpointError, match=rf"not supported: block {block}, rebuilt .* differs .* own by"):
         proof.prove(skeleton)
 
@@ -325,3 +325,11 @@ def test_a_block_that_reads_what_another_returns_is_refused(tiny: Tiny, monkeypa
 def test_all_kinds_are_known() -> None:
     later = {"qwen2_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "nemotron_h", "lfm2", "gemma4", "cohere"}
     assert TINY.keys() == ENTRIES.keys() | later
+
+
+def test_rotary_tables_with_a_factor_depend_on_no_token_in_any_dtype(tiny: Tiny) -> None:
+    """YaRN's tables are multiplied by a factor and rounded to the computing dtype."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    path = tiny("llama", rope_parameters=yarn)
+    for dtype in ("float32", "bfloat16"):
+        assert open_skeleton(path, torch.device("cpu"), dtype).all_sites()

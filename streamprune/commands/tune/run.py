@@ -260,7 +260,7 @@ class Tuning(JobFolder):
         if micro is None:
             raise ResourceError(
                 f"the memory limit is {format_bytes(limit)}; training the model in memory needs "
-                f"{format_bytes(self.peak({'batch': 1, 'micro': 1}))}; --method distil with --teacher needs only a block at a time"
+                f"{format_bytes(self.peak(LEAST))}; --method distil with --teacher needs only a block at a time"
             )
         self.check_disk(memory.beside_out() + memory.states(self.config.rank), 0)
         return {"batch": 1, "micro": micro}
