@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, make_tiny
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from streamprune.errors import CheckpointError
@@ -327,9 +327,9 @@ def test_all_kinds_are_known() -> None:
     assert TINY.keys() == ENTRIES.keys() | later
 
 
-def test_rotary_tables_with_a_factor_depend_on_no_token_in_any_dtype(tiny: Tiny) -> None:
+def test_rotary_tables_with_a_factor_depend_on_no_token_in_any_dtype(tmp_path: Path) -> None:
     """YaRN's tables are multiplied by a factor and rounded to the computing dtype."""
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-    path = tiny("llama", rope_parameters=yarn)
+    path = make_tiny(tmp_path / "yarn", "llama", rope_parameters=yarn)
     for dtype in ("float32", "bfloat16"):
         assert open_skeleton(path, torch.device("cpu"), dtype).all_sites()
