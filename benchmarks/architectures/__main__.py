@@ -1,17 +1,19 @@
 """Try every text model type and multimodal wrapper of the installed transformers; write docs/architectures.md.
 
-    scripts/architectures                       all that have no row yet, each in its own process
+    scripts/architectures                       all that have no row yet, failed or were not built, each in its own process
     scripts/architectures --only llama qwen3_5  these alone
     scripts/architectures --redo                all again
     scripts/architectures --count               totals of the rows there are, nothing else
 
-Rows are kept in build/architectures/rows.jsonl, one line per type, so that an interrupted run goes on. Rows of other
-versions of transformers or torch do not count. A type takes some seconds.
+Rows are kept in build/architectures/rows.jsonl, one line per type, so that an interrupted run resumes. Rows of other
+versions of transformers, torch, streamprune or these scripts do not count. The log of a type that failed or was not
+built is build/architectures/TYPE.log. A type takes some seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,6 +21,8 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ from .trial import Row, trial
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
 FORK = multiprocessing.get_context("fork")
+RETRIED = ("failed", "unbuilt")
 
 
 def main() -> None:
@@ -60,7 +65,9 @@ def main() -> None:
     if options.count:
         print(page.counts(rows, listed))
         return
-    wanted = options.only or [name for name in listed if options.redo or name not in rows]
+    wanted = options.only or [
+        name for name in listed if options.redo or name not in rows or rows[name]["status"] in RETRIED
+    ]
     rows |= run(wanted, path, options)
     print(page.counts(rows, listed))
     if missing := set(listed) - set(rows):
@@ -71,50 +78,83 @@ def main() -> None:
     PAGE.write_text(page.page(rows, listed, time.strftime("%Y-%m-%d")), encoding="utf-8")
 
 
+@cache
 def versions() -> dict[str, str]:
-    return {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    """Return the versions of the libraries, and a digest of the code of streamprune and of these scripts as ``code``."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "streamprune").rglob("*.py"), *Path(__file__).parent.glob("*.py")]):
+        digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.partition("+")[0],
+        "code": digest.hexdigest()[:16],
+    }
 
 
 def read(path: Path) -> dict[str, Row]:
-    """Return the last row of each type that was made with the installed versions."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
+    """Return the last row of each type that was made with the present `versions`. Torn lines are skipped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
     return {row["type"]: row for row in rows if row["versions"] == versions()}
 
 
 def run(names: list[str], path: Path, options: argparse.Namespace) -> dict[str, Row]:
     """Try types, each in its own process, and append their rows to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    waiting, running, rows = list(names), {}, {}
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            name = waiting.pop(0)
-            folder = options.work / name
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            process = FORK.Process(target=_child, args=(name, folder))
-            process.start()
-            running[name] = process, folder, time.monotonic() + options.limit
-        time.sleep(0.05)
-        for name, (process, folder, end) in list(running.items()):
-            late = time.monotonic() > end
-            if process.is_alive() and not late:
-                continue
-            row = {**_finished(name, process, folder, late, options.limit), "versions": versions()}
-            rows[name] = row
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{len(rows)}/{len(names)} {name}: {row['status']} {row.get('error', '')}"[:200], flush=True)
-            if not options.keep:
-                shutil.rmtree(folder)
-            del running[name]
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:
+            file.write("\n")  # after a torn line
+    waiting, running, rows = list(names), dict[str, Any](), dict[str, Row]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                name = waiting.pop(0)
+                folder = options.work / name
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                process = FORK.Process(target=_child, args=(name, folder))
+                process.start()
+                running[name] = process, folder, time.monotonic() + options.limit
+            time.sleep(0.05)
+            for name, (process, folder, end) in list(running.items()):
+                late = time.monotonic() > end
+                if process.is_alive() and not late:
+                    continue
+                row = {**_finished(name, process, folder, late, options.limit), "versions": versions()}
+                del running[name]
+                rows[name] = row
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                why = f" ({row['step']}: {row['error']})" if "error" in row else ""
+                print(f"{len(rows)}/{len(names)} {name}: {row['status']}{why}"[:200], flush=True)
+                if not options.keep:
+                    shutil.rmtree(folder)
+                    if row["status"] not in RETRIED:
+                        _log(folder).unlink()
+    finally:
+        for process, _, _ in running.values():
+            _kill(process)
     return rows
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def _kill(process: Any) -> None:
+    """End a process and those that it started."""
+    with suppress(ProcessLookupError):  # it has ended, or has no process group yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def _child(name: str, folder: Path) -> None:
     """Try one type, with its output in a log."""
     os.setsid()
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
+    log = os.open(_log(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
@@ -130,13 +170,13 @@ def _child(name: str, folder: Path) -> None:
 def _finished(name: str, process: Any, folder: Path, late: bool, limit: float) -> Row:
     """Return the row of a process that ended, was killed or ran out of time."""
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
     process.join()
     found = folder / "row.json"
     row: Row = json.loads(found.read_text()) if found.exists() else {"type": name, "step": "start"}
     if late or process.exitcode:
         ended = f"took longer than {limit:g} s" if late else f"the process ended with {process.exitcode}"
-        row |= {"status": "failed", "error": f"{row['step']}: {ended}"}
+        row |= {"status": "failed", "error": ended}
     return row
 
 

@@ -30,7 +30,7 @@ def counts(rows: Mapping[str, Mapping[str, Any]], listed: Mapping[str, str]) -> 
 def page(rows: Mapping[str, Mapping[str, Any]], listed: Mapping[str, str], date: str) -> str:
     """Return the page as Markdown."""
     versions = next(iter(rows.values()))["versions"]
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "code")
     meanings = "\n".join(f"- **{status}**: {meaning}." for status, meaning in STATUSES.items())
     table = [line(rows[name], kind) for name, kind in sorted(listed.items())]
     left_out = "\n".join(f"- `{name}`: {why}" for name, why in sorted(scope.BY_NAME.items()))

@@ -4,7 +4,7 @@ The row's ``status``:
 
 works    every sublayer of every block is pruned, and everything agrees
 partly   as above, but some modules with weights pass through unpruned (`through`)
-refused  streamprune refuses the model before it starts, with the reason (`error`)
+refused  streamprune refuses the model before any work, with the reason (`error`)
 failed   pruning ends in an error or disagrees with transformers: a fault of streamprune
 unbuilt  transformers cannot build the tiny checkpoint here, for example because of a missing package
 """
@@ -18,7 +18,7 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +52,23 @@ def trial(model_type: str, folder: Path, record: Callable[[Row], None]) -> None:
     """
     loader = Loader()
     import streamprune
-    from streamprune.errors import CheckpointError, ConfigError
 
     # Waiting for the disk is half the time of a tiny job, and this is no test of crashes.
     os.fsync = lambda descriptor: None
     torch.set_num_threads(1)
     row: Row = {"type": model_type, "status": "unbuilt"}
-    started = time.monotonic()
+    started, begun = time.monotonic(), set[str]()
+    watch = streamprune.Callback(lambda event: begun.add(row["step"]) if event.kind != "note" else None)
 
     def at(step: str, status: str) -> None:
         row.update(step=step, status=status, seconds=round(time.monotonic() - started, 1))
         record(row)
 
     try:
-        _try(model_type, folder, row, at, loader)
+        _try(model_type, folder, row, at, loader, watch)
     except streamprune.StreamPruneError as error:
         row["error"] = re.sub(rf"{re.escape(str(folder / 'model'))}\S*: ", "", _line(error))
-        # Some reasons show only when a block is built, which is still before any work on it.
-        of_source = isinstance(error, (CheckpointError, ConfigError)) and str(folder / "model") in str(error)
-        said_no = of_source and row["step"] in ("evaluate", "prune")
-        at(row["step"], "refused" if row["step"] == "open" or said_no else "failed")
+        at(row["step"], "refused" if refuses(error, row["step"], folder / "model", begun) else "failed")
     except Exception as error:  # a type's own code may raise anything
         row["error"] = f"{type(error).__name__}: {_line(error)}"
         traceback.print_exc()
@@ -79,7 +76,23 @@ def trial(model_type: str, folder: Path, record: Callable[[Row], None]) -> None:
     loader.close()
 
 
-def _try(model_type: str, folder: Path, row: Row, at: Callable[[str, str], None], loader: Loader) -> None:
+def refuses(error: Exception, step: str, source: Path, begun: Collection[str]) -> bool:
+    """Return whether streamprune's error refuses the model: it names the checkpoint, and comes before any work.
+
+    Args:
+        begun: steps in which streamprune has reported progress, such as ``prune``.
+    """
+    from streamprune.errors import CheckpointError, ConfigError
+
+    if step == "open":
+        return True
+    of_source = isinstance(error, (CheckpointError, ConfigError)) and str(source) in str(error)
+    return of_source and step in ("evaluate", "prune") and step not in begun
+
+
+def _try(
+    model_type: str, folder: Path, row: Row, at: Callable[[str, str], None], loader: Loader, progress: Any
+) -> None:
     import streamprune
 
     at("build", "unbuilt")
@@ -101,7 +114,7 @@ def _try(model_type: str, folder: Path, row: Row, at: Callable[[str, str], None]
         raise Disagreement("the losses of the tiny model are not finite")
     before = groups(model, {name: parameter.numel() for name, parameter in model.named_parameters()})
     if not before:
-        raise Disagreement("no blocks were found, so that nobody could say what passes through")
+        raise Disagreement("no list of blocks was found, so that the modules that pass through are unknown")
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
     at("open", "failed")
@@ -110,7 +123,7 @@ def _try(model_type: str, folder: Path, row: Row, at: Callable[[str, str], None]
     row["sites"] = dict(Counter(family(site["site"]) for site in sites))
 
     at("evaluate", "failed")
-    row["dense"] = compare("the streamed loss", streamed(source, text), dense[:STREAMED])
+    row["dense"] = compare("the streamed loss", streamed(source, text, progress), dense[:STREAMED])
 
     def reloaded(out: Path) -> tuple[dict[str, float], dict[str, int]]:
         """Return how a result differs streamed and loaded with streamprune from loaded without, and its sizes."""
@@ -128,7 +141,9 @@ def _try(model_type: str, folder: Path, row: Row, at: Callable[[str, str], None]
     ratio = row["ratio"] = min(RATIO, most / 2)
     job: Row = {"model": source, "calibration": calibration, "samples": WINDOWS, "seq_len": LENGTH, "dtype": "float32"}
     out = folder / "pruned"
-    result = streamprune.prune(streamprune.Config(**job, out=out, ratio=ratio, recipe="sobp", round_to=4))
+    result = streamprune.prune(
+        streamprune.Config(**job, out=out, ratio=ratio, recipe="sobp", round_to=4), progress=progress
+    )
     row["removed"] = result.parameters_before - result.parameters_after
     if row["removed"] <= 0:
         raise Disagreement("no parameter was removed")
@@ -169,14 +184,14 @@ def losses(logits: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
     return -logits[:, :-1].double().log_softmax(-1).gather(2, target)[..., 0].mean(1)
 
 
-def streamed(model: Path, text: Path) -> torch.Tensor:
+def streamed(model: Path, text: Path, progress: Any = None) -> torch.Tensor:
     """Return what `streamprune.evaluate` finds for each of the first windows, (STREAMED,) float64 in nats."""
     import streamprune
 
     content, one, found = text.read_bytes(), text.with_name("window.txt"), []
     for start in range(0, STREAMED * LENGTH, LENGTH):
         one.write_bytes(content[start : start + LENGTH])
-        found.append(streamprune.evaluate(model, one, seq_len=LENGTH, dtype="float32").perplexity)
+        found.append(streamprune.evaluate(model, one, seq_len=LENGTH, dtype="float32", progress=progress).perplexity)
     return torch.tensor(found, dtype=torch.float64).log()
 
 

@@ -335,6 +335,14 @@ def test_a_threshold_takes_no_heads_where_none_can_go(tiny: Tiny, configured: Ma
     assert all(plan[f"blocks.{block}.ffn"].keep < 48 for block in range(3))
 
 
+def test_a_threshold_prunes_ffns_of_a_model_whose_attention_is_no_site(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("falcon-rw"), recipe="greedy-output", ratio=0.3, settings={"tau": "0.5"}, round_to=1)
+    plan, found = planned(config)
+    assert not any(name.endswith("divergence") for name in found)
+    assert set(plan) == {f"blocks.{block}.ffn" for block in range(3)}
+    assert all(entry.keep < 48 for entry in plan.values())
+
+
 def test_greedy_output_goes_by_a_threshold_that_is_given(tiny: Tiny, configured: Make) -> None:
     path = tiny("llama-biased", torch.float64)
     config = configured(path, recipe="greedy-output", dtype="float64", ratio=0.4)
