@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -468,20 +469,33 @@ def configured(text: Path, tmp_path: Path) -> Callable[..., streamprune.Config]:
 
 
 @pytest.fixture
-def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """transformers computes norms, eager softmax, routers and recurrences in float32 even in a float64 model.
 
-    Here it computes them in float64: its own code cannot convert float64 tensors to float32.
-    """
+    Here it computes them in float64: its own code cannot convert float64 tensors to float32. Other code can, so that a
+    conversion that streamprune lacks or has too much shows.
 
-    def by_transformers() -> bool:
-        return str(sys._getframe(2).f_globals.get("__name__")).startswith("transformers.models.")
+    Returns:
+        The number of conversions changed, by function.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    changed: Counter[str] = Counter()
+
+    def by_transformers(function: str) -> bool:
+        found = str(sys._getframe(2).f_globals.get("__name__")).startswith("transformers.models.")
+        changed[function] += found
+        return found
 
     to, kind, to_float = torch.Tensor.to, torch.Tensor.type, torch.Tensor.float
     softmax, linear = torch.nn.functional.softmax, torch.nn.functional.linear
 
     def converted(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        if x.dtype == torch.float64 and by_transformers():
+        if (
+            x.dtype == torch.float64
+            and any(each is torch.float32 for each in (*arguments, *options.values()))
+            and by_transformers("to")
+        ):
             arguments = tuple(each for each in arguments if each != torch.float32)
             options = {name: each for name, each in options.items() if each != torch.float32}
             if not arguments and not options:
@@ -489,23 +503,31 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         return to(x, *arguments, **options)
 
     def typed(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        kept = x.dtype == torch.float64 and arguments == (torch.float32,) and by_transformers()
+        kept = x.dtype == torch.float64 and arguments == (torch.float32,) and by_transformers("type")
         return x if kept else kind(x, *arguments, **options)
 
     def multiplied(x: torch.Tensor, weight: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
         # Weights of routers stay in float32 when a model is loaded in float64.
-        return linear(x, to(weight, x.dtype) if x.dtype == torch.float64 else weight, *others, **options)
+        if x.dtype == torch.float64 and weight.dtype != x.dtype and by_transformers("linear"):
+            weight = to(weight, x.dtype)
+        return linear(x, weight, *others, **options)
 
     def precise(x: torch.Tensor, *arguments: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
-        return softmax(x, *arguments, dtype=None if x.dtype == torch.float64 else dtype, **options)
+        if x.dtype == torch.float64 and dtype == torch.float32 and by_transformers("softmax"):
+            dtype = None
+        return softmax(x, *arguments, dtype=dtype, **options)
 
     monkeypatch.setattr(torch.nn.functional, "softmax", precise)
     monkeypatch.setattr(torch.nn.functional, "linear", multiplied)
     monkeypatch.setattr(torch.Tensor, "to", converted)
     monkeypatch.setattr(torch.Tensor, "type", typed)
     monkeypatch.setattr(
-        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 and by_transformers() else to_float(x)
+        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 and by_transformers("float") else to_float(x)
     )
+    LlamaRMSNorm(2)(torch.ones(2, dtype=torch.float64))
+    assert changed["to"] == 1, "transformers converts elsewhere than in the functions replaced here"
+    changed.clear()
+    return changed
 
 
 @pytest.fixture

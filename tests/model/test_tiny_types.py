@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -122,6 +126,70 @@ def test_the_page_says_of_each_type_what_was_found() -> None:
     ]
     assert "| works | 0 | 1 | 1 |" in text
     assert "| all | 3 | 1 | 4 |" in text
+
+
+def test_rows_of_other_code_and_torn_lines_do_not_count(tmp_path: Path) -> None:
+    from architectures.__main__ import read, versions
+
+    assert set(versions()) == {"transformers", "torch", "code"}
+    path = tmp_path / "rows.jsonl"
+    assert read(path) == {}
+    row = {"type": "a", "versions": versions()}
+    other = {"type": "b", "versions": {**versions(), "code": "0"}}
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n{json.dumps(row)[:-9]}")
+    assert read(path) == {"a": row}
+
+
+def test_a_type_that_takes_too_long_is_killed_and_keeps_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from architectures import __main__ as harness
+
+    def trial(name: str, folder: Path, record: Callable[[dict[str, Any]], None]) -> None:
+        record({"type": name, "step": "prune", "status": "works" if name == "a" else "failed"})
+        os.write(1, b"heard\n")
+        if name == "b":
+            Event().wait()
+
+    monkeypatch.setattr(harness, "trial", trial)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"type": "a", "ver')
+    options = argparse.Namespace(work=tmp_path, jobs=2, limit=3, keep=False)
+    rows = harness.run(["a", "b"], path, options)
+    assert rows["a"]["status"] == "works"
+    assert (rows["b"]["step"], rows["b"]["error"]) == ("prune", "took longer than 3 s")
+    assert "b: failed (prune: took longer than 3 s)" in capsys.readouterr().out
+    assert harness.read(path) == rows
+    assert {each.name for each in tmp_path.iterdir()} == {"rows.jsonl", "b.log"}
+    assert (tmp_path / "b.log").read_text() == "heard\n"
+
+
+def test_an_interrupt_ends_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from architectures import __main__ as harness
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "trial", lambda *_: Event().wait())
+    monkeypatch.setattr(harness.time, "sleep", interrupt)
+    before = set(harness.FORK.active_children())
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(["a"], tmp_path / "rows.jsonl", argparse.Namespace(work=tmp_path, jobs=1, limit=60, keep=False))
+    assert set(harness.FORK.active_children()) <= before
+
+
+def test_a_refusal_names_the_model_and_comes_before_work(tmp_path: Path) -> None:
+    from architectures.trial import refuses
+
+    from streamprune.errors import CheckpointError, NumericalError
+
+    error = CheckpointError(f"{tmp_path}/config.json: no")
+    assert refuses(error, "open", tmp_path, ())
+    assert refuses(error, "prune", tmp_path, {"evaluate"})
+    assert not refuses(error, "prune", tmp_path, {"evaluate", "prune"})
+    assert not refuses(error, "reload", tmp_path, {"evaluate", "prune"})
+    assert not refuses(CheckpointError("elsewhere"), "prune", tmp_path, ())
+    assert not refuses(NumericalError(f"{tmp_path}: NaN"), "prune", tmp_path, ())
 
 
 def test_every_type_of_transformers_is_listed_or_left_out_with_a_reason() -> None:
