@@ -72,7 +72,7 @@ def _model(path: Path) -> dict[str, Any]:
         "width": skeleton.width,
         "vocabulary": skeleton.vocabulary,
         "context": skeleton.context,
-        "tied": skeleton.tied,
+        "tied": skeleton.outside.tied,
         "unpruned": [
             {"module": name, "blocks": indices, "count": len(indices)} for name, indices in skeleton.unpruned.items()
         ],

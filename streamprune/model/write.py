@@ -63,8 +63,8 @@ def _outside(skeleton: Skeleton) -> dict[int, list[str]]:
 
     Tensors that take no part in computing text follow the head, in shards of at most 1 GiB unless one is larger.
     """
-    depth, head = len(skeleton), skeleton.head_names()
-    found = {1: skeleton.embed_names()} | ({depth + 2: head} if head else {})
+    depth, head = len(skeleton), skeleton.outside.head_names()
+    found = {1: skeleton.outside.embed_names()} | ({depth + 2: head} if head else {})
     number, held = depth + 1 + bool(head), OTHERS
     for name in skeleton.carried_names():
         size = max(1, skeleton.checkpoint[name].nbytes)
@@ -271,10 +271,10 @@ def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
     if skeleton.alone:
         # The text model's own fields, and those of the whole model that it shares.
         shared: dict[str, Any] = {key: fields[key] for key in ("dtype", "torch_dtype") if key in fields}
-        fields = {**shared, **fields.get("text_config", {}), "tie_word_embeddings": skeleton.tied}
+        fields = {**shared, **fields.get("text_config", {}), "tie_word_embeddings": skeleton.outside.tied}
     config = {key: value for key, value in fields.items() if key not in ours}
     # A head stored separately from the embedding, with other values, is not tied, whatever the config says.
-    untied = getattr(skeleton.config, "tie_word_embeddings", False) and not skeleton.tied
+    untied = getattr(skeleton.config, "tie_word_embeddings", False) and not skeleton.outside.tied
     return {**config, "tie_word_embeddings": False} if untied else config
 
 

@@ -65,7 +65,9 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     """
     prove(skeleton)
     groups = [list(skeleton.block_names(index).values()) for index in range(len(skeleton))]
-    groups += [[name] for name in {*skeleton.embed_names(), *skeleton.head_names(), *skeleton.carried_names()}]
+    groups += [
+        [name] for name in {*skeleton.outside.embed_names(), *skeleton.outside.head_names(), *skeleton.carried_names()}
+    ]
     groups = [group for number, group in enumerate(groups) if ranks.mine(number)]
     progress.phase("check weights", len(groups))
     names = [name for group in groups for name in group]

@@ -17,7 +17,9 @@ from streamprune.jobs.forecast.memory import Memory
 from streamprune.jobs.forecast.resources import forecast
 from streamprune.jobs.forecast.workload import Workload
 from streamprune.maths.live import LiveBytes
-from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.model import dry_run
+from streamprune.model.outside import Outside
+from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.job import Job
 from streamprune.recipes.plan import Plan
 from streamprune.stream.store import file_bytes
@@ -56,7 +58,7 @@ def test_attention_maps_count_where_they_are_written_out(
 ) -> None:
     skeleton = open_skeleton(tiny("gemma2"), torch.device("cpu"), "float32")
     # transformers decides, one version like this and another like that.
-    monkeypatch.setattr(Skeleton, "writes_maps", eager)
+    monkeypatch.setattr(Outside, "writes_maps", eager)
 
     def more_with_a_sequence_more(length: int) -> int:
         memory = Memory(skeleton, Workload(samples=8, length=length, text=True, rank=8))
@@ -288,14 +290,14 @@ def test_a_mixer_that_reads_values_has_a_generous_bound(
     def read(*_: Any, **__: Any) -> None:
         torch.empty(1, device="meta").item()
 
-    monkeypatch.setattr(Skeleton, "_run_on_meta", read)
+    monkeypatch.setattr(dry_run, "run", read)
     assert blind.measured(0, 64) is None
     assert Memory(blind, WORKLOAD).passing(1) > known
 
     def broken(*_: Any, **__: Any) -> None:
         raise TypeError("an error of ours")
 
-    monkeypatch.setattr(Skeleton, "_run_on_meta", broken)
+    monkeypatch.setattr(dry_run, "run", broken)
     skeleton._ran.clear()
     with pytest.raises(TypeError, match="ours"):
         skeleton.measured(0, 64)

@@ -383,7 +383,7 @@ def test_a_tied_head_that_is_stored_and_differs_is_not_tied(name: str, configure
     with torch.no_grad():
         logits = dense(tokens).logits
     skeleton = open_skeleton(path, torch.device("cpu"), "float32")
-    assert not skeleton.tied
+    assert not skeleton.outside.tied
     with skeleton.embedding() as embedding, skeleton.head() as head, torch.no_grad():
         x = embedding(tokens)
         for index in range(len(skeleton)):

@@ -153,7 +153,7 @@ def _obstacles(skeleton: Skeleton, runtime: Runtime) -> Iterator[str]:
     for linear in skeleton.linears(0):
         if f"{linear}.bias" in skeleton.block_names(0) and not linear.startswith(runtime.biases):
             yield f"{linear} has a bias, which llama.cpp's {runtime.name} does not support"
-    if runtime.tied and not skeleton.tied:
+    if runtime.tied and not skeleton.outside.tied:
         yield f"the head is not tied to the embedding, as llama.cpp's {runtime.name} requires"
     for site in skeleton.all_sites():
         if runtime.full_heads and site.heads and site.columns != skeleton.width:

@@ -66,7 +66,7 @@ def plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | Non
 
     if factors is not None:
         yield planned("rope_freqs.weight", [], lambda: factors)
-    for name in skeleton.embed_names():
+    for name in skeleton.outside.embed_names():
         yield planned(named(name), [name], plain)
     for index in range(len(skeleton)):
         names = skeleton.block_names(index)
@@ -82,10 +82,10 @@ def plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | Non
         for inside, name in names.items():
             convert = pair if runtime.paired and inside.rpartition(".")[0] in QKV[:2] else plain
             yield planned(named(name), [name], torch.t if runtime.transposed else convert)
-    for name in skeleton.head_names():
+    for name in skeleton.outside.head_names():
         yield planned(named(name), [name], plain)
-    if runtime.stored_head and skeleton.tied:
-        yield planned("output.weight", skeleton.embed_names(), plain)
+    if runtime.stored_head and skeleton.outside.tied:
+        yield planned("output.weight", skeleton.outside.embed_names(), plain)
 
 
 def _plain(tensor: Tensor, norm_shift: float) -> Tensor:

@@ -243,7 +243,7 @@ class Memory(Shapes):
     def _inner_token(self, site: Site) -> int:
         if site.kind == "attention":
             # q, k, v, their rotated copies, k and v repeated for the query heads, the output.
-            maps = (3 * self.item + 4) * site.heads * self.workload.length if self.skeleton.writes_maps else 0
+            maps = (3 * self.item + 4) * site.heads * self.workload.length if self.skeleton.outside.writes_maps else 0
             return self.item * 8 * site.columns + maps
         if site.expert is None:
             return self.item * 4 * site.columns

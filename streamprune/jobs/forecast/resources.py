@@ -151,12 +151,12 @@ def bucket_batch(resources: Resources, longest: int, length: int) -> int:
 def _bytes_to_read(shapes: Shapes, every: int) -> int:
     """Return the bytes of stored weights read over the whole job, given boundaries at every `every`-th block."""
     skeleton, workload = shapes.skeleton, shapes.workload
-    embed = sum(skeleton.checkpoint[name].stored_bytes for name in skeleton.embed_names())
-    head = sum(skeleton.checkpoint[name].stored_bytes for name in skeleton.head_names())
+    embed = sum(skeleton.checkpoint[name].stored_bytes for name in skeleton.outside.embed_names())
+    head = sum(skeleton.checkpoint[name].stored_bytes for name in skeleton.outside.head_names())
     everything = shapes.stored_all + embed + head
     if not workload.prunes:
         return everything
-    head += embed if skeleton.tied else 0
+    head += embed if skeleton.outside.tied else 0
     # All weights are read to check and to prune. Gradients read them forward, backward and to recompute boundaries.
     survey = 2 + (every > 1) if workload.gradients else 1 if workload.survey else 0
     survey += 2 * workload.corrects + bool(workload.corrects)

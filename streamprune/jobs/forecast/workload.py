@@ -11,8 +11,9 @@ import torch
 
 from ...maths.sums import GRADIENTS, PANEL, Statistic
 from ...model.architectures import SublayerEntry
+from ...model.dry_run import Measured
 from ...model.site import Site
-from ...model.skeleton import Measured, Skeleton
+from ...model.skeleton import Skeleton
 from ...stream.encoding import token_bytes
 
 REFINE_SEQUENCES = 8
@@ -103,13 +104,15 @@ class Shapes:
         self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.weight_item
         self.stored_all = sum(entry.stored_bytes for block in counts for entry in block)
-        self.embed = sum(checkpoint[name].numel for name in skeleton.embed_names()) * self.weight_item
+        self.embed = sum(checkpoint[name].numel for name in skeleton.outside.embed_names()) * self.weight_item
         pairs = [
             sum(2 * (site.heads if entry.repeats else site.units) * site.head_width for site, entry in places)
             for places in map(skeleton.places, range(len(skeleton)))
         ]
         self.keys_and_values, self.widest_pair = (workload.length * self.item * n for n in (sum(pairs), max(pairs)))
-        self.head = self.embed + sum(checkpoint[name].numel for name in skeleton.head_names()) * self.weight_item
+        self.head = (
+            self.embed + sum(checkpoint[name].numel for name in skeleton.outside.head_names()) * self.weight_item
+        )
 
     def _sublayers(self, index: int) -> Iterator[Sublayer]:
         sites, length = iter(self.blocks[index]), max(self.workload.length, 1)
