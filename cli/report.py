@@ -9,6 +9,7 @@ import click
 
 import streamprune
 from streamprune.commands.status import check_finished
+from streamprune.errors import ConfigError
 
 from . import options, show
 
@@ -48,6 +49,13 @@ def report(out: Path, against: Path | None, text: str | None, as_json: bool, qui
 
       streamprune report llama-2-5b --against llama-2-7b --prompt "The sea is" --text wiki-test.txt --out 5b.html
     """
+    if text is None:
+        if chosen["seq_len"] is not None:
+            raise ConfigError(f"--seq-len {chosen['seq_len']} needs --text")
+        if chosen["bos"] != "auto" and not chosen["prompts"]:
+            raise ConfigError(f"--bos {chosen['bos']} needs --text or --prompt")
+    if chosen["tokens"] is not None and not chosen["prompts"]:
+        raise ConfigError(f"--tokens {chosen['tokens']} needs --prompt")
     check_finished(out)
     options.begin(against, texts=[text])
     with show.watched(quiet) as progress:

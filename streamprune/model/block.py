@@ -304,7 +304,7 @@ class Sublayer:
         self, layer: Layer, entry: SublayerEntry, places: Sequence[tuple[Site, SublayerEntry]], block: int
     ) -> None:
         self.layer, self.entry, self.block = layer, entry, block
-        self.prunables = [Prunable(layer, own, site) for site, own in places]
+        self.prunables = [Prunable(layer, own, site, number) for number, (site, own) in enumerate(places)]
         self._norm, self._branch_norm, self._sum_norm = (
             layer.module(name) if name else None for name in (entry.norm, entry.branch_norm, entry.sum_norm)
         )
@@ -425,18 +425,22 @@ class Sublayer:
         return self.join(x, self.consume(mixed))
 
     def release(self) -> None:
-        """Free the weights of the producers and consumers. The sublayer cannot run afterwards."""
-        for prunable in self.prunables:
-            for name in (*prunable.producers, prunable.consumer):
-                place(self.layer.module(name), "weight", torch.empty(0, device="meta"))
-                self.layer.weights.pop(f"{name}.weight", None)  # already gone if several sites share a fused weight
+        """Free the weights of the mixers, consumers and experts. The sublayer cannot run afterwards."""
+        shared = self.entry.shared.mixer if self.entry.shared else ()
+        parts = (*self.entry.mixer, *self.entry.parts, *shared, *(prunable.consumer for prunable in self.prunables))
+        inside = tuple(f"{part}." if part else "" for part in parts)
+        for name in [name for name in self.layer.weights if name.startswith(inside)]:
+            self.layer.put(name, torch.empty(0, device="meta"))
+            del self.layer.weights[name]
 
 
 class Prunable:
     """A site with the weights of its producers and its consumer. Names in `entry` are relative to the block."""
 
-    def __init__(self, layer: Layer, entry: SublayerEntry, site: Site) -> None:
+    def __init__(self, layer: Layer, entry: SublayerEntry, site: Site, number: int) -> None:
         self.layer, self.entry, self.site = layer, entry, site
+        self.number = number
+        """Position among the sites of its sublayer: experts by number, then the shared experts."""
         self.producers = tuple(producer.name for producer in entry.producers)
         assert entry.consumer is not None
         self.consumer = entry.consumer

@@ -86,13 +86,13 @@ def read_gguf(path: Path) -> Gguf:
 
 @lru_cache(maxsize=2)
 def _read(path: Path, *stamps: int) -> Gguf:
-    from gguf import GGUFReader
+    import gguf
 
     from . import upstream
 
     check_metadata(path)
-    with upstream.translated(path, "read this GGUF file"):
-        reader = GGUFReader(path)
+    with upstream.translated(path, "read this GGUF file"), upstream.parsed_once():
+        reader = gguf.GGUFReader(path)
         fields = {
             name: field.contents()
             for name in reader.fields

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
     import transformers
 
     from . import modeling_streamprune as modeling
-    from .upstream import forget_kernels
+    from .upstream import forget_kernels, parsed_once
 
     folder = resolve_model(path)
     careful = {"trust_remote_code": False, "use_safetensors": True, **options}
@@ -88,7 +89,8 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
         forget_kernels(careful["config"])
     wrapper = known and modeling.IMAGES in modeling.auto_classes(base)
     auto = transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_pretrained(folder, **careful)
+    with parsed_once() if gguf else nullcontext():
+        model: PreTrainedModel = auto.from_pretrained(folder, **careful)
     return model
 
 

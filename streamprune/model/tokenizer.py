@@ -113,7 +113,9 @@ def _loadable(directory: Path, gguf: Path | None) -> Iterator[tuple[Path, dict[s
     if gguf is None:
         yield directory, {}
         return
-    with files.scratch(Path(gettempdir()), SCRATCH) as folder:
+    from .upstream import parsed_once
+
+    with files.scratch(Path(gettempdir()), SCRATCH) as folder, parsed_once():
         (folder / gguf.name).symlink_to(gguf.resolve())
         yield folder, {"gguf_file": gguf.name}
 

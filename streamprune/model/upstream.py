@@ -361,6 +361,27 @@ def rotary_frequencies(config: Any, kind: str) -> Tensor:
     return frequencies
 
 
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Parse the metadata of each GGUF file once while the context is open: the gguf package takes a minute for a large vocabulary,
+    and transformers asks it again for each of config, tokenizer and weights.
+
+    Does nothing without the gguf package, which transformers reports.
+    """
+    try:
+        import gguf
+    except ImportError:
+        yield
+        return
+    usual = gguf.GGUFReader
+    read = cache(usual)
+    gguf.GGUFReader = lambda path: read(str(path))  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = usual  # type: ignore[misc]
+
+
 def gguf_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the config fields and the tokenizer's fields that transformers reads from a GGUF file."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

@@ -291,7 +291,7 @@ class BlockPruner:
             h=h,
             inputs=inputs,
             findings=self.survey.get(site.name, {}),
-            generator=_generator(self.seed, site),
+            generator=site_generator(self.seed, prunable),
             factors=factors,
         )
         kept = self._select(problem)
@@ -424,10 +424,11 @@ def _outcome(problem: Problem, kept: Tensor, refit: Refit) -> Report:
     return report | ({"step": refit.step} if refit.step < 1 else {})
 
 
-def _generator(seed: int, site: Site) -> torch.Generator:
+def site_generator(seed: int, prunable: Prunable) -> torch.Generator:
     """A generator for this site alone, so that the order of sites does not matter."""
-    place = (seed * 1_000_003 + site.block) * 2 + (site.kind == "ffn")
-    return torch.Generator().manual_seed((place + 7_919_000_029 * (site.expert or 0)) % 2**63)
+    site, kinds = prunable.site, {"attention": 0, "ffn": 1, "linear": 1 << 40}
+    place = (seed * 1_000_003 + site.block) * 2 + kinds[site.kind]
+    return torch.Generator().manual_seed((place + 7_919_000_029 * prunable.number) % 2**63)
 
 
 def _normed(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:

@@ -84,6 +84,9 @@ def test_status_imports_neither_torch_nor_transformers(finished: Path) -> None:
         ("verify nowhere", 1, "nowhere is not a directory"),
         ("inspect nowhere", 1, "nowhere does not exist, and no job is writing it"),
         ("report nowhere", 2, "nowhere has no report.json"),
+        ("report nowhere --bos on", 2, "--bos on needs --text or --prompt"),
+        ("report nowhere --seq-len 9 --prompt a", 2, "--seq-len 9 needs --text"),
+        ("report nowhere --tokens 9 --text MODEL/config.json", 2, "--tokens 9 needs --prompt"),
     ],
 )
 def test_invalid_arguments_are_reported_before_anything_heavy_is_imported(

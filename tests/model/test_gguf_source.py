@@ -375,6 +375,17 @@ def test_metadata_is_checked_before_it_is_parsed(case: str, monkeypatch: pytest.
             read(path)
 
 
+def test_metadata_is_parsed_once(exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "copy.gguf"
+    shutil.copy(exported("llama"), path)
+    usual, parsed = gguf.GGUFReader.__init__, list[str]()
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, path: parsed.append(path) or usual(self, path))
+    for read in (Checkpoint, load_tokenizer, streamprune.load):
+        parsed.clear()
+        read(path)
+        assert len(parsed) == 1
+
+
 def test_folders_of_killed_processes_are_removed(
     exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

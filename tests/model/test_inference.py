@@ -333,3 +333,20 @@ def test_rotary_tables_with_a_factor_depend_on_no_token_in_any_dtype(tmp_path: P
     path = make_tiny(tmp_path / "yarn", "llama", rope_parameters=yarn)
     for dtype in ("float32", "bfloat16"):
         assert open_skeleton(path, torch.device("cpu"), dtype).all_sites()
+
+
+@pytest.mark.parametrize(
+    "name", ["opt", "cohere", "falcon", "deepseek_v3", "qwen2_moe", "gpt_oss", "qwen3_5", "nemotron_h", "lfm2"]
+)
+def test_released_sublayers_keep_only_norms_and_factors(name: str, tiny: Tiny) -> None:
+    skeleton = opened(tiny(name))
+    x = torch.randn(2, 12, skeleton.width, generator=torch.Generator().manual_seed(0))
+    for index in range(len(skeleton)):
+        block, arguments = skeleton.build_block(index, skeleton.read_block(index)), skeleton.arguments(2, 12)[index]
+        twin, wanted, stream = block.twin(), block(x, arguments), x
+        for sublayer in block.sublayers:
+            stream = sublayer(stream, x, arguments)
+            sublayer.release()
+        assert torch.equal(stream, wanted)
+        assert torch.equal(twin(x, arguments), wanted)
+        assert sum(weight.numel() for weight in block.weights.values()) <= 4 * skeleton.width

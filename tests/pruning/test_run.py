@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from streamprune.errors import CalibrationError, ConfigError, ResourceError, Res
 from streamprune.jobs.forecast import resources
 from streamprune.jobs.names import job_folder
 from streamprune.model.skeleton import open_skeleton
+from streamprune.pruning.block import site_generator
 from streamprune.pruning.job import Job
 from streamprune.pruning.request import idle
 from streamprune.recipes.plan import Plan
@@ -93,6 +95,19 @@ def test_magnitude_needs_no_text_and_random_follows_the_seed(tiny: Tiny, configu
     assert {name: data for name, data in a.items() if "safetensors" in name} != {
         name: data for name, data in c.items() if "safetensors" in name
     }
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_5"])
+def test_every_site_has_its_own_random_numbers(name: str, tiny: Tiny) -> None:
+    skeleton = open_skeleton(tiny(name), torch.device("cpu"), "float32")
+    blocks = [skeleton.build_block(index, skeleton.read_block(index)) for index in range(len(skeleton))]
+    prunables = [prunable for block in blocks for prunable in block.prunables]
+    attention = next(prunable for prunable in prunables if prunable.site.kind == "attention")
+    beside = copy.copy(attention)  # as in Falcon H1
+    beside.site = replace(attention.site, kind="linear")
+    draws = [site_generator(3, prunable).initial_seed() for prunable in (*prunables, beside)]
+    assert len({*draws}) == len(draws)
+    assert site_generator(3, attention).initial_seed() == 2 * (3 * 1_000_003 + attention.site.block)
 
 
 def test_ablations_reach_the_maths(tiny: Tiny, configured: Make) -> None:
