@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     folders = {"dense": options.dense, "pruned": options.pruned}
     skeletons = {name: open_skeleton(path, torch.device("cpu"), "float32") for name, path in folders.items()}
-    windows = read_windows(skeletons["dense"], source(options.text), options.seq_len)[0]
+    windows = read_windows(skeletons["dense"], source(options.text), options.seq_len)[0].tokens
     found: dict[str, Any] = {"dtype": options.dtype, "windows": len(windows), "length": windows.shape[1]}
     with tempfile.TemporaryDirectory() as temporary:
         paths = {name: Path(temporary) / f"{name}.gguf" for name in folders}

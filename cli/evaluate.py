@@ -19,6 +19,7 @@ from . import options, show
 @options.text_option
 @options.seq_len_option()
 @options.bos_option
+@options.cut_options
 @click.option("--tasks", metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
 @click.option("--include-path", type=options.PATH, metavar="DIR", help="Folder with more task files.")
 @click.option("--limit", type=int, metavar="N", help="Score the first N documents of each task.  [default: all]")
@@ -42,8 +43,12 @@ def evaluate(
     limits = {name: chosen.pop(name) for name in ("include_path", "limit", "num_fewshot")}
     if text is None and tasks is None:
         raise ConfigError("nothing to measure: give --text TEXT, --tasks A,B or both")
+    of_text = {name: chosen.pop(name) for name in ("windows", "loss_on")}
     if seq_len is not None and text is None:
         raise ConfigError(f"--seq-len {seq_len} needs --text")
+    for name, value in of_text.items():
+        if value not in ("anywhere", "all") and text is None:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} needs --text")
     for name, value in limits.items():
         if value is not None and tasks is None:
             raise ConfigError(f"--{name.replace('_', '-')} {value} needs --tasks")
@@ -55,7 +60,7 @@ def evaluate(
     options.begin(model, texts=[text])
     with show.progress(quiet) as progress:
         if text is not None:
-            measured = streamprune.evaluate(model, text, seq_len=seq_len, progress=progress, **chosen)
+            measured = streamprune.evaluate(model, text, seq_len=seq_len, progress=progress, **of_text, **chosen)
             found |= asdict(measured)
             lines += [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"]
         if wanted is not None:

@@ -83,11 +83,28 @@ bos_option = click.option(
 )
 
 
+cut_options = bundle(
+    click.option(
+        "--windows",
+        type=click.Choice(["anywhere", "documents"]),
+        default="anywhere",
+        help="Where windows begin. documents: where a row (document, conversation) begins, filled with the rows that follow.",
+    ),
+    click.option(
+        "--loss-on",
+        type=click.Choice(["all", "assistant"]),
+        default="all",
+        help="Whose tokens have losses and gradients. assistant: those that the assistant says in conversations.",
+    ),
+)
+
+
 def windows_options(kind: str) -> Callable[[F], F]:
     return bundle(
         click.option("--samples", default=128, help=f"Number of {kind} windows."),
         seq_len_option(),
         bos_option,
+        cut_options,
         click.option("--seed", default=0, help="Seed for all random choices."),
     )
 

@@ -21,6 +21,8 @@ Any other exception that reaches the user is a bug.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """Return another library's error on one line, cut to `most` characters; its class name if it has no text."""
@@ -32,6 +34,13 @@ def check_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_choice(**choices: tuple[object, Collection[object]]) -> None:
+    """Raise ConfigError if a value, by its setting's name, is not among those allowed: ``name=(value, allowed)``."""
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
 class StreamPruneError(Exception):

@@ -545,7 +545,7 @@ def main() -> None:
     }
     if o.text is not None:
         model.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
-        found["perplexity"] = perplexity(model, read_windows(job.skeleton, source(o.text), o.seq_len)[0], o.size)
+        found["perplexity"] = perplexity(model, read_windows(job.skeleton, source(o.text), o.seq_len)[0].tokens, o.size)
     print(json.dumps(found))
 
 

@@ -25,7 +25,9 @@ def windows(config: Config, path: Path) -> torch.Tensor:
     assert config.calibration is not None
     tokenizer = load_tokenizer(path)
     tokens = calibration.tokenize(tokenizer, config.calibration, 40)
-    return calibration.sample_windows(tokens, config.samples, config.seq_len or 0, config.seed, config.calibration)
+    return calibration.sample_windows(
+        tokens, config.samples, config.seq_len or 0, config.seed, config.calibration
+    ).tokens
 
 
 class Stop(BaseException):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ConfigError, check_least
+from ..errors import CalibrationError, ConfigError, check_choice, check_least
 from ..jobs.forecast.resources import bucket_batch, forecast
 from ..jobs.forecast.workload import Workload
 from ..model import hub
@@ -23,8 +23,14 @@ from ..stream import sweep
 from ..stream.store import ActivationStore
 from ..system import files, machine
 from ..system.progress import Progress, Silent, rest
-from ..text.source import Source, Spec, source
-from ..text.windows import consecutive_windows, tokenize, window_length
+from ..text.source import CUTS, LOSSES_ON, Cut, LossOn, Source, Spec, source
+from ..text.windows import Windows, consecutive_windows, counted, document_windows, tokenize, window_length
+
+CONSECUTIVE: dict[Cut, str] = {
+    "anywhere": "consecutive",
+    "documents": "consecutive, each from the beginning of a document,",
+}
+COUNTED: dict[LossOn, str] = {"all": "all {} predicted tokens", "assistant": "the {} predicted tokens of the assistant"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,11 @@ class Evaluation:
     """Result of `evaluate`."""
 
     perplexity: float
-    tokens: int  # predicted tokens: all tokens of the windows except the first of each
+    tokens: int  # predicted tokens that count: of the windows, except the first of each
     seq_len: int  # tokens per window, BOS included
     bos: bool  # whether every window begins with BOS
+    loss_on: LossOn  # whose tokens count
+    windows: Cut  # where windows begin
     protocol: str  # how perplexity was measured
 
 
@@ -44,6 +52,8 @@ def evaluate(
     *,
     seq_len: int | None = None,
     bos: Bos = "auto",
+    windows: Cut = "anywhere",
+    loss_on: LossOn = "all",
     device: str = "auto",
     dtype: str = "auto",
     memory: int | None = None,
@@ -62,6 +72,9 @@ def evaluate(
 
     Args:
         bos: whether every window begins with BOS; ``auto`` does as the tokenizer does.
+        windows: ``documents`` begins every window where a document begins (see `text.windows.document_windows`) instead of
+            where the last one ended.
+        loss_on: ``assistant`` counts only the tokens that the assistant says in conversations.
         memory: bytes that the device may use; None allows all free memory.
         cache: folder for activations during the run; None takes the system's temporary folder.
         activations: dtype in which activations are stored, see `system.machine.resolve_activations`. None stores them
@@ -76,21 +89,23 @@ def evaluate(
     """
     progress, given = progress or Silent(), source(text)
     skeleton = open_skeleton(hub.resolve_model(model, progress), machine.resolve_device(device), dtype)
-    windows, first = read_windows(skeleton, given, seq_len, bos)
+    cut, first = read_windows(skeleton, given, seq_len, bos, windows, loss_on)
     limits: dict[str, Any] = {"memory": memory, "cache": cache, "activations": activations, "memory_host": memory_host}
-    with through_blocks(skeleton, [windows], "evaluate", progress, **limits) as (bucket,):
+    with through_blocks(skeleton, [cut.tokens], "evaluate", progress, **limits) as (bucket,):
         last = sweep.boundary("dense", len(skeleton))
-        loss, count = sweep.losses(skeleton, bucket.store, last, windows, bucket.batch)
+        loss, count = sweep.losses(skeleton, bucket.store, last, cut.labels, bucket.batch)
         progress.step("head")
-    stored = bucket.store.encoding.stored
+    stored, (samples, length) = bucket.store.encoding.stored, cut.tokens.shape
     return Evaluation(
         perplexity=math.exp(loss / count) if loss / count < 700 else math.inf,
         tokens=count,
-        seq_len=windows.shape[1],
+        seq_len=length,
         bos=first is not None,
+        loss_on=loss_on,
+        windows=windows,
         protocol=(
-            f"{_whole(given)} tokenised without special tokens; {len(windows)} consecutive windows of {windows.shape[1]} "
-            f"{'without' if first is None else 'that begin with'} BOS, remainder dropped; mean over all {count} predicted tokens; computed in {machine.dtype_name(skeleton.dtype)}"
+            f"{_whole(given)} tokenised without special tokens; {samples} {CONSECUTIVE[windows]} windows of {length} "
+            f"{'without' if first is None else 'that begin with'} BOS, remainder dropped; mean over {COUNTED[loss_on].format(count)}; computed in {machine.dtype_name(skeleton.dtype)}"
             + ("" if stored == skeleton.dtype else f", activations stored in {machine.dtype_name(stored)}")
         ),
     )
@@ -176,11 +191,18 @@ def _whole(text: Source) -> str:
     return f"whole text, documents of field {documents.field!r} joined {joined},"
 
 
-def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None, bos: Bos = "auto") -> tuple[Tensor, int | None]:
+def read_windows(
+    skeleton: Skeleton,
+    text: Source,
+    seq_len: int | None,
+    bos: Bos = "auto",
+    cut: Cut = "anywhere",
+    loss_on: LossOn = "all",
+) -> tuple[Windows, int | None]:
     """Tokenize a text with the model's tokenizer and cut it into consecutive windows.
 
     Returns:
-        The windows (windows, length) int64, and the BOS token that they begin with, or None.
+        The windows, and the BOS token that they begin with, or None.
 
     Raises:
         CheckpointError, CalibrationError, ConfigError: the tokenizer, the text, the length or `bos` is unusable.
@@ -188,7 +210,15 @@ def read_windows(skeleton: Skeleton, text: Source, seq_len: int | None, bos: Bos
     check_least(2, seq_len=seq_len)
     if text.weight != 1:
         raise ConfigError(f"{text} has weight {text.weight:g}; a text to measure on is read whole, without weights")
+    check_choice(windows=(cut, CUTS), loss_on=(loss_on, LOSSES_ON))
     length = window_length(seq_len, skeleton.context)
     tokenizer = load_tokenizer(skeleton.checkpoint.directory, skeleton.vocabulary)
     first = bos_token(tokenizer, bos, skeleton.checkpoint.directory)
-    return consecutive_windows(tokenize(tokenizer, text, skeleton.vocabulary), length, text, first), first
+    tokens = tokenize(tokenizer, text, skeleton.vocabulary, cut=cut, loss_on=loss_on)
+    if cut == "documents":
+        found = document_windows(tokens, None, length, 0, text, first)
+    else:
+        found = consecutive_windows(tokens, length, text, first)
+    if not counted(found.labels):
+        raise CalibrationError(f"{text}: no window of {length:,} tokens holds a token of the assistant; raise seq-len")
+    return found, first

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError, check_least
+from ..errors import ConfigError, check_choice, check_least
 from ..model.site import LAYOUTS
 from ..model.tokenizer import BOS, Bos
 from ..system.units import ACTIVATIONS, check_device, check_dtype
-from ..text.source import Source, Spec
+from ..text.source import CUTS, LOSSES_ON, Cut, LossOn, Source, Spec
 
 RatioOf = Literal["blocks", "window", "model"]
 RATIOS_OF: tuple[RatioOf, ...] = ("blocks", "window", "model")
@@ -47,6 +47,10 @@ class JobConfig:
     bos: Bos = _fixed(default="auto")
     """Whether every window begins with BOS: ``on``, ``off``, or ``auto``, which does as the tokenizer does. Resuming
     compares what was resolved."""
+    windows: Cut = _fixed(default="anywhere")
+    """Where windows of text begin: ``anywhere``, or where ``documents`` begin."""
+    loss_on: LossOn = _fixed(default="all")
+    """Whose tokens have losses and gradients: ``all``, or those that the ``assistant`` of a conversation says."""
     seed: int = _fixed(default=0)
     dtype: str = _fixed(default="auto")
     """Dtype in which blocks compute; ``auto`` is the checkpoint's dtype on a GPU and float32 on the CPU."""
@@ -76,13 +80,10 @@ class JobConfig:
             raise ConfigError(f"seed is {self.seed}; it must be below 2^63")
         check_dtype(self.dtype)
         check_device(self.device)
-        self._check_choice(activations=ACTIVATIONS, bos=BOS)
+        self._check_choice(activations=ACTIVATIONS, bos=BOS, windows=CUTS, loss_on=LOSSES_ON)
 
-    def _check_choice(self, **choices: Sequence[str] | Mapping[str, object]) -> None:
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    def _check_choice(self, **choices: Collection[str]) -> None:
+        check_choice(**{name: (getattr(self, name), allowed) for name, allowed in choices.items()})
 
     def fixed(self) -> dict[str, Any]:
         """Return the fields that must not change on resume, JSON-ready."""
@@ -135,6 +136,10 @@ class Config(JobConfig):
             for word in DATA_FREE:
                 if word in self.calibration:
                     raise ConfigError(f"calibration {word!r} cannot be combined with other sources")
+        for word in DATA_FREE if isinstance(self.calibration, str) else ():
+            for name, value in (("loss_on", self.loss_on), ("windows", self.windows)):
+                if self.calibration == word and value in ("assistant", "documents"):
+                    raise ConfigError(f"{name} is {value!r}; calibration {word!r} has no conversations or documents")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")
         if self.ratio is None and self.plan is None:

@@ -19,6 +19,8 @@ from .names import COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
 Bos = Literal["auto", "on", "off"]
 BOS: tuple[Bos, ...] = ("auto", "on", "off")
 """Whether BOS, the beginning-of-sequence token, comes before every window; ``auto`` does as the tokenizer does."""
+IGNORED = -100
+"""Label of a token whose prediction is not part of losses, as in torch and transformers."""
 SCRATCH = "streamprune-tokenizer-"  # start of the names of temporary folders for the tokenizers of GGUF files
 
 

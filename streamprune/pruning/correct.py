@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..jobs.forecast.workload import REFINE_SEQUENCES
 from ..maths.adam import Descent, batch, seeded
@@ -26,6 +25,7 @@ from ..stream import sweep
 from ..stream.store import ActivationStore
 from ..system import files
 from ..system.progress import Progress, rest
+from ..text.windows import Windows, counted
 from .refine import Refinement
 from .shot import Shot
 
@@ -46,7 +46,7 @@ def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
     zeros = job.recipe.writes_zeros
     corrector = Corrector(
         open_skeleton(shot.pruned, job.request.device, job.config.dtype, layout=job.skeleton.layout),
-        job.tokens,
+        job.windows,
         shot.corrections,
         Refinement(how.steps, job.config.seed, job.backward_batch, keeps_zeros=zeros, rate=how.rate, rank=how.rank),
         job.request.window,
@@ -82,7 +82,7 @@ class Corrector:
 
     Args:
         skeleton: the checkpoint to correct.
-        tokens: calibration windows (samples, length).
+        windows: calibration windows.
         folder: folder for states and activations, used by nothing else.
         window: the blocks that may change.
         digests: digests of the files that the last step wrote, by name.
@@ -91,16 +91,17 @@ class Corrector:
     def __init__(
         self,
         skeleton: Skeleton,
-        tokens: Tensor,
+        windows: Windows,
         folder: Path,
         how: Refinement,
         window: range,
         digests: Mapping[str, str],
     ) -> None:
-        self.skeleton, self.tokens, self.folder, self.how = skeleton, tokens, folder, how
+        self.skeleton, self.windows, self.folder, self.how = skeleton, windows, folder, how
         self.window, self._digests = window, digests
-        self._size = min(REFINE_SEQUENCES, len(tokens))
-        shape = self._size, tokens.shape[1], skeleton.width
+        samples, length = windows.tokens.shape
+        self._size = min(REFINE_SEQUENCES, samples)
+        shape = self._size, length, skeleton.width
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
 
     def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:
@@ -133,18 +134,19 @@ class Corrector:
 
     def _step(self, step: int) -> dict[str, str]:
         skeleton, store, depth, how = self.skeleton, self._store, len(self.skeleton), self.how
-        tokens = self.tokens[batch(len(self.tokens), self._size, how.seed, step)]
-        sweep.embed(skeleton, tokens, store, sweep.boundary(STREAM, 0), how.batch)
+        chosen = batch(len(self.windows.tokens), self._size, how.seed, step)
+        labels = self.windows.labels[chosen]
+        sweep.embed(skeleton, self.windows.tokens[chosen], store, sweep.boundary(STREAM, 0), how.batch)
         for index, block in sweep.blocks(skeleton, range(depth)):
             with self._updated(block, self.descent(step, index, block)):
                 sweep.advance(skeleton, block, index, store, STREAM, how.batch)
             del block
-        sweep.head_gradient(skeleton, store, tokens, how.batch)
+        sweep.head_gradient(skeleton, store, labels, how.batch)
         digests = {}
         # Below the window no gradient is needed.
         for index, block in sweep.blocks(skeleton, range(depth - 1, self.window.start - 1, -1)):
             descent = self.descent(step, index, block)
-            self._backward(block, index, descent)
+            self._backward(block, index, descent, max(1, counted(labels)))
             del block
             if descent is not None:
                 descent.step()
@@ -157,10 +159,9 @@ class Corrector:
         """Return a context in which the block computes with its updates."""
         return nullcontext() if descent is None else block.updated(descent.weights, keep_zeros=self.how.keeps_zeros)
 
-    def _backward(self, block: Block, index: int, descent: Descent | None) -> None:
-        """Set the gradients of the mean loss with respect to the updates, and write the gradient of the block's input."""
+    def _backward(self, block: Block, index: int, descent: Descent | None, predictions: int) -> None:
+        """Set the gradients of the loss per prediction with respect to the updates, and write the gradient of the input."""
         skeleton, store = self.skeleton, self._store
-        predictions = self._size * (self.tokens.shape[1] - 1)
         updates = [] if descent is None else [*descent.weights.values()]
         target, place = sweep.boundary(GRADIENT, index), f"the correction's gradient of block {index}"
         names = sweep.boundary(STREAM, index), sweep.boundary(GRADIENT, index + 1)

@@ -32,7 +32,7 @@ from ..stream.store import ActivationStore
 from ..system import files
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
-from ..text import windows
+from ..text.windows import Windows, random_windows, sample
 from .request import Request
 
 PLAN, WRITTEN = "plan.json", "calibration.safetensors"
@@ -106,7 +106,7 @@ class Job(JobFolder):
         resources = self.forecast().require()
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.local_size)
         if self.request.needs_text and not self.request.writes_text:
-            _ = self.tokens
+            _ = self.windows
         check_companions(
             self.config.model, self.skeleton.vocabulary, self.progress, required=self.request.may_need_loader
         )
@@ -151,7 +151,7 @@ class Job(JobFolder):
             "plan_given": self.terms["plan"],
             "job": self.header,
             "model": hub.origin(self.config.model),
-            "tokens": windows.fingerprint(self.tokens) if self.request.needs_text else None,
+            "tokens": self.windows.fingerprint if self.request.needs_text else None,
             "sites": [{**site, "units": units[site["site"]]} for site in sites],
             "blocks": by_block(self.journal),
             "forward_equivalents": round(spent["operations"] / self.request.forward_operations, 4),
@@ -162,20 +162,34 @@ class Job(JobFolder):
             **peaks(self.journal),
         }
 
-    @cached_property
+    @property
     def tokens(self) -> Tensor:
-        """Calibration windows (samples, length) int64; those that the model writes exist once they are journalled."""
+        """Calibration tokens (samples, length) int64."""
+        return self.windows.tokens
+
+    @cached_property
+    def windows(self) -> Windows:
+        """Calibration windows; those that the model writes exist once they are journalled."""
         if self.request.text == "self":
             line = self.journal.find("calibrate")
             assert line is not None
-            return load_shard(self.written_path, line["sha256"])["tokens"]
-        vocabulary, samples, seed = self.skeleton.vocabulary, self.config.samples, self.config.seed
-        bos = self.request.bos
+            return Windows.of(load_shard(self.written_path, line["sha256"])["tokens"])
+        config, vocabulary, bos = self.config, self.skeleton.vocabulary, self.request.bos
+        samples, length, seed = config.samples, self.request.length, config.seed
         if self.request.text == "random-tokens":
-            return windows.random_windows(vocabulary, samples, self.request.length, seed, bos)
-        tokenizer = load_tokenizer(self.config.model, vocabulary)
-        return windows.sample(
-            tokenizer, self.request.text, vocabulary, samples, self.request.length, seed, self.progress, bos=bos
+            return Windows.of(random_windows(vocabulary, samples, length, seed, bos))
+        tokenizer = load_tokenizer(config.model, vocabulary)
+        return sample(
+            tokenizer,
+            self.request.text,
+            vocabulary,
+            samples,
+            length,
+            seed,
+            self.progress,
+            bos=bos,
+            loss_on=config.loss_on,
+            cut=config.windows,
         )
 
     @property

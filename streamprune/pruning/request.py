@@ -353,7 +353,7 @@ def idle(config: Config) -> dict[str, str]:
     summed = _surveys(config, recipe) and recipe.statistics
     found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
     if not summed and not _streams(config, recipe):
-        names = ["calibration", "samples", "seq_len", "bos", *([] if recipe.seeded else ["seed"])]
+        names = ["calibration", "samples", "seq_len", "bos", "windows", "loss_on", *([] if recipe.seeded else ["seed"])]
         found |= dict.fromkeys(names, f"{config.recipe} reads no text here")
     return found
 

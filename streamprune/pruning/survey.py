@@ -16,6 +16,7 @@ from ..model.checkpoint import write_shard
 from ..recipes.recipe import Surveyed
 from ..stream import sweep
 from ..system.host import return_freed_memory
+from ..text.windows import counted
 from .block import CPU, SEEN
 from .job import Job
 from .shot import GRADIENT, Shot
@@ -73,13 +74,14 @@ def _store_inputs(shot: Shot) -> None:
     if job.recipe.draws_labels:
         generator = torch.Generator().manual_seed(job.config.seed)
         uniform = torch.rand(job.tokens.shape, generator=generator, dtype=torch.float64)[job.part]
-    sweep.head_gradient(shot.skeleton, store, job.tokens[job.part], job.batch, uniform=uniform)
+    sweep.head_gradient(shot.skeleton, store, job.windows.labels[job.part], job.batch, uniform=uniform)
     shot.record("head")
 
 
 def _sum_backward(shot: Shot) -> None:
     """Sum and digest each block backwards; inputs that were not kept are recomputed."""
     job, skeleton, store = shot.job, shot.skeleton, shot.job.store
+    predictions = counted(job.windows.labels) / job.config.samples
     first = len(skeleton) - 1 - len(shot.steps("backward/"))
     inputs = {sweep.boundary(DENSE, index) for index in range(max(first, 0) + 1)}
     store.keep_only({sweep.boundary(GRADIENT, first + 1)} | inputs)
@@ -87,7 +89,7 @@ def _sum_backward(shot: Shot) -> None:
         lowest = _recompute(shot, first)
         for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
             stats = _empty_statistics(shot, index)
-            sweep.backward_block(skeleton, block, index, store, stats, job.backward_batch)
+            sweep.backward_block(skeleton, block, index, store, stats, job.backward_batch, predictions)
             digest = _save_findings(shot, index, block, stats)
             del block, stats
             shot.record(f"backward/{index}", sha256=digest)

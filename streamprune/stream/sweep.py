@@ -21,6 +21,7 @@ from ..maths.sums import Origin, SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
 from ..model.proof import prove
 from ..model.skeleton import Skeleton
+from ..model.tokenizer import IGNORED
 from ..system.host import return_freed_memory, tensor_bytes
 from ..system.progress import Progress, rest
 from ..system.ranks import ALONE, Ranks
@@ -113,49 +114,50 @@ def forward(skeleton: Skeleton, store: ActivationStore, stream: str, start: int,
         yield index
 
 
-def losses(skeleton: Skeleton, store: ActivationStore, name: str, tokens: Tensor, size: int) -> tuple[float, int]:
-    """Return the sum of negative log-likelihoods in nats, and the number of predictions: all tokens of a window but the first.
+def losses(skeleton: Skeleton, store: ActivationStore, name: str, labels: Tensor, size: int) -> tuple[float, int]:
+    """Return the sum of negative log-likelihoods in nats, and the number of predictions that count.
 
     Args:
         name: boundary of the last block's output.
-        tokens: (samples, length) int64.
+        labels: (samples, length) int64: the tokens, or `IGNORED`. The first of a window is not predicted.
         size: sequences per micro-batch.
     """
     total, count, dtype = 0.0, 0, accumulator(skeleton.dtype)
     with skeleton.head() as head, torch.no_grad():
         for batch, (hidden,) in store.each(size, name):
-            for h, y in _predictions(hidden, tokens[batch].to(skeleton.device), skeleton.vocabulary):
-                total += float(F.cross_entropy(head(h).to(dtype), y, reduction="sum").double())
-                count += y.numel()
+            for h, y in _predictions(hidden, labels[batch].to(skeleton.device), vocabulary=skeleton.vocabulary):
+                total += float(F.cross_entropy(head(h).to(dtype), y, reduction="sum", ignore_index=IGNORED).double())
+                count += int((y != IGNORED).sum())
     if total != total or total == float("inf"):
         raise NumericalError(f"the head gives NaN or Inf{advice(skeleton.dtype)}")
     return total, count
 
 
 def head_gradient(
-    skeleton: Skeleton, store: ActivationStore, tokens: Tensor, size: int, *, uniform: Tensor | None = None
+    skeleton: Skeleton, store: ActivationStore, labels: Tensor, size: int, *, uniform: Tensor | None = None
 ) -> None:
     """Write ∂loss/∂(last block's output); the loss is the *sum* of a sequence's negative log-likelihoods.
 
     The sum instead of the mean keeps gradients within float16's range. The statistics normalise later.
 
     Args:
-        tokens: (samples, length) int64: the labels of the loss.
+        labels: (samples, length) int64: the tokens, or `IGNORED` for those that have no loss.
         size: sequences per micro-batch.
-        uniform: (samples, length) float64 in [0, 1). If given, the labels are instead drawn from the model's own
-            distribution with these numbers. The covariance of the gradients is then the Fisher information, not the
-            empirical Fisher.
+        uniform: (samples, length) float64 in [0, 1). If given, the labels that are not ignored are instead drawn from the
+            model's own distribution with these numbers. The covariance of the gradients is then the Fisher information,
+            not the empirical Fisher.
     """
     last, dtype = len(skeleton), accumulator(skeleton.dtype)
     with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
         for batch, (hidden,) in store.each(size, boundary("dense", last)):
             parts = []
-            labels = (tokens if uniform is None else uniform)[batch].to(skeleton.device)
-            for h, y in _predictions(hidden, labels, skeleton.vocabulary):
+            given = [each[batch].to(skeleton.device) for each in (labels, uniform) if each is not None]
+            for h, y, *u in _predictions(hidden, *given, vocabulary=skeleton.vocabulary):
                 h.requires_grad_()
                 logits = head(h).to(dtype)
-                y = y if uniform is None else sample(logits.detach(), y)
-                loss = F.cross_entropy(logits, y, reduction="sum")
+                for each in u:
+                    y = y.where(y == IGNORED, sample(logits.detach(), each))
+                loss = F.cross_entropy(logits, y, reduction="sum", ignore_index=IGNORED)
                 parts.append(torch.autograd.grad(loss, h)[0])
             predicted = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
             gradient = F.pad(predicted, (0, 0, 0, 1))  # the last token predicts nothing
@@ -178,13 +180,28 @@ def survey_block(
 
 
 def backward_block(
-    skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[SiteStatistics], size: int
+    skeleton: Skeleton,
+    block: Block,
+    index: int,
+    store: ActivationStore,
+    stats: Sequence[SiteStatistics],
+    size: int,
+    predictions: float | None = None,
 ) -> None:
     """Propagate the gradient from a block's output to its input, recomputing the block from its stored input.
 
     Each of `stats`, one per site, receives the activations and gradients of its site.
+
+    Args:
+        predictions: mean number of predictions of a sequence that count; None if all do.
     """
-    scale = store.shape[1] - 1.0
+    scale = store.shape[1] - 1.0 if predictions is None else predictions
+    # Grams of gradients are means over all tokens, and the loss is a mean over the predictions that count.
+    root = ((store.shape[1] - 1) / scale) ** 0.5
+
+    def scaled(gradient: Tensor) -> Tensor:
+        return gradient if root == 1 else gradient * root
+
     with store.writing(boundary("gradient", index), f"the gradient of block {index}") as write:
         for _, (x, dy) in store.each(size, boundary("dense", index), boundary("gradient", index + 1)):
             with torch.enable_grad():
@@ -200,9 +217,9 @@ def backward_block(
             del y
             write(next(gradients))
             for sublayer, own, mixed, counts in passed:
-                do = next(gradients)
+                do = scaled(next(gradients))
                 dz = [next(gradients) for _ in mixed.z]
-                dp = [[next(gradients) for _ in range(count)] for count in counts]
+                dp = [[scaled(next(gradients)) for _ in range(count)] for count in counts]
                 for number, (prunable, stat) in enumerate(zip(sublayer.prunables, own, strict=True)):
                     parts = [
                         part
@@ -251,10 +268,11 @@ def _observed(
     return mixed, given
 
 
-def _predictions(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _predictions(hidden: Tensor, *labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, ...]]:
     """Yield hidden states (chunk, d) with the labels (chunk,) they predict, in chunks that bound the logits' memory."""
     flat = hidden[:, :-1].reshape(-1, hidden.shape[2])
-    targets = labels[:, 1:].reshape(-1)
+    targets = [each[:, 1:].reshape(-1) for each in labels]
     chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
-    for begin in range(0, len(targets), chunk):
-        yield flat[begin : begin + chunk].detach(), targets[begin : begin + chunk]
+    for begin in range(0, len(flat), chunk):
+        part = slice(begin, begin + chunk)
+        yield flat[part].detach(), *(each[part] for each in targets)

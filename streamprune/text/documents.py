@@ -18,8 +18,9 @@ import sys
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
@@ -32,8 +33,10 @@ BLOCK = 1 << 16
 """Bytes of a file per block."""
 ROWS = 32
 """Rows of a table per block."""
-FIELDS = ("text", "messages", "conversations", "content")
+FIELDS = ("text", "messages", "conversations", "content", "instruction")
 """Fields to look for a document in, in this order, if none is named."""
+INSTRUCTION = ("instruction", "input", "output")
+"""Fields of a row that is a conversation of two turns: what the user says, more of it (optional), and the answer."""
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET, ARROW, GZIPPED = ".parquet", ".arrow", ".gz"
@@ -71,9 +74,17 @@ _UNSUPPORTED = (
 _LOOK_AHEAD = 1 << 12
 _PROBES = 256
 
-Conversation = list[dict[str, Any]]
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a row, each with "role" and "content"."""
+
+    messages: list[dict[str, Any]]
+    at: int
+    """Position of the row, see `Documents.error`."""
+
+
 Document = str | Conversation
-"""A text, or the messages of a conversation, each with "role" and "content"."""
 Block = tuple[int, list[Document]]
 
 
@@ -82,9 +93,14 @@ class Documents:
 
     separator = "\n\n"
     """Text between documents; empty if the documents are pieces of one text."""
-    field: str | None = None
-    """Name of the field with a row's document; None for a source without rows."""
+    columns: tuple[str, ...] = ()
+    """Fields that hold a row's document: one, or those of `INSTRUCTION` that exist; none for a source without rows."""
     _path: Path
+
+    @property
+    def field(self) -> str | None:
+        """Name of the (first) field with a row's document; None for a source without rows."""
+        return self.columns[0] if self.columns else None
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -102,22 +118,33 @@ class Documents:
         """Identify the content, JSON-ready: the digest of a file."""
         return {"sha256": files.sha256(self._path)}
 
-    def _error(self, at: int, problem: str) -> CalibrationError:
+    def error(self, at: int, problem: str) -> CalibrationError:
         """Return the error for the row at a position, which is an offset in a file or a row's index in a table."""
         raise NotImplementedError
 
-    def _document(self, value: Any, at: int) -> Document:
-        """Check and convert the text or conversation of the row at a position; None becomes an empty text."""
+    def _document(self, row: Mapping[str, Any], at: int) -> Document:
+        """Check and convert the text or conversation of the row at a position; None and no messages become an empty text."""
+        value, *more = (row.get(column) for column in self.columns)
         if isinstance(value, list):
-            return [self._message(message, at) for message in value]
+            return Conversation([self._message(message, at) for message in value], at) if value else ""
+        text = self._text(self.columns[0], value, at)
+        if not more:
+            return text
+        parts = [text, *(self._text(column, value, at) for column, value in zip(self.columns[1:], more, strict=True))]
+        if not parts[-1]:
+            return ""
+        asked = "\n\n".join(part for part in parts[:-1] if part)
+        return Conversation([{"role": "user", "content": asked}, {"role": "assistant", "content": parts[-1]}], at)
+
+    def _text(self, column: str, value: Any, at: int) -> str:
         text = "" if value is None else value
         if not isinstance(text, str):
-            raise self._error(at, f"field {self.field!r} is neither text nor a list of messages")
+            raise self.error(at, f"field {column!r} is neither text nor a list of messages")
         try:
             text.isascii() or text.encode()
         except UnicodeEncodeError as error:
-            problem = f"field {self.field!r} has half a surrogate pair at character {error.start}, which is no text"
-            raise self._error(at, problem) from None
+            problem = f"field {column!r} has half a surrogate pair at character {error.start}, which is no text"
+            raise self.error(at, problem) from None
         return text
 
     def _message(self, message: Any, at: int) -> dict[str, Any]:
@@ -127,7 +154,7 @@ class Documents:
             if "from" in message and "value" in message:
                 speaker = message["from"]
                 return {"role": _SPEAKERS.get(str(speaker), speaker), "content": message["value"]}
-        raise self._error(at, f"field {self.field!r} has a message without role and content (or from and value)")
+        raise self.error(at, f"field {self.field!r} has a message without role and content (or from and value)")
 
 
 def open_documents(place: str, field: str | None) -> Documents:
@@ -167,7 +194,7 @@ class TextFile(Documents):
     def __len__(self) -> int:
         return max(1, -(-self._size // BLOCK))
 
-    def _error(self, at: int, problem: str) -> CalibrationError:
+    def error(self, at: int, problem: str) -> CalibrationError:
         lines = 1
         with _reading(self._path) as file:
             while at > 0 and (chunk := file.read(min(1 << 20, at))):
@@ -178,7 +205,7 @@ class TextFile(Documents):
         """Read the next line of a row that begins at `at`, after `read` bytes of it; empty at the end of the file."""
         line = file.readline(LINE - read + 1)
         if read + len(line) > LINE:
-            raise self._error(at, f"longer than {LINE >> 20} MiB, which no document is")
+            raise self.error(at, f"longer than {LINE >> 20} MiB, which no document is")
         return line
 
     def _decoded(self, data: bytes, at: int) -> str:
@@ -224,7 +251,9 @@ class JsonLines(TextFile):
             first = next((row for _, row in self._rows(file, 0, self._size) if row), None)
         if first is None:
             raise CalibrationError(f"{path} is empty")
-        self.field: str = _field(field, first, str(path))
+        self.columns = _columns(field, first, str(path))
+        if len(self.columns) > 1:
+            self.columns = INSTRUCTION  # later rows may have an input
 
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with _reading(self._path) as file:
@@ -236,9 +265,10 @@ class JsonLines(TextFile):
                     place = file.seek(begin - 1)
                     place += len(self._line(file, place))
                 for at, row in self._rows(file, place, begin + BLOCK):
-                    if self.field not in row:
-                        raise self._error(at, f"no field {self.field!r}; {_listed(row)}")
-                    documents.append(self._document(row[self.field], at))
+                    for column in self.columns:
+                        if column not in row and column != INSTRUCTION[1]:
+                            raise self.error(at, f"no field {column!r}; {_listed(row)}")
+                    documents.append(self._document(row, at))
                 place = file.tell()
                 yield number, documents
 
@@ -251,9 +281,9 @@ class JsonLines(TextFile):
                     row = json.loads(text.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
                     problem = f"not JSON ({error}); write one object per line, in UTF-8"
-                    raise self._error(place, problem) from error
+                    raise self.error(place, problem) from error
                 if not isinstance(row, dict):
-                    raise self._error(place, "not a JSON object; write one object per line")
+                    raise self.error(place, "not a JSON object; write one object per line")
                 yield place, row
             place += len(line)
 
@@ -277,14 +307,15 @@ class Delimited(TextFile):
             _, names = next(rows, (0, []))
             if not names:
                 raise CalibrationError(f"{path} is empty")
-            self.field: str = _field(field, names, str(path))
-            if (columns := names.count(self.field)) > 1:
-                raise CalibrationError(f"{path} has {columns} columns {self.field!r}; rename all but one")
-            self._column = names.index(self.field)
+            self.columns = _columns(field, names, str(path))
+            for column in self.columns:
+                if (count := names.count(column)) > 1:
+                    raise CalibrationError(f"{path} has {count} columns {column!r}; rename all but one")
+            self._names = names
             for place, cells in rows:
                 if len(cells) != len(names):
                     problem = f"{len(cells)} cells, and the header has {len(names)}"
-                    raise self._error(place, f"{problem}; quote cells that hold delimiters, quotes or newlines")
+                    raise self.error(place, f"{problem}; quote cells that hold delimiters, quotes or newlines")
                 if not self._edges or place // BLOCK > self._edges[-1] // BLOCK:
                     self._edges.append(place)
         self._edges.append(self._size)
@@ -296,7 +327,8 @@ class Delimited(TextFile):
         with _reading(self._path) as file:
             for number in numbers:
                 start = file.seek(self._edges[number])
-                yield number, [cells[self._column] for _, cells in self._rows(file, start, self._edges[number + 1])]
+                rows = self._rows(file, start, self._edges[number + 1])
+                yield number, [self._document(dict(zip(self._names, row, strict=True)), at) for at, row in rows]
 
     def _rows(self, file: BinaryIO, place: int, stop: int) -> Iterator[tuple[int, list[str]]]:
         """Yield the rows that begin in [`place`, `stop`), each with its offset. The file must be at `place`."""
@@ -317,7 +349,7 @@ class Delimited(TextFile):
                 cells = next(reader, None)
             except csv.Error as error:
                 reason = str(error).partition(" - ")[0]
-                raise self._error(place, f"not a row of cells ({reason}); check its quotes") from error
+                raise self.error(place, f"not a row of cells ({reason}); check its quotes") from error
             finally:
                 csv.field_size_limit(limit)  # that of the whole process
             if cells is None:
@@ -343,12 +375,12 @@ class Column(Documents):
             reason = one_line(error.__cause__ or error)
             raise CalibrationError(f"{self._place} cannot be read {self._reader}: {reason}") from error
 
-    def _error(self, at: int, problem: str) -> CalibrationError:
+    def error(self, at: int, problem: str) -> CalibrationError:
         return CalibrationError(f"{self._place}, row {at + 1}: {problem}")
 
-    def _documents(self, values: list[Any], first: int) -> list[Document]:
-        """Convert the values of the rows from `first` on."""
-        return [self._document(value, row) for row, value in enumerate(values, start=first)]
+    def _documents(self, rows: Iterable[Mapping[str, Any]], first: int) -> list[Document]:
+        """Convert the rows from `first` on."""
+        return [self._document(row, at) for at, row in enumerate(rows, start=first)]
 
 
 class Parquet(Column):
@@ -362,7 +394,7 @@ class Parquet(Column):
     def __init__(self, path: Path, field: str | None) -> None:
         self._place, self._path = str(path), path
         with self._opened() as file:
-            self.field: str = _field(field, file.schema_arrow.names, str(path))
+            self.columns = _columns(field, file.schema_arrow.names, str(path))
             groups = _row_groups(path, file.metadata)
         # Row group of each block, its first row in the group, and its first row in the file.
         self._blocks = [
@@ -377,12 +409,17 @@ class Parquet(Column):
     def read(self, numbers: Sequence[int]) -> Iterator[Block]:
         with self._opened() as file:
             for group, wanted in groupby(numbers, key=lambda number: self._blocks[number][0]):
-                batches = file.iter_batches(ROWS, row_groups=[group], columns=[self.field], use_threads=False)
-                values = chain.from_iterable(batch.column(0) for batch in batches)
+                batches = file.iter_batches(ROWS, row_groups=[group], columns=[*self.columns], use_threads=False)
+                values = chain.from_iterable(
+                    zip(*(batch[name] for name in self.columns), strict=True) for batch in batches
+                )
                 position = 0
                 for number in wanted:
                     _, first, row = self._blocks[number]
-                    found = [value.as_py() for value in islice(values, first - position, first - position + ROWS)]
+                    rows = islice(values, first - position, first - position + ROWS)
+                    found = [
+                        {name: value.as_py() for name, value in zip(self.columns, each, strict=True)} for each in rows
+                    ]
                     position = first + len(found)
                     if not found:
                         raise CalibrationError(f"{self._path} has fewer rows than it says, in row group {group}")
@@ -408,9 +445,9 @@ class Table(Column):
         self._place, self._path = place, Path(place)
         with self._refusing():
             rows = _load(place)
-        self.field: str = _field(field, rows.column_names, place)
+        self.columns = _columns(field, rows.column_names, place)
         # As arrow, values are not decoded, for example from the path of an image.
-        self._rows = rows.select_columns([self.field]).with_format("arrow")
+        self._rows = rows.select_columns([*self.columns]).with_format("arrow")
 
     def __len__(self) -> int:
         return -(-len(self._rows) // ROWS)
@@ -419,8 +456,8 @@ class Table(Column):
         for number in numbers:
             first = number * ROWS
             with self._refusing():
-                values = self._rows[first : first + ROWS][self.field].to_pylist()
-            yield number, self._documents(values, first)
+                found = self._rows[first : first + ROWS].to_pylist()
+            yield number, self._documents(found, first)
 
     def identity(self) -> dict[str, Any]:
         """Identify datasets other than files by the number of rows and a digest of evenly spaced rows."""
@@ -491,18 +528,22 @@ def _converted(folder: str, config: str | None, split: str, state: tuple[tuple[s
         return datasets.load_dataset(folder, config, split=split, cache_dir=str(cache))
 
 
-def _field(asked: str | None, names: Iterable[str], place: str) -> str:
-    """Return the field asked for, or the first of `FIELDS`, if it exists."""
+def _columns(asked: str | None, names: Iterable[str], place: str) -> tuple[str, ...]:
+    """Return the field asked for, or the first of `FIELDS`, if it exists; with it those that belong to an instruction."""
     names = list(names)
     if asked is not None and asked not in names:
         raise CalibrationError(f"{place} has no field {asked!r}; {_listed(names)}")
-    field = asked or next((usual for usual in FIELDS if usual in names), None)
+    answered = INSTRUCTION[-1] in names
+    usual = FIELDS if answered else FIELDS[:-1]
+    field = asked or next((each for each in usual if each in names), None)
     if field is None:
         raise CalibrationError(
-            f"{place} has no field {', '.join(FIELDS[:-1])} or {FIELDS[-1]}; name one after a colon, "
-            f"{place}:FIELD; {_listed(names)}"
+            f"{place} has no field {', '.join(FIELDS[:-2])} or {FIELDS[-2]}, and no {INSTRUCTION[0]} with {INSTRUCTION[-1]}; "
+            f"name one after a colon, {place}:FIELD; {_listed(names)}"
         )
-    return field
+    if field == INSTRUCTION[0] and answered:
+        return tuple(column for column in INSTRUCTION if column in names or column != INSTRUCTION[1])
+    return (field,)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -9,10 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import CalibrationError, ConfigError
 from .documents import DATASET, Documents, open_documents
+
+LossOn = Literal["all", "assistant"]
+LOSSES_ON: tuple[LossOn, ...] = ("all", "assistant")
+"""Whose tokens have a loss: all, or those that the assistant says in conversations."""
+Cut = Literal["anywhere", "documents"]
+CUTS: tuple[Cut, ...] = ("anywhere", "documents")
+"""Where windows begin: at any token, or where documents begin."""
 
 _WEIGHT = re.compile(r"(?P<place>.+)=(?P<weight>[^=:/]*)", re.DOTALL)
 _FIELD = re.compile(r"(?P<place>.+):(?P<field>[^:/=\[\]]+)", re.DOTALL)
@@ -33,8 +40,8 @@ class Source:
     """A file, a folder that the `datasets` library reads, or ``hf:NAME[#CONFIG][@SPLIT]``. Files are `.jsonl`, `.ndjson`,
     `.json`, `.csv`, `.tsv` (all also `.gz`), `.parquet` or `.arrow`; others are UTF-8 text, also gzipped."""
     field: str | None = None
-    """Name of the field with a row's text or conversation; None takes the first of text, messages, conversations and
-    content that exists."""
+    """Name of the field with a row's text or conversation; None takes the first of text, messages, conversations,
+    content and instruction (with output) that exists."""
     weight: float = 1.0
     """Share of the windows, relative to the weights of the other sources: positive, at most `HEAVIEST`."""
 

@@ -29,6 +29,7 @@ from streamprune.pruning.refine import Refinement
 from streamprune.system import machine
 from streamprune.system.progress import Silent
 from streamprune.text import windows as calibration
+from streamprune.text.windows import Windows
 
 Tiny = Callable[..., Path]
 Make = Callable[..., TuneConfig]
@@ -75,7 +76,7 @@ def loaded(path: Path, dtype: torch.dtype = torch.float64) -> Any:
 
 def windows(config: TuneConfig) -> Tensor:
     tokens = calibration.tokenize(load_tokenizer(config.model), config.text, 40)
-    return calibration.sample_windows(tokens, config.samples, config.seq_len or 0, config.seed, config.text)
+    return calibration.sample_windows(tokens, config.samples, config.seq_len or 0, config.seed, config.text).tokens
 
 
 def linears(model: Any, index: int) -> dict[str, nn.Module]:
@@ -273,7 +274,7 @@ def test_lora_of_stock_experts(name: str, tiny: Tiny, tuning: Make) -> None:
     config = tuning(path, method="lora", steps=3)
     states: list[dict[str, Tensor]] = []
     how = Refinement(3, 0, 8, rate=1e-2, rank=2)
-    list(lora.train(skeleton, windows(config), how, None, lambda state, losses: states.append(state)))
+    list(lora.train(skeleton, Windows.of(windows(config)), how, None, lambda state, losses: states.append(state)))
     assert {key.removesuffix(".u") for key in states[-1] if key.endswith(".u") and key.count(".") > 2} >= names
     result = streamprune.tune(config)
     assert result.loss_last < result.loss_first
@@ -304,7 +305,7 @@ def test_micro_batches_add_up(tiny: Tiny, tuning: Make) -> None:
     for micro in (8, 3):
         states: list[dict[str, Tensor]] = []
         how = Refinement(3, 0, micro, rate=1e-2, rank=2)
-        list(lora.train(skeleton, tokens, how, None, lambda state, losses, to=states: to.append(state)))  # type: ignore[misc]
+        list(lora.train(skeleton, Windows.of(tokens), how, None, lambda state, losses, to=states: to.append(state)))  # type: ignore[misc]
         found.append(states[-1])
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value)
@@ -571,8 +572,9 @@ def test_a_model_that_transformers_cannot_load(tiny: Tiny, monkeypatch: pytest.M
 
     skeleton = open_skeleton(tiny("llama"), CPU, "float32")
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fail)
+    tokens = Windows.of(torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(CheckpointError, match="transformers cannot load this model \\(no such luck\\)"):
-        next(lora.train(skeleton, torch.zeros(2, 4, dtype=torch.int64), Refinement(1, 0, 1, rank=1), None, print))
+        next(lora.train(skeleton, tokens, Refinement(1, 0, 1, rank=1), None, print))
 
 
 def test_perplexity_falls_where_the_teacher_knows_the_text(tuning: Make, tmp_path: Path) -> None:

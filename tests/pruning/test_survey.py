@@ -31,16 +31,23 @@ def opened(path: Path, folder: Path, size: int = 3) -> tuple[Skeleton, Activatio
     return skeleton, store, tokens
 
 
-def backward(path: Path, folder: Path, *wanted: Statistic, size: int = 3) -> tuple[list[SiteStatistics], Tensor]:
-    """Return the statistics of each site, in order, from a forward and a backward sweep; and the tokens."""
+def backward(
+    path: Path, folder: Path, *wanted: Statistic, size: int = 3, ignored: Tensor | None = None
+) -> tuple[list[SiteStatistics], Tensor]:
+    """Return the statistics of each site, in order, from a forward and a backward sweep; and the tokens.
+
+    Where `ignored` (samples, length) bool is true, tokens have no loss.
+    """
     skeleton, store, tokens = opened(path, folder, size)
     for _ in sweep.forward(skeleton, store, "dense", 0, len(skeleton), size):
         pass
-    sweep.head_gradient(skeleton, store, tokens, size)
+    labels = tokens if ignored is None else tokens.masked_fill(ignored, -100)
+    sweep.head_gradient(skeleton, store, labels, size)
+    predictions = None if ignored is None else float((labels[:, 1:] != -100).sum()) / SAMPLES
     found: list[SiteStatistics] = []
     for index, block in sweep.blocks(skeleton, range(len(skeleton) - 1, -1, -1)):
         stats = skeleton.statistics(index, frozenset(wanted))
-        sweep.backward_block(skeleton, block, index, store, stats, size)
+        sweep.backward_block(skeleton, block, index, store, stats, size, predictions)
         found = stats + found
     return found, tokens
 
@@ -90,6 +97,25 @@ def test_factors_are_full_autograds(name: str, tiny: Tiny, tmp_path: Path) -> No
             close(gram, reference.gram(gradient))
         assert stat.mask is None
         assert stat.divergence is None
+
+
+def test_gradients_of_some_tokens_are_of_their_mean_loss(tiny: Tiny, tmp_path: Path) -> None:
+    """A Gram of gradients, times the tokens, is that of all positions per prediction that counts."""
+    path = tiny("llama", torch.float64)
+    ignored = torch.rand(SAMPLES, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.6
+    found, tokens = backward(path, tmp_path, "factors", ignored=ignored)
+    model, places = whole(path)
+    count = int((~ignored[:, 1:]).sum())
+    for stat, place in zip(found, places, strict=True):
+
+        def labels(logits: Tensor) -> Tensor:
+            return tokens.masked_fill(ignored, -100)[:, 1:]
+
+        names = [*place.producers, place.consumer]
+        gradients = reference.output_gradients(model, names, tokens, labels=labels)
+        (inputs,) = reference.capture(model, [place.consumer], tokens)
+        close(stat.gram, reference.gram(inputs))
+        close(stat.gradient, reference.gram(gradients[-1]) * SAMPLES * (LENGTH - 1) / count)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -69,8 +69,20 @@ def test_streamed_perplexity_of_trained_models(name: str, tmp_path: Path) -> Non
     assert loss == pytest.approx(whole_loss(path, tokens, torch.float32), rel=1e-6)
 
 
-def autograd_mask_gradients(skeleton: Skeleton, path: Path, tokens: torch.Tensor) -> list[list[torch.Tensor]]:
-    """∂(mean loss)/∂mask of the whole model in memory: a sequence's row of gradients per site."""
+def ignoring(tokens: torch.Tensor) -> torch.Tensor:
+    """Labels that are ignored for two thirds of the tokens of each sequence, and for all but one of the first."""
+    some = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 1 / 3
+    some[0] = torch.arange(tokens.shape[1]) == 7
+    return tokens.where(some, -100)
+
+
+def autograd_mask_gradients(
+    skeleton: Skeleton, path: Path, tokens: torch.Tensor, labels: torch.Tensor
+) -> list[list[torch.Tensor]]:
+    """∂loss/∂mask of the whole model in memory: a sequence's row of gradients per site.
+
+    The loss is a sequence's sum, relative to the mean number of labels of a sequence that are not ignored.
+    """
     model = reference.load(path)
     masks = []
     for index in range(len(skeleton)):
@@ -83,9 +95,10 @@ def autograd_mask_gradients(skeleton: Skeleton, path: Path, tokens: torch.Tensor
                 lambda m, a, mask=mask, width=width: (a[0] * mask.repeat_interleave(width),)
             )
     gradients = []
-    for row in tokens:
+    mean = float((labels[:, 1:] != -100).sum()) / len(labels)
+    for row, own in zip(tokens, labels, strict=True):
         logits = model(row[None]).logits
-        loss = F.cross_entropy(logits[0, :-1], row[1:])
+        loss = F.cross_entropy(logits[0, :-1], own[1:], ignore_index=-100, reduction="sum") / mean
         gradients.append(list(torch.autograd.grad(loss, masks)))
     return gradients
 
@@ -93,22 +106,29 @@ def autograd_mask_gradients(skeleton: Skeleton, path: Path, tokens: torch.Tensor
 @pytest.mark.check("gradients = full autograd")
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("size", [1, 3])
-def test_backward_sweep_is_full_autograd(name: str, size: int, tiny: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "some"), [(1, False), (3, False), (3, True)])
+def test_backward_sweep_is_full_autograd(
+    name: str, size: int, some: bool, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also with labels that are ignored, of which sequences have different numbers."""
     path = tiny(name)
     skeleton, store = opened(path, "float64", tmp_path, 4, 18)
     tokens = random_tokens(skeleton, 4, 18)
     sweep.embed(skeleton, tokens, store, sweep.boundary("dense", 0), size)
     for _ in sweep.forward(skeleton, store, "dense", 0, len(skeleton), size):
         pass
-    sweep.head_gradient(skeleton, store, tokens, size)
+    labels = ignoring(tokens) if some else tokens
+    sweep.head_gradient(skeleton, store, labels, size)
+    _, count = sweep.losses(skeleton, store, sweep.boundary("dense", len(skeleton)), labels, size)
+    assert count == int((labels[:, 1:] != -100).sum())
+    predictions = count / 4 if some else None
     found = {}
     for index, block in sweep.blocks(skeleton, range(len(skeleton) - 1, -1, -1)):
         stats = skeleton.statistics(index, frozenset({"mask-gradient"}))
-        sweep.backward_block(skeleton, block, index, store, stats, size)
+        sweep.backward_block(skeleton, block, index, store, stats, size, predictions)
         found[index] = stats
     flat = [stat for index in range(len(skeleton)) for stat in found[index]]
-    expected = autograd_mask_gradients(skeleton, path, tokens)
+    expected = autograd_mask_gradients(skeleton, path, tokens, labels)
     for position, stat in enumerate(each.mask for each in flat):
         assert stat is not None
         rows = torch.stack([gradients[position] for gradients in expected])

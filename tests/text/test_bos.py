@@ -44,17 +44,22 @@ def edited(folder: Path, name: str, **fields: Any) -> Path:
     return folder
 
 
+def whole(ids: torch.Tensor) -> windows.Tokens:
+    """Tokens of one document, all of whose predictions count."""
+    return windows.Tokens.join([(ids, ids)])
+
+
 # Windows.
 
 
 @pytest.mark.parametrize("tokens", [7, 8, 13, 14, 15])
 def test_windows_are_bos_and_the_text_without_a_gap(tokens: int) -> None:
     text = torch.arange(2, 2 + tokens)
-    found = windows.consecutive_windows(text, 8, "text", 0)
+    found = windows.consecutive_windows(whole(text), 8, "text", 0).tokens
     assert found.shape == (tokens // 7, 8)  # no token of the text is lost to BOS, and only the remainder is dropped
     assert found[:, 0].tolist() == [0] * len(found)
     assert torch.equal(found[:, 1:].flatten(), text[: 7 * len(found)])
-    drawn = windows.sample_windows(text, 200, 8, 3, "text", 0)
+    drawn = windows.sample_windows(whole(text), 200, 8, 3, "text", 0).tokens
     assert drawn.shape == (200, 8)
     assert set(drawn[:, 0].tolist()) == {0}
     assert torch.equal(drawn[:, 2:], drawn[:, 1:-1] + 1)
@@ -62,7 +67,7 @@ def test_windows_are_bos_and_the_text_without_a_gap(tokens: int) -> None:
 
 
 def test_too_short_a_text_is_refused_by_what_windows_hold_of_it() -> None:
-    text = torch.arange(2, 8)
+    text = whole(torch.arange(2, 8))
     for cut in (
         lambda: windows.consecutive_windows(text, 8, "text", 0),
         lambda: windows.sample_windows(text, 1, 8, 0, "text", 0),
@@ -73,17 +78,17 @@ def test_too_short_a_text_is_refused_by_what_windows_hold_of_it() -> None:
 
 def test_a_text_that_begins_with_bos_does_not_have_it_twice() -> None:
     text = torch.tensor([0, 5, 6, 7, 8, 0, 9])
-    assert windows.consecutive_windows(text, 4, "text", 0).tolist() == [[0, 5, 6, 7], [0, 8, 0, 9]]
-    assert windows.sample_windows(text[:4], 1, 4, 0, "text", 0).tolist() == [[0, 5, 6, 7]]
-    assert windows.consecutive_windows(text, 3, "text").tolist() == [[0, 5, 6], [7, 8, 0]]
+    assert windows.consecutive_windows(whole(text), 4, "text", 0).tokens.tolist() == [[0, 5, 6, 7], [0, 8, 0, 9]]
+    assert windows.sample_windows(whole(text[:4]), 1, 4, 0, "text", 0).tokens.tolist() == [[0, 5, 6, 7]]
+    assert windows.consecutive_windows(whole(text), 3, "text").tokens.tolist() == [[0, 5, 6], [7, 8, 0]]
 
 
 def test_windows_of_a_source_and_of_random_tokens(tiny: Tiny, text: Path) -> None:
     tokenizer = load_tokenizer(tiny("llama"))
     ids = windows.tokenize(tokenizer, text, 40)
     found = windows.sample(tokenizer, Text.of([text, text]), 40, 6, 12, 4, bos=1)
-    expected = [windows.sample_windows(ids, 3, 12, seed, "text", 1) for seed in (4, 5)]
-    assert torch.equal(found, torch.cat(expected))
+    expected = [windows.sample_windows(ids, 3, 12, seed, "text", 1).tokens for seed in (4, 5)]
+    assert torch.equal(found.tokens, torch.cat(expected))
     drawn = windows.random_windows(40, 300, 12, 0, 1)
     assert drawn.shape == (300, 12)
     assert set(drawn[:, 0].tolist()) == {1}
@@ -206,7 +211,7 @@ def test_a_job_keeps_what_was_resolved(adding: Path, configured: Make, monkeypat
     assert streamprune.prune(configured(adding, bos="on")).resumed  # as auto decided
     report = json.loads((config.out / "report.json").read_text())
     assert report["job"]["settings"]["bos"] is True
-    assert report["tokens"] == windows.fingerprint(tokens)
+    assert report["tokens"] == windows.Windows.of(tokens).fingerprint
     with pytest.raises(ConfigError, match=r"another job: settings\.bos is false and was true"):
         streamprune.prune(configured(adding, bos="off"))
     off = configured(adding, "off", bos="off", recipe="magnitude")
@@ -230,7 +235,7 @@ def test_text_without_a_source_begins_with_bos(
     with pytest.raises(ResumeError, match=r"inputs\.bos is null and was 0"):
         streamprune.prune(configured(adding, calibration=word, samples=4, bos="off"))
     result = streamprune.prune(config)
-    assert result.tokens == windows.fingerprint(written)
+    assert result.tokens == windows.Windows.of(written).fingerprint
 
 
 def test_no_tokenizer_no_bos(tmp_path: Path, configured: Make) -> None:
@@ -252,7 +257,9 @@ def test_tuning_and_comparing(adding: Path, text: Path, tmp_path: Path) -> None:
         model=adding, out=tmp_path / "tuned", text=text, method="distil", teacher=adding, seq_len=24, samples=4, steps=1
     )
     ids = windows.tokenize(load_tokenizer(adding), text, 40)
-    assert torch.equal(Tuning(tuning, None, False).tokens, windows.sample_windows(ids, 4, 24, 0, text, 0))
+    assert torch.equal(
+        Tuning(tuning, None, False).windows.tokens, windows.sample_windows(ids, 4, 24, 0, text, 0).tokens
+    )
     streamprune.tune(tuning)
     assert json.loads((tuning.out / "report.json").read_text())["job"]["settings"]["bos"] is True
     given: dict[str, Any] = {"ratios": [0.3], "recipes": ["magnitude"], "text": text, "eval_seq_len": 24}

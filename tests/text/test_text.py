@@ -125,7 +125,7 @@ def letters(tokens: Tensor) -> str:
 
 
 def draw(tokenizer: Any, given: Any, samples: int = 20, length: int = 24, seed: int = 3) -> Tensor:
-    return calibration.sample(tokenizer, Text.of(given), 40, samples, length, seed)
+    return calibration.sample(tokenizer, Text.of(given), 40, samples, length, seed).tokens
 
 
 # The same text in all forms.
@@ -178,7 +178,7 @@ def test_every_form_gives_the_windows_of_the_text(
     monkeypatch.setattr(documents, "BLOCK", 100)
     assert torch.equal(draw(tokenizer, plain), expected)
     assert torch.equal(draw(tokenizer, given), expected)
-    assert torch.equal(calibration.tokenize(tokenizer, given, 40), ids)
+    assert torch.equal(calibration.tokenize(tokenizer, given, 40).ids, ids)
 
 
 def test_pieces_of_a_long_text_lose_nothing(
@@ -417,7 +417,11 @@ CORRUPT = "its gzip data is corrupt or truncated"
         ("t.txt.gz", GZIP[:-9], f"cannot read the text t.txt.gz: {CORRUPT} (Compressed file ended"),
         ("t.txt.gz", GZIP[:-8] + bytes(8), f"cannot read the text t.txt.gz: {CORRUPT} (CRC check failed"),
         ("t.txt.gz", GZIP + b"on", f"cannot read the text t.txt.gz: {CORRUPT} (Not a gzipped file (b'on'))"),
-        ("t.jsonl", '{"prose": 1}', "t.jsonl has no field text, messages, conversations or content; name one after a"),
+        (
+            "t.jsonl",
+            '{"prose": 1}',
+            "t.jsonl has no field text, messages, conversations or content, and no instruction with output; name one after a",
+        ),
         ("t.jsonl", f'{ROW}\n{ROW}\n{ROW}\n{{"body": 1}}', "t.jsonl, line 4: no field 'text'; it has body"),
         ("t.jsonl", f"{ROW}\n\n{{\n", "t.jsonl, line 3: not JSON (Expecting"),
         ("t.jsonl", ROW.encode("utf-16-le"), "t.jsonl, line 1: not JSON (Expecting"),
@@ -544,7 +548,7 @@ def test_conversations_as_the_template_writes_them(tokenizer: Any, tmp_path: Pat
         parquet(tmp_path / "m.parquet", {"messages": roles}),
         saved(tmp_path / "data", {"messages": roles}),
     ):
-        assert letters(calibration.tokenize(tokenizer, given, 40)) == expected
+        assert letters(calibration.tokenize(tokenizer, given, 40).ids) == expected
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CalibrationError, match=r"chat template refuses a conversation .*roles must alternate"):
         calibration.tokenize(tokenizer, tmp_path / "m.jsonl", 40)
@@ -606,7 +610,7 @@ def test_tuning_reads_several_sources(tiny: Tiny, texts: list[str], text: Path, 
         )
     )
     windows = draw(load_tokenizer(path), sources, 4, 12, 0)
-    assert tuned.tokens == calibration.fingerprint(windows)
+    assert tuned.tokens == calibration.Windows.of(windows).fingerprint
     assert json.loads((tmp_path / "out" / "report.json").read_text())["tokens"] == tuned.tokens
 
 

@@ -102,7 +102,7 @@ def compare(
     first = candidates[0].job
     windows, bos = read_windows(first.skeleton, source(text), eval_seq_len, first.config.bos)
     _refuse_others(folder)
-    work = _Work(folder, candidates, source(text), windows, bos is not None, keep, _RowLog(progress))
+    work = _Work(folder, candidates, source(text), windows.tokens, bos is not None, keep, _RowLog(progress))
     with work.opened(restart):
         work.log.say(f"the table and the pruned checkpoints go to {folder.absolute()}")
         found = work.table(perplexities)

@@ -23,8 +23,10 @@ from ...maths.adam import Descent, batch
 from ...maths.refit import accumulator, advice, all_finite
 from ...model.modeling_streamprune import Experts, separate_experts
 from ...model.skeleton import Skeleton
+from ...model.tokenizer import IGNORED
 from ...model.whole import load_whole
 from ...pruning.refine import Refinement
+from ...text.windows import Windows, counted
 
 SAVE_EVERY = 25
 """Number of steps between two saved states."""
@@ -36,7 +38,7 @@ def installed() -> bool:
 
 def train(
     skeleton: Skeleton,
-    tokens: Tensor,
+    windows: Windows,
     how: Refinement,
     state: Mapping[str, Tensor] | None,
     save: Callable[[dict[str, Tensor], list[float]], None],
@@ -45,7 +47,7 @@ def train(
 
     Args:
         skeleton: the checkpoint, which is loaded as a whole and not modified.
-        tokens: windows (samples, length) int64.
+        windows: text to train on.
         state: the state last passed to `save`, to resume from; None starts from the beginning.
         save: called every `SAVE_EVERY` steps and at the end. Receives `Descent.state`, which holds the updates by
             ``block.name.u`` and ``.v`` (see `Block.updates`), and the losses since the last call.
@@ -57,19 +59,19 @@ def train(
     descent = Descent(weights, steps=how.steps, rate=how.rate, place="lora", state=state)
     losses: list[float] = []
     while descent.done < how.steps:
-        chosen = tokens[batch(len(tokens), REFINE_SEQUENCES, how.seed, descent.done)]
-        total = 0.0
+        chosen = batch(len(windows.tokens), REFINE_SEQUENCES, how.seed, descent.done)
+        predictions, total = max(1, counted(windows.labels[chosen])), 0.0
         for part in torch.split(chosen, how.batch):
-            ids = part.to(skeleton.device)
+            ids, labels = (each[part].to(skeleton.device) for each in (windows.tokens, windows.labels))
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             # The first token of a window is not predicted.
-            nll = F.cross_entropy(logits.to(accumulator(logits.dtype)), ids[:, 1:].flatten())
-            loss = nll * (len(part) / len(chosen))
+            wide, targets = logits.to(accumulator(logits.dtype)), labels[:, 1:].flatten()
+            loss = F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED) / predictions
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-            del logits, nll, loss  # before the next forward pass
+            del logits, wide, loss  # before the next forward pass
         if not math.isfinite(total):
-            place = _first_not_finite(model, skeleton, chosen[: how.batch])
+            place = _first_not_finite(model, skeleton, windows.tokens[chosen[: how.batch]])
             raise NumericalError(
                 f"{place} gives NaN or Inf: the loss is {total} at step {descent.done}{advice(skeleton.dtype)}"
             )

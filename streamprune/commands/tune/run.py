@@ -44,9 +44,8 @@ from ...system import files, machine
 from ...system.progress import Progress
 from ...system.strict_json import read_json
 from ...system.units import format_bytes
-from ...text import windows
 from ...text.source import Text
-from ...text.windows import text_identity
+from ...text.windows import Windows, sample, text_identity, window_length
 from . import lora
 
 STUDENT, TEACHER = "student", "teacher"
@@ -127,7 +126,7 @@ class Tuning(JobFolder):
         self.source = self._source()
         if config.rank > student.width:
             raise ConfigError(f"rank is {config.rank}; the model's width is {student.width}")
-        self.length = windows.window_length(config.seq_len, student.context)
+        self.length = window_length(config.seq_len, student.context)
         self.teacher: Skeleton | None = None
         self.method: TuneMethod = self._method(restart)
         self.rate = config.rate or RATES[self.method]
@@ -173,6 +172,10 @@ class Tuning(JobFolder):
             raise ConfigError("method is 'lora', which needs peft: pip install 'streamprune[tune]'")
         if method == "distil" and teacher is None:
             raise ConfigError("method is 'distil', which needs the dense model: --teacher DIR")
+        if method == "distil" and self.config.loss_on != "all":
+            raise ConfigError(
+                f"loss_on is {self.config.loss_on!r}; method distil fits the outputs of blocks and has no labels: take lora"
+            )
         return method
 
     def _teacher(self) -> Skeleton:
@@ -187,7 +190,7 @@ class Tuning(JobFolder):
         ):
             if ours != theirs:
                 raise ConfigError(f"teacher {path} does not match {self.config.model}: {name} {theirs}, not {ours}")
-        windows.window_length(self.length, teacher.context)
+        window_length(self.length, teacher.context)
         return teacher
 
     # Settings, text and resources.
@@ -222,12 +225,23 @@ class Tuning(JobFolder):
         return find_bos(self.config.model, self.config.bos, self.student.vocabulary)
 
     @cached_property
-    def tokens(self) -> Tensor:
-        """Training windows (samples, length) int64."""
+    def windows(self) -> Windows:
+        """Training windows."""
         config, vocabulary = self.config, self.student.vocabulary
         tokenizer = load_tokenizer(config.model, vocabulary)
         samples, length, seed = config.samples, self.length, config.seed
-        return windows.sample(tokenizer, self.text, vocabulary, samples, length, seed, self.progress, bos=self.bos)
+        return sample(
+            tokenizer,
+            self.text,
+            vocabulary,
+            samples,
+            length,
+            seed,
+            self.progress,
+            bos=self.bos,
+            loss_on=config.loss_on,
+            cut=config.windows,
+        )
 
     def _workload(self, skeleton: Skeleton) -> Workload:
         config = self.config
@@ -277,7 +291,7 @@ class Tuning(JobFolder):
 
     def begin(self) -> Entry:
         batches = self._batches()
-        _ = self.tokens
+        _ = self.windows
         check_companions(self.config.model, self.student.vocabulary, self.progress, required=True)
         work = [Phase("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
         if self.method == "distil":
@@ -323,7 +337,7 @@ class Tuning(JobFolder):
         for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
             if not done:
                 name = sweep.boundary(stream, 0)
-                ensure(store, name, partial(sweep.embed, skeleton, self.tokens, store, name, self.batch))
+                ensure(store, name, partial(sweep.embed, skeleton, self.windows.tokens, store, name, self.batch))
         if self.journal.find("embed") is None:
             self.journal.append("embed")
         store.keep_only({sweep.boundary(stream, done) for stream in (STUDENT, TEACHER)})
@@ -372,7 +386,7 @@ class Tuning(JobFolder):
         done = 0 if state is None else int(state["step"])
         if done < self.config.steps:
             self.progress.phase("lora", self.config.steps, done)
-            for loss in lora.train(self.student, self.tokens, self.how, state, save):
+            for loss in lora.train(self.student, self.windows, self.how, state, save):
                 self.progress.step(f"loss {loss:.4f}")
         del state
         updates = self._state() or {}
@@ -405,7 +419,7 @@ class Tuning(JobFolder):
             "parameters_after": student.parameters(),
             "job": self.header,
             "model": hub.origin(config.model),
-            "tokens": windows.fingerprint(self.tokens),
+            "tokens": self.windows.fingerprint,
             "source": self.source,
             **totals(self.journal),
             **peaks(self.journal),
