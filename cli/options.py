@@ -231,6 +231,15 @@ job_options = bundle(
         "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Setting of the recipe; may be repeated."
     ),
     click.option(
+        "--metric-text",
+        multiple=True,
+        callback=sources,
+        metavar=f"{SOURCE}|random-tokens",
+        help="Text that greedy-output chooses units on, on the dense model; --calibration is then for its recovery.  [default: "
+        "--calibration]",
+    ),
+    click.option("--metric-samples", default=16, help="Number of windows of --metric-text, at most --samples."),
+    click.option(
         "--plan",
         type=PATH,
         metavar="FILE",

@@ -37,7 +37,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
       streamprune plan llama-2-70b --ratio 0.3 --memory 24GiB
     """
     config = options.config(model, Path(f"{Path(os.path.abspath(model)).name}-pruned"), **chosen)
-    options.begin(model, texts=[config.calibration], shared=True)
+    options.begin(model, texts=[config.calibration, config.metric_text], shared=True)
     with show.watched(quiet) as progress:
         needs = streamprune.forecast_job(config, progress=progress)
     kinds = ", ".join(f"{n / 1e12:.3f} in {kind}" for kind, n in needs.operations_by_kind.items() if n)

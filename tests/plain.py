@@ -378,12 +378,17 @@ def by_unit(columns: Tensor, site: Site) -> Tensor:
     return columns.view(site.units, -1).sum(dim=1)
 
 
-def second_moment(site: Site, w: Tensor, h: Tensor, inputs: Tensor, producers: Sequence[Tensor], keep: int) -> Tensor:
+def second_moment(
+    site: Site, w: Tensor, h: Tensor, inputs: Tensor, producers: Sequence[Tensor], keep: int, *, first: Sequence[int]
+) -> Tensor:
     energy = w.square().sum(dim=0) / 2
     if site.kind == "attention":
-        return best(by_unit(energy * h.diagonal(), site), keep)
-    logs = [(energy * ((a @ inputs) * a).sum(dim=1)).log() for a in producers]  # products leave float32's range
-    return best(torch.stack(logs).sum(dim=0), keep)
+        scores = by_unit(energy * h.diagonal(), site)
+    else:
+        logs = [(energy * ((a @ inputs) * a).sum(dim=1)).log() for a in producers]  # products leave float32's range
+        scores = torch.stack(logs).sum(dim=0)
+    scores[list(first)] = -torch.inf
+    return best(scores, keep)
 
 
 # The recipes.
@@ -410,12 +415,16 @@ def prune(
         )
         sweep(model, sites, keep, tokens, size, lambda site, w, h, inputs, producers, k: in_batches(w, h, site, k))
     elif recipe == "greedy-output":
-        keep, chosen = alike_heads(sites, divergences(path, dtype, sites, tokens, size), budget)
+        keep, d = allocate(sites, even_densities(sites), budget), divergences(path, dtype, sites, tokens, size)
 
         def choose(site: Site, *arguments: Any) -> Tensor:
-            return chosen[site.name] if site.name in chosen else second_moment(site, *arguments)
+            first: list[int] = []
+            if site.kind == "attention":  # a head is similar if some later one is nearer than τ
+                nearest = torch.stack([row[i + 1 :].min() for i, row in enumerate(d[site.name][:-1])])
+                first = [u for u in nearest.argsort(stable=True).tolist() if nearest[u] < 0.16]
+            return second_moment(site, *arguments, first=first[: site.units - keep[site.name]])
 
-        sweep(model, sites, keep, tokens, size, choose, compensate=True, target="dense")
+        sweep(model, sites, keep, tokens, size, choose, compensate=True, target="dense", reconstruct=False)
     elif recipe == "surgeon":
         surgeon(model, sites, tokens, budget, size)
     elif recipe == "wanda-sp":
@@ -441,23 +450,6 @@ def depth_shares(blocks: int, first: float) -> list[float]:
     logs = [math.log(i + 1) / math.log(blocks) if blocks > 1 else 0.0 for i in range(blocks)]
     rise = (1 - first) * blocks / sum(logs) if blocks > 1 else 0.0
     return [first + rise * log for log in logs] if blocks > 1 else [1.0]
-
-
-def alike_heads(
-    sites: Sequence[Site], d: Mapping[str, Tensor], budget: Budget
-) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """How many units stay, and of attention which: a head goes once τ is above its divergence from some later one."""
-    attention, ffn = ([site for site in sites if site.kind == kind] for kind in ("attention", "ffn"))
-    nearest = {name: torch.stack([row[i + 1 :].min() for i, row in enumerate(each[:-1])]) for name, each in d.items()}
-    own, whole = (sum(site.units * site.unit_parameters for site in some) for some in (attention, sites))
-    rising = {name: torch.cat([each.sort().values, each.max()[None]]) for name, each in nearest.items()}
-    keep = allocate(attention, rising, Budget(budget.target / whole, own, budget.round_to))
-    chosen = {}
-    for site in attention:
-        gone = nearest[site.name].argsort(stable=True)[: site.units - keep[site.name]]
-        chosen[site.name] = others(site.units, gone.tolist())
-    removed = sum((site.units - keep[site.name]) * site.unit_parameters for site in attention)
-    return {**keep, **allocate(ffn, even_densities(ffn), replace(budget, gone=removed))}, chosen
 
 
 def surgeon(model: Any, sites: Sequence[Site], tokens: Tensor, budget: Budget, size: int) -> None:

@@ -400,8 +400,8 @@ class Twins:
 
 
 def mask_gradients(model: Any, places: list[Place], tokens: Tensor) -> dict[str, Tensor]:
-    """Mean over sequences of the squared gradient of each unit's mask."""
-    squares = {p.site.name: torch.zeros(p.site.units, dtype=torch.float64) for p in places}
+    """The gradient of each sequence's loss by each unit's mask: (sequences, units) of every site."""
+    found: dict[str, list[Tensor]] = {p.site.name: [] for p in places}
     for row in tokens:
         masks = {p.site.name: torch.ones(p.site.units, dtype=torch.float64, requires_grad=True) for p in places}
         hooks = []
@@ -414,15 +414,16 @@ def mask_gradients(model: Any, places: list[Place], tokens: Tensor) -> dict[str,
             )
         loss = F.cross_entropy(model(row[None]).logits[0, :-1], row[1:])
         for site, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True):
-            squares[site] += gradient.square() / len(tokens)
+            found[site].append(gradient)
         for handle in hooks:
             handle.remove()
-    return squares
+    return {site: torch.stack(gradients) for site, gradients in found.items()}
 
 
 def sobp(path: Path, tokens: Tensor, sites: list[Site], *, ratio: float, round_to: int) -> Twins:
     twins = Twins(path, sites)
-    squares = mask_gradients(twins.dense, twins.places, tokens)
+    gradients = mask_gradients(twins.dense, twins.places, tokens)
+    squares = {name: g.square().mean(dim=0) for name, g in gradients.items()}
     densities = {site.name: (squares[site.name] / site.unit_parameters).sort().values for site in sites}
     twins.prune(allocate(sites, densities, Budget(ratio, twins.parameters, round_to)), tokens)
     return twins
@@ -509,8 +510,11 @@ def in_batches(problem: Problem, keep: int, *, first: int, last: int) -> Tensor:
     return torch.tensor(left)
 
 
-def by_second_moment(problem: Problem, keep: int) -> Tensor:
-    """Half the mean of each unit's squared linear outputs, (tokens, d_out) of them written out; gated, both products."""
+def by_second_moment(problem: Problem, keep: int, first: Sequence[int] = ()) -> Tensor:
+    """Half the mean of each unit's squared linear outputs, (tokens, d_out) of them written out; gated, both products.
+
+    The units `first` go before all others.
+    """
 
     def moments(hidden: Tensor) -> Tensor:
         outputs = hidden[:, None, :] * problem.w[None]  # (tokens, d_out, n): what each channel alone gives
@@ -521,6 +525,7 @@ def by_second_moment(problem: Problem, keep: int) -> Tensor:
         scores = moments(problem.z).view(-1, site.width).sum(dim=1)
     else:
         scores = torch.stack([moments(problem.inputs @ a.T) for a in problem.producers]).prod(dim=0)
+    scores[list(first)] = -1
     return scores.argsort(descending=True)[:keep].sort().values
 
 

@@ -119,17 +119,17 @@ class JobFolder:
         """Bytes of the memory limit that the process and activations in host memory take."""
         return self.room["base"] + self.room["memory_host"] if self.device.type == "cpu" else 0
 
-    def open_store(self, samples: int, length: int, stored: torch.dtype | None) -> ActivationStore:
-        """Open the store for this rank's activations, whose dtype is `stored` (see `ActivationStore`)."""
+    def open_store(self, samples: int, length: int, stored: torch.dtype | None, folder: str = "") -> ActivationStore:
+        """Open the store for this rank's activations, whose dtype is `stored` (see `ActivationStore`), or one in a `folder` of it."""
         skeleton = self.sources[0]
         return ActivationStore(
-            self._rank_cache,
+            self._rank_cache / folder,
             (samples, length, skeleton.width),
             skeleton.dtype,
             self.device,
             durable=True,
             stored=stored,
-            memory=self._config.memory_host or 0,
+            memory=0 if folder else self._config.memory_host or 0,
         )
 
     def spent(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .flops import counted, kind
 from .refit import accumulator, advice, all_finite
 from .triangular import mirror_, panels
 
-Statistic = Literal["mask-gradient", "gram", "gradient-gram", "factors", "divergence"]
+Statistic = Literal["mask-gradient", "gram", "gradient-gram", "factors", "divergence", "second-moment"]
 """Statistics that a survey can collect at a site.
 
 mask-gradient: `MaskGradient` of the units.
@@ -23,6 +23,7 @@ gram: `H`, the Gram of the consumer's input.
 gradient-gram: `G`, the Gram of the gradients of the consumer's output.
 factors: both K-FAC factors of every linear of the site, including `H` and `G`.
 divergence: `HeadDivergence` of the attention maps.
+second-moment: for attention `H`; for an FFN the Gram of the producers' input.
 """
 GRADIENTS = frozenset[Statistic]({"mask-gradient", "gradient-gram", "factors"})  # statistics that need a backward sweep
 
@@ -142,12 +143,13 @@ class MaskGradient:
     """``g_u = ∂loss/∂m_u`` for a mask `m_u` that multiplies unit `u` of the consumer's input.
 
     The loss is the mean negative log-likelihood per predicted token of one sequence, in nats, so `g` is per sequence. The sums over
-    sequences of ``g²`` and ``|g|``, (units,) float64 on the CPU, are kept.
+    sequences of ``g``, ``g²`` and ``|g|``, (units,) float64 on the CPU, are kept.
     """
 
     def __init__(self, units: int, width: int) -> None:
         self.width = width
         self.sequences = 0
+        self.signed = torch.zeros(units, dtype=torch.float64)
         self.squares = torch.zeros(units, dtype=torch.float64)
         self.magnitudes = torch.zeros(units, dtype=torch.float64)
 
@@ -162,21 +164,23 @@ class MaskGradient:
         each = x.to(dtype) * gradient.to(dtype)
         products = each.sum(dim=1) if origin is None else origin.sum(each)  # (sequences, n)
         g = products.view(products.shape[0], -1, self.width).sum(dim=2).double().cpu() / scale  # (sequences, units)
+        self.signed += g.sum(dim=0)
         self.squares += g.square().sum(dim=0)
         self.magnitudes += g.abs().sum(dim=0)
         self.sequences += g.shape[0]
 
     def across(self, add_up: AddUp) -> None:
+        add_up(self.signed)
         add_up(self.squares)
         add_up(self.magnitudes)
         (self.sequences,) = add_counts(add_up, self.sequences)
 
 
-_USERS: dict[str, frozenset[Statistic]] = {
+_USERS: dict[str, frozenset[str]] = {
     "mask": frozenset({"mask-gradient"}),
     "gram": frozenset({"gram", "factors"}),
     "gradient": frozenset({"gradient-gram", "factors"}),
-    "inputs": frozenset({"factors"}),
+    "inputs": frozenset({"inputs", "factors"}),
     "producers": frozenset({"factors"}),
     "divergence": frozenset({"divergence"}),
 }
@@ -206,8 +210,12 @@ class SiteStatistics:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        users: frozenset[str] = wanted
+        if "second-moment" in wanted:
+            users |= {"gram" if heads else "inputs"}
+
         def gram(columns: int, name: str) -> Gram | None:
-            return Gram(columns, device=device, dtype=dtype) if wanted & _USERS[name] else None
+            return Gram(columns, device=device, dtype=dtype) if users & _USERS[name] else None
 
         self.seen = 0  # number of tokens that reached the site
         self.mask = MaskGradient(units, width) if wanted & _USERS["mask"] else None

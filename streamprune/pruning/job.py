@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.config import Config
+from ..jobs.config import Config, DataFree
 from ..jobs.folder import JobFolder
 from ..jobs.forecast.memory import GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast
@@ -32,10 +32,13 @@ from ..stream.store import ActivationStore
 from ..system import files
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
+from ..text.source import Text
 from ..text.windows import Windows, random_windows, sample
 from .request import Request
 
 PLAN, WRITTEN = "plan.json", "calibration.safetensors"
+APART = 1_000_003
+"""Added to the seed for the metric's windows, so that they are others than calibration's, also of the same text."""
 
 
 class Job(JobFolder):
@@ -107,6 +110,8 @@ class Job(JobFolder):
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.local_size)
         if self.request.needs_text and not self.request.writes_text:
             _ = self.windows
+        if self.request.metric_text is not None:
+            _ = self.survey_tokens
         check_companions(
             self.config.model, self.skeleton.vocabulary, self.progress, required=self.request.may_need_loader
         )
@@ -174,21 +179,29 @@ class Job(JobFolder):
             line = self.journal.find("calibrate")
             assert line is not None
             return Windows.of(load_shard(self.written_path, line["sha256"])["tokens"])
-        config, vocabulary, bos = self.config, self.skeleton.vocabulary, self.request.bos
-        samples, length, seed = config.samples, self.request.length, config.seed
-        if self.request.text == "random-tokens":
+        return self._sample(self.request.text, self.config.samples, self.config.seed)
+
+    @cached_property
+    def survey_tokens(self) -> Tensor:
+        """The windows that the survey reads, (samples, length) int64: the calibration windows, or those of the metric's text."""
+        text, config = self.request.metric_text, self.config
+        return (self.windows if text is None else self._sample(text, config.metric_samples, config.seed + APART)).tokens
+
+    def _sample(self, text: Text | DataFree, samples: int, seed: int) -> Windows:
+        config, vocabulary, bos, length = self.config, self.skeleton.vocabulary, self.request.bos, self.request.length
+        if not isinstance(text, Text):
             return Windows.of(random_windows(vocabulary, samples, length, seed, bos))
         tokenizer = load_tokenizer(config.model, vocabulary)
         return sample(
             tokenizer,
-            self.request.text,
+            text,
             vocabulary,
             samples,
             length,
             seed,
             self.progress,
             bos=bos,
-            loss_on=config.loss_on,
+            loss_on="all" if text is self.request.metric_text else config.loss_on,
             cut=config.windows,
         )
 
@@ -205,4 +218,17 @@ class Job(JobFolder):
     @cached_property
     def store(self) -> ActivationStore:
         """Inputs of blocks for this rank's samples, for the sweep in progress."""
-        return self.open_store(self.part.stop - self.part.start, self.request.length, self.request.activations)
+        return self._open_store(self.part)
+
+    @property
+    def survey_part(self) -> slice:
+        """This rank's samples of the survey's."""
+        return self.part if self.request.metric_text is None else self.ranks.samples(self.config.metric_samples)
+
+    @cached_property
+    def survey_store(self) -> ActivationStore:
+        """Inputs of blocks for this rank's samples of the survey's: `store`, unless the metric has a text of its own."""
+        return self.store if self.request.metric_text is None else self._open_store(self.survey_part, "metric")
+
+    def _open_store(self, part: slice, folder: str = "") -> ActivationStore:
+        return self.open_store(part.stop - part.start, self.request.length, self.request.activations, folder)

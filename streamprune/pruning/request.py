@@ -30,7 +30,7 @@ from ..system import machine
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
 from ..text import windows
-from ..text.source import Text, builtin_text
+from ..text.source import Spec, Text, builtin_text
 from ..text.windows import text_identity
 from .shortfall import Goal, largest_unit
 
@@ -39,15 +39,15 @@ class Request:
     """A config with the model, recipe and plan that it names. Raises all errors found before the job's folder is opened."""
 
     def __init__(self, config: Config, progress: Progress | None = None, ranks: Ranks = ALONE) -> None:
-        settings = parse(config.recipe, config.settings)  # which refuses unknown recipes
-        self.recipe: Recipe[Any] = RECIPES[config.recipe](settings)
+        self.recipe: Recipe[Any] = _recipe(config)
         self.ranks = ranks
         self.surveys = _surveys(config, self.recipe)
         """Whether the model is surveyed before anything is removed."""
         self.streams = _streams(config, self.recipe)
         """Whether the prune sweep needs activations."""
-        if config.samples < ranks.size:
-            raise ConfigError(f"samples is {config.samples}; {ranks.size} processes need one each at least")
+        fewest = config.samples if config.metric_text is None else config.metric_samples
+        if fewest < ranks.size:
+            raise ConfigError(f"samples is {fewest}; {ranks.size} processes need one each at least")
         self.device = machine.resolve_device(config.device, ranks)
         model = hub.resolve_model(config.model, progress)
         self.config = config = replace(config, model=model, out=config.out.absolute())
@@ -123,10 +123,13 @@ class Request:
     def text(self) -> Text | DataFree:
         """The calibration text, or the name of a substitute that needs none."""
         given = self.config.calibration
-        for word in DATA_FREE:
-            if given == word:
-                return word
-        return Text.of(builtin_text() if given is None else given)
+        return _text(builtin_text() if given is None else given)
+
+    @cached_property
+    def metric_text(self) -> Text | DataFree | None:
+        """The text that units are chosen on; None for the calibration text."""
+        given = self.config.metric_text
+        return None if given is None else _text(given)
 
     @cached_property
     def bos(self) -> int | None:
@@ -150,6 +153,7 @@ class Request:
         divided = not self.writes_text and correction is None
         return Workload(
             samples=self.ranks.max_samples(self.config.samples) if divided else self.config.samples,
+            surveyed=self.config.metric_samples if self.metric_text else None,
             length=self.length,
             text=self.needs_text,
             survey=self.statistics,
@@ -197,7 +201,9 @@ class Request:
         # Also if a plan makes the survey unnecessary: a job that started without a plan may resume with one.
         reads_text = bool(self.recipe.statistics or self.streams)
         if reads_text:
-            inputs |= self._text_identity()
+            inputs |= self._text_identity(self.text)
+        if self.metric_text is not None:
+            inputs["metric"] = self._text_identity(self.metric_text)
         return {
             "settings": {
                 **self.config.fixed(),
@@ -211,10 +217,10 @@ class Request:
             "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         }
 
-    def _text_identity(self) -> dict[str, Any]:
-        if isinstance(self.text, Text):
-            return text_identity(self.text, self.config.model)
-        return {"calibration": self.text, **({} if self.bos is None else {"bos": self.bos})}
+    def _text_identity(self, text: Text | DataFree) -> dict[str, Any]:
+        if isinstance(text, Text):
+            return text_identity(text, self.config.model)
+        return {"calibration": text, **({} if self.bos is None else {"bos": self.bos})}
 
     @cached_property
     def goal(self) -> Goal:
@@ -247,7 +253,8 @@ class Request:
     def counted_tokens(self) -> int | None:
         """Number of calibration tokens, if the tokens that reach each expert are counted."""
         counted = self.statistics or self.recipe.wants_gram
-        return self.config.samples * self.length if counted else None
+        samples = self.config.samples if self.metric_text is None else self.config.metric_samples
+        return samples * self.length if counted else None
 
     @property
     def may_need_loader(self) -> bool:
@@ -348,14 +355,27 @@ def idle(config: Config) -> dict[str, str]:
     Raises:
         ConfigError: unknown recipe, or a setting that it does not have.
     """
-    settings = parse(config.recipe, config.settings)
-    recipe = RECIPES[config.recipe](settings)
+    recipe = _recipe(config)
     summed = _surveys(config, recipe) and recipe.statistics
     found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
+    if config.metric_text is None:
+        found["metric_samples"] = "no --metric-text is given"
     if not summed and not _streams(config, recipe):
         names = ["calibration", "samples", "seq_len", "bos", "windows", "loss_on", *([] if recipe.seeded else ["seed"])]
         found |= dict.fromkeys(names, f"{config.recipe} reads no text here")
     return found
+
+
+def _recipe(config: Config) -> Recipe[Any]:
+    """The recipe with its settings. Raises ConfigError: unknown, or it does not have such settings or such texts."""
+    recipe: Recipe[Any] = RECIPES[config.recipe](parse(config.recipe, config.settings))
+    if config.metric_text is not None:
+        recipe.use_metric_text()
+    return recipe
+
+
+def _text(given: Spec | Sequence[Spec]) -> Text | DataFree:
+    return next((word for word in DATA_FREE if given == word), None) or Text.of(given)
 
 
 def _surveys(config: Config, recipe: Recipe[Any]) -> bool:

@@ -84,17 +84,17 @@ def _boundaries(shot: Shot) -> Iterator[RequiredFile]:
     """Activations that the next block reads."""
     job, depth = shot.job, len(shot.job.skeleton)
     wanted: list[tuple[str, str]] = []
+    store = job.store
     forward, backward, pruned = (len(shot.steps(f"{name}/")) for name in ("forward", "backward", "prune"))
     if shot.journalled("allocate") is None and shot.journalled("surveyed") is None:
         if shot.journalled("head") is None and forward and job.request.statistics:
+            store = job.survey_store
             every = job.boundary_every if job.request.workload.gradients else forward
-            stored = (
-                i for i in reversed(range(0, forward, every)) if i == 0 or job.store.intact(sweep.boundary(DENSE, i))
-            )
+            stored = (i for i in reversed(range(0, forward, every)) if i == 0 or store.intact(sweep.boundary(DENSE, i)))
             wanted = [(sweep.boundary(DENSE, forward), f"forward/{next(stored)}")]
         elif shot.journalled("head") is not None and backward < depth:
             wanted = [(sweep.boundary(GRADIENT, depth - backward), "forward/")]
     elif shot.journalled("pruned") is None and pruned and shot.streams is not None:
         wanted = [(sweep.boundary(stream, pruned), "prune/") for stream in shot.streams.into(pruned)]
     for name, step in wanted:
-        yield RequiredFile(job.store.path(name), shot.named(step), partial(job.store.intact, name))
+        yield RequiredFile(store.path(name), shot.named(step), partial(store.intact, name))

@@ -105,6 +105,12 @@ class Shot:
         """Write the first block's input unless it is intact."""
         ensure(self.job.store, sweep.boundary(DENSE, 0), self.embed)
 
+    def ensure_survey_embedded(self) -> None:
+        """Write the first block's input for the survey's text unless it is intact."""
+        job, name = self.job, sweep.boundary(DENSE, 0)
+        tokens, store = job.survey_tokens[job.survey_part], job.survey_store
+        ensure(store, name, lambda: sweep.embed(self.skeleton, tokens, store, name, job.batch))
+
     # The journal.
 
     def named(self, step: str) -> str:

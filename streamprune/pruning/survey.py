@@ -33,6 +33,8 @@ def survey(shot: Shot) -> None:
     else:
         _sum_forward(shot)
     shot.record("surveyed")
+    if shot.job.request.metric_text is not None:
+        shot.job.survey_store.keep_only(set())
 
 
 def _sum_forward(shot: Shot) -> None:
@@ -40,18 +42,19 @@ def _sum_forward(shot: Shot) -> None:
     job, skeleton, depth, done = shot.job, shot.skeleton, len(shot.skeleton), len(shot.steps("forward/"))
     shot.progress.phase("survey", depth, done)
     if job.request.statistics:
-        job.store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
+        store = job.survey_store
+        store.keep_only({sweep.boundary(DENSE, 0), sweep.boundary(DENSE, done)})
         if not done:
-            shot.ensure_embedded()
+            shot.ensure_survey_embedded()
     for index, block in sweep.blocks(skeleton, range(done, depth)):
         stats = _empty_statistics(shot, index)
         if job.request.statistics:
-            sweep.survey_block(skeleton, block, index, job.store, stats, job.batch)
+            sweep.survey_block(skeleton, block, index, store, stats, job.batch)
         digest = _save_findings(shot, index, block, stats)
         del block, stats
         shot.record(f"forward/{index}", sha256=digest)
         if job.request.statistics and index:
-            job.store.remove(sweep.boundary(DENSE, index))
+            store.remove(sweep.boundary(DENSE, index))
         shot.progress.step(f"block {index}")
 
 

@@ -61,22 +61,23 @@ class WandaSp(Baseline[NoSettings]):
 
 class Magnitude(MaskRecipe[MagnitudeSettings], Baseline[MagnitudeSettings]):
     name = "magnitude"
-    summary = "units of least squared weight, the same share everywhere; or weights, by one threshold"
+    summary = "units of least squared or absolute weight, the same share everywhere; or weights, by one threshold"
 
     def __init__(self, settings: MagnitudeSettings) -> None:
         super().__init__(settings)
         self.statistics = frozenset() if self.writes_zeros else None
 
     def score(self, problem: Problem) -> Tensor:
-        """Sum each unit's squared weights over its consumer columns and producer rows: (units,), dtype of W."""
+        """Sum each unit's squared or absolute weights over its consumer columns and producer rows: (units,), dtype of W."""
         units = problem.site.units
-        score = problem.w.square().sum(dim=0).view(units, -1).sum(dim=1)
-        for producer in problem.producers:
-            score = score + producer.square().sum(dim=1).view(units, -1).sum(dim=1)
+        *producers, w = self._magnitudes(problem)
+        score = w.sum(dim=0).view(units, -1).sum(dim=1)
+        for producer in producers:
+            score = score + producer.sum(dim=1).view(units, -1).sum(dim=1)
         return score
 
     def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
-        return histograms(_squares(surveyed), self.settings.structure, surveyed.site.name)
+        return histograms(self._magnitudes(surveyed), self.settings.structure, surveyed.site.name)
 
     def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         if self.writes_zeros:
@@ -88,7 +89,7 @@ class Magnitude(MaskRecipe[MagnitudeSettings], Baseline[MagnitudeSettings]):
             return kept_columns(problem, kept)
         gone = [
             mask(costs, zeros, self.settings.structure, problem.site.name)
-            for costs, zeros in zip(_squares(problem), problem.zeros, strict=True)
+            for costs, zeros in zip(self._magnitudes(problem), problem.zeros, strict=True)
         ]
         *producers, w = (w.masked_fill(m, 0.0) for w, m in zip((*problem.producers, problem.w), gone, strict=True))
         return Refit(w, producers=tuple(producers))
@@ -99,6 +100,7 @@ class Magnitude(MaskRecipe[MagnitudeSettings], Baseline[MagnitudeSettings]):
     def digest_workspace(self, site: Site) -> int:
         return 3 * sum(site.linears)
 
-
-def _squares(weights: SiteWeights) -> Iterator[Tensor]:
-    return (w.square() for w in (*weights.producers, weights.w))
+    def _magnitudes(self, weights: SiteWeights) -> Iterator[Tensor]:
+        """Yield w² or |w| of the weights of every producer, then of the consumer."""
+        l1 = self.settings.norm == "l1"
+        return (w.abs() if l1 else w.square() for w in (*weights.producers, weights.w))

@@ -1,10 +1,12 @@
 """Greedy Output Approximation (Li et al., CPAL 2025).
 
-*Heads*: remove heads whose attention maps resemble another head's: mean Jensen-Shannon divergence (eq. 1) below a
-threshold τ (algorithm 2). Given a ratio instead of τ, raise τ until attention has lost that share.
-*Channels*: remove those of least second moment (eq. 4), the same share in every block.
+Every site loses the same share.
+*Heads*: first those whose attention maps resemble another head's, by mean Jensen-Shannon divergence (eq. 1) below a
+threshold τ (algorithm 2); then those of least second moment (sections 3.2.2 and 3.2.3).
+*Channels*: those of least second moment (eq. 4).
 *Recovery* (algorithms 1, 3, 4), module by module and before units are chosen: fit the producers to their dense outputs
-on the pruned stream, then fit the consumer to its dense output.
+on the pruned stream, then fit the consumer to its dense output. After units are chosen, the kept columns can be fitted
+to the output of all of them (ours).
 
 Key/value groups are removed whole. The divergence of two groups is the mean over their query heads (ours).
 """
@@ -77,39 +79,65 @@ def _as_many_as_can_go(site: Site, units: int) -> int:
 
 class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
     name = "greedy-output"
-    summary = "greedy output approximation: heads by likeness, channels by second moment, two-step recovery"
+    summary = "greedy output approximation: similar heads, then units of least second moment; two-step recovery"
     wants_inputs = True
+    chooses_apart = False
+    """Whether units are chosen by the survey's sums, on a text of its own."""
 
     def __init__(self, settings: GreedyOutputSettings) -> None:
         super().__init__(settings)
-        self.by_similarity = settings.heads == "similarity"
-        self.wants_gram = settings.recover or not self.by_similarity
-        if self.by_similarity:
+        self.only_similar = settings.heads == "similarity"
+        self.recovers_after = settings.recover in ("after", "both")
+        self.wants_gram = settings.recover != "off" or not self.only_similar
+        if settings.heads != "second-moment":
             self.statistics, self.curve_label = frozenset({"divergence"}), "divergence from the most similar head"
-        if settings.recover:
+            self.keeps_findings = not self.only_similar
+        if settings.recover in ("before", "both"):
             self.compensation, self.target = settings.damping, Target(settings.damping, residual=False)
 
-    def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
-        """Return the divergence between every two units of an attention site, (units, units); nothing for FFN sites."""
-        if surveyed.statistics.divergence is None:
-            return {}
-        return {
-            "divergence": between_units(
-                surveyed.statistics.divergence.mean(), surveyed.site.heads // surveyed.site.units
+    def use_metric_text(self) -> None:
+        """Choose units on the dense model and the survey's text. Only recovery reads the calibration text."""
+        if self.settings.recover == "off":
+            raise ConfigError(
+                "metric-text is given, and with recover=off nothing reads calibration; give that text as calibration"
             )
-        }
+        self.statistics = (self.statistics or frozenset()) | {"second-moment"}
+        self.wants_inputs, self.keeps_findings, self.chooses_apart = False, True, True
+
+    def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
+        """Return what units are chosen by.
+
+        Returns:
+            ``divergence`` (units, units) between every two units of an attention site. With a text of its own, also
+            ``energy`` (n,), the mean square of the consumer's input, for attention, and ``inputs`` (d, d), the mean Gram of the
+            producers' input, for FFNs.
+        """
+        site, statistics, found = surveyed.site, surveyed.statistics, {}
+        if statistics.divergence is not None:
+            found["divergence"] = between_units(statistics.divergence.mean(), site.heads // site.units)
+        if statistics.gram is not None:
+            found["energy"] = statistics.gram.mean(site.name)[0].diagonal().clone()
+        if statistics.inputs is not None:
+            found["inputs"] = statistics.inputs.mean(f"{site.name}, inputs")[0]
+        return found
 
     def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-        """Remove heads by similarity, then channels (the same share in every block) for the rest of the budget.
-
-        Linear attention has no maps to compare; by similarity, it keeps all heads.
+        """Remove the same share at every site; by similarity alone, what τ says of heads and channels for the rest.
 
         Raises:
-            ConfigError: τ removes more than the ratio, or different numbers of heads where the layout needs one number.
+            ConfigError: `heads` is similarity, and τ removes more than the ratio, or different numbers of heads where
+                the layout needs one number.
         """
-        if not self.by_similarity:
-            keep = allocate(sites, even_densities(sites), budget)
-            return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
+        if self.only_similar:
+            return self._allocate_by_similarity(sites, survey, budget)
+        keep = allocate(sites, even_densities(sites), budget)
+        return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
+
+    def _allocate_by_similarity(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+        """Remove heads by similarity alone, then channels (the same share in every block) for the rest of the budget.
+
+        Linear attention has no maps to compare and keeps all heads.
+        """
         attention = [site for site in sites if site.kind == "attention"]
         ffn = [site for site in sites if site.kind == "ffn"]
         divergences = {site.name: survey[site.name]["divergence"] for site in attention}
@@ -141,7 +169,7 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
         return Plan({**plan, **{name: SitePlan(units) for name, units in left.items()}}, budget.ratio)
 
     def select(self, problem: Problem, keep: int) -> Tensor:
-        """Return the units with the largest second moment: (keep,) int64, ascending.
+        """Return the units with the largest second moment, after similar heads: (keep,) int64, ascending.
 
         FFN (eq. 4): ``M_j = ½‖B_:j‖² (A_jᵀ Σ A_j)``; a gated FFN takes the product of the moments of (down, up) and
         (down, gate). `B` (d_out, n) is the consumer, `A_j` (d,) a producer's row, `Σ` (d, d) the mean Gram of its input.
@@ -153,27 +181,36 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
         problem.factors.clear()  # Free the Cholesky factor of the target's fit: it is as large as H.
         energy = problem.w.square().sum(dim=0)
         if problem.site.kind != "ffn":
-            moments = (energy * problem.gram.diagonal().to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
+            h = problem.findings["energy"] if self.chooses_apart else problem.gram.diagonal()
+            moments = (energy * h.to(energy)).view(problem.site.units, -1).sum(dim=1) / 2
         else:
-            assert problem.inputs is not None
+            inputs = problem.findings["inputs"] if self.chooses_apart else problem.inputs
+            assert inputs is not None
             # Work in logarithms: a product of two moments can leave float32's range.
-            inputs = problem.inputs.to(energy)
+            inputs = inputs.to(energy)
             each = [energy * (a @ inputs).mul_(a).sum(dim=1) / 2 for a in problem.producers]
             moments = torch.stack(each).clamp_min(0).log().sum(dim=0)
+        if "divergence" in problem.findings:
+            d, gone = problem.findings["divergence"], problem.site.units - keep
+            similar = candidates(d, min(gone, len(redundant(d, self.settings.tau))))
+            moments[torch.tensor(similar, dtype=torch.int64, device=moments.device)] = -torch.inf
         return best(moments, keep, problem.site.name)
 
     def reconstruct(self, problem: Problem, kept: Tensor) -> Refit:
         """Restrict the consumer, already fitted on all columns, to the units `kept` (k,) int64.
 
-        OBS-updates the kept columns if `recover` is on, otherwise copies them.
+        OBS-updates the kept columns if `recover` is after or both, otherwise copies them.
         """
-        return super().reconstruct(problem, kept) if self.settings.recover else kept_columns(problem, kept)
+        return super().reconstruct(problem, kept) if self.recovers_after else kept_columns(problem, kept)
 
     def plans_units(self, site: Site) -> bool:
-        return self.by_similarity and site.kind == "attention"
+        return self.only_similar and site.kind == "attention"
 
     def foresee(self, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
-        """Bound the FFN channels that stay: attention loses at most its own share. No bound if τ is set."""
+        """Bound the units that stay: the same share goes everywhere. By similarity alone, attention loses at most its
+        own share if τ rises, which bounds the FFN channels; no bound if τ is set."""
+        if not self.only_similar:
+            return allocate(sites, even_densities(sites), budget)
         if self.settings.tau:
             return {}
         ffn = [site for site in sites if site.kind == "ffn"]
@@ -181,10 +218,13 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
         kept = {site.name: site.units for site in sites if site.kind == "linear"}
         return kept | allocate(ffn, even_densities(ffn), replace(budget, gone=gone))
 
+    def findings(self, site: Site) -> int:
+        return site.outputs**2 if self.chooses_apart and site.kind == "ffn" else 0
+
     def workspace(self, site: Site, keep: int) -> int:
         # Selection needs the Gram of the producers' inputs, (d, d), which is held until then.
         selection = site.outputs**2 + sum(site.linears[:-1]) + max(site.linears[:-1], default=0)
-        return max(selection, obs_workspace(site, keep) if self.settings.recover else 0)
+        return max(selection, obs_workspace(site, keep) if self.recovers_after else 0)
 
     def curve(self, site: Site, findings: Findings) -> Tensor | None:
         """Return the rising thresholds of an attention site, (units,) float64 ascending; None for an FFN site."""

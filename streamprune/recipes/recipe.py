@@ -14,6 +14,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..maths.sums import SiteStatistics, Statistic
 from ..model.site import Site
 from .allocation import Budget, check_budget
@@ -147,6 +148,14 @@ class Recipe(ABC, Generic[S]):
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
+
+    def use_metric_text(self) -> None:
+        """Choose units by sums over the survey's text, which is then another than the prune sweep's.
+
+        Raises:
+            ConfigError: the recipe has no such form.
+        """
+        raise ConfigError(f"metric-text is given; recipe {self.name} reads no other text than calibration")
 
     # Its steps.
 

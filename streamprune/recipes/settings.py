@@ -49,8 +49,9 @@ class DefaultSettings:
 class SobpSettings:
     gradient: str = setting(
         "fisher",
-        "average the squares of the sequences' mask gradients (empirical Fisher, ours) or their absolute values (paper)",
-        choices=("fisher", "abs"),
+        "average the squares of the sequences' mask gradients (empirical Fisher, ours) or their absolute values, or take the "
+        "absolute value of their average (the gradient of the whole text's loss)",
+        choices=("fisher", "abs", "mean"),
     )
     head_weight: float = setting(1.0, "the paper's λ: factor on the importance of attention units")
     refine: bool = setting(True, "local greedy refinement; off keeps the units of the global selection")
@@ -65,6 +66,9 @@ class SobpSettings:
 @dataclass(frozen=True)
 class SlimGptSettings:
     r0: float = setting(0.4, "the first block's share, as a fraction of the ratio; 1 is uniform", limits=(0.0, 1.0))
+    r_last: float = setting(
+        0.0, "the last block's share likewise; 0 is what makes the blocks' mean the ratio", limits=(0.0, 1000.0)
+    )
     exact: bool = setting(False, "remove one unit at a time by its exact cost instead of in batches")
     first_group: int = setting(1024, "size of the first group of FFN channels removed together", limits=(1, 1e6))
     last_group: int = setting(8, "size of the last group of FFN channels removed together", limits=(1, 1e6))
@@ -74,26 +78,38 @@ class SlimGptSettings:
 @dataclass(frozen=True)
 class GreedyOutputSettings:
     heads: str = setting(
-        "similarity",
-        "how heads are chosen: by similarity of their attention maps, or by the second moment of their value path",
-        choices=("similarity", "second-moment"),
+        "similar-first",
+        "how heads are chosen: those with similar attention maps, then those whose value path has the least second moment; "
+        "by the second moment alone; or by similarity alone",
+        choices=("similar-first", "second-moment", "similarity"),
     )
     tau: float = setting(
-        0.0, "divergence below which a head is redundant; 0 raises it until the ratio is met", limits=(0, 1)
+        0.16,
+        "divergence below which heads are similar; with heads=similarity, 0 raises it until the ratio is met",
+        limits=(0, 1),
     )
-    recover: bool = setting(True, "two-step recovery; off leaves the kept weights as they are")
+    recover: str = setting(
+        "before",
+        "recovery before units are chosen (the paper's: fits to dense outputs), after (the OBS update), both, or off",
+        choices=("before", "after", "both", "off"),
+    )
     damping: float = setting(0.01, "ridge of the recovery's Grams, relative to their mean diagonal", limits=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
-class MagnitudeSettings:
+class StructureSettings:
     structure: str = setting(
         "units", "what is removed: units, single weights, or M of N neighbours", choices=STRUCTURES
     )
 
 
 @dataclass(frozen=True)
-class SurgeonSettings(MagnitudeSettings):
+class MagnitudeSettings(StructureSettings):
+    norm: str = setting("l2", "sum the squares of a unit's weights, or their absolute values", choices=("l2", "l1"))
+
+
+@dataclass(frozen=True)
+class SurgeonSettings(StructureSettings):
     shots: int = setting(
         0,
         "shots of the linear schedule; 0 is the paper's: 40 to remove half of all units, 5 for weights",

@@ -25,16 +25,19 @@ from .recipe import Problem, Survey
 from .settings import SlimGptSettings
 
 
-def incremental_ratios(blocks: int, r0: float) -> list[float]:
+def incremental_ratios(blocks: int, r0: float, r_last: float = 0.0) -> list[float]:
     """Return each block's share relative to the ratio: ``r_i = r_0 + (r_{L−1} − r_0)·log(i+1)/log(L)``.
 
-    L is the number of blocks. ``r_{L−1}`` is chosen so that the shares have mean 1.
+    L is the number of blocks. The shares have mean 1: if `r_last` is 0, ``r_{L−1}`` is chosen for that; else all of
+    them are scaled.
     """
     if blocks == 1:
         return [1.0]
     steps = [math.log(i + 1) / math.log(blocks) for i in range(blocks)]
-    last = r0 + (1 - r0) * blocks / sum(steps)
-    return [r0 + (last - r0) * step for step in steps]
+    last = r_last or r0 + (1 - r0) * blocks / sum(steps)
+    shares = [r0 + (last - r0) * step for step in steps]
+    mean = sum(shares) / blocks if r_last else 1.0
+    return [share / mean for share in shares]
 
 
 class SlimGpt(ObsRecipe[SlimGptSettings]):
@@ -45,7 +48,7 @@ class SlimGpt(ObsRecipe[SlimGptSettings]):
         """Allocate by the incremental pruning ratio. A uniform layout has one width, so it uses the mean over blocks."""
         blocks = sorted({site.block for site in sites})
         # `even_densities` divides by the shares, so they must be positive.
-        shares = [max(share, 1e-6) for share in incremental_ratios(len(blocks), self.settings.r0)]
+        shares = [max(share, 1e-6) for share in incremental_ratios(len(blocks), self.settings.r0, self.settings.r_last)]
         keep = allocate(sites, even_densities(sites, dict(zip(blocks, shares, strict=True))), budget)
         return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
 

@@ -37,13 +37,15 @@ class Sobp(ObsRecipe[SobpSettings]):
         self.compensation = settings.compensation_damping if settings.compensate else None
 
     def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
-        """Return ``importance`` (units,) float: mean of `g²` or `|g|` over sequences, divided by the unit's parameters.
+        """Return ``importance`` (units,) float: mean of `g²` or `|g|` over sequences, or `|mean g|`, divided by the unit's parameters.
 
         `g` is the gradient of a sequence's mean loss with respect to the unit's mask.
         """
         site, gradient = surveyed.site, surveyed.statistics.mask
         assert gradient is not None
-        sums = gradient.squares if self.settings.gradient == "fisher" else gradient.magnitudes
+        sums = {"fisher": gradient.squares, "abs": gradient.magnitudes, "mean": gradient.signed.abs()}[
+            self.settings.gradient
+        ]
         weight = self.settings.head_weight if site.kind == "attention" else 1.0
         return {"importance": weight * sums / gradient.sequences / site.unit_parameters}
 

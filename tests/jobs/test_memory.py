@@ -210,9 +210,10 @@ def test_grams_on_the_host_take_from_the_device_what_they_give_to_the_host(
     [
         ("slimgpt", {}, "all"),
         ("wanda-sp", {}, "all"),
-        ("greedy-output", {}, "ffn"),
+        ("greedy-output", {}, "all"),
         ("greedy-output", {"heads": "second-moment"}, "all"),
-        ("greedy-output", {"tau": "0.001"}, "none"),
+        ("greedy-output", {"heads": "similarity", "tau": "0"}, "ffn"),
+        ("greedy-output", {"heads": "similarity", "tau": "0.001"}, "none"),
         ("sobp", {}, "none"),
         ("surgeon", {"shots": "1"}, "none"),
     ],

@@ -105,6 +105,7 @@ def test_mask_gradients_are_squared_and_taken_absolute_per_sequence() -> None:
     # Sequence 1: g = (3, -1) / 2; sequence 2: (-2, 2) / 2.
     assert stats.squares.tolist() == [2.25 + 1, 0.25 + 1]
     assert stats.magnitudes.tolist() == [1.5 + 1, 0.5 + 1]
+    assert stats.signed.tolist() == [1.5 - 1, -0.5 + 1]
     stats.add(x, gradient, scale=2.0)
     assert stats.sequences == 4
     assert stats.squares.tolist() == [6.5, 2.5]

@@ -154,7 +154,7 @@ SHOTS: dict[str, Any] = {"recipe": "default", "settings": {"shots": "3"}, "refin
         (4, 1, {}),
         (4, 2, {}),
         (3, 1, {**SHOTS, "samples": 3}),
-        (3, 1, {"recipe": "greedy-output", "blocks": (0, 2)}),
+        (3, 1, {"recipe": "greedy-output", "metric_text": "random-tokens", "metric_samples": 5, "blocks": (0, 2)}),
     ],
 )
 def test_stopped_after_every_journal_line_the_bytes_are_the_same(

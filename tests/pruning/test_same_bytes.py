@@ -28,6 +28,7 @@ RECIPES: list[dict[str, Any]] = [
     {"recipe": "slimgpt", "layout": "uniform"},
     {"recipe": "greedy-output"},
     {"recipe": "greedy-output", "layout": "uniform"},
+    {"recipe": "greedy-output", "calibration": "self", "metric_text": "random-tokens", "metric_samples": 3},
     {"recipe": "surgeon", "settings": {"shots": "3", "lora_steps": "2"}},
     {"recipe": "surgeon", "settings": {"shots": "2"}, "layout": "uniform"},
     {"recipe": "surgeon", "settings": {"shots": "2", "structure": "2:4"}},

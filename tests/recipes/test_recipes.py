@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import streamprune
-from streamprune import Config
+from streamprune import Config, ConfigError
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.maths.divergence import redundant
@@ -183,6 +183,10 @@ def test_the_incremental_ratios_by_hand() -> None:
     assert incremental_ratios(4, 0.4) == pytest.approx(by_hand)
     assert incremental_ratios(1, 0.4) == [1.0]
     assert incremental_ratios(5, 1.0) == pytest.approx([1.0] * 5)
+    # With the last share given, what counts is its proportion to the first.
+    steps = [0.4 + 1.2 * step for step in (0, 0.5, middle, 1)]
+    assert incremental_ratios(4, 0.4, 1.6) == pytest.approx([4 * step / sum(steps) for step in steps])
+    assert incremental_ratios(4, 0.4, last) == pytest.approx(by_hand)
     for blocks, r0 in itertools.product((2, 3, 7, 32, 80), (0.0, 0.25, 0.4, 1.0)):
         ratios = incremental_ratios(blocks, r0)
         assert ratios[0] == pytest.approx(r0)
@@ -190,15 +194,15 @@ def test_the_incremental_ratios_by_hand() -> None:
         assert ratios == sorted(ratios)
 
 
-@pytest.mark.parametrize("r0", [0.4, 1.0])
-def test_slimgpt_shares_follow_the_schedule(r0: float, tiny: Tiny, configured: Make) -> None:
+@pytest.mark.parametrize(("r0", "r_last"), [(0.4, 0.0), (1.0, 0.0), (0.5, 2.0), (1.0, 0.5)])
+def test_slimgpt_shares_follow_the_schedule(r0: float, r_last: float, tiny: Tiny, configured: Make) -> None:
     path = tiny("llama-biased", num_hidden_layers=6, intermediate_size=96)
-    config = configured(path, recipe="slimgpt", ratio=0.3, settings={"r0": str(r0)}, round_to=1)
+    config = configured(path, recipe="slimgpt", ratio=0.3, settings={"r0": str(r0), "r_last": str(r_last)}, round_to=1)
     plan, _ = planned(config)
     # One ratio explains all sites, each to within a unit; it is more than 0.3, since norms and consumers' biases stay.
     lowest, highest = 0.3, 0.4
     for site in sites_of(path):
-        share, gone = incremental_ratios(6, r0)[site.block], site.units - plan[site.name].keep
+        share, gone = incremental_ratios(6, r0, r_last)[site.block], site.units - plan[site.name].keep
         lowest = max(lowest, (gone - 1) / (share * site.units))
         highest = min(highest, (gone + 1) / (share * site.units))
     assert lowest <= highest
@@ -232,6 +236,47 @@ def test_slimgpt_in_batches_is_the_plain_implementation(name: str, tiny: Tiny, c
     )
     streamprune.prune(config)
     kept_columns(config, twins)
+    same_logits(config, twins.pruned, tokens)
+
+
+# SoBP.
+
+
+@pytest.mark.parametrize("gradient", ["fisher", "abs", "mean"])
+def test_sobp_combines_the_sequences_gradients_as_it_is_told(gradient: str, tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama-biased", torch.float64)
+    settings = {"gradient": gradient, "head_weight": "3"}
+    config = configured(path, recipe="sobp", dtype="float64", ratio=0.35, settings=settings)
+    twins, tokens = reference.Twins(path, sites_of(path)), calibrated(config)
+    each = reference.mask_gradients(twins.dense, twins.places, tokens)
+    _, found = planned(config)
+    for site in sites_of(path):
+        g = each[site.name]  # (sequences, units)
+        combined = {"fisher": g.square().mean(dim=0), "abs": g.abs().mean(dim=0), "mean": g.mean(dim=0).abs()}[gradient]
+        expected = combined * (3 if site.kind == "attention" else 1) / site.unit_parameters
+        torch.testing.assert_close(found[f"{site.name}.importance"], expected, rtol=1e-7, atol=0)
+
+
+# Magnitude.
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_magnitude_sums_every_weight_of_a_unit(norm: str, tiny: Tiny, configured: Make) -> None:
+    path = tiny("llama-biased", torch.float64)
+    config = configured(path, recipe="magnitude", dtype="float64", ratio=0.4, settings={"norm": norm}, round_to=1)
+    sites, power = sites_of(path), 1 if norm == "l1" else 2
+    twins, (plan, _) = reference.Twins(path, sites), planned(config)
+    tokens = torch.arange(24).view(2, 12)
+
+    def choose(problem: reference.Problem, keep: int) -> Tensor:
+        weights = [problem.w.T, *problem.producers]  # a unit's rows of each
+        units = problem.place.site.units
+        scores = [sum(float(w.chunk(units)[u].abs().pow(power).sum()) for w in weights) for u in range(units)]
+        return torch.tensor(scores).argsort(descending=True)[:keep].sort().values
+
+    keep = {name: entry.keep for name, entry in plan.items()}
+    twins.prune(keep, tokens, choose=choose, compensate=False, reconstruct=False)
+    streamprune.prune(config)
     same_logits(config, twins.pruned, tokens)
 
 
@@ -279,12 +324,14 @@ def test_candidates_are_those_of_a_rising_threshold(ties: bool) -> None:
     ("name", "settings"),
     [
         ("llama", {}),
-        ("mistral", {}),
-        ("gpt2", {}),
+        ("mistral", {"recover": "both"}),
+        ("gpt2", {"recover": "after"}),
         ("opt-350m", {}),
-        ("llama-biased", {"recover": "off"}),
+        ("llama-biased", {"tau": "0.35"}),
+        ("llama-biased", {"tau": "0.35", "recover": "off"}),
+        ("llama-biased", {"heads": "similarity", "tau": "0", "recover": "both"}),
         ("llama-biased", {"heads": "second-moment"}),
-        ("gpt2", {"heads": "second-moment"}),
+        ("gpt2", {"heads": "second-moment", "recover": "both"}),
     ],
 )
 def test_greedy_output_is_the_plain_implementation(
@@ -294,41 +341,113 @@ def test_greedy_output_is_the_plain_implementation(
     config = configured(path, recipe="greedy-output", dtype="float64", ratio=0.35, settings=settings)
     tokens, sites = calibrated(config), sites_of(path)
     plan, found = planned(config)
-    if "heads" not in settings:
+    attention = [site for site in sites if site.kind == "attention"]
+    heads, tau, similar = settings.get("heads"), float(settings.get("tau", 0.16)), {}
+    if heads != "second-moment":
         model = reference.load(path, attn_implementation="eager")
         with torch.no_grad():
             maps = model(tokens, output_attentions=True).attentions
-        for site in (site for site in sites if site.kind == "attention"):
+        for site in attention:
             d, rep = reference.divergence(maps[site.block]), site.heads // site.units
             d = d.view(site.units, rep, site.units, rep).mean(dim=(1, 3)).fill_diagonal_(0)
             torch.testing.assert_close(found[f"{site.name}.divergence"], d, rtol=1e-5, atol=1e-7)
-            chosen = candidates(d, site.units - plan[site.name].keep)
-            assert plan[site.name].units == tuple(u for u in range(site.units) if u not in chosen)
-    assert any(plan[site.name].keep < site.units for site in sites if site.kind == "attention")
-    recover = "recover" not in settings
+            gone = site.units - plan[site.name].keep
+            similar[site.name] = candidates(d, gone if heads else min(gone, len(redundant(d, tau))))
+            if heads:
+                assert plan[site.name].units == tuple(u for u in range(site.units) if u not in similar[site.name])
+    removed = {site.name: site.units - plan[site.name].keep for site in attention}
+    assert any(removed.values())
+    if settings.get("tau") == "0.35":  # Similarity decides some of the heads, and the second moment the others.
+        assert 0 < sum(len(each) for each in similar.values()) < sum(removed.values())
+    recover = settings.get("recover", "before")
     twins = reference.Twins(path, sites)
 
     def choose(problem: reference.Problem, keep: int) -> Tensor:
-        entry = plan[problem.place.site.name]
-        return torch.tensor(entry.units) if entry.units else reference.by_second_moment(problem, keep)
+        return reference.by_second_moment(problem, keep, similar.get(problem.place.site.name, ()))
 
     twins.prune(
         {name: entry.keep for name, entry in plan.items()},
         tokens,
         choose=choose,
-        compensate=recover,
-        target="dense" if recover else "own",
-        reconstruct=recover,
+        compensate=recover in ("before", "both"),
+        target="dense" if recover in ("before", "both") else "own",
+        reconstruct=recover in ("after", "both"),
     )
     streamprune.prune(config)
     kept_columns(config, twins)
     same_logits(config, twins.pruned, tokens)
 
 
+@pytest.mark.parametrize("name", ["llama-biased", "gpt2"])
+@pytest.mark.parametrize("heads", ["similar-first", "second-moment"])
+def test_units_can_be_chosen_on_a_text_of_their_own(name: str, heads: str, tiny: Tiny, configured: Make) -> None:
+    path = tiny(name, torch.float64)
+    config = configured(
+        path,
+        recipe="greedy-output",
+        dtype="float64",
+        ratio=0.35,
+        settings={"heads": heads, "tau": "0.35"},
+        metric_text="random-tokens",
+        metric_samples=7,
+    )
+    tokens, chosen_on, twins = (
+        calibrated(config),
+        Job(config, None).survey_tokens,
+        reference.Twins(path, sites_of(path)),
+    )
+    assert len(tokens) == 12
+    assert len(chosen_on) == 7
+    plan, found = planned(config)
+    maps = reference.load(path, attn_implementation="eager")(chosen_on, output_attentions=True).attentions
+
+    def choose(problem: reference.Problem, keep: int) -> Tensor:
+        place, site, first = problem.place, problem.place.site, list[int]()
+        if site.kind == "attention" and heads == "similar-first":
+            d, rep = reference.divergence(maps[site.block]), site.heads // site.units
+            d = d.view(site.units, rep, site.units, rep).mean(dim=(1, 3)).fill_diagonal_(0)
+            torch.testing.assert_close(found[f"{site.name}.divergence"], d, rtol=1e-5, atol=1e-7)
+            first = candidates(d, min(site.units - keep, len(redundant(d, 0.35))))
+        inputs, z = reference.capture(twins.dense, [place.reader, place.consumer], chosen_on)
+        return reference.by_second_moment(replace(problem, inputs=inputs, z=z), keep, first)
+
+    keep = {name: entry.keep for name, entry in plan.items()}
+    twins.prune(keep, tokens, choose=choose, target="dense", reconstruct=False)
+    streamprune.prune(config)
+    kept_columns(config, twins)
+    same_logits(config, twins.pruned, tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "sobp"}, "metric-text is given; recipe sobp reads no other text than calibration"),
+        ({"settings": {"recover": "off"}}, "with recover=off nothing reads calibration; give that text as calibration"),
+        ({"metric_text": "self"}, "metric-text is self; only calibration can be"),
+        ({"metric_text": ["random-tokens", "random-tokens"]}, "metric-text 'random-tokens' cannot be combined"),
+        ({"metric_samples": 13}, "metric-samples is 13; it must be at most samples, 12"),
+        ({"metric_samples": 0}, "metric_samples"),
+    ],
+)
+def test_a_text_for_the_metric_that_cannot_be(
+    changes: dict[str, Any], message: str, tiny: Tiny, configured: Make
+) -> None:
+    fields = {"recipe": "greedy-output", "metric_text": "random-tokens", "metric_samples": 4, **changes}
+    with pytest.raises(ConfigError, match=message):
+        Job(configured(tiny("llama"), **fields), None)
+
+
 def test_a_threshold_takes_no_heads_where_none_can_go(tiny: Tiny, configured: Make) -> None:
     path = tiny("gpt2")
     plan, found = planned(
-        configured(path, recipe="greedy-output", ratio=0.3, layout="uniform", settings={"tau": "0.5"}, round_to=1)
+        configured(
+            path,
+            recipe="greedy-output",
+            ratio=0.3,
+            layout="uniform",
+            settings={"heads": "similarity", "tau": "0.5"},
+            round_to=1,
+        )
     )
     assert any(len(redundant(d, 0.5)) for name, d in found.items() if name.endswith("divergence"))
     assert all(plan[f"blocks.{block}.attention"].keep == 4 for block in range(3))
@@ -336,7 +455,8 @@ def test_a_threshold_takes_no_heads_where_none_can_go(tiny: Tiny, configured: Ma
 
 
 def test_a_threshold_prunes_ffns_of_a_model_whose_attention_is_no_site(tiny: Tiny, configured: Make) -> None:
-    config = configured(tiny("falcon-rw"), recipe="greedy-output", ratio=0.3, settings={"tau": "0.5"}, round_to=1)
+    settings = {"heads": "similarity", "tau": "0.5"}
+    config = configured(tiny("falcon-rw"), recipe="greedy-output", ratio=0.3, settings=settings, round_to=1)
     plan, found = planned(config)
     assert not any(name.endswith("divergence") for name in found)
     assert set(plan) == {f"blocks.{block}.ffn" for block in range(3)}
@@ -351,7 +471,7 @@ def test_greedy_output_goes_by_a_threshold_that_is_given(tiny: Tiny, configured:
     # Between two divergences of the middle block, so that some of its heads go.
     pairs = sorted(divergences["blocks.1.attention.divergence"].triu(1).flatten().unique().tolist())
     tau = (pairs[1] + pairs[2]) / 2
-    given = replace(config, out=config.out.with_name("given"), settings={"tau": repr(tau)})
+    given = replace(config, out=config.out.with_name("given"), settings={"heads": "similarity", "tau": repr(tau)})
     plan, _ = planned(given)
     for name, d in divergences.items():
         gone = redundant(d, tau)

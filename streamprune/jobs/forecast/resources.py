@@ -174,6 +174,7 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
     skeleton, workload, d = shapes.skeleton, shapes.workload, shapes.d
     tokens = workload.samples * workload.length * workload.text
     head = 2 * d * skeleton.vocabulary * workload.samples * (workload.length - 1) * workload.text
+    part = 1.0 if workload.surveyed is None else workload.surveyed / workload.samples  # of the text, in the survey
     forward = consumers = mixing = sums = last = 0.0
     for number, sublayer in enumerate(shapes.all_sublayers()):
         measured = sublayer.measured
@@ -187,11 +188,12 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
                 last += 2 * sum(site.linears) * site.share * tokens + mixed
             mixing += mixed
             consumers += 2 * site.linears[-1] * site.share * tokens
-            summed = [*shapes.summed(site), *([site.columns] if workload.gram else [])]
-            sums += 2 * tokens * site.share * sum(shapes.gram_products(n) for n in summed)
+            summed = part * sum(map(shapes.gram_products, shapes.summed(site)))
+            summed += shapes.gram_products(site.columns) * workload.gram
+            sums += 2 * tokens * site.share * summed
             sums += 2 * tokens * site.columns * d * targeted
             if "divergence" in workload.survey and attention:
-                sums += 2 * sum(site.linears[:-1]) * tokens + mixed
+                sums += part * (2 * sum(site.linears[:-1]) * tokens + mixed)
         compensated = workload.compensates and pruned_input and any(site.linears[:-1] for site in sublayer.sites)
         sums += 2 * tokens * (shapes.gram_products(d) + d * d) * compensated
         forward += last
@@ -205,7 +207,7 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
     for shot in range(workload.shots):
         before, after = (1 - workload.removes * done / workload.shots for done in (shot, shot + 1))
         if workload.survey or not workload.prunes:
-            found["sweeps"] += before * forward
+            found["sweeps"] += part * before * forward
         if workload.gradients:
             # Forward again, then gradients of inputs. For attention, backward takes five products, forward two.
             found["sweeps"] += before * (2 * forward + 1.5 * mixing)

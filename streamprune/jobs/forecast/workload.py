@@ -28,6 +28,7 @@ class Workload:
     length: int  # tokens per sequence
     text: bool  # whether the job runs text through the model at all
     activations: torch.dtype | None = None  # dtype in which activations are stored; None: as computed
+    surveyed: int | None = None  # number of sequences that the survey reads; None for `samples`
     survey: frozenset[Statistic] = frozenset()  # statistics that the survey sums
     findings: int = 0  # elements of the sums' dtype stored on disk between survey and prune sweep
     gram: bool = False  # whether the prune sweep sums the Gram of each consumer's input
@@ -157,6 +158,8 @@ class Shapes:
         if "factors" in wanted:
             # The producers' input, and the output of each producer.
             found += [self.d, *(weights // self.d for weights in site.linears[:-1])]
+        if "second-moment" in wanted:
+            found.append(site.columns if site.heads else self.d)
         return found
 
     def gram_products(self, n: int) -> float:
