@@ -224,8 +224,9 @@ job_options = bundle(
     ),
     click.option(
         "--structure",
-        type=click.Choice(["units", "unstructured", "2:4", "4:8"]),
-        help="What surgeon and magnitude remove: whole units, or weights that become zero. Same as --set structure=...",
+        type=click.Choice(["units", "unstructured", "2:4", "4:8", "rows-columns"]),
+        help="What surgeon and magnitude remove: whole units, or weights that become zero (rows-columns: surgeon only). Same as "
+        "--set structure=...",
     ),
     click.option(
         "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Setting of the recipe; may be repeated."

@@ -15,7 +15,7 @@ from .flops import counted, kind
 from .refit import accumulator, advice, all_finite
 from .triangular import mirror_, panels
 
-Statistic = Literal["mask-gradient", "gram", "gradient-gram", "factors", "divergence", "second-moment"]
+Statistic = Literal["mask-gradient", "gram", "gradient-gram", "factors", "divergence", "inputs", "second-moment"]
 """Statistics that a survey can collect at a site.
 
 mask-gradient: `MaskGradient` of the units.
@@ -23,6 +23,7 @@ gram: `H`, the Gram of the consumer's input.
 gradient-gram: `G`, the Gram of the gradients of the consumer's output.
 factors: both K-FAC factors of every linear of the site, including `H` and `G`.
 divergence: `HeadDivergence` of the attention maps.
+inputs: the Gram of the producers' input.
 second-moment: for attention `H`; for an FFN the Gram of the producers' input.
 """
 GRADIENTS = frozenset[Statistic]({"mask-gradient", "gradient-gram", "factors"})  # statistics that need a backward sweep
@@ -176,7 +177,7 @@ class MaskGradient:
         (self.sequences,) = add_counts(add_up, self.sequences)
 
 
-_USERS: dict[str, frozenset[str]] = {
+_USERS: dict[str, frozenset[Statistic]] = {
     "mask": frozenset({"mask-gradient"}),
     "gram": frozenset({"gram", "factors"}),
     "gradient": frozenset({"gradient-gram", "factors"}),
@@ -210,12 +211,11 @@ class SiteStatistics:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        users: frozenset[str] = wanted
         if "second-moment" in wanted:
-            users |= {"gram" if heads else "inputs"}
+            wanted |= {"gram"} if heads else {"inputs"}
 
         def gram(columns: int, name: str) -> Gram | None:
-            return Gram(columns, device=device, dtype=dtype) if users & _USERS[name] else None
+            return Gram(columns, device=device, dtype=dtype) if wanted & _USERS[name] else None
 
         self.seen = 0  # number of tokens that reached the site
         self.mask = MaskGradient(units, width) if wanted & _USERS["mask"] else None

@@ -1,9 +1,10 @@
-"""Pruning that keeps shapes and writes zeros: single weights, or M of every N neighbours in a row.
+"""Pruning that keeps shapes and writes zeros: single weights, M of every N neighbours in a row, or whole rows and columns.
 
 One global threshold applies to the cost of a weight, or of the M cheapest weights of a group (LLM Surgeon,
 section 3.3). The costs of a whole model do not fit in memory, so the survey stores one histogram per linear. The plan
 counts the zeros of each linear from these histograms and meets the budget exactly. The weights themselves are chosen
-later, when the costs of their linear are computed again.
+later, when the costs of their linear are computed again. Rows and columns of a linear are few: the survey keeps their
+costs, and the cheapest per weight go first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..model.site import Site
 from .allocation import Budget
 from .plan import Plan, SitePlan
 from .recipe import Findings, Recipe, Survey
-from .settings import UNITS, UNSTRUCTURED
+from .settings import LINES, UNITS, UNSTRUCTURED
 
 S = TypeVar("S", bound=Any)
 _BITS = 12
@@ -52,6 +53,9 @@ class MaskRecipe(Recipe[S]):
         if structure == UNITS:
             super().check(sites, budget)
             return
+        if structure == LINES:
+            _check_lines(sites, budget)
+            return
         m, n = pattern(structure)
         if n > 1 and budget.ratio > m / n:
             raise ConfigError(
@@ -76,7 +80,7 @@ class MaskRecipe(Recipe[S]):
         if structure == UNITS:
             super().check_plan(sites, plan, where)
             return
-        m, n = pattern(structure)
+        m, n = (1, 1) if structure == LINES else pattern(structure)
         for site in sites:
             entry = plan[site.name]
             if entry.keep < site.units:
@@ -95,8 +99,23 @@ class MaskRecipe(Recipe[S]):
         """Return the largest possible size of a site's histograms, in float32 elements; an int64 counts as two."""
         if not self.writes_zeros:
             return 0
+        if self.settings.structure == LINES:
+            return sum(weights // site.outputs + site.outputs for weights in site.linears)
         _, n = pattern(self.settings.structure)
         return sum(2 * 2 * min(_BINS, weights // n) for weights in site.linears)
+
+
+def _check_lines(sites: Sequence[Site], budget: Budget) -> None:
+    most = sum(sum(site.linears) for site in sites)
+    if most < budget.target:
+        raise ConfigError(
+            f"ratio is {budget.ratio:g}; the weights of linears are {most / budget.parameters:.3f} of what it counts"
+        )
+    least = min(min(site.outputs, weights // site.outputs) for site in sites for weights in site.linears)
+    if budget.target < least:
+        raise ConfigError(
+            f"ratio is {budget.ratio:g}; the smallest row or column is {least / budget.parameters:.2g} of what it counts"
+        )
 
 
 def _check_widths(structure: str, sites: Sequence[Site]) -> None:
@@ -207,3 +226,72 @@ def _cheapest(costs: Tensor, count: int) -> Tensor:
     equal = (flat == threshold).nonzero()[:, 0]
     chosen[equal[: count - int(chosen.sum())]] = True
     return chosen.view_as(costs)
+
+
+# Whole rows and columns.
+
+
+def line_zeros(densities: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Order the rows and columns of a linear by their cost per weight, and count the weights that are zero after each.
+
+    Args:
+        densities: (R + C,) float: cost per weight of each row, then of each column.
+        rows: R.
+
+    Returns:
+        The rows (below R) and columns (R + c for column c) in order, and the zeros once each of them is gone too, both
+        (R + C,) int64.
+    """
+    columns = len(densities) - rows
+    order = densities.argsort(stable=True)
+    gone_rows = (order < rows).cumsum(dim=0)
+    gone_columns = torch.arange(1, len(order) + 1, device=order.device) - gone_rows
+    return order, gone_rows * columns + gone_columns * rows - gone_rows * gone_columns
+
+
+def count_lines(sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
+    """Plan how many weights of each linear become zero as whole rows and columns, by one threshold on the cost per weight.
+
+    A row and a column share a weight, which counts once. The cheapest go first; a linear whose next row or column does
+    not fit the budget keeps what is left of it.
+
+    Args:
+        survey: ``lines.i`` of every linear of a site, as `line_zeros` takes them.
+    """
+    costs, zeros, where = list[Tensor](), list[Tensor](), list[Tensor]()
+    for site in sites:
+        for i, weights in enumerate(site.linears):
+            densities = survey[site.name][f"lines.{i}"]
+            rows = site.outputs if i == len(site.linears) - 1 else weights // site.outputs
+            order, counts = line_zeros(densities, rows)
+            costs.append(densities[order])
+            zeros.append(counts)
+            where.append(torch.full_like(order, len(where)))
+    owner = torch.cat(where)[torch.cat(costs).argsort(stable=True)].tolist()
+    left, taken, closed = budget.target, [0] * len(zeros), set[int]()
+    totals = [counts.tolist() for counts in zeros]
+    for linear in owner:
+        now = totals[linear][taken[linear]]
+        more = now - (totals[linear][taken[linear] - 1] if taken[linear] else 0)
+        if more > left:
+            closed.add(linear)
+        if linear not in closed:
+            left -= more
+            taken[linear] += 1
+    counted = iter(totals[i][count - 1] if count else 0 for i, count in enumerate(taken))
+    kept = {site.name: SitePlan(site.units, zeros=tuple(next(counted) for _ in site.linears)) for site in sites}
+    return Plan(kept, budget.ratio)
+
+
+def lines_to_go(densities: Tensor, rows: int, zeros: int, place: str) -> tuple[Tensor, Tensor]:
+    """Return the rows and the columns, ascending int64, that make exactly `zeros` weights of a linear zero.
+
+    Raises:
+        ConfigError: no number of the cheapest rows and columns does; the plan was edited.
+    """
+    order, counts = line_zeros(_checked(densities, place), rows)
+    taken = int((counts <= zeros).sum())
+    if (int(counts[taken - 1]) if taken else 0) != zeros:
+        raise ConfigError(f"{place}: the plan makes {zeros} weights of a linear zero, which no rows and columns have")
+    gone = order[:taken].sort().values
+    return gone[gone < rows], gone[gone >= rows] - rows

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 
 _SWITCH = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-UNITS, UNSTRUCTURED = "units", "unstructured"
+UNITS, UNSTRUCTURED, LINES = "units", "unstructured", "rows-columns"
 STRUCTURES = (UNITS, UNSTRUCTURED, "2:4", "4:8")
 """What is removed: units, single weights, or M of N neighbouring weights."""
 
@@ -97,22 +97,28 @@ class GreedyOutputSettings:
 
 
 @dataclass(frozen=True)
-class StructureSettings:
+class MagnitudeSettings:
     structure: str = setting(
         "units", "what is removed: units, single weights, or M of N neighbours", choices=STRUCTURES
     )
-
-
-@dataclass(frozen=True)
-class MagnitudeSettings(StructureSettings):
     norm: str = setting("l2", "sum the squares of a unit's weights, or their absolute values", choices=("l2", "l1"))
 
 
 @dataclass(frozen=True)
-class SurgeonSettings(StructureSettings):
+class SurgeonSettings:
+    structure: str = setting(
+        "units",
+        "what is removed: units, single weights, M of N neighbours, or rows and columns of every linear apart (zeros)",
+        choices=(*STRUCTURES, LINES),
+    )
+    curvature: str = setting(
+        "full",
+        "curvature of the loss: G ⊗ A (full), its diagonal (k-obd) or that of I ⊗ A (l-obd); diagonals update no other weights",
+        choices=("full", "k-obd", "l-obd"),
+    )
     shots: int = setting(
         0,
-        "shots of the linear schedule; 0 is the paper's: 40 to remove half of all units, 5 for weights",
+        "shots of the linear schedule; 0 is the paper's: 40 to remove half of all units, rows and columns, 5 for weights",
         limits=(0, 1000),
     )
     correlated: int = setting(

@@ -5,7 +5,8 @@
 The cost of a unit is that of its consumer columns plus its producer rows (ours: a head's columns together, by eq. 7).
 *Correlated updates* of the remaining weights (eqs. 11 and 12).
 *Multi-shot*: a linear schedule; the curvature is estimated again for each shot (section 3.5).
-Structures: units, single weights, M:N.
+Structures: units, single weights, M:N, and rows and columns of every linear apart, as zeros.
+With only the diagonal of the curvature, no other weight is updated: K-OBD, and L-OBD without gradients (section 4).
 
 The factors that the updates need are kept on disk until the threshold is known.
 """
@@ -17,16 +18,25 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..maths.kfac import best_step, column_costs, damped, element_costs, group_costs, remove_columns, remove_elements
+from ..maths.kfac import (
+    best_step,
+    column_costs,
+    damped,
+    element_costs,
+    group_costs,
+    remove_columns,
+    remove_elements,
+    row_costs,
+)
 from ..maths.refit import inverse, lowers_error, others, refit_as_stored, unit_columns
 from ..maths.sums import Statistic
 from ..model.site import Site
 from .allocation import Budget, allocate
-from .masks import MaskRecipe, count_zeros, histograms, mask
+from .masks import MaskRecipe, count_lines, count_zeros, histograms, lines_to_go, mask
 from .obs import best
 from .plan import Plan, SitePlan
 from .recipe import Correction, Findings, Problem, Refit, Survey, Surveyed
-from .settings import SurgeonSettings
+from .settings import LINES, SurgeonSettings
 
 
 def _single_costs(w: Tensor, g: Tensor, a_inverse: Tensor, units: int) -> Tensor:
@@ -50,6 +60,8 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
 
     def __init__(self, settings: SurgeonSettings) -> None:
         super().__init__(settings)
+        if settings.curvature == "l-obd":
+            self.statistics = frozenset({"gram", "inputs"})
         self.curve_label = None if self.writes_zeros else "loss per parameter"
         if settings.lora_steps:
             self.correction = Correction(settings.lora_steps, settings.lora_rank, settings.lora_rate)
@@ -57,7 +69,8 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
     def shots(self, ratio: float) -> int:
         if self.settings.shots:
             return self.settings.shots
-        return 5 if self.writes_zeros else max(1, round(80 * ratio))
+        single_weights = self.writes_zeros and self.settings.structure != LINES
+        return 5 if single_weights else max(1, round(80 * ratio))
 
     def digest(self, surveyed: Surveyed) -> dict[str, Tensor]:
         """Return the site's Kronecker factors and what the threshold needs: unit costs, or histograms of weight costs.
@@ -66,16 +79,24 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
             The factors that `reconstruct` reads (`_needed`), normalised per token: ``a`` (d, d) of the producers' input,
             ``a.consumer`` (n, n) of the consumer's input, ``g.i`` (rows, rows) of the gradient of producer i's output,
             ``g.consumer`` (d_out, d_out) of the gradient of the consumer's output. For units, also ``costs`` (units,)
-            float64; for weights, also ``histogram.i`` (see `masks.histograms`).
+            float64; for weights, also ``histogram.i`` (see `masks.histograms`); for rows and columns ``lines.i``
+            (rows + columns,) float64, the cost per weight of each row, then column, of linear i.
         """
         site, statistics = surveyed.site, surveyed.statistics
         grams = {"a": statistics.inputs, "a.consumer": statistics.gram, "g.consumer": statistics.gradient}
         grams |= {f"g.{i}": gram for i, gram in enumerate(statistics.producers)}
         factors = {}
         for name, gram in grams.items():
-            assert gram is not None
-            factors[name] = gram.mean(f"{site.name}, {name}")[0]
+            if gram is not None:
+                factors[name] = self._simplified(gram.mean(f"{site.name}, {name}")[0])
+            else:  # L-OBD
+                side = site.outputs if name == "g.consumer" else site.linears[int(name[2:])] // site.outputs
+                factors[name] = torch.eye(side, dtype=surveyed.w.dtype, device=surveyed.w.device)
         linears = _linears(factors, surveyed.w, surveyed.producers)
+        if self.settings.structure == LINES:
+            each = zip(linears, self._inverses(linears, site), strict=True)
+            lines = [self._line_costs(w, g, a, g_inv, a_inv) for (w, g, a), (_, g_inv, a_inv, _) in each]
+            return {**factors, **{f"lines.{i}": costs.double() for i, costs in enumerate(lines)}}
         if self.writes_zeros:
             costs = (element_costs(w, g, a) for w, g, a, _ in self._inverses(linears, site))
             return {**factors, **histograms(costs, self.settings.structure, site.name)}
@@ -88,6 +109,8 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
 
     def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         """Allocate by one global threshold on the cost per parameter."""
+        if self.settings.structure == LINES:
+            return count_lines(sites, survey, budget)
         if self.writes_zeros:
             return count_zeros(sites, survey, budget, self.settings.structure)
         costs = {site.name: survey[site.name]["costs"] for site in sites}
@@ -122,7 +145,8 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
         if problem.zeros is not None:
             factors = {name: factor(name) for name in self._needed(site)}
             linears = _linears(factors, problem.w, problem.producers)
-            return self._without_elements(problem, linears)
+            remove = self._without_lines if self.settings.structure == LINES else self._without_elements
+            return remove(problem, linears)
         consumer, damping = self._updated(problem, problem.w, factor("a.consumer"), kept)
         if not self.settings.update_rows:
             return Refit(consumer, damping)
@@ -150,6 +174,34 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
             used = max(used, took, ridge)
         *producers, consumer = weights
         return Refit(consumer, used, tuple(producers), step=min(steps))
+
+    def _without_lines(self, problem: Problem, linears: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Refit:
+        """Zero rows and columns in all linears (W, G, A) of a site and apply the correlated updates of both (eq. 12).
+
+        The updates work on different sides of W, so one after the other they are the joint optimum.
+        """
+        assert problem.zeros is not None
+        place, used, weights = problem.site.name, self.settings.damping, []
+        each = zip(linears, self._inverses(linears, problem.site), problem.zeros, strict=True)
+        for (_, g, a), (w, g_inverse, a_inverse, took), zeros in each:
+            costs = self._line_costs(w, g, a, g_inverse, a_inverse)
+            rows, columns = lines_to_go(costs, len(w), zeros, place)
+            w, ridge = remove_columns(w, a_inverse, columns, place)
+            w, other = remove_columns(w.T, g_inverse, rows, place)
+            weights.append(w.T.contiguous())
+            used = max(used, took, ridge, other)
+        *producers, consumer = weights
+        return Refit(consumer, used, tuple(producers))
+
+    def _line_costs(self, w: Tensor, g: Tensor, a: Tensor, g_inverse: Tensor, a_inverse: Tensor) -> Tensor:
+        """Return the cost per weight of each row, then of each column, of W (R, C): (R + C,)."""
+        g, a = (damped(factor, self.settings.damping, device=w.device) for factor in (g, a))
+        rows, columns = w.shape
+        return torch.cat([row_costs(w, a, g_inverse) / columns, column_costs(w, g, a_inverse) / rows])
+
+    def _simplified(self, factor: Tensor) -> Tensor:
+        """Return a Kronecker factor of the curvature: for K-OBD and L-OBD, its diagonal as a matrix."""
+        return factor if self.settings.curvature == "full" else torch.diag(factor.diagonal())
 
     def _updated(self, problem: Problem, w: Tensor, factor: Tensor, kept: Tensor) -> tuple[Tensor, float | None]:
         """Return the updated columns that stay, (rows, k·width), and the damping used.

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import streamprune
-from streamprune import Config, ConfigError
+from streamprune import Config
+from streamprune.errors import ConfigError
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.maths.divergence import redundant

@@ -26,6 +26,7 @@ from streamprune import Config
 from streamprune.errors import ConfigError
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
+from streamprune.maths.sums import GRADIENTS
 from streamprune.model.site import Site
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.job import Job
@@ -53,12 +54,15 @@ class Linear:
     """(tokens, columns)."""
     gradients: Tensor
     """(tokens, rows): of every sequence's summed loss."""
+    curvature: str = "full"
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Damped G and A."""
-        grams = (x.T @ x / len(x) for x in (self.gradients, self.inputs))
-        g, a = (reference.ridge(gram, DAMPING) for gram in grams)
-        return g, a
+        """Damped G and A: K-OBD's are diagonal, and L-OBD's G is the identity."""
+        g, a = (x.T @ x / len(x) for x in (self.gradients, self.inputs))
+        if self.curvature != "full":
+            g, a = (torch.diag(each.diagonal()) for each in (g, a))
+        g = torch.eye(len(g), dtype=g.dtype) if self.curvature == "l-obd" else g
+        return reference.ridge(g, DAMPING), reference.ridge(a, DAMPING)
 
     def loss(self, left: Tensor, right: Tensor) -> float:
         """``tr(G L A Rᵀ)`` of two changes, without damping: with one twice, double the loss it adds."""
@@ -159,6 +163,8 @@ def cheapest_units(sites: Sequence[Site], costs: dict[str, Tensor], target: int)
         ("llama", {"update_rows": "on"}),
         ("gpt2", {"update_rows": "on", "joint": "off"}),
         ("llama-biased", {"update_rows": "on"}),
+        ("llama", {"curvature": "k-obd", "update_rows": "on"}),
+        ("llama", {"curvature": "l-obd"}),
     ],
 )
 def test_units_are_the_plain_implementations(name: str, settings: dict[str, str], tiny: Tiny, configured: Make) -> None:
@@ -171,6 +177,7 @@ def test_units_are_the_plain_implementations(name: str, settings: dict[str, str]
 
     sites, tokens = all_sites(path), windows(config, path)
     model, linears = surveyed(path, tokens, sites)
+    linears = [replace(linear, curvature=settings.get("curvature", "full")) for linear in linears]
     costs = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
     for linear in linears:
         costs[linear.site.name] += linear.unit_costs(joint=settings.get("joint") != "off")
@@ -184,13 +191,24 @@ def test_units_are_the_plain_implementations(name: str, settings: dict[str, str]
         assert set(range(site.units)) - set(gone[site.name]) == set(plan[site.name].units or range(site.units))
     for linear in linears:
         units = gone[linear.site.name]
-        if units and (linear.consumer or settings.get("update_rows") == "on"):
+        if settings.get("curvature", "full") != "full":  # the others' weights stay as they are
+            kept = torch.tensor([u not in units for u in range(linear.site.units)])
+            weights = (
+                linear.w.view(len(linear.w), linear.site.units, -1) if linear.consumer else linear.w.view(len(kept), -1)
+            )
+            weights *= kept[:, None]
+        elif units and (linear.consumer or settings.get("update_rows") == "on"):
             linear.w.copy_(linear.without(torch.tensor(units)))
     for place in reference.places(model, sites):
         reference.forget(model, place, [u for u in range(place.site.units) if u not in gone[place.site.name]])
     pruned = streamprune.load(config.out, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, rtol=1e-6, atol=1e-8)
+
+
+def test_without_gradients_there_is_no_backward_sweep() -> None:
+    assert not GRADIENTS & (Surgeon(SurgeonSettings(curvature="l-obd")).statistics or set())
+    assert GRADIENTS & (Surgeon(SurgeonSettings(curvature="k-obd")).statistics or set())
 
 
 # Masks.
@@ -341,6 +359,70 @@ def test_producers_share_the_inverse_of_what_they_read(
     assert places.count("blocks.1.ffn") == 2 * (3 + 2)
 
 
+@pytest.mark.usefixtures("float64_norms")
+@pytest.mark.parametrize("curvature", ["full", "k-obd"])
+@pytest.mark.parametrize("name", ["llama-biased", "gpt2"])
+def test_rows_and_columns_go_apart_under_one_threshold(name: str, curvature: str, tiny: Tiny, configured: Make) -> None:
+    path = tiny(name, torch.float64)
+    settings = {"structure": "rows-columns", "shots": "1", "curvature": curvature}
+    config = configured(path, recipe="surgeon", settings=settings, dtype="float64", ratio=0.4)
+    plan = Plan.read(streamprune.plan_only(config))
+    result = streamprune.prune(config)
+    sites = all_sites(path)
+    model, linears = surveyed(path, windows(config, path), sites)
+    before, after = [linear.w for linear in linears], parts_of(config.out, sites)
+
+    lines, gone = [], [torch.zeros_like(w, dtype=torch.bool) for w in before]
+    for number, linear in enumerate(replace(each, curvature=curvature) for each in linears):
+        (g, a), (rows, columns) = linear.factors(), linear.w.shape
+        for r, cost in enumerate(((linear.w @ a) * linear.w).sum(dim=1) / torch.linalg.inv(g).diagonal() / 2):
+            lines.append((float(cost) / columns, number, (r, slice(None))))
+        for c, cost in enumerate(((g @ linear.w) * linear.w).sum(dim=0) / torch.linalg.inv(a).diagonal() / 2):
+            lines.append((float(cost) / rows, number, (slice(None), c)))
+    target = left = round(0.4 * reference.block_parameters(model))
+    closed = set()
+    for _, number, line in sorted(lines, key=lambda each: each[0]):
+        more = int((~gone[number][line]).sum())
+        if more > left:
+            closed.add(number)
+        if number not in closed:
+            gone[number][line] = True
+            left -= more
+    assert 0 <= left < 48
+    assert result.zeros == target - left
+    assert [count for site in sites for count in plan[site.name].zeros or ()] == [int(each.sum()) for each in gone]
+    assert any(bool(each.all(dim=0).any()) for each in gone)
+    assert any(bool(each.all(dim=1).any()) for each in gone)
+    for linear, w, new, zero in zip(linears, before, after, gone, strict=True):
+        assert torch.equal(new == 0, zero)
+        if curvature == "k-obd":
+            assert torch.equal(new, w.masked_fill(zero, 0))
+        else:
+            # At the minimum of ½ δᵀ F δ no change of what stays lowers it further.
+            g, a = linear.factors()
+            slope = g @ (new - w) @ a
+            assert float(slope[~zero].abs().max()) < 1e-9 * float((g @ w @ a).abs().max())
+
+
+def test_a_plan_of_rows_and_columns_that_cannot_be(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    path, settings = tiny("llama"), {"structure": "rows-columns", "shots": "1"}
+    config = configured(path, recipe="surgeon", settings=settings, ratio=0.4)
+    plan = Plan.read(streamprune.plan_only(config))
+    entry = plan["blocks.1.ffn"]
+    assert entry.zeros is not None
+    plan["blocks.1.ffn"] = replace(entry, zeros=(entry.zeros[0] + 1, *entry.zeros[1:]))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    given = configured(path, "given", recipe="surgeon", settings=settings, ratio=None, plan=tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match=r"blocks\.1\.ffn: the plan makes \d+ weights of a linear zero"):
+        streamprune.prune(given)
+
+
+@pytest.mark.parametrize("ratio", [0.0001, 0.9999])
+def test_a_ratio_that_rows_and_columns_cannot_meet(ratio: float, tiny: Tiny, configured: Make) -> None:
+    with pytest.raises(ConfigError, match=f"ratio is {ratio:g}; the (smallest row or column|weights of linears)"):
+        Job(configured(tiny("llama"), recipe="surgeon", settings={"structure": "rows-columns"}, ratio=ratio), None)
+
+
 @pytest.mark.parametrize(("structure", "m", "n"), [("2:4", 2, 4), ("4:8", 4, 8)])
 def test_at_the_patterns_own_ratio_every_group_is_full(
     structure: str, m: int, n: int, tiny: Tiny, configured: Make
@@ -443,9 +525,31 @@ def test_shots_of_masks_are_exact_and_zeros_stay(
         assert torch.equal(tensor, source[name]) == (tensor.dim() == 1 or "embed" in name or "head" in name)
 
 
+def test_rows_and_columns_of_earlier_shots_stay_gone(tiny: Tiny, configured: Make, journalled: Lines) -> None:
+    path = tiny("llama")
+    config = configured(path, recipe="surgeon", settings={"structure": "rows-columns", "shots": "3"}, ratio=0.45)
+    streamprune.prune(config)
+    finished = [(data["removed"], weights) for step, data, weights in journalled if step.endswith("/finished")]
+    zero = [{name: tensor == 0 for name, tensor in weights.items()} for _, weights in finished]
+    for earlier, later in pairwise(zero):
+        assert all(bool(later[name][mark].all()) for name, mark in earlier.items())
+    zeros = [count for count, _ in finished]
+    parameters = open_skeleton(path, torch.device("cpu"), "float32").block_parameters()
+    assert [0 <= round(0.45 * shot / 3 * parameters) - count < 48 for shot, count in enumerate(zeros, start=1)] == [
+        True
+    ] * 3
+
+
 @pytest.mark.parametrize(
     ("ratio", "structure", "given", "expected"),
-    [(0.5, "units", 0, 40), (0.3, "units", 0, 24), (0.004, "units", 0, 1), (0.5, "2:4", 0, 5), (0.5, "2:4", 2, 2)],
+    [
+        (0.5, "units", 0, 40),
+        (0.3, "units", 0, 24),
+        (0.004, "units", 0, 1),
+        (0.5, "rows-columns", 0, 40),
+        (0.5, "2:4", 0, 5),
+        (0.5, "2:4", 2, 2),
+    ],
 )
 def test_shots_by_default(ratio: float, structure: str, given: int, expected: int) -> None:
     assert Surgeon(SurgeonSettings(structure=structure, shots=given)).shots(ratio) == expected

@@ -158,6 +158,8 @@ class Shapes:
         if "factors" in wanted:
             # The producers' input, and the output of each producer.
             found += [self.d, *(weights // self.d for weights in site.linears[:-1])]
+        if "inputs" in wanted:
+            found.append(self.d)
         if "second-moment" in wanted:
             found.append(site.columns if site.heads else self.d)
         return found
