@@ -35,7 +35,13 @@ from . import options, show
 @click.option(
     "--rate",
     type=float,
-    help="Learning rate at the first step; it decays to zero.  [default: 1e-3 (lora), 3e-3 (distil)]",
+    help="Highest learning rate; it decays to zero.  [default: 1e-3 (lora), 3e-3 (distil)]",
+)
+@click.option("--batch", default=8, help="Windows per step of lora.")
+@click.option("--warmup", default=0, metavar="STEPS", help="Steps of lora in which the learning rate rises from zero.")
+@click.option("--dropout", default=0.0, help="Dropout of the inputs of lora's changes.")
+@click.option(
+    "--epochs", type=int, help="Times that lora takes the whole text, instead of --samples windows for --steps steps."
 )
 @options.windows_options("training")
 @options.machine_options
@@ -50,6 +56,8 @@ def tune(model: Path, out: Path, restart: bool, as_json: bool, quiet: bool, **ch
     Examples:
 
       streamprune tune llama-2-5b tuned --text wiki.txt
+
+      streamprune tune llama-2-5b tuned --text wiki.txt --method lora --epochs 1 --batch 64 --rate 1e-4 --warmup 100 --dropout 0.05
 
       streamprune tune llama-2-49b tuned --text wiki.txt --method distil --teacher llama-2-70b --memory 24GiB
     """

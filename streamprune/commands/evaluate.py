@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CalibrationError, ConfigError, check_choice, check_least
+from ..errors import ConfigError, check_choice, check_least
 from ..jobs.forecast.resources import bucket_batch, forecast
 from ..jobs.forecast.workload import Workload
 from ..model import hub
@@ -23,8 +23,8 @@ from ..stream import sweep
 from ..stream.store import ActivationStore
 from ..system import files, machine
 from ..system.progress import Progress, Silent, rest
-from ..text.source import CUTS, LOSSES_ON, Cut, LossOn, Source, Spec, source
-from ..text.windows import Windows, consecutive_windows, counted, document_windows, tokenize, window_length
+from ..text.source import CUTS, LOSSES_ON, Cut, LossOn, Source, Spec, Text, source
+from ..text.windows import Windows, whole, window_length
 
 CONSECUTIVE: dict[Cut, str] = {
     "anywhere": "consecutive",
@@ -214,11 +214,4 @@ def read_windows(
     length = window_length(seq_len, skeleton.context)
     tokenizer = load_tokenizer(skeleton.checkpoint.directory, skeleton.vocabulary)
     first = bos_token(tokenizer, bos, skeleton.checkpoint.directory)
-    tokens = tokenize(tokenizer, text, skeleton.vocabulary, cut=cut, loss_on=loss_on)
-    if cut == "documents":
-        found = document_windows(tokens, None, length, 0, text, first)
-    else:
-        found = consecutive_windows(tokens, length, text, first)
-    if not counted(found.labels):
-        raise CalibrationError(f"{text}: no window of {length:,} tokens holds a token of the assistant; raise seq-len")
-    return found, first
+    return whole(tokenizer, Text((text,)), skeleton.vocabulary, length, bos=first, loss_on=loss_on, cut=cut), first

@@ -182,11 +182,24 @@ class TuneConfig(JobConfig):
     steps: int = _fixed(default=200)
     """Training steps: of the whole model for `lora`, of each block for `distil`."""
     rate: float | None = _fixed(default=None)
-    """Adam's learning rate at the first step; it falls linearly to zero. None: 1e-3 for `lora`, 3e-3 for `distil`."""
+    """Adam's highest learning rate; it falls linearly to zero. None: 1e-3 for `lora`, 3e-3 for `distil`."""
+    batch: int = _fixed(default=8)
+    """Windows per step of `lora`."""
+    warmup: int = _fixed(default=0)
+    """Steps of `lora` in which the learning rate rises linearly from zero."""
+    dropout: float = _fixed(default=0.0)
+    """Dropout of the inputs of `lora`'s updates, in [0, 1)."""
+    epochs: int | None = _fixed(default=None)
+    """Times that `lora` takes the whole text, instead of `samples` and `steps`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(1, rank=self.rank, steps=self.steps)
+        check_least(1, rank=self.rank, steps=self.steps, batch=self.batch, epochs=self.epochs)
+        check_least(0, warmup=self.warmup)
+        if self.epochs is not None and self.steps != TuneConfig.steps:
+            raise ConfigError(f"steps is {self.steps} and epochs is {self.epochs}; give one of them")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout:g}; it must be in [0, 1)")
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise ConfigError(f"rate is {self.rate:g}; it must be positive and finite")
         self._check_choice(method=TUNE_METHODS)

@@ -16,12 +16,13 @@ _MOMENTS = {"exp_avg": "first", "exp_avg_sq": "second"}
 
 
 class Descent:
-    """Adam (Kingma & Ba 2015) without weight decay, with a learning rate that falls linearly to zero.
+    """Adam (Kingma & Ba 2015) without weight decay. The learning rate rises linearly from zero, then falls linearly to zero.
 
     Args:
         weights: the trained parameters, by name.
         steps: number of steps after which the learning rate is zero.
-        rate: learning rate of the first step.
+        rate: the highest learning rate; that of the first step without warm-up.
+        warmup: number of steps before the step with that rate.
         place: name of the trained part, for messages.
         state: result of `state`, to resume from there.
     """
@@ -33,9 +34,10 @@ class Descent:
         steps: int,
         rate: float,
         place: str,
+        warmup: int = 0,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.weights, self.steps, self.rate, self.place = weights, steps, rate, place
+        self.weights, self.steps, self.rate, self.warmup, self.place = weights, steps, rate, warmup, place
         self.done = 0
         self._adam = torch.optim.Adam(weights.values(), lr=rate, betas=_BETAS)
         if state is not None:
@@ -53,10 +55,17 @@ class Descent:
         for (name, gradient), total in zip(gathered.items(), sums, strict=True):
             if not math.isfinite(total) and not all_finite(gradient):
                 raise NumericalError(f"{self.place}: the gradient of {name} holds NaN or Inf at step {self.done}")
-        self._adam.param_groups[0]["lr"] = self.rate * (1 - self.done / self.steps)
+        self._adam.param_groups[0]["lr"] = self.rate * self._share
         self._adam.step()
         self._adam.zero_grad()
         self.done += 1
+
+    @property
+    def _share(self) -> float:
+        """Share of the highest learning rate that the next step has."""
+        if self.done < self.warmup:
+            return self.done / self.warmup
+        return 1 - (self.done - self.warmup) / (self.steps - self.warmup)
 
     def state(self) -> dict[str, Tensor]:
         """Return the state on the host: ``step`` () int64, all weights, and both moments of each as ``name.first``, ``.second``."""
@@ -75,3 +84,16 @@ def seeded(seed: int, number: int) -> torch.Generator:
 def batch(samples: int, size: int, seed: int, step: int) -> Tensor:
     """Draw the sample indices of a step, (min(size, samples),) int64, without repetition."""
     return torch.randperm(samples, generator=seeded(seed, step))[:size]
+
+
+def epoch_batch(samples: int, size: int, seed: int, step: int) -> Tensor:
+    """Return the sample indices of a step, (at most size,) int64: every epoch takes all samples once, in its own random order.
+
+    The last step of an epoch takes what is left.
+    """
+    epoch, part = divmod(step, steps_per_epoch(samples, size))
+    return torch.randperm(samples, generator=seeded(seed, epoch))[part * size : (part + 1) * size]
+
+
+def steps_per_epoch(samples: int, size: int) -> int:
+    return -(-samples // size)

@@ -145,8 +145,48 @@ def sample(
             if empty == share:
                 raise CalibrationError(f"{given}: {problem}; raise seq-len")
             progress.say(f"{given}: {problem} and have no loss")
-    whole = torch.cat([each.tokens for each in found])
-    return Windows.of(whole) if loss_on == "all" else Windows(whole, torch.cat([each.labels for each in found]))
+    return _joined(found, loss_on)
+
+
+def _joined(windows: Sequence[Windows], loss_on: LossOn) -> Windows:
+    tokens = torch.cat([each.tokens for each in windows])
+    return Windows.of(tokens) if loss_on == "all" else Windows(tokens, torch.cat([each.labels for each in windows]))
+
+
+def whole(
+    tokenizer: Any,
+    text: Text,
+    vocabulary: int,
+    length: int,
+    *,
+    bos: int | None = None,
+    loss_on: LossOn = "all",
+    cut: Cut = "anywhere",
+) -> Windows:
+    """Cut every source into windows, each once and in order; what does not fill a window is dropped.
+
+    Args:
+        bos, loss_on, cut: as in `sample`.
+
+    Raises:
+        CalibrationError: a source is unusable or has too few tokens for one window, or none of the assistant.
+        ConfigError: sources have different weights, or see `tokenize`.
+    """
+    if len({given.weight for given in text.sources}) > 1:
+        raise ConfigError(f"the text {text} is read whole, without weights; leave them out")
+    found = []
+    for given in text.sources:
+        tokens = tokenize(tokenizer, given, vocabulary, loss_on=loss_on, cut=cut)
+        if cut == "documents":
+            windows = document_windows(tokens, None, length, 0, given, bos)
+        else:
+            windows = consecutive_windows(tokens, length, given, bos)
+        if not counted(windows.labels):
+            raise CalibrationError(
+                f"{given}: no window of {length:,} tokens holds a token of the assistant; raise seq-len"
+            )
+        found.append(windows)
+    return _joined(found, loss_on)
 
 
 def _pool(tokenizer: Any, given: Source, vocabulary: int, size: int, seed: int, loss_on: LossOn, cut: Cut) -> Tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from streamprune import TuneConfig
 from streamprune.commands.tune import lora
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.jobs.names import job_folder
-from streamprune.maths.adam import batch
+from streamprune.maths.adam import batch, seeded
 from streamprune.model.skeleton import open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
 from streamprune.pruning.refine import Refinement
@@ -230,12 +231,33 @@ def test_only_linears_change_and_by_no_more_than_the_rank(
 
 
 @needs_peft
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_lora_is_the_plain_implementation(name: str, tiny: Tiny, tuning: Make) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("llama", {"batch": 3, "warmup": 2}),
+        ("llama", {"batch": 50, "epochs": 2, "warmup": 1}),
+    ],
+)
+def test_lora_is_the_plain_implementation(name: str, changes: dict[str, Any], tiny: Tiny, tuning: Make) -> None:
     path = tiny(name, torch.float64)
-    config = tuning(path, method="lora", dtype="float64")
+    config = tuning(path, method="lora", dtype="float64", **({"steps": 200} if "epochs" in changes else {}) | changes)
     result = streamprune.tune(config)
     model, tokens = loaded(path), windows(config)
+    size, steps, warmup = config.batch, config.steps, config.warmup
+    if config.epochs:
+        text = calibration.tokenize(load_tokenizer(path), config.text, 40).ids
+        tokens = text[: len(text) // 16 * 16].view(-1, 16)
+        per = math.ceil(len(tokens) / size)
+        assert per == 4
+        steps = result.steps
+        assert steps == 2 * per
+        orders = [torch.randperm(len(tokens), generator=seeded(0, epoch)).split(size) for epoch in range(2)]
+        batches = [part for order in orders for part in order]
+        assert len(batches[3]) < size
+    else:
+        batches = [batch(10, size, 0, step) for step in range(steps)]
     _, begun = lora._adapted(open_skeleton(path, CPU, "float64"), Refinement(4, 0, 8, rate=1e-2, rank=2))
     updates, place = {}, next(iter(linears(model, 0))).split(".0.")[0]
     for key in dict.fromkeys(key.rpartition(".")[0] for key in begun):
@@ -245,9 +267,10 @@ def test_lora_is_the_plain_implementation(name: str, tiny: Tiny, tuning: Make) -
     assert set(updates) == {name for index in range(3) for name in linears(model, index)}
     adam = torch.optim.AdamW(leaves(updates), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
     losses = []
-    for step in range(4):
-        adam.param_groups[0]["lr"] = 1e-2 * (1 - step / 4)
-        chosen = tokens[batch(10, 8, 0, step)]
+    for step in range(steps):
+        share = step / warmup if step < warmup else (steps - step) / (steps - warmup)
+        adam.param_groups[0]["lr"] = 1e-2 * share
+        chosen = tokens[batches[step]]
         adam.zero_grad()
         loss = torch.func.functional_call(model, changed(model, updates), (chosen,), {"labels": chosen}).loss
         loss.backward()
@@ -309,6 +332,65 @@ def test_micro_batches_add_up(tiny: Tiny, tuning: Make) -> None:
         found.append(states[-1])
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value)
+
+
+@needs_peft
+def test_dropout_is_of_the_updates_alone(tiny: Tiny, tuning: Make) -> None:
+    path = tiny("gpt2", torch.float64)
+    model, found = loaded(path), {}
+    assert model.config.resid_pdrop > 0  # which stays off
+    for dropout in (0.0, 0.5):
+        config = tuning(path, f"{dropout}", method="lora", dtype="float64", dropout=dropout)
+        found[dropout] = streamprune.tune(config)
+        # While U is zero, what V sees does not matter.
+        first = windows(config)[batch(10, 8, 0, 0)]
+        assert found[dropout].loss_first == pytest.approx(float(model(first, labels=first).loss))
+    assert found[0.0].loss_last != pytest.approx(found[0.5].loss_last, rel=1e-6)
+
+
+@needs_peft
+def test_dropout_takes_inputs_with_its_probability(tiny: Tiny) -> None:
+    skeleton = open_skeleton(tiny("llama"), CPU, "float32")
+    model, _ = lora._adapted(skeleton, Refinement(3, 0, 8, rate=1e-2, rank=2), 0.25)
+    linear = model.model.layers[0].mlp.up_proj
+    seen = []
+    linear.lora_A["default"].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x = torch.ones(1000, 32)
+    for step, part in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        with lora._dropping(0.25, 0, step, part):
+            linear(x)
+    assert float((seen[0] == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert seen[0].unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 0}, "batch is 0; it must be at least 1"),
+        ({"dropout": 1.0}, r"dropout is 1; it must be in \[0, 1\)"),
+        ({"warmup": 4}, "warmup is 4; the training has 4 steps"),
+        ({"epochs": 1}, "steps is 4 and epochs is 1; give one of them"),
+        (
+            {"epochs": 1, "steps": 200, "seq_len": 16, "text": ["{text}", "{text}=2"]},
+            "is read whole, without weights; leave them out",
+        ),
+        *(
+            ({"method": "distil", **each}, "method distil has none")
+            for each in ({"batch": 4}, {"warmup": 1}, {"dropout": 0.1})
+        ),
+        ({"method": "distil", "steps": 200, "epochs": 1}, "epochs is 1; method distil has none"),
+    ],
+)
+def test_a_schedule_that_cannot_be(
+    changes: dict[str, Any], message: str, tiny: Tiny, student: Path, tuning: Make, text: Path
+) -> None:
+    if "text" in changes:
+        changes = {**changes, "text": [each.format(text=text) for each in changes["text"]]}
+    with pytest.raises(ConfigError, match=message):
+        streamprune.tune(tuning(student, **{"method": "lora", "teacher": tiny("llama"), **changes}))
 
 
 # Both, as jobs.
@@ -377,7 +459,8 @@ def test_stopped_after_every_journal_line_the_bytes_are_the_same(
     method: str, tiny: Tiny, student: Path, tuning: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lora, "SAVE_EVERY", 2)
-    whole = tuning(student, "whole", method=method, teacher=tiny("llama"), steps=5)
+    dropout = 0.1 if method == "lora" else 0.0
+    whole = tuning(student, "whole", method=method, teacher=tiny("llama"), steps=5, dropout=dropout)
     assert not streamprune.tune(whole).resumed
     expected = contents(whole.out)
     config, lives = replace(whole, out=whole.out.with_name("stopped")), 0

@@ -10,6 +10,8 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from transformers import Conv1D
 
 from ...errors import NumericalError
 from ...jobs.forecast.workload import REFINE_SEQUENCES
-from ...maths.adam import Descent, batch
+from ...maths.adam import Descent, batch, epoch_batch, seeded
 from ...maths.refit import accumulator, advice, all_finite
 from ...model.modeling_streamprune import Experts, separate_experts
 from ...model.skeleton import Skeleton
@@ -32,6 +34,20 @@ SAVE_EVERY = 25
 """Number of steps between two saved states."""
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Hyperparameters that only training in memory has."""
+
+    batch: int = REFINE_SEQUENCES
+    """Windows per step."""
+    warmup: int = 0
+    """Steps in which the learning rate rises from zero."""
+    dropout: float = 0.0
+    """Probability with which an input of V is zero in training."""
+    epochs: bool = False
+    """Whether every epoch takes all windows once; otherwise each step draws its windows."""
+
+
 def installed() -> bool:
     return importlib.util.find_spec("peft") is not None
 
@@ -42,6 +58,7 @@ def train(
     how: Refinement,
     state: Mapping[str, Tensor] | None,
     save: Callable[[dict[str, Tensor], list[float]], None],
+    schedule: Schedule = Schedule(),
 ) -> Iterator[float]:
     """Train updates of all linears of all blocks; yield the loss of every step, in nats per token.
 
@@ -55,15 +72,17 @@ def train(
     Raises:
         NumericalError: the loss is NaN or Inf.
     """
-    model, weights = _adapted(skeleton, how)
-    descent = Descent(weights, steps=how.steps, rate=how.rate, place="lora", state=state)
+    model, weights = _adapted(skeleton, how, schedule.dropout)
+    descent = Descent(weights, steps=how.steps, rate=how.rate, warmup=schedule.warmup, place="lora", state=state)
+    draw = epoch_batch if schedule.epochs else batch
     losses: list[float] = []
     while descent.done < how.steps:
-        chosen = batch(len(windows.tokens), REFINE_SEQUENCES, how.seed, descent.done)
+        chosen = draw(len(windows.tokens), schedule.batch, how.seed, descent.done)
         predictions, total = max(1, counted(windows.labels[chosen])), 0.0
-        for part in torch.split(chosen, how.batch):
+        for number, part in enumerate(torch.split(chosen, how.batch)):
             ids, labels = (each[part].to(skeleton.device) for each in (windows.tokens, windows.labels))
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            with _dropping(schedule.dropout, how.seed, descent.done, number):
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             # The first token of a window is not predicted.
             wide, targets = logits.to(accumulator(logits.dtype)), labels[:, 1:].flatten()
             loss = F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED) / predictions
@@ -83,7 +102,18 @@ def train(
         yield total
 
 
-def _adapted(skeleton: Skeleton, how: Refinement) -> tuple[Any, dict[str, nn.Parameter]]:
+@contextmanager
+def _dropping(dropout: float, seed: int, step: int, part: int) -> Iterator[None]:
+    """Seed what dropout draws by step and micro-batch, so that a resumed job drops the same."""
+    if not dropout:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(seed, step * 1009 + part))))
+        yield
+
+
+def _adapted(skeleton: Skeleton, how: Refinement, dropout: float = 0.0) -> tuple[Any, dict[str, nn.Parameter]]:
     """Load the model and add low-rank updates; return the model and the updates by name."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -96,8 +126,15 @@ def _adapted(skeleton: Skeleton, how: Refinement) -> tuple[Any, dict[str, nn.Par
     names = [f"{index}.{name}" for index in range(len(skeleton)) for name in skeleton.linears(index)]
     turned = isinstance(blocks.get_submodule(names[0]), Conv1D)
     assert how.rank is not None
-    # alpha = rank, so that U V has no scale factor. No dropout: its random state would have to be saved as well.
-    config = LoraConfig(r=how.rank, lora_alpha=how.rank, target_modules=names, fan_in_fan_out=turned, bias="none")
+    # alpha = rank, so that U V has no scale factor.
+    config = LoraConfig(
+        r=how.rank,
+        lora_alpha=how.rank,
+        lora_dropout=dropout,
+        target_modules=names,
+        fan_in_fan_out=turned,
+        bias="none",
+    )
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft's own calls to transformers raise these warnings.
         warnings.simplefilter("ignore", FutureWarning)
@@ -109,6 +146,7 @@ def _adapted(skeleton: Skeleton, how: Refinement) -> tuple[Any, dict[str, nn.Par
     weights = {}
     for name in names:
         linear: Any = blocks.get_submodule(name)
+        linear.lora_dropout.train()  # the model's own dropout stays off
         for leaf, module in (("u", linear.lora_B["default"]), ("v", linear.lora_A["default"])):
             weights[f"{name}.{leaf}"] = module.to(accumulator(skeleton.dtype)).weight
     return model, weights

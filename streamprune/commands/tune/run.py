@@ -29,6 +29,7 @@ from ...jobs.names import is_report, is_tuning
 from ...jobs.reports import tuning_card
 from ...jobs.resume import RequiredFile, ensure, rewind_to_existing
 from ...jobs.schedule import Phase
+from ...maths.adam import steps_per_epoch
 from ...maths.flops import kind
 from ...model import hub, write
 from ...model.block import Block
@@ -45,7 +46,7 @@ from ...system.progress import Progress
 from ...system.strict_json import read_json
 from ...system.units import format_bytes
 from ...text.source import Text
-from ...text.windows import Windows, sample, text_identity, window_length
+from ...text.windows import Windows, sample, text_identity, whole, window_length
 from . import lora
 
 STUDENT, TEACHER = "student", "teacher"
@@ -170,6 +171,10 @@ class Tuning(JobFolder):
             self.progress.say(f"method {method}: {lacking or 'the model with its gradients fits into memory'}")
         if method == "lora" and not lora.installed():
             raise ConfigError("method is 'lora', which needs peft: pip install 'streamprune[tune]'")
+        only_lora = {"batch": lora.Schedule.batch, "warmup": 0, "dropout": 0.0, "epochs": None}
+        for name, default in only_lora.items() if method == "distil" else ():
+            if (value := getattr(self.config, name)) != default:
+                raise ConfigError(f"{name} is {value}; method distil has none: take lora")
         if method == "distil" and teacher is None:
             raise ConfigError("method is 'distil', which needs the dense model: --teacher DIR")
         if method == "distil" and self.config.loss_on != "all":
@@ -229,6 +234,16 @@ class Tuning(JobFolder):
         """Training windows."""
         config, vocabulary = self.config, self.student.vocabulary
         tokenizer = load_tokenizer(config.model, vocabulary)
+        if config.epochs is not None:
+            return whole(
+                tokenizer,
+                self.text,
+                vocabulary,
+                self.length,
+                bos=self.bos,
+                loss_on=config.loss_on,
+                cut=config.windows,
+            )
         samples, length, seed = config.samples, self.length, config.seed
         return sample(
             tokenizer,
@@ -242,6 +257,13 @@ class Tuning(JobFolder):
             loss_on=config.loss_on,
             cut=config.windows,
         )
+
+    @property
+    def steps(self) -> int:
+        """Number of training steps."""
+        if self.config.epochs is None:
+            return self.config.steps
+        return self.config.epochs * steps_per_epoch(len(self.windows.tokens), self.config.batch)
 
     def _workload(self, skeleton: Skeleton) -> Workload:
         config = self.config
@@ -284,7 +306,7 @@ class Tuning(JobFolder):
     def use(self, resources: Entry) -> None:
         self.batch: int = resources["batch"]
         self.micro: int = resources["micro"]
-        self.how = Refinement(self.config.steps, self.config.seed, self.micro, rate=self.rate, rank=self.config.rank)
+        self.how = Refinement(self.steps, self.config.seed, self.micro, rate=self.rate, rank=self.config.rank)
         for skeleton in self.sources if self.method == "distil" else ():
             workload, limit = self._workload(skeleton), self.room["device_limit"]
             skeleton.copies_ahead = Memory(skeleton, workload).copies_ahead((self.batch, self.micro, "device"), limit)
@@ -293,7 +315,9 @@ class Tuning(JobFolder):
         batches = self._batches()
         _ = self.windows
         check_companions(self.config.model, self.student.vocabulary, self.progress, required=True)
-        work = [Phase("steps", math.ceil(self.config.steps / lora.SAVE_EVERY))]
+        if self.config.warmup >= self.steps:
+            raise ConfigError(f"warmup is {self.config.warmup}; the training has {self.steps} steps")
+        work = [Phase("steps", math.ceil(self.steps / lora.SAVE_EVERY))]
         if self.method == "distil":
             work = [Phase("embed"), Phase("block", len(self.student))]
         schedule = [asdict(phase) for phase in (*work, Phase("complete"))]
@@ -384,9 +408,11 @@ class Tuning(JobFolder):
 
         state = self._state()
         done = 0 if state is None else int(state["step"])
-        if done < self.config.steps:
-            self.progress.phase("lora", self.config.steps, done)
-            for loss in lora.train(self.student, self.windows, self.how, state, save):
+        if done < self.steps:
+            config = self.config
+            schedule = lora.Schedule(config.batch, config.warmup, config.dropout, config.epochs is not None)
+            self.progress.phase("lora", self.steps, done)
+            for loss in lora.train(self.student, self.windows, self.how, state, save, schedule):
                 self.progress.step(f"loss {loss:.4f}")
         del state
         updates = self._state() or {}
@@ -411,7 +437,7 @@ class Tuning(JobFolder):
             "tuning": {
                 "method": self.method,
                 "rank": config.rank,
-                "steps": config.steps,
+                "steps": self.steps,
                 "rate": self.rate,
                 "micro_batch": self.micro,
                 **figures,
