@@ -33,8 +33,8 @@ _LINEARS = 0.9
 
 
 def pattern(structure: str) -> tuple[int, int]:
-    """Return (M, N): M of every N neighbouring weights in a row are removed together. Single weights are 1:1."""
-    if structure == UNSTRUCTURED:
+    """Return (M, N): M of every N neighbouring weights in a row are removed together. All other structures are 1:1."""
+    if structure in (UNSTRUCTURED, LINES):
         return 1, 1
     m, _, n = structure.partition(":")
     return int(m), int(n)
@@ -80,7 +80,7 @@ class MaskRecipe(Recipe[S]):
         if structure == UNITS:
             super().check_plan(sites, plan, where)
             return
-        m, n = (1, 1) if structure == LINES else pattern(structure)
+        m, n = pattern(structure)
         for site in sites:
             entry = plan[site.name]
             if entry.keep < site.units:
