@@ -52,12 +52,19 @@ def quantised(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor]) -> 
     values, and gate and up projections.
     """
     found = dict(weights)
+    for name in stored(skeleton, index, {name: tuple(weight.shape) for name, weight in weights.items()}):
+        found[name], found[name + SCALE] = quantise(weights[name])
+    return found
+
+
+def stored(skeleton: Skeleton, index: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the names inside a block of the weights that FP8 stores, given the shapes of its tensors."""
+    found = []
     for _, entry in skeleton.places(index):
         for group in ([producer.name for producer in entry.producers], [entry.consumer]):
             names = [f"{name}.weight" for name in group]
-            if all(size % SIDE == 0 for name in names for size in weights[name].shape):
-                for name in names:
-                    found[name], found[name + SCALE] = quantise(weights[name])
+            if all(size % SIDE == 0 for name in names for size in shapes[name]):
+                found += names
     return found
 
 

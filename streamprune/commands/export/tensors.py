@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import (
-    GGML_QUANT_SIZES,
     MODEL_ARCH,
     GGMLQuantizationType,
     get_tensor_name_map,
@@ -21,6 +20,7 @@ from gguf import (
 from torch import Tensor
 
 from ...errors import NumericalError
+from ...model.formats import Model, Weight, gguf_type
 from ...model.skeleton import Skeleton
 from .runtime import QKV, Runtime
 
@@ -61,7 +61,7 @@ def plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | Non
     def planned(name: str, parts: list[str], convert: Callable[..., Tensor]) -> Planned:
         shapes = [skeleton.checkpoint[part].shape for part in parts]
         shape = tuple(convert(*(torch.empty(each, device="meta") for each in shapes)).shape)
-        kind = _stored_as(dtype, name, shape)
+        kind = _stored_as(dtype, name, shape, skeleton)
         return Planned(name, parts, convert, kind, quant_shape_to_byte_shape(shape, kind))
 
     if factors is not None:
@@ -98,13 +98,10 @@ def _paired(tensor: Tensor, head_width: int) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _stored_as(dtype: str, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
-    """Norms, biases and positions stay f32. A tensor whose row length is no multiple of the type's block becomes f16."""
-    wanted = GGMLQuantizationType[dtype.upper()]
-    if len(shape) < 2 or name == "position_embd.weight":
-        return GGMLQuantizationType.F32
-    block, _ = GGML_QUANT_SIZES[wanted]
-    return GGMLQuantizationType.F16 if shape[-1] % block else wanted
+def _stored_as(dtype: str, name: str, shape: tuple[int, ...], skeleton: Skeleton) -> GGMLQuantizationType:
+    kept = name == "position_embd.weight" or name.endswith(".ffn_gate_inp.weight")
+    model = Model(len(skeleton), skeleton.outside.tied)
+    return GGMLQuantizationType[gguf_type(dtype, Weight(shape, "kept" if kept else "linear"), model).upper()]
 
 
 def pack(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -1,0 +1,157 @@
+"""Sizes against files that are really written, llama.cpp's published sizes, and transformers' own caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, make_tiny
+from gguf_reference import write_byte_tokenizer
+
+import streamprune
+from streamprune.model.checkpoint import Shard, data_bytes
+from streamprune.model.formats import BLOCKS, Model, Weight, gguf_bytes, gguf_type
+from streamprune.model.fp8 import SCALE
+from streamprune.model.sizes import RUNTIME, Sizes
+from streamprune.model.skeleton import open_skeleton
+
+Tiny = Callable[..., Path]
+Make = Callable[..., streamprune.Config]
+CPU = torch.device("cpu")
+GGUF = ("llama", "gpt2", "gemma2", "phi3", "starcoder2", "mixtral", "olmoe")
+OFTEN = ("llama", "gpt2", "phi3", "gpt_oss", "deepseek_v3", "qwen2_moe", "nemotron_h")
+
+
+def sizes(model: Path) -> Sizes:
+    return Sizes(open_skeleton(model, CPU, "auto"))
+
+
+def weights_in(folder: Path) -> int:
+    return sum(data_bytes(path) for path in folder.glob("*.safetensors"))
+
+
+def kept(result: Path) -> dict[str, int]:
+    """Units by site, of a pruned model."""
+    return {site.name: site.units for site in open_skeleton(result, CPU, "auto").all_sites()}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in sorted(TINY)]
+)
+def test_bf16_is_what_a_result_weighs(name: str, tiny: Tiny, configured: Make) -> None:
+    model = tiny(name, torch.bfloat16)
+    result = Path(streamprune.prune(configured(model, recipe="magnitude")).out)
+    assert kept(result) != kept(model)
+    assert sizes(model).weights(kept(result), "bf16") == weights_in(result) == sizes(result).weights({}, "bf16")
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4])
+def test_fp8_is_what_store_fp8_writes(ratio: float, tiny: Tiny, configured: Make) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
+    model = tiny("llama", torch.bfloat16, **wide)
+    config = configured(model, recipe="magnitude", ratio=ratio, store="fp8", round_to=128, blocks=(1, 3))
+    result = Path(streamprune.prune(config).out)
+    shards = [Shard(path) for path in result.glob("*.safetensors")]
+    assert any(name.endswith(SCALE) for shard in shards for name in shard)
+    assert sizes(model).weights(kept(result), "fp8") == weights_in(result)
+    assert not sizes(tiny("mixtral")).storable("fp8")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf_is_what_export_writes(name: str, dtype: str, configured: Make, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    changes: dict[str, Any] = {"vocab_size": 328, "hidden_size": 64}
+    changes |= {"query_pre_attn_scalar": 8} if name == "gemma2" else {}
+    changes |= {"num_key_value_heads": 4} if name == "olmoe" else {}
+    model = make_tiny(tmp_path, name, **changes)
+    write_byte_tokenizer(model)
+    config = configured(model, recipe="magnitude", ratio=0.25, layout="uniform", round_to=8)
+    result = Path(streamprune.prune(config).out)
+    exported = streamprune.export_gguf(result, tmp_path / "model.gguf", dtype=dtype).path
+    tensors = gguf.GGUFReader(exported).tensors
+    found = sizes(model)
+    parts = [part.keeping(kept(result)) for parts in found._blocks for part in parts]
+    assert sum(gguf_bytes(dtype, each, found._model) for each in (*found._outside, *parts)) == sum(
+        tensor.n_bytes for tensor in tensors
+    )
+    if dtype == "q8_0":
+        assert found.weights(kept(result), "q8_0") == sum(tensor.n_bytes for tensor in tensors)
+
+
+def test_blocks_are_ggufs() -> None:
+    gguf = pytest.importorskip("gguf")
+    for name, block in BLOCKS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] == block
+
+
+@pytest.mark.parametrize(
+    ("shape", "published"),
+    [
+        # d, FFN, blocks, heads, key/value heads, vocabulary; GiB as llama-bench prints them.
+        ((4096, 11008, 32, 32, 32, 32000), {"q4_k_m": 3.80, "q8_0": 6.67}),  # Llama 2 7B
+        ((4096, 14336, 32, 32, 8, 128256), {"q4_k_m": 4.58, "q8_0": 7.95}),  # Llama 3 8B
+        ((8192, 28672, 80, 64, 8, 128256), {"q4_k_m": 39.59}),  # Llama 3 70B
+        ((3584, 18944, 28, 28, 4, 152064), {"q4_k_m": 4.36}),  # Qwen2 7B
+    ],
+)
+def test_published_sizes(shape: tuple[int, ...], published: dict[str, float]) -> None:
+    d, ffn, depth, heads, groups, vocabulary = shape
+    tensors = [Weight((vocabulary, d), "embedding"), Weight((vocabulary, d), "head")]
+    for block in range(depth):
+        tensors += [Weight((heads * 128, d)), Weight((groups * 128, d), "key", block)]
+        tensors += [Weight((groups * 128, d), "value", block), Weight((d, heads * 128), "output", block)]
+        tensors += [Weight((ffn, d)), Weight((ffn, d)), Weight((d, ffn), "down", block), Weight((d,)), Weight((d,))]
+    model = Model(depth, tied=False, grouped=heads > groups)
+    for format, size in published.items():
+        assert round(sum(gguf_bytes(format, each, model) for each in tensors) / 2**30, 2) == size
+
+
+@pytest.mark.parametrize(
+    ("columns", "role", "kind"),
+    [
+        (512, "linear", "q4_k"),
+        (160, "linear", "q5_0"),
+        (512, "down", "q6_k"),
+        (160, "down", "q8_0"),
+        (72, "down", "f16"),
+        (72, "linear", "f16"),
+        (512, "head", "q6_k"),
+        (160, "head", "q8_0"),
+        (512, "kept", "f32"),
+    ],
+)
+def test_rows_that_blocks_do_not_divide_fall_back(columns: int, role: Any, kind: str) -> None:
+    assert gguf_type("q4_k_m", Weight((64, columns), role, block=0), Model(8, tied=False)) == kind
+
+
+SAME = sorted(TINY.keys() - {"deepseek_v3", "qwen3_5", "nemotron_h", "lfm2"})  # these cache latents or states
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_cache_is_transformers_own(name: str, tiny: Tiny) -> None:
+    folder, context = tiny(name), 20
+    model = streamprune.load(folder, dtype=torch.bfloat16)
+    cache = model(torch.ones(1, context, dtype=torch.int64), use_cache=True).past_key_values
+    found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    # A sliding layer of transformers leaves out the token that the next step adds.
+    short = sum(2 * 2 * k.keys.shape[1] * k.keys.shape[-1] for k in cache.layers if 0 < k.keys.shape[-2] < context)
+    assert sizes(folder).cache({}, context) == found + short
+
+
+def test_latents_are_cached_whatever_the_heads(tiny: Tiny) -> None:
+    found = sizes(tiny("deepseek_v3"))
+    few = {site.name: 1 for site in found.sites if site.kind == "attention"}
+    assert found.cache({}, 10) == found.cache(few, 10) == 3 * 10 * 2 * (10 + 4)
+
+
+def test_units_weigh_where_they_are(tiny: Tiny) -> None:
+    found = sizes(tiny("gemma3"))
+    first, second = (f"blocks.{index}.attention" for index in (0, 1))
+    assert found.cache({}, 20) - found.cache({first: 1}, 20) == 2 * 2 * 6 * 8  # within its window
+    assert found.cache({}, 20) - found.cache({second: 1}, 20) == 2 * 2 * 20 * 8
+    assert found.workspace({}) == RUNTIME + 4 * 512 * (96 + 32)  # gate and up, wider than the vocabulary
+    assert found.workspace({f"blocks.{index}.ffn": 8 for index in range(3)}) == RUNTIME + 4 * 512 * (64 + 32)
