@@ -58,6 +58,18 @@ def window(context: click.Context, parameter: click.Parameter, text: str | None)
     return int(start), int(stop)
 
 
+def percent(context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """``"5%"`` → 0.05."""
+    if text is None:
+        return None
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+    except ValueError:
+        pass
+    raise ConfigError(f"{parameter.opts[0]} is {text!r}; write it with a percent sign, such as 5%")
+
+
 def sources(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | tuple[str, ...] | None:
     """None for no source, the source itself for one, a tuple for several."""
     return given if len(given) > 1 else given[0] if given else None
@@ -207,6 +219,34 @@ result_options = bundle(
 job_options = bundle(
     click.option("--ratio", type=float, help="Share of the parameters to remove, in (0, 1); see --ratio-of."),
     click.option(
+        "--fit",
+        type=SIZE,
+        help="Instead of --ratio: remove the least at which weights, cache and workspace fit a card of this size, such as 24GiB.",
+    ),
+    click.option(
+        "--speedup",
+        type=float,
+        help="Instead of --ratio: remove the least at which one sequence decodes so many times as fast, such as 1.5, by a table "
+        "of matrix products measured on this device.",
+    ),
+    click.option(
+        "--perplexity-at-most",
+        callback=percent,
+        metavar="X%",
+        help="Instead of --ratio: remove the most at which perplexity rises by at most this, as the costs predict and held-out "
+        "windows of the calibration text confirm; if they do not, a smaller ratio is pruned.",
+    ),
+    click.option(
+        "--quant",
+        type=click.Choice(["bf16", "q8_0", "q4_k_m", "fp8"]),
+        help="Format of the weights on the card of --fit; q8_0 and q4_k_m are llama.cpp's.  [default: bf16]",
+    ),
+    click.option(
+        "--context",
+        type=int,
+        help="Tokens of the cache on the card of --fit.  [default: 8192, or the model's context if shorter]",
+    ),
+    click.option(
         "--recipe",
         default="default",
         help="Pruning method: default; sobp, slimgpt, greedy-output or surgeon, from papers; random, magnitude or wanda-sp, as "
@@ -240,6 +280,12 @@ job_options = bundle(
         "--calibration]",
     ),
     click.option("--metric-samples", default=16, help="Number of windows of --metric-text, at most --samples."),
+    click.option(
+        "--survey",
+        type=PATH,
+        metavar="DIR",
+        help="Folder that keeps the survey, so that other ratios of the same model and text cost the prune sweep only.",
+    ),
     click.option(
         "--plan",
         type=PATH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     The estimate says whether the job fits on this machine. It reads no weights and writes nothing. The exit code is 0 if
     the job fits and 1 if not.
 
+    A table says what other ratios would give: the weights in several formats, the cache of --context tokens, the speed of
+    decoding by a table of matrix products measured on this device and, with --survey, the predicted loss.
+
     Example:
 
       streamprune plan llama-2-70b --ratio 0.3 --memory 24GiB
@@ -40,6 +44,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     options.begin(model, texts=[config.calibration, config.metric_text], shared=True)
     with show.watched(quiet) as progress:
         needs = streamprune.forecast_job(config, progress=progress)
+        outlook = None if quiet or _keeps_shapes(config) else streamprune.preview(config, progress=progress)
     kinds = ", ".join(f"{n / 1e12:.3f} in {kind}" for kind, n in needs.operations_by_kind.items() if n)
     rows = [
         [
@@ -68,8 +73,36 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     problems = [f"does not fit: {problem}" for problem in needs.problems]
     missed = [] if needs.ratio_missed is None else [f"misses its ratio: {needs.ratio_missed}"]
     verdict = [*(problems or ["it fits"]), *missed]
-    lines = problems if quiet else [*show.table(rows), "", *show.table(moments), "", *verdict]
-    show.result(needs.as_dict(), as_json, lines)
-    options.note_idle(quiet, config)
+    ratios = [] if outlook is None else [*_ratios(outlook), ""]
+    lines = problems if quiet else [*show.table(rows), "", *show.table(moments), "", *ratios, *verdict]
+    show.result({**needs.as_dict(), "preview": outlook and asdict(outlook)}, as_json, lines)
+    options.note_idle(quiet, config, used=["context"])
     if needs.problems:
         click.get_current_context().exit(1)
+
+
+def _keeps_shapes(config: streamprune.Config) -> bool:
+    from streamprune.recipes.registry import RECIPES
+    from streamprune.recipes.settings import parse
+
+    return bool(RECIPES[config.recipe](parse(config.recipe, config.settings)).writes_zeros)
+
+
+def _ratios(outlook: streamprune.Preview) -> list[str]:
+    formats = list(outlook.outcomes[0].weights)
+    rows = [["ratio", "parameters", *formats, "cache", "decoding", "loss"]]
+    for each in outlook.outcomes:
+        sizes = ["–" if size is None else format_bytes(size) for size in (*each.weights.values(), each.cache)]
+        loss = "–" if each.loss is None else f"+{each.loss:.3f}"
+        chosen = " (chosen)" * (each.ratio == outlook.chosen)
+        rows.append([f"{each.ratio:g}{chosen}", f"{each.parameters:,}", *sizes, f"× {each.speedup:.2f}", loss])
+    widths = (
+        ""
+        if outlook.surveyed
+        else "; widths as if all sites lost the same share, since no kept survey prices them (--survey)"
+    )
+    return [
+        *show.table(rows),
+        f"bytes of weights; cache of {outlook.context} tokens; decoding: matrix products of one token on this device; "
+        f"loss: predicted, in nats per token{widths}",
+    ]

@@ -40,6 +40,8 @@ def run(
 
       streamprune run llama-2-7b stock --ratio 0.25 --layout uniform --memory 12GiB
 
+      streamprune run llama-2-7b card --fit 8GiB --quant q8_0 --context 4096
+
       streamprune run llama-2-7b out --ratio 0.3 --recipe sobp --set head_weight=2
 
       streamprune run org/name@main out --ratio 0.3 --calibration code.jsonl:content=0.3 --calibration wiki.txt=0.7
@@ -58,12 +60,15 @@ def run(
                 result = streamprune.prune(config, restart=restart, progress=progress, ranks=ranks)
     if not ranks.first:
         return
+    from streamprune.pruning.aim import describe
+
     if plan_only:
         show.result({"plan": str(path)}, as_json, [f"plan: {path}"])
         options.note_idle(quiet, config)
         return
     shares = f"{result.ratio_blocks:.2%} of the blocks and {result.ratio_model:.2%} of the model"
-    lines = [
+    lines = [] if result.aim is None else [f"with ratio {result.ratio_requested:g} the result {describe(result.aim)}"]
+    lines += [
         f"{result.out}: {result.zeros:,} of {result.parameters_after:,} parameters made zero, {shares}, by {result.recipe}"
         if result.zeros
         else f"{result.out}: {result.parameters_before:,} → {result.parameters_after:,} parameters, "

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .model.architectures import FAMILIES
     from .model.hub import load, resolve_model
     from .model.verify import Verification, verify
+    from .pruning.preview import Outcome, Preview, preview
     from .pruning.result import Result
     from .pruning.run import forecast_job, plan_only, prune
     from .recipes.registry import RECIPES
@@ -55,6 +56,7 @@ _HOME = {
     "model.architectures": ("FAMILIES",),
     "model.hub": ("load", "resolve_model"),
     "model.verify": ("Verification", "verify"),
+    "pruning.preview": ("Outcome", "Preview", "preview"),
     "pruning.result": ("Result",),
     "pruning.run": ("forecast_job", "plan_only", "prune"),
     "recipes.registry": ("RECIPES",),
@@ -76,6 +78,8 @@ __all__ = [
     "Evaluation",
     "Event",
     "Exported",
+    "Outcome",
+    "Preview",
     "Progress",
     "Ranks",
     "Result",
@@ -104,6 +108,7 @@ __all__ = [
     "joined",
     "load",
     "plan_only",
+    "preview",
     "prune",
     "report",
     "resolve_model",

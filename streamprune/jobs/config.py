@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError, check_choice, check_least
+from ..model.formats import FORMATS, Format
 from ..model.site import LAYOUTS
 from ..model.tokenizer import BOS, Bos
 from ..system.units import ACTIVATIONS, check_device, check_dtype
@@ -17,6 +18,8 @@ RatioOf = Literal["blocks", "window", "model"]
 RATIOS_OF: tuple[RatioOf, ...] = ("blocks", "window", "model")
 Store = Literal["auto", "fp8"]
 STORES: tuple[Store, ...] = ("auto", "fp8")
+AIMS = ("fit", "speedup", "perplexity_at_most")
+"""Fields of `Config` that choose a ratio."""
 DataFree = Literal["self", "random-tokens"]
 DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
 TuneMethod = Literal["auto", "lora", "distil"]
@@ -66,7 +69,7 @@ class JobConfig:
     already keeps written files in free memory."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "out", "cache", "plan", "teacher"):
+        for name in ("model", "out", "cache", "plan", "survey", "teacher"):
             if isinstance(value := getattr(self, name, None), str):
                 object.__setattr__(self, name, Path(value))
         for name in ("model", "teacher"):
@@ -103,7 +106,17 @@ class Config(JobConfig):
     """
 
     ratio: float | None = _fixed(default=None)
-    """Share of the parameters to remove (see `ratio_of`), in (0, 1); None if a plan file decides."""
+    """Share of the parameters to remove (see `ratio_of`), in (0, 1); None if a plan file or an aim decides."""
+    fit: int | None = _fixed(default=None)
+    """An aim instead of a ratio: remove the least at which the result fits a card of that many bytes (see `pruning.aim`)."""
+    speedup: float | None = _fixed(default=None)
+    """An aim: remove the least at which the result decodes that many times as fast, by a measured table (see `pruning.speed`)."""
+    perplexity_at_most: float | None = _fixed(default=None)
+    """An aim: remove the most at which perplexity on held-out windows rises by at most this share, such as 0.05."""
+    quant: Format | None = _fixed(default=None)
+    """Format of the weights on the card of `fit`; None is bf16."""
+    context: int | None = _fixed(default=None)
+    """Tokens of the cache on the card of `fit`; None takes 8192, or the model's context if that is shorter."""
     recipe: str = _fixed(default="default")
     settings: Mapping[str, str] = _fixed(default_factory=dict)
     """The recipe's settings by name, as strings."""
@@ -135,6 +148,9 @@ class Config(JobConfig):
     plan: Path | None = _free(default=None)
     """Plan file that replaces the recipe's allocation, in one shot. The journal stores its digest."""
 
+    survey: Path | None = _free(default=None)
+    """Folder that keeps the survey: it is taken and put there or, if it is there, used. See `pruning.archive`."""
+
     def __post_init__(self) -> None:
         for name, text in (("calibration", self.calibration), ("metric-text", self.metric_text)):
             several = () if text is None or isinstance(text, (str, Path, Source)) else text
@@ -153,14 +169,35 @@ class Config(JobConfig):
             raise ConfigError(f"metric-samples is {self.metric_samples}; it must be at most samples, {self.samples}")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")
-        if self.ratio is None and self.plan is None:
-            raise ConfigError("give a ratio or a plan file: one of them decides how much is removed")
+        self._check_aim()
         if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
             raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
         super().__post_init__()
         check_least(1, round_to=self.round_to, metric_samples=self.metric_samples)
         check_least(0, refine=self.refine)
         self._check_choice(ratio_of=RATIOS_OF, layout=LAYOUTS, store=STORES)
+        if self.quant is not None:
+            self._check_choice(quant=FORMATS)
+        check_least(1, fit=self.fit, context=self.context)
+        if self.speedup is not None and not 1 < self.speedup < float("inf"):
+            raise ConfigError(f"speedup is {self.speedup:g}; it must be above 1 and finite")
+        if self.perplexity_at_most is not None and not 0 < self.perplexity_at_most < float("inf"):
+            raise ConfigError(f"perplexity_at_most is {self.perplexity_at_most:g}; it must be positive and finite")
+
+    @property
+    def aim(self) -> str | None:
+        """The name of the aim that decides the ratio; None if the ratio or a plan is given."""
+        return next((name for name in AIMS if getattr(self, name) is not None), None)
+
+    def _check_aim(self) -> None:
+        """Check that exactly one thing decides how much is removed; a plan may have the ratio that it was made for beside it."""
+        given = [name for name in ("ratio", *AIMS, "plan") if getattr(self, name) is not None]
+        if not given:
+            raise ConfigError(
+                f"give a ratio, a plan file or one of {', '.join(AIMS)}: one of them decides how much is removed"
+            )
+        if len(given) > 1 and given != ["ratio", "plan"]:
+            raise ConfigError(f"{' and '.join(given)} are given; only one of them can decide how much is removed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from ..errors import ResumeError
 from ..jobs.resume import plan_in_force
-from ..model.site import Site
 from ..recipes.plan import Plan
 from ..system import files
-from .block import left_alone, tokens_seen
+from .aim import reached, settle
+from .block import tokens_seen
 from .shot import Shot
 
 
 def allocate(shot: Shot) -> Plan:
     """Return the plan to prune by, and journal it if it is new. Raises ResumeError if it or its file was changed meanwhile."""
+    settle(shot)
     job, chosen, plan = shot.job, shot.journalled("allocate"), shot.job.request.given_plan
     source = plan_in_force(chosen, job.terms["plan"], pruning=bool(shot.steps("prune/")))
     if source == "recorded":
@@ -24,8 +25,12 @@ def allocate(shot: Shot) -> Plan:
             )
         return plan
     if plan is None:
+        sites = reached(shot.sites, shot.survey, alike=shot.experts_alike)
+        for site in (site for site in shot.sites if site not in sites):
+            seen = tokens_seen(site, shot.survey)
+            shot.progress.say(f"{site.name} saw {seen} tokens and is left alone")
         allocated = shot.ranks.broadcast(
-            lambda: job.request.allocate(shot.sites, _reached(shot), shot.survey, shot.budget).to_json()
+            lambda: job.request.allocate(shot.sites, sites, shot.survey, shot.budget).to_json()
         )
         plan = Plan.parse(allocated, "the plan")
     plan.check(shot.sites, "the plan")
@@ -33,15 +38,3 @@ def allocate(shot: Shot) -> Plan:
         files.write_text(job.plan_path, plan.to_json())
     shot.record("allocate", plan=plan.digest(), given=source == "given")
     return plan
-
-
-def _reached(shot: Shot) -> list[Site]:
-    """All sites except experts that saw fewer tokens than they have channels: those keep everything."""
-    survey, sites = shot.survey, []
-    for site in shot.sites:
-        seen = tokens_seen(site, survey)
-        if seen is not None and left_alone(site, seen, alike=shot.experts_alike):
-            shot.progress.say(f"{site.name} saw {seen} tokens and is left alone")
-        else:
-            sites.append(site)
-    return sites

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model.site import Site
 from ..recipes.plan import Plan
-from ..recipes.recipe import Recipe, Survey
+from ..recipes.recipe import LOSS, Recipe, Survey
 from ..system import files
 
 FORMAT = "streamprune-curves-1"
@@ -42,6 +42,23 @@ def write_curves(
     body = ",\n".join(lines)
     head = f'  "format": {json.dumps(FORMAT)},\n  "label": {json.dumps(recipe.curve_label)}'
     return files.write_text(path, f'{{\n{head},\n  "sites": {{\n{body}\n  }}\n}}\n')
+
+
+def predicted_loss(
+    recipe: Recipe[Any], sites: Sequence[Site], survey: Survey, keeps: Mapping[str, int]
+) -> float | None:
+    """Return the loss in nats per token that the recipe's costs predict if `keeps` units stay; None if it prices something else.
+
+    Units are priced by themselves on the dense model: what refitting and correction recover later is not in it.
+    """
+    if recipe.curve_label != LOSS:
+        return None
+    found = 0.0
+    for site in sites:
+        costs = recipe.curve(site, survey[site.name])
+        if costs is not None:
+            found += float(costs[: site.units - keeps[site.name]].double().sum()) * site.unit_parameters
+    return found
 
 
 def sample(costs: Tensor, cut: int) -> list[tuple[int, float]]:

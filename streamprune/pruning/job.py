@@ -34,6 +34,8 @@ from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
 from ..text.source import Text
 from ..text.windows import Windows, random_windows, sample
+from . import aim, archive
+from .held_out import DRAWN, disjoint
 from .request import Request
 
 PLAN, WRITTEN = "plan.json", "calibration.safetensors"
@@ -76,6 +78,7 @@ class Job(JobFolder):
 
     def forecast(self) -> Resources:
         """Estimate what the job takes on this machine. With several ranks: what each takes, given what the poorest has free."""
+        aim.check(self.request)
         disk = files.free_bytes(self.cache)
         disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.local_size
         rooms = self.ranks.gather({**self.room, "disk_limit": disk})
@@ -87,7 +90,9 @@ class Job(JobFolder):
         return replace(
             found,
             steps=sum(phase.steps for phase in self.request.schedule()),
-            ratio_missed=self.request.goal.foreseen(self.request.planned, self.request.counted_tokens),
+            ratio_missed=None
+            if self.request.ratio is None
+            else self.request.goal.foreseen(self.request.planned, self.request.counted_tokens),
         )
 
     def shot_folder(self, number: int) -> Path:
@@ -107,6 +112,9 @@ class Job(JobFolder):
 
     def begin(self) -> Entry:
         resources = self.forecast().require()
+        archive.find(self.request)
+        if self.request.config.perplexity_at_most is not None:
+            _ = self.held_out
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.local_size)
         if self.request.needs_text and not self.request.writes_text:
             _ = self.windows
@@ -143,6 +151,7 @@ class Job(JobFolder):
         return {
             "recipe": self.recipe.name,
             "ratio_requested": self.request.ratio,
+            "aim": self.aim,
             "ratio_blocks": removed / self.skeleton.block_parameters(),
             "ratio_model": removed / before,
             "ratio_missed": self.request.goal.missed(removed, sites),
@@ -166,6 +175,12 @@ class Job(JobFolder):
             **spent,
             **peaks(self.journal),
         }
+
+    @property
+    def aim(self) -> Entry | None:
+        """What the aim has chosen: the ratio, and the figures that decided; None without an aim."""
+        line, held_out = self.journal.find("shot-1/ratio"), self.journal.find("shot-1/held-out")
+        return line and {"ratio": line["ratio"], **line["figures"], **(held_out["figures"] if held_out else {})}
 
     @property
     def tokens(self) -> Tensor:
@@ -204,6 +219,13 @@ class Job(JobFolder):
             loss_on="all" if text is self.request.metric_text else config.loss_on,
             cut=config.windows,
         )
+
+    @cached_property
+    def held_out(self) -> Windows:
+        """Windows that share few passages with the calibration windows: one for eight of those, 4 at least."""
+        # Another seed in its low 32 bits: torch's generator for CPUs ignores the others.
+        count, seed = max(4, self.config.samples // 8), self.config.seed ^ 0x2545F491
+        return disjoint(self._sample(self.request.text, DRAWN * count, seed), self.windows, count, self.request.text)
 
     @property
     def published(self) -> bool:

@@ -17,13 +17,15 @@ from ..jobs.schedule import Phase
 from ..maths.flops import kind
 from ..maths.sums import Statistic
 from ..model import fp8, hub, write
+from ..model.formats import Format
 from ..model.modeling_streamprune import stock_class
 from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
+from ..model.sizes import CONTEXT, Sizes
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import find_bos
 from ..recipes.allocation import Budget
 from ..recipes.plan import Plan, SitePlan
-from ..recipes.recipe import Recipe, Survey
+from ..recipes.recipe import LOSS, Recipe, Survey
 from ..recipes.registry import RECIPES
 from ..recipes.settings import parse
 from ..system import machine
@@ -33,6 +35,7 @@ from ..text import windows
 from ..text.source import Spec, Text, builtin_text
 from ..text.windows import text_identity
 from .shortfall import Goal, largest_unit
+from .speed import Decoding
 
 
 class Request:
@@ -70,23 +73,30 @@ class Request:
         self.window = self._window()
         self.given_plan = self._given_plan()
         self.ratio = self._agreed_ratio()
-        self.shots = 1 if self.given_plan else self.recipe.shots(self.ratio)
+        """Share to remove; None until an aim has chosen it."""
+        self._given_ratio = self.ratio
+        self.shots = 1 if self.given_plan else self.recipe.shots(0.5 if self.ratio is None else self.ratio)
         self.length = windows.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.writes_text and (module := self.skeleton.stateful):
             raise ConfigError(
                 f"calibration is self; {module} may keep a recurrent state, and text is generated with keys and values only: give "
                 "calibration text"
             )
-        if self.given_plan is None:
+        if config.aim is not None:
+            self._check_aim(config.aim)
+        elif self.given_plan is None:
             self.recipe.check(self.changeable(self.sites), self.budget())
 
-    def budget(self, part: float = 1.0, gone: int = 0) -> Budget:
+    def budget(self, part: float = 1.0, gone: int = 0, ratio: float | None = None) -> Budget:
         """How many parameters to remove.
 
         Args:
             part: share of the whole to have removed after a shot, in (0, 1].
             gone: parameters that earlier shots removed.
+            ratio: another ratio than the job's.
         """
+        ratio = self.ratio if ratio is None else ratio
+        assert ratio is not None
         blocks = self.skeleton.block_parameters()
         counted = {
             "blocks": blocks,
@@ -94,9 +104,7 @@ class Request:
             "window": sum(self.skeleton.block_parameters(index) for index in self.window),
         }[self.config.ratio_of]
         layout = self.skeleton.layout
-        return Budget(
-            self.ratio * part, counted, math.lcm(self.config.round_to, layout.multiple), layout.alike, gone=gone
-        )
+        return Budget(ratio * part, counted, math.lcm(self.config.round_to, layout.multiple), layout.alike, gone=gone)
 
     def changeable(self, sites: Sequence[Site]) -> list[Site]:
         """Return the sites inside the window."""
@@ -166,18 +174,25 @@ class Request:
             correction_rank=correction.rank if correction else 0,
             shots=self.shots,
             generates=self.writes_text,
-            removes=0.0 if self.recipe.writes_zeros else self.budget().target / self.skeleton.block_parameters(),
+            removes=self._removes,
             workspace=lambda site: self.recipe.workspace(site, self.keeps.get(site.name, site.units)),
             digest_workspace=lambda site: self.recipe.digest_workspace(site),
             activations=self.activations,
         )
+
+    @property
+    def _removes(self) -> float:
+        """Share of the blocks' parameters that goes; 0 until an aim has chosen it, which forecasts more than is needed."""
+        if self.recipe.writes_zeros or self.ratio is None:
+            return 0.0
+        return self.budget().target / self.skeleton.block_parameters()
 
     @cached_property
     def keeps(self) -> Mapping[str, int]:
         """The most units that stay at each site for which that is known before the work starts."""
         if self.given_plan is not None:
             return {name: site.keep for name, site in self.given_plan.items()}
-        if self.shots > 1:
+        if self.shots > 1 or self.config.aim is not None:
             return {}
         sites = self.changeable(self.sites)
         if self.recipe.statistics is None:
@@ -209,7 +224,7 @@ class Request:
                 **self.config.fixed(),
                 "settings": asdict(self.recipe.settings),
                 "bos": self.bos is not None if reads_text else None,
-                "ratio": self.ratio,
+                "ratio": self._given_ratio,
                 "dtype": machine.dtype_name(self.skeleton.dtype),
                 "activations": machine.activations_name(self.activations, self.skeleton.dtype),
             },
@@ -222,7 +237,7 @@ class Request:
             return text_identity(text, self.config.model)
         return {"calibration": text, **({} if self.bos is None else {"bos": self.bos})}
 
-    @cached_property
+    @property
     def goal(self) -> Goal:
         """What the result is compared with: the ratio or, if none was given, the plan."""
         budget, sites, plan = self.budget(), self.changeable(self.sites), self.given_plan
@@ -246,7 +261,9 @@ class Request:
     @property
     def planned(self) -> Mapping[str, int] | None:
         """Units that stay at each site, if they are known before the work starts."""
-        whole = self.given_plan is not None or (self.shots == 1 and self.recipe.statistics is None)
+        whole = self.given_plan is not None or (
+            self.shots == 1 and self.recipe.statistics is None and self.config.aim is None
+        )
         return self.keeps if whole and not self.recipe.writes_zeros else None
 
     @property
@@ -274,9 +291,11 @@ class Request:
             steps = {
                 "embed": int(self.needs_text),
                 **(survey | {"surveyed": 1} if self.surveys else {}),
+                "ratio": int(self.config.aim is not None),
                 "allocate": 1,
                 "prune": depth,
                 "pruned": 1,
+                "held-out": int(self.config.perplexity_at_most is not None),
                 "correct": correction.steps if correction else 0,
                 "finished": 1,
             }
@@ -340,13 +359,55 @@ class Request:
         self.recipe.check_plan(self.sites, plan, str(path))
         return plan
 
-    def _agreed_ratio(self) -> float:
+    def _check_aim(self, aim: str) -> None:
+        """Check that the recipe can choose the ratio itself."""
+        name = self.recipe.name
+        if self.recipe.writes_zeros:
+            raise ConfigError(
+                f"{aim} is given; recipe {name} keeps all shapes with these settings, so no ratio meets it"
+            )
+        if aim == "perplexity_at_most":
+            if self.recipe.curve_label != LOSS:
+                raise ConfigError(f"{aim} is given; recipe {name} does not price the loss with these settings")
+            if self.recipe.correction is not None:
+                raise ConfigError(
+                    f"{aim} is given; recipe {name} corrects the result with these settings, which is not tried again"
+                )
+            if not isinstance(self.text, Text):
+                raise ConfigError(
+                    f"{aim} is given; it needs held-out windows of a text, and calibration is {self.text}"
+                )
+        if self.shots > 1:
+            raise ConfigError(
+                f"{aim} is given; recipe {name} takes several shots with these settings, and the ratio is chosen in one"
+            )
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return Sizes(self.skeleton)
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        return Decoding(self.skeleton)
+
+    @property
+    def format(self) -> Format:
+        """Format of the weights of the aim `fit`."""
+        return self.config.quant or "bf16"
+
+    @property
+    def context(self) -> int:
+        """Tokens of the cache of the aim `fit`."""
+        most = self.skeleton.context or CONTEXT
+        if self.config.context is not None and self.config.context > most and self.skeleton.context:
+            raise ConfigError(f"context is {self.config.context}; the context of {self.config.model} is {most}")
+        return self.config.context or min(CONTEXT, most)
+
+    def _agreed_ratio(self) -> float | None:
         asked, planned = self.config.ratio, self.given_plan.ratio if self.given_plan else None
         if asked is not None and planned is not None and asked != planned:
             raise ConfigError(f"ratio is {asked:g}; the plan {self.config.plan} was made for {planned:g}")
-        ratio = asked if asked is not None else planned
-        assert ratio is not None
-        return ratio
+        return asked if asked is not None else planned
 
 
 def idle(config: Config) -> dict[str, str]:
@@ -360,6 +421,9 @@ def idle(config: Config) -> dict[str, str]:
     found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
     if config.metric_text is None:
         found["metric_samples"] = "no --metric-text is given"
+    if not _surveys(config, recipe):
+        found["survey"] = "the plan decides the widths" if config.plan else f"{config.recipe} takes no survey"
+    found |= {} if config.fit else dict.fromkeys(("quant", "context"), "there is no --fit")
     if not summed and not _streams(config, recipe):
         names = ["calibration", "samples", "seq_len", "bos", "windows", "loss_on", *([] if recipe.seeded else ["seed"])]
         found |= dict.fromkeys(names, f"{config.recipe} reads no text here")

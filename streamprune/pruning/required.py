@@ -62,6 +62,8 @@ def _written(job: Job, number: int) -> Iterator[RequiredFile]:
             yield written(
                 shot.survey_path(int(line["step"].rpartition("/")[2])), line["sha256"], shot.named("forward/")
             )
+    for name, digest in (shot.journalled("surveyed") or {}).get("sha256", {}).items():
+        yield written(job.folder / name, digest, shot.named("surveyed"))
     made = dict(zip(shards, (line["sha256"] for line in shot.steps("prune/")), strict=False))
     for name, digest in (shot.journalled("pruned") or {"sha256": made})["sha256"].items():
         yield written(shot.pruned / name, digest, shot.named("prune/" if name in shards else "pruned"))

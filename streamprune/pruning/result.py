@@ -23,6 +23,8 @@ class Result:
     """Share of the whole model's parameters that were removed or zeroed."""
     ratio_missed: str | None
     """Why the result misses the ratio by more than one unit: a sentence with both shares and a remedy; None if it does not."""
+    aim: Mapping[str, Any] | None
+    """What an aim has chosen: the ratio and the figures that decided. For `fit` bytes of ``weights``, ``cache``, ``workspace``."""
     parameters_before: int
     parameters_after: int
     """Parameters in the checkpoint, zeros included."""
@@ -59,6 +61,7 @@ class Result:
             sweeps_per_shot=report.get("sweeps_per_shot"),
             ratio_missed=report.get("ratio_missed"),
             tokens=report.get("tokens"),
+            aim=report.get("aim"),
             waited=report.get("waited", {}),
             **job.spent(),
         )

@@ -23,6 +23,7 @@ from ..stream.generate import generate
 from ..system import files
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
+from .aim import accepted
 from .allocate import allocate
 from .block import BlockPruner
 from .correct import correct_blocks
@@ -98,10 +99,11 @@ class Run:
             self._get_text()
             for number in range(1, job.request.shots + 1):
                 shot = Shot(job, number)
-                if shot.finished is None:
-                    if job.request.shots > 1:
-                        job.progress.say(f"shot {number} of {job.request.shots}")
+                if shot.finished is None and job.request.shots > 1:
+                    job.progress.say(f"shot {number} of {job.request.shots}")
+                while shot.finished is None:
                     self._prune_once(shot)
+                    shot = Shot(job, number)
                 if number > 1 and job.ranks.first:
                     files.remove_tree(job.shot_folder(number - 1))
             finished = Shot(job, job.request.shots).finished
@@ -121,13 +123,17 @@ class Run:
     # One shot.
 
     def _prune_once(self, shot: Shot) -> None:
-        """Take a shot from wherever the journal ends to its finished directory."""
+        """Take a shot from wherever the journal ends to its finished directory, or to where an aim refuses the result."""
         plan = self._plan(shot)
         if not shot.journalled("pruned"):
-            shards = self._prune_blocks(shot, plan)
-            shot.record("pruned", sha256=self._write(shot, plan, shot.pruned, shards))
+            self._prune_blocks(shot, plan)
+            shot.record("pruned", sha256=self._write(shot, plan, shot.pruned, shot.shards))
         pruned = shot.journalled("pruned")
         assert pruned is not None
+        if not accepted(shot):
+            return
+        if shot.journalled("held-out"):  # the report says what it found
+            pruned = {"sha256": self._write(shot, plan, shot.pruned, shot.shards)}
         digests = pruned["sha256"] if shot.correction is None else self._correct(shot, plan, shot.correction)
         shot.record("finished", removed=shot.removed, sha256=digests)
         if shot.correction is not None and shot.ranks.first:
@@ -145,11 +151,13 @@ class Run:
 
     # The prune sweep.
 
-    def _prune_blocks(self, shot: Shot, plan: Plan) -> dict[str, str]:
-        """Prune the blocks that are not pruned yet; return the digests of all blocks' shards by name."""
+    def _prune_blocks(self, shot: Shot, plan: Plan) -> None:
+        """Prune the blocks that are not pruned yet."""
         skeleton, depth, done = shot.skeleton, len(shot.skeleton), len(shot.steps("prune/"))
         pruner = self._pruner(shot, plan)
         if shot.ranks.first:
+            if not done:
+                files.remove_tree(shot.pruned)  # what an aim refused
             files.make_folder(shot.pruned)
         shot.progress.phase("prune", depth, done)
         if shot.streams is not None:
@@ -168,8 +176,6 @@ class Run:
                     shot.progress.say(f"{report['site']} saw {report['tokens']} tokens and is left alone")
             shares = ", ".join(f"{part:,} of {whole:,}" for part, whole in extents(reports))
             shot.progress.step(f"block {index}: {shares}")
-        lines = enumerate(shot.steps("prune/"))
-        return {write.block_shard(skeleton, index): line["sha256"] for index, line in lines}
 
     def _pruner(self, shot: Shot, plan: Plan) -> BlockPruner:
         """What prunes each block of the shot."""

@@ -7,19 +7,19 @@ unneeded. A job that is killed at any moment therefore resumes after the last li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..jobs.journal import Entry
 from ..jobs.resume import ensure
-from ..model.checkpoint import Shard
+from ..model import write
 from ..model.site import Site
 from ..model.skeleton import Skeleton, open_skeleton
 from ..recipes.allocation import Budget
-from ..recipes.recipe import Findings, Survey
+from ..recipes.recipe import Survey
 from ..stream import sweep
+from .archive import SurveyFiles, survey_name
 from .job import Job
 from .streams import DENSE, PRUNED, Streams
 
@@ -133,6 +133,12 @@ class Shot:
         return self.journalled("finished")
 
     @property
+    def shards(self) -> dict[str, str]:
+        """The digests of the pruned blocks' shards, by file name."""
+        lines = enumerate(self.steps("prune/"))
+        return {write.block_shard(self.skeleton, index): line["sha256"] for index, line in lines}
+
+    @property
     def reports(self) -> list[dict[str, Any]]:
         """The report of each site, as far as blocks are pruned."""
         return [report for step in self.steps("prune/") for report in step["sites"]]
@@ -148,25 +154,9 @@ class Shot:
     # The findings.
 
     def survey_path(self, index: int) -> Path:
-        return self.job.folder / f"survey-{index:04}.safetensors"
+        return self.job.folder / survey_name(index)
 
     @property
     def survey(self) -> Survey:
         """The findings on the disk; empty without a survey."""
-        return SurveyFiles(self) if self.job.request.surveys else {}
-
-
-class SurveyFiles(Mapping[str, Findings]):
-    """A survey's findings by site name, one file per block. Tensors are read on access."""
-
-    def __init__(self, shot: Shot) -> None:
-        self._places = {site.name: (shot.survey_path(site.block), f"{site.place}.") for site in shot.sites}
-
-    def __getitem__(self, name: str) -> Findings:
-        return Shard(*self._places[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+        return SurveyFiles(self.job.folder, self.sites) if self.job.request.surveys else {}

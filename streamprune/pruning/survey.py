@@ -17,6 +17,7 @@ from ..recipes.recipe import Surveyed
 from ..stream import sweep
 from ..system.host import return_freed_memory
 from ..text.windows import counted
+from . import archive
 from .block import CPU, SEEN
 from .job import Job
 from .shot import GRADIENT, Shot
@@ -24,14 +25,25 @@ from .streams import DENSE
 
 
 def survey(shot: Shot) -> None:
-    """Leave the recipe's findings at every site in the job's folder: one file per block, see `Shot.survey`."""
+    """Leave the recipe's findings at every site in the job's folder: one file per block, see `Shot.survey`.
+
+    If the survey is kept in a folder (see `archive`), it comes from there, or goes there.
+    """
     if shot.journalled("surveyed"):
+        return
+    kept = shot.ranks.broadcast(lambda: archive.find(shot.job.request)) if shot.number == 1 else None
+    if kept is not None:
+        if shot.ranks.first:
+            archive.fetch(shot, kept)
+        shot.record("surveyed", sha256=kept)
         return
     if shot.job.request.statistics & GRADIENTS:
         _store_inputs(shot)
         _sum_backward(shot)
     else:
         _sum_forward(shot)
+    if shot.number == 1 and shot.ranks.first:
+        archive.keep(shot)
     shot.record("surveyed")
     if shot.job.request.metric_text is not None:
         shot.job.survey_store.keep_only(set())

@@ -29,7 +29,7 @@ from ..model.site import Site
 from .allocation import Budget, allocate
 from .obs import ObsRecipe, greedy_workspace
 from .plan import Plan, SitePlan
-from .recipe import Findings, Survey, Surveyed, Target
+from .recipe import LOSS, Findings, Survey, Surveyed, Target
 from .settings import DefaultSettings
 
 _RIDGE = 1e-6
@@ -40,11 +40,13 @@ class Default(ObsRecipe[DefaultSettings]):
     name = "default"
     summary = "greedy cost paths in units of loss, one threshold, fits to the dense output with residual correction"
 
+    after_survey = frozenset({"shots", "target", "compensate"})
+
     def __init__(self, settings: DefaultSettings) -> None:
         super().__init__(settings)
         self.statistics = frozenset({"gram", "gradient-gram"} if settings.weighted else {"gram"})
         self.draws_labels = settings.labels == "drawn"
-        self.curve_label = "loss per parameter" if settings.weighted else "squared output error per parameter"
+        self.curve_label = LOSS if settings.weighted else "squared output error per parameter"
         self.compensation = settings.damping if settings.compensate else None
         if settings.target != "own":
             self.target = Target(settings.damping, residual=settings.target == "residual")

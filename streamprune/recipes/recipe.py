@@ -22,6 +22,8 @@ from .plan import Plan, units_only
 from .settings import SETTINGS
 
 S = TypeVar("S")
+LOSS = "loss per parameter"
+"""The `Recipe.curve_label` of costs in nats per token, divided by the unit's parameters."""
 Findings = Mapping[str, Tensor]
 """What a recipe's `digest` kept from the survey of one site."""
 Survey = Mapping[str, Findings]
@@ -139,6 +141,8 @@ class Recipe(ABC, Generic[S]):
     """Whether `select` draws from the problem's generator."""
     writes_zeros: bool = False
     """Whether pruning keeps shapes and zeroes weights. The plan then counts zeros, and no unit is removed."""
+    after_survey: ClassVar[frozenset[str]] = frozenset()
+    """Names of settings that neither `statistics` nor `digest` reads, so that one survey serves all their values."""
     curve_label: str | None = None
     """What the values of `curve` measure; None for a recipe without a cost curve."""
 

@@ -29,6 +29,7 @@ class Sobp(ObsRecipe[SobpSettings]):
     name = "sobp"
     summary = "structured optimal brain pruning: global mask gradients, greedy refinement, Cholesky reconstruction"
     statistics: frozenset[Statistic] = frozenset({"mask-gradient"})
+    after_survey = frozenset({"refine", "reconstruct", "compensate", "damping", "compensation_damping"})
     curve_label = "importance per parameter"
 
     def __init__(self, settings: SobpSettings) -> None:

@@ -35,7 +35,7 @@ from .allocation import Budget, allocate
 from .masks import MaskRecipe, count_lines, count_zeros, histograms, lines_to_go, mask
 from .obs import best
 from .plan import Plan, SitePlan
-from .recipe import Correction, Findings, Problem, Refit, Survey, Surveyed
+from .recipe import LOSS, Correction, Findings, Problem, Refit, Survey, Surveyed
 from .settings import LINES, SurgeonSettings
 
 
@@ -58,11 +58,14 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
     statistics: frozenset[Statistic] = frozenset({"factors"})
     keeps_findings = True
 
+    after_survey = frozenset({"lora_steps", "lora_rank", "lora_rate"})
+
     def __init__(self, settings: SurgeonSettings) -> None:
         super().__init__(settings)
         if settings.curvature == "l-obd":
             self.statistics = frozenset({"gram", "inputs"})
-        self.curve_label = None if self.writes_zeros else "loss per parameter"
+        own = "squared output error per parameter" if settings.curvature == "l-obd" else LOSS
+        self.curve_label = None if self.writes_zeros else own
         if settings.lora_steps:
             self.correction = Correction(settings.lora_steps, settings.lora_rank, settings.lora_rate)
 

@@ -32,7 +32,7 @@ def arguments(tiny: Callable[..., Path], text: Path, tmp_path: Path) -> list[str
 
 
 RESULT = (
-    "out recipe ratio_requested ratio_blocks ratio_model ratio_missed parameters_before parameters_after zeros operations "
+    "out recipe ratio_requested ratio_blocks ratio_model ratio_missed aim parameters_before parameters_after zeros operations "
     "forward_equivalents operations_by_kind sweeps_per_shot tokens seconds peak_device_bytes peak_host_bytes bytes_read "
     "waited resumed"
 )
@@ -272,7 +272,7 @@ SIZES = [
 
 
 def test_a_size_without_its_unit_is_refused() -> None:
-    assert {option for _, option in SIZES} == {"--memory", "--memory-host", "--disk"}
+    assert {option for _, option in SIZES} == {"--memory", "--memory-host", "--disk", "--fit"}
     for name, option in SIZES:
         words = [name, option, "12"]
         for parameter in main.commands[name].params:

@@ -114,7 +114,7 @@ class _Candidate:
     """A row to produce: a variant at a ratio, with its pruning job."""
 
     def __init__(self, variant: Variant, ratio: float, model: Path, folder: Path, common: dict[str, Any]) -> None:
-        self.variant, self.title = variant, f"{variant.label} at {ratio:g}"
+        self.variant, self.ratio, self.title = variant, ratio, f"{variant.label} at {ratio:g}"
         self.name = f"{variant.label}-{ratio}"
         self.out = folder / ROWS / self.name
         given = {"recipe": variant.recipe, "settings": variant.settings, "ratio": ratio, **common}
@@ -264,7 +264,7 @@ class _Work:
                 label=variant.label,
                 recipe=variant.recipe,
                 settings=dict(variant.settings),
-                ratio=candidate.job.request.ratio,
+                ratio=candidate.ratio,
                 perplexity=measured["perplexity"],
                 log_gap=math.log(measured["perplexity"]) - math.log(dense["perplexity"]),
                 out=str(out) if kept else None,

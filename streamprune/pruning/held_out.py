@@ -1,0 +1,73 @@
+"""Perplexity on held-out windows: windows of the calibration text that share few passages with those that were calibrated on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..model.skeleton import Skeleton
+from ..model.tokenizer import IGNORED
+from ..stream import sweep
+from ..stream.store import ActivationStore, temporary
+from ..system.progress import Progress, rest
+from ..text.windows import Windows
+from .streams import DENSE
+
+PASSAGE, SHARED = 16, 1 / 8
+"""Tokens of a passage, and the largest share of a held-out window's passages that calibration windows may have, such as templates."""
+DRAWN = 8
+"""Windows drawn for each one that is wanted."""
+_BASE, _MODULUS = 1_000_003, (1 << 31) - 1
+
+
+def disjoint(drawn: Windows, used: Windows, count: int, source: object) -> Windows:
+    """Return the first `count` of the windows `drawn` that have a prediction that counts and share few passages with `used`.
+
+    Args:
+        drawn, used: windows of equal lengths.
+        source: the text, for the message.
+
+    Raises:
+        CalibrationError: there are fewer.
+    """
+    length = min(PASSAGE, max(2, drawn.tokens.shape[1] // 2))
+    common = torch.isin(_passages(drawn.tokens, length), _passages(used.tokens, length)).double().mean(dim=1) > SHARED
+    empty = (drawn.labels[:, 1:] == IGNORED).all(dim=1)
+    (rows,) = (~(common | empty)).nonzero(as_tuple=True)
+    found = Windows(drawn.tokens[rows[:count]], drawn.labels[rows[:count]])
+    if len(found.tokens) < count:
+        raise CalibrationError(
+            f"{source} has too little text beside the calibration windows: {len(found.tokens)} of {count} held-out windows; give more "
+            "text, or lower samples or seq-len"
+        )
+    return found
+
+
+def _passages(windows: Tensor, length: int) -> Tensor:
+    """Return a hash of every `length` consecutive tokens: (windows, passages) int64."""
+    found = torch.zeros(len(windows), windows.shape[1] - length + 1, dtype=torch.int64)
+    for start in range(length):
+        found = (found * _BASE + windows[:, start : start + found.shape[1]] + 1) % _MODULUS
+    return found
+
+
+def perplexity(skeleton: Skeleton, windows: Windows, batch: int, folder: Path, progress: Progress) -> float:
+    """Return the perplexity of the predictions that count, streamed; `folder` holds activations meanwhile."""
+    depth = len(skeleton)
+    progress.phase("held-out windows", depth + 1)
+    with temporary(folder):
+        store = ActivationStore(
+            folder, (*windows.tokens.shape, skeleton.width), skeleton.dtype, skeleton.device, durable=False
+        )
+        sweep.embed(skeleton, windows.tokens, store, sweep.boundary(DENSE, 0), batch)
+        for index in sweep.forward(skeleton, store, DENSE, 0, depth, batch):
+            store.remove(sweep.boundary(DENSE, index))
+            progress.step(f"block {index}")
+            rest(progress)
+        loss, count = sweep.losses(skeleton, store, sweep.boundary(DENSE, depth), windows.labels, batch)
+    progress.step("head")
+    return math.exp(min(loss / count, 700.0))
