@@ -61,8 +61,7 @@ class Gram:
         Args:
             x: (..., n), any float dtype.
             y: (..., cross), any float dtype; required if the Gram has a cross sum, forbidden otherwise.
-            tokens: number of tokens the micro-batch counts as; None for its number of rows. If a router sends only some
-                tokens to a site, pass all of them, so that `mean` is per token of the model and sites are comparable.
+            tokens: number of tokens the micro-batch counts as; None for its number of rows.
         """
         assert (y is None) == (self.c is None)
         self.fed = x.dtype
@@ -97,12 +96,13 @@ class Gram:
     def mean(self, place: str) -> tuple[Tensor, Tensor | None]:
         """Normalise the sums per token, in place, and return H (n, n) and C (cross, n) or None. H is exactly symmetric.
 
-        The sums count as one token afterwards, so a second call changes nothing. Raises a NumericalError if they hold NaN or Inf.
+        The sums count as one token afterwards, so a second call changes nothing; without any token they stay zero. Raises a
+        NumericalError if they hold NaN or Inf.
         """
         # An input that is not finite, or too large to be squared and summed, shows on the diagonal.
         if not all_finite(self.h.diagonal()) or not (self.c is None or all_finite(self.c)):
             raise NumericalError(f"{place}: the Gram holds NaN or Inf{advice(self.fed)}")
-        tokens, self.tokens = self.tokens, 1
+        tokens, self.tokens = self.tokens or 1, 1
         return mirror_(self.h.div_(tokens)), None if self.c is None else self.c.div_(tokens)
 
 
@@ -191,6 +191,10 @@ _USERS: dict[str, frozenset[Statistic]] = {
 class SiteStatistics:
     """The sums of a survey at one site; only those that `wanted` needs. `width` is columns of the consumer per unit.
 
+    A router sends only some tokens to an expert, a share s. The mean loss of a change of its weight is
+    ``½ mean (gᵀ δW z)²`` over all tokens of the model, zero for the others. It is about ``½ tr(δWᵀ G δW H)`` if s counts once:
+    Grams of inputs are means over all tokens, and Grams of gradients over the tokens that reached the expert.
+
     Args:
         heads: query heads; 0 for an FFN, which has no attention maps.
         inputs: d, input width of the producers.
@@ -275,14 +279,13 @@ class SiteStatistics:
             dp: gradient of each producer's output, (sequences, tokens, rows) each, fused producers in their parts; empty if not
                 needed.
         """
-        tokens = None if origin is None else origin.tokens
         if self.mask is not None:
             self.mask.add(z, dz, scale, origin)
         if self.gradient is not None:
-            self.gradient.add(dy, tokens=tokens)
+            self.gradient.add(dy)
         for gram, gradient in zip(self.producers, dp, strict=False):
             if gram is not None:
-                gram.add(gradient, tokens=tokens)
+                gram.add(gradient)
 
 
 AddUp = Callable[[Tensor], None]  # sums a tensor over all workers, in place

@@ -56,7 +56,7 @@ class Default(ObsRecipe[DefaultSettings]):
 
         Args:
             surveyed: its statistics hold the Gram H (n, n) and, if `weighted`, G (d_out, d_out); both are sums until
-                `mean` normalises them per token.
+                `mean` normalises them (see `SiteStatistics`).
 
         Returns:
             ``costs`` (units,) float64, ascending. The last entry repeats the one before: the last unit is never removed.

@@ -79,7 +79,7 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
         """Return the site's Kronecker factors and what the threshold needs: unit costs, or histograms of weight costs.
 
         Returns:
-            The factors that `reconstruct` reads (`_needed`), normalised per token: ``a`` (d, d) of the producers' input,
+            The factors that `reconstruct` reads (`_needed`), normalised (see `SiteStatistics`): ``a`` (d, d) of the producers' input,
             ``a.consumer`` (n, n) of the consumer's input, ``g.i`` (rows, rows) of the gradient of producer i's output,
             ``g.consumer`` (d_out, d_out) of the gradient of the consumer's output. For units, also ``costs`` (units,)
             float64; for weights, also ``histogram.i`` (see `masks.histograms`); for rows and columns ``lines.i``
@@ -211,7 +211,7 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
 
         Args:
             w: (rows, columns); for a producer, its transpose.
-            factor: (columns, columns), normalised per token.
+            factor: (columns, columns), normalised.
             kept: (k,) int64.
         """
         site, device = problem.site, w.device

@@ -58,7 +58,7 @@ class Linear:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Damped G and A: K-OBD's are diagonal, and L-OBD's G is the identity."""
-        g, a = (x.T @ x / len(x) for x in (self.gradients, self.inputs))
+        g, a = self.gradients.T @ self.gradients / self.reached, self.inputs.T @ self.inputs / len(self.inputs)
         if self.curvature != "full":
             g, a = (torch.diag(each.diagonal()) for each in (g, a))
         g = torch.eye(len(g), dtype=g.dtype) if self.curvature == "l-obd" else g
@@ -67,8 +67,13 @@ class Linear:
     def loss(self, left: Tensor, right: Tensor) -> float:
         """``tr(G L A Rᵀ)`` of two changes, without damping: with one twice, double the loss it adds."""
         return float(((self.gradients @ left) * (self.gradients @ right @ self.inputs.T @ self.inputs)).sum()) / (
-            len(self.gradients) * len(self.inputs)
+            self.reached * len(self.inputs)
         )
+
+    @property
+    def reached(self) -> int:
+        """Tokens that reach an expert: the inputs of the others are zero."""
+        return len(self.inputs) if self.site.expert is None else int(self.inputs.any(dim=1).sum())
 
     def element_costs(self) -> Tensor:
         """Eq. 10, first term."""
