@@ -224,7 +224,7 @@ def test_eval_and_inspect(arguments: list[str], text: Path, tmp_path: Path) -> N
     assert "removed by default" in invoke("run", *arguments).stdout
     out = str(tmp_path / "out")
     measured = json.loads(invoke("eval", out, "--text", str(text), "--seq-len", "24", "--json").stdout)
-    assert list(measured) == ["perplexity", "tokens", "seq_len", "bos", "protocol"]
+    assert list(measured) == ["perplexity", "tokens", "seq_len", "bos", "loss_on", "windows", "protocol"]
     assert measured["tokens"] == 3000 // 24 * 23
     shown = invoke("eval", arguments[0], "--text", str(text)).stdout
     assert re.match(r"perplexity \d+\.\d+\n\(whole text tokenised", shown)
