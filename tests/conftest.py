@@ -216,6 +216,16 @@ TINY: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "gemma4-e": {  # keys and values that a later block reads too, inputs per block
+        "model_type": "gemma4_text",
+        **GATED,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": 40,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention"] * 3,
+    },
     "cohere": {"model_type": "cohere", **GATED, "logit_scale": 0.5},  # both sublayers read one norm
     "gpt2": {"model_type": "gpt2", "n_inner": 48},
     "opt": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},

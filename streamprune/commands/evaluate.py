@@ -159,7 +159,7 @@ def through_blocks(
         buckets = []
         for tokens in groups:
             length, share = tokens.shape[1], held * tokens.numel() // total
-            shape = (len(tokens), length, skeleton.width)
+            shape = (len(tokens), length, skeleton.stream_width)
             store = ActivationStore(
                 folder / str(length), shape, skeleton.dtype, skeleton.device, durable=False, stored=stored, memory=share
             )

@@ -124,7 +124,7 @@ class JobFolder:
         skeleton = self.sources[0]
         return ActivationStore(
             self._rank_cache / folder,
-            (samples, length, skeleton.width),
+            (samples, length, skeleton.stream_width),
             skeleton.dtype,
             self.device,
             durable=True,

@@ -75,7 +75,10 @@ class SublayerEntry:
     shared: SublayerEntry | None = None
     """The shared experts beside the routed ones, as an FFN that reads the same input; None if there are none."""
     whole: bool = False
-    """Whether this is the whole block, because its parts do not have the form above. It then has no site."""
+    """Whether transformers' block itself computes it, because its parts do not have the form above. It then has no site."""
+    silent: tuple[tuple[str, int], ...] = ()
+    """Modules that give zero meanwhile, because earlier sublayers compute them: each with the number of values it returns, 0 for a
+    tensor. If there are none, the sublayer is the whole block."""
     repeats: bool = False  # whether the cache stores a key and a value per query head rather than per unit
 
     def expert(self, number: int) -> SublayerEntry:

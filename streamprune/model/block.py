@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from ..system.host import host_copy
 from . import upstream
 from .architectures import SublayerEntry
 from .modeling_streamprune import Experts, count, set_count
+from .side_inputs import Part, SideInputs
 from .site import Site
 
 Arguments = Mapping[str, Any]  # arguments that the model's forward passes to a block besides the hidden states
@@ -86,6 +87,13 @@ class Layer:
                 return apart[path].get_submodule(name[len(path) + 1 :])
         return modules.get_submodule(name)
 
+    def rest(self, silent: Sequence[tuple[str, int]]) -> nn.Module:
+        """Return the block with some modules that give zero (see `SublayerEntry.silent`); it shares all others."""
+        block = self._modules[0]
+        for name, outputs in silent:
+            block = _replaced(block, name, _Silent(outputs))
+        return block
+
     def given(self, name: str) -> tuple[Tensor, ...]:
         """Return what the module that stands in at a place was given, and forget it."""
         module = self._modules[0].get_submodule(name)
@@ -136,6 +144,8 @@ class Mixed:
     factors: tuple[Tensor, ...] = ()
     """In a mixture of experts, what the output of each site is multiplied by: (sequences, tokens, 1) or (rows, 1)."""
     shape: tuple[int, int] = (0, 0)  # (sequences, tokens); only set with experts
+    taken: Sequence[tuple[Part, Tensor]] = ()
+    """What the mixer put into its arguments for later blocks; see `SideInputs.taken`."""
 
     def of(self, number: int, x: Tensor) -> Tensor:
         """Return the rows of `x` (sequences, tokens, d) that are routed to a site, (rows, d); all of `x` without a router."""
@@ -178,6 +188,27 @@ def stand_in(block: nn.Module, parts: Sequence[str]) -> dict[str, nn.Module]:
     return found
 
 
+class _Silent(nn.Module):
+    """Takes the place of a module: gives zeros of its input's shape, as the first of `outputs` values, or alone if that is 0."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        zeros = torch.zeros_like(next(each for each in (*arguments, *named.values()) if isinstance(each, Tensor)))
+        return (zeros, *[None] * (self.outputs - 1)) if self.outputs else zeros
+
+
+def _replaced(module: nn.Module, name: str, other: nn.Module) -> nn.Module:
+    """Return a module that shares everything with another one except the module at a path."""
+    found = copy.copy(module)
+    leaf, _, path = name.partition(".")
+    inner = _replaced(found.get_submodule(leaf), path, other) if path else other
+    found._modules = {**module._modules, leaf: inner}
+    return found
+
+
 class Block:
     """One block with its weights, and its sublayers in execution order. It has no reference cycles, so its memory is freed with the
     last reference.
@@ -192,7 +223,7 @@ class Block:
         return self._layer.weights
 
     def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
-        """Run the block: (sequences, tokens, d) → same shape."""
+        """Run the block on the stream: (sequences, tokens, width) → same shape."""
         entered = x
         for sublayer in self.sublayers:
             x = sublayer(x, entered, arguments)
@@ -289,9 +320,10 @@ class Block:
     def twin(self) -> Block:
         """Return a copy that shares all tensors until one of the two replaces them."""
         layer = self._layer.twin()
-        return Block(
-            layer, [Sublayer(layer, s.entry, [(p.site, p.entry) for p in s.prunables], s.block) for s in self.sublayers]
-        )
+        sublayers = [
+            Sublayer(layer, s.entry, [(p.site, p.entry) for p in s.prunables], s.block, s.side) for s in self.sublayers
+        ]
+        return Block(layer, sublayers)
 
 
 class Sublayer:
@@ -301,18 +333,24 @@ class Sublayer:
     """
 
     def __init__(
-        self, layer: Layer, entry: SublayerEntry, places: Sequence[tuple[Site, SublayerEntry]], block: int
+        self,
+        layer: Layer,
+        entry: SublayerEntry,
+        places: Sequence[tuple[Site, SublayerEntry]],
+        block: int,
+        side: SideInputs,
     ) -> None:
-        self.layer, self.entry, self.block = layer, entry, block
+        self.layer, self.entry, self.block, self.side = layer, entry, block, side
         self.prunables = [Prunable(layer, own, site, number) for number, (site, own) in enumerate(places)]
         self._norm, self._branch_norm, self._sum_norm = (
             layer.module(name) if name else None for name in (entry.norm, entry.branch_norm, entry.sum_norm)
         )
-        self._mixer = [layer.module(name) for name in entry.mixer]
+        self._mixer = [layer.rest(entry.silent)] if entry.whole else [layer.module(name) for name in entry.mixer]
 
     def __call__(self, x: Tensor, entered: Tensor, arguments: Arguments) -> Tensor:
-        """Return the stream after this sublayer, given the stream before it and the block's input; all (sequences, tokens, d)."""
-        return self.output(x, self.mix(self.normed(self.source(x, entered)), arguments))
+        """Return the stream after this sublayer, given the stream before it and the block's input; all (sequences, tokens, width)."""
+        source = self.source(x, entered)
+        return self.output(x, self.mix(self.normed(source), self.side.arguments(source, arguments)))
 
     @property
     def name(self) -> str:
@@ -323,23 +361,25 @@ class Sublayer:
         return entered if self.entry.parallel else x
 
     def normed(self, x: Tensor) -> Tensor:
-        """Return the input of the producers: (sequences, tokens, d) → same shape."""
+        """Return the input of the producers from the stream: (sequences, tokens, width) → (sequences, tokens, d)."""
+        x = self.side.hidden(x)
         u = x if self._norm is None else self._norm(x)
         return u if self.entry.factor == 1.0 else u * self.entry.factor
 
     def mix(self, u: Tensor, arguments: Arguments, chosen: Sequence[int] | None = None) -> Mixed:
         """Compute the inputs of the consumers from the input `u` (sequences, tokens, d) of the producers.
 
-        `chosen` are the experts to run; the inputs of the others are empty.
+        `arguments` are the block's, with side inputs (`SideInputs.arguments`). `chosen` are the experts to run; the inputs of the others are empty.
         """
+        given = fresh(arguments)
         if self.entry.whole:
-            return Mixed((_first(self._mixer[0](u, **fresh(arguments))),))
+            return Mixed((_first(self._mixer[0](u, **given)),), taken=self.side.taken(arguments, given))
         shape = u.shape[0], u.shape[1]
-        mixed = _first(self._mixer[0](u, **self._passed(arguments)))
+        mixed = _first(self._mixer[0](u, **self._passed(given)))
         for module in self._mixer[1:]:
             mixed = module(mixed)
         if self.entry.experts is None:
-            return Mixed((mixed.view(*shape, -1),))
+            return Mixed((mixed.view(*shape, -1),), taken=self.side.taken(arguments, given))
         hidden, index, weights = self.layer.given(self.entry.experts)
         # See `StandIn`.
         routed, *shared = torch.split(mixed.flatten(0, -2)[:, : len(self.entry.parts)], 1, dim=1)
@@ -362,11 +402,8 @@ class Sublayer:
         return Mixed(tuple(z), tuple(rows), tuple(factors), shape)
 
     def _passed(self, arguments: Arguments) -> dict[str, Any]:
-        """Return the arguments of the first mixer besides its input. What one block writes to a mapping is for no other block."""
-        passed = {name: arguments[given] for name, given in self.entry.arguments if given in arguments}
-        return {
-            name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in passed.items()
-        }
+        """Return the arguments of the first mixer besides its input."""
+        return {name: arguments[given] for name, given in self.entry.arguments if given in arguments}
 
     def produce(self, u: Tensor, arguments: Arguments) -> tuple[Mixed, list[list[Tensor]]]:
         """Like `mix`, but also return the outputs of each site's producers: (sequences, tokens, rows), or (tokens of the expert, rows)."""
@@ -384,11 +421,11 @@ class Sublayer:
     def attend(self, u: Tensor, arguments: Arguments) -> Tensor:
         """Compute attention maps: (sequences, tokens, d) → (sequences, heads, tokens, tokens), rows sum to 1.
 
-        `u` is the input of the producers, `arguments` a result of `Skeleton.arguments` with ``maps=True``.
+        `u` is the input of the producers, `arguments` a result of `Skeleton.arguments` with ``maps=True``, with side inputs.
         """
         assert self.entry.kind == "attention"
         with upstream.eager_attention(self._mixer[0].config):
-            maps: Tensor = self._mixer[0](u, **self._passed(arguments))[1]
+            maps: Tensor = self._mixer[0](u, **self._passed(fresh(arguments)))[1]
         return maps
 
     def consume(self, mixed: Mixed) -> Tensor:
@@ -403,10 +440,18 @@ class Sublayer:
             total = total.index_add_(0, tokens, each) if tokens is not None else total + each.flatten(0, 1)
         return total.view(*mixed.shape, -1)
 
-    def join(self, x: Tensor, o: Tensor) -> Tensor:
-        """Return the stream after this sublayer, given the stream `x` before it and the consumers' output `o`, same shape."""
-        if self.entry.whole:
-            return o
+    def join(self, x: Tensor, o: Tensor, taken: Iterable[tuple[Part, Tensor]] = ()) -> Tensor:
+        """Return the stream after this sublayer (sequences, tokens, width).
+
+        Args:
+            x: the stream before it (sequences, tokens, width).
+            o: the consumers' output (sequences, tokens, d).
+            taken: see `Mixed`.
+        """
+        return self.side.put(x, o if self.entry.whole else self._added(self.side.hidden(x), o), taken)
+
+    def _added(self, x: Tensor, o: Tensor) -> Tensor:
+        """Return the hidden states `x` (sequences, tokens, d) with the consumers' output `o`, same shape, added."""
         if self._branch_norm is not None:
             o = self._branch_norm(o)
         y = x + (o if self.entry.scale == 1.0 else o * self.entry.scale)
@@ -414,15 +459,15 @@ class Sublayer:
         return y if self.entry.sum_scale is None else y * self.layer.tensor(self.entry.sum_scale)
 
     def lacking(self, missing: Tensor) -> Tensor | float:
-        """Return the change of the consumers' output that changes the stream by `missing` (sequences, tokens, d).
+        """Return the change of the consumers' output that changes the stream by `missing` (sequences, tokens, width).
 
         Zero if a norm follows the consumer: a change of the norm's output does not translate into a change of its input.
         """
-        return 0.0 if self._branch_norm is not None else missing / self.entry.scale
+        return 0.0 if self._branch_norm is not None else self.side.hidden(missing) / self.entry.scale
 
     def output(self, x: Tensor, mixed: Mixed) -> Tensor:
         """Return the stream after this sublayer, given the stream `x` before it and the inputs of the consumers."""
-        return self.join(x, self.consume(mixed))
+        return self.join(x, self.consume(mixed), mixed.taken)
 
     def release(self) -> None:
         """Free the weights of the mixers, consumers and experts. The sublayer cannot run afterwards."""

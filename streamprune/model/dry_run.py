@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from ..maths.flops import FlopCounter, counted
 from ..maths.live import FusedAttention, LiveBytes
 from .architectures import SublayerEntry
 from .block import Arguments, fresh, stand_in
+from .experts import experts_of
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,46 @@ def measure(
     if len(found) < len(entries):
         return None
     return Ran(counter.total - 2 * tokens * weights, tuple(found[number] for number in range(len(entries))))
+
+
+@torch.no_grad()
+def sharing(
+    blocks: Sequence[nn.Module], arguments: Sequence[Arguments], tokens: int, width: int
+) -> Iterator[tuple[dict[tuple[str, Any], Any], set[tuple[str, Any]]]]:
+    """Run blocks one after the other, without their experts; yield what each puts into mappings among its arguments, and reads there.
+
+    Args:
+        arguments: of each block, for one sequence of `tokens` tokens. Mappings that several blocks receive are the same object.
+        width: residual width, d.
+
+    Yields:
+        New values, tuples of tensors on the meta device, by argument and key; arguments and keys that were read.
+    """
+    meta, copies = torch.device("meta"), dict[int, _Watched]()
+    for block, given in zip(blocks, arguments, strict=True):
+        dtype, copied = next(block.parameters()).dtype, copy.deepcopy(block).to(meta)
+        stand_in(copied, list(experts_of(copied)))
+        mappings = {name: value for name, value in given.items() if isinstance(value, MutableMapping)}
+        passed = {name: moved(value, meta, dtype) for name, value in given.items() if name not in mappings}
+        watched = {name: copies.setdefault(id(value), _Watched(value)) for name, value in mappings.items()}
+        before = {name: {**each} for name, each in watched.items()}
+        for each in watched.values():
+            each.read = set()
+        copied(torch.empty((1, tokens, width), device=meta, dtype=dtype), **passed, **watched)
+        yield (
+            {(n, key): v for n, each in watched.items() for key, v in each.items() if before[n].get(key) is not v},
+            {(name, key) for name, each in watched.items() for key in each.read},
+        )
+
+
+class _Watched(dict[Any, Any]):
+    """A mapping that notes which keys are read."""
+
+    read: set[Any]
+
+    def __getitem__(self, key: Any) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
 
 
 def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -31,7 +31,11 @@ WHOLE = SublayerEntry(kind="block", mixer=("",), whole=True)
 
 
 def infer(
-    block: nn.Module, arguments: Mapping[str, Any], width: int, tried: Mapping[str, Any]
+    block: nn.Module,
+    arguments: Mapping[str, Any],
+    width: int,
+    tried: Mapping[str, Any],
+    shares: Collection[str] = frozenset(),
 ) -> tuple[SublayerEntry, ...]:
     """Return the sublayers of a block, in execution order.
 
@@ -40,13 +44,19 @@ def infer(
         arguments: what the model's forward passes to it besides the hidden states, on the meta device, for one token.
         width: residual width, d.
         tried: the same arguments for one sequence of `TOKENS` tokens, on the CPU, floating-point tensors in float32.
+        shares: arguments through which the block gives something to later blocks: what receives them must stay as it is.
     """
     experts = experts_of(block)
     stand_in(block, list(experts))
     try:
         graph = trace(block, arguments, width)
-        entries = [*_arranged(block, *graph, experts)]
-        return tuple(_with_sites(block, *each, graph[2], experts, width, tried) for each in entries)
+        entered, left, calls, given = graph
+        return tuple(
+            entry
+            if entry.whole or {*shares} & {argument for _, argument in entry.arguments}
+            else _with_sites(block, entry, branch, calls, experts, width, tried)
+            for entry, branch in _arranged(block, entered, left, calls, given, experts)
+        )
     except Unknown:
         return (WHOLE,)
     finally:
@@ -87,13 +97,54 @@ def _arranged(
 ) -> Iterator[tuple[SublayerEntry, Node]]:
     """Yield the sublayers whose outputs add up to the block's output, without their sites, each with its branch.
 
-    Raises Unknown if something else contributes to the output.
+    What follows the last one of known form is left to the block itself. Raises Unknown if there is none of known form.
     """
     left = inside(left)
-    order = {id(call): number for number, call in enumerate(calls)}
-    used = set[str]()
     states: list[set[int]] = [{id(entered)}]  # the terms of the stream before each sublayer
     arranged = list[tuple[SublayerEntry, Node]]()
+    try:
+        _arrange(block, entered, left, calls, arguments, experts, states, arranged)
+    except Unknown:
+        arranged.append((_rest(entered, left, calls, states[-1], [entry for entry, _ in arranged]), left))
+    yield from arranged
+
+
+def _rest(
+    entered: Node, left: Node, calls: Sequence[Call], state: set[int], before: Sequence[SublayerEntry]
+) -> SublayerEntry:
+    """Return the entry of what a block computes from the stream with the terms `state`, after the sublayers `before`.
+
+    Raises Unknown if it reads anything else, or if the sublayers before do not simply add to the stream.
+    """
+    sums = {id(node) for node in ancestors(left, {id(entered)}) if node.call is None and _terms(entered, node) == state}
+    read = [*ancestors(left, sums)]
+    own = [
+        call
+        for call in calls
+        if any(node.call is call for node in read) and any(True for _ in call.module.parameters())
+    ]
+    names = [name for entry in before for name in (*entry.mixer, entry.branch_norm, entry.beside) if name]
+    simple = all(entry.sum_norm is None and entry.sum_scale is None for entry in before)
+    if not (before and sums and own and simple) or entered in read or {call.name for call in own} & {*names}:
+        raise Unknown("something else contributes to the output")
+    outputs = {call.name: call.outputs for call in calls}
+    mixer = tuple(call.name for call in own)
+    return replace(WHOLE, mixer=mixer, silent=tuple((name, outputs[name]) for name in names))
+
+
+def _arrange(
+    block: nn.Module,
+    entered: Node,
+    left: Node,
+    calls: Sequence[Call],
+    arguments: Mapping[str, Any],
+    experts: Collection[str],
+    states: list[set[int]],
+    arranged: list[tuple[SublayerEntry, Node]],
+) -> None:
+    """Append the sublayers to `arranged`, and the terms of the stream after each to `states`, up to where Unknown is raised."""
+    order = {id(call): number for number, call in enumerate(calls)}
+    used = set[str]()
     for terms, after in _sums(entered, left):
         if after is not None and len(terms) != 1:
             raise Unknown("a norm follows several additions")
@@ -150,7 +201,6 @@ def _arranged(
                 raise Unknown(f"{call.name} reads an earlier state of the stream")
             arranged[-1] = replace(mixture, beside=other.mixer[0]), output
             states[-1] |= gained
-    yield from arranged
 
 
 def _sums(entered: Node, node: Node) -> list[tuple[list[tuple[Node, float]], Node | None]]:

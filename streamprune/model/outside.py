@@ -6,8 +6,9 @@ No masking or position code is duplicated here: embeddings, positions and masks 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CheckpointError, NumericalError, one_line
 from ..maths.flops import counted
 from ..maths.refit import advice, all_finite
-from . import upstream
+from . import dry_run, side_inputs, upstream
 from .architectures import Architecture, family_of
 from .block import Arguments, place
 from .checkpoint import Checkpoint
 from .dry_run import matrix_elements
 from .names import CONFIG
+from .side_inputs import Part, Shared, SideInputs
+from .trial import TOKENS
 
 
 class Outside:
@@ -58,9 +61,15 @@ class Outside:
         self._where = f"{checkpoint.directory}/{CONFIG}"
         self._config, self._ties, self._renamed = config, upstream.ties_head(model), family_of(model_type).stored
         self._arguments: OrderedDict[tuple[int, int, int, bool], list[Arguments]] = OrderedDict()
-        self._slots = [upstream.Recorder(block) for block in model.get_submodule(blocks).children()]
+        templates = [*model.get_submodule(blocks).children()]
+        self._slots = [upstream.Recorder(block) for block in templates]
         self._base = model.get_submodule(blocks.rpartition(".")[0])
         model.set_submodule(blocks, nn.ModuleList(self._slots))
+        held = [id(parameter) for block in templates for parameter in block.parameters()]
+        if len({*held}) < len(held):
+            raise CheckpointError(
+                f"{self._where}: the blocks of {model_type} models share weights: this is not supported"
+            )
         order = self._called(model_type, blocks)
         before, behind = order[: order.index("first")], order[len(order) - order[::-1].index("last") :]
         self.architecture = self._arranged(model, model_type, blocks, before, behind)
@@ -81,6 +90,8 @@ class Outside:
         """Names of the linears outside the blocks."""
         for name in {*behind} - {*before}:  # they only follow the blocks
             model.set_submodule(name, nn.Identity())
+        self.side_inputs = self._find_side_inputs(templates, f"{self._where}: the blocks of {model_type} models")
+        """What each block reads besides hidden states, and gives to later blocks."""
         # The rest of the model is its head, including any post-processing of logits.
         passed = blocks.partition(".")[0] if wrapped else self.architecture.base
         model.set_submodule(passed, upstream.PassThrough(model.get_submodule(passed)))
@@ -95,11 +106,6 @@ class Outside:
         if found := [name for name, _ in self._base.named_parameters(recurse=False)]:
             raise CheckpointError(
                 f"{self._where}: {model_type} models have {found[0]} beside their blocks, which is not supported"
-            )
-        if getattr(self._config, "num_kv_shared_layers", 0):
-            raise CheckpointError(
-                f"{self._where}: num_kv_shared_layers is {self._config.num_kv_shared_layers}; blocks that use the keys and values "
-                "of earlier blocks are not supported"
             )
         order: list[str] = []
         watched = {**own, "first": self._slots[0], "last": self._slots[-1]}
@@ -134,15 +140,48 @@ class Outside:
         given = [dict(slot.arguments) for slot in self._slots]
         with torch.no_grad(), counted(0), self._filled(embed, self._varied):
             self._base(input_ids=ids + 1, use_cache=False)
-        for slot, before in zip(self._slots, given, strict=True):
+        self._dependent: list[list[str]] = [[] for _ in self._slots]
+        """Names of the arguments of each block that depend on the tokens."""
+        for slot, before, names in zip(self._slots, given, self._dependent, strict=True):
             for name, value in slot.arguments.items():
                 what = f"the blocks of {model_type} models read {name}, which"
                 if any(isinstance(each, upstream.Returned) for each in tree_leaves(value)):
                     raise CheckpointError(f"{self._where}: {what} earlier blocks return: this is not supported")
-                for then, now in zip(tree_leaves(before.get(name)), tree_leaves(value), strict=False):
-                    if isinstance(now, Tensor) and not (isinstance(then, Tensor) and _same(then, now)):
-                        raise CheckpointError(f"{self._where}: {what} depends on the tokens: this is not supported")
+                if not _differ(before.get(name), value):
+                    continue
+                if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape[:-1] == ids.shape):
+                    raise CheckpointError(f"{self._where}: {what} depends on the tokens: this is not supported")
+                names.append(name)
         return order
+
+    def _find_side_inputs(self, blocks: Sequence[nn.Module], what: str) -> list[SideInputs]:
+        """Give columns of the stream to all that blocks read of the tokens, or put into mappings. `what` names the blocks in errors."""
+        d = width = int(self._config.hidden_size)
+        arguments, places, known = self.collect(1, TOKENS), dict[int, Part](), dict[tuple[str, Any], Shared]()
+        found = list[SideInputs]()
+
+        def part(shape: Sequence[int]) -> Part:
+            nonlocal width
+            each = Part(width, tuple(shape))
+            width = each.columns.stop
+            return each
+
+        maps = any(isinstance(value, MutableMapping) for given in arguments for value in given.values())
+        sharing = [*dry_run.sharing(blocks, arguments, TOKENS, d)] if maps else [({}, set())] * len(blocks)
+        for index, (given, names) in enumerate(zip(arguments, self._dependent, strict=True)):
+            for name in names:
+                if id(given[name]) not in places:  # blocks that receive the same tensor share its columns
+                    places[id(given[name])] = part(given[name].shape[2:])
+            shared = tuple(known.values())
+            values = {pair: each for pair, each in sharing[index][0].items() if _is_read(pair, sharing[index + 1 :])}
+            for (name, key), tensors in values.items():
+                shapes = [tuple(each.shape) if isinstance(each, Tensor) else () for each in tensors]
+                if any(len(shape) != 4 or (shape[0], shape[2]) != (1, TOKENS) for shape in shapes):
+                    raise CheckpointError(f"{what} share {name}, whose form is not known: this is not supported")
+                known[name, key] = Shared(name, key, tuple(part((heads, size)) for _, heads, _, size in shapes))
+            written = tuple(known[pair] for pair in values)
+            found.append(SideInputs(d, 0, tuple((name, places[id(given[name])]) for name in names), shared, written))
+        return [replace(each, width=width) for each in found]
 
     @staticmethod
     def _arranged(
@@ -167,7 +206,7 @@ class Outside:
         return upstream.attention(self._base.config) == "eager"
 
     def arguments(self, sequences: int, tokens: int, past: int = 0, *, maps: bool = False) -> list[Arguments]:
-        """Return the arguments that the model's forward passes to each block for a batch (sequences, tokens).
+        """Return the arguments that the model's forward passes to each block for a batch (sequences, tokens), except side inputs.
 
         Args:
             past: number of preceding tokens in the cache.
@@ -178,7 +217,10 @@ class Outside:
         """
         key = sequences, tokens, past, maps
         if key not in self._arguments:
-            found = self.collect(*key)
+            found: list[Arguments] = [
+                {name: value for name, value in given.items() if name not in names}  # the stream has them
+                for given, names in zip(self.collect(*key), self._dependent, strict=True)
+            ]
             # Blocks of the same kind share their tables.
             given = [tree_leaves(arguments.get("position_embeddings")) for arguments in found]
             tables = {table for each in given for table in each if isinstance(table, Tensor)}
@@ -193,7 +235,7 @@ class Outside:
         return self._arguments[key]
 
     def collect(self, sequences: int, tokens: int, past: int = 0, maps: bool = False) -> list[Arguments]:
-        """Return the same without checks, and without keeping them."""
+        """Return the same with arguments that depend on the tokens, without checks, and without keeping them."""
         attention = upstream.eager_attention(self._base.config) if maps else nullcontext()
         # Not counted, because results are cached and a repeat depends on earlier calls.
         with attention, counted(0), self._filled(self._embed, self._blank):
@@ -202,13 +244,16 @@ class Outside:
 
     @contextmanager
     def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield a function from token ids (sequences, tokens) int64 to the first block's input (sequences, tokens, d)."""
+        """Yield a function from token ids (sequences, tokens) int64 to the first block's input (sequences, tokens, width).
+
+        It is the stream: hidden states and side inputs, see `side_inputs`.
+        """
         with self._filled(self._embed, self._read):
-            yield partial(self._embedded, past=past)
+            yield partial(self._streamed, past=past)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield a function from the last block's output (..., d) to logits (..., vocabulary)."""
+        """Yield a function from the last block's output (..., width) to logits (..., vocabulary)."""
         with self._filled(self._after, self._read):
             yield self._logits
 
@@ -265,11 +310,19 @@ class Outside:
         return {name: tuple(tensor.shape) for _, _, tensor, name in leaves}
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        hidden = self.side_inputs[-1].hidden(hidden)
         *final, _ = self._after.values()
         for module in final:
             hidden = module(hidden)
         found: Tensor = self._head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
         return found.view(*hidden.shape[:-1], -1)
+
+    def _streamed(self, ids: Tensor, past: int) -> Tensor:
+        hidden = self._embedded(ids, past)
+        given = [slot.arguments for slot in self._slots]
+        for slot in self._slots:
+            slot.arguments = {}
+        return side_inputs.first(hidden, self.side_inputs, given)
 
     def _embedded(self, ids: Tensor, past: int = 0) -> Tensor:
         cache = {upstream.cache_argument(type(self._base).forward): upstream.Past(past)} if past else {}
@@ -315,6 +368,24 @@ class Outside:
             for path, module in modules.items()
             for leaf, tensor in module.state_dict().items()
         ]
+
+
+def _is_read(pair: Any, later: Sequence[tuple[Mapping[Any, Any], Collection[Any]]]) -> bool:
+    """Return whether later blocks read an entry of a mapping before one replaces it; see `dry_run.sharing`."""
+    for put, read in later:
+        if pair in read:
+            return True
+        if pair in put:
+            break
+    return False
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Return whether the tensors in two values of an argument differ."""
+    return any(
+        isinstance(now, Tensor) and not (isinstance(then, Tensor) and _same(then, now))
+        for then, now in zip(tree_leaves(one), tree_leaves(other), strict=False)
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -55,7 +55,8 @@ def prove(skeleton: Skeleton) -> None:
 def _difference(skeleton: Skeleton, index: int, template: nn.Module) -> tuple[float, float]:
     """Return the norms of the difference between a rebuilt block's output and that of `template`, and of what it adds to the stream."""
     device, dtype = skeleton.device, accumulator(skeleton.dtype)
-    x = torch.randn((1, TOKENS, skeleton.width), generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
+    side, shape = skeleton.side_inputs[index], (1, TOKENS, skeleton.stream_width)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
     weights = {name: tensor.to(dtype) for name, tensor in skeleton.read_block(index).items()}
     arguments = {name: moved(each, device, dtype) for name, each in skeleton.arguments(1, TOKENS)[index].items()}
     own = skeleton.build_block(index, weights, dtype=dtype)(x, arguments)
@@ -67,6 +68,8 @@ def _difference(skeleton: Skeleton, index: int, template: nn.Module) -> tuple[fl
         elif path in (entry.experts for entry in skeleton.entries[index]):
             place(stock, name, modeling.fused(stock.get_submodule(path), path, leaf, weights).to(device))
     with upstream.eager_experts(stock):
-        wanted = stock(x, **fresh(arguments))
-    wanted = wanted[0] if isinstance(wanted, tuple | list) else wanted
+        before = side.arguments(x, arguments)
+        after = fresh(before)
+        wanted = stock(side.hidden(x), **after)
+    wanted = side.put(x, wanted[0] if isinstance(wanted, tuple | list) else wanted, side.taken(before, after))
     return float((own - wanted).norm()), float((wanted - x).norm())

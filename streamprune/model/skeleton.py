@@ -21,7 +21,7 @@ from ..system.machine import resolve_dtype
 from . import dry_run, experts, upstream
 from . import modeling_streamprune as modeling
 from .architectures import FAMILIES, SublayerEntry, family_of, is_stock
-from .block import Block, Layer, Sublayer, linear_shape
+from .block import Arguments, Block, Layer, Sublayer, linear_shape
 from .checkpoint import UNREAD, Checkpoint
 from .config import OURS, check_names, check_widths, read_configuration
 from .dry_run import Measured, Ran, matrix_elements, moved
@@ -100,7 +100,7 @@ class Skeleton:
             device=self.device,
             dtype=self.dtype,
         )
-        self.architecture = self.outside.architecture
+        self.architecture, self.side_inputs = self.outside.architecture, self.outside.side_inputs
         self.arguments, self.embedding, self.head = self.outside.arguments, self.outside.embedding, self.outside.head
         if check:
             self._raise_faults(self.outside.expected())
@@ -154,16 +154,21 @@ class Skeleton:
                 for field, value in sorted(vars(module).items())
                 if type(value) in (bool, int, float, str) and not field.endswith(("idx", "layer_id", "layer_number"))
             )
-            key = config, shapes, kinds, settings, tuple((name, value is None) for name, value in one.items())
+            shares = frozenset(each.argument for each in self.side_inputs[index].written)
+            key = config, shapes, kinds, settings, tuple((name, value is None) for name, value in one.items()), shares
             if kept and key not in seen:
                 self.stock_blocks[index] = copy.deepcopy(template)
             seen.add(key)
             if key not in _KNOWN:
-                dtype = next(template.parameters()).dtype
-                given = {name: moved(value, meta, dtype) for name, value in one.items()}
+                dtype, side = next(template.parameters()).dtype, self.side_inputs[index]
+                stream = torch.empty((1, 1, side.width), device=meta, dtype=dtype)
+                given = side.arguments(stream, {name: moved(value, meta, dtype) for name, value in one.items()})
                 several = self.outside.collect(1, TOKENS)[index]
-                tried = {name: moved(value, cpu, torch.float32) for name, value in several.items()}
-                _KNOWN[key] = infer(template, given, self.width, tried)
+                stream = torch.rand((1, TOKENS, side.width), generator=torch.Generator().manual_seed(0))
+                tried = side.arguments(
+                    stream, {name: moved(value, cpu, torch.float32) for name, value in several.items()}
+                )
+                _KNOWN[key] = infer(template, given, self.width, tried, shares)
             found.append(_KNOWN[key])
         while len(_KNOWN) > 256:
             _KNOWN.popitem(last=False)
@@ -195,6 +200,11 @@ class Skeleton:
     def width(self) -> int:
         """Residual width, d."""
         return int(self.config.hidden_size)
+
+    @property
+    def stream_width(self) -> int:
+        """Columns of the stream: `width`, and those of side inputs (see `side_inputs`)."""
+        return self.side_inputs[0].width
 
     @property
     def vocabulary(self) -> int:
@@ -303,7 +313,8 @@ class Skeleton:
         for index, entries in enumerate(self.entries):
             for entry in entries:
                 given = {name for _, name in entry.arguments} & {*upstream.CACHES}
-                if entry.whole or (given and entry.kind != "attention"):
+                whole = entry.whole and not entry.silent
+                if whole or self.side_inputs[index].shared or (given and entry.kind != "attention"):
                     return f"{self.architecture.blocks}.{index}.{entry.mixer[0]}".rstrip(".")
         return None
 
@@ -401,9 +412,13 @@ class Skeleton:
         shapes = tuple((name, tuple(p.shape)) for name, p in template.named_parameters())
         key = length, shapes, tuple(type(module) for module in template.modules()), entries
         if key not in self._ran:
-            arguments = self.arguments(1, length)[index]
-            self._ran[key] = dry_run.measure(template, entries, length, self.width, arguments)
+            self._ran[key] = dry_run.measure(template, entries, length, self.width, self._dry(index, length))
         return self._ran[key]
+
+    def _dry(self, index: int, tokens: int) -> Arguments:
+        """The arguments of a block for `dry_run`, with empty side inputs."""
+        stream = torch.empty((1, tokens, self.stream_width), device="meta")
+        return self.side_inputs[index].arguments(stream, self.arguments(1, tokens)[index])
 
     def announce_block(self, index: int) -> None:
         """Ask the kernel to read ahead what `read_block` will read."""
@@ -434,7 +449,9 @@ class Skeleton:
         sublayers = []
         for entry in entries:
             number = self.site_count(index, entry)
-            sublayers.append(Sublayer(layer, entry, [next(places) for _ in range(number)], index))
+            sublayers.append(
+                Sublayer(layer, entry, [next(places) for _ in range(number)], index, self.side_inputs[index])
+            )
         return Block(layer, sublayers)
 
     @cache  # noqa: B019 - a handful of entries, for the life of the skeleton
@@ -456,7 +473,7 @@ class Skeleton:
             unknown = experts.experts_of(template).keys() - {entry.experts for entry in entries}
             # Blocks of unknown form may read values, which the meta device does not have.
             if self.architecture.model_type in FAMILIES or not (unknown or any(entry.whole for entry in entries)):
-                dry_run.run(template, entries, 1, self.width, self.arguments(1, 1)[index])
+                dry_run.run(template, entries, 1, self.width, self._dry(index, 1))
         self.outside.try_head(self.width)
 
     def _separate_experts(self) -> None:

@@ -57,6 +57,8 @@ class Call:
     """The arguments themselves."""
     output: Node | None = None
     """The first tensor that it returns."""
+    outputs: int = 0
+    """Number of values that it returns; 0 if it returns a tensor alone."""
 
     @property
     def input(self) -> Node:
@@ -123,6 +125,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leaving(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self._open.pop()
         self.calls.append(call)
+        call.outputs = len(output) if isinstance(output, tuple | list) else 0
         for tensor in output if isinstance(output, tuple | list) else (output,):
             if isinstance(tensor, Tensor):
                 inner = self.node(tensor)

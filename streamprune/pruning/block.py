@@ -220,7 +220,7 @@ class BlockPruner:
         sums = {number: self._gram(sub.prunables[number].site.columns, cross=0) for number in numbers}
         for read in self._moving.read({PRUNED: here.entry}, here, parallel=sub.entry.parallel):
             x, entered = read[PRUNED]
-            mixed = sub.mix(_normed(sub, x, entered), self._moving.arguments(x, here), chosen=numbers)
+            mixed = sub.mix(_normed(sub, x, entered), self._moving.arguments(sub, x, here), chosen=numbers)
             for number, gram in sums.items():
                 gram.add(mixed.z[number], tokens=x.shape[0] * x.shape[1])
         return sums
@@ -239,12 +239,13 @@ class BlockPruner:
             places = {PRUNED: here.entry, DENSE: here.entry}
             for read in streams.read(places, here, parallel=sub.entry.parallel):
                 (x_hat, entered_hat), (x, entered) = read[PRUNED], read[DENSE]
-                arguments = streams.arguments(x_hat, here)
-                z = sub.mix(_normed(sub, x_hat, entered_hat), arguments).z[0]
-                o = dense.consume(dense.mix(_normed(dense, x, entered), arguments))
+                z = sub.mix(_normed(sub, x_hat, entered_hat), streams.arguments(sub, x_hat, here)).z[0]
+                mixed = dense.mix(_normed(dense, x, entered), streams.arguments(dense, x, here))
+                o, taken = dense.consume(mixed), mixed.taken
+                del mixed
                 sums.add(z, _target_output(sub, target, o, x, x_hat))
                 if write is not None:
-                    write(dense.join(x, o))
+                    write(dense.join(x, o, taken))
         return sums
 
     # One site: fit to target, select, refit.
@@ -441,7 +442,7 @@ def _target_output(sub: Sublayer, target: Target, o: Tensor, x: Tensor, x_hat: T
 
     Args:
         o: the consumer's output on the dense stream (sequences, tokens, d).
-        x, x_hat: the dense and the pruned stream before the sublayer (sequences, tokens, d).
+        x, x_hat: the dense and the pruned stream before the sublayer (sequences, tokens, width).
     """
     bias = sub.prunables[0].bias(sub.prunables[0].consumer)
     lacking = sub.lacking(x - x_hat) if target.residual else 0.0

@@ -101,7 +101,7 @@ class Corrector:
         self.window, self._digests = window, digests
         samples, length = windows.tokens.shape
         self._size = min(REFINE_SEQUENCES, samples)
-        shape = self._size, length, skeleton.width
+        shape = self._size, length, skeleton.stream_width
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
 
     def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:

@@ -89,7 +89,8 @@ def refine(
                     torch.cat([store.read(name, slice(r, r + 1)) for r in rows]).to(dtype) for name in (source, target)
                 )
                 arguments = tree_map(cast, dict(skeleton.arguments(x.shape[0], x.shape[1])[index]))
-                loss = F.mse_loss(block(x, arguments), y) * (len(rows) / size)
+                given, wanted = (skeleton.side_inputs[index].hidden(each) for each in (block(x, arguments), y))
+                loss = F.mse_loss(given, wanted) * (len(rows) / size)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             total = sum(ranks.gather(total))

@@ -79,7 +79,7 @@ class Request:
         self.length = windows.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.writes_text and (module := self.skeleton.stateful):
             raise ConfigError(
-                f"calibration is self; {module} may keep a recurrent state, and text is generated with keys and values only: give "
+                f"calibration is self; {module} may keep more than its own keys and values, with which text is generated: give "
                 "calibration text"
             )
         if config.aim is not None:

@@ -88,7 +88,7 @@ class Streams:
             parallel: whether what entered the block is read as well.
 
         Yields:
-            For each stream x (sequences, tokens, d) and what entered the block (sequences, tokens, d): x itself unless
+            For each stream x (sequences, tokens, width) and what entered the block (sequences, tokens, width): x itself unless
             `parallel`.
         """
         names = {
@@ -104,9 +104,9 @@ class Streams:
         """A context that writes a sublayer's output; the journal does not mention outputs inside a block."""
         return self.store.writing(boundary(stream, *here.exit), f"{sub.name} ({stream})", passing=not here.last)
 
-    def arguments(self, x: Tensor, here: Place) -> Arguments:
-        """What the block's modules take besides hidden states `x` (sequences, tokens, d)."""
-        return self.skeleton.arguments(x.shape[0], x.shape[1])[here.block]
+    def arguments(self, sub: Sublayer, x: Tensor, here: Place) -> Arguments:
+        """What the block's modules take besides hidden states, for the stream `x` (sequences, tokens, width)."""
+        return sub.side.arguments(x, self.skeleton.arguments(x.shape[0], x.shape[1])[here.block])
 
     def advance(
         self, owners: Mapping[str, Sequence[Sublayer]], here: Place, waiting: Sequence[str], also: Sequence[str]
@@ -119,7 +119,7 @@ class Streams:
             also: streams to yield. One that has moved already is only read.
 
         Yields:
-            For each micro-batch, each stream's x (sequences, tokens, d) after the sublayer, and what entered the block.
+            For each micro-batch, each stream's x (sequences, tokens, width) after the sublayer, and what entered the block.
         """
         moving = [s for s in self.moving if s not in waiting and boundary(s, *here.exit) not in self.store]
         places = dict.fromkeys(moving, here.entry) | {s: here.exit for s in also if s not in moving}
@@ -128,9 +128,9 @@ class Streams:
             sub = owners[PRUNED][here.position]
             writers = {s: stack.enter_context(self.writing(s, sub, here)) for s in moving}
             for read in self.read(places, here, parallel=parallel) if moving else ():
-                arguments = self.arguments(next(iter(read.values()))[0], here)
                 for s in moving:
                     x, entered = read[s]
+                    arguments = self.skeleton.arguments(x.shape[0], x.shape[1])[here.block]
                     read[s] = owners[s][here.position](x, entered, arguments), entered
                     writers[s](read[s][0])
                 yield read

@@ -210,7 +210,7 @@ def backward_block(
                 for sublayer, own in _by_sublayer(block, stats):
                     mixed, given = _observed(skeleton, sublayer, index, sublayer.source(y, x), own)
                     o = sublayer.consume(mixed)
-                    y = sublayer.join(y, o)
+                    y = sublayer.join(y, o, mixed.taken)
                     passed.append((sublayer, own, mixed, [len(each) for each in given]))
                     wanted += [o, *mixed.z, *(p for each in given for p in each)]
                 gradients = iter(torch.autograd.grad(y, wanted, dy))
@@ -246,9 +246,9 @@ def _observed(
 ) -> tuple[Mixed, list[list[Tensor]]]:
     """Return the consumers' inputs and, if wanted, the producers' outputs (one list per site); add to the statistics.
 
-    `x` (sequences, tokens, d) is the sublayer's input before its norm; `stats` has one entry per site of the sublayer.
+    `x` (sequences, tokens, width) is the sublayer's input before its norm; `stats` has one entry per site of the sublayer.
     """
-    arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
+    arguments = sublayer.side.arguments(x, skeleton.arguments(x.shape[0], x.shape[1])[index])
     given: list[list[Tensor]] = []
     u = sublayer.normed(x)
     if not stats:
@@ -262,7 +262,8 @@ def _observed(
         if stats[0].divergence is not None:
             # Compute attention a second time: transformers' eager maps serve the statistics only.
             with kind("sums"):
-                maps = sublayer.attend(u, skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index])
+                full = skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index]
+                maps = sublayer.attend(u, sublayer.side.arguments(x, full))
         for number, stat in enumerate(stats):
             stat.add(mixed.of(number, u.detach()), mixed.z[number].detach(), maps, _origin(mixed, number))
     return mixed, given

@@ -169,7 +169,7 @@ def test_a_streamed_forward_pass_is_what_the_shapes_say(name: str, tiny: Tiny, t
     device = torch.device("cpu")
     skeleton = open_skeleton(tiny(name), device, "float32")
     tokens = torch.arange(3 * 24).view(3, 24) % 40
-    store = ActivationStore(tmp_path, (3, 24, skeleton.width), skeleton.dtype, device, durable=False)
+    store = ActivationStore(tmp_path, (3, 24, skeleton.stream_width), skeleton.dtype, device, durable=False)
     sweep.embed(skeleton, tokens, store, "dense-0000-0", 2)
     with FlopCounter() as counter:
         for _ in sweep.forward(skeleton, store, "dense", 0, len(skeleton), 2):

@@ -296,11 +296,29 @@ def test_a_block_that_is_taken_apart_wrongly_is_refused(
 # Blocks that are refused.
 
 
-def test_a_block_that_reads_tokens_is_refused(tiny: Tiny) -> None:
-    path = tiny("gemma4", hidden_size_per_layer_input=8, vocab_size_per_layer_input=40)
-    with pytest.raises(
-        CheckpointError, match="read per_layer_input, which depends on the tokens: this is not supported"
-    ):
+def test_a_block_that_reads_token_ids_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(self: Any, input_ids: torch.Tensor, **others: Any) -> Any:
+        x = self.embed_tokens(input_ids)
+        for block in self.layers:
+            x = block(x, ids=input_ids)
+        return self.norm(x)
+
+    monkeypatch.setattr(LlamaModel, "forward", model)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, hidden_states, ids=None: hidden_states)
+    with pytest.raises(CheckpointError, match="read ids, which depends on the tokens: this is not supported"):
+        opened(tiny("llama"))
+
+
+def test_blocks_that_share_weights_are_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = LlamaModel.__init__
+
+    def build(self: Any, config: Any) -> None:
+        usual(self, config)
+        self.layers[2].mlp = self.layers[0].mlp
+
+    path = tiny("llama")
+    monkeypatch.setattr(LlamaModel, "__init__", build)
+    with pytest.raises(CheckpointError, match="blocks of llama models share weights: this is not supported"):
         opened(path)
 
 
@@ -323,7 +341,7 @@ def test_a_block_that_reads_what_another_returns_is_refused(tiny: Tiny, monkeypa
 
 
 def test_all_kinds_are_known() -> None:
-    later = {"qwen2_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "nemotron_h", "lfm2", "gemma4", "cohere"}
+    later = {"qwen2_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "nemotron_h", "lfm2", "gemma4", "gemma4-e", "cohere"}
     assert TINY.keys() == ENTRIES.keys() | later
 
 

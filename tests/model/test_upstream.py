@@ -68,10 +68,11 @@ def test_blocks_are_called_as_the_whole_model_calls_them(tiny: Any, name: str, p
     theirs = recorded(model, skeleton, IDS[:, past:], use_cache=bool(past), **({argument: cache} if past else {}))
     ours = skeleton.arguments(2, IDS.shape[1] - past, past)
     assert len(ours) == len(theirs) == len(skeleton)
-    for own, other in zip(ours, theirs, strict=True):
+    for side, own, other in zip(skeleton.side_inputs, ours, theirs, strict=True):
         # A cache, whether one is written, and what is only for a training loss differ.
         left_out = {*upstream.CACHES, "use_cache", "hidden_states", "output_router_logits"}
         left_out |= {key for key, value in own.items() if value == {}}  # for what the blocks write
+        left_out |= {name for name, _ in side.given}
         assert own.keys() - left_out == other.keys() - left_out
         for key in own.keys() - left_out:
             assert same(own[key], other[key]), key
@@ -96,10 +97,10 @@ def test_a_cache_goes_by_the_name_that_is_current(tiny: Any, name: str) -> None:
         for index in range(len(skeleton)):
             if all(entry.kind != "attention" for entry in skeleton.entries[index]):
                 continue  # its cache is none of keys and values
-            expected.append(index)
+            expected += [index] * (not skeleton.side_inputs[index].shared)  # others have keys and values of their own
             block = skeleton.build_block(index, skeleton.read_block(index))
             argument = upstream.cache_argument(type(skeleton.block(index)).forward)
-            block(torch.randn(1, 1, skeleton.width), {**skeleton.arguments(1, 1)[index], argument: Cache()})
+            block(torch.randn(1, 1, skeleton.stream_width), {**skeleton.arguments(1, 1)[index], argument: Cache()})
         with skeleton.embedding(past=2) as embedding:
             embedding(IDS[:, :1])
     assert asked == expected

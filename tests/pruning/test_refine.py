@@ -40,7 +40,7 @@ Tiny = Callable[..., Path]
 def streams(path: Path, folder: Path, samples: int, dtype: str = "float64") -> tuple[Skeleton, ActivationStore, Tensor]:
     """Block 1 of the model with what the dense stream gives there, and a source beside its own course; and the tokens."""
     skeleton = open_skeleton(path, CPU, dtype)
-    store = ActivationStore(folder, (samples, LENGTH, skeleton.width), skeleton.dtype, CPU, durable=False)
+    store = ActivationStore(folder, (samples, LENGTH, skeleton.stream_width), skeleton.dtype, CPU, durable=False)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(skeleton.vocabulary, (samples, LENGTH), generator=generator)
     sweep.embed(skeleton, tokens, store, sweep.boundary("dense", 0), samples)

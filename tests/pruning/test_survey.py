@@ -25,7 +25,7 @@ Tiny = Callable[..., Path]
 def opened(path: Path, folder: Path, size: int = 3) -> tuple[Skeleton, ActivationStore, Tensor]:
     """Return a skeleton, a store with the embedded tokens, and the tokens."""
     skeleton = open_skeleton(path, CPU, "float64")
-    store = ActivationStore(folder, (SAMPLES, LENGTH, skeleton.width), skeleton.dtype, CPU, durable=False)
+    store = ActivationStore(folder, (SAMPLES, LENGTH, skeleton.stream_width), skeleton.dtype, CPU, durable=False)
     tokens = torch.randint(skeleton.vocabulary, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     sweep.embed(skeleton, tokens, store, sweep.boundary("dense", 0), size)
     return skeleton, store, tokens

@@ -190,7 +190,7 @@ class Tuning(JobFolder):
         teacher = Skeleton(Checkpoint(path), device=self.device, dtype=student.dtype)
         for name, ours, theirs in (
             ("blocks", len(student), len(teacher)),
-            ("width", student.width, teacher.width),
+            ("width of the stream", student.stream_width, teacher.stream_width),
             ("vocabulary", student.vocabulary, teacher.vocabulary),
         ):
             if ours != theirs:

@@ -160,7 +160,7 @@ class Memory(Shapes):
         forward = tokens * self._forward_token(sublayer)
         if site is None:
             if work.gram or work.dense_stream:
-                streams = forward + tokens * 4 * self.item * self.d
+                streams = forward + tokens * 4 * self.item * self.stream
                 yield "two streams side by side", Demand(self.block, activations=streams)
             return
         # `weights` adds the compensated producers to the block. `after` adds the pruned sites to the block.
@@ -187,7 +187,7 @@ class Memory(Shapes):
             yield f"the Gram of one {site.kind} site", Demand(weights, sums, activations=activations)
         if work.compensates:
             inputs = 2 * item * d * d
-            streams = forward + tokens * (4 * self.item + 2 * item) * d
+            streams = forward + tokens * (4 * self.item * self.stream + 2 * item * d)
             yield "two streams side by side", Demand(weights, inputs, activations=streams)
             rows = max(site.linears[:-1], default=0) // d
             solving = inputs + 3 * item * d * d + 2 * item * rows * d
@@ -238,7 +238,7 @@ class Memory(Shapes):
     def _stream_token(self) -> int:
         """Bytes per token of the residual stream, its norm and stored micro-batches."""
         # The last term is two stored micro-batches: the next one, already read, and the previous one, being written.
-        return self.item * 4 * self.d + 8 * self.d + 2 * self.stored_row // max(self.workload.length, 1)
+        return self.item * 4 * self.stream + 8 * self.d + 2 * self.stored_row // max(self.workload.length, 1)
 
     def _inner_token(self, site: Site) -> int:
         if site.kind == "attention":

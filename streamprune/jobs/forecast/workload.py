@@ -78,7 +78,8 @@ class Shapes:
     Attributes:
         item, sum_item: bytes per element of the computing dtype and of sums.
         weight_item: bytes per weight in memory; on a CPU that computes in another dtype than is stored, of both copies.
-        d, most_columns: width of the residual stream, and most columns of any site's consumer, in elements.
+        d, stream: width of hidden states, and of the stream with side inputs, in elements.
+        most_columns: most columns of any site's consumer.
         row_bytes, stored_row: bytes of one sequence's activations, as computed and as stored.
         block, stored_block: bytes of the largest block's weights in memory, and as they are read.
         stored_all: bytes of all blocks' weights as stored.
@@ -95,9 +96,9 @@ class Shapes:
         self.on_cpu = skeleton.device.type == "cpu"
         # On a CPU, a block computes with its stored weights or, for another dtype, with a copy in addition to them.
         self.weight_item = self.item + (stored.itemsize if self.on_cpu and stored != skeleton.dtype else 0)
-        self.d = skeleton.width
-        self.row_bytes = workload.length * self.d * self.item
-        self.stored_row = workload.length * token_bytes(self.d, workload.activations or skeleton.dtype)
+        self.d, self.stream = skeleton.width, skeleton.stream_width
+        self.row_bytes = workload.length * self.stream * self.item
+        self.stored_row = workload.length * token_bytes(self.stream, workload.activations or skeleton.dtype)
         self.blocks = [skeleton.sites(index) for index in range(len(skeleton))]
         self.most_columns = max(site.columns for sites in self.blocks for site in sites)
         self.sublayers = [list(self._sublayers(index)) for index in range(len(skeleton))]
