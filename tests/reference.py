@@ -26,14 +26,20 @@ DAMPING = 0.01
 
 
 class AllTokens(torch.nn.Module):
-    """Every expert works on all tokens, of which those that the router does not send it are zero before and after."""
+    """Every expert works on all tokens, of which those that the router does not send it are zero before and after.
+
+    llama4 calls experts with all tokens for each, times the router's weights.
+    """
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
 
-    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        if index is None or weights is None:
+            own: list[Any] = [*self.children()]
+            return torch.cat([expert(part) for expert, part in zip(own, x.chunk(len(own)), strict=True)])
         total = torch.zeros_like(x)
         for number, expert in self.named_children():
             sent = index == int(number)
@@ -128,10 +134,12 @@ def places(model: Any, sites: Iterable[Site]) -> list[Place]:
             (name, entry)
             for index, name, entry in entries(model)
             if (index, entry.kind) == (site.block, site.kind) and entry.consumer
+            if site.expert is None or entry.experts
         )
         own = entry.expert(site.expert) if site.expert is not None else entry.shared or entry
         producers = tuple(f"{block}.{producer.name}" for producer in own.producers)
-        reader = f"{block}.{entry.router or [*(each.name for each in own.producers), *own.mixer][0]}"
+        router = entry.experts if entry.silent else entry.router  # beside an FFN, the router reads another norm
+        reader = f"{block}.{router or [*(each.name for each in own.producers), *own.mixer][0]}"
         before = f"{block}.{entry.norm}" if entry.norm else reader
         found.append(Place(site, own, entry, block, before, reader, producers, f"{block}.{own.consumer}"))
     return found

@@ -77,8 +77,12 @@ class SublayerEntry:
     whole: bool = False
     """Whether transformers' block itself computes it, because its parts do not have the form above. It then has no site."""
     silent: tuple[tuple[str, int], ...] = ()
-    """Modules that give zero meanwhile, because earlier sublayers compute them: each with the number of values it returns, 0 for a
-    tensor. If there are none, the sublayer is the whole block."""
+    """Modules that give zero meanwhile, because other sublayers compute them: each with the number of values it returns, 0 for a
+    tensor. A `whole` sublayer without any is the whole block. One that is not `whole` is a mixture in no module of its own: the
+    block itself calls the router and the experts."""
+    aside: bool = False
+    """Whether its output is not added to the stream but to that of the next sublayer, which reads the same stream."""
+    joint_norm: str | None = None  # norm of that sum
     repeats: bool = False  # whether the cache stores a key and a value per query head rather than per unit
 
     def expert(self, number: int) -> SublayerEntry:
@@ -86,6 +90,12 @@ class SublayerEntry:
         inside = f"{self.experts}.{number}."
         producers = tuple(replace(producer, name=inside + producer.name) for producer in self.producers)
         return replace(self, producers=producers, consumer=f"{inside}{self.consumer}", shared=None)
+
+    @property
+    def inner_norm(self) -> str | None:
+        """The norm of the consumer's output, if it is the last part of the mixer."""
+        inside = any((self.branch_norm or "").startswith(f"{name}.") for name in self.mixer)
+        return self.branch_norm if inside else None
 
     @property
     def takes_target(self) -> bool:

@@ -58,6 +58,9 @@ class Layer:
                 owner = self._find((modules, apart), path)
                 apart[single.consumer] = getattr(owner, leaf)
                 setattr(owner, leaf, nn.Identity())
+            if entry.inner_norm is not None:
+                apart[entry.inner_norm] = modules.get_submodule(entry.inner_norm)
+                modules.set_submodule(entry.inner_norm, nn.Identity())
         self._modules = modules, apart
 
     def experts(self, name: str) -> Experts:
@@ -173,8 +176,8 @@ class StandIn(nn.Module):
         super().__init__()
         self.number, self.value, self.given = number, 1.0, tuple[Tensor, ...]()
 
-    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
-        self.given = (hidden_states, *routing)
+    def forward(self, hidden_states: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        self.given = tuple(each for each in (hidden_states, index, weights) if each is not None)
         vector = torch.zeros_like(hidden_states)
         vector[..., self.number] = self.value
         return vector
@@ -345,16 +348,23 @@ class Sublayer:
         self._norm, self._branch_norm, self._sum_norm = (
             layer.module(name) if name else None for name in (entry.norm, entry.branch_norm, entry.sum_norm)
         )
-        self._mixer = [layer.rest(entry.silent)] if entry.whole else [layer.module(name) for name in entry.mixer]
+        by_block = entry.whole or entry.silent
+        self._mixer = [layer.rest(entry.silent)] if by_block else [layer.module(name) for name in entry.mixer]
+        self._joint_norm = layer.module(entry.joint_norm) if entry.joint_norm else None
 
     def __call__(self, x: Tensor, entered: Tensor, arguments: Arguments) -> Tensor:
         """Return the stream after this sublayer, given the stream before it and the block's input; all (sequences, tokens, width)."""
         source = self.source(x, entered)
-        return self.output(x, self.mix(self.normed(source), self.side.arguments(source, arguments)))
+        return self.output(x, self.mix(self.normed(source), self.given(source, arguments)))
 
     @property
     def name(self) -> str:
         return f"blocks.{self.block}.{self.entry.kind}"
+
+    def given(self, x: Tensor, arguments: Arguments) -> Arguments:
+        """Return the block's arguments for `mix`, with what the stream `x` (sequences, tokens, width) holds of them."""
+        found = self.side.arguments(x, arguments)
+        return {"hidden_states": self.side.hidden(x), **found} if self.entry.silent and not self.entry.whole else found
 
     def source(self, x: Tensor, entered: Tensor) -> Tensor:
         """Return what the sublayer reads: the stream before it or, if parallel, the block's input."""
@@ -369,28 +379,32 @@ class Sublayer:
     def mix(self, u: Tensor, arguments: Arguments, chosen: Sequence[int] | None = None) -> Mixed:
         """Compute the inputs of the consumers from the input `u` (sequences, tokens, d) of the producers.
 
-        `arguments` are the block's, with side inputs (`SideInputs.arguments`). `chosen` are the experts to run; the inputs of the others are empty.
+        `arguments` are those that `given` returns. `chosen` are the experts to run; the inputs of the others are empty.
         """
         given = fresh(arguments)
         if self.entry.whole:
             return Mixed((_first(self._mixer[0](u, **given)),), taken=self.side.taken(arguments, given))
         shape = u.shape[0], u.shape[1]
-        mixed = _first(self._mixer[0](u, **self._passed(given)))
+        if self.entry.silent:
+            self._mixer[0](given.pop("hidden_states"), **given)
+            mixed = u.new_ones(*shape, 1)  # the block uses the experts' output as it is
+        else:
+            mixed = _first(self._mixer[0](u, **self._passed(given)))
         for module in self._mixer[1:]:
             mixed = module(mixed)
         if self.entry.experts is None:
             return Mixed((mixed.view(*shape, -1),), taken=self.side.taken(arguments, given))
-        hidden, index, weights = self.layer.given(self.entry.experts)
         # See `StandIn`.
         routed, *shared = torch.split(mixed.flatten(0, -2)[:, : len(self.entry.parts)], 1, dim=1)
         z, rows, factors = list[Tensor](), list[Tensor | None](), list[Tensor]()
-        for number, expert in enumerate(self.layer.experts(self.entry.experts)):
-            tokens, rank = torch.where(index == number)
+        experts, called = self.layer.experts(self.entry.experts), self.layer.given(self.entry.experts)
+        for number, expert in enumerate(experts):
+            tokens, read, factor = _routed(called, number, len(experts))
             if chosen is not None and number not in chosen:
-                tokens, rank = tokens[:0], rank[:0]
+                tokens, read, factor = tokens[:0], read[:0], factor[:0]
             run: Any = expert
-            factors.append(weights[tokens, rank, None].to(hidden.dtype) * routed[tokens])
-            z.append(run.mix(hidden[tokens]) * factors[-1])
+            factors.append(factor * routed[tokens])
+            z.append(run.mix(read) * factors[-1])
             rows.append(tokens)
         if self.entry.shared is not None:
             name = self.entry.shared.mixer[0]
@@ -448,12 +462,17 @@ class Sublayer:
             o: the consumers' output (sequences, tokens, d).
             taken: see `Mixed`.
         """
+        if self._branch_norm is not None:
+            o = self._branch_norm(o)
+        aside = self.side.aside
+        if self.entry.aside and aside is not None:
+            return self.side.put(x, self.side.hidden(x), [(aside, o), *taken])
+        if self._joint_norm is not None and aside is not None:
+            o = self._joint_norm(aside.read(x) + o)
         return self.side.put(x, o if self.entry.whole else self._added(self.side.hidden(x), o), taken)
 
     def _added(self, x: Tensor, o: Tensor) -> Tensor:
-        """Return the hidden states `x` (sequences, tokens, d) with the consumers' output `o`, same shape, added."""
-        if self._branch_norm is not None:
-            o = self._branch_norm(o)
+        """Return the hidden states `x` (sequences, tokens, d) with what a sublayer gives, `o`, same shape, added."""
         y = x + (o if self.entry.scale == 1.0 else o * self.entry.scale)
         y = y if self._sum_norm is None else self._sum_norm(y)
         return y if self.entry.sum_scale is None else y * self.layer.tensor(self.entry.sum_scale)
@@ -463,7 +482,8 @@ class Sublayer:
 
         Zero if a norm follows the consumer: a change of the norm's output does not translate into a change of its input.
         """
-        return 0.0 if self._branch_norm is not None else self.side.hidden(missing) / self.entry.scale
+        normed = self._branch_norm is not None or self.entry.aside
+        return 0.0 if normed else self.side.hidden(missing) / self.entry.scale
 
     def output(self, x: Tensor, mixed: Mixed) -> Tensor:
         """Return the stream after this sublayer, given the stream `x` before it and the inputs of the consumers."""
@@ -557,6 +577,23 @@ class Prunable:
     def _turned(self, name: str, weight: Tensor) -> Tensor:
         """Convert between the layout in which a module holds its weight and (out, in), in either direction."""
         return weight.T if isinstance(self.layer.module(name), Conv1D) else weight
+
+
+def _routed(given: tuple[Tensor, ...], number: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which tokens go to an expert (rows,) int64, what it reads of each (rows, d), and its factors (rows, 1).
+
+    Args:
+        given: what the experts are called with: all tokens (tokens, d), and for each the chosen experts and their weights,
+            (tokens, k) each; or all tokens for each expert in turn (experts · tokens, d), zero where they are not routed to it.
+    """
+    if len(given) == 1:
+        hidden = given[0].view(experts, -1, given[0].shape[-1])[number]
+        tokens = torch.where(hidden.any(-1))[0]
+        # The mixture adds the outputs for all experts, so that of the stand-in counts several times.
+        return tokens, hidden[tokens], hidden.new_full((len(tokens), 1), 1 / experts)
+    hidden, index, weights = given
+    tokens, rank = torch.where(index == number)
+    return tokens, hidden[tokens], weights[tokens, rank, None].to(hidden.dtype)
 
 
 def is_linear(module: nn.Module) -> bool:

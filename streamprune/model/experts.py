@@ -24,7 +24,7 @@ def _are_experts(module: nn.Module) -> bool:
     up = module._parameters.get("gate_up_proj", module._parameters.get("up_proj"))
     if down is None or up is None or getattr(module, "has_post_expert_norm", False):
         return False
-    return down.dim() == up.dim() == 3 and len(inspect.signature(module.forward).parameters) == 3
+    return down.dim() == up.dim() == 3 and len(inspect.signature(module.forward).parameters) in (1, 3)
 
 
 def check_number(checkpoint: Checkpoint, blocks: str, templates: Sequence[nn.Module], where: str) -> None:

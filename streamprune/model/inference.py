@@ -14,6 +14,7 @@ output is a single sublayer without a site.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -75,6 +76,8 @@ def _with_sites(
 ) -> SublayerEntry:
     """Return an entry with its sites; unchanged if there are none that can be removed."""
     inside = [name for name in experts if _within(name, entry.mixer[-1])]
+    if entry.experts is not None:
+        return replace(entry, producers=_producers(experts[entry.experts]))
     try:
         if inside:
             return _mixture(block, entry, calls, inside, experts, width, tried)
@@ -116,20 +119,18 @@ def _rest(
 
     Raises Unknown if it reads anything else, or if the sublayers before do not simply add to the stream.
     """
-    sums = {id(node) for node in ancestors(left, {id(entered)}) if node.call is None and _terms(entered, node) == state}
+    sums = _sums_of(entered, left, state)
     read = [*ancestors(left, sums)]
     own = [
         call
         for call in calls
         if any(node.call is call for node in read) and any(True for _ in call.module.parameters())
     ]
-    names = [name for entry in before for name in (*entry.mixer, entry.branch_norm, entry.beside) if name]
+    silent = _silent(before, calls)
     simple = all(entry.sum_norm is None and entry.sum_scale is None for entry in before)
-    if not (before and sums and own and simple) or entered in read or {call.name for call in own} & {*names}:
+    if not (before and sums and own and simple) or entered in read or {call.name for call in own} & {*dict(silent)}:
         raise Unknown("something else contributes to the output")
-    outputs = {call.name: call.outputs for call in calls}
-    mixer = tuple(call.name for call in own)
-    return replace(WHOLE, mixer=mixer, silent=tuple((name, outputs[name]) for name in names))
+    return replace(WHOLE, mixer=tuple(call.name for call in own), silent=silent)
 
 
 def _arrange(
@@ -148,17 +149,35 @@ def _arrange(
     for terms, after in _sums(entered, left):
         if after is not None and len(terms) != 1:
             raise Unknown("a norm follows several additions")
-        found = []
+        found = list[tuple[Node, Node, float, str | None]]()
         for term, scale in terms:
             branch, norm_call = resolve(term), None
             if branch.call is not None and is_norm(branch.call.module):
                 norm_call, branch = branch.call, resolve(branch.call.input)
+            elif branch.call is not None and branch.inner is not None:
+                last = resolve(branch.inner)
+                if last.call is not None and is_norm(last.call.module) and not is_linear(branch.call.module):
+                    norm_call = last.call
+            if norm_call is not None and scale == 1.0 and _pair(norm_call.input, experts):
+                found.append((resolve(term), term, scale, None))
+                continue
             if branch.call is None or not any(True for _ in branch.call.module.parameters()):
                 raise Unknown(f"{branch.operation} adds to the stream")
             found.append((branch, term, scale, norm_call.name if norm_call else None))
         for branch, term, scale, branch_norm in sorted(found, key=lambda each: order[id(each[0].call)]):
             call = branch.call
             assert call is not None
+            sum_norm = after.call.name if after is not None and after.call is not None else None
+            sum_scale = factor_of(after) if after is not None else None
+            if is_norm(call.module):
+                two = _beside(
+                    block, entered, left, calls, arguments, states[-1], [entry for entry, _ in arranged], call, experts
+                )
+                for entry, output in two:
+                    own = entry if entry.aside else replace(entry, sum_norm=sum_norm, sum_scale=sum_scale)
+                    arranged.append((own, output))
+                states.append({id(after)} if after is not None else states[-1] | {id(branch)})
+                continue
             mixer, first = _chain(block, call)
             if used & set(mixer):
                 raise Unknown(f"{call.name} adds to the stream twice")
@@ -179,8 +198,8 @@ def _arrange(
                 norm=norm,
                 factor=factor,
                 branch_norm=branch_norm,
-                sum_norm=after.call.name if after is not None and after.call is not None else None,
-                sum_scale=factor_of(after) if after is not None else None,
+                sum_norm=sum_norm,
+                sum_scale=sum_scale,
                 scale=scale,
                 parallel=seen == states[0] and len(states) > 1,
             )
@@ -201,6 +220,105 @@ def _arrange(
                 raise Unknown(f"{call.name} reads an earlier state of the stream")
             arranged[-1] = replace(mixture, beside=other.mixer[0]), output
             states[-1] |= gained
+
+
+def _pair(node: Node, experts: Collection[str]) -> tuple[Call, Call, Call, Call] | None:
+    """Return the calls of an FFN, its norm, experts and their norm, if a node is the sum of the two norms."""
+    found = []
+    for term, factor in expanded(node):
+        if factor != 1.0 or term.call is None or not is_norm(term.call.module):
+            return None
+        inner: Any = term.call.input
+        while inner.call is None and inner.operation in ALIASES:
+            inner = inner.inputs[0]
+        if inner.call is None:
+            return None
+        found.append((inner.call, term.call))
+    found.sort(key=lambda each: each[0].name in experts)
+    if len(found) != 2 or [call.name in experts for call, _ in found] != [False, True]:
+        return None
+    return *found[0], *found[1]
+
+
+def _beside(
+    block: nn.Module,
+    entered: Node,
+    left: Node,
+    calls: Sequence[Call],
+    arguments: Mapping[str, Any],
+    state: set[int],
+    before: Sequence[SublayerEntry],
+    joint: Call,
+    names: Collection[str],
+) -> list[tuple[SublayerEntry, Node]]:
+    """Return an FFN and the experts beside it, which the block itself calls: the norm `joint` of the sum of both is added.
+
+    Both read norms of the stream with the terms `state`, after the sublayers `before`.
+    """
+    pair = _pair(joint.input, names)
+    assert pair is not None
+    ffn, ffn_norm, experts, experts_norm = pair
+    assert ffn.output is not None
+    assert joint.output is not None
+    routing = [node for key in ("index", "weights") if isinstance(node := experts.given.get(key), Node)]
+    sums = {id(entered), *_sums_of(entered, left, state)}
+    routers = [
+        node.call.name
+        for each in routing
+        for node in ancestors(each, sums)
+        if node.call is not None and any(True for _ in node.call.module.parameters())
+    ]
+    mixer, first = _chain(block, ffn)
+    reads = []
+    for call in (first, experts):
+        read = resolve(call.input)
+        if read.call is None or not is_norm(read.call.module) or _terms(entered, read.call.input) != state:
+            raise Unknown(f"{call.name} reads no norm of the stream")
+        reads.append(read.call.name)
+    if len(routing) != 2 or not routers:
+        raise Unknown("the experts have no router")
+    beside = SublayerEntry(
+        kind="ffn",
+        mixer=mixer,
+        arguments=_passed(first, arguments),
+        norm=reads[0],
+        branch_norm=ffn_norm.name,
+        aside=True,
+    )
+    router = min(routers, key=len)
+    mixture = SublayerEntry(
+        kind="ffn",
+        mixer=(router,),
+        norm=reads[1],
+        branch_norm=experts_norm.name,
+        joint_norm=joint.name,
+        experts=experts.name,
+        consumer="down_proj",
+        chosen=routing[0].shape[-1],
+        router=router,
+        silent=_silent([*before, beside], calls),
+    )
+    return [(beside, ffn.output), (mixture, joint.output)]
+
+
+def _sums_of(entered: Node, left: Node, terms: set[int]) -> set[int]:
+    """Return the identities of the nodes that are the sum of certain terms."""
+    return {id(node) for node in ancestors(left, {id(entered)}) if _terms(entered, node) == terms}
+
+
+def _silent(entries: Sequence[SublayerEntry], calls: Sequence[Call]) -> tuple[tuple[str, int], ...]:
+    """Return the modules that sublayers consist of, except norms before them, each with the number of values that it returns."""
+    outputs = {call.name: call.outputs for call in calls}
+    names = [
+        name
+        for entry in entries
+        for name in (
+            *((entry.experts,) if entry.silent else entry.mixer),
+            *(entry.branch_norm, entry.beside, entry.joint_norm),
+        )
+        if name
+    ]
+    return tuple((name, outputs[name]) for name in names)
 
 
 def _sums(entered: Node, node: Node) -> list[tuple[list[tuple[Node, float]], Node | None]]:
@@ -297,7 +415,6 @@ def _mixture(
     if len(inside) != 1 or len(entry.mixer) != 1:
         raise Unknown("several lists of experts")
     mixer, name = entry.mixer[0], inside[0]
-    gated = "gate_up_proj" in experts[name]._parameters
     children = [each for each in calls if each.name.rpartition(".")[0] == mixer and each.name != name]
     children += [each for each in calls if each.name == entry.beside]
     shared, router = None, None
@@ -316,7 +433,7 @@ def _mixture(
     found = replace(
         entry,
         experts=name,
-        producers=(*([Producer("gate_proj")] if gated else []), Producer("up_proj")),
+        producers=_producers(experts[name]),
         consumer="down_proj",
         router=router,
         shared=shared,
@@ -325,6 +442,10 @@ def _mixture(
     if chosen is None:
         raise Unknown("the experts' outputs are not simply added")
     return replace(found, chosen=chosen)
+
+
+def _producers(experts: nn.Module) -> tuple[Producer, ...]:
+    return (*([Producer("gate_proj")] if "gate_up_proj" in experts._parameters else []), Producer("up_proj"))
 
 
 def _candidates(block: nn.Module, entry: SublayerEntry, output: Node, calls: Sequence[Call]) -> Iterator[SublayerEntry]:
@@ -442,7 +563,11 @@ def _unit_counts(block: nn.Module, entry: SublayerEntry, columns: int, heads: in
     size = getattr(mixer, "head_dim", None) or getattr(mixer, "head_size", None) or columns // heads
     tried: list[Any] = [rows // size for rows in keys]
     for owner in (mixer, config):
-        tried += [getattr(owner, name, None) for name in ("num_key_value_heads", "num_kv_heads")]
+        for name in ("num_key_value_heads", "num_kv_heads"):
+            with suppress(Exception):  # a config whose fields differ between blocks may refuse
+                tried.append(getattr(owner, name, None))
+    if [linear_shape(call.module)[0] for call in final] == [columns]:
+        tried.insert(0, heads)  # queries alone: keys and values are another block's
     whole = [each for each in (*tried, heads) if type(each) is int and each > 0 and heads % each == 0]
     return list(dict.fromkeys(whole))
 

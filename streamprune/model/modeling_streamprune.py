@@ -14,6 +14,7 @@ The classes of each model_type, such as `PrunedLlamaConfig` and `PrunedLlamaForC
 """
 
 import copy
+import inspect
 import re
 import shutil
 from functools import cache
@@ -68,6 +69,11 @@ class Expert(nn.Module):
         return self.down_proj(self.mix(x))
 
 
+def transposed(fused):
+    """Return whether experts hold their matrices as (in, out): llama4's, called with one argument, always do."""
+    return getattr(fused, "is_transposed", len(inspect.signature(fused.forward).parameters) == 1)
+
+
 def own_gate(fused):
     """Return whether a class of experts has a gate that is not simply ``act(gate) · up``."""
     return type(fused)._apply_gate.__name__ != "_default_apply_gate" if hasattr(fused, "_apply_gate") else False
@@ -79,7 +85,10 @@ class Experts(nn.ModuleList):
     def __init__(self, widths, hidden, fused):
         super().__init__(Expert(width, hidden, fused) for width in widths)
 
-    def forward(self, hidden_states, top_k_index, top_k_weights):
+    def forward(self, hidden_states, top_k_index=None, top_k_weights=None):
+        if top_k_index is None:  # all tokens times the router's weight, which may be zero, for each expert in turn
+            parts = zip(self, hidden_states.chunk(len(self)), strict=True)
+            return torch.cat([expert(part) for expert, part in parts])
         total = torch.zeros_like(hidden_states)
         for number, expert in enumerate(self):
             tokens, rank = torch.where(top_k_index == number)
@@ -127,9 +136,7 @@ def separate_experts(block, name, widths=None):
     """Replace transformers' experts by `Experts` of these widths. If `widths` is None, keep the widths and weights."""
     fused = block.get_submodule(name)
     down, parts = fused.down_proj, {leaf: tensor.detach() for leaf, tensor in fused.named_parameters()}
-    number, width, hidden = (
-        down.shape if getattr(fused, "is_transposed", False) else (len(down), *reversed(down.shape[1:]))
-    )
+    number, width, hidden = down.shape if transposed(fused) else (len(down), *reversed(down.shape[1:]))
     with torch.device(down.device):
         experts = Experts(widths or [width] * number, hidden, fused).to(down.dtype)
     block.set_submodule(name, experts)
@@ -151,7 +158,7 @@ def expert_parts(leaf, fused):
     they alternate, or 0 for all rows; which half, or the first row; whether the fused tensor has it transposed.
     """
     what = "bias" if leaf.endswith("_bias") else "weight"
-    turned = what == "weight" and getattr(fused, "is_transposed", False)
+    turned = what == "weight" and transposed(fused)
     name = leaf.removesuffix("_bias")
     if name != "gate_up_proj":
         return [(f"{name}.{what}", 0, 0, turned)]

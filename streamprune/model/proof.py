@@ -72,4 +72,5 @@ def _difference(skeleton: Skeleton, index: int, template: nn.Module) -> tuple[fl
         after = fresh(before)
         wanted = stock(side.hidden(x), **after)
     wanted = side.put(x, wanted[0] if isinstance(wanted, tuple | list) else wanted, side.taken(before, after))
-    return float((own - wanted).norm()), float((wanted - x).norm())
+    end = side.width if side.aside is None else side.aside.start
+    return float((own - wanted)[..., :end].norm()), float((wanted - x)[..., :end].norm())

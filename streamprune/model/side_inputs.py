@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -59,6 +59,8 @@ class SideInputs:
     """What earlier blocks have put into mappings."""
     written: tuple[Shared, ...] = ()
     """What this block puts there."""
+    aside: Part | None = None
+    """Where a sublayer keeps its output (d,) until the next one adds to it; see `SublayerEntry.aside`."""
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return the hidden states (..., d) of a stream (..., width)."""
@@ -93,6 +95,12 @@ class SideInputs:
             pieces += [x[..., end : part.start], tensor]
             end = part.columns.stop
         return torch.cat((*pieces, x[..., end:]), dim=-1)
+
+
+def with_aside(blocks: Sequence[SideInputs]) -> list[SideInputs]:
+    """Return the side inputs of all blocks with room for what a sublayer puts aside."""
+    d, width = blocks[0].d, blocks[0].width
+    return [replace(each, width=width + d, aside=Part(width, (d,))) for each in blocks]
 
 
 def first(hidden: Tensor, blocks: Sequence[SideInputs], arguments: Sequence[Mapping[str, Any]]) -> Tensor:

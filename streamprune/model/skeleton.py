@@ -18,7 +18,7 @@ from ..maths.flops import counted
 from ..maths.refit import accumulator
 from ..maths.sums import SiteStatistics, Statistic
 from ..system.machine import resolve_dtype
-from . import dry_run, experts, upstream
+from . import dry_run, experts, side_inputs, upstream
 from . import modeling_streamprune as modeling
 from .architectures import FAMILIES, SublayerEntry, family_of, is_stock
 from .block import Arguments, Block, Layer, Sublayer, linear_shape
@@ -106,6 +106,8 @@ class Skeleton:
             self._raise_faults(self.outside.expected())
         self.entries = self._infer(weights)
         """Sublayers of each block."""
+        if any(entry.aside for entries in self.entries for entry in entries):
+            self.side_inputs = self.outside.side_inputs = side_inputs.with_aside(self.side_inputs)
         if (widths := self.checkpoint.config.get(OURS)) is not None:
             check_widths(widths, self.architecture, self.entries, len(self.checkpoint), self.where)
             modeling.resize_blocks(self._templates, widths)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Conv1D
 
 from ..maths.refit import unit_columns
 from .architectures import SublayerEntry
-from .block import StandIn, fresh, is_linear, linear_shape, place, stand_in
+from .block import StandIn, fresh, linear_shape, place, stand_in
 from .modeling_streamprune import count, set_count
 from .trace import is_norm
 from .upstream import plain_attention
@@ -92,7 +93,11 @@ class Trial:
             return None
         if bool(once[..., len(parts) :].any()) or not bool(once[..., : len(parts)].any()):
             return None
-        return held[0].given[1].shape[-1]
+        hidden, *routing = held[0].given
+        if routing:
+            return routing[0].shape[-1]
+        # Each expert in turn is given all tokens: zeros where they are not routed to it.
+        return int(hidden.view(-1, TOKENS, self._width).any(-1).sum(0).max())
 
     def _run(
         self,
@@ -114,8 +119,9 @@ class Trial:
         change(block)
         vectors = {producer.name: producer for producer in (*entry.producers, *entry.vectors)}
         consumer = None if entry.experts else entry.consumer
-        if consumer is not None:
-            block.set_submodule(consumer, nn.Identity())
+        for name in (consumer, entry.inner_norm):
+            if name is not None:
+                block.set_submodule(name, nn.Identity())
 
         def rows(name: str, total: int) -> Tensor:
             """The rows of a module or parameter that stay."""
@@ -132,7 +138,7 @@ class Trial:
                 path = f"{mixer}.{name}".rstrip(".")
                 if config is not None and hasattr(module, "config"):
                     module.config = config
-                if is_linear(module):
+                if type(module).forward in (nn.Linear.forward, Conv1D.forward):
                     out, read = linear_shape(module)
                     given = self._value(path, (TOKENS, out))[:, rows(path, out)]
                     block.set_submodule(path, _Given(given, read))
@@ -165,7 +171,7 @@ class Trial:
 
     def _counts(self, units: int, config: _Recorded) -> list[tuple[str, ...]]:
         """Return the sets of attributes to try that may count what is removed, smallest first."""
-        found, last, fields = list[str](), list[str](), list[str]()
+        found, last, fields, groups = list[str](), list[str](), list[str](), list[str]()
         for mixer in self._entry.mixer:
             for inner, module in self._block.get_submodule(mixer).named_modules(prefix=mixer):
                 for name in _COUNTS:
@@ -174,7 +180,10 @@ class Trial:
                         (found if "head" in name else last).append(f"{inner}.{name}")
                     if name in config.read and hasattr(module, "config"):
                         fields.append(f"{inner}.config.{name}")
-        sets = ((), tuple(found), (*found, *last), (*found, *fields), (*found, *last, *fields))
+                # Query heads that read a single key and value, of another block.
+                if units > 1 and getattr(module, "num_key_value_groups", None) == units:
+                    groups.append(f"{inner}.num_key_value_groups")
+        sets = ((), tuple(found), (*found, *last), (*found, *fields), (*found, *last, *fields), tuple(groups))
         return list(dict.fromkeys(sets))
 
 

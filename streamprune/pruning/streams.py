@@ -106,7 +106,7 @@ class Streams:
 
     def arguments(self, sub: Sublayer, x: Tensor, here: Place) -> Arguments:
         """What the block's modules take besides hidden states, for the stream `x` (sequences, tokens, width)."""
-        return sub.side.arguments(x, self.skeleton.arguments(x.shape[0], x.shape[1])[here.block])
+        return sub.given(x, self.skeleton.arguments(x.shape[0], x.shape[1])[here.block])
 
     def advance(
         self, owners: Mapping[str, Sequence[Sublayer]], here: Place, waiting: Sequence[str], also: Sequence[str]

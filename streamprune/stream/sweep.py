@@ -248,7 +248,7 @@ def _observed(
 
     `x` (sequences, tokens, width) is the sublayer's input before its norm; `stats` has one entry per site of the sublayer.
     """
-    arguments = sublayer.side.arguments(x, skeleton.arguments(x.shape[0], x.shape[1])[index])
+    arguments = sublayer.given(x, skeleton.arguments(x.shape[0], x.shape[1])[index])
     given: list[list[Tensor]] = []
     u = sublayer.normed(x)
     if not stats:
@@ -263,7 +263,7 @@ def _observed(
             # Compute attention a second time: transformers' eager maps serve the statistics only.
             with kind("sums"):
                 full = skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index]
-                maps = sublayer.attend(u, sublayer.side.arguments(x, full))
+                maps = sublayer.attend(u, sublayer.given(x, full))
         for number, stat in enumerate(stats):
             stat.add(mixed.of(number, u.detach()), mixed.z[number].detach(), maps, _origin(mixed, number))
     return mixed, given

@@ -135,7 +135,8 @@ def test_an_update_is_what_it_is_absorbed_as(name: str, tiny: Tiny) -> None:
     block = skeleton.build_block(1, skeleton.read_block(1))
     updates = block.updates(3, torch.float64, torch.Generator().manual_seed(0))
     assert {name.rpartition(".")[0] for name in updates} == set(skeleton.linears(1))
-    x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 9, skeleton.stream_width, dtype=torch.float64, generator=generator)
     arguments = skeleton.arguments(2, 9)[1]
     with torch.no_grad():
         plain = block(x, arguments)

@@ -272,6 +272,9 @@ def test_rows_grouped_wrongly_are_noticed(name: str, block: int, change: Change,
         ("granite", 0, 1, {"scale": 1.0}),
         ("gemma4", 0, 0, {"branch_norm": None}),
         ("gemma4", 0, 1, {"sum_scale": None}),
+        ("gemma4-e", 0, 2, {"silent": ()}),
+        ("gemma4-moe", 0, 1, {"aside": False}),
+        ("gemma4-moe", 0, 2, {"joint_norm": None}),
         ("opt-350m", 0, 1, {"sum_norm": None}),
         ("cohere", 0, 1, {"parallel": False}),
         ("deepseek_v3", 1, 1, {"shared": None}),
@@ -341,7 +344,8 @@ def test_a_block_that_reads_what_another_returns_is_refused(tiny: Tiny, monkeypa
 
 
 def test_all_kinds_are_known() -> None:
-    later = {"qwen2_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "nemotron_h", "lfm2", "gemma4", "gemma4-e", "cohere"}
+    later = {"qwen2_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "nemotron_h", "lfm2", "cohere"}
+    later |= {"gemma4", "gemma4-e", "gemma4-moe", "llama4"}
     assert TINY.keys() == ENTRIES.keys() | later
 
 

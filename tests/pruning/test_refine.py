@@ -89,7 +89,8 @@ def test_steps_are_plain_adams_on_transformers_own_block(name: str, tiny: Tiny, 
     untrained = {n: t for n, t in call.block.state_dict().items() if n not in weights}  # type: ignore[attr-defined]
     for weight in weights.values():
         weight.requires_grad_()
-    x, y = (store.read(at, slice(0, 6)) for at in ("source", sweep.boundary("dense", 2)))
+    hidden = skeleton.side_inputs[1].hidden
+    x, y = (hidden(store.read(at, slice(0, 6))) for at in ("source", sweep.boundary("dense", 2)))
     losses = []
     optimiser = torch.optim.Adam(weights.values(), lr=3e-4, betas=(0.9, 0.95))
     for rate in (3e-4, 1.5e-4):

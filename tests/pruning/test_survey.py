@@ -169,7 +169,8 @@ def test_attention_maps_are_transformers_own(name: str, tiny: Tiny, tmp_path: Pa
             pytest.skip(
                 "before 5.21 transformers left out gemma2's cap where attention is not eager, so that streams differ"
             )
-        maps = sublayer.attend(sublayer.normed(x), skeleton.arguments(SAMPLES, LENGTH, maps=True)[index])
+        given = sublayer.given(x, skeleton.arguments(SAMPLES, LENGTH, maps=True)[index])
+        maps = sublayer.attend(sublayer.normed(x), given)
         # transformers' eager softmax is float32 inside, whatever the model.
         torch.testing.assert_close(maps, next(expected), rtol=1e-5, atol=1e-7)
         if skeleton.config.model_type == "falcon" and skeleton.config.alibi:

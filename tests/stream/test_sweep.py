@@ -26,7 +26,9 @@ def random_tokens(skeleton: Skeleton, samples: int, length: int) -> torch.Tensor
 
 def opened(path: Path, dtype: str, folder: Path, samples: int, length: int) -> tuple[Skeleton, ActivationStore]:
     skeleton = open_skeleton(path, CPU, dtype)
-    return skeleton, ActivationStore(folder, (samples, length, skeleton.stream_width), skeleton.dtype, CPU, durable=False)
+    return skeleton, ActivationStore(
+        folder, (samples, length, skeleton.stream_width), skeleton.dtype, CPU, durable=False
+    )
 
 
 def streamed_loss(
