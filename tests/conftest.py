@@ -278,8 +278,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run the tests marked slow, as CI does")
 
 
-REPRESENTATIVE = {"llama", "gpt2", "gemma3", "mixtral", "deepseek_v3", "qwen3_5"}
-"""Kinds of model that tests over most of `TINY` take unless `--all` is given. Shorter lists are taken whole."""
+STRUCTURES = (
+    "llama",  # grouped queries, a gated FFN, a tied head
+    "gpt2",  # Conv1D, biases, learned positions
+    "granite",  # factors
+    "phi3",  # fused projections
+    "gemma3",  # norms behind the consumer, windows
+    "gemma4",  # a factor on the whole stream, head widths by block
+    "olmo2",  # a norm over all heads
+    "falcon-7b",  # parallel sublayers, one group of heads
+    "opt-350m",  # norms of sums, projected embeddings
+    "mixtral",
+    "qwen2_moe",  # shared experts, with a gate
+    "gpt_oss",  # sinks, biased and interleaved experts
+    "deepseek_v3",  # latents, a dense FFN in the first block
+    "qwen3_5",
+    "nemotron_h",
+    "lfm2",
+)
+"""One kind of model for every structure of blocks: for tests that are about one of them, and need no column in docs/checks.md."""
+REPRESENTATIVE = ("llama", "gpt2", "gemma3", "mixtral", "deepseek_v3", "qwen3_5")
+"""Kinds of model that tests over `STRUCTURES` or most of `TINY` take unless `--all` is given. Shorter lists are taken whole."""
 
 
 def _kind(item: pytest.Item) -> str | None:
@@ -299,7 +318,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kinds.setdefault(item.nodeid.partition("[")[0], set()).add(name)
 
     def left_out(item: pytest.Item) -> bool:
-        of_all = len(kinds.get(item.nodeid.partition("[")[0], ())) > len(TINY) // 2
+        found = kinds.get(item.nodeid.partition("[")[0], set())
+        of_all = len(found) > len(TINY) // 2 or found >= {*STRUCTURES}
         return item.get_closest_marker("slow") is not None or (of_all and _kind(item) not in {None, *REPRESENTATIVE})
 
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])

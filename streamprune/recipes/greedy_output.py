@@ -206,6 +206,10 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
     def plans_units(self, site: Site) -> bool:
         return self.only_similar and site.kind == "attention"
 
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        # By similarity, linear mixers keep all heads.
+        super().check([site for site in sites if not (self.only_similar and site.kind == "linear")], budget)
+
     def foresee(self, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
         """Bound the units that stay: the same share goes everywhere. By similarity alone, attention loses at most its
         own share if τ rises, which bounds the FFN channels; no bound if τ is set."""

@@ -53,7 +53,7 @@ class SobpSettings:
         "absolute value of their average (the gradient of the whole text's loss)",
         choices=("fisher", "abs", "mean"),
     )
-    head_weight: float = setting(1.0, "the paper's λ: factor on the importance of attention units")
+    head_weight: float = setting(1.0, "the paper's λ: factor on the importance of heads, also those of linear mixers")
     refine: bool = setting(True, "local greedy refinement; off keeps the units of the global selection")
     reconstruct: bool = setting(True, "module-wise reconstruction; off leaves the kept weights as they are")
     compensate: bool = setting(True, "input compensation of q, k, v and gate, up")

@@ -47,7 +47,7 @@ class Sobp(ObsRecipe[SobpSettings]):
         sums = {"fisher": gradient.squares, "abs": gradient.magnitudes, "mean": gradient.signed.abs()}[
             self.settings.gradient
         ]
-        weight = self.settings.head_weight if site.kind == "attention" else 1.0
+        weight = 1.0 if site.kind == "ffn" else self.settings.head_weight
         return {"importance": weight * sums / gradient.sequences / site.unit_parameters}
 
     def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
-from conftest import TINY, contents, edit_tensors, make_tiny
+from conftest import STRUCTURES, contents, edit_tensors, make_tiny
 from stopping import Stop, stopping_after
 from streamprune_cli import main
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def leaves(updates: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
 # The pieces.
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_an_update_is_what_it_is_absorbed_as(name: str, tiny: Tiny) -> None:
     skeleton = open_skeleton(tiny(name, torch.float64), CPU, "float64")
     block = skeleton.build_block(1, skeleton.read_block(1))

@@ -6,8 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,38 +44,84 @@ torch.save(model(torch.arange(40)[None, 2:20]).logits, save)
 """
 
 
-def load_elsewhere(kind: str, path: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Load in a process of its own."""
-    return elsewhere(LOAD, [kind, str(path), str(tmp_path / f"{kind}.pt")], tmp_path)
+FORKS = """
+import json, os, sys, traceback
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+for line in sys.stdin:
+    program, arguments, said = json.loads(line)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for stream in (1, 2):
+                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            sys.argv[1:] = arguments
+            exec(program, {})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+Elsewhere = Callable[..., tuple[int, str]]
 
 
-def elsewhere(program: str, arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Run in a process of its own, whose working directory is not the project, and without network."""
-    arguments = [sys.executable, "-c", program, *arguments]
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
-    return subprocess.run(
-        arguments, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL
-    )
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """`elsewhere(program, *arguments)`: run in a separate process, whose working directory is not the project, and without network.
+
+    It has imported transformers, but not streamprune. Gives the exit code and what was printed.
+    """
+    home = tmp_path_factory.mktemp("home")
+    environment = {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(home)}
+    command, pipe = [sys.executable, "-c", FORKS], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=home, env=environment) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(program: str, *arguments: object) -> tuple[int, str]:
+            said = home / "said"
+            said.unlink(missing_ok=True)
+            print(json.dumps([program, [*map(str, arguments)], str(said)]), file=server.stdin, flush=True)
+            return int(server.stdout.readline()), said.read_text()
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """`pruned("llama")`: a result, made once; not to be written to."""
+
+    @cache
+    def make(name: str) -> Path:
+        out = tmp_path_factory.mktemp(name) / "out"
+        sizes = {"samples": 12, "seq_len": 24, "round_to": 4}
+        streamprune.prune(Config(model=tiny(name), out=out, recipe="sobp", ratio=0.35, calibration=text, **sizes))
+        return out
+
+    return make
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_three_ways_of_loading_agree(name: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    config = configured(tiny(name), ratio=0.35)
-    streamprune.prune(config)
-    assert json.loads((config.out / "config.json").read_text())["model_type"] == f"streamprune_{name}"
+def test_three_ways_of_loading_agree(name: str, pruned: Tiny, elsewhere: Elsewhere, tmp_path: Path) -> None:
+    out = pruned(name)
+    assert json.loads((out / "config.json").read_text())["model_type"] == f"streamprune_{name}"
     with torch.no_grad():
-        expected = streamprune.load(config.out, dtype=torch.float32)(IDS).logits
+        expected = streamprune.load(out, dtype=torch.float32)(IDS).logits
     for kind in ("remote", "imported"):
-        done = load_elsewhere(kind, config.out, tmp_path)
-        assert done.returncode == 0, done.stderr
+        code, said = elsewhere(LOAD, kind, out, tmp_path / f"{kind}.pt")
+        assert code == 0, said
         assert torch.equal(torch.load(tmp_path / f"{kind}.pt"), expected)
     # Without any of the three: a message that says what to do, never random weights.
-    done = load_elsewhere("plain", config.out, tmp_path)
-    assert done.returncode != 0
-    assert "trust_remote_code=True" in done.stderr
+    code, said = elsewhere(LOAD, "plain", out, tmp_path / "plain.pt")
+    assert code != 0
+    assert "trust_remote_code=True" in said
 
 
-def test_registration_imports_no_model(tmp_path: Path) -> None:
+def test_registration_imports_no_model(elsewhere: Elsewhere) -> None:
     """Otherwise a model could not be imported by its own module, which then would not be complete yet."""
     program = """
 import sys
@@ -83,16 +130,14 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 assert "streamprune.model.modeling_streamprune" in sys.modules
 assert "transformers.models.mistral.modeling_mistral" not in sys.modules
 """
-    done = elsewhere(program, [], tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, said = elsewhere(program)
+    assert code == 0, said
 
 
 @pytest.mark.check("generate with a cache = forward")
 @pytest.mark.parametrize("name", TINY)
-def test_generation_with_a_cache_is_the_forward_pass(name: str, tiny: Tiny, configured: Make) -> None:
-    config = configured(tiny(name), ratio=0.35)
-    streamprune.prune(config)
-    model = streamprune.load(config.out, dtype=torch.float32)
+def test_generation_with_a_cache_is_the_forward_pass(name: str, pruned: Tiny) -> None:
+    model = streamprune.load(pruned(name), dtype=torch.float32)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=True, **options)
     plain = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=False, **options)
@@ -150,7 +195,9 @@ def runtimes_width(factor: float, width: int) -> int:
 
 
 @pytest.mark.slow
-def test_decilm_layout_says_what_its_runtimes_read(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+def test_decilm_layout_says_what_its_runtimes_read(
+    tiny: Tiny, configured: Make, elsewhere: Elsewhere, tmp_path: Path
+) -> None:
     from transformers import AutoConfig
 
     wide = {"intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
@@ -177,8 +224,8 @@ def test_decilm_layout_says_what_its_runtimes_read(tiny: Tiny, configured: Make,
     assert len(set(widths)) > 1
     with torch.no_grad():
         expected = streamprune.load(config.out, dtype=torch.float32)(IDS).logits
-    done = load_elsewhere("remote", config.out, tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, said = elsewhere(LOAD, "remote", config.out, tmp_path / "remote.pt")
+    assert code == 0, said
     assert torch.equal(torch.load(tmp_path / "remote.pt"), expected)
     streamprune.load(config.out).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -202,10 +249,8 @@ def test_equal_widths_by_chance_are_written_as_stock(tiny: Tiny, configured: Mak
 
 @pytest.mark.check("pruned again")
 @pytest.mark.parametrize("name", TINY)
-def test_a_pruned_checkpoint_can_be_pruned_and_measured_again(name: str, tiny: Tiny, configured: Make) -> None:
-    once = configured(tiny(name), "once", ratio=0.2)
-    streamprune.prune(once)
-    twice = configured(once.out, "twice", ratio=0.2)
+def test_a_pruned_checkpoint_can_be_pruned_and_measured_again(name: str, pruned: Tiny, configured: Make) -> None:
+    twice = configured(pruned(name), "twice", ratio=0.2)
     result = streamprune.prune(twice)
     model = streamprune.load(twice.out, dtype=torch.float32)
     assert model.num_parameters() == result.parameters_after < result.parameters_before
@@ -222,10 +267,8 @@ def test_a_pruned_checkpoint_can_be_pruned_and_measured_again(name: str, tiny: T
 
 @pytest.mark.check("reload after save_pretrained")
 @pytest.mark.parametrize("name", TINY)
-def test_save_pretrained_keeps_it_loadable(name: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    config = configured(tiny(name), ratio=0.35)
-    streamprune.prune(config)
-    model = streamprune.load(config.out, dtype=torch.float32)
+def test_save_pretrained_keeps_it_loadable(name: str, pruned: Tiny, tmp_path: Path) -> None:
+    model = streamprune.load(pruned(name), dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
     again = streamprune.load(tmp_path / "saved", dtype=torch.float32)
     saved, before = again.state_dict(), model.state_dict()
@@ -236,13 +279,11 @@ def test_save_pretrained_keeps_it_loadable(name: str, tiny: Tiny, configured: Ma
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_save_pretrained_takes_the_modelling_file_along(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    config = configured(tiny("llama"), ratio=0.35)
-    streamprune.prune(config)
-    model = streamprune.load(config.out, dtype=torch.float32)
+def test_save_pretrained_takes_the_modelling_file_along(pruned: Tiny, elsewhere: Elsewhere, tmp_path: Path) -> None:
+    model = streamprune.load(pruned("llama"), dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
-    done = load_elsewhere("remote", tmp_path / "saved", tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, said = elsewhere(LOAD, "remote", tmp_path / "saved", tmp_path / "remote.pt")
+    assert code == 0, said
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "remote.pt"), model(IDS).logits)
 
@@ -315,7 +356,9 @@ def uneven_plan(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fields"), ROTATIONS.values(), ids=ROTATIONS)
-def test_the_tokenizer_needs_no_code(name: str, fields: dict[str, Any], configured: Make, tmp_path: Path) -> None:
+def test_the_tokenizer_needs_no_code(
+    name: str, fields: dict[str, Any], configured: Make, elsewhere: Elsewhere, tmp_path: Path
+) -> None:
     """Whatever rotary embedding the config has, in the form that models are published with."""
     from transformers import AutoTokenizer
 
@@ -331,11 +374,11 @@ def test_the_tokenizer_needs_no_code(name: str, fields: dict[str, Any], configur
     assert found.rope_parameters == source.rope_parameters
     expected = AutoTokenizer.from_pretrained(path)("hello, world")["input_ids"]
     for kind in ("bare", "untrusted"):
-        done = elsewhere(TOKENIZE, [str(job.out), kind], tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"ids {expected}\n" in done.stdout
+        code, said = elsewhere(TOKENIZE, job.out, kind)
+        assert code == 0, said
+        assert f"ids {expected}\n" in said
         # On a terminal transformers asks about the config's class before it does without.
-        assert kind == "bare" or "custom code" not in done.stdout
+        assert kind == "bare" or "custom code" not in said
 
 
 RUN_TIME: dict[str, Any] = {
@@ -349,10 +392,9 @@ RUN_TIME: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [RUN_TIME, {"output_attentions": True}], ids=["kernels", "output_attentions"])
-@pytest.mark.parametrize("layout", ["free", "uniform"])
+@pytest.mark.parametrize(("layout", "fields"), [("free", RUN_TIME), ("uniform", {"output_attentions": True})])
 def test_how_somebody_ran_the_model_is_no_part_of_a_checkpoint(
-    layout: Any, fields: dict[str, Any], tiny: Tiny, configured: Make, tmp_path: Path
+    layout: Any, fields: dict[str, Any], tiny: Tiny, configured: Make, elsewhere: Elsewhere, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
     config = json.loads((path / "config.json").read_text())
@@ -365,8 +407,8 @@ def test_how_somebody_ran_the_model_is_no_part_of_a_checkpoint(
     written, plain = (json.loads((job.out / "config.json").read_text()) for job in jobs)
     assert written == plain
     assert not written.keys() & fields.keys()
-    done = load_elsewhere("remote", jobs[0].out, tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, said = elsewhere(LOAD, "remote", jobs[0].out, tmp_path / "remote.pt")
+    assert code == 0, said
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon"])

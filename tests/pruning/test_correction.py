@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import TINY, contents
+from conftest import STRUCTURES, contents
 from stopping import interrupted
 
 import streamprune
@@ -55,7 +55,7 @@ def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Refi
 
 
 @pytest.mark.usefixtures("float64_norms")
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_steps_are_those_of_full_autograd(name: str, tiny: Tiny, tmp_path: Path) -> None:
     path = tiny(name, torch.float64)
     skeleton = open_skeleton(path, torch.device("cpu"), "float64")

@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import TINY, contents
+from conftest import STRUCTURES, contents
 from stopping import Stop
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def whole_block(path: Path, tokens: Tensor, index: int) -> Callable[[Tensor], Te
     return call
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_steps_are_plain_adams_on_transformers_own_block(name: str, tiny: Tiny, tmp_path: Path) -> None:
     path = tiny(name, torch.float64)
     # As many sequences as a step takes at most, so that every step takes all; in micro-batches of unequal sizes.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import TINY, contents, edit_tensors, make_tiny
+from conftest import REPRESENTATIVE, TINY, contents, edit_tensors, make_tiny
 from stopping import Make, Stop, Tiny, force_boundaries, interrupted, stopping_after, windows
 
 import streamprune
@@ -53,8 +53,10 @@ def test_sobp_is_the_plain_implementation(name: str, tiny: Tiny, configured: Mak
 
 
 @pytest.mark.check("shrunk = zero-masked")
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("recipe", ["magnitude", "random", "wanda-sp"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [*((name, "magnitude") for name in TINY), *((name, "wanda-sp") for name in REPRESENTATIVE), ("llama", "random")],
+)
 def test_baselines_are_the_masked_dense_model(name: str, recipe: str, tiny: Tiny, configured: Make) -> None:
     path = tiny(name)
     config = configured(path, recipe=recipe, ratio=0.35)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import TINY
+from conftest import REPRESENTATIVE, STRUCTURES, TINY
 from torch import Tensor
 
 from streamprune.maths.sums import SiteStatistics, Statistic
@@ -79,7 +79,7 @@ def close(found: object, expected: Tensor) -> None:
     torch.testing.assert_close(found.mean("here")[0], expected, rtol=1e-8, atol=1e-12 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_factors_are_full_autograds(name: str, tiny: Tiny, tmp_path: Path) -> None:
     path = tiny(name, torch.float64)
     found, tokens = backward(path, tmp_path, "factors")
@@ -118,7 +118,7 @@ def test_gradients_of_some_tokens_are_of_their_mean_loss(tiny: Tiny, tmp_path: P
         close(stat.gradient, reference.gram(gradients[-1]) * SAMPLES * (LENGTH - 1) / count)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_grams_alone_are_those_among_the_factors(name: str, tiny: Tiny, tmp_path: Path) -> None:
     path = tiny(name, torch.float64)
     together, _ = backward(path, tmp_path / "a", "factors")
@@ -134,7 +134,7 @@ def test_grams_alone_are_those_among_the_factors(name: str, tiny: Tiny, tmp_path
         assert not any(gradient.producers)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_a_survey_without_gradients_finds_the_same_and_moves_the_stream_alike(
     name: str, tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,13 +24,16 @@ from streamprune.errors import ConfigError
 from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.maths.divergence import redundant
+from streamprune.maths.sums import MaskGradient
 from streamprune.model.site import Site
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.job import Job
 from streamprune.recipes.allocation import Budget, largest_step
-from streamprune.recipes.greedy_output import candidates, rising_thresholds
+from streamprune.recipes.greedy_output import GreedyOutput, candidates, rising_thresholds
 from streamprune.recipes.plan import Plan
+from streamprune.recipes.settings import GreedyOutputSettings, SobpSettings
 from streamprune.recipes.slimgpt import incremental_ratios
+from streamprune.recipes.sobp import Sobp
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
 Make = Callable[..., Config]
@@ -462,6 +466,26 @@ def test_a_threshold_prunes_ffns_of_a_model_whose_attention_is_no_site(tiny: Tin
     assert not any(name.endswith("divergence") for name in found)
     assert set(plan) == {f"blocks.{block}.ffn" for block in range(3)}
     assert all(entry.keep < 48 for entry in plan.values())
+
+
+def test_by_similarity_linear_mixers_cannot_lose_heads(tiny: Tiny) -> None:
+    sites = sites_of(tiny("nemotron_h"))
+    whole = sum(site.units * site.unit_parameters for site in sites)
+    most = {site: (site.units - (4 if site.kind == "ffn" else 1)) * site.unit_parameters / whole for site in sites}
+    without = sum(share for site, share in most.items() if site.kind != "linear")
+    budget = Budget((without + sum(most.values())) / 2, whole, round_to=4)
+    GreedyOutput(GreedyOutputSettings(heads="second-moment")).check(sites, budget)
+    with pytest.raises(ConfigError, match=f"this model can lose at most {without:.3f}"):
+        GreedyOutput(GreedyOutputSettings(heads="similarity")).check(sites, budget)
+
+
+def test_head_weight_is_for_linear_mixers_too(tiny: Tiny) -> None:
+    for site in sites_of(tiny("nemotron_h")):
+        mask = MaskGradient(site.units, site.width)
+        mask.sequences, mask.squares = 1, mask.squares + 1
+        surveyed: Any = SimpleNamespace(site=site, statistics=SimpleNamespace(mask=mask))
+        plain, weighted = (Sobp(SobpSettings(head_weight=w)).digest(surveyed)["importance"] for w in (1.0, 3.0))
+        torch.testing.assert_close(weighted, plain * (1 if site.kind == "ffn" else 3))
 
 
 def test_greedy_output_goes_by_a_threshold_that_is_given(tiny: Tiny, configured: Make) -> None:

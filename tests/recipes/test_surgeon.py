@@ -15,7 +15,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from conftest import TINY, contents
+from conftest import STRUCTURES, contents
 from safetensors.torch import load_file
 from stopping import Stop, stopping_after, windows
 from streamprune_cli import main
@@ -163,7 +163,7 @@ def cheapest_units(sites: Sequence[Site], costs: dict[str, Tensor], target: int)
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        *((name, {}) for name in TINY),
+        *((name, {}) for name in STRUCTURES),
         ("llama", {"joint": "off"}),
         ("llama", {"update_rows": "on"}),
         ("gpt2", {"update_rows": "on", "joint": "off"}),

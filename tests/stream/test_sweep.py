@@ -107,8 +107,13 @@ def autograd_mask_gradients(
 
 @pytest.mark.check("gradients = full autograd")
 @pytest.mark.usefixtures("float64_norms")
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize(("size", "some"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("name", "size", "some"),
+    [
+        *((name, 3, False) for name in TINY),
+        *((name, *rest) for name in ("llama", "mixtral") for rest in ((1, False), (3, True))),
+    ],
+)
 def test_backward_sweep_is_full_autograd(
     name: str, size: int, some: bool, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
