@@ -78,7 +78,7 @@ def compare(
       streamprune compare llama-2-7b --ratios 0.3 --text wiki-test.txt --recipes sobp,plain=sobp --set plain.refine=off
     """
     variants = _variants(recipes, settings)
-    options.begin(model, texts=[text, chosen["calibration"]])
+    options.begin(model, texts=[text, chosen["calibration"], chosen["prompts"]])
     with show.progress(quiet) as progress:
         found = streamprune.compare(model, recipes=variants, text=text, progress=progress, **chosen)
     given = {"model": model, "out": Path(found.out), "ratio": 0.5, "refine": chosen["refine"]}

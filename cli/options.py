@@ -189,6 +189,17 @@ calibration_options = bundle(
         "self: the model writes the text (slow). random-tokens: tokens drawn from the vocabulary.  [default: a built-in "
         "English sample]",
     ),
+    click.option(
+        "--prompts",
+        metavar=TEXT,
+        help="With --calibration self: prompts that the model answers, one per row or, in a text file, per line; rendered by "
+        "the chat template if there is one.",
+    ),
+    click.option(
+        "--temperature",
+        default=1.0,
+        help="With --calibration self: what logits are divided by before tokens are drawn; 0 takes the likeliest token.",
+    ),
     windows_options("calibration"),
 )
 

@@ -41,7 +41,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
       streamprune plan llama-2-70b --ratio 0.3 --memory 24GiB
     """
     config = options.config(model, Path(f"{Path(os.path.abspath(model)).name}-pruned"), **chosen)
-    options.begin(model, texts=[config.calibration, config.metric_text], shared=True)
+    options.begin(model, texts=[config.calibration, config.metric_text, config.prompts], shared=True)
     with show.watched(quiet) as progress:
         needs = streamprune.forecast_job(config, progress=progress)
         outlook = None if quiet or _keeps_shapes(config) else streamprune.preview(config, progress=progress)

@@ -52,7 +52,7 @@ def run(
         raise ConfigError("--strict judges a result, and --plan-only makes none; give one of them")
     with streamprune.joined() as ranks:
         config = options.config(model, out, **chosen)
-        options.begin(model, texts=[config.calibration, config.metric_text], shared=True)
+        options.begin(model, texts=[config.calibration, config.metric_text, config.prompts], shared=True)
         with show.progress(quiet or not ranks.first) as progress:
             if plan_only:
                 path = streamprune.plan_only(config, restart=restart, progress=progress, ranks=ranks)

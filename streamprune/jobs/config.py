@@ -128,6 +128,10 @@ class Config(JobConfig):
     """Text that `greedy-output` chooses units on, given as `calibration` is, but not ``"self"``; None for `calibration`."""
     metric_samples: int = _fixed(default=16)
     """Number of windows of `metric_text`, at most `samples`."""
+    prompts: Spec | None = _free(default=None)
+    """Source of prompts that the model answers, with calibration ``"self"``. Resuming compares its content."""
+    temperature: float = _fixed(default=1.0)
+    """What the logits are divided by as the model writes text, with calibration ``"self"``; 0 takes the likeliest token."""
     layout: str = _fixed(default="free")
     """``"free"``, ``"uniform"`` or ``"decilm"``: see `model.site.LAYOUTS`."""
     store: Store = _fixed(default="auto")
@@ -157,10 +161,21 @@ class Config(JobConfig):
             for word in DATA_FREE:
                 if word in several:
                     raise ConfigError(f"{name} {word!r} cannot be combined with other sources")
+        generates = isinstance(self.calibration, str) and self.calibration == "self"
+        if not generates and self.prompts is not None:
+            raise ConfigError(f"prompts is {self.prompts}; only calibration 'self' answers them")
+        if not generates and self.temperature != 1:
+            raise ConfigError(f"temperature is {self.temperature:g}; only calibration 'self' uses it")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature:g}; it must be at least 0 and finite")
         for word in DATA_FREE if isinstance(self.calibration, str) else ():
-            for name, value in (("loss_on", self.loss_on), ("windows", self.windows)):
-                if self.calibration == word and value in ("assistant", "documents"):
-                    raise ConfigError(f"{name} is {value!r}; calibration {word!r} has no conversations or documents")
+            if self.calibration == word and self.windows != "anywhere":
+                raise ConfigError(f"windows is {self.windows!r}; calibration {word!r} reads no documents")
+            if self.calibration == word and self.loss_on != "all" and self.prompts is None:
+                raise ConfigError(
+                    f"loss_on is {self.loss_on!r}; calibration {word!r} has no turns of the assistant"
+                    + (" without prompts" if generates else "")
+                )
         if self.metric_text == "self":
             raise ConfigError(
                 "metric-text is self; only calibration can be, which feeds the metric too unless it has its own"

@@ -97,6 +97,15 @@ def check_sources(start: Entry, sources: Sequence[Skeleton], ranks: Ranks) -> No
             )
 
 
+def check_tokens(start: Entry, tokens: str) -> None:
+    """Raise ResumeError if the fingerprint of the windows is another one than when the job was started."""
+    if start.get("tokens", tokens) != tokens:
+        raise ResumeError(
+            f"the text gives tokens {tokens}; this job was started with {start['tokens']} (the chat template may write the "
+            f"date, say); {RESTART}"
+        )
+
+
 def check_memory(asked: int | None, limit: int, needed: int) -> None:
     """Raise ResourceError if the micro-batches of a started job, which fix the order of sums, no longer fit.
 

@@ -14,7 +14,7 @@ from ..system.directory import check_links, check_pointer
 from ..system.progress import Progress
 from ..system.strict_json import read_json
 from .hub import find_gguf
-from .names import COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
+from .names import COMPANIONS, CONFIG, TOKENIZER_CONFIG, TOKENIZER_FILES
 
 Bos = Literal["auto", "on", "off"]
 BOS: tuple[Bos, ...] = ("auto", "on", "off")
@@ -94,6 +94,16 @@ def find_bos(directory: Path, bos: Bos, vocabulary: int) -> int | None:
     if bos == "off" or (bos == "auto" and not there):
         return None
     return bos_token(load_tokenizer(directory, vocabulary), bos, directory)
+
+
+def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a text or an answer: as for transformers' `generate`, else the tokenizer's; perhaps none."""
+    for name in ("generation_config.json", CONFIG):
+        path = directory / name
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
 
 
 def encode(tokenizer: Any, text: str, bos: Bos, directory: Path) -> list[int]:

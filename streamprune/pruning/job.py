@@ -26,7 +26,7 @@ from ..jobs.resume import Terms, first_difference
 from ..model import hub
 from ..model.checkpoint import load_shard
 from ..model.skeleton import Skeleton
-from ..model.tokenizer import check_companions, load_tokenizer
+from ..model.tokenizer import IGNORED, check_companions, load_tokenizer
 from ..recipes.plan import Plan
 from ..stream.store import ActivationStore
 from ..system import files
@@ -41,13 +41,17 @@ from .request import Request
 PLAN, WRITTEN = "plan.json", "calibration.safetensors"
 APART = 1_000_003
 """Added to the seed for the metric's windows, so that they are others than calibration's, also of the same text."""
+WRITING = "generate"
+"""Folder of keys and values in the cache while the model writes text."""
+GENERATED = "generated-"
+"""Prefix of the states of text that the model is writing."""
 
 
 class Job(JobFolder):
     """One job: everything that a first and a resumed process need to know. Raises all errors found before the work starts."""
 
     known: ClassVar = JobFolder.known | {PLAN, WRITTEN}
-    known_prefixes: ClassVar = (*JobFolder.known_prefixes, "survey-", "shot-")
+    known_prefixes: ClassVar = (*JobFolder.known_prefixes, "survey-", "shot-", GENERATED)
 
     def __init__(self, config: Config, progress: Progress | None, ranks: Ranks = ALONE) -> None:
         started = time.monotonic()
@@ -95,6 +99,12 @@ class Job(JobFolder):
             else self.request.goal.foreseen(self.request.planned, self.request.counted_tokens),
         )
 
+    @property
+    def generated(self) -> tuple[Path, str] | None:
+        """The last saved state of the text that the model is writing, with its digest; None before the first."""
+        lines = [*self.journal.steps(GENERATED)]
+        return (self.folder / f"{lines[-1]['step']}.safetensors", lines[-1]["sha256"]) if lines else None
+
     def shot_folder(self, number: int) -> Path:
         return self.staging if number == self.request.shots else self.folder / f"shot-{number:02}"
 
@@ -116,8 +126,11 @@ class Job(JobFolder):
         if self.request.config.perplexity_at_most is not None:
             _ = self.held_out
         self.check_disk(resources.output_bytes, resources.disk_bytes * self.ranks.local_size)
-        if self.request.needs_text and not self.request.writes_text:
-            _ = self.windows
+        tokens: Entry = {}
+        if self.request.writes_text:
+            _ = self.request.writing
+        elif self.request.needs_text:
+            tokens = {"tokens": self.windows.fingerprint}
         if self.request.metric_text is not None:
             _ = self.survey_tokens
         check_companions(
@@ -127,6 +140,7 @@ class Job(JobFolder):
             raise ConfigError(f"rank {self.ranks.rank} does not agree with rank 0: {difference} there")
         return self.write_start(
             stores=self.request.needs_text,
+            **tokens,
             resources={
                 name: getattr(resources, name) for name in ("batch", "backward_batch", "grams", "boundary_every")
             },
@@ -190,10 +204,15 @@ class Job(JobFolder):
     @cached_property
     def windows(self) -> Windows:
         """Calibration windows; those that the model writes exist once they are journalled."""
+        config = self.config
         if self.request.text == "self":
             line = self.journal.find("calibrate")
             assert line is not None
-            return Windows.of(load_shard(self.written_path, line["sha256"])["tokens"])
+            found = load_shard(self.written_path, line["sha256"])
+            tokens = found["tokens"]
+            return Windows(
+                tokens, tokens if config.loss_on == "all" else tokens.where(found["written"].bool(), IGNORED)
+            )
         return self._sample(self.request.text, self.config.samples, self.config.seed)
 
     @cached_property

@@ -22,17 +22,19 @@ from ..model.modeling_streamprune import stock_class
 from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
 from ..model.sizes import CONTEXT, Sizes
 from ..model.skeleton import Skeleton, open_skeleton
-from ..model.tokenizer import find_bos
+from ..model.tokenizer import end_tokens, find_bos, load_tokenizer
 from ..recipes.allocation import Budget
 from ..recipes.plan import Plan, SitePlan
 from ..recipes.recipe import LOSS, Recipe, Survey
 from ..recipes.registry import RECIPES
 from ..recipes.settings import parse
+from ..stream.generate import Writing
 from ..system import machine
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
 from ..text import windows
-from ..text.source import Spec, Text, builtin_text
+from ..text.prompts import Prompts, prompts_identity
+from ..text.source import Spec, Text, builtin_text, source
 from ..text.windows import text_identity
 from .shortfall import Goal, largest_unit
 from .speed import Decoding
@@ -149,6 +151,17 @@ class Request:
                 raise
             raise CheckpointError(f"{error}; with --bos off, {self.text} needs no tokenizer") from error
 
+    @cached_property
+    def writing(self) -> Writing:
+        """What the model writes as calibration text."""
+        config, vocabulary, samples, length = self.config, self.skeleton.vocabulary, self.config.samples, self.length
+        how = Writing(samples, length, config.seed, self.bos, temperature=config.temperature)
+        if config.prompts is None:
+            return how
+        tokenizer, prompts = load_tokenizer(config.model, vocabulary), source(config.prompts)
+        asked = Prompts(tokenizer, prompts, vocabulary, config.seed, samples, length, self.bos)
+        return replace(how, prompts=asked, ends=end_tokens(config.model, tokenizer))
+
     @property
     def writes_text(self) -> bool:
         """Whether the model writes its own calibration tokens."""
@@ -235,7 +248,10 @@ class Request:
     def _text_identity(self, text: Text | DataFree) -> dict[str, Any]:
         if isinstance(text, Text):
             return text_identity(text, self.config.model)
-        return {"calibration": text, **({} if self.bos is None else {"bos": self.bos})}
+        found = {"calibration": text, **({} if self.bos is None else {"bos": self.bos})}
+        if text == "self" and self.config.prompts is not None:
+            found |= prompts_identity(source(self.config.prompts), self.config.model)
+        return found
 
     @property
     def goal(self) -> Goal:
@@ -425,7 +441,17 @@ def idle(config: Config) -> dict[str, str]:
         found["survey"] = "the plan decides the widths" if config.plan else f"{config.recipe} takes no survey"
     found |= {} if config.fit else dict.fromkeys(("quant", "context"), "there is no --fit")
     if not summed and not _streams(config, recipe):
-        names = ["calibration", "samples", "seq_len", "bos", "windows", "loss_on", *([] if recipe.seeded else ["seed"])]
+        names = [
+            "calibration",
+            "prompts",
+            "temperature",
+            "samples",
+            "seq_len",
+            "bos",
+            "windows",
+            "loss_on",
+            *([] if recipe.seeded else ["seed"]),
+        ]
         found |= dict.fromkeys(names, f"{config.recipe} reads no text here")
     return found
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..jobs.resume import RequiredFile
 from ..model import write
+from ..model.checkpoint import load_shard
 from ..recipes.plan import Plan
-from ..stream import sweep
+from ..stream import generate, sweep
 from ..system import files
 from . import correct
-from .job import Job
+from .job import GENERATED, WRITING, Job
 from .shot import GRADIENT, Shot
 from .streams import DENSE
 
@@ -44,6 +45,10 @@ def _written(job: Job, number: int) -> Iterator[RequiredFile]:
 
     if (line := job.journal.find("calibrate")) is not None:
         yield written(job.written_path, line["sha256"], "calibrate")
+    elif (last := job.generated) is not None:
+        yield written(*last, GENERATED)
+        folder = job.cache / WRITING
+        yield RequiredFile(folder, GENERATED, lambda: generate.intact(folder, load_shard(*last)))
     if number > 1 and not (number > job.request.shots and job.published):
         done = Shot(job, number - 1)
         entry = done.finished

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from ..errors import ConfigError
 from ..jobs.config import Config
 from ..jobs.forecast.memory import Memory
 from ..jobs.forecast.resources import Resources, generation_batch
 from ..jobs.journal import Entry
 from ..jobs.reports import extents, pruning_card
-from ..jobs.resume import rewind_to_existing
+from ..jobs.resume import check_tokens, rewind_to_existing
 from ..maths.flops import kind
 from ..model import hub, write
-from ..model.checkpoint import write_shard
+from ..model.checkpoint import load_shard, write_shard
 from ..model.names import CURVES
 from ..recipes.plan import Plan
 from ..recipes.recipe import Correction
@@ -28,7 +30,7 @@ from .allocate import allocate
 from .block import BlockPruner
 from .correct import correct_blocks
 from .curves import write_curves
-from .job import Job
+from .job import GENERATED, WRITING, Job
 from .refine import Refinement
 from .required import required_files
 from .result import Result
@@ -228,21 +230,52 @@ class Run:
             self.job.progress.say(
                 "no --calibration given: using the built-in English sample; text of your own domain does better"
             )
+        if self.job.request.needs_text and not self.job.request.writes_text:
+            assert self.job.journal.header is not None
+            check_tokens(self.job.journal.header, self.job.windows.fingerprint)
         if self.job.request.writes_text and not self.job.journal.find("calibrate"):
             self._write_text()
+        if self.job.request.writes_text and self.job.ranks.first:
+            files.remove_tree(self.job.cache / WRITING)
+            self._remove_generated()
 
     @kind("writing")
     def _write_text(self) -> None:
-        """Generate the calibration tokens. After an interruption they are generated again, and come out the same.
+        """Generate the calibration tokens. A single generator draws them, so the first rank does it alone."""
+        job, ranks = self.job, self.job.ranks
 
-        A single generator draws them, so the first rank does it alone.
-        """
-        job, digest = self.job, None
-        if job.ranks.first:
-            memory = Memory(job.skeleton, job.request.workload)
-            batch = generation_batch(memory, job.batch, job.backward_batch)
-            folder, samples = job.cache / "generate", job.config.samples
-            length, seed, bos = job.request.length, job.config.seed, job.request.bos
-            tokens = generate(job.skeleton, samples, length, seed, folder, batch, job.progress, bos)
-            digest = write_shard(job.written_path, {"tokens": tokens})
+        def save(state: dict[str, Tensor]) -> None:
+            path = job.folder / f"{GENERATED}{int(state['past']):06}.safetensors"
+            line = path.stem, write_shard(path, state)
+            ranks.broadcast(lambda: line)
+            job.journal.append(line[0], sha256=line[1])
+            self._remove_generated(path)
+
+        if not ranks.first:
+            while (line := ranks.broadcast(lambda: ("", ""))) != ("", ""):
+                job.journal.append(line[0], sha256=line[1])
+            job.journal.append("calibrate", sha256=None)
+            return
+        samples, length, last = job.config.samples, job.request.length, job.generated
+        batch = generation_batch(Memory(job.skeleton, job.request.workload), job.batch, job.backward_batch)
+        draft = generate(
+            job.skeleton,
+            job.request.writing,
+            job.cache / WRITING,
+            batch,
+            job.progress,
+            # Half of what a forward pass may hold: keys and values take the other half.
+            chunk=max(1, job.batch * length // (2 * samples)),
+            state=None if last is None else load_shard(*last),
+            save=save,
+        )
+        # Tokens of prompts, if there are any.
+        written = {} if job.config.prompts is None else {"written": draft.written.long()}
+        digest = write_shard(job.written_path, {"tokens": draft.tokens, **written})
+        ranks.broadcast(lambda: ("", ""))
         job.journal.append("calibrate", sha256=digest)
+
+    def _remove_generated(self, but: Path | None = None) -> None:
+        """Remove the states of the text that the model is writing, all or all but one."""
+        for path in {*self.job.folder.glob(f"{GENERATED}*")} - {but}:
+            files.remove(path)

@@ -1,11 +1,18 @@
-"""Generate calibration text with the model itself (Greedy Output Approximation, section 4.1).
+"""Generate calibration text with the model itself (Greedy Output Approximation, section 4.1; RESP).
 
 Streamed batch decoding: each sweep over the blocks produces the next token of every sequence. Keys and values are on
 disk between sweeps. Positions, masks and attention are those of transformers.
+
+With prompts, every sequence begins with one. Where the model ends its answer, the next prompt follows, so that sequences
+need no padding. Tokens that all sequences know, as at the beginning, pass the blocks together.
 """
 
 from __future__ import annotations
 
+import time
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from ..maths.refit import advice, all_finite
+from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sampling import sample
 from ..model.skeleton import Skeleton
 from ..model.upstream import cache_argument
@@ -21,88 +28,241 @@ from ..system import files
 from ..system.host import host_buffer, tensor_bytes
 from ..system.progress import Progress, rest
 from . import sweep
-from .store import temporary
+
+SAVE_SECONDS = 30.0
+"""Seconds between two saved states."""
+PREFIX = "file."
+"""Prefix of a state's entries for the files of keys and values: each has its size in bytes and its CRC-32."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is to be generated.
+
+    Args:
+        length: tokens per sequence; at least 2 and at most the model's context.
+        seed: seed of the single generator used for all draws.
+        bos: the token that every sequence begins with; None draws it uniformly from the vocabulary. Not for prompts.
+        prompts: returns the token ids (n,) int64 of a prompt by its number from 0; those below `samples` must have
+            n < length. Sequence i begins with prompt i, and continues after its k-th answer with prompt i + k·samples.
+        ends: tokens that end an answer; unused without prompts.
+        temperature: divides the logits; 0 takes the likeliest token.
+    """
+
+    samples: int
+    length: int
+    seed: int
+    bos: int | None = None
+    prompts: Callable[[int], Tensor] | None = None
+    ends: Collection[int] = ()
+    temperature: float = 1.0
+
+
+class Draft:
+    """Sequences of which the beginning is known.
+
+    Attributes:
+        tokens: (samples, length) int64; zero where nothing is known.
+        written: (samples, length) bool: tokens that the model has generated.
+        known: (samples,) int64: number of tokens known of each sequence.
+        used: (samples,) int64: number of prompts used for each sequence.
+        past: number of tokens whose keys and values are stored.
+    """
+
+    def __init__(self, how: Writing, vocabulary: int, state: Mapping[str, Tensor] | None = None) -> None:
+        self.how, shape = how, (how.samples, how.length)
+        self._generator = torch.Generator().manual_seed(how.seed)
+        self.tokens = torch.zeros(shape, dtype=torch.int64)
+        self.written = torch.zeros(shape, dtype=torch.bool)
+        self.known, self.used = (torch.zeros(how.samples, dtype=torch.int64) for _ in range(2))
+        self.past = 0
+        if how.prompts is not None:
+            for row in range(how.samples):
+                self._ask(row)
+        elif how.bos is None:
+            self.tokens[:, 0] = torch.randint(vocabulary, (how.samples,), generator=self._generator)
+            self.known += 1
+        else:
+            self.tokens[:, 0] = how.bos
+            self.known += 1
+        if state is not None:
+            self.tokens, self.known, self.used = (state[name] for name in ("tokens", "known", "used"))
+            self.written = state["written"].bool()
+            self._uniform(int(state["past"]))
+            self.past = int(state["past"])
+
+    def state(self) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in ("tokens", "known", "used")}
+        return {**found, "written": self.written.long(), "past": torch.tensor(self.past)}
+
+    def next(self, most: int) -> int:
+        """Return the end of the tokens to process next: at most `most`, known of all sequences, and not the last one."""
+        return min(int(self.known.min()), self.past + most, self.how.length - 1)
+
+    def go_on(self, end: int, draw: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Take over that tokens before `end` are processed, and add the token there to sequences that do not know it.
+
+        Args:
+            draw: returns tokens (rows,), given the rows and a uniform number for each, (rows,) float64.
+        """
+        uniform = self._uniform(end - self.past)
+        self.past = end
+        rows = (self.known == end).nonzero()[:, 0]
+        if not len(rows):
+            return
+        drawn = draw(rows, uniform[rows])
+        self.tokens[rows, end], self.written[rows, end] = drawn, True
+        self.known[rows] += 1
+        if self.how.prompts is not None:
+            for row, token in zip(rows.tolist(), drawn.tolist(), strict=True):
+                if token in self.how.ends:
+                    self._ask(row)
+
+    def _ask(self, row: int) -> None:
+        """Add the next prompt to a sequence, cut off at its end."""
+        assert self.how.prompts is not None
+        begin, number = int(self.known[row]), row + int(self.used[row]) * self.how.samples
+        prompt = self.how.prompts(number)[: self.how.length - begin]
+        self.tokens[row, begin : begin + len(prompt)] = prompt
+        self.known[row] += len(prompt)
+        self.used[row] += 1
+
+    def _uniform(self, tokens: int) -> Tensor:
+        """Draw the uniform numbers of the next `tokens` tokens; return those of the last one, (samples,) float64."""
+        found = torch.empty(0)
+        for _ in range(tokens):
+            found = torch.rand(self.how.samples, generator=self._generator, dtype=torch.float64)
+        return found
 
 
 @torch.no_grad()
 def generate(
     skeleton: Skeleton,
-    samples: int,
-    length: int,
-    seed: int,
+    how: Writing,
     folder: Path,
     batch: int,
     progress: Progress,
-    bos: int | None = None,
-) -> Tensor:
-    """Generate token ids (samples, length) int64: the first token is BOS or uniform, the others from the model's softmax.
+    *,
+    chunk: int = 1,
+    state: Mapping[str, Tensor] | None = None,
+    save: Callable[[dict[str, Tensor]], None] | None = None,
+) -> Draft:
+    """Generate sequences: tokens from the model's softmax, after a prompt, BOS or a token drawn uniformly.
 
     Args:
-        length: tokens per sequence; at least 2 and at most the model's context.
-        seed: seed of the single generator used for all draws.
-        folder: holds keys and values; see `store.temporary`.
+        folder: holds keys and values, used by nothing else. It stays, since the last state refers to it.
         batch: sequences per micro-batch of one block.
-        bos: the token that every sequence begins with; None draws the first token uniformly from the vocabulary.
+        chunk: most tokens of a sequence that pass the blocks together.
+        state: the state last passed to `save`, to resume from there; see `intact`.
+        save: called with the state every `SAVE_SECONDS`, once the files that it refers to are durable.
 
     Raises:
         NumericalError: a block or the head produces NaN or Inf.
     """
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.empty(samples, length, dtype=torch.int64)
-    tokens[:, 0] = torch.randint(skeleton.vocabulary, (samples,), generator=generator) if bos is None else bos
-    batches = [slice(start, min(start + batch, samples)) for start in range(0, samples, batch)]
-    pasts = [(rows, KeysAndValues(folder, number)) for number, rows in enumerate(batches)]
-    progress.phase("generate", length)
-    progress.step("first tokens")
-    with temporary(folder):
-        for past in range(length - 1):
-            with skeleton.embedding(past) as embedding:
-                hidden = embedding(tokens[:, past : past + 1].to(skeleton.device))
-            for index, block in sweep.blocks(skeleton, range(len(skeleton))):
-                for rows, cache in pasts:
-                    x = hidden[rows]
-                    arguments = skeleton.arguments(x.shape[0], 1, past)[index]
-                    hidden[rows] = block(x, {**arguments, cache_argument(type(skeleton.block(index)).forward): cache})
-                del block
-                if not all_finite(hidden):
-                    raise NumericalError(f"block {index} gives NaN or Inf{advice(hidden.dtype)}")
-            tokens[:, past + 1] = _next_tokens(skeleton, hidden[:, 0], generator)
-            progress.step(f"token {past + 1}")
-            rest(progress)
-    return tokens
+    draft, sums = Draft(how, skeleton.vocabulary, state), dict[str, tuple[int, int]]()
+    if state is None:
+        files.remove_tree(folder)
+        files.make_folder(folder)
+    for name, (size, check) in _stored(state or {}).items():
+        sums[name] = size, check
+        files.truncate(folder / name, size)
+    batches = [slice(start, min(start + batch, how.samples)) for start in range(0, how.samples, batch)]
+    pasts = [(rows, KeysAndValues(folder, number, sums)) for number, rows in enumerate(batches)]
+    progress.phase("generate", how.length, draft.past + bool(draft.past))
+    if not draft.past:
+        progress.step("first tokens")
+    saved = time.monotonic()
+    while draft.past < how.length - 1:
+        past, end = draft.past, draft.next(chunk)
+        with skeleton.embedding(past) as embedding:
+            hidden = embedding(draft.tokens[:, past:end].to(skeleton.device))
+        for index, block in sweep.blocks(skeleton, range(len(skeleton))):
+            for rows, cache in pasts:
+                x = hidden[rows]
+                arguments = skeleton.arguments(x.shape[0], x.shape[1], past)[index]
+                hidden[rows] = block(x, {**arguments, cache_argument(type(skeleton.block(index)).forward): cache})
+            del block
+            if not all_finite(hidden):
+                raise NumericalError(f"block {index} gives NaN or Inf{advice(hidden.dtype)}")
+
+        def draw(rows: Tensor, uniform: Tensor, hidden: Tensor = hidden) -> Tensor:
+            return _next_tokens(skeleton, hidden[rows.to(hidden.device), -1], uniform, how.temperature)
+
+        draft.go_on(end, draw)
+        for number in range(past + 1, end + 1):
+            progress.step(f"token {number}")
+        if save is not None and (progress.stopping() or time.monotonic() - saved >= SAVE_SECONDS):
+            for name in sums:
+                files.sync(folder / name)
+            files.sync(folder)
+            save({**draft.state(), **{f"{PREFIX}{name}": torch.tensor(each) for name, each in sums.items()}})
+            saved = time.monotonic()
+        rest(progress)
+    return draft
+
+
+def _stored(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Return the size in bytes and CRC-32 of each file of keys and values, by name."""
+    found = {name: value.tolist() for name, value in state.items() if name.startswith(PREFIX)}
+    return {name.removeprefix(PREFIX): (size, check) for name, (size, check) in found.items()}
+
+
+def intact(folder: Path, state: Mapping[str, Tensor]) -> bool:
+    """Whether the keys and values that a state refers to are in the folder. What was added to them later is ignored."""
+    for name, (size, check) in _stored(state).items():
+        found, done, piece = 0, 0, memoryview(bytearray(min(size, 1 << 20)))
+        while done < size and (folder / name).is_file():
+            count = files.read_into(folder / name, done, piece[: size - done])
+            if not count:
+                break
+            found, done = zlib.crc32(piece[:count], found), done + count
+        if (done, found) != (size, check):
+            return False
+    return True
 
 
 class KeysAndValues:
-    """Keys and values of one micro-batch, appended to one file per block: the part of a cache that attention uses."""
+    """Keys and values of one micro-batch, appended to one file per block: the part of a cache that attention uses.
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.folder, self.number = folder, number
+    `sums` has the size in bytes and the CRC-32 of each file, by name.
+    """
+
+    def __init__(self, folder: Path, number: int, sums: dict[str, tuple[int, int]]) -> None:
+        self.folder, self.number, self.sums = folder, number, sums
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *others: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append one token (sequences, heads, 1, head_dim); return all tokens (sequences, heads, tokens, head_dim).
+        """Append tokens (sequences, heads, tokens, head_dim); return all tokens (sequences, heads, tokens, head_dim).
 
         Keys and values may differ in head_dim. Further arguments differ between releases of transformers and serve other kinds of
         cache.
         """
-        token = torch.cat((key_states, value_states), dim=-1)[..., 0, :]
-        path = self.folder / f"{layer_idx:04}-{self.number}"
-        files.append(path, tensor_bytes(token.cpu()))
-        buffer = host_buffer(path.stat().st_size, token.device)
+        new = torch.cat((key_states, value_states), dim=-1).permute(2, 0, 1, 3)
+        path, data = self.folder / f"{layer_idx:04}-{self.number}", tensor_bytes(new.contiguous().cpu())
+        files.append(path, data)
+        size, check = self.sums.get(path.name, (0, 0))
+        size += len(data)
+        self.sums[path.name] = size, zlib.crc32(data, check)
+        buffer = host_buffer(size, new.device)
         files.read_into(path, 0, buffer.numpy().data)
-        tokens = buffer.to(token.device, non_blocking=True).view(token.dtype).view(-1, *token.shape)
+        tokens = buffer.to(new.device, non_blocking=True).view(new.dtype).view(-1, *new.shape[1:])
         k, v = torch.split(tokens.permute(1, 2, 0, 3), [key_states.shape[-1], value_states.shape[-1]], dim=-1)
         return k, v
 
 
-def _next_tokens(skeleton: Skeleton, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one token per sequence from the last block's output (samples, d): (samples,). Chunks bound the logits."""
-    uniform = torch.rand(len(hidden), generator=generator, dtype=torch.float64)
+def _next_tokens(skeleton: Skeleton, hidden: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Draw one token per sequence from the last block's output (rows, d): (rows,). Chunks bound the logits."""
     chunk = max(1, sweep.LOGIT_BYTES // (4 * skeleton.vocabulary))
     found = []
     with skeleton.head() as head:
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            found.append(sample(head(hidden[rows]).cpu(), uniform[rows]))
+            logits = head(hidden[rows]).cpu()
+            if temperature == 0 and all_finite(logits.amax(-1)):
+                found.append(logits.argmax(-1))
+                continue
+            if temperature not in (0, 1):
+                logits = logits.to(accumulator(logits.dtype)) / temperature
+            found.append(sample(logits, uniform[rows]))  # which refuses logits that are not finite
     return torch.cat(found)

@@ -278,7 +278,7 @@ class _Reader:
 
     def _encoded(self, piece: _Part) -> tuple[Tensor, Tensor]:
         if piece.conversation is None or self.loss_on == "all":
-            ids = _encode(self.tokenizer, piece.text, self.vocabulary, self.given)
+            ids = encode(self.tokenizer, piece.text, self.vocabulary, self.given)
             return ids, ids
         try:
             with panics_as_errors():
@@ -289,7 +289,12 @@ class _Reader:
         return ids, ids.where(torch.tensor(said), IGNORED)
 
 
-def _encode(tokenizer: Any, text: str, vocabulary: int, given: Source) -> Tensor:
+def encode(tokenizer: Any, text: str, vocabulary: int, given: Source) -> Tensor:
+    """Return the token ids (n,) int64 of a text, without special tokens.
+
+    Raises:
+        CalibrationError: the tokenizer cannot read it, or gives a token outside the vocabulary. The message names `given`.
+    """
     try:
         with panics_as_errors():
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

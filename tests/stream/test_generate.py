@@ -23,16 +23,20 @@ from streamprune.errors import CalibrationError, ConfigError, NumericalError, Re
 from streamprune.jobs.forecast.memory import Memory
 from streamprune.jobs.forecast.resources import forecast, generation_batch
 from streamprune.jobs.forecast.workload import Workload
-from streamprune.jobs.names import job_folder
+from streamprune.jobs.journal import Journal
+from streamprune.jobs.names import JOURNAL, job_folder
 from streamprune.maths.sampling import sample
 from streamprune.model.skeleton import open_skeleton
+from streamprune.model.tokenizer import end_tokens, load_tokenizer
 from streamprune.pruning import run
 from streamprune.pruning.job import Job
 from streamprune.stream import generate as generating
 from streamprune.stream import sweep
-from streamprune.stream.generate import generate
+from streamprune.stream.generate import Writing, generate
 from streamprune.system.progress import Silent
 from streamprune.text import windows
+from streamprune.text.prompts import Prompts
+from streamprune.text.source import Source
 
 CPU = torch.device("cpu")
 Make = Callable[..., Config]
@@ -63,7 +67,7 @@ def written(
     bos: int | None = None,
 ) -> torch.Tensor:
     skeleton = open_skeleton(path, CPU, "float64")
-    return generate(skeleton, samples, length, seed, folder, batch, Silent(), bos)
+    return generate(skeleton, Writing(samples, length, seed, bos), folder, batch, Silent()).tokens
 
 
 def redrawn(
@@ -104,7 +108,6 @@ def test_what_a_model_writes_is_drawn_from_its_own_logits(
     tokens = written(path, tmp_path / "generate")
     assert tokens.dtype == torch.int64
     is_the_models_own(path, tokens, logits)
-    assert not (tmp_path / "generate").exists()
 
 
 @pytest.mark.parametrize(("name", "block"), [("qwen3_5", 0), ("nemotron_h", 0), ("lfm2", 0)])
@@ -172,7 +175,7 @@ def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
     set_tensor(path, UP, lambda tensor: tensor * 0 + 6e4)
     skeleton = open_skeleton(path, CPU, "float16")
     with pytest.raises(NumericalError, match="block 1 gives NaN or Inf"):
-        generate(skeleton, 4, 12, 0, tmp_path / "generate", 3, Silent())
+        generate(skeleton, Writing(4, 12, 0), tmp_path / "generate", 3, Silent())
 
 
 @pytest.mark.parametrize("name", ["falcon", "gpt_neox"])
@@ -189,7 +192,7 @@ def test_the_disk_that_keys_and_values_take(
         return found
 
     monkeypatch.setattr(generating.KeysAndValues, "update", watched)
-    generate(skeleton, 3, 9, 0, tmp_path / "generate", 2, Silent())
+    generate(skeleton, Writing(3, 9, 0), tmp_path / "generate", 2, Silent())
     needs = Workload(samples=3, length=9, text=True, prunes=False, generates=True)
     told = forecast(skeleton, needs, device_limit=2**40, disk_limit=2**40).disk_bytes
     assert most == told * 8 // 9  # nothing is asked of the last token
@@ -206,7 +209,7 @@ def test_memory_and_disk_while_writing(tiny: Tiny, tmp_path: Path, monkeypatch: 
         return found
 
     monkeypatch.setattr(generating.KeysAndValues, "update", watched)
-    generate(skeleton, 6, 24, 0, tmp_path / "generate", 4, Silent())
+    generate(skeleton, Writing(6, 24, 0), tmp_path / "generate", 4, Silent())
     cached = 6 * 24 * 4 * 2 * 16 * 4  # samples, tokens, blocks, keys and values, their width, float32
     assert most == cached * 23 // 24  # nothing is asked of the last token
     plain = Workload(samples=600, length=24, text=True, gram=True)
@@ -236,7 +239,7 @@ def test_a_model_calibrates_on_what_it_writes(
     with job.opened(restart=False):
         run.Run(job).prepare()
         batch = generation_batch(Memory(job.skeleton, job.request.workload), job.batch, job.backward_batch)
-        expected = generate(job.skeleton, 12, 24, 0, tmp_path / "generate", batch, Silent())
+        expected = generate(job.skeleton, Writing(12, 24, 0), tmp_path / "generate", batch, Silent()).tokens
         assert torch.equal(job.tokens, expected)
         assert torch.equal(load_file(job.written_path)["tokens"], expected)
         assert [step["step"] for step in job.journal.steps()][:2] == ["calibrate", "shot-1/embed"]
@@ -302,7 +305,7 @@ def test_stopped_around_the_tokens_being_kept(tiny: Tiny, configured: Make, monk
                 streamprune.prune(config)
     interrupted(config, monkeypatch, appends=1)  # the line about them
     asked: list[int] = []
-    monkeypatch.setattr(run, "generate", lambda *_: asked.append(1))
+    monkeypatch.setattr(run, "generate", lambda *_, **__: asked.append(1))
     assert streamprune.prune(config).resumed
     assert not asked
     assert contents(config.out) == contents(whole.out)
@@ -380,3 +383,204 @@ def test_a_folder_of_the_users_stays(tiny: Tiny, configured: Make) -> None:
     (job_folder(config.out) / "mine.safetensors").write_text("mine")
     with pytest.raises(ConfigError, match=r"contains mine\.safetensors"):
         streamprune.prune(config)
+
+
+# Prompts.
+
+TEMPLATE = "{% for m in messages %}{{ m.role + '. ' + m.content + ',' }}{% endfor %}{% if add_generation_prompt %}assistant. {% endif %}"
+ENDS = [9, 20]
+"""Tokens that end an answer: letters, so that a random model says them."""
+
+
+@pytest.fixture
+def chatting(tmp_path: Path) -> Path:
+    """A model with a chat template, whose answers end."""
+    path = make_tiny(tmp_path / "chatting", "llama", torch.float64, max_position_embeddings=128)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
+    return path
+
+
+def asked(path: Path, place: Path) -> Any:
+    tokenizer = load_tokenizer(path)
+    return tokenizer, lambda samples, length, bos=None: Prompts(
+        tokenizer, Source(str(place)), 40, 3, samples, length, bos
+    )
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Prompts of different lengths, one with an earlier turn and one with an answer to leave out."""
+    user, assistant = ({"role": role, "content": text} for role, text in (("user", "why"), ("assistant", "so")))
+    rows = [[user], [{"role": "user", "content": "what is it"}, assistant], [user, assistant, user]]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("temperature", [0, 1, 0.6])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_answers_are_those_of_transformers(
+    temperature: float, chunk: int, chatting: Path, questions: Path, tmp_path: Path
+) -> None:
+    """Greedy: as `generate` after everything before. Drawn: what the seed gives with the logits of the whole."""
+    tokenizer, prompts = asked(chatting, questions)
+    samples, length, seed = 4, 90, 5
+    how = Writing(samples, length, seed, None, prompts(samples, length), end_tokens(chatting, tokenizer), temperature)
+    assert how.ends == {*ENDS}
+    skeleton = open_skeleton(chatting, CPU, "float64")
+    draft = generate(skeleton, how, tmp_path / "generate", 3, Silent(), chunk=chunk)
+    model = streamprune.load(chatting, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.stack([torch.rand(samples, generator=generator, dtype=torch.float64) for _ in range(length - 1)])
+    with torch.no_grad():
+        logits = model(draft.tokens).logits
+    rendered = {tokenizer.decode(how.prompts(number)) for number in range(3)}  # type: ignore[misc]
+    assert rendered == {
+        "user. why,assistant. ",
+        "user. what is it,assistant. ",
+        "user. why,assistant. so,user. why,assistant. ",
+    }
+    answers = 0
+    for row in range(samples):
+        at = turn = 0
+        while at < length:
+            prompt = how.prompts(row + turn * samples)[: length - at]  # type: ignore[misc]
+            assert draft.tokens[row, at : at + len(prompt)].tolist() == prompt.tolist()
+            assert not draft.written[row, at : at + len(prompt)].any()
+            at, turn = at + len(prompt), turn + 1
+            begin = at
+            while at < length:
+                assert draft.written[row, at]
+                weights = (logits[row, at - 1] / (temperature or 1)).softmax(-1)
+                drawn = int(sample(weights.log()[None], uniform[at - 1, row][None]))
+                assert int(draft.tokens[row, at]) == (drawn if temperature else int(weights.argmax()))
+                at += 1
+                if int(draft.tokens[row, at - 1]) in ENDS:
+                    break
+            answers += at > begin
+            if temperature == 0 and begin < length:
+                given = draft.tokens[row : row + 1, :begin]
+                greedy: dict[str, Any] = {"do_sample": False, "eos_token_id": ENDS, "pad_token_id": 0}
+                expected = model.generate(
+                    given, attention_mask=torch.ones_like(given), max_new_tokens=at - begin, **greedy
+                )
+                assert draft.tokens[row, :at].tolist() == expected[0].tolist()
+    assert answers >= samples
+
+
+def test_prompts_of_a_text_file_and_without_a_template(chatting: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("why\n\n  \nhow so\n")
+    tokenizer, prompts = asked(chatting, path)
+    found = prompts(2, 90)
+    assert {tokenizer.decode(found(number)) for number in range(5)} == {
+        "user. why,assistant. ",
+        "user. how so,assistant. ",
+    }
+    assert torch.equal(found(0), found(2))
+    assert prompts(2, 90, 0)(0).tolist() == [0, *found(0).tolist()]
+    (chatting / "chat_template.jinja").unlink()
+    tokenizer, prompts = asked(chatting, path)
+    assert {tokenizer.decode(prompts(2, 90)(number)) for number in range(2)} == {"why", "how so"}
+    with pytest.raises(CalibrationError, match="a prompt has 6 tokens, and a window of 6 leaves no room for an answer"):
+        prompts(2, 6)
+    path.write_text(" \n")
+    with pytest.raises(CalibrationError, match=r"lines\.txt is empty"):
+        prompts(2, 90)
+
+
+def test_prompts_that_are_refused(chatting: Path, questions: Path, configured: Make) -> None:
+    with pytest.raises(ConfigError, match=r"prompts is .*; only calibration 'self' answers them"):
+        configured(chatting, prompts=questions)
+    with pytest.raises(ConfigError, match=r"temperature is 0; only calibration 'self' uses it"):
+        configured(chatting, temperature=0)
+    with pytest.raises(ConfigError, match=r"temperature is -1; it must be at least 0"):
+        configured(chatting, calibration="self", temperature=-1)
+    with pytest.raises(ConfigError, match=r"loss_on is 'assistant'; .* no turns of the assistant without prompts"):
+        configured(chatting, calibration="self", loss_on="assistant")
+    config = configured(chatting, calibration="self", prompts=questions, seq_len=20)
+    with pytest.raises(
+        CalibrationError, match=r"tokens, and a window of 20 leaves no room for an answer; raise seq-len"
+    ):
+        streamprune.prune(config)
+    assert not config.out.exists()
+    assert not job_folder(config.out).exists()
+    (chatting / "chat_template.jinja").unlink()
+    with pytest.raises(CalibrationError, match=r"questions\.jsonl has conversations, and .* no chat template"):
+        streamprune.prune(configured(chatting, calibration="self", prompts=questions, seq_len=60))
+    questions.write_text(json.dumps({"messages": [{"role": "assistant", "content": "so"}]}) + "\n")
+    (chatting / "chat_template.jinja").write_text(TEMPLATE)
+    with pytest.raises(CalibrationError, match=r"questions\.jsonl, line 1: no turn that the assistant answers"):
+        streamprune.prune(configured(chatting, calibration="self", prompts=questions, seq_len=60))
+
+
+@pytest.fixture
+def answering(chatting: Path, questions: Path, configured: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """A job that calibrates on answers, and saves its state after every sweep."""
+    monkeypatch.setattr(generating, "SAVE_SECONDS", 0)
+    given: dict[str, Any] = {"calibration": "self", "prompts": questions, "loss_on": "assistant", "recipe": "default"}
+    return lambda out, **changes: configured(chatting, out, **{**given, "samples": 3, "seq_len": 60, **changes})
+
+
+def test_a_job_on_the_models_own_answers(answering: Make) -> None:
+    results = {on: streamprune.prune(answering(on, loss_on=on)) for on in ("assistant", "all")}
+    assert results["assistant"].tokens != results["all"].tokens
+    report = json.loads((answering("assistant").out / "report.json").read_text())["job"]
+    assert report["inputs"]["calibration"] == "self"
+    assert set(report["inputs"]["prompts"]) == {"sha256", "field", "share"}
+    assert "chat_template.jinja" in report["inputs"]["tokenizer"]
+    assert report["settings"]["temperature"] == 1
+    with pytest.raises(ConfigError, match=r"another job: settings\.temperature is 0 and was 1"):
+        streamprune.prune(answering("assistant", temperature=0.0))
+    assert not job_folder(answering("assistant").out).exists()
+
+
+@pytest.mark.parametrize("instant", [2, 3, 9, 30])
+def test_text_under_way_is_gone_on_with(instant: int, answering: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the middle of a sweep after `instant` saved states, and once more; what was saved is not made again."""
+    whole, config = answering("whole"), answering("stopped")
+    streamprune.prune(whole)
+    interrupted(config, monkeypatch, appends=instant)
+    folder = job_folder(config.out)
+    assert len([*folder.glob("generated-*")]) >= 1
+    real, count = generating.KeysAndValues.update, 0
+
+    def update_or_stop(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 5:  # in the middle of the second sweep of three blocks
+            raise Stop
+        return real(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generating.KeysAndValues, "update", update_or_stop)
+        with pytest.raises(Stop):
+            streamprune.prune(config)
+    lines = len(list(Journal(folder / JOURNAL, repair=False).steps("generated-")))
+    assert lines == instant  # one more than before: the header is a line too
+    asked: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(generating.KeysAndValues, "update", lambda *a, **k: asked.append(1) or real(*a, **k))
+        assert streamprune.prune(config).resumed
+    assert contents(config.out) == contents(whole.out)
+    monkeypatch.setattr(generating.KeysAndValues, "update", lambda *a, **k: asked.append(1) or real(*a, **k))
+    here = len(asked)
+    streamprune.prune(answering("third"))
+    assert here < len(asked) - here
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "gone", "state"])
+def test_damaged_keys_and_values_are_made_again(harm: str, answering: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, config = answering("whole"), answering("stopped")
+    streamprune.prune(whole)
+    interrupted(config, monkeypatch, appends=6)
+    folder = job_folder(config.out)
+    path = next((folder / "cache" / "generate").iterdir()) if harm != "state" else next(folder.glob("generated-*"))
+    data = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] if harm == "cut" else bytes([data[0] ^ 1]) + data[1:])
+    streamprune.prune(config)
+    assert contents(config.out) == contents(whole.out)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from streamprune_cli import main
+from transformers.utils import chat_template_utils
 
 import streamprune
 from streamprune import Config, TuneConfig
@@ -264,6 +265,32 @@ def test_a_job_under_way_keeps_its_windows(chatting: Path, chats: Path, configur
     from conftest import contents
 
     assert contents(Path(resumed.out)) == contents(Path(whole.out))
+
+
+def test_a_template_that_writes_the_date(chatting: Path, chats: Path, configured: Make, monkeypatch: Any) -> None:
+    from stopping import interrupted
+
+    (chatting / "chat_template.jinja").write_text("{{ strftime_now('%B') | lower }}," + PLAIN)
+    config = configured(chatting, calibration=chats)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_template_utils, "datetime", Clock("june"))
+        interrupted(config, monkeypatch)
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock("july"))
+    with pytest.raises(ResumeError, match=r"the text gives tokens \w+; this job was started with \w+ .*--restart"):
+        streamprune.prune(config)
+
+
+class Clock:
+    """Stands for `datetime`, at a date that formats as `text`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def now(self) -> Clock:
+        return self
+
+    def strftime(self, form: str) -> str:
+        return self.text
 
 
 def test_perplexity_of_what_the_assistant_says(chatting: Path, chats: Path) -> None:

@@ -280,10 +280,10 @@ def test_a_huge_source_is_sampled_within_bounds(kind: str, tokenizer: Any, tmp_p
     document = "".join(random.Random(5).choices(ALPHABET.replace(",", ""), k=2000))
     path = written(tmp_path / f"t.{kind}", [f"{document},{number:,}," for number in range(size // 2000)])
     tokenised = []
-    encode = calibration._encode
+    encode = calibration.encode
     monkeypatch.setattr(calibration, "POOL", pool)
     monkeypatch.setattr(
-        calibration, "_encode", lambda t, text, *more: tokenised.append(len(text)) or encode(t, text, *more)
+        calibration, "encode", lambda t, text, *more: tokenised.append(len(text)) or encode(t, text, *more)
     )
     tracemalloc.start()
     windows = draw(tokenizer, path, samples=8, length=30)

@@ -27,7 +27,7 @@ from ...jobs.journal import Entry, Journal
 from ...jobs.meter import peaks, totals
 from ...jobs.names import is_report, is_tuning
 from ...jobs.reports import tuning_card
-from ...jobs.resume import RequiredFile, ensure, rewind_to_existing
+from ...jobs.resume import RequiredFile, check_tokens, ensure, rewind_to_existing
 from ...jobs.schedule import Phase
 from ...maths.adam import steps_per_epoch
 from ...maths.flops import kind
@@ -313,7 +313,7 @@ class Tuning(JobFolder):
 
     def begin(self) -> Entry:
         batches = self._batches()
-        _ = self.windows
+        tokens = self.windows.fingerprint
         check_companions(self.config.model, self.student.vocabulary, self.progress, required=True)
         if self.config.warmup >= self.steps:
             raise ConfigError(f"warmup is {self.config.warmup}; the training has {self.steps} steps")
@@ -321,7 +321,7 @@ class Tuning(JobFolder):
         if self.method == "distil":
             work = [Phase("embed"), Phase("block", len(self.student))]
         schedule = [asdict(phase) for phase in (*work, Phase("complete"))]
-        return self.write_start(stores=self.method == "distil", resources=batches, schedule=schedule)
+        return self.write_start(stores=self.method == "distil", tokens=tokens, resources=batches, schedule=schedule)
 
     def _required_files(self) -> Iterator[RequiredFile]:
         """Iterate over the files that the next step reads. The first block's inputs can be embedded again."""
@@ -342,6 +342,8 @@ class Tuning(JobFolder):
 
     def work(self) -> Entry:
         """Train, write and publish; return the report."""
+        assert self.journal.header is not None
+        check_tokens(self.journal.header, self.windows.fingerprint)
         rewind_to_existing(self.journal, self._required_files, self.progress)
         if self.journal.find("complete") is None:
             files.make_folder(self.staging)
