@@ -223,7 +223,14 @@ result_options = bundle(
         help="What --ratio is a share of: all blocks, the blocks of --blocks, or the whole model with embeddings and head.",
     ),
     click.option(
-        "--refine", default=0, metavar="STEPS", help="Training steps for each pruned block, towards its dense output."
+        "--effort",
+        type=click.Choice(["low", "normal", "high"]),
+        help="Block refinement: each pruned block is trained towards its dense output. low: not at all. normal: for two passes "
+        "over the calibration windows. high: for eight.  [default: normal for the default recipe; low for others, "
+        "which are then as published]",
+    ),
+    click.option(
+        "--refine", type=int, metavar="STEPS", help="Training steps for each pruned block, instead of --effort's."
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
         ["disk beside OUT", f"≤ {format_bytes(needs.output_bytes)}", "the result and temporary files"],
         ["to read", format_bytes(needs.bytes_to_read), ""],
         ["operations", f"{needs.operations / 1e12:.3f} TFLOP", kinds],
+        ["block refinement", *_efforts(needs.refinement_operations)],
         ["steps", str(needs.steps), ""],
         ["micro-batch", f"{needs.batch} sequences", f"backward {needs.backward_batch}"],
         ["Grams", GRAMS[needs.grams], ""],
@@ -106,3 +108,8 @@ def _ratios(outlook: streamprune.Preview) -> list[str]:
         f"bytes of weights; cache of {outlook.context} tokens; decoding: matrix products of one token on this device; "
         f"loss: predicted, in nats per token{widths}",
     ]
+
+
+def _efforts(operations: Mapping[str, int]) -> tuple[str, str]:
+    """Say what each effort costs."""
+    return "", ", ".join(f"{count / 1e12:.3f} TFLOP with --effort {effort}" for effort, count in operations.items())

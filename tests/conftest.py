@@ -514,6 +514,7 @@ def configured(text: Path, tmp_path: Path) -> Callable[..., streamprune.Config]:
     def make(model: Path, out: str = "out", **changes: Any) -> streamprune.Config:
         fields: dict[str, Any] = {
             "recipe": "sobp",
+            "effort": "low",
             "ratio": 0.3,
             "calibration": text,
             "samples": 12,

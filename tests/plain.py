@@ -103,15 +103,15 @@ def inverse(h: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(ridge(h)))
 
 
-def fit(cross: Tensor, w: Tensor, h: Tensor) -> Tensor:
+def fit(cross: Tensor, w: Tensor, h: Tensor, damping: float = DAMPING) -> Tensor:
     """The W' of least ``mean‖y − W' x‖² + λ‖W' − W‖²``: `cross` is the mean of y xᵀ, `h` that of x xᵀ."""
-    strength = DAMPING * h.diagonal().mean()
-    return torch.cholesky_solve((cross + strength * w).T, torch.linalg.cholesky(ridge(h))).T
+    strength = damping * h.diagonal().mean()
+    return torch.cholesky_solve((cross + strength * w).T, torch.linalg.cholesky(ridge(h, damping))).T
 
 
-def refit(w: Tensor, h: Tensor, columns: Tensor) -> Tensor:
+def refit(w: Tensor, h: Tensor, columns: Tensor, damping: float = DAMPING) -> Tensor:
     """OBS: what the kept columns become."""
-    strength = DAMPING * h.diagonal().mean()
+    strength = damping * h.diagonal().mean()
     damped = h[columns][:, columns] + strength * torch.eye(len(columns), dtype=h.dtype)
     right = w @ h[:, columns] + strength * w[:, columns]
     return torch.cholesky_solve(right.T, torch.linalg.cholesky(damped)).T
@@ -320,7 +320,14 @@ def sweep(
     target: str = "own",
     reconstruct: bool = True,
 ) -> None:
-    """Site after site on the model as it is then; both streams move along in memory."""
+    """Site after site on the model as it is then; both streams move along in memory.
+
+    With the residual as target, the default's, fits are damped by tokens per column.
+    """
+
+    def damping(h: Tensor) -> float:
+        return max(DAMPING, min(0.5 * len(h) / tokens.numel(), 0.1)) if target == "residual" else DAMPING
+
     pruned = [model.model.embed_tokens(batch) for batch in tokens.split(size)]
     dense, parted = list(pruned), False
     original = None
@@ -333,7 +340,7 @@ def sweep(
         if compensate and parted:
             cross = mean_product((there.read(x), here.read(h)) for x, h in zip(dense, pruned, strict=True))
             for linear in here.producers:
-                linear.weight.copy_(fit(linear.weight @ cross, linear.weight, inputs))
+                linear.weight.copy_(fit(linear.weight @ cross, linear.weight, inputs, damping(inputs)))
         both = compensate or target != "own"
         z = [here.run(h)[0] for h in pruned]
         given = [there.run(x)[1] for x in dense] if both else []
@@ -344,12 +351,12 @@ def sweep(
                 y - bias + ((x - p) if target == "residual" else 0)
                 for y, x, p in zip(given, dense, pruned, strict=True)
             ]
-            w = fit(mean_product(zip(aims, z, strict=True)), w, h)
+            w = fit(mean_product(zip(aims, z, strict=True)), w, h, damping(h))
         kept = torch.arange(site.units)
         if keep[site.name] < site.units:
             kept = choose(site, w, h, inputs, [linear.weight for linear in here.producers], keep[site.name])
             columns = columns_of(kept, site.width)
-            w = refit(w, h, columns) if reconstruct else w[:, columns]
+            w = refit(w, h, columns, damping(h)) if reconstruct else w[:, columns]
         shrink(block, site, kept, w)
         parted = parted or target != "own" or len(kept) < site.units
         pruned = [h + here.run(h)[1] for h in pruned]

@@ -256,6 +256,12 @@ def ridge(h: Tensor, damping: float = DAMPING) -> Tensor:
     return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
 
 
+def fit_damping(x: Tensor) -> float:
+    """The default's damping of a fit to inputs (tokens, n): by tokens per column; an expert's tokens are those that reach it."""
+    tokens = int((x != 0).any(dim=1).sum())
+    return max(DAMPING, min(0.5 * x.shape[1] / tokens, 0.1))
+
+
 def least_squares(x: Tensor, y: Tensor, start: Tensor, strength: float) -> Tensor:
     """The W (rows, n) of least ``mean‖y − W x‖² + strength·‖W − start‖²``, by one stacked system.
 
@@ -352,8 +358,9 @@ class Twins:
         compensate: bool = True,
         target: str = "own",
         reconstruct: bool = True,
+        damping: Callable[[Tensor], float] = lambda x: DAMPING,
     ) -> None:
-        """Site after site, each on the model as it is then.
+        """Site after site, each on the model as it is then. `damping` is that of a fit to inputs (tokens, n).
 
         Where the two models still agree, compensation and target change nothing of themselves.
         """
@@ -361,14 +368,14 @@ class Twins:
             if place.site.name not in keep:
                 continue
             if compensate:
-                self._compensate(place, tokens)
+                self._compensate(place, tokens, damping)
             consumer = self.pruned.get_submodule(place.consumer)
             columns, w_all = self.columns(place), weight_of(consumer)
             w = w_all[:, columns]
             inputs, z = capture(self.pruned, [place.reader, place.consumer], tokens)
             z = z[:, columns]
             h = gram(z)
-            strength = DAMPING * float(h.diagonal().mean())
+            strength = damping(z) * float(h.diagonal().mean())
             if target != "own" and place.sublayer.experts is None:
                 # Dense output, less what the consumer adds by itself, more what the stream lacks.
                 (dense_z,) = capture(self.dense, [place.consumer], tokens)
@@ -393,12 +400,12 @@ class Twins:
             w_all.zero_()
             w_all[:, columns] = w
 
-    def _compensate(self, place: Place, tokens: Tensor) -> None:
+    def _compensate(self, place: Place, tokens: Tensor, damping: Callable[[Tensor], float]) -> None:
         """Each producer is to give on its pruned input what it gives on the dense one."""
         if not place.producers:
             return
         (x,), (x_hat,) = (capture(model, [place.reader], tokens) for model in (self.dense, self.pruned))
-        strength = DAMPING * float(gram(x_hat).diagonal().mean())
+        strength = damping(x_hat) * float(gram(x_hat).diagonal().mean())
         for name in place.producers:
             w = weight_of(self.pruned.get_submodule(name))
             w.copy_(least_squares(x_hat, x @ w.T, w, strength))
@@ -472,7 +479,7 @@ def default(
         costs = path_costs(twins, tokens, weighted=weighted, drawn=drawn)
         budget = Budget(ratio * shot / shots, twins.parameters, round_to, gone=twins.removed)
         changeable = [site for site in twins.sites if window is None or site.block in window]
-        twins.prune(allocate(changeable, costs, budget), tokens, target=target)
+        twins.prune(allocate(changeable, costs, budget), tokens, target=target, damping=fit_damping)
         twins.settle()
         found.append(costs)
     return twins, found

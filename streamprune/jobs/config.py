@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +23,11 @@ AIMS = ("fit", "speedup", "perplexity_at_most")
 """Fields of `Config` that choose a ratio."""
 DataFree = Literal["self", "random-tokens"]
 DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
+Effort = Literal["low", "normal", "high"]
+EFFORTS: Mapping[str, float] = {"low": 0, "normal": 2, "high": 8}
+"""Passes over the calibration windows in which block refinement trains each block."""
+REFINE_SEQUENCES = 2
+"""Windows of a step of block refinement."""
 TuneMethod = Literal["auto", "lora", "distil"]
 TUNE_METHODS: tuple[TuneMethod, ...] = ("auto", "lora", "distil")
 
@@ -145,8 +151,10 @@ class Config(JobConfig):
     """Prune only blocks ``start`` to ``stop - 1``; None prunes all."""
     ratio_of: RatioOf = _fixed(default="blocks")
     """What the ratio refers to: all transformer blocks, those of `blocks`, or the model with embeddings and head."""
-    refine: int = _fixed(default=0)
-    """Steps of block refinement after each pruned block; 0 for none."""
+    effort: Effort | None = _fixed(default=None)
+    """How much block refinement there is: see `EFFORTS`. None is ``normal`` for the recipe ``default`` and ``low`` for others."""
+    refine: int | None = _fixed(default=None)
+    """Steps of block refinement after each pruned block; None as `effort` says."""
     disk: int | None = _free(default=None)
     """Bytes of disk that activations may use; None allows all free space."""
     plan: Path | None = _free(default=None)
@@ -189,7 +197,10 @@ class Config(JobConfig):
             raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
         super().__post_init__()
         check_least(1, round_to=self.round_to, metric_samples=self.metric_samples)
-        check_least(0, refine=self.refine)
+        if self.effort is not None:
+            self._check_choice(effort=EFFORTS)
+        if self.refine is not None:
+            check_least(0, refine=self.refine)
         self._check_choice(ratio_of=RATIOS_OF, layout=LAYOUTS, store=STORES)
         if self.quant is not None:
             self._check_choice(quant=FORMATS)
@@ -213,6 +224,16 @@ class Config(JobConfig):
             )
         if len(given) > 1 and given != ["ratio", "plan"]:
             raise ConfigError(f"{' and '.join(given)} are given; only one of them can decide how much is removed")
+
+    @property
+    def refinement_steps(self) -> int:
+        """Steps of block refinement after each pruned block; 0 for none."""
+        effort = self.effort or ("normal" if self.recipe == "default" else "low")
+        return self.effort_steps()[effort] if self.refine is None else self.refine
+
+    def effort_steps(self) -> dict[str, int]:
+        """Steps of block refinement after each pruned block, in each effort."""
+        return {effort: math.ceil(passes * self.samples / REFINE_SEQUENCES) for effort, passes in EFFORTS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,20 @@ from torch import Tensor, nn
 from ..errors import NumericalError
 from .refit import all_finite
 
+Decay = Literal["linear", "cosine"]
 _BETAS = (0.9, 0.95)
 _MOMENTS = {"exp_avg": "first", "exp_avg_sq": "second"}
 
 
 class Descent:
-    """Adam (Kingma & Ba 2015) without weight decay. The learning rate rises linearly from zero, then falls linearly to zero.
+    """Adam (Kingma & Ba 2015) without weight decay. The learning rate rises linearly from zero, then falls to zero.
 
     Args:
         weights: the trained parameters, by name.
         steps: number of steps after which the learning rate is zero.
         rate: the highest learning rate; that of the first step without warm-up.
         warmup: number of steps before the step with that rate.
+        decay: how it falls then, linearly or as half a cosine.
         place: name of the trained part, for messages.
         state: result of `state`, to resume from there.
     """
@@ -35,9 +38,11 @@ class Descent:
         rate: float,
         place: str,
         warmup: int = 0,
+        decay: Decay = "linear",
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.weights, self.steps, self.rate, self.warmup, self.place = weights, steps, rate, warmup, place
+        self.weights, self.steps, self.rate, self.place = weights, steps, rate, place
+        self.warmup, self.decay = warmup, decay
         self.done = 0
         self._adam = torch.optim.Adam(weights.values(), lr=rate, betas=_BETAS)
         if state is not None:
@@ -65,7 +70,8 @@ class Descent:
         """Share of the highest learning rate that the next step has."""
         if self.done < self.warmup:
             return self.done / self.warmup
-        return 1 - (self.done - self.warmup) / (self.steps - self.warmup)
+        past = (self.done - self.warmup) / (self.steps - self.warmup)
+        return 1 - past if self.decay == "linear" else (1 + math.cos(math.pi * past)) / 2
 
     def state(self) -> dict[str, Tensor]:
         """Return the state on the host: ``step`` () int64, all weights, and both moments of each as ``name.first``, ``.second``."""

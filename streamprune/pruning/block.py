@@ -164,14 +164,16 @@ class BlockPruner:
         `inputs` are the sums over all ranks of H (d, d) and C (d, d). Returns the damping that it took, for the report.
         """
         assert inputs is not None
+        assert self.recipe.compensation is not None
+        damping = self.recipe.ridge(self.recipe.compensation, self.skeleton.width, inputs.rows)
         h, c = inputs.mean(f"{sub.name}, inputs")
         assert c is not None
         dtype = accumulator(sub.prunables[0].stored)
         h, c = h.to(dtype), c.to(dtype)
         solved = []
         if self.ranks.mine(0):
-            factor, damping = cholesky(h, self.recipe.compensation or 0.0, sub.name)
-            solved = [(damping, [compensation(h, c, factor)])]
+            factor, used = cholesky(h, damping, sub.name)
+            solved = [(used, [compensation(h, c, factor)])]
             del factor
         ((_, damping, (m,)),) = self.ranks.exchange([sub.name], solved, self.skeleton.device)
         for prunable in sub.prunables:
@@ -273,13 +275,14 @@ class BlockPruner:
         if report.get("left_alone") or not (changes or has_target):
             return {**untouched(site), **report}, []
         w, factors, (h, c) = prunable.weight(prunable.consumer).to(self._where), dict[float, Tensor](), (None, None)
+        tokens = 0 if sums is None else sums.rows
         if sums is not None:
             if self.grams == "parked":
                 sums.park()
             h, c = (None if each is None else each.to(w.dtype) for each in sums.mean(site.name))
         del sums
         if has_target:
-            w, report["target_damping"] = self._fit_to_target(site, w, h, c, factors)
+            w, report["target_damping"] = self._fit_to_target(site, w, h, c, tokens, factors)
         del c
         if not changes:
             return {**untouched(site), **report}, [w]
@@ -291,6 +294,7 @@ class BlockPruner:
             zeros=self.plan[site.name].zeros,
             h=h,
             inputs=inputs,
+            tokens=tokens,
             findings=self.survey.get(site.name, {}),
             generator=site_generator(self.seed, prunable),
             factors=factors,
@@ -318,7 +322,7 @@ class BlockPruner:
         return report
 
     def _fit_to_target(
-        self, site: Site, w: Tensor, h: Tensor | None, c: Tensor | None, factors: dict[float, Tensor]
+        self, site: Site, w: Tensor, h: Tensor | None, c: Tensor | None, tokens: int, factors: dict[float, Tensor]
     ) -> tuple[Tensor, float]:
         """Fit the consumer to its target: see `maths.refit.fit`.
 
@@ -326,6 +330,7 @@ class BlockPruner:
             w: (d_out, n), float32 or float64.
             h: (n, n), mean Gram of the consumer's input, same dtype.
             c: (d_out, n), mean of target times input, same dtype.
+            tokens: number of tokens that both are means of.
             factors: receives the factor (n, n) of H_λ under the damping asked for, so that `select` may reuse it.
 
         Returns:
@@ -335,8 +340,9 @@ class BlockPruner:
         assert target is not None
         assert h is not None
         assert c is not None
-        factors[target.damping], used = cholesky(h, target.damping, site.name, device=self._where)
-        w = fit(w, h, c, factors[target.damping])
+        damping = self.recipe.ridge(target.damping, site.columns, tokens)
+        factors[damping], used = cholesky(h, damping, site.name, device=self._where)
+        w = fit(w, h, c, factors[damping])
         if not all_finite(w):
             raise NumericalError(f"{site.name}: the fit to the target is not finite")
         return w, used

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..jobs.forecast.workload import REFINE_SEQUENCES
+from ..jobs.forecast.workload import TRAIN_SEQUENCES
 from ..maths.adam import Descent, batch, seeded
 from ..maths.refit import accumulator
 from ..model import write
@@ -100,7 +100,7 @@ class Corrector:
         self.skeleton, self.windows, self.folder, self.how = skeleton, windows, folder, how
         self.window, self._digests = window, digests
         samples, length = windows.tokens.shape
-        self._size = min(REFINE_SEQUENCES, samples)
+        self._size = min(TRAIN_SEQUENCES, samples)
         shape = self._size, length, skeleton.stream_width
         self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
 

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..jobs.config import Config, DataFree
 from ..jobs.folder import JobFolder
 from ..jobs.forecast.memory import GramPlace, Memory, Sizes
-from ..jobs.forecast.resources import Resources, forecast
+from ..jobs.forecast.resources import Resources, forecast, training_operations
 from ..jobs.journal import Entry
 from ..jobs.meter import by_block, peaks, totals
 from ..jobs.names import is_report
@@ -94,6 +94,10 @@ class Job(JobFolder):
         return replace(
             found,
             steps=sum(phase.steps for phase in self.request.schedule()),
+            refinement_operations={
+                effort: training_operations(self.skeleton, replace(self.request.workload, refines=steps, corrects=0))
+                for effort, steps in self.config.effort_steps().items()
+            },
             ratio_missed=None
             if self.request.ratio is None
             else self.request.goal.foreseen(self.request.planned, self.request.counted_tokens),

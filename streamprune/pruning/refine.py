@@ -1,7 +1,7 @@
 """Train one block's weights, or low-rank updates of them, to map its pruned input to its dense output.
 
-Only that block is in memory. There are no labels and no end-to-end gradient: the loss is the mean squared error, and
-Adam's rate falls linearly to zero. Its operations are reported apart from those of the closed form.
+Only that block is in memory. There are no labels and no end-to-end gradient: the loss is the mean squared error. Its
+operations are reported apart from those of the closed form.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import NumericalError
-from ..jobs.forecast.workload import REFINE_SEQUENCES
-from ..maths.adam import Descent, seeded
+from ..jobs.forecast.workload import TRAIN_SEQUENCES
+from ..maths.adam import Decay, Descent, epoch_batch, seeded
 from ..maths.flops import kind
 from ..maths.refit import accumulator
 from ..model.block import Block
@@ -39,7 +39,13 @@ class Refinement:
     keeps_zeros: bool = False
     """Whether zeros in the weights of linears stay zero."""
     rate: float = 3e-4
-    """Adam's learning rate at the first step."""
+    """Adam's highest learning rate."""
+    warmup: int = 0
+    """Steps in which the rate rises."""
+    decay: Decay = "linear"
+    """How the rate falls to zero."""
+    sequences: int = TRAIN_SEQUENCES
+    """Sequences per step."""
     rank: int | None = None
     """Rank of the updates, one per linear; None trains all weights themselves."""
 
@@ -70,17 +76,24 @@ def refine(
     dtype = accumulator(skeleton.dtype)
     shares = ranks.gather(store.shape[0])
     samples, before = sum(shares), sum(shares[: ranks.rank])
-    size = min(REFINE_SEQUENCES, samples)
-    generator = seeded(how.seed, index)
+    size = min(how.sequences, samples)
+    generator, place = seeded(how.seed, index), how.seed * 1_000_003 + index
     losses: list[float] = []
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     with _trained(block, dtype, how.rank, generator) as weights, torch.enable_grad():
-        descent = Descent(weights, steps=how.steps, rate=how.rate, place=f"block {index}")
+        descent = Descent(
+            weights,
+            steps=how.steps,
+            rate=how.rate,
+            warmup=how.warmup,
+            decay=how.decay,
+            place=f"block {index}",
+        )
         for step in range(how.steps):
-            drawn = torch.randperm(samples, generator=generator)[:size].tolist()
+            drawn = epoch_batch(samples, size, place, step).tolist()
             chosen = [row - before for row in drawn if 0 <= row - before < store.shape[0]]
             total = 0.0
             for begin in range(0, len(chosen), how.batch):
@@ -89,8 +102,10 @@ def refine(
                     torch.cat([store.read(name, slice(r, r + 1)) for r in rows]).to(dtype) for name in (source, target)
                 )
                 arguments = tree_map(cast, dict(skeleton.arguments(x.shape[0], x.shape[1])[index]))
-                given, wanted = (skeleton.side_inputs[index].hidden(each) for each in (block(x, arguments), y))
-                loss = F.mse_loss(given, wanted) * (len(rows) / size)
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=skeleton.dtype == torch.bfloat16):
+                    output = block(x, arguments)
+                given, wanted = (skeleton.side_inputs[index].hidden(each) for each in (output.to(dtype), y))
+                loss = F.mse_loss(given, wanted) * (len(rows) / len(drawn))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             total = sum(ranks.gather(total))
@@ -109,6 +124,14 @@ def refine(
         for weight in weights.values():
             weight.data = ranks.broadcast_tensors([weight.data], 0, weight.device)[0]
     return {"refinement": ends(losses)}
+
+
+def refinement_rate(width: int) -> float:
+    """Return the highest learning rate for a residual stream of `width`: as of Adam in general, falling as 1 / width.
+
+    Measured at widths of 256 and 576 (docs/methods.md): 4e-3 spoils the model, and so does 1e-3 where steps are few.
+    """
+    return min(5e-4, 0.3 / width)
 
 
 def ends(losses: Sequence[float]) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..jobs.config import DATA_FREE, Config, DataFree
+from ..jobs.config import DATA_FREE, REFINE_SEQUENCES, Config, DataFree
 from ..jobs.forecast.workload import Workload
 from ..jobs.schedule import Phase
 from ..maths.flops import kind
@@ -182,7 +182,8 @@ class Request:
             gram=self.recipe.wants_gram or self.recipe.target is not None,
             compensates=self.recipe.compensation is not None or self.recipe.wants_inputs,
             has_target=self.recipe.target is not None,
-            refines=self.config.refine,
+            refines=self.config.refinement_steps,
+            refine_sequences=REFINE_SEQUENCES,
             corrects=correction.steps if correction else 0,
             correction_rank=correction.rank if correction else 0,
             shots=self.shots,
@@ -475,4 +476,4 @@ def _surveys(config: Config, recipe: Recipe[Any]) -> bool:
 
 def _streams(config: Config, recipe: Recipe[Any]) -> bool:
     wants = recipe.wants_gram or recipe.wants_inputs or recipe.target is not None
-    return wants or recipe.compensation is not None or config.refine > 0
+    return wants or recipe.compensation is not None or config.refinement_steps > 0

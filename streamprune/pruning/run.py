@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.config import Config
+from ..jobs.config import REFINE_SEQUENCES, Config
 from ..jobs.forecast.memory import Memory
 from ..jobs.forecast.resources import Resources, generation_batch
 from ..jobs.journal import Entry
@@ -31,7 +31,7 @@ from .block import BlockPruner
 from .correct import correct_blocks
 from .curves import write_curves
 from .job import GENERATED, WRITING, Job
-from .refine import Refinement
+from .refine import Refinement, refinement_rate
 from .required import required_files
 from .result import Result
 from .shot import Shot
@@ -182,9 +182,18 @@ class Run:
     def _pruner(self, shot: Shot, plan: Plan) -> BlockPruner:
         """What prunes each block of the shot."""
         job, refinement = self.job, None
-        if shot.last and job.config.refine:
+        if shot.last and job.config.refinement_steps:
             zeros = job.recipe.writes_zeros
-            refinement = Refinement(job.config.refine, job.config.seed, job.backward_batch, keeps_zeros=zeros)
+            refinement = Refinement(
+                job.config.refinement_steps,
+                job.config.seed,
+                job.backward_batch,
+                keeps_zeros=zeros,
+                rate=refinement_rate(shot.skeleton.width),
+                warmup=job.config.refinement_steps // 10,
+                decay="cosine",
+                sequences=REFINE_SEQUENCES,
+            )
         return BlockPruner(
             skeleton=shot.skeleton,
             recipe=job.recipe,

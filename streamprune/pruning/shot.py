@@ -82,7 +82,11 @@ class Shot:
         job, recipe = self.job, self.job.recipe
         if not job.request.streams:
             return None
-        apart = recipe.compensation is not None or recipe.target is not None or (self.last and job.config.refine > 0)
+        apart = (
+            recipe.compensation is not None
+            or recipe.target is not None
+            or (self.last and job.config.refinement_steps > 0)
+        )
         moving = (PRUNED, DENSE) if apart else (PRUNED,)
         return Streams(self.skeleton, job.store, job.batch, moving, job.request.window)
 

@@ -34,6 +34,8 @@ from .settings import DefaultSettings
 
 _RIDGE = 1e-6
 """Ridge of G, relative to its mean diagonal: in small jobs G sums fewer tokens than it has rows."""
+_COLUMNS, _MOST = 0.5, 0.1
+"""The ridge of fits is this times columns per token, at most `_MOST`."""
 
 
 class Default(ObsRecipe[DefaultSettings]):
@@ -75,6 +77,14 @@ class Default(ObsRecipe[DefaultSettings]):
         # A unit may become cheaper once others are removed. It then goes with them, so take the running maximum.
         marginal = torch.cummax(costs, dim=0).values if len(costs) else costs
         return {"costs": marginal / (2 * site.unit_parameters)}
+
+    def ridge(self, damping: float, columns: int, tokens: int) -> float:
+        """Return the setting `fit_damping`, or where that is 0 the damping by tokens per column.
+
+        A fit to few tokens follows their noise, and more so the fewer tokens there are for a column: the best ridge is
+        about inversely proportional to their ratio.
+        """
+        return self.settings.fit_damping or max(damping, min(_COLUMNS * columns / max(tokens, 1), _MOST))
 
     def digest_workspace(self, site: Site) -> int:
         weighting = site.outputs * (site.outputs + site.columns) if self.settings.weighted else 0

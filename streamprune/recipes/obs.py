@@ -79,9 +79,8 @@ class ObsRecipe(Recipe[S]):
     def reconstruct(self, problem: Problem, kept: Tensor) -> Refit:
         """Refit the kept columns of W (d_out, n) by the OBS update with H (n, n): W becomes (d_out, k·width)."""
         columns = unit_columns(kept.to(problem.w.device), problem.site.width)
-        return Refit(
-            *refit_as_stored(problem.w, problem.gram, columns, self.settings.damping, problem.stored, problem.site.name)
-        )
+        damping = self.ridge(self.settings.damping, problem.site.columns, problem.tokens)
+        return Refit(*refit_as_stored(problem.w, problem.gram, columns, damping, problem.stored, problem.site.name))
 
     def workspace(self, site: Site, keep: int) -> int:
         return max(greedy_workspace(site), obs_workspace(site, keep))

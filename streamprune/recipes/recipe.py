@@ -64,6 +64,8 @@ class Problem(SiteWeights):
     """Mean Gram of the consumer's input (n, n), dtype of `w`, possibly in host memory; None unless `wants_gram`."""
     inputs: Tensor | None
     """Mean Gram of the producers' input (d, d), dtype of `w`; None unless `wants_inputs`."""
+    tokens: int
+    """Number of tokens that `h` is the mean of, over all ranks; 0 without `h`."""
     findings: Findings
     """What `digest` kept of the site; empty without a survey."""
     generator: torch.Generator
@@ -83,7 +85,7 @@ class Target:
     """Target that a consumer is fitted to before units are chosen: its output on the dense model."""
 
     damping: float
-    """Ridge of the fit, relative to the Gram's mean diagonal."""
+    """Ridge of the fit, relative to the Gram's mean diagonal; see `Recipe.ridge`."""
     residual: bool
     """Add the current error of the residual stream, dense minus pruned, to the target."""
 
@@ -132,7 +134,7 @@ class Recipe(ABC, Generic[S]):
     wants_inputs: bool = False
     """Whether `select` reads the Gram of the producers' input."""
     compensation: float | None = None
-    """Relative damping of the producers' input compensation; None for no compensation."""
+    """Relative damping of the producers' input compensation (see `Recipe.ridge`); None for no compensation."""
     target: Target | None = None
     """Target that consumers are fitted to before units are chosen; None for no such fit."""
     correction: Correction | None = None
@@ -178,6 +180,13 @@ class Recipe(ABC, Generic[S]):
     @abstractmethod
     def reconstruct(self, problem: Problem, kept: Tensor) -> Refit:
         """Compute the new weights, given the kept units (k,) int64, ascending."""
+
+    def ridge(self, damping: float, columns: int, tokens: int) -> float:
+        """Return the relative damping of a fit of `columns` inputs to `tokens` tokens, for which the recipe states `damping`.
+
+        Fits are the compensation, the fit to the target and the refit.
+        """
+        return damping
 
     # What is known or checked before the work starts.
 

@@ -42,7 +42,12 @@ class DefaultSettings:
         choices=("residual", "dense", "own"),
     )
     compensate: bool = setting(True, "input compensation of q, k, v and gate, up")
-    damping: float = setting(0.01, "ridge of every Gram, relative to its mean diagonal", limits=(0.0, 1.0))
+    damping: float = setting(
+        0.01, "ridge of the Grams by which units are chosen, relative to their mean diagonal", limits=(0.0, 1.0)
+    )
+    fit_damping: float = setting(
+        0.0, "ridge of all fits, relative likewise; 0 chooses it by calibration tokens per column", limits=(0.0, 10.0)
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ...errors import NumericalError
-from ...jobs.forecast.workload import REFINE_SEQUENCES
+from ...jobs.forecast.workload import TRAIN_SEQUENCES
 from ...maths.adam import Descent, batch, epoch_batch, seeded
 from ...maths.refit import accumulator, advice, all_finite
 from ...model.modeling_streamprune import Experts, separate_experts
@@ -38,7 +38,7 @@ SAVE_EVERY = 25
 class Schedule:
     """Hyperparameters that only training in memory has."""
 
-    batch: int = REFINE_SEQUENCES
+    batch: int = TRAIN_SEQUENCES
     """Windows per step."""
     warmup: int = 0
     """Steps in which the learning rate rises from zero."""

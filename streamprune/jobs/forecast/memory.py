@@ -21,7 +21,7 @@ from ...model.block import linear_shape
 from ...model.site import Site
 from ...stream.store import file_bytes
 from ...stream.sweep import LOGIT_BYTES
-from .workload import REFINE_SEQUENCES, Shapes, Sublayer
+from .workload import TRAIN_SEQUENCES, Shapes, Sublayer
 
 GRAMS_AT_ONCE = 1 << 31
 """Largest number of bytes of Grams of one block's experts summed in one pass, if more than one Gram."""
@@ -294,7 +294,7 @@ class Memory(Shapes):
         if work.shots > 1:
             found += result  # of the previous shot
         if work.corrects:
-            streams = (len(self.skeleton) + 3) * min(REFINE_SEQUENCES, work.samples) * self.row_bytes
+            streams = (len(self.skeleton) + 3) * min(TRAIN_SEQUENCES, work.samples) * self.row_bytes
             # The result once more: the blocks without their correction.
             found += result + streams + self.states(work.correction_rank)
         return found

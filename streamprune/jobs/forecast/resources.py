@@ -5,7 +5,8 @@ All micro-batch sizes are chosen here: `forecast` for streamed jobs, `generation
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...errors import ResourceError
@@ -14,7 +15,7 @@ from ...model.skeleton import Skeleton
 from ...system.machine import dtype_name
 from ...system.units import format_bytes
 from .memory import GRAM_PLACES, GramPlace, Memory
-from .workload import REFINE_SEQUENCES, Shapes, Workload
+from .workload import TRAIN_SEQUENCES, Shapes, Workload
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens per micro-batch beyond which nothing gets faster, by device type."""
@@ -49,6 +50,8 @@ class Resources:
     disk_limit: int  # bytes of disk that activations may use
     problems: tuple[str, ...]  # why the job does not fit, and what would; empty if it fits
     steps: int = 0  # number of steps of a job, as `status` counts them
+    refinement_operations: Mapping[str, int] = field(default_factory=dict)
+    """FLOPs of block refinement in each effort of `jobs.config.EFFORTS`."""
     ratio_missed: str | None = None  # why a job cannot remove the ratio asked for, if that is certain beforehand
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,6 +134,11 @@ def forecast(
     )
 
 
+def training_operations(skeleton: Skeleton, workload: Workload) -> int:
+    """Return the forecast FLOPs of a job's training."""
+    return _flops_by_kind(Shapes(skeleton, workload))["training"]
+
+
 def generation_batch(memory: Memory, batch: int, backward_batch: int) -> int:
     """Return the sequences per micro-batch for generating calibration tokens, within the other steps' peak."""
     room = memory.device_peak(batch, backward_batch) - memory.decoding(0)
@@ -139,7 +147,7 @@ def generation_batch(memory: Memory, batch: int, backward_batch: int) -> int:
 
 def training_batch(memory: Memory, room: int) -> int | None:
     """Return the sequences per micro-batch for training the whole model within `room` bytes; None if none fits."""
-    fitting = [size for size in range(1, REFINE_SEQUENCES + 1) if memory.in_memory(size) <= room]
+    fitting = [size for size in range(1, TRAIN_SEQUENCES + 1) if memory.in_memory(size) <= room]
     return min(fitting[-1], memory.workload.samples) if fitting else None
 
 
@@ -203,7 +211,10 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
     advanced = forward if workload.refines else forward - last  # no stream is needed after the last sublayer
     found = dict.fromkeys(KINDS, 0.0)
     # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs.
-    step = 3 * min(REFINE_SEQUENCES, workload.samples) / max(workload.samples, 1)
+    step, refining = (
+        3 * min(size, workload.samples) / max(workload.samples, 1)
+        for size in (TRAIN_SEQUENCES, workload.refine_sequences)
+    )
     for shot in range(workload.shots):
         before, after = (1 - workload.removes * done / workload.shots for done in (shot, shot + 1))
         if workload.survey or not workload.prunes:
@@ -219,7 +230,7 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
         if workload.prunes and (workload.gram or workload.dense_stream):
             found["sweeps"] += after * advanced
         found["training"] += workload.corrects * step * (after * forward + 2 / 3 * head)
-    found["training"] += workload.refines * step * (1 - workload.removes) * forward
+    found["training"] += workload.refines * refining * (1 - workload.removes) * forward
     found["sums"] = workload.shots * sums * workload.prunes
     found["writing"] = workload.generates * (forward + head)
     return {kind: round(count) for kind, count in found.items()}

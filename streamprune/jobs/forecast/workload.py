@@ -16,8 +16,8 @@ from ...model.site import Site
 from ...model.skeleton import Skeleton
 from ...stream.encoding import token_bytes
 
-REFINE_SEQUENCES = 8
-"""Sequences per refinement step."""
+TRAIN_SEQUENCES = 8
+"""Sequences per step of tuning and of low-rank correction."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Workload:
     compensates: bool = False  # whether producers are compensated, which sums the Grams of their inputs
     has_target: bool = False  # whether consumers are fitted to a target
     refines: int = 0  # steps of block refinement per block
+    refine_sequences: int = TRAIN_SEQUENCES  # sequences per step of it
     corrects: int = 0  # steps of low-rank training after each shot
     correction_rank: int = 0
     shots: int = 1
