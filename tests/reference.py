@@ -453,7 +453,8 @@ def path_costs(twins: Twins, tokens: Tensor, *, weighted: bool = True, drawn: bo
     for place, site, z, dy in zip(twins.places, twins.sites, inputs, gradients, strict=True):
         columns = twins.columns(place)
         w = weight_of(twins.dense.get_submodule(place.consumer))[:, columns]
-        g = ridge(gram(dy), 1e-6) if weighted else None
+        # The mean of dy dyᵀ over the tokens that reach an expert.
+        g = ridge(gram(dy[(z != 0).any(dim=1)]), 1e-6) if weighted else None
         _, paid = greedy_path(w, gram(z[:, columns]), site.width, site.units - 1, g)
         risen = [max(paid[: k + 1]) / 2 / site.unit_parameters for k in range(len(paid))]
         costs[site.name] = torch.tensor([*risen, risen[-1]] if risen else [], dtype=torch.float64)

@@ -139,6 +139,8 @@ class Sizes:
         for index, entries in enumerate(self.skeleton.entries):
             window = sliding_window(self.skeleton, index)
             tokens = CACHED * min(context, window or context)
+            if self.skeleton.side_inputs[index].shared:
+                continue  # its keys and values are another block's
             for site, entry in self.skeleton.places(index):
                 units = keeps.get(site.name, site.units)
                 if site.kind == "linear":
@@ -148,7 +150,8 @@ class Sizes:
                 elif site.kind == "attention":
                     heads = site.heads // site.units if entry.repeats else 1
                     found += tokens * 2 * units * heads * site.head_width
-            if any(entry.consumer is None and entry.kind in ("attention", "block") for entry in entries):
+            unknown = {entry.kind for entry in entries if entry.consumer is None}
+            if "attention" in unknown or ("block" in unknown and all(entry.kind != "attention" for entry in entries)):
                 found += tokens * 2 * _unknown_width(config)
         return found
 

@@ -459,7 +459,8 @@ def idle(config: Config) -> dict[str, str]:
 
 def _recipe(config: Config) -> Recipe[Any]:
     """The recipe with its settings. Raises ConfigError: unknown, or it does not have such settings or such texts."""
-    recipe: Recipe[Any] = RECIPES[config.recipe](parse(config.recipe, config.settings))
+    settings = parse(config.recipe, config.settings)  # which refuses unknown recipes
+    recipe: Recipe[Any] = RECIPES[config.recipe](settings)
     if config.metric_text is not None:
         recipe.use_metric_text()
     return recipe

@@ -31,6 +31,15 @@ def file_bytes(samples: int, row_bytes: int) -> int:
     return samples * row_bytes + (samples + 1) * SUM.itemsize
 
 
+@contextmanager
+def temporary(folder: Path) -> Iterator[None]:
+    """Create an empty folder and remove it at the end. After an error it stays, and the next use empties it."""
+    files.remove_tree(folder)
+    files.make_folder(folder)
+    yield
+    files.remove_tree(folder)
+
+
 def _damaged(path: Path) -> DamageError:
     return DamageError(f"{path} is missing or damaged; run the same command again: it will be computed again")
 

@@ -322,7 +322,7 @@ def test_the_command(tiny: Tiny, text: Path) -> None:
 
     tasks = ("--tasks", "mc_piqa, mc_arc_easy", "--include-path", TASK_FILES, "--limit", 2)
     found = json.loads(call(*tasks, "--text", text, "--seq-len", 24, "--json").stdout)
-    assert list(found) == ["perplexity", "tokens", "seq_len", "bos", "protocol", "tasks"]
+    assert list(found) == ["perplexity", "tokens", "seq_len", "bos", "loss_on", "windows", "protocol", "tasks"]
     assert found["tasks"]["documents"] == {"mc_piqa": 2, "mc_arc_easy": 2}
     assert 0 <= found["tasks"]["results"]["mc_piqa"]["acc,none"] <= 1
     assert list(json.loads(call(*tasks, "--json").stdout)) == ["tasks"]

@@ -23,7 +23,7 @@ from streamprune import TuneConfig
 from streamprune.commands.tune import lora
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.jobs.names import job_folder
-from streamprune.maths.adam import batch, seeded
+from streamprune.maths.adam import batch, epoch_batch, seeded
 from streamprune.model.skeleton import open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
 from streamprune.pruning.refine import Refinement
@@ -185,7 +185,7 @@ def test_distil_is_the_plain_implementation(name: str, tiny: Tiny, tuning: Make,
         adam = torch.optim.Adam(leaves(updates), lr=1e-2, betas=(0.9, 0.95))
         for step in range(3):
             adam.param_groups[0]["lr"] = 1e-2 * (1 - step / 3)
-            chosen = torch.randperm(10, generator=generator)[:8]
+            chosen = epoch_batch(10, 8, index, step)
             found = block_output(model, index, tokens[chosen], {**weights, **changed(model, updates)})
             adam.zero_grad()
             F.mse_loss(found, target[chosen]).backward()
@@ -610,7 +610,7 @@ def refused(result: Result, code: int, message: str, folder: Path) -> None:
     [
         ({"num_hidden_layers": 2}, "does not match"),
         ({"num_hidden_layers": 2}, "blocks 2, not 3"),
-        ({"hidden_size": 40}, "width 40, not 32"),
+        ({"hidden_size": 40}, "width of the stream 40, not 32"),
         ({"vocab_size": 48}, "vocabulary 48, not 40"),
     ],
 )

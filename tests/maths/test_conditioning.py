@@ -160,6 +160,7 @@ def problem(width: int, w: Tensor, h: Tensor, stored: torch.dtype, generator: to
         read_producers=lambda: producers,
         zeros=None,
         h=h,
+        tokens=1 << 20,
         inputs=torch.eye(D),
         findings={"a.consumer": h, "g.0": gram(producers[0].T), "g.1": gram(producers[1].T)},
         generator=generator,
@@ -398,7 +399,10 @@ def test_the_report_has_every_damping_that_was_used(
     watch(block, "cholesky", lambda h: "target_damping" if len(h) in (48, 40) else "compensation_damping")
     watch(obs, "refit_as_stored", lambda w: "damping")
     path = make_tiny(tmp_path / "model", "llama", num_key_value_heads=4, num_attention_heads=4, head_dim=10)
-    settings = {"damping": damping} | ({"compensation_damping": "0.1"} if recipe == "sobp" else {})
+    settings = {
+        "damping": damping,
+        "compensation_damping" if recipe == "sobp" else "fit_damping": "0.1" if recipe == "sobp" else damping,
+    }
     config = configured(path, recipe=recipe, settings=settings, samples=2, seq_len=8)
     streamprune.prune(config)
     report = json.loads((config.out / "report.json").read_text())

@@ -69,7 +69,7 @@ def test_gguf_is_what_export_writes(name: str, dtype: str, configured: Make, tmp
     changes |= {"num_key_value_heads": 4} if name == "olmoe" else {}
     model = make_tiny(tmp_path, name, **changes)
     write_byte_tokenizer(model)
-    config = configured(model, recipe="magnitude", ratio=0.25, layout="uniform", round_to=8)
+    config = configured(model, recipe="magnitude", ratio=0.2, layout="uniform", round_to=8)
     result = Path(streamprune.prune(config).out)
     exported = streamprune.export_gguf(result, tmp_path / "model.gguf", dtype=dtype).path
     tensors = gguf.GGUFReader(exported).tensors
@@ -136,9 +136,13 @@ def test_cache_is_transformers_own(name: str, tiny: Tiny) -> None:
     folder, context = tiny(name), 20
     model = streamprune.load(folder, dtype=torch.bfloat16)
     cache = model(torch.ones(1, context, dtype=torch.int64), use_cache=True).past_key_values
-    found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
     # A sliding layer of transformers leaves out the token that the next step adds.
-    short = sum(2 * 2 * k.keys.shape[1] * k.keys.shape[-1] for k in cache.layers if 0 < k.keys.shape[-2] < context)
+    short = sum(
+        2 * 2 * k.keys.shape[1] * k.keys.shape[-1]
+        for k in cache.layers
+        if k.keys is not None and 0 < k.keys.shape[-2] < context
+    )
     assert sizes(folder).cache({}, context) == found + short
 
 

@@ -145,7 +145,7 @@ def test_every_shots_result_has_a_manifest(tiny: Tiny, configured: Make, monkeyp
     real = files.remove_tree
 
     def keep(path: Path) -> None:
-        if path.name == "shot-01":
+        if path.name == "shot-01" and path.is_dir():
             shutil.copytree(path, kept)
         real(path)
 

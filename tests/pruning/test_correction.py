@@ -18,6 +18,7 @@ import streamprune
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.correct import Corrector
 from streamprune.pruning.refine import Refinement
+from streamprune.text.windows import Windows
 
 Make = Callable[..., streamprune.Config]
 Tiny = Callable[..., Path]
@@ -61,7 +62,7 @@ def test_steps_are_those_of_full_autograd(name: str, tiny: Tiny, tmp_path: Path)
     skeleton = open_skeleton(path, torch.device("cpu"), "float64")
     tokens = torch.randint(skeleton.vocabulary, (11, 12), generator=torch.Generator().manual_seed(5))
     how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2)
-    corrector = Corrector(skeleton, tokens, tmp_path / "work", how, range(len(skeleton)), {})
+    corrector = Corrector(skeleton, Windows.of(tokens), tmp_path / "work", how, range(len(skeleton)), {})
     assert [step for step, _ in corrector.steps(0)] == [0, 1, 2]
     expected = plain_lora(path, tokens, corrector, how)
     for index in range(len(skeleton)):

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +230,8 @@ def test_the_loss_is_the_whole_models_and_a_rate_of_zero_changes_nothing(
     settings = {"recipe": "default", "dtype": "float64", "ratio": 0.3, "samples": 8, "blocks": (0, 2)}
     config = configured(path, refine=2, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "Refinement", partial(Refinement, rate=0.0))
+        patch.setattr(run, "refinement_rate", lambda width: 0.0)
+        patch.setattr(run, "REFINE_SEQUENCES", 8)
         streamprune.prune(config)
     tokens = Job(config, None).tokens
     sites = json.loads((config.out / "report.json").read_text())["sites"]
@@ -254,7 +254,7 @@ def test_a_later_block_reads_what_the_refined_one_gives(
 
     def first_only(skeleton: Any, block: Any, index: int, *rest: Any) -> Any:
         *streams, how, ranks = rest
-        return refine(skeleton, block, index, *streams, replace(how, rate=0.0 if index else 1e-2), ranks)
+        return refine(skeleton, block, index, *streams, replace(how, rate=0.0 if index else 1e-2, sequences=8), ranks)
 
     monkeypatch.setattr(pruning_block, "refine", first_only)
     streamprune.prune(config)
@@ -267,7 +267,10 @@ def test_a_later_block_reads_what_the_refined_one_gives(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["magnitude", "sobp"])
-def test_every_recipe_can_be_refined(recipe: str, tiny: Tiny, configured: Make) -> None:
+def test_every_recipe_can_be_refined(
+    recipe: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "REFINE_SEQUENCES", 12)  # all, so that steps compare
     path = tiny("gpt2", torch.bfloat16)
     config = configured(path, recipe=recipe, ratio=0.3, refine=20)
     streamprune.prune(config)
@@ -305,7 +308,7 @@ def test_killed_inside_a_block_the_bytes_are_the_same(
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "Refinement", partial(Refinement, rate=1e30))
+    monkeypatch.setattr(run, "refinement_rate", lambda width: 1e30)
     config = configured(tiny("llama"), recipe="magnitude", refine=5)
     with pytest.raises(NumericalError, match=r"block 0: the refinement's loss is (nan|inf) at step 1"):
         streamprune.prune(config)

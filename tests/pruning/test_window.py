@@ -180,9 +180,11 @@ def test_sobp_in_a_window_is_the_plain_implementation(tiny: Tiny, configured: Ma
     config = configured(path, recipe="sobp", dtype="float64", ratio=0.2, blocks=(1, 3))
     tokens = Job(config, None).tokens
     twins = reference.Twins(path, skeleton_of(path).all_sites())
-    squares = reference.mask_gradients(twins.dense, twins.places, tokens)
+    gradients = reference.mask_gradients(twins.dense, twins.places, tokens)
     inside = [site for site in twins.sites if site.block in (1, 2)]
-    densities = {site.name: (squares[site.name] / site.unit_parameters).sort().values for site in inside}
+    densities = {
+        site.name: (gradients[site.name].square().mean(dim=0) / site.unit_parameters).sort().values for site in inside
+    }
     twins.prune(allocate(inside, densities, Budget(0.2, twins.parameters, 4)), tokens)
     streamprune.prune(config)
     same_result(config, twins, tokens)

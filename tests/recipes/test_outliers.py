@@ -99,6 +99,7 @@ def test_costs_and_scores_are_those_of_float64() -> None:
             read_producers=lambda: tuple(each.to(dtype) for each in producers),
             zeros=None,
             h=a.to(dtype),
+            tokens=1 << 20,
             inputs=None,
             findings={},
             generator=torch.Generator(),

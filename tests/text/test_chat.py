@@ -339,7 +339,7 @@ def test_settings_that_need_conversations(tiny: Tiny, tmp_path: Path, text: Path
         Config(**given, loss_on="users")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="windows is 'rows'; it must be one of anywhere, documents"):
         Config(**given, windows="rows")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="windows is 'documents'; calibration 'random-tokens' has no conversations"):
+    with pytest.raises(ConfigError, match="windows is 'documents'; calibration 'random-tokens' reads no documents"):
         Config(**given, calibration="random-tokens", windows="documents")
 
     def called(*arguments: str) -> str:

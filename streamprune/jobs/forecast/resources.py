@@ -5,6 +5,7 @@ All micro-batch sizes are chosen here: `forecast` for streamed jobs, `generation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -211,10 +212,8 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
     advanced = forward if workload.refines else forward - last  # no stream is needed after the last sublayer
     found = dict.fromkeys(KINDS, 0.0)
     # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs.
-    step, refining = (
-        3 * min(size, workload.samples) / max(workload.samples, 1)
-        for size in (TRAIN_SEQUENCES, workload.refine_sequences)
-    )
+    step = 3 * min(TRAIN_SEQUENCES, workload.samples) / max(workload.samples, 1)
+    epoch = math.ceil(workload.samples / workload.refine_sequences)
     for shot in range(workload.shots):
         before, after = (1 - workload.removes * done / workload.shots for done in (shot, shot + 1))
         if workload.survey or not workload.prunes:
@@ -230,7 +229,7 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
         if workload.prunes and (workload.gram or workload.dense_stream):
             found["sweeps"] += after * advanced
         found["training"] += workload.corrects * step * (after * forward + 2 / 3 * head)
-    found["training"] += workload.refines * refining * (1 - workload.removes) * forward
+    found["training"] += workload.refines / max(epoch, 1) * 3 * (1 - workload.removes) * forward
     found["sums"] = workload.shots * sums * workload.prunes
     found["writing"] = workload.generates * (forward + head)
     return {kind: round(count) for kind, count in found.items()}
