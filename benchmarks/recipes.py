@@ -32,7 +32,7 @@ from memory import HERE, child, measured
 ROOT = HERE.parent
 EXAMPLES = ROOT / "examples"
 SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
+    "default": ("--effort", "low", "--set", "fit_damping=0.01"),  # as tests/plain.py
     "sobp": (),
     "slimgpt": (),
     "greedy-output": (),
