@@ -54,6 +54,10 @@ def _model(model: dict[str, Any]) -> list[str]:
     for block in model["blocks"]:
         heads = [f"{site['heads']} × {site['head_dim']}" for site in block["sites"] if "heads" in site]
         units = [_units([site["units"] for site in block["sites"] if _kind(site) == kind]) for kind in kinds]
+        units = [
+            "gone" if f"blocks.{block['block']}.{kind}" in block["gone"] else n
+            for kind, n in zip(kinds, units, strict=True)
+        ]
         rows.append([str(block["block"]), f"{block['parameters']:,}", " ".join(heads), *units])
     return [
         _support(model),

@@ -332,13 +332,14 @@ class Twins:
 
     @property
     def sites(self) -> list[Site]:
-        """The sites as they are by now."""
-        return [place.site.keeping(len(self.kept[place.site.name])) for place in self.places]
+        """The sites that are left, as they are by now."""
+        left = [(place.site, len(self.kept[place.site.name])) for place in self.places]
+        return [site.keeping(units) for site, units in left if units]
 
     @property
     def removed(self) -> int:
         """Parameters that are gone."""
-        return sum((p.site.units - len(self.kept[p.site.name])) * p.site.unit_parameters for p in self.places)
+        return sum(place.site.removed(len(self.kept[place.site.name])) for place in self.places)
 
     def columns(self, place: Place) -> Tensor:
         """The consumer's columns that are left."""
@@ -366,6 +367,10 @@ class Twins:
         """
         for place in self.places:
             if place.site.name not in keep:
+                continue
+            if keep[place.site.name] == 0:  # the sublayer goes as a whole
+                weight_of(self.pruned.get_submodule(place.consumer)).zero_()
+                self.kept[place.site.name] = torch.arange(0)
                 continue
             if compensate:
                 self._compensate(place, tokens, damping)
@@ -446,18 +451,22 @@ def sobp(path: Path, tokens: Tensor, sites: list[Site], *, ratio: float, round_t
 
 def path_costs(twins: Twins, tokens: Tensor, *, weighted: bool = True, drawn: bool = True) -> dict[str, Tensor]:
     """Of each further unit of each site, a parameter, in units of loss; a unit is no cheaper than one before it."""
-    consumers = [place.consumer for place in twins.places]
+    left = [place for place in twins.places if len(twins.kept[place.site.name])]
+    consumers = [place.consumer for place in left]
     inputs = capture(twins.dense, consumers, tokens)
     gradients = output_gradients(twins.dense, consumers, tokens, labels=draw if drawn else None)
     costs = {}
-    for place, site, z, dy in zip(twins.places, twins.sites, inputs, gradients, strict=True):
+    for place, site, z, dy in zip(left, twins.sites, inputs, gradients, strict=True):
         columns = twins.columns(place)
         w = weight_of(twins.dense.get_submodule(place.consumer))[:, columns]
         # The mean of dy dyᵀ over the tokens that reach an expert.
         g = ridge(gram(dy[(z != 0).any(dim=1)]), 1e-6) if weighted else None
-        _, paid = greedy_path(w, gram(z[:, columns]), site.width, site.units - 1, g)
-        risen = [max(paid[: k + 1]) / 2 / site.unit_parameters for k in range(len(paid))]
-        costs[site.name] = torch.tensor([*risen, risen[-1]] if risen else [], dtype=torch.float64)
+        stays = site.rest is None
+        _, paid = greedy_path(w, gram(z[:, columns]), site.width, site.units - stays, g)
+        sizes = [site.unit_parameters] * (site.units - 1) + [site.unit_parameters + (site.rest or 0)]
+        densities = [cost / 2 / size for cost, size in zip(paid, sizes, strict=False)]
+        risen = [max(densities[: k + 1]) for k in range(len(densities))]
+        costs[site.name] = torch.tensor([*risen, *(risen[-1:] if stays else [])], dtype=torch.float64)
     return costs
 
 
@@ -478,7 +487,7 @@ def default(
     twins, found = Twins(path, sites), []
     for shot in range(1, shots + 1):
         costs = path_costs(twins, tokens, weighted=weighted, drawn=drawn)
-        budget = Budget(ratio * shot / shots, twins.parameters, round_to, gone=twins.removed)
+        budget = Budget(ratio * shot / shots, twins.parameters, round_to, gone=twins.removed, sublayers=True)
         changeable = [site for site in twins.sites if window is None or site.block in window]
         twins.prune(allocate(changeable, costs, budget), tokens, target=target, damping=fit_damping)
         twins.settle()

@@ -60,6 +60,7 @@ def _model(path: Path) -> dict[str, Any]:
             "block": index,
             "parameters": sum(entries[name].numel for name in skeleton.block_names(index).values()),
             "sites": [_site(site) for site in skeleton.sites(index)],
+            "gone": [f"blocks.{index}.{entry.kind}" for entry in skeleton.entries[index] if entry.gone],
         }
         for index in range(len(skeleton))
     ]

@@ -68,7 +68,7 @@ def greedy_removal(
         The removed units in order (count,) int64, and the cost of each in output energy per token (count,), on the CPU.
     """
     units = h.shape[0] // width
-    assert 0 <= count < units
+    assert 0 <= count <= units
     assert w.shape[1] == h.shape[0] == units * width
     ready = [] if factor is None else [factor]
     del factor

@@ -37,6 +37,29 @@ class Producer:
 
 
 @dataclass(frozen=True)
+class Removal:
+    """How a sublayer goes as a whole: what `modeling_streamprune.remove_sublayer` is told."""
+
+    seat: str
+    """The module whose output is the consumer's: the mixer that contains the consumer, or the consumer itself."""
+    returns: int
+    """Number of values that it returns in a tuple; 0 if it returns a tensor alone."""
+    bias: str | None
+    """Name of the consumer's bias inside it; None without one."""
+    identities: tuple[str, ...]
+    """Modules that go too, since only this sublayer reads them: its norms, or linears before the consumer."""
+
+    def takes(self, name: str) -> bool:
+        """Return whether a tensor or module of the block, by name, goes too."""
+        inside = any(name == each or name.startswith(f"{each}.") for each in (self.seat, *self.identities))
+        return inside and not (self.bias and name == f"{self.seat}.{self.bias}")
+
+    def arguments(self, kind: Kind) -> dict[str, Any]:
+        """Return the arguments besides the block and `seat`, as JSON holds them."""
+        return {"kind": kind, "returns": self.returns, "bias": self.bias, "identities": [*self.identities]}
+
+
+@dataclass(frozen=True)
 class SublayerEntry:
     """One sublayer: names of modules and attributes, relative to the block."""
 
@@ -84,6 +107,10 @@ class SublayerEntry:
     """Whether its output is not added to the stream but to that of the next sublayer, which reads the same stream."""
     joint_norm: str | None = None  # norm of that sum
     repeats: bool = False  # whether the cache stores a key and a value per query head rather than per unit
+    removal: Removal | None = None
+    """How the sublayer goes as a whole; None if it cannot."""
+    gone: bool = False
+    """Whether the sublayer went as a whole: its mixer is a `NoOp`, which gives the consumer's bias, or zeros."""
 
     def expert(self, number: int) -> SublayerEntry:
         """Return the entry of one routed expert, with names relative to the block."""
@@ -96,6 +123,29 @@ class SublayerEntry:
         """The norm of the consumer's output, if it is the last part of the mixer."""
         inside = any((self.branch_norm or "").startswith(f"{name}.") for name in self.mixer)
         return self.branch_norm if inside else None
+
+    @property
+    def remainder(self) -> SublayerEntry:
+        """The entry of what stays once the sublayer went as a whole."""
+        assert self.removal is not None
+
+        def left(norm: str | None) -> str | None:
+            goes = self.removal is not None and norm is not None and self.removal.takes(norm)
+            return None if goes else norm
+
+        return SublayerEntry(
+            self.kind,
+            mixer=(self.removal.seat,),
+            norm=left(self.norm),
+            branch_norm=left(self.branch_norm),
+            sum_norm=self.sum_norm,
+            sum_scale=self.sum_scale,
+            scale=self.scale,
+            parallel=self.parallel,
+            aside=self.aside,
+            joint_norm=self.joint_norm,
+            gone=True,
+        )
 
     @property
     def takes_target(self) -> bool:

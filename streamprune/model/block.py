@@ -17,7 +17,7 @@ from ..maths.refit import accumulator, all_finite, unit_columns
 from ..system.host import host_copy
 from . import upstream
 from .architectures import SublayerEntry
-from .modeling_streamprune import Experts, count, set_count
+from .modeling_streamprune import Experts, count, remove_sublayer, set_count
 from .side_inputs import Part, SideInputs
 from .site import Site
 
@@ -119,6 +119,18 @@ class Layer:
         """Scale an attribute that counts heads, for this block only, from `units` units to `kept`."""
         block = self._modules[0]
         set_count(block, name, count(block, name) // units * kept)
+
+    def remove(self, entry: SublayerEntry) -> None:
+        """Let a sublayer go as a whole, with the weights that only served it."""
+        modules, apart = self._modules
+        assert entry.consumer is not None
+        assert entry.removal is not None
+        for name in [name for name in apart if name == entry.consumer or entry.removal.takes(name)]:
+            modules.set_submodule(name, apart.pop(name))
+        before = {*modules.state_dict()}
+        remove_sublayer(modules, entry.removal.seat, **entry.removal.arguments(entry.kind))
+        for name in before - {*modules.state_dict()}:
+            del self.weights[name]
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace one tensor. The master is rounded to the stored dtype; the device receives the rounded values."""
@@ -343,14 +355,18 @@ class Sublayer:
         block: int,
         side: SideInputs,
     ) -> None:
-        self.layer, self.entry, self.block, self.side = layer, entry, block, side
+        self.layer, self.block, self.side = layer, block, side
         self.prunables = [Prunable(layer, own, site, number) for number, (site, own) in enumerate(places)]
+        self._take(entry)
+
+    def _take(self, entry: SublayerEntry) -> None:
+        self.entry = entry
         self._norm, self._branch_norm, self._sum_norm = (
-            layer.module(name) if name else None for name in (entry.norm, entry.branch_norm, entry.sum_norm)
+            self.layer.module(name) if name else None for name in (entry.norm, entry.branch_norm, entry.sum_norm)
         )
         by_block = entry.whole or entry.silent
-        self._mixer = [layer.rest(entry.silent)] if by_block else [layer.module(name) for name in entry.mixer]
-        self._joint_norm = layer.module(entry.joint_norm) if entry.joint_norm else None
+        self._mixer = [self.layer.rest(entry.silent)] if by_block else [self.layer.module(name) for name in entry.mixer]
+        self._joint_norm = self.layer.module(entry.joint_norm) if entry.joint_norm else None
 
     def __call__(self, x: Tensor, entered: Tensor, arguments: Arguments) -> Tensor:
         """Return the stream after this sublayer, given the stream before it and the block's input; all (sequences, tokens, width)."""
@@ -488,6 +504,12 @@ class Sublayer:
     def output(self, x: Tensor, mixed: Mixed) -> Tensor:
         """Return the stream after this sublayer, given the stream `x` before it and the inputs of the consumers."""
         return self.join(x, self.consume(mixed), mixed.taken)
+
+    def remove(self) -> None:
+        """Let the sublayer go as a whole: it adds its consumer's bias to the stream, or nothing."""
+        self.prunables = []
+        self.layer.remove(self.entry)
+        self._take(self.entry.remainder)
 
     def release(self) -> None:
         """Free the weights of the mixers, consumers and experts. The sublayer cannot run afterwards."""

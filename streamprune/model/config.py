@@ -22,6 +22,7 @@ from .names import CONFIG
 from .quantised import QUANTISED, quantised_by
 
 OURS = "streamprune"  # the config field with per-block widths
+NO_OP = "no_op"  # its part that describes sublayers which went as a whole
 _CHOOSING = {
     "auto_map",
     "name_or_path",
@@ -162,6 +163,10 @@ def _check_depth(fields: Mapping[str, Any], stock: Any, checkpoint: Checkpoint, 
         for match in _NUMBER.finditer(name):
             numbers.setdefault(name[: match.start()], set()).add(match[1])
     held = max((len(each) for each in numbers.values()), default=0)
+    # Blocks without attention and FFN hold nothing.
+    removed = ours.get(NO_OP) if isinstance(ours := fields.get(OURS), dict) else None
+    listed = [len(each) for each in removed.values() if isinstance(each, list)] if isinstance(removed, dict) else []
+    held = max(held, min(max(listed, default=0), held + len(checkpoint)))
     own = {stock.attribute_map.get("num_hidden_layers", "num_hidden_layers"), "num_hidden_layers"}
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         for name in own | _DEPTHS:
@@ -207,7 +212,7 @@ def check_widths(
     widths: Any, architecture: Architecture, entries: Sequence[Sequence[SublayerEntry]], most: int, where: str
 ) -> None:
     """Check the parts of the config field `OURS` that `modeling_streamprune` applies to whatever they name, and that it
-    builds at most `most` experts.
+    builds at most `most` experts. `entries` are those of the stock model's blocks.
 
     Other mistakes show when the model is built and compared with the shards.
     """
@@ -224,6 +229,13 @@ def check_widths(
         raise CheckpointError(
             f'{where}: "experts" of "{OURS}" lists more experts than the shards hold tensors ({most})'
         )
+    removed = widths.get(NO_OP, {})
+    for name, each in removed.items() if isinstance(removed, dict) else ((NO_OP, removed),):
+        for index, own in enumerate(entries):
+            found = each[index] if isinstance(each, list) and index < len(each) else ...
+            possible = [e.removal.arguments(e.kind) for e in own if e.removal and e.removal.seat == name]
+            if found is not None and found not in possible:
+                raise CheckpointError(f'{where}: {NO_OP!r} of "{OURS}" does not fit {name} of block {index}')
     attributes, renamed = widths.get("attributes"), widths.get("renamed", [])
     if not isinstance(attributes, dict) or not attributes.keys() <= counts:
         raise CheckpointError(f'{where}: "attributes" of "{OURS}" may have {", ".join(sorted(counts)) or "none"}')

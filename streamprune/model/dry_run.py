@@ -42,7 +42,8 @@ def run(block: nn.Module, entries: Sequence[SublayerEntry], tokens: int, width: 
     Returns the weights of the linears that ran. Settings that the modules cannot run with, such as a factor that is not a number,
     raise torch's own errors.
     """
-    meta, dtype = torch.device("meta"), next(block.parameters()).dtype
+    meta = torch.device("meta")
+    dtype = next((each.dtype for each in block.parameters()), torch.get_default_dtype())  # a block may be empty
     given = {name: moved(value, meta, dtype) for name, value in arguments.items()}
     if any(not buffer.is_meta for buffer in block.buffers()):
         block = copy.deepcopy(block).to(meta)

@@ -63,7 +63,8 @@ def stored(skeleton: Skeleton, index: int, shapes: Mapping[str, tuple[int, ...]]
     for _, entry in skeleton.places(index):
         for group in ([producer.name for producer in entry.producers], [entry.consumer]):
             names = [f"{name}.weight" for name in group]
-            if all(size % SIDE == 0 for name in names for size in shapes[name]):
+            # A sublayer that went as a whole has none.
+            if all(name in shapes and all(size % SIDE == 0 for size in shapes[name]) for name in names):
                 found += names
     return found
 

@@ -13,18 +13,21 @@ output is a single sublayer without a site.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .architectures import Producer, SublayerEntry
-from .block import is_linear, linear_shape, stand_in
+from .architectures import Producer, Removal, SublayerEntry
+from .block import fresh, is_linear, linear_shape, stand_in
 from .experts import experts_of
+from .modeling_streamprune import remove_sublayer
 from .trace import ALIASES, Call, Node, Unknown, ancestors, expanded, factor_of, inside, is_norm, leads, resolve, trace
 from .trial import Trial
 
@@ -52,17 +55,73 @@ def infer(
     try:
         graph = trace(block, arguments, width)
         entered, left, calls, given = graph
-        return tuple(
+        entries = tuple(
             entry
             if entry.whole or {*shares} & {argument for _, argument in entry.arguments}
             else _with_sites(block, entry, branch, calls, experts, width, tried)
             for entry, branch in _arranged(block, entered, left, calls, given, experts)
         )
+        return tuple(replace(entry, removal=_removal(block, entry, entries, arguments, width)) for entry in entries)
     except Unknown:
         return (WHOLE,)
     finally:
         for name, module in experts.items():
             block.set_submodule(name, module)
+
+
+def _removal(
+    block: nn.Module,
+    entry: SublayerEntry,
+    entries: Sequence[SublayerEntry],
+    arguments: Mapping[str, Any],
+    width: int,
+) -> Removal | None:
+    """Return how a sublayer goes as a whole; None if the block does not run without it.
+
+    Mixtures stay: experts, and the shared experts beside them, keep their last unit.
+    """
+    if entry.consumer is None or entry.experts is not None:
+        return None
+    seat = entry.mixer[0] if _within(entry.consumer, entry.mixer[0]) else entry.consumer
+    has_bias = block.get_submodule(entry.consumer)._parameters.get("bias") is not None
+    linears = [name for name in entry.mixer if name != seat]
+    norms = []
+    if entry.branch_norm:
+        constant = has_bias or "bias" in block.get_submodule(entry.branch_norm)._parameters
+        if constant and entry.inner_norm:
+            return None  # the norm of what stays is part of what goes
+        if not (constant or entry.inner_norm):
+            norms.append(entry.branch_norm)  # it gives zero for zero
+    if entry.norm and sum(other.norm == entry.norm for other in entries) == 1:
+        norms.append(entry.norm)
+    returned = list[int]()
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        returned.append(len(output) if isinstance(output, tuple) else 0)
+
+    def run(block: nn.Module) -> torch.Size:
+        x = torch.empty((1, 1, width), device="meta", dtype=next(block.parameters()).dtype)
+        with torch.no_grad():
+            y = block(x, **fresh(arguments))
+        found: Tensor = y[0] if isinstance(y, tuple | list) else y
+        return found.shape
+
+    try:
+        copied = copy.deepcopy(block).to("meta")
+        copied.get_submodule(seat).register_forward_hook(count)
+        shape = run(copied)
+    except Exception:
+        return None  # a block may raise anything if it reads values of tensors
+    # Some blocks read their norm's weight.
+    for kept in range(len(norms) + 1):
+        bias = f"{entry.consumer}.bias".removeprefix(f"{seat}.") if has_bias else None
+        found = Removal(seat, returned[0], bias, (*linears, *norms[: len(norms) - kept]))
+        copied = copy.deepcopy(block).to("meta")
+        remove_sublayer(copied, seat, **found.arguments(entry.kind))
+        with suppress(Exception):
+            if run(copied) == shape:
+                return found
+    return None
 
 
 def _with_sites(

@@ -8,6 +8,7 @@ checkpoint's config field "streamprune" holds lists with one value per block, nu
     "columns":    input widths of linears, by name
     "attributes": module attributes that count heads, by name; after "config.", attributes of the block's own config view
     "experts":    width of each expert, by name of the list of experts
+    "no_op":      arguments of `remove_sublayer`, by name of the module whose sublayer is gone
     "renamed":    pairs of substrings of tensor names: in the model, in the files (not per block)
 
 The classes of each model_type, such as `PrunedLlamaConfig` and `PrunedLlamaForCausalLM`, are created on first use.
@@ -132,6 +133,56 @@ class BlockConfig:
         self._own[name] = value
 
 
+class NoOp(nn.Module):
+    """Takes the place of a sublayer that is gone: gives zeros, or the bias that its consumer adds to nothing.
+
+    Args:
+        old: the module in that place.
+        kind: "attention", "linear" or "ffn".
+        returns: number of values that it returns in a tuple; 0 if it returns a tensor alone.
+        bias: name of the bias inside `old`; None without one.
+    """
+
+    def __init__(self, old, kind, returns, bias):
+        super().__init__()
+        # Models read settings of their blocks' modules, such as the layer's number.
+        plain = {name: value for name, value in vars(old).items() if type(value) in (bool, int, float, str)}
+        vars(self).update({name: value for name, value in plain.items() if name not in vars(self)})
+        self.kind, self.returns, self.held = kind, returns, bias
+        self.reads = next(iter(inspect.signature(old.forward).parameters))
+        if bias is not None:
+            owner, (*path, leaf) = self, bias.split(".")
+            for part in path:
+                owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(leaf, old.get_parameter(bias))
+
+    def forward(self, *args, **kwargs):
+        x = args[0] if args else kwargs[self.reads]
+        cache = next((each for each in (*args, *kwargs.values()) if hasattr(each, "get_seq_length")), None)
+        if cache is not None and hasattr(self, "layer_idx"):
+            self.count_tokens(x, cache)
+        output = torch.zeros_like(x) if self.held is None else self.get_parameter(self.held).to(x.dtype).expand(x.shape)
+        return (output, *[None] * (self.returns - 1)) if self.returns else output
+
+    def count_tokens(self, x, cache):
+        """Put one number per token into the cache of this layer: models ask some layer how many tokens came before."""
+        held = cache.layers[self.layer_idx : self.layer_idx + 1]
+        if self.kind == "attention" and all(hasattr(layer, "get_seq_length") for layer in held):
+            # Not where keys and values come from another block.
+            passed = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
+            cache.update(passed, passed, self.layer_idx)
+        elif self.kind == "linear":
+            cache.update_conv_state(x.new_zeros(x.shape[0], 1, 1), self.layer_idx)
+
+
+def remove_sublayer(block, name, kind, returns, bias, identities):
+    """Replace the module that gives a sublayer's output by a `NoOp`, and modules that only served the sublayer by identities."""
+    block.set_submodule(name, NoOp(block.get_submodule(name), kind, returns, bias))
+    for each in identities:
+        block.set_submodule(each, nn.Identity())
+
+
 def separate_experts(block, name, widths=None):
     """Replace transformers' experts by `Experts` of these widths. If `widths` is None, keep the widths and weights."""
     fused = block.get_submodule(name)
@@ -245,6 +296,9 @@ def resize_blocks(blocks, widths):
         for name, each in widths["attributes"].items():
             if each[index] is not None:
                 set_count(block, name, each[index])
+        for name, each in widths.get("no_op", {}).items():
+            if each[index] is not None:
+                remove_sublayer(block, name, **each[index])
 
 
 def class_stem(base):

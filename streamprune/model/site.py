@@ -28,7 +28,11 @@ class Site:
     """Parameters removed with one unit: its rows of producers and norms, with biases, and its columns of the consumer."""
     heads: int = 0  # query heads; 0 for an FFN
     choices: tuple[int, ...] | None = None
-    """Unit counts that the requested layout can express, ascending; None for all from 1 to `units`."""
+    """Unit counts above 0 that the requested layout can express, ascending; None for all from 1 to `units`."""
+    rest: int | None = None
+    """Parameters that go with the last unit besides its own, such as norms; None if the model does not run without it."""
+    stays: bool = False
+    """Whether the last unit has to stay because the requested layout cannot express a model without it."""
     linears: tuple[int, ...] = ()
     """Number of weights of each linear: the producers in order, fused ones in their parts, then the consumer."""
     expert: int | None = None  # number of the expert in a mixture of experts, from 0; None otherwise
@@ -55,6 +59,15 @@ class Site:
         return replace(self, units=units, heads=self.heads // self.units * units, linears=linears)
 
     @property
+    def goes(self) -> bool:
+        """Whether the last unit can go, and its sublayer with it."""
+        return self.rest is not None and not self.stays
+
+    def removed(self, keep: int) -> int:
+        """Return the number of parameters that go if `keep` units stay."""
+        return (self.units - keep) * self.unit_parameters + (0 if keep else self.rest or 0)
+
+    @property
     def columns(self) -> int:
         """Columns of the consumer, n."""
         return self.units * self.width
@@ -73,10 +86,13 @@ class Layout:
     alike: frozenset[str] = frozenset()
     """Families (see `Site.family`) that must have the same width in all blocks, one that the stock config class accepts."""
     multiple: int = 1  # FFN widths must be multiples of this
+    sublayers: bool = True  # whether it can express blocks without attention, or without an FFN
+    biases: bool = True  # whether such a block can keep the consumer's bias
 
 
 FREE = Layout("free")
-UNIFORM = Layout("uniform", frozenset({"attention", "ffn", "experts"}))
-DECILM = Layout("decilm", frozenset({"attention"}), multiple=256)
-"""DeciLM configs (`nemotron_nas` in vLLM) have one number of query heads, and one FFN width per block, a multiple of 256."""
+UNIFORM = Layout("uniform", frozenset({"attention", "ffn", "experts"}), sublayers=False)
+DECILM = Layout("decilm", frozenset({"attention"}), multiple=256, biases=False)
+"""DeciLM configs (`nemotron_nas` in vLLM) have one number of query heads, and one FFN width per block, a multiple of 256. Blocks
+without attention or FFN hold nothing of it."""
 LAYOUTS = {layout.name: layout for layout in (FREE, UNIFORM, DECILM)}

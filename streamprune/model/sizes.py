@@ -55,14 +55,19 @@ class _Part:
     weight: Weight
     site: Site | None = None
     axis: int = 0
+    goes: Site | None = None
+    """The site with whose last unit it goes; None: it stays."""
 
-    def keeping(self, keeps: Mapping[str, int]) -> Weight:
+    def keeping(self, keeps: Mapping[str, int]) -> list[Weight]:
+        """Return what is left of it: nothing if its sublayer is gone."""
         site = self.site
+        if self.goes is not None and not keeps.get(self.goes.name, self.goes.units):
+            return []
         if site is None or keeps.get(site.name, site.units) == site.units:
-            return self.weight
+            return [self.weight]
         shape = list(self.weight.shape)
         shape[self.axis] = shape[self.axis] // site.units * keeps[site.name]
-        return Weight(tuple(shape), self.weight.role, self.weight.block)
+        return [Weight(tuple(shape), self.weight.role, self.weight.block)]
 
 
 class Sizes:
@@ -105,17 +110,19 @@ class Sizes:
         """
         if format in ("bf16", "fp8"):
             found = sum(2 * prod(each.shape) for each in (*self._outside, *self._carried))
-            found += sum(2 * prod(part.keeping(keeps).shape) for parts in self._blocks for part in parts)
+            found += sum(2 * prod(each.shape) for each in self._kept(keeps))
             return found - (self._saved(keeps) if format == "fp8" else 0)
-        blocks = (part.keeping(keeps) for parts in self._blocks for part in parts)
-        return sum(gguf_bytes(format, each, self._model) for each in (*self._outside, *blocks))
+        return sum(gguf_bytes(format, each, self._model) for each in (*self._outside, *self._kept(keeps)))
+
+    def _kept(self, keeps: Mapping[str, int]) -> list[Weight]:
+        return [left for parts in self._blocks for part in parts for left in part.keeping(keeps)]
 
     def _saved(self, keeps: Mapping[str, int]) -> int:
         """Return the bytes by which FP8 values and their scales are smaller than 16 bits."""
         fp8.check_storable(self.skeleton)
         saved = 0
         for index, parts in enumerate(self._blocks):
-            shapes = {part.name: part.keeping(keeps).shape for part in parts}
+            shapes = {part.name: left.shape for part in parts for left in part.keeping(keeps)}
             for name in fp8.stored(self.skeleton, index, shapes):
                 saved += prod(shapes[name]) - 4 * prod(shapes[name]) // fp8.SIDE**2
         return saved
@@ -145,12 +152,12 @@ class Sizes:
                 units = keeps.get(site.name, site.units)
                 if site.kind == "linear":
                     found += 4 * units * site.width * state
-                elif site.kind == "attention" and latent:
+                elif site.kind == "attention" and latent and units:
                     found += tokens * (latent + config.qk_rope_head_dim)
                 elif site.kind == "attention":
                     heads = site.heads // site.units if entry.repeats else 1
                     found += tokens * 2 * units * heads * site.head_width
-            unknown = {entry.kind for entry in entries if entry.consumer is None}
+            unknown = {entry.kind for entry in entries if entry.consumer is None and not entry.gone}
             if "attention" in unknown or ("block" in unknown and all(entry.kind != "attention" for entry in entries)):
                 found += tokens * 2 * _unknown_width(config)
         return found
@@ -199,7 +206,8 @@ def _parts(skeleton: Skeleton, index: int) -> Iterator[_Part]:
     units: dict[str, tuple[Site | None, int, Role]] = {}
     for entry in skeleton.entries[index]:
         units |= {f"{entry.router}.weight": (None, 0, "kept")} if entry.router else {}
-    for site, entry in skeleton.places(index):
+    places = skeleton.places(index)
+    for site, entry in places:
         for producer in (*entry.producers, *entry.vectors):
             leaf = producer.name.rpartition(".")[2]
             role: Role = "linear"
@@ -212,7 +220,8 @@ def _parts(skeleton: Skeleton, index: int) -> Iterator[_Part]:
         units[f"{entry.consumer}.weight"] = site, -1, "output" if site.kind == "attention" else "down"
     for name, tensor in block.state_dict().items():
         owner, axis, role = units.get(name, (None, 0, "linear"))
+        goes = next((site for site, entry in places if entry.removal and entry.removal.takes(name)), None)
         shape, module = tuple(tensor.shape), block.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and is_linear(module):
             shape = linear_shape(module)
-        yield _Part(name, Weight(shape, role, index), owner, axis)
+        yield _Part(name, Weight(shape, role, index), owner, axis, goes)

@@ -20,7 +20,7 @@ from ..maths.sums import SiteStatistics, Statistic
 from ..system.machine import resolve_dtype
 from . import dry_run, experts, side_inputs, upstream
 from . import modeling_streamprune as modeling
-from .architectures import FAMILIES, SublayerEntry, family_of, is_stock
+from .architectures import FAMILIES, Removal, SublayerEntry, family_of, is_stock
 from .block import Arguments, Block, Layer, Sublayer, linear_shape
 from .checkpoint import UNREAD, Checkpoint
 from .config import OURS, check_names, check_widths, read_configuration
@@ -111,6 +111,7 @@ class Skeleton:
         if (widths := self.checkpoint.config.get(OURS)) is not None:
             check_widths(widths, self.architecture, self.entries, len(self.checkpoint), self.where)
             modeling.resize_blocks(self._templates, widths)
+            self._take_gone(widths)
         self._separate_experts()
         if check:
             self._raise_faults(self._expected())
@@ -176,6 +177,14 @@ class Skeleton:
             _KNOWN.popitem(last=False)
         return found
 
+    def _take_gone(self, widths: Mapping[str, Any]) -> None:
+        """Set the entries of sublayers that went as a whole."""
+        for index, entries in enumerate(self.entries):
+            gone = {name for name, each in widths.get("no_op", {}).items() if each[index] is not None}
+            self.entries[index] = tuple(
+                entry.remainder if entry.removal and entry.removal.seat in gone else entry for entry in entries
+            )
+
     def check_sites(self) -> None:
         """Raise a CheckpointError if there is nothing to prune, or if two sites of a block would have the same name."""
         sites = self.all_sites()
@@ -237,6 +246,10 @@ class Skeleton:
             single = entry.shared if entry.experts else entry
             if single is not None and single.consumer is not None:
                 found.append((self._site(index, single), single))
+        for number, (site, entry) in enumerate(found):
+            bias = entry.removal is not None and entry.removal.bias is not None
+            if not self.layout.sublayers or (bias and not self.layout.biases):
+                found[number] = replace(site, stays=True), entry
         sites = tuple(site for site, _ in found)
         alike = self.layout.alike
         return [
@@ -265,18 +278,26 @@ class Skeleton:
                 f"{units} units"
             )
         produced = sum(_numel(layer, producer.name) for producer in (*entry.producers, *entry.vectors))
+        own = (outputs * columns + produced) // units
         site = Site(
             block=index,
             kind=entry.kind,
             units=units,
             width=entry.width,
             outputs=outputs,
-            unit_parameters=(outputs * columns + produced) // units,
+            unit_parameters=own,
             heads=columns // entry.head if entry.head else 0,
+            rest=None if entry.removal is None else self._served(index, entry.removal) - own * units,
         )
         parts = [part for p, each in zip(entry.producers, rows, strict=True) for part in p.stretches(units, each)]
         inputs = linear_shape(producers[0])[1] if producers else self.width
         return replace(site, linears=(*(part * inputs for part in parts), outputs * columns))
+
+    def _served(self, index: int, removal: Removal) -> int:
+        """Return the number of parameters that leave a block if a sublayer goes as a whole."""
+        layer, bias = self._templates[index], removal.bias
+        served = sum(_numel(layer, name) for name in {removal.seat, *removal.identities})
+        return served - (_numel(layer, f"{removal.seat}.{bias}") if bias else 0)
 
     def statistics(
         self, index: int, wanted: frozenset[Statistic], device: torch.device | None = None
@@ -326,7 +347,7 @@ class Skeleton:
         found: dict[str, list[int]] = {}
         for index, entries in enumerate(self.entries):
             for entry in entries:
-                if entry.consumer is None:
+                if entry.consumer is None and not entry.gone:
                     found.setdefault(entry.mixer[0], []).append(index)
         return found
 
@@ -394,7 +415,7 @@ class Skeleton:
         linears -= round(sum((1 - site.share) * sum(site.linears) for site in self.all_sites()))
         mixing = 0
         for index, entries in enumerate(self.entries):
-            if all(entry.producers for entry in entries):
+            if all(entry.producers or entry.gone for entry in entries):
                 mixing += sum(4 * length**2 * site.columns for site in self.sites(index) if site.kind == "attention")
             elif (ran := self._measured(index, length)) is not None:
                 mixing += ran.products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from . import modeling_streamprune as modeling
 from .architectures import family_of, is_stock, stock_config
 from .block import rows_of
 from .checkpoint import Shard, data_bytes, shard_name, write_index, write_shard
+from .config import NO_OP, OURS
 from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG, TOKENIZER_FILES, canonical
 from .site import DECILM, FREE, Layout, Site
 from .skeleton import Skeleton
@@ -40,7 +42,7 @@ def write_block(
     skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], folder: Path, store: str = "auto"
 ) -> str:
     """Write a block's shard from its weights by name inside the block; return its digest. `store` is ``auto`` or ``fp8``."""
-    names = {name: skeleton.written_name(full) for name, full in skeleton.block_names(index).items()}
+    names = {name: skeleton.written_name(full) for name, full in skeleton.block_names(index).items() if name in weights}
     if store == "fp8":
         weights = fp8.quantised(skeleton, index, weights)
         names |= {name: names[name.removesuffix(fp8.SCALE)] + fp8.SCALE for name in weights.keys() - names.keys()}
@@ -114,15 +116,14 @@ def finish(
     """
     digests, total = dict(digests), _shards(skeleton)
     placed = {name: shard_name(number, total) for number, names in _outside(skeleton).items() for name in names}
-    for index in range(len(skeleton)):
-        placed |= dict.fromkeys(skeleton.block_names(index).values(), shard_name(index + 2, total))
     placed = {skeleton.written_name(name): shard for name, shard in placed.items()}
+    blocks = [shard_name(index + 2, total) for index in range(len(skeleton))]
     source = skeleton.checkpoint
-    if lost := [shard for shard in sorted(set(placed.values())) if not (folder / shard).is_file()]:
+    if lost := [shard for shard in sorted({*placed.values(), *blocks}) if not (folder / shard).is_file()]:
         raise DamageError(f"{folder}: {lost[0]} is missing; {AGAIN}")
+    placed |= {name: shard for shard in blocks for name in Shard(folder / shard)}
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
-    scales = {n: s for s in sorted(set(placed.values())) for n in Shard(folder / s) if n.endswith(fp8.SCALE)}
-    placed |= scales
+    scales = [name for name in placed if name.endswith(fp8.SCALE)]
     digests[INDEX] = write_index(folder, placed, report["parameters_after"], size)
     stock = fits_stock(skeleton, sites)
     config = uniform_config if stock else decilm_config if layout is DECILM else free_config
@@ -151,7 +152,10 @@ def finish(
 
 def fits_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
     """Return whether the stock architecture can load a checkpoint with these sites."""
-    return is_stock(skeleton.written_type, _plain_config(skeleton), sites)
+    whole = not any(entry.gone for entries in skeleton.entries for entry in entries) and all(
+        site.units for site in sites
+    )
+    return whole and is_stock(skeleton.written_type, _plain_config(skeleton), sites)
 
 
 def _check_written(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
@@ -186,6 +190,8 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     base = skeleton.written_type
     stem, module = modeling.class_stem(base), modeling.__name__.rpartition(".")[2]
     widths: dict[str, dict[str, list[Any]]] = {"rows": {}, "columns": {}, "attributes": {}, "experts": {}}
+    # Sublayers that the source lacks already.
+    widths[NO_OP] = copy.deepcopy(skeleton.checkpoint.config.get(OURS, {}).get(NO_OP, {}))
 
     def put(what: str, name: str, block: int, value: Any) -> None:
         widths[what].setdefault(name, [None] * len(skeleton))[block] = value
@@ -199,6 +205,10 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
         for before, entry in skeleton.places(index):
             site = after[before.name]
             if site.expert is not None:
+                continue
+            if not site.units:
+                assert entry.removal is not None
+                put(NO_OP, entry.removal.seat, index, entry.removal.arguments(entry.kind))
                 continue
             for producer in (*entry.producers, *entry.vectors):
                 parts = producer.stretches(before.units, rows_of(skeleton.block(index), producer.name))
@@ -219,7 +229,7 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
         },
         "streamprune": {
             "blocks": skeleton.written_name(skeleton.architecture.blocks),
-            **widths,
+            **{what: each for what, each in widths.items() if each or what != NO_OP},
             **({"renamed": skeleton.renamed} if skeleton.renamed else {}),
         },
     }
@@ -231,18 +241,24 @@ def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     These compute FFN widths from a factor: ``2/3 · ffn_mult · d``, rounded up to a multiple of 256. The factor here aims at half a
     multiple below the width, so that its rounding cannot change the result.
     """
-    attention = next(site for site in sites if site.kind == "attention")
+    left = {(site.kind, site.block): site for site in sites if site.units}
+    attention = next((site for site in left.values() if site.kind == "attention"), None)
     blocks: list[dict[str, Any]] = []
-    for site in (site for site in sites if site.kind == "ffn"):
-        active = {"no_op": False, "replace_with_linear": False}
-        factor = round(1.5 * (site.columns - DECILM.multiple / 2) / site.outputs, 6)
-        group = {"n_heads_in_group": attention.heads // attention.units}
-        blocks.append({"attention": {**active, **group}, "ffn": {**active, "ffn_mult": factor}})
+    for index in range(len(skeleton)):
+        has_attention, ffn = ("attention", index) in left, left.get(("ffn", index))
+        group = attention.heads // attention.units if attention and has_attention else None
+        factor = round(1.5 * (ffn.columns - DECILM.multiple / 2) / ffn.outputs, 6) if ffn else None
+        blocks.append(
+            {
+                "attention": {"no_op": not has_attention, "replace_with_linear": False, "n_heads_in_group": group},
+                "ffn": {"no_op": ffn is None, "replace_with_linear": False, "ffn_mult": factor},
+            }
+        )
     return {
         **free_config(skeleton, sites),
         # vLLM compares names, not functions.
         "hidden_act": canonical(skeleton.config.hidden_act),
-        **{field: getattr(attention, name) for field, name in family_of("llama").widths["attention"]},
+        **{field: getattr(attention, name) for field, name in family_of("llama").widths["attention"] if attention},
         "architectures": ["DeciLMForCausalLM"],
         BLOCK_CONFIGS: blocks,
     }

@@ -172,7 +172,7 @@ def fewest(request: Request) -> dict[str, int]:
 def removable(request: Request) -> float:
     """Return the largest ratio that the sites can lose, in steps."""
     sites, keeps = request.changeable(request.sites), fewest(request)
-    gone = sum((site.units - keeps[site.name]) * site.unit_parameters for site in sites)
+    gone = sum(site.removed(keeps[site.name]) for site in sites)
     return gone * STEPS // request.budget(ratio=0.5).parameters / STEPS
 
 
@@ -190,7 +190,7 @@ def check(request: Request) -> None:
         raise ConfigError(f"nothing has to go: {model} as it is {describe(aim.figures({}))}")
     if not aim.meets(smallest):
         raise ConfigError(
-            f"{model} with one unit at every site {describe(aim.figures(smallest))}: the aim cannot be met"
+            f"{model} with as little as can stay at every site {describe(aim.figures(smallest))}: the aim cannot be met"
         )
 
 

@@ -37,6 +37,8 @@ SEEN = "seen"
 """Key in an expert's findings: the number of tokens that reached it."""
 Report = dict[str, Any]
 """What the journal and `report.json` say of one site."""
+GONE: Report = {"kept": 0, "error": 1.0, "damping": None, "seconds": 0.0}
+"""What the report says of a site whose sublayer is gone as a whole."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class BlockPruner:
             # Only what the recipe wants outlives the compensation.
             given = inputs.mean(f"{sub.name}, inputs")[0] if inputs is not None and self.recipe.wants_inputs else None
             inputs = None
-            found = self._prune_sites(dense, sub, here, given, common)
+            found = [self._remove(sub)] if self._goes(sub) else self._prune_sites(dense, sub, here, given, common)
             del given
             if self._continues(here):
                 inputs = self._advance(block, pruned, here)
@@ -100,12 +102,15 @@ class BlockPruner:
 
     def _compensates(self, sub: Sublayer, here: Place) -> bool:
         """Whether producers are fitted to their input, which must then differ from the dense one."""
-        if self.streams is None or self.recipe.compensation is None or not any(p.producers for p in sub.prunables):
+        if self.streams is None or self.recipe.compensation is None or self._goes(sub):
+            return False
+        if not any(p.producers for p in sub.prunables):
             return False
         return here.block > self.window.start or (here.position > 0 and not sub.entry.parallel)
 
     def _sums_inputs(self, sub: Sublayer, here: Place) -> bool:
-        return self._compensates(sub, here) or (self.recipe.wants_inputs and bool(sub.prunables))
+        wanted = self.recipe.wants_inputs and bool(sub.prunables) and not self._goes(sub)
+        return self._compensates(sub, here) or wanted
 
     def _has_target(self, sub: Sublayer, here: Place) -> bool:
         """Whether consumers are fitted to a target.
@@ -114,7 +119,7 @@ class BlockPruner:
         target.
         """
         wanted = self.streams is not None and self.recipe.target is not None and sub.entry.takes_target
-        return wanted and (here.block > self.window.start or here.position > 0)
+        return wanted and not self._goes(sub) and (here.block > self.window.start or here.position > 0)
 
     def _continues(self, here: Place) -> bool:
         """Whether a later step reads the streams after this sublayer."""
@@ -131,6 +136,10 @@ class BlockPruner:
     def _where(self) -> torch.device:
         """Where Grams are summed and sites are solved."""
         return CPU if self.grams == "host" else self.skeleton.device
+
+    def _goes(self, sub: Sublayer) -> bool:
+        """Whether the plan lets a sublayer go as a whole."""
+        return any(self.plan[each.site.name].keep == 0 for each in sub.prunables)
 
     def _changes(self, site: Site) -> bool:
         """Whether the plan removes units of a site or zeroes some of its weights."""
@@ -181,6 +190,13 @@ class BlockPruner:
                 w = prunable.weight(name)
                 prunable.set_weight(name, torch.addmm(w, w, m.to(w.device)))
         return {"compensation_damping": damping}
+
+    def _remove(self, sub: Sublayer) -> Report:
+        """Let a sublayer go as a whole; return the report of its site. What it added is lost, but for a bias."""
+        (prunable,) = sub.prunables
+        counts = self._counts(prunable.site)
+        sub.remove()
+        return {**counts, **GONE}
 
     # Sum H, solve, shrink.
 
@@ -384,6 +400,9 @@ class BlockPruner:
         assert self.refinement is not None
         started = time.perf_counter()
         source, target = boundary(PRUNED, index), boundary(DENSE, index + 1)
+        if not pruned.prunables:
+            self._moving.pass_by(pruned, index)
+            return {}
         store = self._moving.store
         report = refine(self.skeleton, pruned, index, store, source, target, self.refinement, self.ranks)
         self._moving.pass_by(pruned, index)

@@ -57,7 +57,10 @@ def predicted_loss(
     for site in sites:
         costs = recipe.curve(site, survey[site.name])
         if costs is not None:
-            found += float(costs[: site.units - keeps[site.name]].double().sum()) * site.unit_parameters
+            gone = costs[: site.units - keeps[site.name]].double()
+            found += float(gone.sum()) * site.unit_parameters
+            if len(gone) == site.units:
+                found += float(gone[-1]) * (site.rest or 0)
     return found
 
 

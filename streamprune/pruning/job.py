@@ -35,6 +35,7 @@ from ..system.ranks import ALONE, Ranks
 from ..text.source import Text
 from ..text.windows import Windows, random_windows, sample
 from . import aim, archive
+from .block import GONE
 from .held_out import DRAWN, disjoint
 from .request import Request
 
@@ -159,11 +160,11 @@ class Job(JobFolder):
         """The contents of `report.json`.
 
         Args:
-            sites: the report of each site, from the last shot.
+            sites: the report of each site, from the last shot. Sites that earlier shots removed as a whole are added.
             removed: parameters removed or zeroed so far.
         """
         before = self.skeleton.parameters()
-        units = {site.name: site.units for site in self.request.sites}
+        found = {site["site"]: site for site in sites}
         zeros = sum(site.get("zeros", 0) for site in sites)
         spent = totals(self.journal)
         return {
@@ -184,7 +185,10 @@ class Job(JobFolder):
             "job": self.header,
             "model": hub.origin(self.config.model),
             "tokens": self.windows.fingerprint if self.request.needs_text else None,
-            "sites": [{**site, "units": units[site["site"]]} for site in sites],
+            "sites": [
+                {**found.get(site.name, {"site": site.name, **GONE}), "units": site.units}
+                for site in self.request.sites
+            ],
             "blocks": by_block(self.journal),
             "forward_equivalents": round(spent["operations"] / self.request.forward_operations, 4),
             "sweeps_per_shot": round(

@@ -89,7 +89,7 @@ def _keeps(request: Request, survey: Any) -> tuple[Callable[[float], dict[str, i
 
 def _outcome(request: Request, ratio: float, keeps: Mapping[str, int], survey: Any) -> Outcome:
     sizes = request.sizes
-    gone = sum((site.units - keeps[site.name]) * site.unit_parameters for site in request.sites)
+    gone = sum(site.removed(keeps[site.name]) for site in request.sites)
     sites = request.changeable(request.sites)
     return Outcome(
         ratio=ratio,

@@ -106,7 +106,14 @@ class Request:
             "window": sum(self.skeleton.block_parameters(index) for index in self.window),
         }[self.config.ratio_of]
         layout = self.skeleton.layout
-        return Budget(ratio * part, counted, math.lcm(self.config.round_to, layout.multiple), layout.alike, gone=gone)
+        return Budget(
+            ratio * part,
+            counted,
+            math.lcm(self.config.round_to, layout.multiple),
+            layout.alike,
+            gone=gone,
+            sublayers=self.recipe.sublayers,
+        )
 
     def changeable(self, sites: Sequence[Site]) -> list[Site]:
         """Return the sites inside the window."""
@@ -260,10 +267,7 @@ class Request:
         budget, sites, plan = self.budget(), self.changeable(self.sites), self.given_plan
         target, slack = budget.target, largest_unit(sites, budget)
         if plan is not None and self.config.ratio is None:
-            target = sum(
-                (site.units - plan[site.name].keep) * site.unit_parameters + sum(plan[site.name].zeros or ())
-                for site in sites
-            )
+            target = sum(site.removed(plan[site.name].keep) + sum(plan[site.name].zeros or ()) for site in sites)
         zeros = self.recipe.writes_zeros
         if zeros:
             window = sum(self.skeleton.block_parameters(index) for index in self.window)

@@ -77,9 +77,11 @@ class Goal:
         if self.zeros:
             return sum(site.linears)
         if keeps is not None:
-            return (site.units - keeps[site.name]) * site.unit_parameters
+            return site.removed(keeps[site.name])
+        if self.budget.takes_last(site):
+            return site.removed(0)
         least = min(site.units, self.budget.round_to) if site.kind == "ffn" else 1
-        return (site.units - min(site.choices or (least,))) * site.unit_parameters
+        return site.removed(min(site.choices or (least,)))
 
     def _steps(self) -> str:
         if self.plan is not None:
@@ -101,5 +103,6 @@ def largest_unit(sites: Sequence[Site], budget: Budget) -> int:
             continue
         alike = site.family if site.family in budget.alike else site.name
         size = site.unit_parameters * (budget.round_to if site.kind == "ffn" else 1)
+        size += (site.rest or 0) * budget.takes_last(site)
         sizes[alike] = sizes.get(alike, 0) + size
     return max(sizes.values(), default=0)

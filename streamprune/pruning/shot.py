@@ -152,7 +152,7 @@ class Shot:
         """Parameters removed or zeroed so far, by earlier shots too."""
         gone = self.job.skeleton.block_parameters() - self.skeleton.block_parameters()
         for site, report in zip(self.sites, self.reports, strict=True):
-            gone += (site.units - report["kept"]) * site.unit_parameters + report.get("zeros", 0)
+            gone += site.removed(report["kept"]) + report.get("zeros", 0)
         return gone
 
     # The findings.

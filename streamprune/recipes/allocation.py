@@ -27,6 +27,12 @@ class Budget:
     """Site families that must end with the same width in every block."""
     gone: int = 0
     """Parameters that earlier shots already removed."""
+    sublayers: bool = False
+    """Whether sites may lose their last unit, and their sublayer with it (see `takes_last`)."""
+
+    def takes_last(self, site: Site) -> bool:
+        """Whether a site may lose its last unit. Sites that must end alike cannot, since all would."""
+        return self.sublayers and site.goes and site.family not in self.alike
 
     @property
     def target(self) -> int:
@@ -44,11 +50,19 @@ class _Bundle:
 
     def parameters(self, step: int) -> int:
         """Count the parameters that the step after `step` removes."""
-        return (self.steps[step + 1] - self.steps[step]) * sum(site.unit_parameters for site in self.sites)
+        before, after = (self.sites[0].units - gone for gone in self.steps[step : step + 2])
+        return sum(site.removed(after) - site.removed(before) for site in self.sites)
 
     def cost(self, step: int) -> float:
-        """Return the mean density of the units that the step after `step` removes."""
-        return float(self.density[self.steps[step] : self.steps[step + 1]].mean())
+        """Return the cost per parameter of the step after `step`."""
+        before, after = self.steps[step : step + 2]
+        costs, site = self.density[before:after], self.sites[0]
+        if after < site.units:
+            return float(costs.mean())
+        # The last unit goes with more parameters than the others.
+        sizes = torch.full_like(costs, site.unit_parameters)
+        sizes[-1] += site.rest or 0
+        return float((costs * sizes).sum() / sizes.sum())
 
 
 def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
@@ -56,7 +70,8 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
 
     Units within a site have equal size, so greedy selection by density is optimal to within one unit. The
     steps of all sites are taken cheapest first. A step that no longer fits the budget is skipped, and smaller
-    steps fill the remainder. Every site keeps at least one unit (or one multiple of ``round_to``).
+    steps fill the remainder. Every site keeps at least one unit (or one multiple of ``round_to``), unless the budget
+    lets `sublayers` go.
 
     Args:
         densities: for each site (units,) float: cost per parameter of each further removed unit, ascending.
@@ -93,7 +108,7 @@ def check_budget(sites: Sequence[Site], budget: Budget) -> None:
     if largest < budget.target:
         raise ConfigError(
             f"ratio is {budget.ratio:g}; this model can lose at most {largest / budget.parameters:.3f} "
-            "of its blocks' parameters while every site keeps a unit"
+            f"of its blocks' parameters{'' if budget.sublayers else ' while every site keeps a unit'}"
         )
     smallest = min((bundle.parameters(0) for bundle in bundles if len(bundle.steps) > 1), default=0)
     if budget.target < smallest or not smallest:
@@ -115,20 +130,22 @@ def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
         if site.family in budget.alike:
             families.setdefault(site.family, []).append(site)
         else:
-            bundles.append(_Bundle((site,), densities[site.name].double(), _steps(site, budget.round_to)))
+            bundles.append(_Bundle((site,), densities[site.name].double(), _steps(site, budget)))
     for family, alike in families.items():
         if len({(site.units, site.width, site.choices) for site in alike}) > 1:
             raise ConfigError(f"the layout needs blocks of equal widths; {family} widths of this model differ")
         mean = sum(densities[site.name].double() for site in alike) / len(alike)
         assert isinstance(mean, Tensor)
-        bundles.append(_Bundle(tuple(alike), mean, _steps(alike[0], budget.round_to)))
+        bundles.append(_Bundle(tuple(alike), mean, _steps(alike[0], budget)))
     return bundles
 
 
-def _steps(site: Site, round_to: int) -> tuple[int, ...]:
-    fewer = range(site.units - 1, 0, -1) if site.choices is None else sorted(site.choices, reverse=True)
-    multiple = round_to if site.kind == "ffn" else 1
-    return (0, *(site.units - keep for keep in fewer if keep < site.units and keep % multiple == 0))
+def _steps(site: Site, budget: Budget) -> tuple[int, ...]:
+    counts = range(1, site.units + 1) if site.choices is None else site.choices
+    multiple = budget.round_to if site.kind == "ffn" else 1
+    least = [0] if budget.takes_last(site) else []
+    fewer = [*least, *(keep for keep in counts if keep < site.units and keep % multiple == 0)]
+    return (0, *(site.units - keep for keep in sorted(fewer, reverse=True)))
 
 
 def even_densities(sites: Sequence[Site], shares: Mapping[int, float] | None = None) -> dict[str, Tensor]:

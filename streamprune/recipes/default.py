@@ -3,8 +3,9 @@
 *Survey*: sum two Grams at every site of the dense model: `H` (n, n) of the consumer's input and `G` (d_out, d_out)
 of the gradient of its output. By default the gradients are those of predicting tokens drawn from the model itself.
 The curvature of the loss in `W` is about ``G ⊗ H``. Removing columns `S` and refitting the rest therefore costs
-``½ tr(W_Sᵀ G W_S ([H_λ⁻¹]_SS)⁻¹)``. One greedy path per site, down to one unit, gives the marginal cost of every
-further unit. These costs are comparable between sites, because all of them estimate the loss.
+``½ tr(W_Sᵀ G W_S ([H_λ⁻¹]_SS)⁻¹)``. One greedy path per site gives the marginal cost of every further unit, down to the
+last: with it the sublayer goes as a whole, at ``½ tr(Wᵀ G W H)`` in all. These costs are comparable between sites,
+because all of them estimate the loss.
 
 *Allocation*: one threshold on the marginal cost per parameter.
 *Compensation*: refit the producers to read the pruned stream.
@@ -42,13 +43,14 @@ class Default(ObsRecipe[DefaultSettings]):
     name = "default"
     summary = "greedy cost paths in units of loss, one threshold, fits to the dense output with residual correction"
 
-    after_survey = frozenset({"shots", "target", "compensate"})
+    after_survey = frozenset({"shots", "target", "compensate", "sublayers"})
 
     def __init__(self, settings: DefaultSettings) -> None:
         super().__init__(settings)
         self.statistics = frozenset({"gram", "gradient-gram"} if settings.weighted else {"gram"})
         self.draws_labels = settings.labels == "drawn"
         self.curve_label = LOSS if settings.weighted else "squared output error per parameter"
+        self.sublayers = settings.sublayers
         self.compensation = settings.damping if settings.compensate else None
         if settings.target != "own":
             self.target = Target(settings.damping, residual=settings.target == "residual")
@@ -61,7 +63,7 @@ class Default(ObsRecipe[DefaultSettings]):
                 `mean` normalises them (see `SiteStatistics`).
 
         Returns:
-            ``costs`` (units,) float64, ascending. The last entry repeats the one before: the last unit is never removed.
+            ``costs`` (units,) float64, ascending. The last entry repeats the one before if the last unit has to stay.
         """
         site, statistics, damping = surveyed.site, surveyed.statistics, self.settings.damping
         assert statistics.gram is not None
@@ -72,11 +74,14 @@ class Default(ObsRecipe[DefaultSettings]):
             g = statistics.gradient.mean(place)[0].to(w.dtype)
             # With G = L Lᵀ, tr(Wᵀ G W) = tr((Lᵀ W)ᵀ (Lᵀ W)): run the unweighted loop on Lᵀ W.
             w = cholesky(g, _RIDGE, place, device=w.device)[0].T @ w
-        _, costs = greedy_removal(w, h, width=site.width, count=site.units - 1, damping=damping, place=site.name)
-        costs = torch.cat([costs, costs[-1:]]).double()
+        stays = site.rest is None
+        _, costs = greedy_removal(w, h, width=site.width, count=site.units - stays, damping=damping, place=site.name)
+        costs = (torch.cat([costs, costs[-1:]]) if stays else costs).double()
+        sizes = torch.full_like(costs, site.unit_parameters)
+        if not stays:
+            sizes[-1] += site.rest or 0
         # A unit may become cheaper once others are removed. It then goes with them, so take the running maximum.
-        marginal = torch.cummax(costs, dim=0).values if len(costs) else costs
-        return {"costs": marginal / (2 * site.unit_parameters)}
+        return {"costs": torch.cummax(costs / (2 * sizes), dim=0).values if len(costs) else costs}
 
     def ridge(self, damping: float, columns: int, tokens: int) -> float:
         """Return the setting `fit_damping`, or where that is 0 the damping by tokens per column.

@@ -21,7 +21,7 @@ class SitePlan:
     """What one site keeps."""
 
     keep: int
-    """Number of units to keep."""
+    """Number of units to keep. With 0 its sublayer goes as a whole."""
     units: tuple[int, ...] | None = None
     """Indices of the units to keep, ascending; None lets the recipe select them."""
     zeros: tuple[int, ...] | None = None
@@ -99,20 +99,21 @@ class Plan(dict[str, SitePlan]):
             if site.name not in self:
                 raise ConfigError(f"{where}: {site.name} is missing")
             entry = self[site.name]
-            if not 1 <= entry.keep <= site.units:
-                raise ConfigError(f"{where}: {site.name} keeps {entry.keep}; it must be 1 to {site.units}")
+            least = 0 if site.goes else 1
+            if not least <= entry.keep <= site.units:
+                raise ConfigError(f"{where}: {site.name} keeps {entry.keep}; it must be {least} to {site.units}")
             if entry.units and not (entry.units[0] >= 0 and entry.units[-1] < site.units):
                 raise ConfigError(f'{where}: "units" of {site.name} must lie between 0 and {site.units - 1}')
             if entry.zeros is not None:
                 _check_zeros(site, entry, where)
-            if site.choices is not None and entry.keep not in site.choices:
+            if entry.keep and site.choices is not None and entry.keep not in site.choices:
                 reason = "no unit of it can go" if site.choices == (site.units,) else "a stock config cannot say so"
                 raise ConfigError(f"{where}: {site.name} keeps {entry.keep} of {site.units}; {reason}")
 
     def is_alike(self, sites: Sequence[Site]) -> bool:
-        """Return whether all sites of each family end with the same width."""
-        widths = {(site.family, self[site.name].keep * site.width) for site in sites}
-        return len(widths) == len({site.family for site in sites})
+        """Return whether all sites of each family that stay end with the same width."""
+        left = [(site, self[site.name].keep) for site in sites if self[site.name].keep]
+        return len({(site.family, keep * site.width) for site, keep in left}) == len({site.family for site, _ in left})
 
 
 def units_only(sites: Sequence[Site], plan: Plan, where: str) -> None:

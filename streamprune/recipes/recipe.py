@@ -139,6 +139,8 @@ class Recipe(ABC, Generic[S]):
     """Target that consumers are fitted to before units are chosen; None for no such fit."""
     correction: Correction | None = None
     """Low-rank training at the end of each shot; None for none."""
+    sublayers: bool = False
+    """Whether `allocate` may take the last unit of a site, so that its sublayer goes as a whole."""
     seeded: bool = False
     """Whether `select` draws from the problem's generator."""
     writes_zeros: bool = False

@@ -42,6 +42,7 @@ class DefaultSettings:
         choices=("residual", "dense", "own"),
     )
     compensate: bool = setting(True, "input compensation of q, k, v and gate, up")
+    sublayers: bool = setting(True, "let a block's attention or FFN go as a whole; off keeps a unit of each")
     damping: float = setting(
         0.01, "ridge of the Grams by which units are chosen, relative to their mean diagonal", limits=(0.0, 1.0)
     )

@@ -211,8 +211,9 @@ def backward_block(
                     mixed, given = _observed(skeleton, sublayer, index, sublayer.source(y, x), own)
                     o = sublayer.consume(mixed)
                     y = sublayer.join(y, o, mixed.taken)
-                    passed.append((sublayer, own, mixed, [len(each) for each in given]))
-                    wanted += [o, *mixed.z, *(p for each in given for p in each)]
+                    if own:
+                        passed.append((sublayer, own, mixed, [len(each) for each in given]))
+                        wanted += [o, *mixed.z, *(p for each in given for p in each)]
                 gradients = iter(torch.autograd.grad(y, wanted, dy))
             del y
             write(next(gradients))

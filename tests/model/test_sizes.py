@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,22 @@ def test_bf16_is_what_a_result_weighs(name: str, tiny: Tiny, configured: Make) -
     assert sizes(model).weights(kept(result), "bf16") == weights_in(result) == sizes(result).weights({}, "bf16")
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma4-e", "deepseek_v3", "nemotron_h"])
+def test_a_sublayer_that_is_gone_weighs_nothing(name: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    model = tiny(name, torch.bfloat16)
+    sites = open_skeleton(model, CPU, "auto").all_sites()
+    keeps = {site.name: 0 if site.block < 2 and site.goes else site.units for site in sites}
+    assert 0 in keeps.values()
+    plan = tmp_path / "plan.json"
+    entries = {name: {"keep": units} for name, units in keeps.items()}
+    plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.3, "sites": entries}))
+    result = Path(streamprune.prune(configured(model, recipe="magnitude", plan=plan, ratio=None)).out)
+    before, after = sizes(model), sizes(result)
+    assert before.weights(keeps, "bf16") == weights_in(result) == after.weights({}, "bf16")
+    assert before.weights(keeps, "q8_0") == after.weights({}, "q8_0")
+    assert before.cache(keeps, 20) == after.cache({}, 20) < before.cache({}, 20)
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.4])
 def test_fp8_is_what_store_fp8_writes(ratio: float, tiny: Tiny, configured: Make) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
@@ -58,6 +75,10 @@ def test_fp8_is_what_store_fp8_writes(ratio: float, tiny: Tiny, configured: Make
     assert any(name.endswith(SCALE) for shard in shards for name in shard)
     assert sizes(model).weights(kept(result), "fp8") == weights_in(result)
     assert not sizes(tiny("mixtral")).storable("fp8")
+    config = configured(model, "less", recipe="default", ratio=ratio + 0.4, store="fp8", round_to=128)
+    keeps = {site["site"]: site["kept"] for site in streamprune.prune(config).sites}
+    assert (0 in keeps.values()) == (ratio == 0.4)
+    assert sizes(model).weights(keeps, "fp8") == weights_in(config.out)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
@@ -74,7 +95,7 @@ def test_gguf_is_what_export_writes(name: str, dtype: str, configured: Make, tmp
     exported = streamprune.export_gguf(result, tmp_path / "model.gguf", dtype=dtype).path
     tensors = gguf.GGUFReader(exported).tensors
     found = sizes(model)
-    parts = [part.keeping(kept(result)) for parts in found._blocks for part in parts]
+    parts = found._kept(kept(result))
     assert sum(gguf_bytes(dtype, each, found._model) for each in (*found._outside, *parts)) == sum(
         tensor.n_bytes for tensor in tensors
     )

@@ -39,6 +39,17 @@ def test_a_kept_survey_gives_the_bytes_of_an_own_one(
         assert weights(other.out) == weights(alone.out)
 
 
+def test_a_survey_prices_last_units_whatever_may_go(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    model, kept, settings = tiny("llama"), tmp_path / "survey", {"recipe": "default", "ratio": 0.8}
+    streamprune.prune(configured(model, "uniform", survey=kept, layout="uniform", **settings | {"ratio": 0.4}))
+    streamprune.prune(configured(model, "off", survey=kept, **settings | {"settings": {"sublayers": "off"}}))
+    alone, reused = configured(model, "alone", **settings), configured(model, "reused", survey=kept, **settings)
+    sites = streamprune.prune(alone).sites
+    assert any(site["kept"] == 0 for site in sites)
+    streamprune.prune(reused)
+    assert weights(reused.out) == weights(alone.out)
+
+
 def test_a_survey_is_kept_whenever_the_job_stops(
     tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from streamprune.errors import ConfigError
 from streamprune.model.site import UNIFORM, Site
-from streamprune.recipes.allocation import Budget, allocate, check_budget, even_densities
+from streamprune.recipes.allocation import Budget, _Bundle, allocate, check_budget, even_densities
 
 
 def site(block: int, kind: str, units: int, parameters: int, **more: object) -> Site:
@@ -88,3 +89,23 @@ def test_even_densities_take_the_same_share_everywhere() -> None:
     sites = [s for b in range(4) for s in (site(b, "attention", 10, 100), site(b, "ffn", 100, 10))]
     keep = allocate(sites, even_densities(sites), budget(sites, 0.3))
     assert {keep[s.name] / s.units for s in sites} == {0.7}
+
+
+def test_a_sublayer_goes_whole_at_its_own_price() -> None:
+    # The last unit of attention goes with a norm of 10 parameters, at 3 a parameter of all 20: dearer than 2, cheaper than 4.
+    attention, ffn = site(0, "attention", 2, 10, rest=10), site(0, "ffn", 10, 10)
+    densities = {attention.name: torch.tensor([1.0, 3.0]), ffn.name: torch.tensor([2.0] * 4 + [4.0] * 6)}
+    whole = Budget(0.7, 100, 1, sublayers=True)
+    assert allocate([attention, ffn], densities, whole) == {attention.name: 0, ffn.name: 6}
+    assert allocate([attention, ffn], densities, Budget(0.7, 100, 1)) == {attention.name: 1, ffn.name: 4}
+    # Without the norm's parameters in the price, the step of two units would cost (1 + 3) / 2.
+    both = _Bundle((attention,), torch.tensor([1.0, 3.0]).double(), (0, 2))
+    assert both.parameters(0) == 30
+    assert both.cost(0) == pytest.approx((1 * 10 + 3 * 20) / 30)
+    # Rounded widths include none at all.
+    rounded = [site(0, "ffn", 10, 10, rest=0), site(1, "ffn", 10, 10, rest=0)]
+    costs = {rounded[0].name: torch.ones(10), rounded[1].name: torch.full((10,), 2.0)}
+    assert allocate(rounded, costs, Budget(0.5, 200, 8, sublayers=True)) == {rounded[0].name: 0, rounded[1].name: 10}
+    check_budget([attention, replace(ffn, rest=0)], Budget(0.95, 130, 1, sublayers=True))
+    with pytest.raises(ConfigError, match=r"ratio is 0\.95; .* at most 0\.769 of its blocks' parameters while"):
+        check_budget([attention, ffn], Budget(0.95, 130, 1))

@@ -127,6 +127,24 @@ def test_default_in_two_shots(name: str, tiny: Tiny, configured: Make) -> None:
     same_logits(config, twins.pruned, tokens)
 
 
+@pytest.mark.parametrize(
+    ("name", "shots"), [("llama-biased", 1), ("falcon", 1), ("gemma2", 1), ("opt", 2), ("qwen3_5", 2)]
+)
+def test_default_lets_sublayers_go_whole(name: str, shots: int, tiny: Tiny, configured: Make) -> None:
+    path = tiny(name, torch.float64)
+    settings = {"shots": str(shots)}
+    config = configured(path, recipe="default", dtype="float64", ratio=0.8, settings=settings)
+    tokens, sites = calibrated(config), sites_of(path)
+    twins, _ = reference.default(path, tokens, sites, ratio=0.8, round_to=4, shots=shots)
+    streamprune.prune(config)
+    kept_columns(config, twins)
+    assert any(len(units) == 0 for units in twins.kept.values())
+    same_logits(config, twins.pruned, tokens)
+    kept = configured(path, "kept", recipe="default", ratio=0.6, settings={**settings, "sublayers": "off"})
+    streamprune.prune(kept)
+    assert all(site["kept"] for site in json.loads((kept.out / "report.json").read_text())["sites"])
+
+
 # Shots.
 
 

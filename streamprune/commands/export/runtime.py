@@ -119,6 +119,13 @@ def choose(skeleton: Skeleton) -> Runtime:
         raise CheckpointError(
             f"{where}: export knows no GGUF architecture for model_type {model_type!r}; it knows {', '.join(sorted(RUNTIMES))}"
         )
+    for index, entries in enumerate(skeleton.entries):
+        for entry in entries:
+            if entry.gone:
+                raise CheckpointError(
+                    f"{where}: the {entry.kind} of block {index} is gone as a whole, which export does not support; prune with "
+                    "--layout uniform, or with --set sublayers=off"
+                )
     alike = are_alike(skeleton.all_sites())
     pruned = skeleton.checkpoint.config["model_type"] != model_type
     hint = "; prune with --layout uniform" if pruned and not alike else ""
