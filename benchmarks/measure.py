@@ -30,7 +30,7 @@ class Protocol:
         return streamprune.evaluate(path, self.validation, seq_len=self.seq_len).perplexity
 
     def measure(
-        self, recipe: str, ratio: float, settings: dict[str, str] | None = None, **changes: Any
+        self, recipe: str, ratio: float | None, settings: dict[str, str] | None = None, **changes: Any
     ) -> dict[str, Any]:
         """Prune into a temporary folder and evaluate the result; `changes` are additional fields of `Config`."""
         with tempfile.TemporaryDirectory(prefix="streamprune-benchmark-") as folder:

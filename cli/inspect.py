@@ -10,6 +10,7 @@ import click
 
 import streamprune
 from streamprune.commands.report.records import flat
+from streamprune.jobs.extents import experts_gone
 from streamprune.model.hub import is_name
 from streamprune.system.units import format_bytes
 
@@ -131,7 +132,7 @@ def _sites(sites: list[dict[str, Any]], curves: dict[str, Any] | None) -> list[s
         extent = [f"{site[done]:,}", f"{site[total]:,}", show.bar(site[done] / site[total])]
         curve = [drawn.get(site["site"], "").ljust(STEPS + 1)] if drawn else []
         rows.append([site["site"], *extent, *figures, *curve])
-    notes = []
+    notes = [gone] if (gone := experts_gone(sites)) else []
     if alone := sum(site.get("left_alone", False) for site in sites):
         notes.append(f"{alone} experts saw too few tokens and were not pruned")
     if curves is not None and drawn:

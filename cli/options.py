@@ -267,8 +267,14 @@ job_options = bundle(
     click.option(
         "--recipe",
         default="default",
-        help="Pruning method: default; sobp, slimgpt, greedy-output or surgeon, from papers; random, magnitude or wanda-sp, as "
-        "baselines.",
+        help="Pruning method: default; sobp, slimgpt, greedy-output or surgeon, from papers; reap, for "
+        "experts; random, magnitude or wanda-sp, as baselines.",
+    ),
+    click.option(
+        "--experts",
+        metavar="N|SHARE|threshold",
+        help="Let whole routed experts go. N: so many stay in each block. SHARE: this share goes from each block. "
+        "SHARE:threshold: by one threshold over all blocks. threshold: one threshold over experts and units, to --ratio or an aim such as --fit.",
     ),
     calibration_options,
     machine_options,

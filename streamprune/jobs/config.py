@@ -12,6 +12,7 @@ from ..errors import ConfigError, check_choice, check_least
 from ..model.formats import FORMATS, Format
 from ..model.site import LAYOUTS
 from ..model.tokenizer import BOS, Bos
+from ..recipes.settings import THRESHOLD, Experts
 from ..system.units import ACTIVATIONS, check_device, check_dtype
 from ..text.source import CUTS, LOSSES_ON, Cut, LossOn, Source, Spec
 
@@ -147,6 +148,10 @@ class Config(JobConfig):
     """Write the text model of a multimodal model alone."""
     round_to: int = _fixed(default=8)
     """Every FFN width that changes becomes a multiple of this."""
+    experts: str | int | float | None = _fixed(default=None)
+    """Routed experts that go as a whole: how many stay in each block (``"96"``), the share that goes (``"0.25"``), the same by
+    one threshold over all blocks (``"0.25:threshold"``), or, with `ratio` or an aim, as many as one threshold over experts and units gives
+    (``"threshold"``). With a number or share, units go only if `ratio` is given too."""
     blocks: tuple[int, int] | None = _fixed(default=None)
     """Prune only blocks ``start`` to ``stop - 1``; None prunes all."""
     ratio_of: RatioOf = _fixed(default="blocks")
@@ -192,6 +197,8 @@ class Config(JobConfig):
             raise ConfigError(f"metric-samples is {self.metric_samples}; it must be at most samples, {self.samples}")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"ratio is {self.ratio:g}; it must be in (0, 1)")
+        if self.experts is not None:
+            object.__setattr__(self, "experts", str(Experts.parse(str(self.experts))))
         self._check_aim()
         if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
             raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
@@ -218,9 +225,15 @@ class Config(JobConfig):
     def _check_aim(self) -> None:
         """Check that exactly one thing decides how much is removed; a plan may have the ratio that it was made for beside it."""
         given = [name for name in ("ratio", *AIMS, "plan") if getattr(self, name) is not None]
-        if not given:
+        counted = self.experts is not None and Experts.parse(str(self.experts)).counted
+        if not given and not counted:
             raise ConfigError(
-                f"give a ratio, a plan file or one of {', '.join(AIMS)}: one of them decides how much is removed"
+                f"give a ratio, experts by number or share, a plan file or one of {', '.join(AIMS)}: one of them decides how much "
+                "is removed"
+            )
+        if self.aim is not None and counted:
+            raise ConfigError(
+                f"experts is {self.experts}; {self.aim} chooses how much goes: give experts {THRESHOLD}, or a ratio instead of {self.aim}"
             )
         if len(given) > 1 and given != ["ratio", "plan"]:
             raise ConfigError(f"{' and '.join(given)} are given; only one of them can decide how much is removed")

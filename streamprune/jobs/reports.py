@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..model.names import REPORT
 from ..model.write import Card
-
-
-def extents(reports: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Sum the site reports of a block: (units kept, units) or (zeros, weights), for attention and for FFN."""
-    families: dict[str, list[Mapping[str, Any]]] = {}
-    for report in reports:
-        families.setdefault(report["site"].split(".")[2], []).append(report)
-    found = []
-    for each in families.values():
-        part, whole = ("zeros", "weights") if "zeros" in each[0] else ("kept", "units")
-        found.append((sum(r[part] for r in each), sum(r[whole] for r in each)))
-    return found
+from .extents import experts_gone, extents
 
 
 def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
@@ -46,9 +34,10 @@ def pruning_card(report: dict[str, Any], source: str, depth: int) -> Card:
         table = "Units kept (attention: key/value groups with their query heads; FFN: channels)."
     alone = sum(bool(site.get("left_alone")) for site in report["sites"])
     note = f" {alone} experts saw too few tokens and were left alone." if alone else ""
+    whole = f" {gone}." if (gone := experts_gone(report["sites"])) else ""
     text = f"""{done}
 
-{table}{note} Errors and settings are in `{REPORT}`.
+{table}{whole}{note} Errors and settings are in `{REPORT}`.
 
 | block | attention | FFN |
 |---|---|---|

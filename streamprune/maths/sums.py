@@ -15,7 +15,9 @@ from .flops import counted, kind
 from .refit import accumulator, advice, all_finite
 from .triangular import mirror_, panels
 
-Statistic = Literal["mask-gradient", "gram", "gradient-gram", "factors", "divergence", "inputs", "second-moment"]
+Statistic = Literal[
+    "mask-gradient", "gram", "gradient-gram", "factors", "divergence", "inputs", "second-moment", "output-norm"
+]
 """Statistics that a survey can collect at a site.
 
 mask-gradient: `MaskGradient` of the units.
@@ -25,6 +27,7 @@ factors: both K-FAC factors of every linear of the site, including `H` and `G`.
 divergence: `HeadDivergence` of the attention maps.
 inputs: the Gram of the producers' input.
 second-moment: for attention `H`; for an FFN the Gram of the producers' input.
+output-norm: `OutputNorm` of what an expert adds.
 """
 GRADIENTS = frozenset[Statistic]({"mask-gradient", "gradient-gram", "factors"})  # statistics that need a backward sweep
 
@@ -184,6 +187,7 @@ _USERS: dict[str, frozenset[Statistic]] = {
     "inputs": frozenset({"inputs", "factors"}),
     "producers": frozenset({"factors"}),
     "divergence": frozenset({"divergence"}),
+    "norm": frozenset({"output-norm"}),
 }
 """Statistics that need each sum of `SiteStatistics`, by attribute name."""
 
@@ -228,14 +232,15 @@ class SiteStatistics:
         self.inputs = gram(inputs, "inputs")
         self.producers = [gram(each, "producers") for each in rows]
         self.divergence = HeadDivergence(heads) if wanted & _USERS["divergence"] and heads else None
+        self.norm = OutputNorm() if wanted & _USERS["norm"] else None
 
     def across(self, add_up: AddUp) -> None:
         for each in self._sums():
             each.across(add_up)
         (self.seen,) = add_counts(add_up, self.seen)
 
-    def _sums(self) -> list[Gram | MaskGradient | HeadDivergence]:
-        sums = (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence)
+    def _sums(self) -> list[Gram | MaskGradient | HeadDivergence | OutputNorm]:
+        sums = (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence, self.norm)
         return [each for each in sums if each is not None]
 
     def park(self) -> None:
@@ -286,6 +291,27 @@ class SiteStatistics:
         for gram, gradient in zip(self.producers, dp, strict=False):
             if gram is not None:
                 gram.add(gradient)
+
+
+class OutputNorm:
+    """``mean ‖o‖`` over the tokens that reach a site, `o` what its consumer adds: an expert's output times the router's weight."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.total = torch.zeros((), dtype=torch.float64)
+
+    def add(self, o: Tensor) -> None:
+        """Add a micro-batch (..., d_out), any float dtype."""
+        self.total += o.to(accumulator(o.dtype)).norm(dim=-1).sum(dtype=torch.float64).cpu()
+        self.tokens += o.numel() // o.shape[-1]
+
+    def across(self, add_up: AddUp) -> None:
+        add_up(self.total)
+        (self.tokens,) = add_counts(add_up, self.tokens)
+
+    def mean(self) -> Tensor:
+        """Return the mean, float64 (); 0 without any token."""
+        return self.total / (self.tokens or 1)
 
 
 AddUp = Callable[[Tensor], None]  # sums a tensor over all workers, in place

@@ -30,6 +30,8 @@ class Producer:
     name: str
     parts: tuple[int, ...] = ()
     """Rows per unit of each range of its rows, in order, if projections are fused one after the other; empty for a single range."""
+    axis: int = 0
+    """Axis of a parameter or buffer that has the units: the first, or -1 for the last."""
 
     def stretches(self, units: int, rows: int) -> list[int]:
         """Return the number of rows of each range, with this number of units; `rows` is the total of the module."""
@@ -92,7 +94,15 @@ class SublayerEntry:
     chosen: int = 0
     """Experts per token."""
     router: str | None = None
-    """The module that routes tokens to experts. It is never changed."""
+    """The module that routes tokens to experts. It only loses what belongs to experts that go."""
+    routing: tuple[Producer, ...] = ()
+    """Linears, parameters and buffers with one entry per routed expert; empty if experts cannot go as a whole."""
+    routed: tuple[str, ...] = ()
+    """Attributes that count routed experts, as in `counts`."""
+    groups: int = 1
+    """Groups of consecutive experts among which the router chooses first. All must have the same number of experts."""
+    least: int = 0
+    """Fewest experts that the router can work with."""
     beside: str | None = None
     """An FFN beside the mixer that reads the same input and whose output is added to the mixer's: shared experts."""
     shared: SublayerEntry | None = None
@@ -204,6 +214,9 @@ class Architecture:
 _HEADS: Widths = (("num_attention_heads", "heads"), ("num_key_value_heads", "units"), ("head_dim", "head_width"))
 _FFN: Widths = (("intermediate_size", "columns"),)
 _DENSE = Family({"attention": _HEADS, "ffn": _FFN})
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+"""Fields of configs, and attributes of routers, that may count routed experts."""
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(

@@ -132,6 +132,26 @@ class Layer:
         for name in before - {*modules.state_dict()}:
             del self.weights[name]
 
+    def keep_experts(self, entry: SublayerEntry, kept: Sequence[int]) -> None:
+        """Keep only the routed experts `kept`, ascending, of a mixture, and their part of the router. They are renumbered from 0."""
+        assert entry.experts is not None
+        experts = self.experts(entry.experts)
+        for number in range(len(experts)):
+            prefix = f"{entry.experts}.{number}."
+            for name in [name for name in self.weights if name.startswith(prefix)]:
+                tensor = self.weights.pop(name)
+                if number in kept:
+                    self.weights[f"{entry.experts}.{kept.index(number)}.{name.removeprefix(prefix)}"] = tensor
+        held = [experts[number] for number in kept]
+        del experts[:]
+        experts.extend(held)
+        for part in entry.routing:
+            for name in (part.name, f"{part.name}.weight", f"{part.name}.bias"):
+                if name in self.weights:
+                    self.set(name, self.weights[name].index_select(part.axis, torch.tensor(kept)))
+        for name in entry.routed:
+            set_count(self._modules[0], name, len(kept))
+
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace one tensor. The master is rounded to the stored dtype; the device receives the rounded values."""
         master = self.weights[name] = host_copy(tensor, self.weights[name].dtype)
@@ -511,6 +531,15 @@ class Sublayer:
         self.layer.remove(self.entry)
         self._take(self.entry.remainder)
 
+    def keep_experts(self, kept: Sequence[int]) -> None:
+        """Keep only the routed experts `kept` of a mixture, by their places among `prunables`, ascending. Sites keep their names."""
+        self.layer.keep_experts(self.entry, kept)
+        shared = [prunable for prunable in self.prunables if prunable.site.expert is None]
+        self.prunables = [
+            Prunable(self.layer, self.entry.expert(new), self.prunables[old].site, self.prunables[old].number)
+            for new, old in enumerate(kept)
+        ] + shared
+
     def release(self) -> None:
         """Free the weights of the mixers, consumers and experts. The sublayer cannot run afterwards."""
         shared = self.entry.shared.mixer if self.entry.shared else ()
@@ -527,7 +556,7 @@ class Prunable:
     def __init__(self, layer: Layer, entry: SublayerEntry, site: Site, number: int) -> None:
         self.layer, self.entry, self.site = layer, entry, site
         self.number = number
-        """Position among the sites of its sublayer: experts by number, then the shared experts."""
+        """Position among the sites of its dense sublayer: experts by number, then the shared experts."""
         self.producers = tuple(producer.name for producer in entry.producers)
         assert entry.consumer is not None
         self.consumer = entry.consumer

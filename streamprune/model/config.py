@@ -216,7 +216,7 @@ def check_widths(
 
     Other mistakes show when the model is built and compared with the shards.
     """
-    counts = {name for block in entries for entry in block for name in entry.counts}
+    counts = {name for block in entries for entry in block for name in (*entry.counts, *entry.routed)}
     if not isinstance(widths, dict) or widths.get("blocks") != architecture.blocks:
         raise CheckpointError(f'{where}: "{OURS}" must have "blocks": "{architecture.blocks}"')
     listed = widths.get("experts", {})

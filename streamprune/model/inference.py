@@ -500,7 +500,8 @@ def _mixture(
     chosen = Trial(block, found, width, tried).chosen()
     if chosen is None:
         raise Unknown("the experts' outputs are not simply added")
-    return replace(found, chosen=chosen)
+    found = replace(found, chosen=chosen)
+    return Trial(block, found, width, tried).routing(len(experts[name].get_parameter("down_proj"))) or found
 
 
 def _producers(experts: nn.Module) -> tuple[Producer, ...]:

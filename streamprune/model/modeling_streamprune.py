@@ -4,9 +4,10 @@ Every pruned checkpoint with the free layout contains a copy of this file. It im
 checkpoint's config field "streamprune" holds lists with one value per block, null if a block has no such module:
 
     "blocks":     path of the blocks, such as "model.layers" (not a list)
-    "rows":       output widths of linears and widths of norms, by name, such as {"mlp.up_proj": [688, 704, ...]}
-    "columns":    input widths of linears, by name
-    "attributes": module attributes that count heads, by name; after "config.", attributes of the block's own config view
+    "rows":       output widths of linears and widths of norms, by name, such as {"mlp.up_proj": [688, 704, ...]}; of
+                  parameters and buffers, the size of their first axis
+    "columns":    input widths of linears, by name; of parameters and buffers, the size of their last axis
+    "attributes": module attributes that count heads or experts, by name; after "config.", attributes of the block's own config view
     "experts":    width of each expert, by name of the list of experts
     "no_op":      arguments of `remove_sublayer`, by name of the module whose sublayer is gone
     "renamed":    pairs of substrings of tensor names: in the model, in the files (not per block)
@@ -251,6 +252,12 @@ def resized(old, rows, columns):
     return new.to(old.weight.dtype)
 
 
+def cut(tensor, first, last):
+    """Return a tensor like another one with other sizes of its first and its last axis; None keeps a size."""
+    tensor = tensor[: first or len(tensor)]
+    return tensor[..., : last or tensor.shape[-1]].clone()
+
+
 def count(block, name):
     """Return an attribute that counts heads."""
     path, _, attribute = name.rpartition(".")
@@ -288,9 +295,11 @@ def resize_blocks(blocks, widths):
             if size == (None, None):
                 continue
             owner, _, leaf = name.rpartition(".")
-            parameters = block.get_submodule(owner)._parameters
-            if leaf in parameters:
-                parameters[leaf] = nn.Parameter(parameters[leaf].new_empty(size[0], *parameters[leaf].shape[1:]))
+            owner = block.get_submodule(owner)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(cut(owner._parameters[leaf], *size))
+            elif leaf in owner._buffers:
+                owner._buffers[leaf] = cut(owner._buffers[leaf], *size)
             else:
                 block.set_submodule(name, resized(block.get_submodule(name), *size))
         for name, each in widths["attributes"].items():

@@ -8,6 +8,7 @@ the residual width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,13 +31,16 @@ class Site:
     choices: tuple[int, ...] | None = None
     """Unit counts above 0 that the requested layout can express, ascending; None for all from 1 to `units`."""
     rest: int | None = None
-    """Parameters that go with the last unit besides its own, such as norms; None if the model does not run without it."""
+    """Parameters that go with the last unit besides its own, such as norms, or an expert's part of the router; None if the model
+    does not run without it."""
     stays: bool = False
     """Whether the last unit has to stay because the requested layout cannot express a model without it."""
     linears: tuple[int, ...] = ()
     """Number of weights of each linear: the producers in order, fused ones in their parts, then the consumer."""
     expert: int | None = None  # number of the expert in a mixture of experts, from 0; None otherwise
     share: float = 1.0  # expected fraction of tokens that reach the site; below 1 if a router selects them
+    least: int = 0  # fewest routed experts that must stay in the block; 0 without a router
+    groups: int = 1  # groups of routed experts in the block, which must stay equal in number
 
     @property
     def name(self) -> str:
@@ -60,7 +64,7 @@ class Site:
 
     @property
     def goes(self) -> bool:
-        """Whether the last unit can go, and its sublayer with it."""
+        """Whether the last unit can go, and its sublayer or expert with it."""
         return self.rest is not None and not self.stays
 
     def removed(self, keep: int) -> int:
@@ -76,6 +80,15 @@ class Site:
     def head_width(self) -> int:
         """Columns of the consumer per query head; 0 for an FFN."""
         return self.columns // self.heads if self.heads else 0
+
+
+def routed(sites: Sequence[Site]) -> dict[int, list[Site]]:
+    """Return the routed experts of each block, in order, by the block's number."""
+    found: dict[int, list[Site]] = {}
+    for site in sites:
+        if site.expert is not None:
+            found.setdefault(site.block, []).append(site)
+    return found
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..system.units import format_bytes
 from . import fp8
 from .block import is_linear, linear_shape
 from .formats import Format, Model, Role, Weight, gguf_bytes
-from .site import Site
+from .site import Site, routed
 from .skeleton import Skeleton
 
 CONTEXT = 8192
@@ -57,16 +57,18 @@ class _Part:
     axis: int = 0
     goes: Site | None = None
     """The site with whose last unit it goes; None: it stays."""
+    experts: Sequence[Site] = ()
+    """The routed experts for each of which it has an entry along `axis`; empty: for none."""
 
     def keeping(self, keeps: Mapping[str, int]) -> list[Weight]:
         """Return what is left of it: nothing if its sublayer is gone."""
         site = self.site
         if self.goes is not None and not keeps.get(self.goes.name, self.goes.units):
             return []
-        if site is None or keeps.get(site.name, site.units) == site.units:
-            return [self.weight]
         shape = list(self.weight.shape)
-        shape[self.axis] = shape[self.axis] // site.units * keeps[site.name]
+        if site is not None:
+            shape[self.axis] = shape[self.axis] // site.units * keeps.get(site.name, site.units)
+        shape[self.axis] -= sum(not keeps.get(each.name, each.units) for each in self.experts)
         return [Weight(tuple(shape), self.weight.role, self.weight.block)]
 
 
@@ -86,7 +88,6 @@ class Sizes:
         self._model = Model(
             depth=len(skeleton),
             tied=skeleton.outside.tied,
-            experts=1 + max((site.expert for site in self.sites if site.expert is not None), default=-1),
             grouped=any(site.heads > site.units for site in attention),
         )
 
@@ -112,7 +113,12 @@ class Sizes:
             found = sum(2 * prod(each.shape) for each in (*self._outside, *self._carried))
             found += sum(2 * prod(each.shape) for each in self._kept(keeps))
             return found - (self._saved(keeps) if format == "fp8" else 0)
-        return sum(gguf_bytes(format, each, self._model) for each in (*self._outside, *self._kept(keeps)))
+        model = self._model_of(keeps)
+        return sum(gguf_bytes(format, each, model) for each in (*self._outside, *self._kept(keeps)))
+
+    def _model_of(self, keeps: Mapping[str, int]) -> Model:
+        left = routed([site for site in self.sites if keeps.get(site.name, site.units)])
+        return replace(self._model, experts=max(map(len, left.values()), default=0))
 
     def _kept(self, keeps: Mapping[str, int]) -> list[Weight]:
         return [left for parts in self._blocks for part in parts for left in part.keeping(keeps)]
@@ -204,10 +210,15 @@ def _parts(skeleton: Skeleton, index: int) -> Iterator[_Part]:
     """Yield the tensors of a block, by name inside it."""
     block = skeleton.block(index)
     units: dict[str, tuple[Site | None, int, Role]] = {}
+    routing: dict[str, int] = {}
     for entry in skeleton.entries[index]:
         units |= {f"{entry.router}.weight": (None, 0, "kept")} if entry.router else {}
-    places = skeleton.places(index)
+        for part in entry.routing:
+            routing |= dict.fromkeys((part.name, f"{part.name}.weight", f"{part.name}.bias"), part.axis)
+    places, experts = skeleton.places(index), dict[str, Site]()
     for site, entry in places:
+        if site.expert is not None:
+            experts[f"{entry.experts}.{site.expert}"] = site
         for producer in (*entry.producers, *entry.vectors):
             leaf = producer.name.rpartition(".")[2]
             role: Role = "linear"
@@ -221,7 +232,18 @@ def _parts(skeleton: Skeleton, index: int) -> Iterator[_Part]:
     for name, tensor in block.state_dict().items():
         owner, axis, role = units.get(name, (None, 0, "linear"))
         goes = next((site for site, entry in places if entry.removal and entry.removal.takes(name)), None)
+        goes = goes or next((experts[path] for path in _above(name) if path in experts), None)
         shape, module = tuple(tensor.shape), block.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and is_linear(module):
             shape = linear_shape(module)
-        yield _Part(name, Weight(shape, role, index), owner, axis, goes)
+        if name in routing:
+            yield _Part(name, Weight(shape, role, index), axis=routing[name], experts=[*experts.values()])
+        else:
+            yield _Part(name, Weight(shape, role, index), owner, axis, goes)
+
+
+def _above(name: str) -> Iterator[str]:
+    """Yield the paths of the modules that contain a tensor."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

@@ -112,6 +112,7 @@ class Skeleton:
             check_widths(widths, self.architecture, self.entries, len(self.checkpoint), self.where)
             modeling.resize_blocks(self._templates, widths)
             self._take_gone(widths)
+        experts.check_number(self.checkpoint, self.architecture.blocks, self._templates, self.where)
         self._separate_experts()
         if check:
             self._raise_faults(self._expected())
@@ -138,7 +139,6 @@ class Skeleton:
     def _infer(self, weights: int) -> list[tuple[SublayerEntry, ...]]:
         """Infer the sublayers of each block; blocks of the same modules have the same."""
         meta, cpu = torch.device("meta"), torch.device("cpu")
-        experts.check_number(self.checkpoint, self.architecture.blocks, self._templates, self.where)
         config, kept = self.whole_config.to_json_string(use_diff=False), self.architecture.model_type not in FAMILIES
         self.stock_blocks: dict[int, nn.Module] = {}
         """The first block of each kind as transformers builds it, on the meta device."""
@@ -239,16 +239,25 @@ class Skeleton:
             if entry.experts is not None:
                 held = layer.get_submodule(entry.experts)
                 assert isinstance(held, Experts)
-                for number in range(len(held)):
+                router = self._router_part(layer, entry) // len(held)
+                for number, expert in enumerate(held):
                     own = entry.expert(number)
-                    site = self._site(index, own)
-                    found.append((replace(site, expert=number, share=self._chosen[index] / len(held)), own))
+                    bias = getattr(expert, entry.consumer or "").bias
+                    site = replace(
+                        self._site(index, own),
+                        rest=router + (0 if bias is None else bias.numel()) if entry.routing else None,
+                        expert=number,
+                        share=self._chosen[index] / len(held),
+                        least=entry.least,
+                        groups=entry.groups,
+                    )
+                    found.append((site, own))
             single = entry.shared if entry.experts else entry
             if single is not None and single.consumer is not None:
                 found.append((self._site(index, single), single))
         for number, (site, entry) in enumerate(found):
             bias = entry.removal is not None and entry.removal.bias is not None
-            if not self.layout.sublayers or (bias and not self.layout.biases):
+            if site.expert is None and (not self.layout.sublayers or (bias and not self.layout.biases)):
                 found[number] = replace(site, stays=True), entry
         sites = tuple(site for site, _ in found)
         alike = self.layout.alike
@@ -256,6 +265,14 @@ class Skeleton:
             (replace(site, choices=self._stock_choices(sites, site)) if site.family in alike else site, entry)
             for site, entry in found
         ]
+
+    @staticmethod
+    def _router_part(layer: nn.Module, entry: SublayerEntry) -> int:
+        """Return the number of parameters that a router has for all experts; buffers do not count."""
+        owners = {each.name: layer.get_submodule(each.name.rpartition(".")[0]) for each in entry.routing}
+        return sum(
+            _numel(layer, name) for name, owner in owners.items() if name.rpartition(".")[2] not in owner._buffers
+        )
 
     def site_count(self, index: int, entry: SublayerEntry) -> int:
         """Return the number of sites of one sublayer of a block."""

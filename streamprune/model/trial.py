@@ -6,7 +6,7 @@ No weights of linears are needed, so a mixer of any size is tried in millisecond
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ..maths.refit import unit_columns
-from .architectures import SublayerEntry
-from .block import StandIn, fresh, linear_shape, place, stand_in
+from .architectures import EXPERTS, Producer, SublayerEntry
+from .block import StandIn, fresh, is_linear, linear_shape, place, stand_in
 from .modeling_streamprune import count, set_count
 from .trace import is_norm
 from .upstream import plain_attention
@@ -28,6 +28,10 @@ _COUNTS = (
     *("num_k_heads", "num_v_heads", "key_dim", "value_dim", "n_groups", "intermediate_size", "conv_dim", "embed_dim"),
 )
 """Names of attributes of a mixer, or fields of its config, that may count what is removed."""
+_GROUPS = (("n_group", "num_group"), ("topk_group",))
+"""Names of attributes, or fields, that count groups of experts, and those among which experts are chosen."""
+_NEVER = -1000.0
+"""What a router holds for an expert that no token may reach: its logit is then so low that its weight is zero."""
 
 
 class Trial:
@@ -41,6 +45,8 @@ class Trial:
     def __init__(self, block: nn.Module, entry: SublayerEntry, width: int, arguments: Mapping[str, Any]) -> None:
         self._block, self._entry, self._width, self._arguments = block, entry, width, arguments
         self._values: dict[str, Tensor] = {}
+        self._hidden: dict[str, Tensor] = {}
+        """Experts that no token may reach, by name of what has an entry per expert."""
         self._random = torch.Generator().manual_seed(0)
 
     def removed(self) -> SublayerEntry | None:
@@ -99,6 +105,84 @@ class Trial:
         # Each expert in turn is given all tokens: zeros where they are not routed to it.
         return int(hidden.view(-1, TOKENS, self._width).any(-1).sum(0).max())
 
+    def routing(self, number: int) -> SublayerEntry | None:
+        """Return the entry of a mixture of `number` experts with what has one entry per expert; None if they cannot go as a whole.
+
+        Without some experts, the mixture must compute what it computes if their logits are so low that no token reaches them.
+        """
+        entry, tensors = self._entry, list[Producer]()
+        (mixer,) = entry.mixer
+        for name, module in self._block.get_submodule(mixer).named_modules(prefix=mixer):
+            if any(name == part or name.startswith(f"{part}.") for part in entry.parts):
+                continue
+            if is_linear(module):
+                tensors += [Producer(name)] if linear_shape(module)[0] == number else []
+                continue
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and tensor.is_floating_point() and number in tensor.shape[:1] + tensor.shape[-1:]:
+                    tensors.append(Producer(f"{name}.{leaf}", axis=0 if tensor.shape[0] == number else -1))
+        config = _Recorded.of(self._block, entry)
+        self._route(config)
+        own, read = {}, {}  # attributes of the router's modules, and fields that they read from the config
+        for path, module in self._block.get_submodule(mixer).named_modules(prefix=mixer):
+            for name in (*EXPERTS, *_GROUPS[0], *_GROUPS[1]):
+                own[f"{path}.{name}"] = getattr(module, name, None)
+                if hasattr(module, "config") and name in config.read:
+                    read[f"{path}.config.{name}"] = getattr(module.config, name, None)
+        groups, among = (
+            max((each for name, each in (own | read).items() if name.endswith(fields) and type(each) is int), default=1)
+            for fields in _GROUPS
+        )
+        if number % groups:
+            return None
+        # Routers rank a group by its two best experts.
+        least = entry.chosen if groups == 1 else groups * max(2, -(-entry.chosen // among))
+        found = replace(entry, routing=tuple(tensors), groups=groups, least=least)
+        if number <= least:
+            return found  # none can go
+        ends = torch.arange(number).view(found.groups, -1)
+        for counts in ({}, own, own | read):
+            equal = tuple(name for name, each in counts.items() if each == number and name.endswith(EXPERTS))
+            trials = (Trial(self._block, found, self._width, self._arguments) for _ in range(2))
+            if all(trial._loses(ends[:, end], number, equal) for trial, end in zip(trials, (0, -1), strict=True)):
+                return replace(found, routed=equal)
+        return None
+
+    def _route(self, config: Any, number: int = 1, kept: Tensor | None = None, counts: Sequence[str] = ()) -> Any:
+        """Run the mixture with the experts `kept` (k,) int64 of `number`.
+
+        Returns:
+            Its output, and what the routed experts were given: states, the numbers of the chosen experts, and their weights.
+        """
+        held = list[StandIn]()
+
+        def change(block: nn.Module) -> None:
+            stand_in(block, self._entry.parts)
+            experts = block.get_submodule(self._entry.parts[0])
+            assert isinstance(experts, StandIn)
+            held.append(experts)
+            for name in counts:
+                set_count(block, name, number if kept is None else len(kept))
+
+        output = self._run(change, config, number, kept)
+        return None if output is None else (output, *held[0].given)
+
+    def _loses(self, gone: Tensor, number: int, counts: Sequence[str]) -> bool:
+        """Return whether a mixture without the experts `gone` (k,) int64 computes what it does if no token can reach them."""
+        stays = torch.ones(number, dtype=torch.bool).index_fill_(0, gone, False)
+        for tensor in self._entry.routing:
+            self._hidden[tensor.name] = gone
+        full, less = self._route(None, number), self._route(None, number, stays.nonzero()[:, 0], counts)
+        if full is None or less is None or len(full) < 4:  # or the experts are given all tokens in turn
+            return False
+        place_of = stays.cumsum(0) - 1
+        chosen = full[2]
+        return (
+            bool(stays[chosen].all())
+            and torch.equal(place_of[chosen], less[2])
+            and all(torch.allclose(one, other, rtol=1e-4) for one, other in ((full[0], less[0]), (full[3], less[3])))
+        )
+
     def _run(
         self,
         change: Callable[[nn.Module], None],
@@ -117,7 +201,7 @@ class Trial:
         # Widths that do not fit each other end the process in torch's own attention, but raise an error here.
         plain_attention(block)
         change(block)
-        vectors = {producer.name: producer for producer in (*entry.producers, *entry.vectors)}
+        vectors = {each.name: each for each in (*entry.producers, *entry.vectors, *entry.routing)}
         consumer = None if entry.experts else entry.consumer
         for name in (consumer, entry.inner_norm):
             if name is not None:
@@ -140,18 +224,22 @@ class Trial:
                     module.config = config
                 if type(module).forward in (nn.Linear.forward, Conv1D.forward):
                     out, read = linear_shape(module)
-                    given = self._value(path, (TOKENS, out))[:, rows(path, out)]
+                    given = self._value(path, (TOKENS, out), 1)[:, rows(path, out)]
                     block.set_submodule(path, _Given(given, read))
                 elif path in vectors and is_norm(module) and entry.kind != "linear":
                     (size,) = next(module.parameters()).shape
                     block.set_submodule(path, _Scaled(self._value(path, (size,))[rows(path, size)]))
                 else:
-                    for leaf, parameter in module._parameters.items():
+                    buffers = {leaf: each for leaf, each in module._buffers.items() if f"{path}.{leaf}" in vectors}
+                    for leaf, parameter in (*module._parameters.items(), *buffers.items()):
                         if parameter is not None:
                             own = f"{path}.{leaf}"
-                            value = self._value(own, tuple(parameter.shape))
                             named = path if path in vectors else own
-                            place(module, leaf, value[rows(named, len(value))] if value.dim() else value)
+                            axis = vectors[named].axis if named in vectors else 0
+                            value = self._value(own, tuple(parameter.shape), axis, named)
+                            if value.dim():
+                                value = value.index_select(axis, rows(named, value.shape[axis]))
+                            place(module, leaf, value)
         u = self._value("", (1, TOKENS, self._width))
         passed = fresh({name: self._arguments[key] for name, key in entry.arguments if key in self._arguments})
         try:
@@ -164,9 +252,12 @@ class Trial:
             return None
         return u
 
-    def _value(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _value(self, name: str, shape: tuple[int, ...], axis: int = 0, owner: str = "") -> Tensor:
+        """Return the random numbers that stand for a tensor; `owner` is what `_hidden` calls it, if not `name`."""
         if name not in self._values:
-            self._values[name] = torch.rand(shape, generator=self._random) + 0.5
+            value = self._values[name] = torch.rand(shape, generator=self._random) + 0.5
+            if (hidden := self._hidden.get(owner or name)) is not None:
+                value.index_fill_(axis, hidden, _NEVER)
         return self._values[name]
 
     def _counts(self, units: int, config: _Recorded) -> list[tuple[str, ...]]:

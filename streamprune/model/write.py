@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, DamageError, NumericalError
 from ..system import files
@@ -16,12 +16,12 @@ from ..system.progress import Progress
 from ..system.strict_json import write_json
 from . import fp8, manifest
 from . import modeling_streamprune as modeling
-from .architectures import family_of, is_stock, stock_config
+from .architectures import EXPERTS, FAMILIES, family_of, is_stock, stock_config
 from .block import rows_of
 from .checkpoint import Shard, data_bytes, shard_name, write_index, write_shard
 from .config import NO_OP, OURS
 from .names import CARD, COMPANIONS, CONFIG, INDEX, REPORT, TOKENIZER_CONFIG, TOKENIZER_FILES, canonical
-from .site import DECILM, FREE, Layout, Site
+from .site import DECILM, FREE, Layout, Site, routed
 from .skeleton import Skeleton
 from .tokenizer import named_tokenizer, tokenizer_folder
 from .verify import check
@@ -39,14 +39,48 @@ def block_shard(skeleton: Skeleton, index: int) -> str:
 
 
 def write_block(
-    skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], folder: Path, store: str = "auto"
+    skeleton: Skeleton,
+    index: int,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    store: str = "auto",
+    stock: bool = False,
 ) -> str:
-    """Write a block's shard from its weights by name inside the block; return its digest. `store` is ``auto`` or ``fp8``."""
+    """Write a block's shard from its weights by name inside the block; return its digest.
+
+    `store` is ``auto`` or ``fp8``; `stock` says that the result is a stock checkpoint, in which experts are fused if the source's are.
+    """
     names = {name: skeleton.written_name(full) for name, full in skeleton.block_names(index).items() if name in weights}
     if store == "fp8":
         weights = fp8.quantised(skeleton, index, weights)
         names |= {name: names[name.removesuffix(fp8.SCALE)] + fp8.SCALE for name in weights.keys() - names.keys()}
-    return write_shard(folder / block_shard(skeleton, index), {names[name]: weights[name] for name in names})
+    tensors, whole = {names[name]: weights[name] for name in names}, stock and skeleton.written_type not in FAMILIES
+    return write_shard(folder / block_shard(skeleton, index), _fused(skeleton, index, tensors) if whole else tensors)
+
+
+def _fused(skeleton: Skeleton, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a block, by written name, with experts in fused tensors if they are so in the source."""
+    found = dict(tensors)
+    for entry in (entry for entry in skeleton.entries[index] if entry.experts):
+        path = f"{skeleton.architecture.blocks}.{index}.{entry.experts}"
+        if not _are_fused(skeleton, path):
+            continue
+        written = skeleton.written_name(path)
+        held = next(block for block in skeleton.stock_blocks.values() if _has(block, entry.experts or ""))
+        experts = held.get_submodule(entry.experts or "")
+        whole = {leaf: modeling.fused(experts, written, leaf, tensors) for leaf, _ in experts.named_parameters()}
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(f"{written}.")}
+        found |= {f"{written}.{leaf}": tensor.contiguous() for leaf, tensor in whole.items()}
+    return found
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    return any(path == name for path, _ in block.named_modules())
+
+
+def _are_fused(skeleton: Skeleton, path: str) -> bool:
+    """Return whether the source's files hold the experts at `path` in fused tensors, plain or in MXFP4."""
+    return any(f"{path}.down_proj{end}" in skeleton.checkpoint.stored for end in ("", "_blocks"))
 
 
 def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
@@ -153,9 +187,43 @@ def finish(
 def fits_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
     """Return whether the stock architecture can load a checkpoint with these sites."""
     whole = not any(entry.gone for entries in skeleton.entries for entry in entries) and all(
-        site.units for site in sites
+        site.units for site in sites if site.expert is None
     )
-    return whole and is_stock(skeleton.written_type, _plain_config(skeleton), sites)
+    left = [site for site in sites if site.units]
+    if not whole or len({len(own) for own in routed(left).values()}) > 1:
+        return False
+    if skeleton.written_type in FAMILIES:
+        return is_stock(skeleton.written_type, {**_plain_config(skeleton), **_expert_fields(skeleton, left)}, left)
+    # What fewer experts alone change is known of other types too.
+    before = {site.name: site for site in skeleton.all_sites()}
+    same = all(site.units == before[site.name].units for site in left)
+    return same and len(left) < len(before) and bool(_expert_fields(skeleton, left)) and _as_stored(skeleton)
+
+
+def _as_stored(skeleton: Skeleton) -> bool:
+    """Return whether the source is a stock checkpoint whose files have the model's own names, but for fused experts."""
+    if OURS in skeleton.checkpoint.config:
+        return False
+    for index, entries in enumerate(skeleton.entries):
+        fused = [entry.experts for entry in entries if entry.experts]
+        paths = (f"{skeleton.architecture.blocks}.{index}.{name}" for name in fused)
+        apart = tuple(f"{path}." for path in paths if _are_fused(skeleton, path))
+        names = skeleton.block_names(index).values()
+        if any(name not in skeleton.checkpoint.stored and not name.startswith(apart) for name in names):
+            return False
+    return True
+
+
+def _known_experts(skeleton: Skeleton) -> dict[str, int]:
+    """Return the fields of the source's config that count routed experts: no block has more of them."""
+    fields, most = skeleton.config.to_dict(), max(map(len, routed(skeleton.all_sites()).values()), default=0)
+    return {name: fields[name] for name in EXPERTS if type(fields.get(name)) is int and fields[name] >= most > 0}
+
+
+def _expert_fields(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, int]:
+    """Return those fields with the number that stays in each block, if it has changed."""
+    numbers = {len(own) for own in routed(sites).values()}
+    return {name: n for name, known in _known_experts(skeleton).items() for n in numbers if n != known}
 
 
 def _check_written(folder: Path, digests: Mapping[str, str], progress: Progress) -> None:
@@ -181,7 +249,12 @@ def uniform_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """Return the source's config with the new widths, for the stock architecture."""
     base = skeleton.written_type
     stock = modeling.stock_class(base)
-    config = stock_config(base, _plain_config(skeleton), sites)
+    left = [site for site in sites if site.units]
+    config, experts = stock_config(base, _plain_config(skeleton), left), _expert_fields(skeleton, left)
+    if experts and "text_config" in config:
+        config["text_config"] = {**config["text_config"], **experts}
+    elif experts:
+        config |= experts
     return {**config, "architectures": [stock.__name__]}
 
 
@@ -200,8 +273,14 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     for index, entries in enumerate(skeleton.entries):
         for entry in entries:
             if entry.experts is not None:
-                own = [after[site.name].columns for site, _ in skeleton.places(index) if site.expert is not None]
-                put("experts", entry.experts, index, own)
+                own = [after[site.name] for site, _ in skeleton.places(index) if site.expert is not None]
+                own = [site for site in own if site.units]
+                put("experts", entry.experts, index, [site.columns for site in own])
+                if len(own) not in _known_experts(skeleton).values():
+                    for part in entry.routing:
+                        put("columns" if part.axis else "rows", part.name, index, len(own))
+                    for name in entry.routed:
+                        put("attributes", name, index, len(own))
         for before, entry in skeleton.places(index):
             site = after[before.name]
             if site.expert is not None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..model.site import Site
 from ..model.skeleton import Skeleton, open_skeleton
-from ..recipes.allocation import allocate, even_densities
 from ..recipes.recipe import Survey
 from ..system.machine import dtype_name
 from ..system.units import format_bytes
@@ -165,8 +165,7 @@ def describe(figures: Mapping[str, Any]) -> str:
 
 def fewest(request: Request) -> dict[str, int]:
     """Return the fewest units that sites can keep, by name."""
-    sites = request.changeable(request.sites)
-    return allocate(sites, even_densities(sites), request.budget(ratio=1 - 1e-6))
+    return request.evenly(1 - 1e-6)
 
 
 def removable(request: Request) -> float:
@@ -202,11 +201,12 @@ def settle(shot: Shot) -> None:
         return
     line = shot.journalled("ratio")
     if line is None:
-        keeps = plans(request, shot.sites, reached(shot.sites, shot.survey, alike=shot.experts_alike), shot.survey)
+        able = partial(reached, survey=shot.survey, alike=shot.experts_alike, whole=request.weighs_experts)
+        keeps = plans(request, shot.sites, able, shot.survey)
         line = shot.record("ratio", **shot.ranks.broadcast(lambda: choose(aim, keeps)))
         shot.progress.say(f"with ratio {line['ratio']:g} the result {describe(line['figures'])}")
     request.ratio = line["ratio"]
-    request.recipe.check(request.changeable(request.sites), request.budget())
+    request.check_budget()
 
 
 def accepted(shot: Shot) -> bool:
@@ -253,12 +253,12 @@ def _measured(shot: Shot) -> dict[str, Any]:
 
 
 def plans(
-    request: Request, sites: Sequence[Site], reached: Sequence[Site], survey: Survey
+    request: Request, sites: Sequence[Site], able: Callable[[Sequence[Site]], Sequence[Site]], survey: Survey
 ) -> Callable[[float], dict[str, int]]:
     """Return a function from a ratio to the units that the recipe would keep, by site name; see `Request.allocate`."""
 
     def keeps(ratio: float) -> dict[str, int]:
-        plan = request.allocate(sites, reached, survey, request.budget(ratio=ratio))
+        plan = request.allocate(sites, able, survey, request.budget(ratio=ratio))
         return {name: entry.keep for name, entry in plan.items()}
 
     return keeps
@@ -277,10 +277,18 @@ def least(meets: Callable[[float], bool]) -> float:
     return high / STEPS
 
 
-def reached(sites: Sequence[Site], survey: Survey, *, alike: bool) -> list[Site]:
+def reached(sites: Sequence[Site], survey: Survey, *, alike: bool, whole: bool) -> list[Site]:
     """Return all sites except experts that saw fewer tokens than they have channels: those keep everything.
 
-    `alike` is whether all experts must end with the same width, which does not allow that (see `left_alone`).
+    Args:
+        alike: whether all experts must end with the same width, which does not allow that (see `left_alone`).
+        whole: whether such experts can go as a whole, which is the only step that they are returned with.
     """
-    seen = [(site, tokens_seen(site, survey)) for site in sites]
-    return [site for site, count in seen if count is None or not left_alone(site, count, alike=alike)]
+    found = []
+    for site in sites:
+        seen = tokens_seen(site, survey)
+        if seen is None or not left_alone(site, seen, alike=alike):
+            found.append(site)
+        elif whole and site.goes:
+            found.append(replace(site, choices=()))
+    return found

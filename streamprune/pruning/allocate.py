@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..errors import ResumeError
 from ..jobs.resume import plan_in_force
 from ..recipes.plan import Plan
@@ -25,14 +27,15 @@ def allocate(shot: Shot) -> Plan:
             )
         return plan
     if plan is None:
-        sites = reached(shot.sites, shot.survey, alike=shot.experts_alike)
-        for site in (site for site in shot.sites if site not in sites):
-            seen = tokens_seen(site, shot.survey)
-            shot.progress.say(f"{site.name} saw {seen} tokens and is left alone")
+        able = partial(reached, survey=shot.survey, alike=shot.experts_alike, whole=shot.budget.experts)
         allocated = shot.ranks.broadcast(
-            lambda: job.request.allocate(shot.sites, sites, shot.survey, shot.budget).to_json()
+            lambda: job.request.allocate(shot.sites, able, shot.survey, shot.budget).to_json()
         )
         plan = Plan.parse(allocated, "the plan")
+        stay = [site for site in shot.sites if plan[site.name].keep]
+        able_to = able(stay)
+        for site in (site for site in stay if site not in able_to):
+            shot.progress.say(f"{site.name} saw {tokens_seen(site, shot.survey)} tokens and is left alone")
     plan.check(shot.sites, "the plan")
     if shot.ranks.first:
         files.write_text(job.plan_path, plan.to_json())

@@ -27,7 +27,20 @@ if TYPE_CHECKING:
 INDEX, LOCK = "survey.json", "lock"
 FORMAT = "streamprune-survey-1"
 LATER = {
-    *("ratio", *AIMS, "quant", "context", "layout", "round_to", "blocks", "ratio_of", "refine", "store", "text_only")
+    *(
+        "ratio",
+        "experts",
+        *AIMS,
+        "quant",
+        "context",
+        "layout",
+        "round_to",
+        "blocks",
+        "ratio_of",
+        "refine",
+        "store",
+        "text_only",
+    )
 }
 """Fields of `Config` that a survey does not depend on."""
 

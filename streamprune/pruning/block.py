@@ -38,7 +38,7 @@ SEEN = "seen"
 Report = dict[str, Any]
 """What the journal and `report.json` say of one site."""
 GONE: Report = {"kept": 0, "error": 1.0, "damping": None, "seconds": 0.0}
-"""What the report says of a site whose sublayer is gone as a whole."""
+"""What the report says of a site whose sublayer, or expert, is gone as a whole."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class BlockPruner:
                 streams.pass_by(block, index)
             return block, [self._counts(each.site) | untouched(each.site) for each in block.prunables]
         pruned, reports = block.twin(), list[Report]()
+        gone = [self._keep_experts(sub) for sub in pruned.sublayers]
         inputs: Gram | None = None
         for position, (dense, sub) in enumerate(zip(block.sublayers, pruned.sublayers, strict=True)):
             started = time.perf_counter()
@@ -89,6 +90,8 @@ class BlockPruner:
             inputs = None
             found = [self._remove(sub)] if self._goes(sub) else self._prune_sites(dense, sub, here, given, common)
             del given
+            order = [each.site.name for each in dense.prunables]
+            found = sorted([*found, *gone[position]], key=lambda report: order.index(report["site"]))
             if self._continues(here):
                 inputs = self._advance(block, pruned, here)
             dense.release()
@@ -97,6 +100,19 @@ class BlockPruner:
         if self.refinement is not None:
             reports[-1] |= self._refine(pruned, index, reports[-1]["seconds"])
         return pruned, reports
+
+    def _keep_experts(self, sub: Sublayer) -> list[Report]:
+        """Let the routed experts go that the plan does not keep; return their reports. Their tokens go to the others from now on."""
+        prunables = sub.prunables if sub.entry.experts is not None else []
+        kept = [
+            n for n, each in enumerate(prunables) if each.site.expert is not None and self.plan[each.site.name].keep
+        ]
+        gone = [each.site for each in prunables if not self.plan[each.site.name].keep]
+        if gone:
+            sub.keep_experts(kept)
+        seen = {site.name: tokens_seen(site, self.survey) for site in gone}
+        tokens = {name: {} if number is None else {"tokens": number} for name, number in seen.items()}
+        return [{**self._counts(site), **GONE, **tokens[site.name]} for site in gone]
 
     # Which steps the recipe asks for.
 
@@ -312,7 +328,7 @@ class BlockPruner:
             inputs=inputs,
             tokens=tokens,
             findings=self.survey.get(site.name, {}),
-            generator=site_generator(self.seed, prunable),
+            generator=site_generator(self.seed, site, prunable.number),
             factors=factors,
         )
         kept = self._select(problem)
@@ -450,11 +466,11 @@ def _outcome(problem: Problem, kept: Tensor, refit: Refit) -> Report:
     return report | ({"step": refit.step} if refit.step < 1 else {})
 
 
-def site_generator(seed: int, prunable: Prunable) -> torch.Generator:
-    """A generator for this site alone, so that the order of sites does not matter."""
-    site, kinds = prunable.site, {"attention": 0, "ffn": 1, "linear": 1 << 40}
+def site_generator(seed: int, site: Site, number: int) -> torch.Generator:
+    """A generator for this site alone, so that the order of sites does not matter; `number` is that of `Prunable`."""
+    kinds = {"attention": 0, "ffn": 1, "linear": 1 << 40}
     place = (seed * 1_000_003 + site.block) * 2 + kinds[site.kind]
-    return torch.Generator().manual_seed((place + 7_919_000_029 * prunable.number) % 2**63)
+    return torch.Generator().manual_seed((place + 7_919_000_029 * number) % 2**63)
 
 
 def _normed(sublayer: Sublayer, x: Tensor, entered: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class Job(JobFolder):
                 for effort, steps in self.config.effort_steps().items()
             },
             ratio_missed=None
-            if self.request.ratio is None
+            if self.request.ratio is None or self.request.experts
             else self.request.goal.foreseen(self.request.planned, self.request.counted_tokens),
         )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError
 from ..jobs.config import Config
 from ..model.formats import FORMATS
-from ..recipes.allocation import allocate, even_densities
 from ..system.progress import Progress
 from . import archive
 from .aim import aim_of, choose, plans, reached
@@ -65,11 +65,12 @@ def preview(config: Config, ratios: Sequence[float] = RATIOS, *, progress: Progr
     keeps, surveyed = _keeps(request, survey)
     aim = aim_of(request, survey)
     chosen = None if aim is None else choose(aim, keeps)["ratio"]
-    wanted = {*ratios, *(each for each in (request.ratio, chosen) if each is not None)}
+    wanted = {*(ratios if request.thins else ()), *(each for each in (request.ratio, chosen) if each is not None)}
     outcomes = [_outcome(request, 0.0, {site.name: site.units for site in request.sites}, survey)]
     for ratio in sorted(wanted):
         try:
-            request.recipe.check(request.changeable(request.sites), request.budget(ratio=ratio))
+            if request.thins:
+                request.check_budget(ratio)
         except ConfigError:
             continue
         outcomes.append(_outcome(request, ratio, keeps(ratio), survey))
@@ -81,10 +82,10 @@ def _keeps(request: Request, survey: Any) -> tuple[Callable[[float], dict[str, i
     known = survey is not None or (request.recipe.statistics is None and request.shots == 1)
     if known:
         alike = "experts" in request.skeleton.layout.alike
-        sites = reached(request.sites, survey or {}, alike=alike)
-        return plans(request, request.sites, sites, survey or {}), True
-    whole, sites = {site.name: site.units for site in request.sites}, request.changeable(request.sites)
-    return lambda ratio: whole | allocate(sites, even_densities(sites), request.budget(ratio=ratio)), False
+        able = partial(reached, survey=survey or {}, alike=alike, whole=request.weighs_experts)
+        return plans(request, request.sites, able, survey or {}), True
+    whole = {site.name: site.units for site in request.sites}
+    return lambda ratio: whole | request.evenly(ratio), False
 
 
 def _outcome(request: Request, ratio: float, keeps: Mapping[str, int], survey: Any) -> Outcome:

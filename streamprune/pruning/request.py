@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -23,11 +23,12 @@ from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
 from ..model.sizes import CONTEXT, Sizes
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import end_tokens, find_bos, load_tokenizer
-from ..recipes.allocation import Budget
+from ..recipes.allocation import Budget, allocate, even_densities
+from ..recipes.experts import check, leaving
 from ..recipes.plan import Plan, SitePlan
 from ..recipes.recipe import LOSS, Recipe, Survey
 from ..recipes.registry import RECIPES
-from ..recipes.settings import parse
+from ..recipes.settings import Experts, parse
 from ..stream.generate import Writing
 from ..system import machine
 from ..system.progress import Progress
@@ -36,6 +37,7 @@ from ..text import windows
 from ..text.prompts import Prompts, prompts_identity
 from ..text.source import Spec, Text, builtin_text, source
 from ..text.windows import text_identity
+from .block import site_generator
 from .shortfall import Goal, largest_unit
 from .speed import Decoding
 
@@ -74,10 +76,17 @@ class Request:
             fp8.check_storable(self.skeleton)
         self.window = self._window()
         self.given_plan = self._given_plan()
+        self.experts = self._experts()
+        """Which experts go as a whole; None if none do, or if a plan decides."""
         self.ratio = self._agreed_ratio()
         """Share to remove; None until an aim has chosen it."""
         self._given_ratio = self.ratio
         self.shots = 1 if self.given_plan else self.recipe.shots(0.5 if self.ratio is None else self.ratio)
+        if self.experts is not None and self.shots > 1:
+            raise ConfigError(
+                f"experts is {self.experts}; whole experts go in one shot, and recipe {self.recipe.name} takes {self.shots} here: "
+                "--set shots=1"
+            )
         self.length = windows.window_length(config.seq_len, self.skeleton.context) if self.needs_text else 0
         if self.writes_text and (module := self.skeleton.stateful):
             raise ConfigError(
@@ -86,8 +95,8 @@ class Request:
             )
         if config.aim is not None:
             self._check_aim(config.aim)
-        elif self.given_plan is None:
-            self.recipe.check(self.changeable(self.sites), self.budget())
+        elif self.given_plan is None and self.thins:
+            self.check_budget()
 
     def budget(self, part: float = 1.0, gone: int = 0, ratio: float | None = None) -> Budget:
         """How many parameters to remove.
@@ -99,32 +108,89 @@ class Request:
         """
         ratio = self.ratio if ratio is None else ratio
         assert ratio is not None
-        blocks = self.skeleton.block_parameters()
-        counted = {
-            "blocks": blocks,
-            "model": self.skeleton.parameters(),
-            "window": sum(self.skeleton.block_parameters(index) for index in self.window),
-        }[self.config.ratio_of]
         layout = self.skeleton.layout
         return Budget(
             ratio * part,
-            counted,
+            self.counted_parameters,
             math.lcm(self.config.round_to, layout.multiple),
             layout.alike,
             gone=gone,
-            sublayers=self.recipe.sublayers,
+            # Formats of GGUF files cannot lack a sublayer.
+            sublayers=self.recipe.sublayers and self.config.quant not in ("q8_0", "q4_k_m"),
+            experts=self.weighs_experts,
         )
+
+    @property
+    def weighs_experts(self) -> bool:
+        """Whether whole experts and units are in one budget."""
+        return self.experts is not None and not self.experts.counted
+
+    @property
+    def counted_parameters(self) -> int:
+        """Number of parameters that the ratio is a share of."""
+        if self.config.ratio_of == "model":
+            return self.skeleton.parameters()
+        blocks = self.window if self.config.ratio_of == "window" else range(len(self.skeleton))
+        return sum(self.skeleton.block_parameters(index) for index in blocks)
 
     def changeable(self, sites: Sequence[Site]) -> list[Site]:
         """Return the sites inside the window."""
         return [site for site in sites if site.block in self.window]
 
     @kind("solving")
-    def allocate(self, sites: Sequence[Site], reached: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
-        """Return the recipe's plan for those of `reached` that lie inside the window; all other `sites` keep everything."""
-        plan = self.recipe.allocate(self.changeable(reached), survey, budget)
+    def allocate(
+        self, sites: Sequence[Site], reached: Callable[[Sequence[Site]], Sequence[Site]], survey: Survey, budget: Budget
+    ) -> Plan:
+        """Return a plan for the sites inside the window; all others keep everything.
+
+        The experts that go by number go first. The recipe allocates what is left of the budget to what `reached` gives of the
+        other sites.
+        """
+        costs = {}
+        if self.experts is not None and self.experts.counted:
+            for site in (site for site in self.changeable(sites) if site.expert is not None):
+                generator = site_generator(self.config.seed, site, site.expert or 0)
+                costs[site.name] = self.recipe.expert_cost(site, survey.get(site.name, {}), generator)
+        left, gone = self._without(self.changeable(sites), costs)
+        plan = {site.name: SitePlan(0) for site in gone}
+        if self.thins:
+            rest = replace(budget, gone=budget.gone + sum(site.removed(0) for site in gone))
+            plan |= self.recipe.allocate(reached(left), survey, rest)
         whole = {site.name: plan.get(site.name, SitePlan(site.units)) for site in sites}
-        return Plan(whole, plan.ratio)
+        return Plan(whole, budget.ratio)
+
+    @property
+    def thins(self) -> bool:
+        """Whether units of sites that stay are removed, and not only whole experts."""
+        return self.experts is None or not self.experts.counted or self.config.ratio is not None
+
+    def check_budget(self, ratio: float | None = None) -> None:
+        """Raise a ConfigError if the job's ratio, or another one, cannot be met."""
+        left, gone = self._without(self.changeable(self.sites))
+        self.recipe.check(left, self.budget(gone=sum(site.removed(0) for site in gone), ratio=ratio))
+
+    def evenly(self, ratio: float) -> dict[str, int]:
+        """Return the units that stay at each site inside the window if all sites that stay lose the same share."""
+        left, gone = self._without(self.changeable(self.sites))
+        budget = self.budget(gone=sum(site.removed(0) for site in gone), ratio=ratio)
+        thinned = (
+            allocate(left, even_densities(left), budget) if self.thins else {site.name: site.units for site in left}
+        )
+        return dict.fromkeys((site.name for site in gone), 0) | thinned
+
+    def _without(
+        self, sites: Sequence[Site], costs: Mapping[str, float] | None = None
+    ) -> tuple[list[Site], list[Site]]:
+        """Return the sites that stay and the experts that go as a whole, given what experts cost by site name.
+
+        Without costs, as many go as with them.
+        """
+        costs = dict.fromkeys((site.name for site in sites), 0.0) if costs is None else costs
+        if self.experts is None or not self.experts.counted:
+            return [*sites], []
+        gone = leaving(sites, costs, self.experts)
+        names = {site.name for site in gone}
+        return [site for site in sites if site.name not in names], gone
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -213,7 +279,7 @@ class Request:
         """The most units that stay at each site for which that is known before the work starts."""
         if self.given_plan is not None:
             return {name: site.keep for name, site in self.given_plan.items()}
-        if self.shots > 1 or self.config.aim is not None:
+        if self.shots > 1 or self.experts is not None or self.config.aim is not None:
             return {}
         sites = self.changeable(self.sites)
         if self.recipe.statistics is None:
@@ -268,6 +334,9 @@ class Request:
         target, slack = budget.target, largest_unit(sites, budget)
         if plan is not None and self.config.ratio is None:
             target = sum(site.removed(plan[site.name].keep) + sum(plan[site.name].zeros or ()) for site in sites)
+        if self.experts is not None:  # whose sizes may differ
+            sizes = [site.removed(0) for site in sites if site.expert is not None]
+            slack += len(sizes) * (max(sizes) - min(sizes))
         zeros = self.recipe.writes_zeros
         if zeros:
             window = sum(self.skeleton.block_parameters(index) for index in self.window)
@@ -282,9 +351,8 @@ class Request:
     @property
     def planned(self) -> Mapping[str, int] | None:
         """Units that stay at each site, if they are known before the work starts."""
-        whole = self.given_plan is not None or (
-            self.shots == 1 and self.recipe.statistics is None and self.config.aim is None
-        )
+        chosen_before = self.experts is None and self.config.aim is None
+        whole = self.given_plan is not None or (self.shots == 1 and self.recipe.statistics is None and chosen_before)
         return self.keeps if whole and not self.recipe.writes_zeros else None
 
     @property
@@ -424,7 +492,47 @@ class Request:
             raise ConfigError(f"context is {self.config.context}; the context of {self.config.model} is {most}")
         return self.config.context or min(CONTEXT, most)
 
+    def _experts(self) -> Experts | None:
+        """Check that the experts can go as the config asks."""
+        recipe = self.recipe
+        if self.given_plan is not None:
+            return None
+        if self.config.experts is None:
+            if not recipe.thins:
+                raise ConfigError(f"recipe {recipe.name} removes whole experts only; give --experts")
+            return None
+        experts = Experts.parse(str(self.config.experts))
+        able = "ranks_experts" if experts.counted else "prices_experts"
+        if not getattr(recipe, able) or recipe.writes_zeros:
+            names = ", ".join(name for name, each in RECIPES.items() if getattr(each, able))
+            raise ConfigError(
+                f"experts is {experts}; recipe {recipe.name} with these settings cannot weigh whole experts so: {names} can"
+            )
+        if recipe.correction is not None:
+            raise ConfigError(
+                f"experts is {experts}; recipe {recipe.name} corrects the result with these settings, which whole experts exclude"
+            )
+        if not recipe.thins and self.config.ratio is not None:
+            raise ConfigError(
+                f"ratio is {self.config.ratio:g}; recipe {recipe.name} removes whole experts only: drop --ratio"
+            )
+        if experts.threshold and "experts" in self.skeleton.layout.alike:
+            raise ConfigError(
+                f"experts is {experts}; the {self.config.layout} layout keeps the same number in all blocks: give a number or a share"
+            )
+        check(self.changeable(self.sites), experts, self.config.model)
+        return experts
+
     def _agreed_ratio(self) -> float | None:
+        if self.experts is not None and self.experts.counted:
+            _, gone = self._without(self.changeable(self.sites))
+            share = sum(site.removed(0) for site in gone) / self.counted_parameters
+            if self.config.ratio is None:
+                return share
+            if share > self.config.ratio:
+                raise ConfigError(
+                    f"ratio is {self.config.ratio:g}; the experts that go are {share:.4f} of what it counts already"
+                )
         asked, planned = self.config.ratio, self.given_plan.ratio if self.given_plan else None
         if asked is not None and planned is not None and asked != planned:
             raise ConfigError(f"ratio is {asked:g}; the plan {self.config.plan} was made for {planned:g}")
@@ -439,7 +547,10 @@ def idle(config: Config) -> dict[str, str]:
     """
     recipe = _recipe(config)
     summed = _surveys(config, recipe) and recipe.statistics
-    found = {} if config.plan is None else {"round_to": "the plan decides the widths"}
+    decided = {"round_to": "the plan decides the widths", "experts": "the plan decides which experts go"}
+    found = {} if config.plan is None else decided
+    if config.plan is None and config.ratio is None and config.experts is not None:
+        found["round_to"] = "only whole experts go"
     if config.metric_text is None:
         found["metric_samples"] = "no --metric-text is given"
     if not _surveys(config, recipe):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..jobs.config import REFINE_SEQUENCES, Config
+from ..jobs.extents import extents
 from ..jobs.forecast.memory import Memory
 from ..jobs.forecast.resources import Resources, generation_batch
 from ..jobs.journal import Entry
-from ..jobs.reports import extents, pruning_card
+from ..jobs.reports import pruning_card
 from ..jobs.resume import check_tokens, rewind_to_existing
 from ..maths.flops import kind
 from ..model import hub, write
@@ -157,6 +158,7 @@ class Run:
         """Prune the blocks that are not pruned yet."""
         skeleton, depth, done = shot.skeleton, len(shot.skeleton), len(shot.steps("prune/"))
         pruner = self._pruner(shot, plan)
+        stock = write.fits_stock(skeleton, [site.keeping(plan[site.name].keep) for site in shot.sites])
         if shot.ranks.first:
             if not done:
                 files.remove_tree(shot.pruned)  # what an aim refused
@@ -168,7 +170,9 @@ class Run:
             pruned, reports = pruner.prune(block, index)
             store = "auto" if shot.correction else shot.store
             weights = pruned.weights
-            digest = write.write_block(skeleton, index, weights, shot.pruned, store) if shot.ranks.first else None
+            digest = (
+                write.write_block(skeleton, index, weights, shot.pruned, store, stock) if shot.ranks.first else None
+            )
             shot.record(f"prune/{index}", sites=reports, sha256=digest)
             del block, pruned, weights
             if shot.streams is not None:

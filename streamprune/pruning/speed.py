@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import timer
 
-from ..model.site import Site
+from ..model.site import Site, routed
 from ..model.skeleton import Skeleton
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -55,8 +55,14 @@ class Decoding:
 
     def seconds(self, keeps: Mapping[str, int]) -> float:
         """Return the seconds per token; `keeps` gives units by site name, and other sites keep theirs."""
-        sites = ((site, keeps.get(site.name, site.units)) for site in self.sites)
-        return self._head + sum(site.share * _between(self._curves[self._kind(site)], units) for site, units in sites)
+        sites = [(site, keeps.get(site.name, site.units)) for site in self.sites]
+        before, left = routed(self.sites), routed([site for site, units in sites if units])
+        found = self._head
+        for site, units in sites:
+            # The experts that stay get the tokens of those that are gone.
+            more = len(before[site.block]) / len(left[site.block]) if site.expert is not None else 1
+            found += site.share * more * _between(self._curves[self._kind(site)], units)
+        return found
 
     def speed_up(self, keeps: Mapping[str, int]) -> float:
         """Return how many times as fast as with all units the model decodes."""

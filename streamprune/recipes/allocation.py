@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..model.site import Site
+from ..model.site import Site, routed
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,13 @@ class Budget:
     """Parameters that earlier shots already removed."""
     sublayers: bool = False
     """Whether sites may lose their last unit, and their sublayer with it (see `takes_last`)."""
+    experts: bool = False
+    """Whether the same holds for routed experts, as far as enough of them stay in the block (see `Site.least`)."""
 
     def takes_last(self, site: Site) -> bool:
         """Whether a site may lose its last unit. Sites that must end alike cannot, since all would."""
-        return self.sublayers and site.goes and site.family not in self.alike
+        wanted = self.sublayers if site.expert is None else self.experts
+        return wanted and site.goes and site.family not in self.alike
 
     @property
     def target(self) -> int:
@@ -52,6 +55,10 @@ class _Bundle:
         """Count the parameters that the step after `step` removes."""
         before, after = (self.sites[0].units - gone for gone in self.steps[step : step + 2])
         return sum(site.removed(after) - site.removed(before) for site in self.sites)
+
+    def takes_expert(self, step: int) -> bool:
+        """Return whether the step after `step` removes a routed expert as a whole."""
+        return self.sites[0].expert is not None and self.steps[step + 1] == self.sites[0].units
 
     def cost(self, step: int) -> float:
         """Return the cost per parameter of the step after `step`."""
@@ -82,6 +89,7 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
     bundles = _bundles(sites, densities, budget)
     left = budget.target
     taken = [0] * len(bundles)
+    spare = {block: len(own) - own[0].least for block, own in routed(sites).items()}
     heap = [(bundle.cost(0), number) for number, bundle in enumerate(bundles) if len(bundle.steps) > 1]
     heapq.heapify(heap)
     while heap:
@@ -90,6 +98,10 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
         # Drop the bundle once a step does not fit: its later steps cost more and are no smaller.
         if bundle.parameters(taken[number]) > left:
             continue
+        if bundle.takes_expert(taken[number]):
+            if not spare[bundle.sites[0].block]:
+                continue
+            spare[bundle.sites[0].block] -= 1
         left -= bundle.parameters(taken[number])
         taken[number] += 1
         if taken[number] + 1 < len(bundle.steps):
@@ -105,6 +117,9 @@ def check_budget(sites: Sequence[Site], budget: Budget) -> None:
     """Raise ConfigError if the sites cannot lose that many parameters, or the budget is smaller than the smallest step."""
     bundles = _bundles(sites, even_densities(sites), budget)
     largest = sum(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
+    for own in routed(sites).values() if budget.experts else ():
+        whole = [bundle.parameters(len(bundle.steps) - 2) for bundle in bundles if bundle.sites[0] in own]
+        largest -= sum(sorted(whole)[: own[0].least])
     if largest < budget.target:
         raise ConfigError(
             f"ratio is {budget.ratio:g}; this model can lose at most {largest / budget.parameters:.3f} "

@@ -13,7 +13,7 @@ from .allocation import Budget, allocate, even_densities
 from .masks import MaskRecipe, count_zeros, histograms, mask
 from .obs import best, kept_columns
 from .plan import Plan, SitePlan
-from .recipe import Problem, Recipe, Refit, S, SiteWeights, Survey, Surveyed
+from .recipe import Findings, Problem, Recipe, Refit, S, SiteWeights, Survey, Surveyed
 from .settings import MagnitudeSettings, NoSettings
 
 
@@ -37,12 +37,16 @@ class Baseline(Recipe[S]):
 
 class Random(Baseline[NoSettings]):
     name = "random"
-    summary = "random units, the same share everywhere"
+    summary = "random units, the same share everywhere; or random experts"
     seeded = True
+    ranks_experts = True
 
     def score(self, problem: Problem) -> Tensor:
         """Draw uniform noise from the site's own seed: (units,) float64."""
         return torch.rand(problem.site.units, generator=problem.generator, dtype=torch.float64)
+
+    def expert_cost(self, site: Site, findings: Findings, generator: torch.Generator) -> float:
+        return float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
 class WandaSp(Baseline[NoSettings]):

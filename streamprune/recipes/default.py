@@ -41,6 +41,8 @@ _COLUMNS, _MOST = 0.5, 0.1
 
 class Default(ObsRecipe[DefaultSettings]):
     name = "default"
+    ranks_experts = True
+    prices_experts = True
     summary = "greedy cost paths in units of loss, one threshold, fits to the dense output with residual correction"
 
     after_survey = frozenset({"shots", "target", "compensate", "sublayers"})
@@ -63,7 +65,8 @@ class Default(ObsRecipe[DefaultSettings]):
                 `mean` normalises them (see `SiteStatistics`).
 
         Returns:
-            ``costs`` (units,) float64, ascending. The last entry repeats the one before if the last unit has to stay.
+            ``costs`` (units,) float64, ascending. The last entry repeats the one before if the last unit has to stay. For an
+            expert also ``whole`` (), ``½ tr(Wᵀ G W H)``: what it costs as a whole.
         """
         site, statistics, damping = surveyed.site, surveyed.statistics, self.settings.damping
         assert statistics.gram is not None
@@ -75,13 +78,14 @@ class Default(ObsRecipe[DefaultSettings]):
             # With G = L Lᵀ, tr(Wᵀ G W) = tr((Lᵀ W)ᵀ (Lᵀ W)): run the unweighted loop on Lᵀ W.
             w = cholesky(g, _RIDGE, place, device=w.device)[0].T @ w
         stays = site.rest is None
+        whole = {} if site.expert is None else {"whole": (w * (w @ h.to(w))).sum(dtype=torch.float64) / 2}
         _, costs = greedy_removal(w, h, width=site.width, count=site.units - stays, damping=damping, place=site.name)
         costs = (torch.cat([costs, costs[-1:]]) if stays else costs).double()
         sizes = torch.full_like(costs, site.unit_parameters)
         if not stays:
             sizes[-1] += site.rest or 0
         # A unit may become cheaper once others are removed. It then goes with them, so take the running maximum.
-        return {"costs": torch.cummax(costs / (2 * sizes), dim=0).values if len(costs) else costs}
+        return {"costs": torch.cummax(costs / (2 * sizes), dim=0).values if len(costs) else costs, **whole}
 
     def ridge(self, damping: float, columns: int, tokens: int) -> float:
         """Return the setting `fit_damping`, or where that is 0 the damping by tokens per column.
@@ -94,6 +98,9 @@ class Default(ObsRecipe[DefaultSettings]):
     def digest_workspace(self, site: Site) -> int:
         weighting = site.outputs * (site.outputs + site.columns) if self.settings.weighted else 0
         return greedy_workspace(site) + weighting
+
+    def expert_cost(self, site: Site, findings: Findings, generator: torch.Generator) -> float:
+        return float(findings["whole"])
 
     def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         """Allocate by one threshold on marginal cost for all sites."""

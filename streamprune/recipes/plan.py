@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DiskError, one_line
-from ..model.site import Site
+from ..model.site import Site, routed
 from ..system import strict_json
+from .experts import check_kept
 
 FORMAT = "streamprune-plan-1"
 
@@ -21,7 +22,7 @@ class SitePlan:
     """What one site keeps."""
 
     keep: int
-    """Number of units to keep. With 0 its sublayer goes as a whole."""
+    """Number of units to keep. With 0 its sublayer, or the routed expert, goes as a whole."""
     units: tuple[int, ...] | None = None
     """Indices of the units to keep, ascending; None lets the recipe select them."""
     zeros: tuple[int, ...] | None = None
@@ -110,10 +111,14 @@ class Plan(dict[str, SitePlan]):
                 reason = "no unit of it can go" if site.choices == (site.units,) else "a stock config cannot say so"
                 raise ConfigError(f"{where}: {site.name} keeps {entry.keep} of {site.units}; {reason}")
 
+        check_kept(sites, {site.name: self[site.name].keep for site in sites}, where)
+
     def is_alike(self, sites: Sequence[Site]) -> bool:
-        """Return whether all sites of each family that stay end with the same width."""
+        """Return whether all sites of each family that stay end with the same width, and all blocks with as many experts."""
         left = [(site, self[site.name].keep) for site in sites if self[site.name].keep]
-        return len({(site.family, keep * site.width) for site, keep in left}) == len({site.family for site, _ in left})
+        numbers = {len(own) for own in routed([site for site, _ in left]).values()}
+        widths = {(site.family, keep * site.width) for site, keep in left}
+        return len(widths) == len({site.family for site, _ in left}) and len(numbers) <= 1
 
 
 def units_only(sites: Sequence[Site], plan: Plan, where: str) -> None:

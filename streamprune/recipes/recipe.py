@@ -141,6 +141,12 @@ class Recipe(ABC, Generic[S]):
     """Low-rank training at the end of each shot; None for none."""
     sublayers: bool = False
     """Whether `allocate` may take the last unit of a site, so that its sublayer goes as a whole."""
+    ranks_experts: bool = False
+    """Whether `expert_cost` says what a whole expert costs."""
+    prices_experts: bool = False
+    """Whether `allocate` can weigh whole experts against units (see `Budget.experts`)."""
+    thins: bool = True
+    """Whether units of sites that stay can be removed; otherwise only whole experts go."""
     seeded: bool = False
     """Whether `select` draws from the problem's generator."""
     writes_zeros: bool = False
@@ -189,6 +195,15 @@ class Recipe(ABC, Generic[S]):
         Fits are the compensation, the fit to the target and the refit.
         """
         return damping
+
+    def expert_cost(self, site: Site, findings: Findings, generator: torch.Generator) -> float:
+        """Return what a routed expert costs if it goes as a whole, comparable with the others. Only if `ranks_experts`.
+
+        Args:
+            findings: what `digest` kept of it; empty without a survey.
+            generator: seeded for this site.
+        """
+        raise NotImplementedError(self.name)
 
     # What is known or checked before the work starts.
 

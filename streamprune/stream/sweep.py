@@ -267,6 +267,9 @@ def _observed(
                 maps = sublayer.attend(u, sublayer.given(x, full))
         for number, stat in enumerate(stats):
             stat.add(mixed.of(number, u.detach()), mixed.z[number].detach(), maps, _origin(mixed, number))
+            if stat.norm is not None:
+                factor = mixed.factors[number] if mixed.factors else None
+                stat.norm.add(sublayer.prunables[number].consume(mixed.z[number].detach(), factor))
     return mixed, given
 
 

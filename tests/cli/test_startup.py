@@ -74,7 +74,7 @@ def test_status_imports_neither_torch_nor_transformers(finished: Path) -> None:
         ("run MODEL OUT --ratio 0.3 --calibration nowhere.txt", 1, "cannot read the text nowhere.txt"),
         ("run MODEL MODEL --ratio 0.3", 2, "the model itself"),
         ("run nowhere OUT --ratio 0.3", 1, "nowhere is not a directory"),
-        ("plan MODEL", 2, "give a ratio, a plan file or one of fit"),
+        ("plan MODEL", 2, "give a ratio, experts by number or share, a plan file or one of fit"),
         ("tune nowhere OUT --text MODEL/config.json", 1, "nowhere is not a directory"),
         ("tune MODEL OUT --text nowhere.txt", 1, "cannot read the text nowhere.txt"),
         ("compare MODEL --ratios x --recipes sobp --text MODEL/config.json", 2, "--ratios 'x'"),

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, make_tiny
+from conftest import TINY, contents, make_tiny
 from safetensors.torch import load_file
+from stopping import Stop, stopping_after
 
 import streamprune
 from streamprune import Config
@@ -50,7 +51,9 @@ def removable(skeleton: Skeleton) -> set[str]:
     """All of the first block, the FFN of the second, attention of the last."""
     last = len(skeleton) - 1
     places = {(0, "attention"), (0, "linear"), (0, "ffn"), (1, "ffn"), (last, "attention"), (last, "linear")}
-    return {s.name for s in skeleton.all_sites() if s.rest is not None and (s.block, s.kind) in places}
+    return {
+        s.name for s in skeleton.all_sites() if s.rest is not None and s.expert is None and (s.block, s.kind) in places
+    }
 
 
 @pytest.mark.check("sublayers that go whole = zeroed")
@@ -65,7 +68,7 @@ def test_a_sublayer_that_goes_equals_zeroed_weights(name: str, configured: Make,
         for entry in entries
         if entry.consumer is not None and entry.experts is None
     }
-    assert {s.name for s in skeleton.all_sites() if s.rest is not None} == expected
+    assert {s.name for s in skeleton.all_sites() if s.rest is not None and s.expert is None} == expected
     plan = write_plan(tmp_path / "plan.json", skeleton.all_sites(), gone)
     config = configured(path, recipe="magnitude", plan=plan, ratio=None)
     streamprune.prune(config)
@@ -190,3 +193,22 @@ def test_a_gguf_file_cannot_lack_a_sublayer(tiny: Any, configured: Make, tmp_pat
     streamprune.prune(config)
     with pytest.raises(CheckpointError, match="the ffn of block 1 is gone as a whole, which export does not support"):
         streamprune.export_gguf(config.out, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("settings", [{}, {"shots": "2"}])
+def test_a_job_whose_sublayers_go_resumes_with_the_same_bytes(
+    settings: dict[str, str], tiny: Any, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that lose a sublayer are refined, those of which nothing is left are not."""
+    given = {"recipe": "default", "ratio": 0.85, "effort": "normal", "settings": settings}
+    whole = configured(tiny("llama"), "whole", **given)
+    streamprune.prune(whole)
+    sites = json.loads((whole.out / "report.json").read_text())["sites"]
+    assert sum(site["kept"] == 0 for site in sites) > 1
+    assert any("refinement" in site for site in sites)
+    for appends in (6, 11, 13):
+        config = configured(tiny("llama"), f"stopped-{appends}", **given)
+        with pytest.raises(Stop), stopping_after(appends, monkeypatch):
+            streamprune.prune(config)
+        assert streamprune.prune(config).resumed
+        assert contents(config.out) == contents(whole.out)

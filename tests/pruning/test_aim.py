@@ -57,7 +57,7 @@ def test_fit_is_the_least_ratio_that_fits(
     with job.opened(restart=False):
         Run(job).prepare()
         shot = Shot(job, 1)
-        keeps, sizes = aim.plans(job.request, shot.sites, shot.sites, shot.survey), job.request.sizes
+        keeps, sizes = aim.plans(job.request, shot.sites, list, shot.survey), job.request.sizes
         fitting = [r for r in range(1, 1000) if sizes.size(keeps(r / 1000), format, 64).total <= size]
         line = shot.journalled("ratio")
     assert line is not None
@@ -102,7 +102,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fit": 1 << 20}, r"with one unit at every site takes .* of 1.0 MiB, .*: the aim cannot be met"),
+        ({"fit": 1 << 20}, r"with as little as can stay at every site takes .* of 1.0 MiB, .*: the aim cannot be met"),
         ({"fit": 1 << 40}, r"nothing has to go: .* as it is takes .* of weights"),
         ({"fit": 1 << 29, "ratio": 0.3}, r"ratio and fit are given; only one"),
         ({"fit": 1 << 29, "context": 65}, r"context is 65; the context of .* is 64"),
@@ -118,7 +118,7 @@ def weights(folder: Path) -> dict[str, bytes]:
         ({"perplexity_at_most": -0.1}, r"perplexity_at_most is -0.1; it must be positive"),
         ({"speedup": 1.0}, r"speedup is 1; it must be above 1"),
         ({"speedup": 1e6}, r"decodes .* times as fast \(asked for 1e\+06\)"),
-        ({}, r"give a ratio, a plan file or one of fit"),
+        ({}, r"give a ratio, experts by number or share, a plan file or one of fit"),
     ],
 )
 def test_aims_that_cannot_be_met_are_refused_before_work(

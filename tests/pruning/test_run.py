@@ -107,9 +107,11 @@ def test_every_site_has_its_own_random_numbers(name: str, tiny: Tiny) -> None:
     attention = next(prunable for prunable in prunables if prunable.site.kind == "attention")
     beside = copy.copy(attention)  # as in Falcon H1
     beside.site = replace(attention.site, kind="linear")
-    draws = [site_generator(3, prunable).initial_seed() for prunable in (*prunables, beside)]
+    draws = [site_generator(3, each.site, each.number).initial_seed() for each in (*prunables, beside)]
     assert len({*draws}) == len(draws)
-    assert site_generator(3, attention).initial_seed() == 2 * (3 * 1_000_003 + attention.site.block)
+    assert site_generator(3, attention.site, attention.number).initial_seed() == 2 * (
+        3 * 1_000_003 + attention.site.block
+    )
 
 
 def test_ablations_reach_the_maths(tiny: Tiny, configured: Make) -> None:

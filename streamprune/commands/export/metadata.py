@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...model.hub import title
+from ...model.site import routed
 from ...model.skeleton import Skeleton
 from ...model.upstream import rotary_frequencies
 from .runtime import Runtime, are_alike
@@ -76,7 +77,7 @@ def add_metadata(writer: GGUFWriter, skeleton: Skeleton, runtime: Runtime, conte
     if runtime.slides:
         writer.add_sliding_window(config.sliding_window)
     if (used := getattr(config, "num_experts_per_tok", None)) is not None:
-        writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+        writer.add_expert_count(len(next(iter(routed(skeleton.all_sites()).values()))))
         writer.add_expert_used_count(used)
         writer.add_expert_feed_forward_length(widths["feed_forward_length"][0])
 

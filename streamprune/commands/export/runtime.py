@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...model.names import canonical
-from ...model.site import Site
+from ...model.site import Site, routed
 from ...model.skeleton import Skeleton
 
 
@@ -133,7 +133,7 @@ def choose(skeleton: Skeleton) -> Runtime:
     runtime = uniform if alike else PER_BLOCK.get(model_type)
     if runtime is None:
         raise CheckpointError(
-            f"{where}: the blocks differ in width, but llama.cpp's {uniform.name} builds all of them alike{hint}"
+            f"{where}: the blocks differ in width, or in their number of experts, but llama.cpp's {uniform.name} builds all of them alike{hint}"
         )
     for obstacle in _obstacles(skeleton, runtime):
         raise CheckpointError(f"{where}: {obstacle}{hint}")
@@ -141,10 +141,9 @@ def choose(skeleton: Skeleton) -> Runtime:
 
 
 def are_alike(sites: Sequence[Site]) -> bool:
-    """Return whether all blocks have the same numbers of heads and channels."""
-    return len({(site.kind, site.heads, site.units, site.width) for site in sites}) == len(
-        {site.kind for site in sites}
-    )
+    """Return whether all blocks have the same numbers of heads, channels and routed experts."""
+    widths = {(site.kind, site.heads, site.units, site.width) for site in sites}
+    return len(widths) == len({site.kind for site in sites}) and len({*map(len, routed(sites).values())}) <= 1
 
 
 def _obstacles(skeleton: Skeleton, runtime: Runtime) -> Iterator[str]:

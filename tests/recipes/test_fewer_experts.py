@@ -1,0 +1,413 @@
+"""Whole experts that go: against transformers' model with their logits at minus infinity, REAP against brute force, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from conftest import contents
+from safetensors.torch import load_file
+from stopping import Stop, stopping_after, windows
+from streamprune_cli import main
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import streamprune
+from streamprune import Config
+from streamprune.errors import CheckpointError, ConfigError
+from streamprune.jobs.names import job_folder
+from streamprune.model.site import Site, routed
+from streamprune.model.sizes import Sizes
+from streamprune.model.skeleton import open_skeleton
+from streamprune.pruning.preview import preview
+from streamprune.pruning.speed import Decoding
+from streamprune.recipes.allocation import Budget, allocate
+from streamprune.recipes.experts import leaving
+from streamprune.recipes.plan import Plan, SitePlan
+from streamprune.recipes.settings import Experts
+
+Make = Callable[..., Config]
+Tiny = Callable[..., Path]
+CPU = torch.device("cpu")
+EIGHT = {"n_routed_experts": 8}
+KINDS = [
+    ("mixtral", {}, (1,)),
+    ("qwen3_moe", {}, (0, 3)),
+    ("olmoe", {}, (3,)),
+    ("qwen2_moe", {}, (0, 1)),
+    ("gpt_oss", {}, (2,)),
+    ("deepseek_v3", EIGHT, (0, 6)),  # one of each group
+]
+FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def plan_without(path: Path, gone: Sequence[int], file: Path) -> Path:
+    sites = open_skeleton(path, CPU, "auto").all_sites()
+    kept = {site.name: SitePlan(0 if site.expert in gone else site.units) for site in sites}
+    file.write_text(Plan(kept, 0.1).to_json())
+    return file
+
+
+def opened(path: Path, dtype: torch.dtype = torch.float64) -> Any:
+    """transformers' own class, without streamprune."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
+
+
+@contextmanager
+def never_routed(model: Any, gone: Sequence[int], number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give the experts `gone` a logit of minus infinity in every router."""
+    routers = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if name.endswith((".gate.weight", ".router.weight")) and len(parameter) == number
+    }
+    assert routers
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer[list(gone)] = -torch.inf
+    real = F.linear
+
+    def linear(x: Tensor, weight: Tensor, *bias: Any, **named: Any) -> Tensor:
+        y = real(x, weight.to(x.dtype), *bias, **named)
+        return y.index_fill(-1, torch.tensor(gone), -torch.inf) if id(weight) in routers else y
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "linear", linear)
+        yield
+
+
+@torch.no_grad()
+def streamed(path: Path, tokens: Tensor, dtype: str = "float64") -> Tensor:
+    skeleton = open_skeleton(path, CPU, dtype)
+    with skeleton.embedding() as embedding:
+        x = embedding(tokens)
+    for index in range(len(skeleton)):
+        block = skeleton.build_block(index, skeleton.read_block(index))
+        x = block(x, skeleton.arguments(*tokens.shape)[index])
+    with skeleton.head() as head:
+        return head(x)
+
+
+@pytest.mark.parametrize(("name", "changes", "gone"), KINDS)
+def test_without_experts_a_model_is_transformers_with_their_logits_at_minus_infinity(
+    name: str,
+    changes: Mapping[str, int],
+    gone: tuple[int, ...],
+    tiny: Tiny,
+    configured: Make,
+    tmp_path: Path,
+    float64_norms: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tiny(name, torch.float64, **changes)
+    number = changes.get("n_routed_experts", 4)
+    plan = plan_without(path, gone, tmp_path / "plan.json")
+    config = configured(path, recipe="reap", ratio=None, plan=plan, dtype="float64")
+    result = streamprune.prune(config)
+    written = json.loads((config.out / "config.json").read_text())
+    assert written["model_type"] == json.loads((path / "config.json").read_text())["model_type"]
+    assert [written[field] for field in FIELDS if field in written] == [number - len(gone)]
+    tokens = torch.randint(2, 20, (2, 16), generator=torch.Generator().manual_seed(3))
+    dense, stock = opened(path), opened(config.out)
+    with never_routed(dense, gone, number, monkeypatch):
+        wanted = dense(tokens).logits
+    with torch.no_grad():
+        assert not torch.allclose(opened(path)(tokens).logits, wanted)
+        torch.testing.assert_close(stock(tokens).logits, wanted)
+    torch.testing.assert_close(streamed(config.out, tokens), wanted)
+    assert stock.num_parameters() == result.parameters_after
+
+
+def test_the_experts_that_stay_see_the_tokens_of_those_that_went(
+    tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("olmoe")
+    sites = open_skeleton(path, CPU, "float32").all_sites()
+    kept = {
+        site.name: SitePlan({1: 0, 2: 12}.get(-1 if site.expert is None else site.expert, site.units)) for site in sites
+    }
+    plan = tmp_path / "plan.json"
+    plan.write_text(Plan(kept, 0.2).to_json())
+    config = configured(path, recipe="wanda-sp", ratio=None, plan=plan, round_to=1)
+    streamprune.prune(config)
+    report = {site["site"]: site for site in json.loads((config.out / "report.json").read_text())["sites"]}
+    assert [site["site"] for site in report.values()] == [site.name for site in sites]
+    assert report["blocks.0.ffn.1"]["kept"] == 0
+    model = opened(path, torch.float32)
+    with never_routed(model, [1], 4, monkeypatch):
+        logits = model(windows(config, path), output_router_logits=True).router_logits[0]
+    assert report["blocks.0.ffn.2"]["tokens"] == int((logits.topk(2, dim=-1).indices == 2).sum())
+    # Neither order nor numbers of the others change.
+    before, after = (load(each) for each in (path, config.out))
+    for old, new in ((0, 0), (3, 2)):
+        name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+        assert torch.equal(before[name.format(old)], after[name.format(new)])
+    gate = "model.layers.1.mlp.gate.weight"
+    assert torch.equal(before[gate][[0, 2, 3]], after[gate])
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_reap_is_the_mean_of_router_weight_times_output_norm(tiny: Tiny, configured: Make) -> None:
+    path = tiny("mixtral")
+    config = configured(path, recipe="reap", ratio=None, experts=3)
+    plan = Plan.read(streamprune.plan_only(config))
+    found: list[list[float]] = []
+
+    def observe(module: Any, given: Any) -> None:
+        x, index, weights = given
+        means = []
+        for number in range(4):
+            tokens, rank = torch.where(index == number)
+            gate, up = F.linear(x[tokens], module.gate_up_proj[number]).chunk(2, dim=-1)
+            y = F.linear(module.act_fn(gate) * up, module.down_proj[number])
+            means.append(float((weights[tokens, rank] * y.norm(dim=-1)).mean()))
+        found.append(means)
+
+    model = opened(path, torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(observe)
+    with torch.no_grad():
+        model(windows(config, path))
+    for index, means in enumerate(found):
+        kept = load_file(job_folder(config.out) / f"survey-{index:04}.safetensors")
+        assert [float(kept[f"ffn.{number}.norm"]) for number in range(4)] == pytest.approx(means, rel=1e-5)
+        gone = [number for number in range(4) if plan[f"blocks.{index}.ffn.{number}"].keep == 0]
+        assert gone == [means.index(min(means))]
+
+
+def experts(block: int, number: int, *, groups: int = 1, least: int = 2, units: int = 4) -> list[Site]:
+    return [
+        Site(
+            block=block, kind="ffn", units=units, width=1, outputs=8, unit_parameters=10, expert=each, rest=8,
+            groups=groups, least=least,
+        )
+        for each in range(number)
+    ]  # fmt: skip
+
+
+def test_by_threshold_the_cheapest_parameters_of_all_blocks_go() -> None:
+    sites = [*experts(0, 4), *experts(1, 4, units=8), *experts(2, 3)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        costs = {site.name: float(torch.rand((), generator=generator)) for site in sites}
+        gone = leaving(sites, costs, Experts.parse("0.3:threshold"))
+        prices = {site.name: costs[site.name] / site.removed(0) for site in sites}
+        allowed = [
+            each
+            for each in combinations(sites, 3)
+            if all(len(own) - 2 >= sum(site in each for site in own) for own in routed(sites).values())
+        ]
+        best = min(allowed, key=lambda each: sum(prices[site.name] for site in each))
+        assert {site.name for site in gone} == {site.name for site in best}
+
+
+def test_by_number_each_group_keeps_its_dearest_experts() -> None:
+    sites = [*experts(0, 6, groups=2), *experts(3, 4, groups=2)]
+    costs = {site.name: cost for site, cost in zip(sites, (5, 1, 3, 9, 8, 7, 2, 1, 1, 2), strict=True)}
+    gone = [site.name for site in leaving(sites, costs, Experts.parse("2"))]
+    assert gone == [f"blocks.{place}" for place in ("0.ffn.1", "0.ffn.2", "0.ffn.5", "0.ffn.4", "3.ffn.1", "3.ffn.2")]
+    assert len(leaving(sites, costs, Experts.parse("0.34"))) == 4
+
+
+def test_in_one_budget_an_expert_goes_when_its_last_unit_is_the_cheapest_and_enough_others_stay() -> None:
+    sites = experts(0, 3, units=2)
+    prices = {"blocks.0.ffn.0": (1.0, 1.0), "blocks.0.ffn.1": (1.0, 1.5), "blocks.0.ffn.2": (100.0, 100.0)}
+    densities = {name: torch.tensor(each) for name, each in prices.items()}
+
+    def kept(parameters: int, **changes: Any) -> list[int]:
+        return list(allocate(sites, densities, Budget(parameters / 84, 84, 1, **changes)).values())
+
+    assert kept(38, experts=True) == [0, 1, 2]
+    assert kept(56, experts=True) == [0, 1, 1]  # the router needs two experts
+    assert kept(38, sublayers=True) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stock"),
+    [
+        ({"experts": "3"}, True),
+        ({"experts": "0.25", "layout": "uniform"}, True),
+        ({"experts": "3", "ratio": 0.45, "round_to": 1, "layout": "uniform"}, True),
+        ({"experts": "0.25:threshold"}, False),
+        ({"experts": "0.25:threshold", "ratio": 0.4, "round_to": 1}, False),
+        ({"experts": "threshold", "ratio": 0.6, "round_to": 1}, False),
+    ],
+)
+def test_results_load_again_are_pruned_again_and_resume(
+    changes: dict[str, Any], stock: bool, tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("mixtral")
+    given = {"recipe": "default", "ratio": None, "samples": 24, **changes}
+    config = configured(path, **given)
+    result = streamprune.prune(config)
+    written = json.loads((config.out / "config.json").read_text())
+    assert (written["model_type"] == "mixtral") == stock
+    sites = json.loads((config.out / "report.json").read_text())["sites"]
+    gone = [site["site"] for site in sites if site["kept"] == 0 and ".ffn." in site["site"]]
+    assert gone
+    if given["ratio"]:
+        assert result.ratio_blocks == pytest.approx(given["ratio"], abs=0.03)
+    model = streamprune.load(config.out, dtype=torch.float32, experts_implementation="eager")
+    assert model.num_parameters() == result.parameters_after
+    tokens = torch.randint(2, 20, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(config.out, tokens, "float32"), model(tokens).logits, rtol=1e-4, atol=1e-4)
+    blocks = streamprune.inspect(config.out)["model"]["blocks"]
+    left = [sum(".ffn." in site["site"] for site in block["sites"]) for block in blocks]
+    assert sum(left) == 12 - len(gone)
+    for appends in (5, 9, 11):
+        again = configured(path, out=f"again-{appends}", **given)
+        with pytest.raises(Stop), stopping_after(appends, monkeypatch):
+            streamprune.prune(again)
+        assert streamprune.prune(again).resumed
+        assert contents(again.out) == contents(config.out)
+    twice = configured(config.out, out="twice", recipe="reap", ratio=None, experts=2)
+    result = streamprune.prune(twice)
+    model = streamprune.load(twice.out, dtype=torch.float32, experts_implementation="eager")
+    assert model.num_parameters() == result.parameters_after
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(twice.out, tokens, "float32"), model(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert all(len(own) == 2 for own in routed(open_skeleton(twice.out, CPU, "float32").all_sites()).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mixtral", {"experts": "1"}, r"experts is 1, so 1 of 4 would stay in blocks.0; its router needs 2 at least"),
+        ("mixtral", {"experts": "5"}, r"experts is 5; blocks.0 has 4 experts"),
+        ("mixtral", {"experts": "4"}, r"experts is 4; no expert would go"),
+        ("mixtral", {"experts": "0.6:threshold"}, r"experts is 0.6:threshold; at most 6 of 12 can go"),
+        ("mixtral", {"experts": "many"}, r"experts is 'many'; it must be how many stay in each block, such as 96"),
+        ("mixtral", {"experts": "1.5"}, r"experts is '1.5'; it must be"),
+        ("mixtral", {"experts": "threshold"}, r"give a ratio, experts by number or share, a plan file or one of fit"),
+        (
+            "mixtral",
+            {"experts": "3", "ratio": 0.1},
+            r"ratio is 0.1; the experts that go are 0.\d+ of what it counts already",
+        ),
+        ("mixtral", {"experts": "3", "recipe": "sobp"}, r"recipe sobp with these settings cannot weigh whole experts"),
+        (
+            "mixtral",
+            {"experts": "threshold", "ratio": 0.3, "recipe": "surgeon"},
+            r"weigh whole experts so: default can",
+        ),
+        (
+            "mixtral",
+            {"experts": "3", "recipe": "reap", "ratio": 0.5},
+            r"recipe reap removes whole experts only: drop --ratio",
+        ),
+        ("mixtral", {"recipe": "reap", "ratio": 0.5}, r"recipe reap removes whole experts only; give --experts"),
+        (
+            "mixtral",
+            {"experts": "0.3:threshold", "layout": "uniform"},
+            r"the uniform layout keeps the same number in all blocks",
+        ),
+        (
+            "mixtral",
+            {"experts": "3", "settings": {"shots": "2"}},
+            r"whole experts go in one shot, and recipe default takes 2",
+        ),
+        ("llama", {"experts": "3"}, r"experts is 3; .* has no routed experts that can be pruned"),
+        ("deepseek_v3", {"experts": "2"}, r"so 2 of 4 would stay in blocks.1; its router needs 4 at least"),
+        ("deepseek_v3", {"experts": "3"}, r"chooses among 2 groups of experts, so a multiple of 2 must stay"),
+        ("deepseek_v3", {"experts": "0.2:threshold"}, r"2 groups of experts, which must stay equal"),
+    ],
+)
+def test_what_cannot_go_is_refused_by_name(
+    name: str, changes: dict[str, Any], message: str, tiny: Tiny, configured: Make
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        streamprune.prune(configured(tiny(name), **{"recipe": "default", "ratio": None, **changes}))
+
+
+def test_a_plan_must_keep_what_the_router_needs(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    plan = plan_without(tiny("mixtral"), (0, 1, 2), tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match=r"plan.json: 1 of 4 experts of blocks.0 stay; its router needs 2 at least"):
+        streamprune.prune(configured(tiny("mixtral"), recipe="reap", ratio=None, plan=plan))
+    path = tiny("deepseek_v3", **EIGHT)
+    plan = plan_without(path, (0, 1), tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match=r"the same number must stay in each of the 2 groups of experts of blocks.1"):
+        streamprune.prune(configured(path, recipe="reap", ratio=None, plan=plan))
+
+
+def test_gguf_takes_one_number_of_experts_for_all_blocks(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    config = configured(tiny("mixtral"), recipe="default", ratio=None, experts="0.25:threshold")
+    streamprune.prune(config)
+    with pytest.raises(CheckpointError, match=r"the blocks differ in width, or in their number of experts"):
+        streamprune.export_gguf(config.out, tmp_path / "x.gguf")
+
+
+def test_a_random_choice_depends_on_the_seed(tiny: Tiny, configured: Make) -> None:
+    def gone(out: str, seed: int) -> list[str]:
+        config = configured(tiny("mixtral"), out=out, recipe="random", ratio=None, experts="0.5", seed=seed)
+        result = CliRunner().invoke(
+            main,
+            ["run", str(config.model), str(config.out), "--recipe", "random", "--experts", "0.5", "--seed", str(seed)],
+        )
+        assert result.exit_code == 0, result.output
+        sites = json.loads((config.out / "report.json").read_text())["sites"]
+        return [site["site"] for site in sites if site["kept"] == 0]
+
+    first, second = gone("one", 0), gone("two", 1)
+    assert len(first) == len(second) == 6
+    assert first != second
+    assert first == gone("three", 0)
+
+
+def test_an_aim_weighs_experts_and_units(tiny: Tiny, configured: Make) -> None:
+    """`--fit` with `--experts threshold`: experts that are gone weigh nothing, nor do their rows of the router."""
+    path = tiny("mixtral", torch.bfloat16)
+    given = {"recipe": "default", "ratio": None, "samples": 24, "experts": "threshold", "round_to": 1}
+    sizes = Sizes(open_skeleton(path, CPU, "auto"))
+    card = sizes.size({}, "bf16", 32).total - 2 * int(0.6 * open_skeleton(path, CPU, "auto").block_parameters())
+    config = configured(path, **given, fit=card, context=32)
+    streamprune.prune(config)
+    report = json.loads((config.out / "report.json").read_text())
+    keeps = {site["site"]: site["kept"] for site in report["sites"]}
+    assert [name for name in keeps if name.count(".") == 3 and not keeps[name]]
+    result = Sizes(open_skeleton(config.out, CPU, "auto"))
+    for format in ("bf16", "q8_0", "q4_k_m"):
+        assert sizes.weights(keeps, format) == result.weights({}, format)
+    held = sum(tensor.nbytes for tensor in load(config.out).values())
+    assert sizes.weights(keeps, "bf16") == held
+    assert result.size({}, "bf16", 32).total <= card
+    found = preview(configured(path, out="none", **given, fit=card, context=32))
+    assert found.chosen is not None
+    with pytest.raises(ConfigError, match=r"experts is 3; fit chooses how much goes: give experts threshold"):
+        configured(path, **{**given, "experts": "3"}, fit=card)
+
+
+def test_experts_that_stay_decode_the_tokens_of_those_that_went(tiny: Tiny) -> None:
+    decoding = Decoding(skeleton := open_skeleton(tiny("mixtral"), CPU, "float32"))
+    keeps = {site.name: 0 for site in skeleton.all_sites() if site.expert in (0, 3)}
+    assert decoding.seconds(keeps) == pytest.approx(decoding.seconds({}))
+    assert (
+        decoding.speed_up(keeps | {site.name: site.units // 2 for site in skeleton.all_sites() if site.expert == 1}) > 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "ratios"),
+    [({"recipe": "reap", "experts": "3"}, 1), ({"recipe": "default", "experts": "0.25", "ratio": 0.45}, 3)],
+)
+def test_what_other_ratios_would_give(changes: dict[str, Any], ratios: int, tiny: Tiny, configured: Make) -> None:
+    """Only ratios at which the experts that go leave something to remove; without units, only the one that is their share."""
+    config = configured(tiny("mixtral"), **{"ratio": None, **changes})
+    dense, *rows = preview(config, ratios=(0.1, 0.5, 0.6)).outcomes
+    assert len(rows) == ratios
+    result = streamprune.prune(config)
+    own = next(row for row in rows if row.ratio == pytest.approx(changes.get("ratio", result.ratio_blocks)))
+    assert own.parameters == pytest.approx(result.parameters_after, rel=0.02)
+    assert dense.parameters == result.parameters_before
