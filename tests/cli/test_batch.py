@@ -118,7 +118,7 @@ def test_a_signal_finishes_the_step_and_the_same_command_resumes(
     done = invoke(*arguments, "--json", "--quiet")
     assert (done.exit_code, done.stderr) == (0, "")
     assert json.loads(done.stdout)["resumed"] is True
-    streamprune.prune(configured(tiny("llama"), "whole", samples=6, recipe="default"))
+    streamprune.prune(configured(tiny("llama"), "whole", samples=6, recipe="default", effort=None))
     assert contents(out) == contents(tmp_path / "whole")
 
 
