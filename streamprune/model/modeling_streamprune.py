@@ -10,15 +10,18 @@ checkpoint's config field "streamprune" holds lists with one value per block, nu
     "attributes": module attributes that count heads or experts, by name; after "config.", attributes of the block's own config view
     "experts":    width of each expert, by name of the list of experts
     "no_op":      arguments of `remove_sublayer`, by name of the module whose sublayer is gone
+    "fields":     fields of the stock config that a block's own config has, by name, such as {"num_attention_heads": [8, 6, ...]}
     "renamed":    pairs of substrings of tensor names: in the model, in the files (not per block)
 
-The classes of each model_type, such as `PrunedLlamaConfig` and `PrunedLlamaForCausalLM`, are created on first use.
+The classes of each model_type, such as `PrunedLlamaConfig`, `PrunedLlamaForCausalLM` and `PrunedLlamaModel`, are created on
+first use.
 """
 
 import copy
 import inspect
 import re
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -28,18 +31,28 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     Conv1D,
 )
 
 PREFIX = "streamprune_"
 IMAGES = "AutoModelForImageTextToText"
-ENDINGS = (
-    "ForCausalLM",
-    "ForConditionalGeneration",
-)  # of class names: for text models, and for those that read images too
+TEXT, WRAPPER, BARE, CLASSIFIES = "ForCausalLM", "ForConditionalGeneration", "Model", "ForSequenceClassification"
+AUTO = {
+    WRAPPER: (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    TEXT: (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    BARE: (AutoModel, MODEL_MAPPING),
+    CLASSIFIES: (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+}
+"""By ending of class names: the auto class, and where it has transformers' own classes."""
+COUNTS_OF_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+"""Fields of stock configs."""
 
 
 class Expert(nn.Module):
@@ -315,6 +328,48 @@ def class_stem(base):
     return "Pruned" + "".join(part.capitalize() for part in re.split("[^a-z0-9]", base))
 
 
+def as_stock(config):
+    """Return a shallow copy of a pruned model's config as one of transformers' own class."""
+    view = copy.copy(config)
+    view.__class__ = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
+    vars(view).pop("model_type", None)
+    return view
+
+
+class BlockConfigs(Sequence):
+    """A config of transformers' own class for each block, with the block's own widths. A name in `layer_types` gives the model's.
+
+    vLLM reads head counts from them.
+    """
+
+    def __init__(self, config):
+        self.stock, self.fields = as_stock(config), config.streamprune.get("fields", {})
+        self.separate = bool(config.streamprune.get("experts"))
+        for name in ("streamprune", "auto_map"):
+            vars(self.stock).pop(name, None)
+
+    def __len__(self):
+        return self.stock.num_hidden_layers
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            return [self[index] for index in range(*key.indices(len(self)))]
+        view = self.stock.per_layer_config[key]
+        if isinstance(key, str):
+            return view
+        view, own = copy.copy(view), {name: each[key] for name, each in self.fields.items() if each[key] is not None}
+        # Some classes compute a field from others.
+        fixed = {name: value for name, value in own.items() if isinstance(getattr(type(view), name, None), property)}
+        view.__class__ = type(type(view).__name__, (type(view),), fixed) if fixed else type(view)
+        for name in own.keys() - fixed.keys():
+            setattr(view, name, own[name])
+        for name in COUNTS_OF_EXPERTS:
+            if self.separate and hasattr(view, name):
+                # vLLM would hold all experts of a block in one tensor of one width, and leave the rest uninitialised.
+                setattr(view, name, 0)
+        return view
+
+
 @cache
 def config_class(base):
     """Return the config class for pruned models of model_type `base`."""
@@ -326,43 +381,76 @@ def config_class(base):
             # Runtimes with the DeciLM architecture read these as attributes.
             self.block_configs = [Fields({part: Fields(fields) for part, fields in block.items()}) for block in blocks]
 
-    members = {"__init__": __init__, "model_type": PREFIX + base, "__module__": __name__}
+    def written(name):
+        return lambda self: {**getattr(as_stock(self), name)(), "model_type": self.model_type}
+
+    members = {
+        "__init__": __init__,
+        "model_type": PREFIX + base,
+        "__iter__": lambda self: iter(as_stock(self)),
+        **{name: written(name) for name in ("to_dict", "to_diff_dict")},
+        "__module__": __name__,
+    }
+    if stock_class(base, WRAPPER) is None:
+        # Properties, and no part of any file: as fields, transformers takes them for its own and forbids reading the whole model's.
+        # Models that have such fields of their own read them while they are built, before their blocks are resized.
+        fields, own_fields = stock.per_layer_config, stock.is_heterogeneous.fget
+        members["is_heterogeneous"] = property(lambda self: own_fields(self) or "streamprune" in vars(self))
+        members["per_layer_config"] = property(
+            lambda self: fields.fget(self) if own_fields(self) else BlockConfigs(self), fields.fset
+        )
+    if hasattr(stock, "logits_scaling"):
+        members["logit_scale"] = property(lambda self: 1 / self.logits_scaling)  # vLLM's name and form
     return type(class_stem(base) + "Config", (stock,), members)
 
 
-def stock_class(base):
-    """Return transformers' own class of model_type `base` that generates text, from images too if it can; None if there is none."""
+def stock_class(base, ending=None):
+    """Return transformers' own class of model_type `base` with an ending of `AUTO`, None if there is none.
+
+    Without an ending: the one that generates text, from images too if it can.
+    """
     config = CONFIG_MAPPING[base]
-    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        if config in mapping:
-            return mapping[config]
-    return None
+    mappings = [AUTO[each][1] for each in ((WRAPPER, TEXT) if ending is None else (ending,))]
+    return next((mapping[config] for mapping in mappings if config in mapping), None)
 
 
 def auto_classes(base):
-    """Return the names of the auto classes that load models of model_type `base`."""
-    config = CONFIG_MAPPING[base]
-    named = {
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
-        IMAGES: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    """Return the names of our classes of model_type `base`, by name of the auto class that loads them."""
+    own, generates = [BARE, CLASSIFIES], stock_class(base)
+    named = {ending: class_stem(base) + ending for ending in own if stock_class(base, ending) is not None}
+    named |= {
+        ending: class_name(base) for ending in (TEXT, WRAPPER) if stock_class(base, ending) is generates is not None
     }
-    return [name for name, mapping in named.items() if config in mapping and mapping[config] is stock_class(base)]
+    return {AUTO[ending][0].__name__: name for ending, name in named.items()}
 
 
 def class_name(base):
-    """Return the name of `model_class`: "PrunedQwen2ForCausalLM"."""
-    return class_stem(base) + ENDINGS[IMAGES in auto_classes(base)]
+    """Return the name of the `model_class` that generates text: "PrunedQwen2ForCausalLM"."""
+    return class_stem(base) + (TEXT if stock_class(base, WRAPPER) is None else WRAPPER)
 
 
 @cache
-def model_class(base):
-    """Return the class for pruned models of model_type `base`, which generate text."""
-    stock = stock_class(base)
+def model_class(base, ending=None):
+    """Return the class for pruned models of model_type `base`, a subclass of `stock_class`."""
+    if ending is None:
+        return model_class(base, class_name(base).removeprefix(class_stem(base)))
+    stock, generates = stock_class(base, ending), stock_class(base)
 
     def __init__(self, config, *args, **kwargs):
+        wrapper = generates is stock_class(base, WRAPPER)
+        taken = wrapper or CONFIG_MAPPING[base].is_heterogeneous.fget(config)
+        if taken and config.get_text_config()._attn_implementation == "vllm":
+            advice = ": prune its text model alone (--text-only)" if wrapper else ""
+            raise ValueError(f"vLLM cannot be told the widths of the blocks of a {base} model{advice}")
+        # Models that classify take the model without a head from AutoModel, with its blocks resized.
+        AutoModel.register(config_class(base), PrunedModel, exist_ok=True)
         stock.__init__(self, config, *args, **kwargs)
-        resize(self, config.streamprune)
-        if renamed := config.streamprune.get("renamed"):
+        widths = dict(config.streamprune)
+        while ending == BARE and not hasattr(self, widths["blocks"].split(".")[0]):
+            widths["blocks"] = widths["blocks"].partition(".")[2]
+        if not any(type(module) is model_class(base, BARE) for module in self.children()):
+            resize(self, widths)
+        if renamed := widths.get("renamed"):
             # transformers does the same for the stock model_type.
             from transformers.conversion_mapping import register_checkpoint_conversion_mapping
             from transformers.core_model_loading import WeightRenaming
@@ -383,33 +471,55 @@ def model_class(base):
         "config_class": config_class(base),
         "__module__": __name__,
     }
-    return type(class_name(base), (stock,), members)
+    return type(class_stem(base) + ending, (stock,), members)
 
 
 class PrunedForCausalLM:
     """Placeholder for every `model_class`, so that registering does not import any model."""
 
+    ending = None
+
     @classmethod
     def from_pretrained(cls, *args, config, **kwargs):
         """Load with the class of the config's model_type."""
-        return model_class(config.model_type.removeprefix(PREFIX)).from_pretrained(*args, config=config, **kwargs)
+        return cls.named(config).from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config, **kwargs):
-        return model_class(config.model_type.removeprefix(PREFIX))._from_config(config, **kwargs)
+        return cls.named(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def named(cls, config):
+        """Return the `model_class` of the config's model_type."""
+        return model_class(config.model_type.removeprefix(PREFIX), cls.ending)
+
+
+class PrunedModel(PrunedForCausalLM):
+    """Placeholder for models without a head."""
+
+    ending = BARE
+
+
+class PrunedForSequenceClassification(PrunedForCausalLM):
+    """Placeholder for models that classify texts."""
+
+    ending = CLASSIFIES
 
 
 def register(base):
     """Register pruned models of model_type `base` with AutoConfig and the auto classes of its kind, without importing a model."""
     AutoConfig.register(PREFIX + base, config_class(base), exist_ok=True)
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    placeholders = {BARE: PrunedModel, CLASSIFIES: PrunedForSequenceClassification}
+    for ending, (auto, _) in AUTO.items():
         if CONFIG_MAPPING[base] in auto._model_mapping:
-            auto.register(config_class(base), PrunedForCausalLM, exist_ok=True)
+            auto.register(config_class(base), placeholders.get(ending, PrunedForCausalLM), exist_ok=True)
 
 
 def __getattr__(name):
-    for ending, maker in (("Config", config_class), *((ending, model_class) for ending in ENDINGS)):
-        for base in CONFIG_MAPPING:
-            if name == class_stem(base) + ending:
-                return maker(base)
+    for base in CONFIG_MAPPING:
+        if name.startswith(stem := class_stem(base)):
+            if name == stem + "Config":
+                return config_class(base)
+            if name.removeprefix(stem) in AUTO:
+                return model_class(base, name.removeprefix(stem))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

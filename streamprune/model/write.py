@@ -16,7 +16,7 @@ from ..system.progress import Progress
 from ..system.strict_json import write_json
 from . import fp8, manifest
 from . import modeling_streamprune as modeling
-from .architectures import EXPERTS, FAMILIES, family_of, is_stock, stock_config
+from .architectures import EXPERTS, FAMILIES, SublayerEntry, family_of, is_stock, stock_config
 from .block import rows_of
 from .checkpoint import Shard, data_bytes, shard_name, write_index, write_shard
 from .config import NO_OP, OURS
@@ -262,7 +262,7 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """Return the source's config with per-block widths, for `modeling_streamprune`."""
     base = skeleton.written_type
     stem, module = modeling.class_stem(base), modeling.__name__.rpartition(".")[2]
-    widths: dict[str, dict[str, list[Any]]] = {"rows": {}, "columns": {}, "attributes": {}, "experts": {}}
+    widths: dict[str, dict[str, list[Any]]] = {"rows": {}, "columns": {}, "attributes": {}, "experts": {}, "fields": {}}
     # Sublayers that the source lacks already.
     widths[NO_OP] = copy.deepcopy(skeleton.checkpoint.config.get(OURS, {}).get(NO_OP, {}))
 
@@ -297,6 +297,9 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
             for name in entry.counts:
                 count = modeling.count(skeleton.block(index), name)
                 put("attributes", name, index, count // before.units * site.units)
+            mixture = any(each.experts is not None for each in entries)
+            for name, value in _own_fields(skeleton, entry, site, mixture).items():
+                put("fields", name, index, value)
     name = modeling.class_name(base)
     return {
         **_current_rotation(skeleton, _plain_config(skeleton)),
@@ -304,7 +307,7 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
         "architectures": [name],
         "auto_map": {
             "AutoConfig": f"{module}.{stem}Config",
-            **dict.fromkeys(modeling.auto_classes(base), f"{module}.{name}"),
+            **{auto: f"{module}.{kind}" for auto, kind in modeling.auto_classes(base).items()},
         },
         "streamprune": {
             "blocks": skeleton.written_name(skeleton.architecture.blocks),
@@ -312,6 +315,23 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
             **({"renamed": skeleton.renamed} if skeleton.renamed else {}),
         },
     }
+
+
+def _own_fields(skeleton: Skeleton, entry: SublayerEntry, site: Site, mixture: bool) -> dict[str, int]:
+    """Return the fields of the stock config that hold the widths of a block's site, for runtimes that read one config per block."""
+    config = skeleton.config
+    if site.kind == "attention":
+        fields = {"num_attention_heads": site.heads}
+        if getattr(config, "kv_lora_rank", None) is None:
+            keys = next((name for name in ("num_kv_heads", "num_key_value_heads") if hasattr(config, name)), None)
+            fields |= {"head_dim": site.head_width} | (
+                {keys: site.heads if entry.repeats else site.units} if keys else {}
+            )
+        return fields
+    # In a block with experts, these fields mean something else.
+    plain = site.kind == "ffn" and not mixture
+    names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") if plain else ()
+    return {name: site.columns for name in names if hasattr(config, name)}
 
 
 def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:

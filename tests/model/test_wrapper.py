@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import contents, make_tiny, write_tokenizer
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import streamprune
 from streamprune.errors import ConfigError
@@ -132,7 +133,17 @@ def test_the_rest_is_carried_over(wrapper: Path, text: Path, tmp_path: Path) -> 
     assert streamprune.verify(out).faults == ()
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["PrunedGemma3ForConditionalGeneration"]
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM", "AutoModelForImageTextToText"}
+    named = {"Model", "ModelForCausalLM", "ModelForImageTextToText", "ModelForSequenceClassification", "Config"}
+    assert set(config["auto_map"]) == {f"Auto{name}" for name in named}
+
+
+def test_vllm_refuses_a_wrapper(wrapper: Path, text: Path, tmp_path: Path) -> None:
+    """It would take the text model's head counts for all blocks."""
+    model = load(pruned(wrapper, tmp_path / "out", text), dtype=torch.float32)
+    assert not model.config.is_heterogeneous
+    model.config.get_text_config()._attn_implementation_internal = "vllm"
+    with pytest.raises(ValueError, match=r"vLLM cannot be told .* prune its text model alone"):
+        AutoModel.from_config(model.config)
 
 
 def test_a_result_is_pruned_again(wrapper: Path, text: Path, tmp_path: Path) -> None:
