@@ -32,7 +32,7 @@ from memory import HERE, child, measured
 ROOT = HERE.parent
 EXAMPLES = ROOT / "examples"
 SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "default": ("--effort", "low", "--set", "fit_damping=0.01"),  # as tests/plain.py
+    "default": ("--effort", "low", "--set", "fit_damping=0.01", "--set", "sublayers=off"),  # as tests/plain.py
     "sobp": (),
     "slimgpt": (),
     "greedy-output": (),

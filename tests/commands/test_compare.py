@@ -234,7 +234,7 @@ def test_budgets_agree_to_within_a_step(layout: str, compare: Compare, tiny: Tin
     from streamprune.pruning.job import Job
 
     found = compare(layout=layout, recipes=["sobp", "magnitude", "wanda-sp"], ratios=[0.3, 0.5])
-    job = Job(Config(model=tiny("llama"), out=Path("x"), ratio=0.3, layout=layout, round_to=4), None)  # type: ignore[arg-type]
+    job = Job(Config(model=tiny("llama"), out=Path("x"), recipe="sobp", ratio=0.3, layout=layout, round_to=4), None)  # type: ignore[arg-type]
     step = largest_step(job.request.sites, job.request.budget())
     # A key/value group: 16 columns of o_proj and 16 + 8 + 8 rows of 32.
     assert step == (3 if layout == "uniform" else 1) * (16 + 32) * 32

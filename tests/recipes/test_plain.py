@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import plain
 import pytest
@@ -45,8 +44,8 @@ def test_the_engine_gives_what_the_plain_implementation_does(
 ) -> None:
     # More blocks and channels than usual, so that shares and groups differ.
     path = tiny(name, torch.float64, num_hidden_layers=4, intermediate_size=72)
-    settings: dict[str, Any] = {"settings": {"shots": "1"}} if recipe == "surgeon" else {}
-    config = configured(path, recipe=recipe, dtype="float64", ratio=0.35, **settings)
+    settings = {"surgeon": {"shots": "1"}, "default": {"sublayers": "off"}}.get(recipe, {})
+    config = configured(path, recipe=recipe, dtype="float64", ratio=0.35, settings=settings)
     job = Job(config, None)
     tokens = job.tokens if job.request.needs_text else torch.arange(24).view(2, 12)
     model = plain.prune(path, recipe, tokens, ratio=0.35, round_to=4, size=5, dtype=torch.float64)
