@@ -302,7 +302,8 @@ class OutputNorm:
 
     def add(self, o: Tensor) -> None:
         """Add a micro-batch (..., d_out), any float dtype."""
-        self.total += o.to(accumulator(o.dtype)).norm(dim=-1).sum(dtype=torch.float64).cpu()
+        total = o.to(accumulator(o.dtype)).norm(dim=-1).sum(dtype=torch.float64)
+        self.total = self.total.to(o.device) + total
         self.tokens += o.numel() // o.shape[-1]
 
     def across(self, add_up: AddUp) -> None:
@@ -310,8 +311,8 @@ class OutputNorm:
         (self.tokens,) = add_counts(add_up, self.tokens)
 
     def mean(self) -> Tensor:
-        """Return the mean, float64 (); 0 without any token."""
-        return self.total / (self.tokens or 1)
+        """Return the mean, float64 () on the host; 0 without any token."""
+        return self.total.cpu() / (self.tokens or 1)
 
 
 AddUp = Callable[[Tensor], None]  # sums a tensor over all workers, in place

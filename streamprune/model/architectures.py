@@ -215,9 +215,6 @@ _HEADS: Widths = (("num_attention_heads", "heads"), ("num_key_value_heads", "uni
 _FFN: Widths = (("intermediate_size", "columns"),)
 _DENSE = Family({"attention": _HEADS, "ffn": _FFN})
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-"""Fields of configs, and attributes of routers, that may count routed experts."""
-
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         (

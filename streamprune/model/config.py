@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .architectures import Architecture, SublayerEntry
 from .checkpoint import Checkpoint
-from .modeling_streamprune import PREFIX
+from .modeling_streamprune import COUNTS_OF_EXPERTS, PREFIX
 from .names import CONFIG
 from .quantised import QUANTISED, quantised_by
 
@@ -51,8 +51,6 @@ _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 """A number in a tensor name: that of a block or an expert."""
 _DEPTHS = {"depth", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers"}
 """Other fields with numbers of blocks, such as those of a vision tower."""
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Fields with the number of routed experts."""
 _LARGEST = 3.4028234663852886e38
 """Largest finite float32."""
 _ROTATION = {
@@ -173,14 +171,16 @@ def _check_depth(fields: Mapping[str, Any], stock: Any, checkpoint: Checkpoint, 
             claimed, most = part.get(name), held if name in own else len(checkpoint)
             if isinstance(claimed, int | float) and claimed > most:
                 raise CheckpointError(f"{where}: {name} is {claimed}; the shards hold {most} blocks")
-        for name in _EXPERTS:
+        for name in COUNTS_OF_EXPERTS:
             if isinstance(claimed := part.get(name), int | float) and claimed > len(checkpoint):
                 raise CheckpointError(f"{where}: {claimed} experts or more; the shards hold {len(checkpoint)} tensors")
 
 
 def _check_experts(config: Any, where: str) -> None:
     """Check the number of experts per token."""
-    held = next((getattr(config, name, None) for name in _EXPERTS if getattr(config, name, None) is not None), None)
+    held = next(
+        (getattr(config, name, None) for name in COUNTS_OF_EXPERTS if getattr(config, name, None) is not None), None
+    )
     chosen = getattr(config, "num_experts_per_tok", None)
     if isinstance(held, int) and isinstance(chosen, int) and held > 1 and not 1 <= chosen <= held:
         raise CheckpointError(f"{where}: num_experts_per_tok is {chosen}; it must be 1 to {held}")

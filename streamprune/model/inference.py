@@ -28,7 +28,20 @@ from .architectures import Producer, Removal, SublayerEntry
 from .block import fresh, is_linear, linear_shape, stand_in
 from .experts import experts_of
 from .modeling_streamprune import remove_sublayer
-from .trace import ALIASES, Call, Node, Unknown, ancestors, expanded, factor_of, inside, is_norm, leads, resolve, trace
+from .trace import (
+    ALIASES,
+    Call,
+    Graph,
+    Node,
+    Unknown,
+    ancestors,
+    expanded,
+    factor_of,
+    is_norm,
+    leads,
+    resolve,
+    trace,
+)
 from .trial import Trial
 
 WHOLE = SublayerEntry(kind="block", mixer=("",), whole=True)
@@ -54,12 +67,11 @@ def infer(
     stand_in(block, list(experts))
     try:
         graph = trace(block, arguments, width)
-        entered, left, calls, given = graph
         entries = tuple(
             entry
             if entry.whole or {*shares} & {argument for _, argument in entry.arguments}
-            else _with_sites(block, entry, branch, calls, experts, width, tried)
-            for entry, branch in _arranged(block, entered, left, calls, given, experts)
+            else _with_sites(block, entry, branch, graph.calls, experts, width, tried)
+            for entry, branch in _arranged(block, graph, experts)
         )
         return tuple(replace(entry, removal=_removal(block, entry, entries, arguments, width)) for entry in entries)
     except Unknown:
@@ -149,60 +161,52 @@ def _with_sites(
     return entry
 
 
-def _arranged(
-    block: nn.Module,
-    entered: Node,
-    left: Node,
-    calls: Sequence[Call],
-    arguments: Mapping[str, Any],
-    experts: Collection[str],
-) -> Iterator[tuple[SublayerEntry, Node]]:
+def _arranged(block: nn.Module, graph: Graph, experts: Collection[str]) -> Iterator[tuple[SublayerEntry, Node]]:
     """Yield the sublayers whose outputs add up to the block's output, without their sites, each with its branch.
 
     What follows the last one of known form is left to the block itself. Raises Unknown if there is none of known form.
     """
-    left = inside(left)
-    states: list[set[int]] = [{id(entered)}]  # the terms of the stream before each sublayer
+    states: list[set[int]] = [{id(graph.entered)}]  # the terms of the stream before each sublayer
     arranged = list[tuple[SublayerEntry, Node]]()
     try:
-        _arrange(block, entered, left, calls, arguments, experts, states, arranged)
+        _arrange(block, graph, experts, states, arranged)
     except Unknown:
-        arranged.append((_rest(entered, left, calls, states[-1], [entry for entry, _ in arranged]), left))
+        arranged.append((_rest(graph, states[-1], [entry for entry, _ in arranged]), graph.left))
     yield from arranged
 
 
-def _rest(
-    entered: Node, left: Node, calls: Sequence[Call], state: set[int], before: Sequence[SublayerEntry]
-) -> SublayerEntry:
+def _rest(graph: Graph, state: set[int], before: Sequence[SublayerEntry]) -> SublayerEntry:
     """Return the entry of what a block computes from the stream with the terms `state`, after the sublayers `before`.
 
     Raises Unknown if it reads anything else, or if the sublayers before do not simply add to the stream.
     """
-    sums = _sums_of(entered, left, state)
-    read = [*ancestors(left, sums)]
+    sums = _sums_of(graph, state)
+    read = [*ancestors(graph.left, sums)]
     own = [
         call
-        for call in calls
+        for call in graph.calls
         if any(node.call is call for node in read) and any(True for _ in call.module.parameters())
     ]
-    silent = _silent(before, calls)
+    silent = _silent(before, graph.calls)
     simple = all(entry.sum_norm is None and entry.sum_scale is None for entry in before)
-    if not (before and sums and own and simple) or entered in read or {call.name for call in own} & {*dict(silent)}:
+    if (
+        not (before and sums and own and simple)
+        or graph.entered in read
+        or {call.name for call in own} & {*dict(silent)}
+    ):
         raise Unknown("something else contributes to the output")
     return replace(WHOLE, mixer=tuple(call.name for call in own), silent=silent)
 
 
 def _arrange(
     block: nn.Module,
-    entered: Node,
-    left: Node,
-    calls: Sequence[Call],
-    arguments: Mapping[str, Any],
+    graph: Graph,
     experts: Collection[str],
     states: list[set[int]],
     arranged: list[tuple[SublayerEntry, Node]],
 ) -> None:
     """Append the sublayers to `arranged`, and the terms of the stream after each to `states`, up to where Unknown is raised."""
+    entered, left, calls, arguments = graph
     order = {id(call): number for number, call in enumerate(calls)}
     used = set[str]()
     for terms, after in _sums(entered, left):
@@ -229,9 +233,7 @@ def _arrange(
             sum_norm = after.call.name if after is not None and after.call is not None else None
             sum_scale = factor_of(after) if after is not None else None
             if is_norm(call.module):
-                two = _beside(
-                    block, entered, left, calls, arguments, states[-1], [entry for entry, _ in arranged], call, experts
-                )
+                two = _beside(block, graph, states[-1], [entry for entry, _ in arranged], call, experts)
                 for entry, output in two:
                     own = entry if entry.aside else replace(entry, sum_norm=sum_norm, sum_scale=sum_scale)
                     arranged.append((own, output))
@@ -301,10 +303,7 @@ def _pair(node: Node, experts: Collection[str]) -> tuple[Call, Call, Call, Call]
 
 def _beside(
     block: nn.Module,
-    entered: Node,
-    left: Node,
-    calls: Sequence[Call],
-    arguments: Mapping[str, Any],
+    graph: Graph,
     state: set[int],
     before: Sequence[SublayerEntry],
     joint: Call,
@@ -314,13 +313,14 @@ def _beside(
 
     Both read norms of the stream with the terms `state`, after the sublayers `before`.
     """
+    entered, _, calls, arguments = graph
     pair = _pair(joint.input, names)
     assert pair is not None
     ffn, ffn_norm, experts, experts_norm = pair
     assert ffn.output is not None
     assert joint.output is not None
     routing = [node for key in ("index", "weights") if isinstance(node := experts.given.get(key), Node)]
-    sums = {id(entered), *_sums_of(entered, left, state)}
+    sums = {id(entered), *_sums_of(graph, state)}
     routers = [
         node.call.name
         for each in routing
@@ -360,8 +360,9 @@ def _beside(
     return [(beside, ffn.output), (mixture, joint.output)]
 
 
-def _sums_of(entered: Node, left: Node, terms: set[int]) -> set[int]:
+def _sums_of(graph: Graph, terms: set[int]) -> set[int]:
     """Return the identities of the nodes that are the sum of certain terms."""
+    entered, left = graph.entered, graph.left
     return {id(node) for node in ancestors(left, {id(entered)}) if _terms(entered, node) == terms}
 
 

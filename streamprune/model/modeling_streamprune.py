@@ -51,8 +51,8 @@ AUTO = {
     CLASSIFIES: (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
 }
 """By ending of class names: the auto class, and where it has transformers' own classes."""
-COUNTS_OF_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
-"""Fields of stock configs."""
+COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+"""Fields of configs, and attributes of routers, that may count routed experts."""
 
 
 class Expert(nn.Module):

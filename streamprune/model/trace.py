@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -133,10 +133,21 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 call.output = call.output or self.node(tensor)
 
 
-def trace(
-    block: nn.Module, arguments: Mapping[str, Any], width: int
-) -> tuple[Node, Node, list[Call], Mapping[str, Any]]:
-    """Run the block on the meta device; return its input, its output, the calls of its modules and its arguments.
+class Graph(NamedTuple):
+    """One run of a block."""
+
+    entered: Node
+    """The block's input."""
+    left: Node
+    """Its output."""
+    calls: list[Call]
+    """The calls of its modules, in order."""
+    arguments: Mapping[str, Any]
+    """What it was given besides its input."""
+
+
+def trace(block: nn.Module, arguments: Mapping[str, Any], width: int) -> Graph:
+    """Run the block on the meta device.
 
     Raises Unknown if it does not run there: it reads values of tensors.
     """
@@ -153,7 +164,7 @@ def trace(
                 entered = recorded.node(x)
                 y = copied(x, **given)
                 left = recorded.node(y[0] if isinstance(y, tuple | list) else y)
-            return entered, left, recorded.calls, given
+            return Graph(entered, inside(left), recorded.calls, given)
         except Exception as error:
             failure = Unknown(str(error))
         finally:

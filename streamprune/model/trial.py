@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ..maths.refit import unit_columns
-from .architectures import EXPERTS, Producer, SublayerEntry
+from .architectures import Producer, SublayerEntry
 from .block import StandIn, fresh, is_linear, linear_shape, place, stand_in
-from .modeling_streamprune import count, set_count
+from .modeling_streamprune import COUNTS_OF_EXPERTS, count, set_count
 from .trace import is_norm
 from .upstream import plain_attention
 
@@ -125,7 +125,7 @@ class Trial:
         self._route(config)
         own, read = {}, {}  # attributes of the router's modules, and fields that they read from the config
         for path, module in self._block.get_submodule(mixer).named_modules(prefix=mixer):
-            for name in (*EXPERTS, *_GROUPS[0], *_GROUPS[1]):
+            for name in (*COUNTS_OF_EXPERTS, *_GROUPS[0], *_GROUPS[1]):
                 own[f"{path}.{name}"] = getattr(module, name, None)
                 if hasattr(module, "config") and name in config.read:
                     read[f"{path}.config.{name}"] = getattr(module.config, name, None)
@@ -142,7 +142,7 @@ class Trial:
             return found  # none can go
         ends = torch.arange(number).view(found.groups, -1)
         for counts in ({}, own, own | read):
-            equal = tuple(name for name, each in counts.items() if each == number and name.endswith(EXPERTS))
+            equal = tuple(name for name, each in counts.items() if each == number and name.endswith(COUNTS_OF_EXPERTS))
             trials = (Trial(self._block, found, self._width, self._arguments) for _ in range(2))
             if all(trial._loses(ends[:, end], number, equal) for trial, end in zip(trials, (0, -1), strict=True)):
                 return replace(found, routed=equal)

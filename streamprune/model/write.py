@@ -16,7 +16,7 @@ from ..system.progress import Progress
 from ..system.strict_json import write_json
 from . import fp8, manifest
 from . import modeling_streamprune as modeling
-from .architectures import EXPERTS, FAMILIES, SublayerEntry, family_of, is_stock, stock_config
+from .architectures import FAMILIES, SublayerEntry, family_of, is_stock, stock_config
 from .block import rows_of
 from .checkpoint import Shard, data_bytes, shard_name, write_index, write_shard
 from .config import NO_OP, OURS
@@ -217,7 +217,11 @@ def _as_stored(skeleton: Skeleton) -> bool:
 def _known_experts(skeleton: Skeleton) -> dict[str, int]:
     """Return the fields of the source's config that count routed experts: no block has more of them."""
     fields, most = skeleton.config.to_dict(), max(map(len, routed(skeleton.all_sites()).values()), default=0)
-    return {name: fields[name] for name in EXPERTS if type(fields.get(name)) is int and fields[name] >= most > 0}
+    return {
+        name: fields[name]
+        for name in modeling.COUNTS_OF_EXPERTS
+        if type(fields.get(name)) is int and fields[name] >= most > 0
+    }
 
 
 def _expert_fields(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, int]:

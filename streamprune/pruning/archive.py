@@ -37,6 +37,7 @@ LATER = {
         "round_to",
         "blocks",
         "ratio_of",
+        "effort",
         "refine",
         "store",
         "text_only",

@@ -551,6 +551,8 @@ def idle(config: Config) -> dict[str, str]:
     found = {} if config.plan is None else decided
     if config.plan is None and config.ratio is None and config.experts is not None:
         found["round_to"] = "only whole experts go"
+    if config.refine is not None:
+        found["effort"] = "--refine gives the steps"
     if config.metric_text is None:
         found["metric_samples"] = "no --metric-text is given"
     if not _surveys(config, recipe):

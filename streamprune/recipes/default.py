@@ -45,7 +45,7 @@ class Default(ObsRecipe[DefaultSettings]):
     prices_experts = True
     summary = "greedy cost paths in units of loss, one threshold, fits to the dense output with residual correction"
 
-    after_survey = frozenset({"shots", "target", "compensate", "sublayers"})
+    after_survey = frozenset({"shots", "target", "compensate", "sublayers", "fit_damping"})
 
     def __init__(self, settings: DefaultSettings) -> None:
         super().__init__(settings)

@@ -194,6 +194,12 @@ def test_round_to_with_a_plan_is_named(arguments: list[str], tmp_path: Path) -> 
     assert "streamprune: the plan decides the widths, so --round-to changed nothing" in done.stderr.splitlines()
 
 
+def test_effort_beside_a_number_of_steps_is_named(arguments: list[str]) -> None:
+    done = invoke("run", *arguments[:4], "--recipe", "magnitude", "--refine", "0", "--effort", "high")
+    assert done.exit_code == 0, done.output
+    assert "streamprune: --refine gives the steps, so --effort changed nothing" in done.stderr.splitlines()
+
+
 def test_defaults_without_effect_are_not_named(arguments: list[str]) -> None:
     done = invoke("run", *arguments[:4], "--recipe", "magnitude")
     assert done.exit_code == 0

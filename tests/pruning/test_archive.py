@@ -31,8 +31,8 @@ def test_a_kept_survey_gives_the_bytes_of_an_own_one(
         assert weights(config.out) == weights(alone.out)
         assert result.operations < expected.operations
     if recipe == "default":
-        settings = {"target": "own", "compensate": "off"}  # which the survey does not read
-        alone, other = (configured(model, name, recipe=recipe, settings=settings, **own) for name, own in (
+        settings = {"target": "own", "compensate": "off", "fit_damping": "0.05"}  # which the survey does not read
+        alone, other = (configured(model, name, recipe=recipe, settings=settings, effort="normal", **own) for name, own in (
             ("own", {}), ("reused", {"survey": kept})
         ))  # fmt: skip
         streamprune.prune(alone)

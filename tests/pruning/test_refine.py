@@ -115,16 +115,22 @@ def test_steps_are_plain_adams_on_transformers_own_block(name: str, tiny: Tiny, 
         torch.testing.assert_close(block(x, arguments), call(x), rtol=1e-7, atol=1e-7)
 
 
-def test_a_step_takes_some_sequences_anew_each_time(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    skeleton, store, _ = streams(tiny("llama"), tmp_path, 24, "float32")
-    read: list[int] = []
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sequences that refinement reads, in order."""
+    found: list[int] = []
     real = ActivationStore.read
 
     def reading(self: ActivationStore, name: str, batch: slice) -> Tensor:
-        read.extend(range(batch.start, batch.stop) if name == "source" else [])
+        found.extend(range(batch.start, batch.stop) if name == "source" else [])
         return real(self, name, batch)
+
+    monkeypatch.setattr(ActivationStore, "read", reading)
+    return found
+
+
+def test_a_step_takes_some_sequences_anew_each_time(read: list[int], tiny: Tiny, tmp_path: Path) -> None:
+    skeleton, store, _ = streams(tiny("llama"), tmp_path, 24, "float32")
 
     def chosen(seed: int, batch: int, index: int = 1) -> list[list[int]]:
         read.clear()
@@ -133,7 +139,6 @@ def test_a_step_takes_some_sequences_anew_each_time(
         refine(skeleton, block, index, store, "source", sweep.boundary("dense", 2), how)
         return [read[i : i + TRAIN_SEQUENCES] for i in range(0, len(read), TRAIN_SEQUENCES)]
 
-    monkeypatch.setattr(ActivationStore, "read", reading)
     first = chosen(0, 3)
     assert len(first) == 3
     assert all(len(set(step)) == TRAIN_SEQUENCES for step in first)
@@ -143,16 +148,8 @@ def test_a_step_takes_some_sequences_anew_each_time(
     assert chosen(0, 3, index=2) != first
 
 
-def test_every_pass_takes_every_sequence_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pass_takes_every_sequence_once(read: list[int], tiny: Tiny, tmp_path: Path) -> None:
     skeleton, store, _ = streams(tiny("llama"), tmp_path, 6, "float32")
-    read: list[int] = []
-    real = ActivationStore.read
-
-    def reading(self: ActivationStore, name: str, batch: slice) -> Tensor:
-        read.extend(range(batch.start, batch.stop) if name == "source" else [])
-        return real(self, name, batch)
-
-    monkeypatch.setattr(ActivationStore, "read", reading)
     ((_, block),) = sweep.blocks(skeleton, [1])
     how = Refinement(6, seed=0, batch=2, sequences=2)
     refine(skeleton, block, 1, store, "source", sweep.boundary("dense", 2), how)

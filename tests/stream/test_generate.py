@@ -258,14 +258,8 @@ def test_a_model_calibrates_on_what_it_writes(
     assert shards[0] == shards[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("instant", [1, 20])
-def test_stopped_while_writing_the_bytes_are_the_same(
-    instant: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tiny("llama")
-    whole, config = (configured(path, out, calibration="self", samples=3, seq_len=12) for out in ("whole", "stopped"))
-    streamprune.prune(whole)
+def stopped_writing(config: Config, instant: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a job and stop it as it writes text: at this update of a block's keys and values."""
     count, real = 0, generating.KeysAndValues.update
 
     def update_or_stop(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -279,6 +273,17 @@ def test_stopped_while_writing_the_bytes_are_the_same(
         patch.setattr(generating.KeysAndValues, "update", update_or_stop)
         with pytest.raises(Stop):
             streamprune.prune(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instant", [1, 20])
+def test_stopped_while_writing_the_bytes_are_the_same(
+    instant: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama")
+    whole, config = (configured(path, out, calibration="self", samples=3, seq_len=12) for out in ("whole", "stopped"))
+    streamprune.prune(whole)
+    stopped_writing(config, instant, monkeypatch)
     assert (job_folder(config.out) / "cache" / "generate").is_dir()
     streamprune.prune(config)
     assert contents(config.out) == contents(whole.out)
@@ -545,19 +550,8 @@ def test_text_under_way_is_gone_on_with(instant: int, answering: Make, monkeypat
     interrupted(config, monkeypatch, appends=instant)
     folder = job_folder(config.out)
     assert len([*folder.glob("generated-*")]) >= 1
-    real, count = generating.KeysAndValues.update, 0
-
-    def update_or_stop(self: Any, *arguments: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 5:  # in the middle of the second sweep of three blocks
-            raise Stop
-        return real(self, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(generating.KeysAndValues, "update", update_or_stop)
-        with pytest.raises(Stop):
-            streamprune.prune(config)
+    real = generating.KeysAndValues.update
+    stopped_writing(config, 5, monkeypatch)  # in the middle of the second sweep of three blocks
     lines = len(list(Journal(folder / JOURNAL, repair=False).steps("generated-")))
     assert lines == instant  # one more than before: the header is a line too
     asked: list[int] = []
