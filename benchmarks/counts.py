@@ -39,6 +39,7 @@ def count(recipe: str, settings: dict[str, str], options: argparse.Namespace) ->
             ratio=options.ratio,
             recipe=recipe,
             settings=settings,
+            effort="low",
             samples=options.samples,
             seq_len=options.seq_len,
             calibration=options.calibration,

@@ -37,7 +37,7 @@ def main() -> None:
         }
         for name, (recipe, asked, changes) in cells.items():
             seeds = SEEDS if recipe == "random" else (0,)
-            found = [rules.measure(recipe, asked, seed=seed, effort="low", **changes)["perplexity"] for seed in seeds]
+            found = [rules.measure(recipe, asked, seed=seed, **changes)["perplexity"] for seed in seeds]
             rows.setdefault(name, {})[share] = math.exp(sum(map(math.log, found)) / len(found))
     dense = rules.perplexity(rules.model)
     if options.json:

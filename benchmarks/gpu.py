@@ -136,6 +136,7 @@ def run(model: Path, out: Path, limit: str, options: argparse.Namespace, *recipe
     """Forecast and run one limit, survey first; return time and memory of each."""
     job = [*recipe, "--ratio", options.ratio, "--calibration", model.with_suffix(".txt"), "--samples", options.samples]
     job += ["--seq-len", options.seq_len, "--device", options.device, "--dtype", options.dtype, "--memory", limit]
+    job += ["--effort", "low"]
     forecast, _ = measured("plan", model, *job)
     with watched(options.device) as seen:
         started = time.monotonic()
@@ -192,6 +193,8 @@ def whole_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         options.dtype,
         "--device",
         options.device,
+        "--effort",
+        "low",
     ]
     plan = [sys.executable, "-m", "streamprune_cli", "plan", model, *job, "--json"]
     # The exit code does not matter: the job need not fit on this machine.

@@ -32,7 +32,7 @@ class Protocol:
     def measure(
         self, recipe: str, ratio: float | None, settings: dict[str, str] | None = None, **changes: Any
     ) -> dict[str, Any]:
-        """Prune into a temporary folder and evaluate the result; `changes` are additional fields of `Config`."""
+        """Prune into a temporary folder and evaluate the result, without refinement; `changes` are additional fields of `Config`."""
         with tempfile.TemporaryDirectory(prefix="streamprune-benchmark-") as folder:
             config = streamprune.Config(
                 model=self.model,
@@ -43,7 +43,7 @@ class Protocol:
                 calibration=self.calibration,
                 samples=self.samples,
                 seq_len=self.seq_len,
-                **changes,
+                **{"effort": "low", **changes},
             )
             result = streamprune.prune(config)
             row = {

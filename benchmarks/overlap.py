@@ -132,6 +132,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             out=folder / f"out-{recipe}-{number}",
             ratio=0.3,
             recipe=recipe,
+            effort="low",
             calibration=text,
             samples=options.samples,
             seq_len=options.seq_len,

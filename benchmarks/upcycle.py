@@ -8,7 +8,7 @@ tokens differ widely. Each expert is the FFN pruned to --width channels for the 
 and OBS refit), so that no other expert can do its work as well. Nothing is trained; the result depends on the seed alone.
 
     python benchmarks/upcycle.py ../shared/models/docs-llama-7m COPIES --experts 4
-    streamprune compare COPIES --recipes default,sobp,slimgpt,wanda-sp,magnitude --ratios 0.3 --samples 64 --seq-len 256 \\
+    streamprune compare COPIES --recipes default,sobp,slimgpt,wanda-sp,magnitude --ratios 0.3 --samples 64 --seq-len 256 --effort low \\
         --calibration ../shared/text/docs-calib.txt --text examples/text/validation.txt --eval-seq-len 256      about 4 minutes
     python benchmarks/upcycle.py ../shared/models/docs-llama-7m MIXTURE --text ../shared/text/docs-calib.txt        2 minutes
 
