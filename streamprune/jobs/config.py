@@ -12,7 +12,7 @@ from ..errors import ConfigError, check_choice, check_least
 from ..model.formats import FORMATS, Format
 from ..model.site import LAYOUTS
 from ..model.tokenizer import BOS, Bos
-from ..recipes.settings import THRESHOLD, Experts
+from ..recipes.experts import THRESHOLD, Experts
 from ..system.units import ACTIVATIONS, check_device, check_dtype
 from ..text.source import CUTS, LOSSES_ON, Cut, LossOn, Source, Spec
 

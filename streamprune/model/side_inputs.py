@@ -1,7 +1,7 @@
 """Side inputs: what blocks read of the tokens, or of earlier blocks, besides hidden states.
 
 The stream (sequences, tokens, width) that moves from block to block holds the hidden states in its first d columns and the side inputs
-in those after them. They so are stored, resumed and differentiated like hidden states.
+in those after them. So they are stored, resumed and differentiated like hidden states.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SideInputs:
     width: int
     """Columns of the stream."""
     given: tuple[tuple[str, Part], ...] = ()
-    """Mapping[str, Any] that depend on the tokens."""
+    """Arguments of the block that depend on the tokens."""
     shared: tuple[Shared, ...] = ()
     """What earlier blocks have put into mappings."""
     written: tuple[Shared, ...] = ()

@@ -24,11 +24,11 @@ from ..model.sizes import CONTEXT, Sizes
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import end_tokens, find_bos, load_tokenizer
 from ..recipes.allocation import Budget, allocate, even_densities
-from ..recipes.experts import check, leaving
+from ..recipes.experts import Experts, check, leaving
 from ..recipes.plan import Plan, SitePlan
 from ..recipes.recipe import LOSS, Recipe, Survey
 from ..recipes.registry import RECIPES
-from ..recipes.settings import Experts, parse
+from ..recipes.settings import parse
 from ..stream.generate import Writing
 from ..system import machine
 from ..system.progress import Progress
@@ -506,11 +506,11 @@ class Request:
         if not getattr(recipe, able) or recipe.writes_zeros:
             names = ", ".join(name for name, each in RECIPES.items() if getattr(each, able))
             raise ConfigError(
-                f"experts is {experts}; recipe {recipe.name} with these settings cannot weigh whole experts so: {names} can"
+                f"experts is {experts}; recipe {recipe.name} with these settings cannot decide on whole experts in this way; {names} can"
             )
         if recipe.correction is not None:
             raise ConfigError(
-                f"experts is {experts}; recipe {recipe.name} corrects the result with these settings, which whole experts exclude"
+                f"experts is {experts}; recipe {recipe.name} corrects the result with these settings, which cannot be combined with whole experts"
             )
         if not recipe.thins and self.config.ratio is not None:
             raise ConfigError(
@@ -531,7 +531,7 @@ class Request:
                 return share
             if share > self.config.ratio:
                 raise ConfigError(
-                    f"ratio is {self.config.ratio:g}; the experts that go are {share:.4f} of what it counts already"
+                    f"ratio is {self.config.ratio:g}; the experts that go are {share:.4f} of the parameters that it counts"
                 )
         asked, planned = self.config.ratio, self.given_plan.ratio if self.given_plan else None
         if asked is not None and planned is not None and asked != planned:

@@ -3,11 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, NumericalError
 from ..model.site import Site, routed
-from .settings import THRESHOLD, Experts
+
+THRESHOLD = "threshold"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Which routed experts go as a whole, as `--experts` says: by number, or in one budget with the units."""
+
+    keep: int | None = None
+    """How many stay in each block."""
+    share: float | None = None
+    """Share of the experts that goes, in (0, 1)."""
+    threshold: bool = False
+    """Whether one threshold decides over all blocks, instead of the same number in each."""
+
+    @classmethod
+    def parse(cls, text: str) -> Experts:
+        """Parse ``96``, ``0.25``, ``0.25:threshold`` or ``threshold``. Raises a ConfigError for anything else."""
+        number, _, rest = text.partition(":")
+        if text == THRESHOLD:
+            return cls(threshold=True)
+        if number.isdecimal() and not rest and int(number):
+            return cls(keep=int(number))
+        try:
+            share = float(number)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < 1 or rest not in ("", THRESHOLD):
+            raise ConfigError(
+                f"experts is {text!r}; it must be how many stay in each block, such as 96, the share that goes, such as 0.25 or "
+                f"0.25:{THRESHOLD}, or {THRESHOLD}"
+            )
+        return cls(share=share, threshold=bool(rest))
+
+    @property
+    def counted(self) -> bool:
+        """Whether the number of experts that go is given; otherwise it follows from the costs and the ratio."""
+        return self.keep is not None or self.share is not None
+
+    def __str__(self) -> str:
+        number = self.keep if self.keep is not None else self.share
+        return ":".join(str(each) for each in (number, THRESHOLD if self.threshold else None) if each is not None)
 
 
 def leaving(sites: Sequence[Site], costs: Mapping[str, float], experts: Experts) -> list[Site]:
