@@ -303,7 +303,7 @@ def test_results_load_again_are_pruned_again_and_resume(
         (
             "mixtral",
             {"experts": "threshold", "ratio": 0.3, "recipe": "surgeon"},
-            r"weigh whole experts so: default can",
+            r"decide on whole experts in this way; default can",
         ),
         (
             "mixtral",
