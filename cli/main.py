@@ -27,6 +27,7 @@ class Group(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             show.tell(f"{where}{error.strerror or error}{_advice(ctx)}")
+            streams.give_up_stdout()
             ctx.exit(1)
         except KeyboardInterrupt:
             show.tell(f"interrupted{_advice(ctx)}")

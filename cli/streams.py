@@ -38,6 +38,14 @@ def repair() -> None:
         sys.stderr = io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True)
 
 
+def give_up_stdout() -> None:
+    """Drop what stdout cannot take, so that Python does not try again when it exits, and end with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def hide_warnings() -> None:
     """Hide warnings of other libraries. STREAMPRUNE_WARNINGS=1 shows all of them, Python's -W those it names."""
     if sys.stderr is not sys.__stderr__:

@@ -8,13 +8,13 @@ overhead are left out, so a real speed-up is somewhat smaller.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import timer
 
 from ..model.site import Site, routed
 from ..model.skeleton import Skeleton
@@ -89,13 +89,18 @@ class Decoding:
         matrices = [[torch.ones(shape, device=device, dtype=dtype) for shape in shapes] for _ in range(copies)]
         vectors = [torch.ones(1, columns, device=device, dtype=dtype) for _, columns in shapes]
 
+        def now() -> float:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            return time.perf_counter()
+
         def run(count: int) -> float:
-            start = timer()
+            start = now()
             for _ in range(count):
                 for each in matrices:
                     for x, w in zip(vectors, each, strict=True):
                         F.linear(x, w)
-            return float(timer() - start) / (count * copies)
+            return (now() - start) / (count * copies)
 
         run(1)  # warm up
         count = 1 + int(ROUND_SECONDS / (copies * run(1)))

@@ -187,3 +187,9 @@ def test_warnings_of_others_are_shown_on_request(
     )
     assert ("from a library" in done.stderr) is shown
     assert ("logged by a library" in done.stderr) is (environment != {})
+
+
+def test_a_job_does_not_look_for_compilers() -> None:
+    """torch.utils.cpp_extension warns on stderr where it finds CUDA's compiler but no GPU."""
+    code = "import sys, streamprune.pruning.run; sys.exit('torch.utils.cpp_extension' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

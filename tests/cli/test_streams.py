@@ -55,7 +55,9 @@ def test_the_job_continues_without_its_readers(
         text=True,
         check=False,
         cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
+    assert "Exception ignored" not in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.returncode == code, ended.stderr
     assert contents(tmp_path / "out") == expected

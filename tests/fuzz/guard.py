@@ -66,7 +66,7 @@ class Guard:
         Raises:
             Fault: another error than ours, a write elsewhere, or more time or memory than there should be.
         """
-        before = _begin()
+        before, mapped = _begin(), _status("RssFile")
         self._seen, self._watching = [], True
         signal.setitimer(signal.ITIMER_PROF, self._seconds)
         try:
@@ -88,7 +88,8 @@ class Guard:
             self._watching = False
         if self._seen:
             raise Fault(self._seen[0])
-        grown = _peak() - before
+        # Pages of libraries that are touched for the first time are not the input's.
+        grown = _peak() - before - max(0, _status("RssFile") - mapped)
         if grown > FLOOR + MULTIPLE * len(data):
             raise Fault(f"{grown >> 20} MiB of memory for {len(data)} bytes")
         return taken
@@ -127,7 +128,12 @@ def _begin() -> int:
 
 def _peak() -> int:
     """The most bytes of memory since `_begin`."""
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A number of bytes that the kernel states of this process."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) << 10
 
 
