@@ -323,6 +323,53 @@ def resize_blocks(blocks, widths):
                 remove_sublayer(block, name, **each[index])
 
 
+@cache
+def paged_cache():
+    """Return the class of continuous batching's cache, with as many key/value heads in each block as the block has.
+
+    transformers makes room for the config's number in every block. A block with fewer heads writes and reads the first ones.
+    """
+    from transformers.generation.continuous_batching import PagedAttentionCache
+
+    class PagedCache(PagedAttentionCache):
+        def update(self, key_states, value_states, layer_idx, kwargs):
+            own, room = key_states.shape[1], self.layer_to_allocator[layer_idx].num_key_value_heads
+            padded = [nn.functional.pad(each, (0, 0, 0, 0, 0, room - own)) for each in (key_states, value_states)]
+            found = super().update(*padded, layer_idx, kwargs=kwargs)
+            # Flash attention reads and writes pages itself: (pages, tokens, heads, width).
+            kwargs.update({name: kwargs[name][:, :, :own] for name in ("k_cache", "v_cache") if name in kwargs})
+            return tuple(each[:, :own] for each in found)
+
+    return PagedCache
+
+
+def take_paged_cache(model, args, kwargs):
+    """A forward pre-hook: make a cache of transformers' class one of `paged_cache`."""
+    if type(kwargs.get("cache")) is paged_cache().__base__:
+        kwargs["cache"].__class__ = paged_cache()
+
+
+class Batches:
+    """Continuous batching for blocks with different numbers of key/value heads; mixed into classes that generate text."""
+
+    def init_continuous_batching(self, *args, **kwargs):
+        if "kwargs" not in inspect.signature(paged_cache().__base__.update).parameters:
+            raise NotImplementedError(
+                "this transformers is too old for continuous batching of pruned models; 5.24 works"
+            )
+        if take_paged_cache not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(take_paged_cache, with_kwargs=True)
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """Raise an error where transformers only logs it and returns nothing."""
+        found = super().generate_batch(inputs, *args, **kwargs)
+        errors = [each.error for each in found.values() if each.error is not None]
+        if inputs and len(errors) == len(found):
+            raise RuntimeError(f"continuous batching failed: {errors[0] if errors else 'see the log'}")
+        return found
+
+
 def class_stem(base):
     """Return the class name of a model_type without its suffix: "qwen2" gives "PrunedQwen2"."""
     return "Pruned" + "".join(part.capitalize() for part in re.split("[^a-z0-9]", base))
@@ -471,7 +518,8 @@ def model_class(base, ending=None):
         "config_class": config_class(base),
         "__module__": __name__,
     }
-    return type(class_stem(base) + ending, (stock,), members)
+    bases = (Batches, stock) if hasattr(stock, "generate_batch") else (stock,)
+    return type(class_stem(base) + ending, bases, members)
 
 
 class PrunedForCausalLM:
