@@ -211,8 +211,7 @@ result_options = bundle(
         type=click.Choice(["free", "uniform", "decilm"]),
         default="free",
         help="free: each block has its own widths. uniform: all blocks have the same widths, and the result is a stock "
-        "checkpoint. decilm: the same attention in all blocks and FFN widths in multiples of 256, for vLLM's DeciLM (llama "
-        "only).",
+        "checkpoint. decilm: the same attention in all blocks, for vLLM's DeciLM (llama only).",
     ),
     click.option("--text-only", is_flag=True, help="Of a multimodal model, write the text model alone."),
     click.option("--blocks", metavar="A:B", callback=window, help="Prune only blocks A to B - 1.  [default: all]"),

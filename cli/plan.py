@@ -76,7 +76,8 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     missed = [] if needs.ratio_missed is None else [f"misses its ratio: {needs.ratio_missed}"]
     verdict = [*(problems or ["it fits"]), *missed]
     ratios = [] if outlook is None else [*_ratios(outlook), ""]
-    lines = problems if quiet else [*show.table(rows), "", *show.table(moments), "", *ratios, *verdict]
+    kept = [] if needs.kept is None else [f"{config.layout} layout: {needs.kept}"]
+    lines = problems if quiet else [*show.table(rows), "", *show.table(moments), "", *ratios, *kept, *verdict]
     show.result({**needs.as_dict(), "preview": outlook and asdict(outlook)}, as_json, lines)
     options.note_idle(quiet, config, used=["context"])
     if needs.problems:

@@ -376,6 +376,7 @@ What is not pruned in each kind:
 - An attention unit is a key/value group with its query heads. `falcon-7b` has one group, so only its FFN shrinks.
 - Falcon with ALiBi (`falcon-rw`) counts heads outside the blocks: only its FFN shrinks.
 - gpt2, opt, gpt_neox, falcon and olmoe cannot express fewer heads in a stock config: the uniform layout shrinks their FFNs only.
+- qwen2, granite, mixtral, olmo2, phi3 and starcoder2 keep all query heads in the uniform layout, since some runtime ignores `head_dim`.
 - llama, gemma2 and gemma3 only express head counts that divide the width.
 - mixtral, qwen3_moe, olmoe, qwen2_moe, gpt_oss, deepseek_v3: each expert is a separate site, the router is never changed, and an
   expert that fewer calibration tokens reached than it has channels keeps them all (the report says so). Consumers' Grams are

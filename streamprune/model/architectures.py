@@ -243,9 +243,35 @@ FAMILIES: dict[str, Family] = {
 """By model_type. Others have no uniform layout."""
 
 
+DERIVED_HEADS: Mapping[str, tuple[str, ...]] = {
+    "qwen2": ("vLLM", "mlx-lm"),
+    "granite": ("mlx-lm", "llama.cpp's converter"),
+    "mixtral": ("SGLang", "mlx-lm"),
+    "olmo2": ("SGLang", "llama.cpp"),
+    "phi3": ("mlx-lm", "llama.cpp"),
+    "starcoder2": ("SGLang", "mlx-lm", "llama.cpp"),
+}
+"""By model_type: runtimes that compute the width of a head as hidden_size // num_attention_heads and ignore head_dim.
+
+In these types the uniform layout keeps all query heads. Read in the sources of vLLM 0.32.0 (``models/qwen2.py``), SGLang 0.5.23
+(``srt/models/{mixtral,olmo2,starcoder2}.py``), mlx-lm 0.32.2 (``models/{qwen2,granite,mixtral,phi3,starcoder2}.py``) and llama.cpp
+(``conversion/granite.py``, which drops head_dim; `commands.export.runtime` names the architectures of its loader that need all
+heads). exllamav3 1.6.5 reads head_dim in every class. The other types of `FAMILIES` with heads in `widths` are read correctly by all five.
+"""
+
+
 def family_of(model_type: str) -> Family:
     """Return the entry of `FAMILIES`, or an empty one."""
     return FAMILIES.get(model_type) or Family({})
+
+
+def kept_heads(model_type: str) -> str | None:
+    """Say why the uniform layout keeps all query heads of a model type; None if it may remove some."""
+    runtimes = DERIVED_HEADS.get(model_type)
+    return runtimes and (
+        f"all query heads stay, since {' and '.join(runtimes)} ignore{'s' * (len(runtimes) == 1)} head_dim of {model_type} and divide "
+        "hidden_size by the number of heads"
+    )
 
 
 def stock_config(model_type: str, config: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Any]:
@@ -262,7 +288,8 @@ def stock_config(model_type: str, config: Mapping[str, Any], sites: Sequence[Sit
 
 
 def is_stock(model_type: str, config: Mapping[str, Any], sites: Sequence[Site]) -> bool:
-    """Return whether the stock architecture can express these widths: equal in all blocks, and accepted by its config class.
+    """Return whether the stock architecture can express these widths: equal in all blocks, accepted by its config class, and
+    understood by the runtimes of `DERIVED_HEADS`.
 
     For example, transformers' `LlamaConfig` rejects a number of heads that does not divide the residual width, even if
     head_dim is set.
@@ -282,4 +309,5 @@ def is_stock(model_type: str, config: Mapping[str, Any], sites: Sequence[Site]) 
         # Config classes raise errors of any type (huggingface_hub's validation errors are not ValueErrors).
         return False
     heads = next((site.heads for site in sites if site.kind == "attention"), stock.num_attention_heads)
-    return bool(stock.num_attention_heads == heads)
+    given = config.get("num_attention_heads", heads) if model_type in DERIVED_HEADS else heads
+    return bool(stock.num_attention_heads == heads == given)

@@ -98,14 +98,14 @@ class Layout:
     name: str
     alike: frozenset[str] = frozenset()
     """Families (see `Site.family`) that must have the same width in all blocks, one that the stock config class accepts."""
-    multiple: int = 1  # FFN widths must be multiples of this
     sublayers: bool = True  # whether it can express blocks without attention, or without an FFN
     biases: bool = True  # whether such a block can keep the consumer's bias
+    headless: bool = True  # whether the first block may lack its attention
 
 
 FREE = Layout("free")
 UNIFORM = Layout("uniform", frozenset({"attention", "ffn", "experts"}), sublayers=False)
-DECILM = Layout("decilm", frozenset({"attention"}), multiple=256, biases=False)
-"""DeciLM configs (`nemotron_nas` in vLLM) have one number of query heads, and one FFN width per block, a multiple of 256. Blocks
-without attention or FFN hold nothing of it."""
+DECILM = Layout("decilm", frozenset({"attention"}), biases=False, headless=False)
+"""DeciLM configs (`nemotron_nas` in vLLM) have one number of query heads, and one FFN width per block. Blocks without attention or
+FFN hold nothing of it. vLLM's first block starts the residual stream in its attention."""
 LAYOUTS = {layout.name: layout for layout in (FREE, UNIFORM, DECILM)}

@@ -257,7 +257,8 @@ class Skeleton:
                 found.append((self._site(index, single), single))
         for number, (site, entry) in enumerate(found):
             bias = entry.removal is not None and entry.removal.bias is not None
-            if site.expert is None and (not self.layout.sublayers or (bias and not self.layout.biases)):
+            first = index == 0 and site.kind == "attention" and not self.layout.headless
+            if site.expert is None and (not self.layout.sublayers or (bias and not self.layout.biases) or first):
                 found[number] = replace(site, stays=True), entry
         sites = tuple(site for site, _ in found)
         alike = self.layout.alike

@@ -16,7 +16,7 @@ from ..system.progress import Progress
 from ..system.strict_json import write_json
 from . import fp8, manifest
 from . import modeling_streamprune as modeling
-from .architectures import FAMILIES, SublayerEntry, family_of, is_stock, stock_config
+from .architectures import FAMILIES, SublayerEntry, family_of, is_stock, kept_heads, stock_config
 from .block import rows_of
 from .checkpoint import Shard, data_bytes, shard_name, write_index, write_shard
 from .config import NO_OP, OURS
@@ -177,7 +177,8 @@ def finish(
         for name, path in copies.items():
             if path.is_file():
                 digests[name] = files.copy(path, folder / name)
-    digests[CARD] = files.write_text(folder / CARD, _card(card, stock))
+    kept = kept_heads(skeleton.written_type) if stock else None
+    digests[CARD] = files.write_text(folder / CARD, _card(card, stock, kept))
     digests[REPORT] = write_json(folder / REPORT, report)
     manifest.write(folder, digests)
     _check_written(folder, digests, progress)
@@ -341,8 +342,9 @@ def _own_fields(skeleton: Skeleton, entry: SublayerEntry, site: Site, mixture: b
 def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     """Return `free_config` with the fields that runtimes with their own DeciLM architecture (`nemotron_nas` in vLLM) read.
 
-    These compute FFN widths from a factor: ``2/3 · ffn_mult · d``, rounded up to a multiple of 256. The factor here aims at half a
-    multiple below the width, so that its rounding cannot change the result.
+    Multiples of 256 are FFN widths that all of them read, from a factor: ``2/3 · ffn_mult · d``, rounded up to a multiple of 256. The
+    factor here aims at half a multiple below the width, so that its rounding cannot change the result. Other widths are in
+    ``intermediate_size``, which vLLM reads if there is no factor.
     """
     left = {(site.kind, site.block): site for site in sites if site.units}
     attention = next((site for site in left.values() if site.kind == "attention"), None)
@@ -350,11 +352,11 @@ def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
     for index in range(len(skeleton)):
         has_attention, ffn = ("attention", index) in left, left.get(("ffn", index))
         group = attention.heads // attention.units if attention and has_attention else None
-        factor = round(1.5 * (ffn.columns - DECILM.multiple / 2) / ffn.outputs, 6) if ffn else None
+        width = {"ffn_mult": None} if ffn is None else _decilm_width(ffn)
         blocks.append(
             {
                 "attention": {"no_op": not has_attention, "replace_with_linear": False, "n_heads_in_group": group},
-                "ffn": {"no_op": ffn is None, "replace_with_linear": False, "ffn_mult": factor},
+                "ffn": {"no_op": ffn is None, "replace_with_linear": False, **width},
             }
         )
     return {
@@ -365,6 +367,14 @@ def decilm_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
         "architectures": ["DeciLMForCausalLM"],
         BLOCK_CONFIGS: blocks,
     }
+
+
+def _decilm_width(ffn: Site) -> dict[str, float]:
+    """Return the fields of DeciLM's config that hold an FFN's width."""
+    step = 256
+    if ffn.columns % step:
+        return {"intermediate_size": ffn.columns}
+    return {"ffn_mult": round(1.5 * (ffn.columns - step / 2) / ffn.outputs, 6)}
 
 
 def layout_of(skeleton: Skeleton) -> Layout:
@@ -401,9 +411,9 @@ def _shards(skeleton: Skeleton) -> int:
     return len(skeleton) + len(_outside(skeleton))
 
 
-def _card(card: Card, stock: bool) -> str:
+def _card(card: Card, stock: bool, kept: str | None) -> str:
     load = (
-        "It is a stock checkpoint: everything that loads the source architecture loads it."
+        f"It is a stock checkpoint: everything that loads the source architecture loads it{(kept and f'; {kept}') or ''}."
         if stock
         else "Its blocks differ in width. `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` loads it, and so do\n"
         "`streamprune.load(path)` and, after `import streamprune`, plain `from_pretrained`. Its tokenizer needs no code:\n"

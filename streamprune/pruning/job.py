@@ -102,6 +102,7 @@ class Job(JobFolder):
             ratio_missed=None
             if self.request.ratio is None or self.request.experts
             else self.request.goal.foreseen(self.request.planned, self.request.counted_tokens),
+            kept=self.request.kept,
         )
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ from ..jobs.schedule import Phase
 from ..maths.flops import kind
 from ..maths.sums import Statistic
 from ..model import fp8, hub, write
+from ..model.architectures import kept_heads
 from ..model.formats import Format
 from ..model.modeling_streamprune import stock_class
 from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
@@ -112,7 +112,7 @@ class Request:
         return Budget(
             ratio * part,
             self.counted_parameters,
-            math.lcm(self.config.round_to, layout.multiple),
+            self.config.round_to,
             layout.alike,
             gone=gone,
             # Formats of GGUF files cannot lack a sublayer.
@@ -369,6 +369,11 @@ class Request:
             return not write.fits_stock(self.skeleton, self.sites)
         return self.skeleton.layout is not UNIFORM
 
+    @property
+    def kept(self) -> str | None:
+        """What the layout keeps whole, and why; None if any site may lose units."""
+        return kept_heads(self.skeleton.written_type) if self.skeleton.layout is UNIFORM and self.thins else None
+
     def schedule(self) -> list[Phase]:
         depth, correction = len(self.skeleton), self.recipe.correction
         found = [Phase("calibrate")] if self.writes_text else []
@@ -398,17 +403,10 @@ class Request:
 
     def _check_layout(self) -> None:
         """Check that DeciLM's config can describe this model."""
-        if self.skeleton.layout is not DECILM:
-            return
-        if self.skeleton.architecture.model_type != "llama":
+        if self.skeleton.layout is DECILM and self.skeleton.architecture.model_type != "llama":
             raise ConfigError(
                 f"layout is decilm; {self.config.model} is of model_type {self.skeleton.architecture.model_type}, and it must be llama"
             )
-        for site in self.sites:
-            if site.kind == "ffn" and site.columns % DECILM.multiple:
-                raise ConfigError(
-                    f"layout is decilm; {site.name} is {site.columns} wide, and widths must be multiples of {DECILM.multiple}"
-                )
 
     def _window(self) -> range:
         """The blocks that may change."""

@@ -99,6 +99,8 @@ class Run:
         job = self.job
         self._rewind()
         if job.journal.find("complete") is None:
+            if job.request.kept is not None:
+                job.progress.say(f"{job.config.layout} layout: {job.request.kept}")
             self._get_text()
             for number in range(1, job.request.shots + 1):
                 shot = Shot(job, number)

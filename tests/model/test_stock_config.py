@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import TINY
+from streamprune_cli import main
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import streamprune
-from streamprune.model.architectures import FAMILIES
+from streamprune.model.architectures import DERIVED_HEADS, FAMILIES, kept_heads
 from streamprune.model.checkpoint import Checkpoint
 
 Make = Callable[..., Path]
@@ -75,3 +78,67 @@ def test_transformers_loads_it_without_our_code(uniform: tuple[dict[str, Any], P
     after = json.loads((out / "config.json").read_text())
     for name in (*HEADS, *FFN):
         assert getattr(read, name, None) == after.get(name) or name not in after
+
+
+SOURCES = {
+    "vLLM": ("vllm", "model_executor/models", {"phi3": "llama", "gemma3_text": "gemma3"}),
+    "SGLang": ("sglang", "srt/models", {"mistral": "llama", "phi3": "llama", "gemma3_text": "gemma3_causal"}),
+    "mlx-lm": ("mlx_lm", "models", {"mistral": "llama"}),
+    "exllamav3": ("exllamav3", "architecture", {"gemma3_text": "gemma3"}),
+}
+"""By runtime: its package, where the classes of models are, and files with another name than the model type."""
+READS_HEAD_DIM = re.compile(
+    r'"head_dim"|\b(args|config)\.head_dim|import LlamaConfig|LlamaForCausalLM|import llama$', re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("runtime", SOURCES)
+def test_who_reads_head_dim(runtime: str) -> None:
+    """Where the runtime is installed: its sources agree with the table."""
+    package, folder, others = SOURCES[runtime]
+    if (spec := find_spec(package)) is None:
+        pytest.skip(f"{package} is not installed")
+    found = {}
+    for model_type, family in FAMILIES.items():
+        path = Path(
+            next(iter(spec.submodule_search_locations or ())), folder, f"{others.get(model_type, model_type)}.py"
+        )
+        if "attention" in family.widths and path.is_file():
+            found[model_type] = bool(READS_HEAD_DIM.search(path.read_text()))
+    assert len(found) > 8
+    assert found == {model_type: runtime not in DERIVED_HEADS.get(model_type, ()) for model_type in found}
+
+
+@pytest.mark.parametrize("model_type", DERIVED_HEADS)
+def test_a_runtime_that_derives_head_dim_gets_it_right(model_type: str, tiny: Make, configured: Any) -> None:
+    name = next(name for name, fields in TINY.items() if fields["model_type"] == model_type)
+    config = configured(tiny(name), recipe="magnitude", ratio=0.2, layout="uniform")
+    streamprune.prune(config)
+    written = json.loads((config.out / "config.json").read_text())
+    derived = written["hidden_size"] // written["num_attention_heads"] * written["num_attention_heads"]
+    assert columns(config.out, ATTENTION_OUT, model_type) == {derived}
+    kept = kept_heads(model_type)
+    assert kept is not None
+    assert f"loads it; {kept}." in (config.out / "README.md").read_text()
+
+
+def test_plan_says_who_needs_all_heads(tiny: Make, text: Path) -> None:
+    command = ["plan", "--ratio", "0.2", "--recipe", "magnitude", "--layout"]
+    said = "uniform layout: all query heads stay, since vLLM and mlx-lm ignore head_dim of qwen2"
+    for layout, model, expected in (("uniform", "qwen2", True), ("free", "qwen2", False), ("uniform", "llama", False)):
+        done = CliRunner().invoke(main, [*command, layout, str(tiny(model))])
+        assert done.exit_code == 0, done.output
+        assert (said in done.stdout) == expected
+
+
+def test_blocks_with_equally_few_heads_are_not_stock_where_head_dim_is_derived(
+    tiny: Make, configured: Any, tmp_path: Path
+) -> None:
+    kept = {f"blocks.{b}.{kind}": {"keep": keep} for b in range(3) for kind, keep in (("attention", 1), ("ffn", 16))}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.3, "sites": kept}))
+    for name, stock in (("qwen2", False), ("qwen3", True)):
+        config = configured(tiny(name), name, recipe="magnitude", ratio=None, plan=plan)
+        streamprune.prune(config)
+        written = json.loads((config.out / "config.json").read_text())
+        assert (written["model_type"] == name) == stock

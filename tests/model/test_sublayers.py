@@ -154,7 +154,7 @@ def test_a_depth_without_weights_is_bounded(tiny: Any, configured: Make, tmp_pat
 def test_decilm_says_which_sublayers_are_gone(tiny: Any, configured: Make, tmp_path: Path) -> None:
     path = tiny("llama", intermediate_size=512)
     sites = opened(path).all_sites()
-    plan = write_plan(tmp_path / "plan.json", sites, {"blocks.1.ffn", "blocks.0.attention"})
+    plan = write_plan(tmp_path / "plan.json", sites, {"blocks.1.ffn", "blocks.2.attention"})
     config = configured(path, recipe="magnitude", plan=plan, ratio=None, layout="decilm")
     streamprune.prune(config)
     fields = json.loads((config.out / "config.json").read_text())
@@ -162,27 +162,32 @@ def test_decilm_says_which_sublayers_are_gone(tiny: Any, configured: Make, tmp_p
     off = {"replace_with_linear": False}
     group = fields["num_attention_heads"] // fields["num_key_value_heads"]
     assert attention == [
-        {"no_op": True, "n_heads_in_group": None, **off},
         *[{"no_op": False, "n_heads_in_group": group, **off}] * 2,
+        {"no_op": True, "n_heads_in_group": None, **off},
     ]
     assert [each["no_op"] for each in ffn] == [False, True, False]
     assert ffn[1]["ffn_mult"] is None
     # vLLM's DeciLM builds no norm for what is gone.
-    block = load_file(config.out / "model-00002-of-00005.safetensors")
+    block = load_file(config.out / "model-00004-of-00005.safetensors")
     assert not any("self_attn" in name or "input_layernorm" in name for name in block)
 
 
 @pytest.mark.parametrize(
     ("layout", "changes", "gone"),
-    [("decilm", {"attention_bias": True}, "attention"), ("decilm", {"mlp_bias": True}, "ffn"), ("uniform", {}, "ffn")],
+    [
+        ("decilm", {"attention_bias": True}, "1.attention"),
+        ("decilm", {"mlp_bias": True}, "1.ffn"),
+        ("decilm", {}, "0.attention"),
+        ("uniform", {}, "1.ffn"),
+    ],
 )
 def test_a_layout_that_cannot_lack_a_sublayer(
     layout: str, changes: Any, gone: str, tiny: Any, configured: Make, tmp_path: Path
 ) -> None:
-    """The biases of what is gone stay, which DeciLM's modules cannot hold."""
+    """The biases of what is gone stay, which DeciLM's modules cannot hold; vLLM's begins with an attention."""
     path = tiny("llama", intermediate_size=512, **changes)
-    plan = write_plan(tmp_path / "plan.json", opened(path).all_sites(), {f"blocks.1.{gone}"})
-    with pytest.raises(ConfigError, match=rf"blocks\.1\.{gone} keeps 0; it must be 1 to"):
+    plan = write_plan(tmp_path / "plan.json", opened(path).all_sites(), {f"blocks.{gone}"})
+    with pytest.raises(ConfigError, match=rf"blocks\.{gone} keeps 0; it must be 1 to"):
         streamprune.prune(configured(path, recipe="magnitude", plan=plan, ratio=None, layout=layout))
 
 

@@ -188,21 +188,24 @@ def test_llamas_own_config_limits_its_uniform_heads(tiny: Tiny) -> None:
     assert opt.sites(0)[0].choices == (4,)
 
 
-def runtimes_width(factor: float, width: int) -> int:
-    """How runtimes with DeciLM's architecture take an FFN's width from its factor."""
-    columns = int(2 * factor * width / 3)
+def runtimes_width(ffn: Any, width: int) -> int:
+    """How vLLM takes an FFN's width from DeciLM's config. The others know only the factor, which mlx-lm rounds."""
+    if not hasattr(ffn, "ffn_mult"):
+        return int(ffn.intermediate_size)
+    columns = int(2 * round(ffn.ffn_mult, 4) * width / 3)
     return columns if columns % 256 == 0 else columns + 256 - columns % 256
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("round_to", [256, 8])
 def test_decilm_layout_says_what_its_runtimes_read(
-    tiny: Tiny, configured: Make, elsewhere: Elsewhere, tmp_path: Path
+    round_to: int, tiny: Tiny, configured: Make, elsewhere: Elsewhere, tmp_path: Path
 ) -> None:
     from transformers import AutoConfig
 
     wide = {"intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
     path = tiny("llama", **wide, hidden_act="swish")
-    config = configured(path, layout="decilm", ratio=0.4, recipe="default", samples=24)
+    config = configured(path, layout="decilm", ratio=0.4, recipe="default", samples=24, round_to=round_to)
     streamprune.prune(config)
     written = AutoConfig.from_pretrained(config.out)
     assert written.architectures == ["DeciLMForCausalLM"]
@@ -216,9 +219,13 @@ def test_decilm_layout_says_what_its_runtimes_read(
         assert written.num_attention_heads == attention.heads
         assert written.num_attention_heads // block.attention.n_heads_in_group == attention.units
         assert written.num_key_value_heads == attention.units
-        assert runtimes_width(block.ffn.ffn_mult, written.hidden_size) == ffn.columns
-        assert runtimes_width(round(block.ffn.ffn_mult, 4), written.hidden_size) == ffn.columns
+        assert runtimes_width(block.ffn, written.hidden_size) == ffn.columns
+        # mlx-lm knows no field beside the factor.
+        assert block.ffn.keys() - {"no_op", "replace_with_linear"} == {
+            "intermediate_size" if ffn.columns % 256 else "ffn_mult"
+        }
         widths.append(ffn.columns)
+    assert any(width % 256 for width in widths) == (round_to == 8)
     assert written.head_dim == 4
     assert written.hidden_act == "silu"
     assert len(set(widths)) > 1
@@ -232,10 +239,9 @@ def test_decilm_layout_says_what_its_runtimes_read(
     assert saved["block_configs"] == json.loads((config.out / "config.json").read_text())["block_configs"]
 
 
-@pytest.mark.parametrize(("name", "message"), [("llama", "blocks.0.ffn is 48 wide"), ("qwen3", "model_type qwen3")])
-def test_decilm_layout_refuses_what_it_cannot_say(name: str, message: str, tiny: Tiny, configured: Make) -> None:
-    with pytest.raises(ConfigError, match=f"layout is decilm.*{message}"):
-        streamprune.prune(configured(tiny(name), layout="decilm"))
+def test_decilm_layout_refuses_what_it_cannot_say(tiny: Tiny, configured: Make) -> None:
+    with pytest.raises(ConfigError, match=r"layout is decilm.*model_type qwen3"):
+        streamprune.prune(configured(tiny("qwen3"), layout="decilm"))
 
 
 def test_equal_widths_by_chance_are_written_as_stock(tiny: Tiny, configured: Make) -> None:
@@ -379,6 +385,24 @@ def test_the_tokenizer_needs_no_code(
         assert f"ids {expected}\n" in said
         # On a terminal transformers asks about the config's class before it does without.
         assert kind == "bare" or "custom code" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["free", "uniform", "decilm"])
+def test_the_tokenizer_of_a_layout_needs_no_code(
+    layout: str, tiny: Tiny, configured: Make, elsewhere: Elsewhere
+) -> None:
+    from transformers import AutoTokenizer
+
+    job = configured(tiny("llama"), layout=layout, recipe="sobp")
+    streamprune.prune(job)
+    expected = AutoTokenizer.from_pretrained(tiny("llama"))("hello, world")["input_ids"]
+    for kind in ("bare", "untrusted"):
+        code, said = elsewhere(TOKENIZE, job.out, kind)
+        assert code == 0, said
+        assert f"ids {expected}\n" in said
+        # transformers reads the config before the tokenizer's, and a bare call asks about the config's class.
+        assert ("custom code" in said) == (kind == "bare" and layout != "uniform")
 
 
 RUN_TIME: dict[str, Any] = {

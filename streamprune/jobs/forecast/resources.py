@@ -54,6 +54,7 @@ class Resources:
     refinement_operations: Mapping[str, int] = field(default_factory=dict)
     """FLOPs of block refinement in each effort of `jobs.config.EFFORTS`."""
     ratio_missed: str | None = None  # why a job cannot remove the ratio asked for, if that is certain beforehand
+    kept: str | None = None  # what the layout keeps whole, and why
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "problems": list(self.problems), "fits": not self.problems}
