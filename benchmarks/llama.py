@@ -11,23 +11,21 @@ token, head included.
     python benchmarks/llama.py examples/docs-llama-7m OUT --text examples/text/validation.txt      about a minute
     python benchmarks/llama.py DENSE PRUNED --text FILE --dtype q8_0 --json
 
-Needs gguf and llama-cpp-python.
+Needs `pip install 'streamprune[llama]'`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from llama_cpp import Llama
+from runtime import Llama, perplexity
 
 import streamprune
 from streamprune.commands.evaluate import read_windows
@@ -36,25 +34,6 @@ from streamprune.text.source import source
 
 PROMPT = 128
 WRITTEN = 128
-
-
-def opened(path: Path, length: int, threads: int, *, scores: bool) -> Llama:
-    """Open a GGUF file in llama.cpp."""
-    sizes = {"n_ctx": length, "n_batch": length, "n_ubatch": length, "n_threads": threads, "n_threads_batch": threads}
-    return Llama(str(path), **sizes, logits_all=scores, verbose=False)
-
-
-def perplexity(path: Path, windows: torch.Tensor, threads: int) -> float:
-    """Return llama.cpp's perplexity over token ids (windows, length)."""
-    model = opened(path, windows.shape[1], threads, scores=True)
-    total = 0.0
-    for window in windows:
-        model.reset()
-        model.eval(window.tolist())
-        logits = torch.from_numpy(np.array(model.scores[: len(window) - 1]))
-        total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-    model.close()
-    return math.exp(total / (windows.numel() - len(windows)))
 
 
 def speeds(model: Llama, tokens: list[int]) -> tuple[float, float]:
@@ -94,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             here = streamprune.evaluate(folder, options.text, seq_len=options.seq_len)
             found[name]["perplexity"] = here.perplexity
             found[name]["perplexity_llama_cpp"] = perplexity(paths[name], windows, options.threads)
-        models = {name: opened(path, PROMPT + WRITTEN, options.threads, scores=False) for name, path in paths.items()}
+        models = {name: Llama(path, PROMPT + WRITTEN, threads=options.threads) for name, path in paths.items()}
         tokens = windows.flatten().tolist()
         rows: list[dict[str, tuple[float, float]]] = []
         for repetition in range(options.repetitions + 1):

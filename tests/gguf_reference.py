@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 VOCABULARY = 320
 TEXT = """It's 12345 o'clock; WE'LL see 3.14159 things,  two spaces\tand tabs.\n\n\n  New lines \r\n too: naïve café, Ελλάδα 東京 🙂🙂
@@ -33,29 +36,27 @@ def write_byte_tokenizer(folder: Path, pre_tokenizer: Any = None, **model: Any) 
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def runtime() -> Any:
+    """benchmarks/runtime.py as a module."""
+    pytest.importorskip("xllamacpp", reason="the xllamacpp package is not here")
+    spec = importlib.util.spec_from_file_location("runtime", ROOT / "benchmarks" / "runtime.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules.setdefault("runtime", importlib.util.module_from_spec(spec))
+    if not hasattr(module, "Llama"):
+        spec.loader.exec_module(module)
+    return module
+
+
 def opened(path: Path, length: int = 64) -> Any:
     """The file in llama.cpp, its key/value cache in float32."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    return llama_cpp.Llama(
-        str(path),
-        n_ctx=length,
-        n_batch=length,
-        n_ubatch=length,
-        n_threads=1,
-        n_threads_batch=1,
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        flash_attn=False,
-        verbose=False,
-    )
+    return runtime().Llama(path, length, exact=True)
 
 
 def runtime_logits(path: Path, ids: Sequence[int]) -> np.ndarray[Any, Any]:
     """llama.cpp's logits for a window, (tokens, vocabulary) float32."""
     model = opened(path, len(ids))
-    model.eval(list(ids))
-    logits = np.array(model.scores[: len(ids)])
+    logits: np.ndarray[Any, Any] = model.eval(list(ids))
     model.close()
     return logits
 

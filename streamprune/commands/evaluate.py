@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..errors import ConfigError, check_choice, check_least
 from ..jobs.forecast.resources import bucket_batch, forecast
 from ..jobs.forecast.workload import Workload
 from ..model import hub
+from ..model.block import Block
 from ..model.proof import prove
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import Bos, bos_token, load_tokenizer
@@ -131,6 +132,7 @@ def through_blocks(
     cache: Path | None = None,
     activations: str | None = None,
     memory_host: int | None = None,
+    watch: Callable[[int, Block], AbstractContextManager[None]] = lambda index, block: nullcontext(),
 ) -> Iterator[list[Bucket]]:
     """Run sequences through all blocks in one sweep; inside the context, the stores hold the last block's output.
 
@@ -138,6 +140,7 @@ def through_blocks(
         groups: (sequences, length) int64 each, of different lengths.
         phase: reported to `progress`, with one step more than this function takes, for the head.
         memory, cache, activations, memory_host: as in `evaluate`, whose errors it raises.
+        watch: returns a context that is open while a block runs.
     """
     dtypes = skeleton.dtype, skeleton.checkpoint.dtype
     skeleton.check_sites()
@@ -172,9 +175,10 @@ def through_blocks(
                         write(embedding(bucket.tokens[batch].to(skeleton.device)))
         progress.step("embedding")
         for index, block in sweep.blocks(skeleton, range(len(skeleton))):
-            for bucket in buckets:
-                sweep.advance(skeleton, block, index, bucket.store, "dense", bucket.batch)
-                bucket.store.remove(sweep.boundary("dense", index))
+            with watch(index, block):
+                for bucket in buckets:
+                    sweep.advance(skeleton, block, index, bucket.store, "dense", bucket.batch)
+                    bucket.store.remove(sweep.boundary("dense", index))
             del block
             progress.step(f"block {index}")
             rest(progress)

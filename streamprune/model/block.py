@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -346,6 +346,19 @@ class Block:
         yield
         for name, master in layer.weights.items():
             layer.put(name, layer._computing(master))
+
+    @contextmanager
+    def reading(self, read: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Call `read(name, x)` with what each linear reads, (..., columns), while the context is open."""
+
+        def hook(name: str) -> Any:
+            return lambda module, inputs: read(name, inputs[0])
+
+        with ExitStack() as hooks:
+            for name in [name.removesuffix(".weight") for name in self.weights if name.endswith(".weight")]:
+                if is_linear(module := self._layer.module(name)):
+                    hooks.enter_context(module.register_forward_pre_hook(hook(name)))
+            yield
 
     def _linears(self) -> Iterator[tuple[Prunable, str]]:
         for prunable in self.prunables:

@@ -88,7 +88,7 @@ class Sizes:
         self._model = Model(
             depth=len(skeleton),
             tied=skeleton.outside.tied,
-            grouped=any(site.heads > site.units for site in attention),
+            queries=attention[0].heads // attention[0].units if attention else 1,
         )
 
     def size(self, keeps: Mapping[str, int], format: Format, context: int) -> Size:

@@ -83,6 +83,8 @@ def test_status_imports_neither_torch_nor_transformers(finished: Path) -> None:
         ("eval MODEL", 2, "nothing to measure"),
         ("eval MODEL --text nowhere.txt", 1, "cannot read the text nowhere.txt"),
         ("export nowhere out.gguf", 1, "nowhere is not a directory"),
+        ("export MODEL out.gguf --dtype q4", 2, "dtype is 'q4'; it must be one of f32, f16"),
+        ("export MODEL out.gguf --imatrix-text MODEL/config.json", 2, "dtype is f16, not a quantised one"),
         ("bench MODEL --against nowhere", 1, "nowhere is not a directory"),
         ("verify nowhere", 1, "nowhere is not a directory"),
         ("inspect nowhere", 1, "nowhere does not exist, and no job is writing it"),

@@ -192,7 +192,7 @@ def test_text_is_cut_alike(tmp_path: Path) -> None:
     for (steps, whole), name in SPLITS.items():
         split_tokenizer(folder, steps, whole)
         model = opened(streamprune.export_gguf(folder, tmp_path / f"{name}.gguf").path)
-        assert model.metadata["tokenizer.ggml.pre"] == name
+        assert model.metadata("tokenizer.ggml.pre") == name
         for text in texts:
             assert model.tokenize(text.encode(), add_bos=False, special=False) == tokens(folder, text), name
         model.close()
@@ -220,7 +220,7 @@ def test_trained_models_read_and_continue_text_alike(name: str, text: str, bos: 
     model = opened(done.path)
     ids = tokens(folder, sample)
     assert model.tokenize(sample.encode(), add_bos=False, special=False) == ids
-    assert (model.tokenize(b"A", add_bos=True)[:1] == [model.token_bos()]) == bos
+    assert (model.tokenize(b"A", add_bos=True)[:1] == [model.bos]) == bos
     assert model.detokenize(ids[:500]).decode("utf-8", "ignore").strip()[:400] == sample.strip()[:400]
     model.close()
     # llama.cpp rounds probabilities in its softmax.
@@ -278,8 +278,8 @@ def test_what_the_tokenizer_says_arrives(byte_model: Make, tmp_path: Path) -> No
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     model = opened(streamprune.export_gguf(folder, tmp_path / "model.gguf").path)
-    assert model.metadata["tokenizer.chat_template"] == template
-    assert (model.token_bos(), model.token_eos()) == (0, 1)
+    assert model.metadata("tokenizer.chat_template") == template
+    assert (model.bos, model.eos) == (0, 1)
     assert model.tokenize(b"a<x>b") == [0, *tokens(folder, "a<x>b")]
     assert VOCABULARY in tokens(folder, "a<x>b")
     model.close()
@@ -297,7 +297,9 @@ def test_holds_one_tensor_at_a_time(byte_model: Make, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Checkpoint, "read", watched)
     done = streamprune.export_gguf(byte_model("llama"), tmp_path / "model.gguf", dtype="q8_0")
     assert len(alive) > 20
-    assert done.notes == ["3 tensors, such as blk.0.ffn_down.weight, are f16: their rows are no multiple of 32 long"]
+    assert done.notes == [
+        "3 tensors, such as blk.0.ffn_down.weight, are f16 instead of q8_0: their rows are no multiple of 32 long"
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])

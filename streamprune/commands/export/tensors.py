@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,14 +21,30 @@ from gguf import (
 from torch import Tensor
 
 from ...errors import NumericalError
-from ...model.formats import Model, Weight, gguf_type
+from ...model.formats import PLAIN, Model, Role, Weight, gguf_type
+from ...model.site import routed
 from ...model.skeleton import Skeleton
+from .quantiser import quantise_rows
 from .runtime import QKV, Runtime
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+\.weight)")
 _CHUNK = 1 << 22
 """Elements converted at a time."""
 _LARGEST = float(np.finfo(np.float16).max)
+_ROLES: dict[str, Role] = {
+    "token_embd": "embedding",
+    "output": "head",
+    "position_embd": "kept",
+    "ffn_gate_inp": "kept",
+    "attn_q": "linear",
+    "attn_k": "key",
+    "attn_v": "value",
+    "attn_qkv": "value",
+    "attn_output": "output",
+    "ffn_down": "down",
+    "ffn_down_exps": "down",
+}
+"""By the last part of a tensor's name, without ``.weight``; others are linears."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +57,30 @@ class Planned:
     convert: Callable[..., Tensor]
     """Function from the parts to the tensor (..., columns)."""
     kind: GGMLQuantizationType
+    wanted: GGMLQuantizationType
+    """What `kind` would be if the rows were a multiple of 256 long."""
     byte_shape: tuple[int, ...]
     """(..., bytes of a row)."""
 
 
-def plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | None) -> Iterator[Planned]:
+def plan(
+    skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | None, imatrix: bool = False
+) -> Iterator[Planned]:
     """Yield every tensor of the file, in order.
 
     Args:
-        dtype: name of the stored type of matrices.
+        dtype: name of the file's format, see `model.formats`.
         factors: the rotary embedding's, see `add_rotary`.
+        imatrix: whether the importance of columns is known, on which the choice of a type depends.
     """
+    attention = next(site for site in skeleton.all_sites() if site.kind == "attention")
+    model = Model(
+        depth=len(skeleton),
+        tied=skeleton.outside.tied and not runtime.stored_head,
+        experts=max(map(len, routed(skeleton.all_sites()).values()), default=0),
+        queries=attention.heads // attention.units,
+        imatrix=imatrix,
+    )
     mapping = get_tensor_name_map(MODEL_ARCH[runtime.name.upper()], len(skeleton))
     plain = partial(_plain, norm_shift=runtime.norm_shift)
 
@@ -61,8 +91,8 @@ def plan(skeleton: Skeleton, runtime: Runtime, dtype: str, factors: Tensor | Non
     def planned(name: str, parts: list[str], convert: Callable[..., Tensor]) -> Planned:
         shapes = [skeleton.checkpoint[part].shape for part in parts]
         shape = tuple(convert(*(torch.empty(each, device="meta") for each in shapes)).shape)
-        kind = _stored_as(dtype, name, shape, skeleton)
-        return Planned(name, parts, convert, kind, quant_shape_to_byte_shape(shape, kind))
+        kind, wanted = (_stored_as(dtype, name, each, model) for each in (shape, (*shape[:-1], 256)))
+        return Planned(name, parts, convert, kind, wanted, quant_shape_to_byte_shape(shape, kind))
 
     if factors is not None:
         yield planned("rope_freqs.weight", [], lambda: factors)
@@ -98,23 +128,39 @@ def _paired(tensor: Tensor, head_width: int) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _stored_as(dtype: str, name: str, shape: tuple[int, ...], skeleton: Skeleton) -> GGMLQuantizationType:
-    kept = name == "position_embd.weight" or name.endswith(".ffn_gate_inp.weight")
-    model = Model(len(skeleton), skeleton.outside.tied)
-    return GGMLQuantizationType[gguf_type(dtype, Weight(shape, "kept" if kept else "linear"), model).upper()]
+def _stored_as(dtype: str, name: str, shape: tuple[int, ...], model: Model) -> GGMLQuantizationType:
+    path = name.removesuffix(".weight").split(".")
+    weight = Weight(shape, _ROLES.get(path[-1], "linear"), int(path[1]) if path[0] == "blk" else 0)
+    return GGMLQuantizationType[gguf_type(dtype, weight, model).upper()]
 
 
-def pack(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def of_columns(planned: Planned, importance: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the importance of a tensor's columns: (experts, columns) for stacked experts, (1, columns) for others; None: unknown."""
+    parts = [importance[part] for part in planned.parts if part in importance]
+    if not parts:
+        return None
+    return torch.stack(parts if len(planned.byte_shape) > 2 else parts[:1])  # fused projections read the same
+
+
+def pack(
+    tensor: Tensor, kind: GGMLQuantizationType, name: str, importance: Tensor | None = None
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Convert a tensor (..., columns) to the bytes of type `kind`, a few rows at a time: (rows, row_bytes) uint8.
+
+    Args:
+        importance: see `of_columns`.
 
     Raises:
         NumericalError: the tensor contains NaN, Inf or, for f16, a number outside its range.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
     packed = np.empty(quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
+    plain = kind.name.lower() in PLAIN
+    height = len(rows) if importance is None else len(rows) // len(importance)
     step = max(1, _CHUNK // rows.shape[1])
-    for begin in range(0, len(rows), step):
-        chunk = rows[begin : begin + step].to(torch.float32).contiguous().numpy()
+
+    def fill(begin: int, end: int) -> None:
+        chunk = rows[begin:end].to(torch.float32).contiguous().numpy()
         largest = float(np.abs(chunk).max())
         if not np.isfinite(largest):
             raise NumericalError(f"tensor {name!r} holds NaN or Inf")
@@ -122,5 +168,16 @@ def pack(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray[An
             raise NumericalError(
                 f"tensor {name!r} holds {largest:g}, but f16 ends at {_LARGEST:g}; export with --dtype bf16"
             )
-        packed[begin : begin + step] = quantize(chunk, kind).view(np.uint8)
+        columns = None if importance is None else importance[begin // height].contiguous().numpy()
+        packed[begin:end] = quantize(chunk, kind).view(np.uint8) if plain else quantise_rows()(chunk, kind, columns)
+
+    pieces = [
+        (begin, min(begin + step, first + height))
+        for first in range(0, len(rows), height)
+        for begin in range(first, first + height, step)
+    ]
+    # llama.cpp's quantiser searches for scales, without the interpreter's lock.
+    with ThreadPoolExecutor(1 if plain else torch.get_num_threads()) as pool:
+        for _ in pool.map(fill, *zip(*pieces, strict=True)):
+            pass
     return packed
