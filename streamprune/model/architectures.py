@@ -267,8 +267,10 @@ def family_of(model_type: str) -> Family:
 
 def kept_heads(model_type: str) -> str | None:
     """Say why the uniform layout keeps all query heads of a model type; None if it may remove some."""
-    runtimes = DERIVED_HEADS.get(model_type)
-    return runtimes and (
+    if model_type not in DERIVED_HEADS:
+        return None
+    runtimes = DERIVED_HEADS[model_type]
+    return (
         f"all query heads stay, since {' and '.join(runtimes)} ignore{'s' * (len(runtimes) == 1)} head_dim of {model_type} and divide "
         "hidden_size by the number of heads"
     )
