@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,3 +67,17 @@ def test_nothing_written_is_an_error(
     monkeypatch.setattr(modeling, "take_paged_cache", lambda *_: None)
     with pytest.raises(RuntimeError, match="continuous batching failed: "):
         batched(model)
+
+
+def test_flash_attention_gets_pages_with_the_heads_of_its_block() -> None:
+    cache = object.__new__(modeling.paged_cache())
+    pages = torch.randn(2, 5, 16, 4, 8)
+    room = SimpleNamespace(num_key_value_heads=4, layer_type="full", index=0, get_cache_for_block_table=lambda _: pages)
+    cache.layer_to_allocator = {0: room}
+    given: dict[str, Any] = {"cu_seq_lens_k": {"full": torch.arange(3)}, "max_length_k": {"full": 2}}
+    given["block_table"] = torch.zeros(1, 1, 3, dtype=torch.int32)
+    states = torch.randn(2, 1, 3, 2, 8)
+    assert all(torch.equal(a, b) for a, b in zip(cache.update(*states, 0, kwargs=given), states, strict=True))
+    for name, whole in zip(("k_cache", "v_cache"), pages, strict=True):
+        assert torch.equal(given[name], whole[:, :, :3])
+        assert given[name].data_ptr() == whole.data_ptr()
