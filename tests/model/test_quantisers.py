@@ -16,7 +16,15 @@ import streamprune
 
 IDS = torch.arange(40, 104).view(2, 32)
 # Of the logits' standard deviation, root mean square.
-PRECISION = {"int8": 0.05, "nf4": 0.25, "torchao-int8": 0.05, "torchao-int4": 0.25, "W8A16": 0.05, "W4A16": 0.25, "FP8_DYNAMIC": 0.15}
+PRECISION = {
+    "int8": 0.05,
+    "nf4": 0.25,
+    "torchao-int8": 0.05,
+    "torchao-int4": 0.25,
+    "W8A16": 0.05,
+    "W4A16": 0.25,
+    "FP8_DYNAMIC": 0.15,
+}
 
 
 @pytest.fixture(scope="module", params=["free", "uniform"])
