@@ -92,7 +92,7 @@ def test_llm_compressor(scheme: str, result: Path, tmp_path: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(result, trust_remote_code=True, dtype=torch.bfloat16)
     recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
-    llmcompressor.oneshot(model=model, recipe=recipe)
+    llmcompressor.oneshot(model=model, recipe=recipe, trust_remote_code_model=True)
     quantised = logits(model)
     model.save_pretrained(tmp_path, save_compressed=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
