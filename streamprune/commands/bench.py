@@ -296,7 +296,7 @@ def _require_memory(skeletons: Sequence[Skeleton], batch: int, length: int, room
         held.append(f"{skeleton.checkpoint.directory} {format_bytes(size)}")
     passing = max(Memory(skeleton, workload).device_peak(batch, 1) for skeleton in skeletons)
     limit, base = room["device_limit"], room["base"] if skeletons[0].device.type == "cpu" else 0
-    if total + passing + base > limit:
+    if total + passing + base > Memory(skeletons[0], workload).plannable(limit):
         raise ResourceError(
             f"the memory limit is {format_bytes(limit)}; with its weights and {batch} × {length} keys and values in "
             f"{machine.dtype_name(skeletons[0].dtype)}, {' and '.join(held)} and {format_bytes(passing)} for activations "

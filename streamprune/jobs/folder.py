@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped
+from ..errors import CheckpointError, ConfigError, DiskError, ResourceError, ResumeError, Stopped, one_line
 from ..model import manifest
 from ..model.checkpoint import Checkpoint
 from ..model.names import REPORT
@@ -37,6 +37,8 @@ from .meter import metered
 from .names import JOURNAL, LOCK, REPLACED, STAGING, job_folder
 
 PROBE = "probe"
+SMALLER = "smaller-batches"
+"""Name of the journal's line of micro-batches that were halved; see `JobFolder.smaller_batches`."""
 OTHER_OUT = "fix that or choose another OUT"
 OTHER_CACHE = "fix that or choose another --cache"
 
@@ -108,6 +110,47 @@ class JobFolder:
     def peak(self, resources: Entry) -> int:
         """Return the bytes that count towards the memory limit at the peak, with such sizes."""
         raise NotImplementedError
+
+    @property
+    def resources(self) -> Entry:
+        """The sizes in force: those of the journal's first line, or smaller ones since (see `smaller_batches`)."""
+        assert self.journal.header is not None
+        line = self.journal.find(SMALLER)
+        return {**self.journal.header["resources"], **(line["resources"] if line else {})}
+
+    @contextmanager
+    def smaller_batches(self) -> Iterator[None]:
+        """Halve the micro-batches if a GPU runs out of memory inside the context, whose content is then to be done again.
+
+        It must continue where the journal ends. Sequences per micro-batch are halved once per sweep, before its first journal line,
+        and the journal records it: sizes fix the order of sums, so that a resumed job computes every block with the size that it
+        had. Processes that share a job do not retry. The error is passed on where nothing can be halved.
+        """
+        torch.cuda.empty_cache()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            before, smaller = self.resources, self._smaller()
+            if not smaller:
+                raise
+            sizes = ", ".join(f"{before[name]} to {size}" for name, size in smaller.items())
+            self.progress.say(
+                f"{self.device} ran out of memory ({one_line(error).partition('. ')[0]}); sequences per micro-batch go from "
+                f"{sizes}, and the sweep starts again"
+            )
+            self.journal.append(SMALLER, resources=smaller)
+
+    def _smaller(self) -> Entry:
+        """Half of each micro-batch that can be halved; nothing within a sweep, or right after the last time."""
+        sizes = {name: size for name, size in self.resources.items() if name in ("batch", "backward_batch", "micro")}
+        halves = {name: size // 2 for name, size in sizes.items() if size > 1}
+        last = list(self.journal.steps())[-1:]
+        for line in last:
+            sweep, _, number = line["step"].rpartition("/")
+            begun = sum(1 for _ in self.journal.steps(f"{sweep}/")) if number.isdigit() else 0
+            if line["step"] == SMALLER or 0 < begun < len(self.sources[0]):
+                return {}
+        return halves if self.ranks.size == 1 else {}
 
     @cached_property
     def room(self) -> dict[str, int]:
@@ -233,9 +276,9 @@ class JobFolder:
         else:
             resume.check_same(start, self.terms, self.folder)
             resume.check_sources(start, self.sources, self.ranks)
-            resume.check_memory(self._config.memory, self.room["device_limit"], self.peak(start["resources"]))
+            resume.check_memory(self._config.memory, self.room["device_limit"], self.peak(self.resources))
             self.resumed = any(self.journal.steps())
-        self.use(start["resources"])
+        self.use(self.resources)
 
     def write_start(self, *, stores: bool, **data: Any) -> Entry:
         """Read the models, remove the files of an earlier job, and write the journal's first line. All ranks call this.

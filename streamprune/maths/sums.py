@@ -147,7 +147,7 @@ class MaskGradient:
     """``g_u = ∂loss/∂m_u`` for a mask `m_u` that multiplies unit `u` of the consumer's input.
 
     The loss is the mean negative log-likelihood per predicted token of one sequence, in nats, so `g` is per sequence. The sums over
-    sequences of ``g``, ``g²`` and ``|g|``, (units,) float64 on the CPU, are kept.
+    sequences of ``g``, ``g²`` and ``|g|``, (units,) float64, are kept on the device: fetching them would wait for it.
     """
 
     def __init__(self, units: int, width: int) -> None:
@@ -167,10 +167,10 @@ class MaskGradient:
         dtype = accumulator(x.dtype)
         each = x.to(dtype) * gradient.to(dtype)
         products = each.sum(dim=1) if origin is None else origin.sum(each)  # (sequences, n)
-        g = products.view(products.shape[0], -1, self.width).sum(dim=2).double().cpu() / scale  # (sequences, units)
-        self.signed += g.sum(dim=0)
-        self.squares += g.square().sum(dim=0)
-        self.magnitudes += g.abs().sum(dim=0)
+        g = products.view(products.shape[0], -1, self.width).sum(dim=2).double() / scale  # (sequences, units)
+        self.signed = self.signed.to(g.device) + g.sum(dim=0)
+        self.squares = self.squares.to(g.device) + g.square().sum(dim=0)
+        self.magnitudes = self.magnitudes.to(g.device) + g.abs().sum(dim=0)
         self.sequences += g.shape[0]
 
     def across(self, add_up: AddUp) -> None:
@@ -329,7 +329,7 @@ class HeadDivergence:
     """Eq. 1: ``D_ij = mean over sequences and rows of JS(P_i ‖ P_j)``, `P_i` a row of head i's attention map.
 
     With the entropy ``E(P) = −Σ p log p`` (0 log 0 = 0): ``JS(P ‖ Q) = E((P + Q)/2) − (E(P) + E(Q))/2``.
-    Natural logarithms. The sum over rows, (heads, heads) float64 on the CPU, is kept.
+    Natural logarithms. The sum over rows, (heads, heads) float64, is kept on the device.
     """
 
     def __init__(self, heads: int) -> None:
@@ -347,7 +347,7 @@ class HeadDivergence:
             p = maps[:, i].to(dtype)
             for j in range(i + 1, heads):
                 sums[i, j] = _entropy((p + maps[:, j]).div_(2)) - (entropy[i] + entropy[j]) / 2
-        self.sums += (sums + sums.T).cpu()
+        self.sums = self.sums.to(sums.device) + (sums + sums.T)
         self.rows += maps.shape[0] * maps.shape[2]
 
     def across(self, add_up: AddUp) -> None:
@@ -355,8 +355,8 @@ class HeadDivergence:
         (self.rows,) = add_counts(add_up, self.rows)
 
     def mean(self) -> Tensor:
-        """Return D (heads, heads), float64: symmetric, zero diagonal, negative rounding errors clamped to zero."""
-        return (self.sums / self.rows).clamp_min(0)
+        """Return D (heads, heads), float64 on the host: symmetric, zero diagonal, negative rounding errors clamped to zero."""
+        return (self.sums.cpu() / self.rows).clamp_min(0)
 
 
 def _entropy(p: Tensor) -> Tensor:

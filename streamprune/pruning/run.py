@@ -96,6 +96,11 @@ class Run:
 
     def work(self) -> Entry:
         """Do everything up to the finished OUT; return the report."""
+        while True:
+            with self.job.smaller_batches():
+                return self._work()
+
+    def _work(self) -> Entry:
         job = self.job
         self._rewind()
         if job.journal.find("complete") is None:
@@ -118,12 +123,16 @@ class Run:
 
     def prepare(self) -> None:
         """Do what comes before the prune sweep."""
-        self._rewind()
-        self._get_text()
-        self._plan(Shot(self.job, 1))
+        while True:
+            with self.job.smaller_batches():
+                self._rewind()
+                self._get_text()
+                self._plan(Shot(self.job, 1))
+                return
 
     def _rewind(self) -> None:
         rewind_to_existing(self.job.journal, lambda: required_files(self.job), self.job.progress)
+        self.job.use(self.job.resources)
 
     # One shot.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ class Copies:
             self._inward, self._outward = engine.stream(), engine.stream()
 
     @classmethod
+    @cache
     def of(cls, device: torch.device) -> Copies:
+        """The copies of a device, whose two streams serve everybody: torch caches memory for each stream apart."""
         return cls(Cuda(device) if device.type == "cuda" else None)
 
     def inward(self, tensors: Sequence[Tensor]) -> Taken:

@@ -122,12 +122,13 @@ def losses(skeleton: Skeleton, store: ActivationStore, name: str, labels: Tensor
         labels: (samples, length) int64: the tokens, or `IGNORED`. The first of a window is not predicted.
         size: sequences per micro-batch.
     """
-    total, count, dtype = 0.0, 0, accumulator(skeleton.dtype)
+    dtype = accumulator(skeleton.dtype)
+    summed = torch.zeros((), dtype=torch.float64, device=skeleton.device)  # read once: reading waits for the device
     with skeleton.head() as head, torch.no_grad():
         for batch, (hidden,) in store.each(size, name):
             for h, y in _predictions(hidden, labels[batch].to(skeleton.device), vocabulary=skeleton.vocabulary):
-                total += float(F.cross_entropy(head(h).to(dtype), y, reduction="sum", ignore_index=IGNORED).double())
-                count += int((y != IGNORED).sum())
+                summed += F.cross_entropy(head(h).to(dtype), y, reduction="sum", ignore_index=IGNORED).double()
+    total, count = float(summed), int((labels[:, 1:] != IGNORED).sum())
     if total != total or total == float("inf"):
         raise NumericalError(f"the head gives NaN or Inf{advice(skeleton.dtype)}")
     return total, count

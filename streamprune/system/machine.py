@@ -89,9 +89,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes available on the device now; on the CPU, 90 % of them, so that other processes keep the rest."""
+    """Return the bytes available on the device now; on the CPU, 90 % of them, so that other processes keep the rest.
+
+    On a GPU, memory that torch caches but no tensor holds counts as available, and torch's own limit (`limit_memory`) holds.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - held
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - held
+        return max(0, min(free + cached, allowed))
     return int(_host_available() * 0.9)
 
 
@@ -106,8 +113,8 @@ def memory_limits(
         ranks: the processes of the job; those on this machine share its free host memory equally.
 
     Returns:
-        ``device_limit``: bytes of device memory; ``base``: bytes of host memory that this process takes by itself;
-        ``memory_host``: bytes of host memory for activations.
+        ``device_limit``: bytes of device memory; ``host_limit``: bytes of host memory for the whole process; ``base``: bytes
+        of host memory that this process takes by itself; ``memory_host``: bytes of host memory for activations.
 
     Raises:
         ResourceError: less host memory is free than `activations`.
@@ -121,21 +128,24 @@ def memory_limits(
         limit = asked or free + base
     else:
         limit = min(asked or available_memory(device), available_memory(device))
-    return {"device_limit": limit, "base": base, "memory_host": activations}
+    return {"device_limit": limit, "host_limit": free + base, "base": base, "memory_host": activations}
 
 
 @contextmanager
 def limit_memory(device: torch.device, limit: int | None) -> Iterator[None]:
-    """Limit torch to `limit` bytes of a GPU's memory while the context is open; None for no limit.
+    """Limit torch to `limit` bytes of a GPU's memory while the context is open; None for no limit but an existing one.
 
-    Memory that torch caches counts. The few hundred MB per process that the driver takes do not.
+    Memory that torch caches counts. The few hundred MB per process that the driver takes do not. At the end, the previous
+    limit holds again, and torch's cache is returned to the GPU.
 
     Raises:
         ResourceError: the work ran out of memory on the GPU or the host.
     """
-    if device.type == "cuda":
+    on_gpu, before = device.type == "cuda", 1.0
+    if on_gpu:
+        before = torch.cuda.get_per_process_memory_fraction(device)
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total) if limit else 1.0, device)
+        torch.cuda.set_per_process_memory_fraction(min(before, limit / total if limit else 1.0), device)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -145,6 +155,10 @@ def limit_memory(device: torch.device, limit: int | None) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0] or "an allocation failed"
         raise ResourceError(f"{device} ran out of memory: {reason}") from error
+    finally:
+        if on_gpu:
+            torch.cuda.set_per_process_memory_fraction(before, device)
+            torch.cuda.empty_cache()
 
 
 def base_bytes() -> int:

@@ -53,8 +53,6 @@ STUDENT, TEACHER = "student", "teacher"
 STATE = "adapter-"
 RATES = {"lora": 1e-3, "distil": 3e-3}
 """Default learning rates by method."""
-LEAST: Entry = {"batch": 1, "micro": 1}
-"""The smallest micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Tuning(JobFolder):
             begun = Journal(self.journal_path, repair=False).header or self.existing_report()
             method = begun["job"]["settings"].get("method", method) if begun is not None else method
         if method == "auto":
-            limit, least = self.room["device_limit"], self.peak(LEAST)
+            limit, least = self.room["device_limit"], self.needed
             if not lora.installed():
                 lacking = "peft is not installed (pip install 'streamprune[tune]')"
             elif least > limit:
@@ -284,6 +282,12 @@ class Tuning(JobFolder):
             return self.held + memories[0].in_memory(micro)
         return self.held + max(memory.device_peak(batch, micro) for memory in memories)
 
+    @property
+    def needed(self) -> int:
+        """The least memory limit, in bytes, for training the model in memory."""
+        memory = Memory(self.student, self._workload(self.student))
+        return self.held + memory.limit_for(memory.in_memory(1))
+
     def _batches(self) -> dict[str, int]:
         """Return the sequences per micro-batch, forward (``batch``) and training (``micro``), that fit into memory."""
         limit, limits = self.room["device_limit"], {**self.room, "disk_limit": files.free_bytes(self.cache)}
@@ -292,11 +296,11 @@ class Tuning(JobFolder):
             self.check_disk(ours.output_bytes, ours.disk_bytes)
             return {"batch": min(ours.batch, theirs.batch), "micro": ours.backward_batch}
         memory = Memory(self.student, self._workload(self.student))
-        micro = training_batch(memory, limit - self.held)
+        micro = training_batch(memory, memory.plannable(limit) - self.held)
         if micro is None:
             raise ResourceError(
                 f"the memory limit is {format_bytes(limit)}; training the model in memory needs "
-                f"{format_bytes(self.peak(LEAST))}; --method distil with --teacher needs only a block at a time"
+                f"{format_bytes(self.needed)}; --method distil with --teacher needs only a block at a time"
             )
         self.check_disk(memory.beside_out() + memory.states(self.config.rank), 0)
         return {"batch": 1, "micro": micro}
@@ -342,9 +346,15 @@ class Tuning(JobFolder):
 
     def work(self) -> Entry:
         """Train, write and publish; return the report."""
+        while True:
+            with self.smaller_batches():
+                return self._work()
+
+    def _work(self) -> Entry:
         assert self.journal.header is not None
         check_tokens(self.journal.header, self.windows.fingerprint)
         rewind_to_existing(self.journal, self._required_files, self.progress)
+        self.use(self.resources)
         if self.journal.find("complete") is None:
             files.make_folder(self.staging)
             figures, shards = self._lora() if self.method == "lora" else self._distil()

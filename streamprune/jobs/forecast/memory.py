@@ -21,12 +21,15 @@ from ...model.block import linear_shape
 from ...model.site import Site
 from ...stream.store import file_bytes
 from ...stream.sweep import LOGIT_BYTES
-from .workload import TRAIN_SEQUENCES, Shapes, Sublayer
+from .workload import TRAIN_SEQUENCES, Shapes, Sublayer, pinned_bytes
 
 GRAMS_AT_ONCE = 1 << 31
 """Largest number of bytes of Grams of one block's experts summed in one pass, if more than one Gram."""
 IDLE_SHARE = 16
 """Fragmentation: allocators and library buffers hold an extra 1/16 of the bytes of all tensors."""
+RESERVE_SHARE, RESERVE = 16, 128 << 20
+"""Part of a GPU's limit that is not planned with: holes that no block fits into; workspaces of cuBLAS (2 × 32 MiB) and the
+ends of three streams' segments (22 MiB each)."""
 SLACK = 1.02
 """Factor on the memory limit of a resumed job: processes differ slightly in what they hold before any work."""
 
@@ -65,9 +68,22 @@ class Memory(Shapes):
         """Return the peak bytes on the device over all steps."""
         return max(demand.device for demand in self.demands(batch, backward_batch, grams).values())
 
+    def host_peak(self, batch: int, backward_batch: int, grams: GramPlace) -> int:
+        """Return the peak bytes that a job on a GPU holds in host memory, without activations kept there."""
+        return max(demand.host for demand in self.demands(batch, backward_batch, grams).values())
+
+    def plannable(self, limit: int) -> int:
+        """Return the bytes of the device's limit that a plan may fill: on a GPU, what `RESERVE` leaves."""
+        return limit if self.on_cpu else max(0, limit - RESERVE) * (RESERVE_SHARE - 1) // RESERVE_SHARE
+
+    def limit_for(self, peak: int) -> int:
+        """Return the least limit of which `peak` bytes are `plannable`."""
+        return peak if self.on_cpu else -(-peak * RESERVE_SHARE // (RESERVE_SHARE - 1)) + RESERVE
+
     def copies_ahead(self, sizes: Sizes, limit: int) -> bool:
         """Return whether a GPU that may use `limit` bytes has room for the next block's stored weights as well."""
-        return self.skeleton.device.type == "cuda" and self.device_peak(*sizes) + self.stored_block <= limit
+        needed = self.device_peak(*sizes) + self.stored_block
+        return self.skeleton.device.type == "cuda" and needed <= self.plannable(limit)
 
     def demands(self, batch: int, backward_batch: int, grams: GramPlace) -> dict[str, Demand]:
         """Return the largest demand of each step, by the step's name."""
@@ -82,8 +98,8 @@ class Memory(Shapes):
         """Assign the bytes of sums and solving to device or host; add buffers in transit and fragmentation."""
         # Ten stored micro-batches are in transit: two boundaries are read while the next micro-batch of both is
         # fetched, and two are written with two micro-batches queued for each.
-        in_transit = 10 * self.stored_row * batch
         if self.on_cpu:
+            in_transit = 10 * self.stored_row * batch
             placed = replace(demand, activations=demand.activations + (in_transit if demand.activations else 0))
         else:
             moved = demand.sums if grams == "host" or (grams == "parked" and demand.solving) else 0
@@ -93,7 +109,7 @@ class Memory(Shapes):
                 sums=demand.sums - moved,
                 solving=demand.solving - solved,
                 activations=demand.activations + (self.sum_item * self.most_columns * TILE if moved else 0),
-                host=2 * self.stored_block + in_transit + moved + solved,
+                host=2 * self.pinned_block + 10 * pinned_bytes(self.stored_row * batch) + moved + solved,
             )
         return replace(placed, slack=placed.device // IDLE_SHARE)
 

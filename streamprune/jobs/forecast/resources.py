@@ -67,7 +67,14 @@ class Resources:
 
 
 def forecast(
-    skeleton: Skeleton, workload: Workload, *, device_limit: int, disk_limit: int, base: int = 0, memory_host: int = 0
+    skeleton: Skeleton,
+    workload: Workload,
+    *,
+    device_limit: int,
+    disk_limit: int,
+    base: int = 0,
+    memory_host: int = 0,
+    host_limit: int | None = None,
 ) -> Resources:
     """Forecast a job's resources, with the largest micro-batches that fit the device's limit.
 
@@ -76,11 +83,14 @@ def forecast(
         disk_limit: bytes of disk that activations may use.
         base: bytes of host memory that the process takes before any work.
         memory_host: bytes of host memory that activations may be held in.
+        host_limit: with a GPU, bytes of host memory that the process may use; None for any number.
     """
     model, problems = Memory(skeleton, workload), []
     on_cpu = skeleton.device.type == "cpu"
     places = GRAM_PLACES[:1] if on_cpu else GRAM_PLACES
-    room = device_limit - (base + memory_host if on_cpu else 0)
+    room = model.plannable(device_limit) - (base + memory_host if on_cpu else 0)
+    beside = base + (0 if on_cpu else min(memory_host, model.boundaries(disk_limit, 0)[1]))
+    host_room = math.inf if on_cpu or host_limit is None else host_limit - beside
     grams = next((place for place in places if model.device_peak(1, 1, place) <= room), places[-1])
     batch = backward_batch = 1
     least = model.device_peak(1, 1, grams)
@@ -89,11 +99,22 @@ def forecast(
         tightest = max(demands, key=lambda name: demands[name].device)
         problems.append(
             f"the memory limit is {format_bytes(device_limit)}; {tightest} needs "
-            f"{format_bytes(least + device_limit - room)} even with one sequence of {workload.length} tokens at a time"
+            f"{format_bytes(model.limit_for(least) + (base + memory_host) * on_cpu)} even with one sequence of "
+            f"{workload.length} tokens at a time"
+        )
+    elif not on_cpu and (needed := model.host_peak(1, 1, grams)) > host_room:
+        problems.append(
+            f"{format_bytes(int(host_room) + beside)} of host memory are free; the job needs {format_bytes(needed + beside)} of it "
+            f"beside {skeleton.device}, even with one sequence of {workload.length} tokens at a time"
+            + ("; a smaller --memory-host takes less" if beside > base else "")
         )
     elif workload.text:
         most = max(1, min(workload.samples, BATCH_TOKENS[skeleton.device.type] // workload.length))
-        batch = max(size for size in range(1, most + 1) if model.device_peak(size, 1, grams) <= room)
+        batch = max(
+            size
+            for size in range(1, most + 1)
+            if model.device_peak(size, 1, grams) <= room and (on_cpu or model.host_peak(size, 1, grams) <= host_room)
+        )
         backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size, grams) <= room)
     every, disk = model.boundaries(disk_limit, memory_host)
     held = min(memory_host, model.boundaries(disk_limit, 0)[1])

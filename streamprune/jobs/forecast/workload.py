@@ -20,6 +20,11 @@ TRAIN_SEQUENCES = 8
 """Sequences per step of tuning and of low-rank correction."""
 
 
+def pinned_bytes(nbytes: int) -> int:
+    """Return what torch allocates for `nbytes` bytes of pinned memory: the next power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a job does, as far as its resources depend on it."""
@@ -83,6 +88,7 @@ class Shapes:
         most_columns: most columns of any site's consumer.
         row_bytes, stored_row: bytes of one sequence's activations, as computed and as stored.
         block, stored_block: bytes of the largest block's weights in memory, and as they are read.
+        pinned_block: bytes of host memory that they are read into for a GPU.
         stored_all: bytes of all blocks' weights as stored.
         embed, head: bytes of the embeddings, and of embeddings and head, in memory.
         keys_and_values, widest_pair: bytes of one sequence's keys and values, of all blocks and of the largest block.
@@ -105,6 +111,7 @@ class Shapes:
         self.sublayers = [list(self._sublayers(index)) for index in range(len(skeleton))]
         counts = [[checkpoint[n] for n in skeleton.block_names(i).values()] for i in range(len(skeleton))]
         self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
+        self.pinned_block = max(sum(pinned_bytes(entry.nbytes) for entry in block) for block in counts)
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.weight_item
         self.stored_all = sum(entry.stored_bytes for block in counts for entry in block)
         self.embed = sum(checkpoint[name].numel for name in skeleton.outside.embed_names()) * self.weight_item

@@ -1,0 +1,181 @@
+"""Whole jobs on the pretended device: nothing that a GPU would refuse, and the numbers of the CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STRUCTURES
+from pretended import State, device
+from safetensors.torch import load_file
+
+import streamprune
+from streamprune.commands.tune import lora
+from streamprune.jobs.forecast import resources
+from streamprune.jobs.forecast.memory import GramPlace
+from streamprune.recipes.registry import RECIPES
+
+Tiny = Callable[..., Path]
+Make = Callable[..., streamprune.Config]
+QUICK = {"default", "wanda-sp"}
+
+
+REAL = torch.cuda.is_available()
+
+
+@contextmanager
+def gpu() -> Iterator[State]:
+    """The pretended device or, on a machine with one, a GPU, which fills no `State`."""
+    with nullcontext(State(0, ())) if REAL else device() as state:
+        yield state
+
+
+def pruned(config: streamprune.Config) -> State:
+    """Prune on the device; return what it saw."""
+    with gpu() as state:
+        streamprune.prune(config)
+    report: dict[str, Any] = json.loads((config.out / "report.json").read_text(encoding="utf-8"))
+    assert REAL or state.operations > 100
+    assert report["peak_device_bytes"] > 0
+    return state
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("recipe", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES])
+def test_every_recipe(recipe: str, tiny: Tiny, configured: Make) -> None:
+    changes: dict[str, Any] = {"recipe": recipe, "effort": "low", "samples": 8}
+    if recipe == "surgeon":
+        changes |= {"settings": {"shots": "1"}}
+    if recipe == "reap":
+        changes |= {"experts": "0.25", "ratio": None}
+    model = tiny("mixtral" if recipe == "reap" else "llama")
+    here = configured(model, "cpu", device="cpu", **changes)
+    streamprune.prune(here)
+    config = configured(model, device="cuda", **changes)
+    pruned(config)
+    ours, theirs = weights(config.out), weights(here.out)
+    assert {name: each.shape for name, each in ours.items()} == {name: each.shape for name, each in theirs.items()}
+    for name, each in ours.items():
+        torch.testing.assert_close(each, theirs[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("recipe", ["default", "surgeon"])
+def test_every_structure(name: str, recipe: str, tiny: Tiny, configured: Make) -> None:
+    changes = {} if recipe == "default" else {"effort": "low"}
+    pruned(configured(tiny(name), device="cuda", recipe=recipe, samples=8, **changes))
+
+
+def test_refinement_in_bfloat16(tiny: Tiny, configured: Make) -> None:
+    state = pruned(configured(tiny("llama", torch.bfloat16), device="cuda", samples=4, refine=4))
+    assert REAL or 3 * 4 <= state.syncs["pruning/refine.py:refine"] <= 3 * (4 * 4 + 1)  # in 3 blocks, 4 steps each
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"activations": "float8", "memory_host": 1 << 13, "refine": 2}, id="float8"),
+        pytest.param({"memory_host": 1 << 24}, marks=pytest.mark.slow, id="memory-host"),
+        pytest.param({"recipe": "magnitude", "settings": {"structure": "2:4"}}, marks=pytest.mark.slow, id="2:4"),
+        pytest.param(
+            {"recipe": "surgeon", "settings": {"structure": "unstructured", "shots": "2"}},
+            marks=pytest.mark.slow,
+            id="unstructured",
+        ),
+        pytest.param({"calibration": "self", "samples": 4}, marks=pytest.mark.slow, id="self"),
+        pytest.param({"calibration": "random-tokens"}, marks=pytest.mark.slow, id="random-tokens"),
+        pytest.param({"layout": "uniform"}, marks=pytest.mark.slow, id="uniform"),
+        pytest.param({"dtype": "float16"}, marks=pytest.mark.slow, id="float16"),
+        pytest.param({"dtype": "float64"}, marks=pytest.mark.slow, id="float64"),
+        pytest.param({"perplexity_at_most": 0.5, "ratio": None}, marks=pytest.mark.slow, id="perplexity"),
+        pytest.param({"recipe": "greedy-output", "metric_samples": 4}, marks=pytest.mark.slow, id="greedy-output"),
+    ],
+)
+def test_settings(changes: dict[str, Any], tiny: Tiny, configured: Make) -> None:
+    plain = {"recipe": "default", "effort": None if "refine" in changes else "low"}
+    pruned(configured(tiny("llama"), device="cuda", **{**plain, **changes}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["3", "0.25:threshold"])
+def test_whole_experts(experts: str, tiny: Tiny, configured: Make) -> None:
+    pruned(configured(tiny("mixtral"), device="cuda", recipe="default", ratio=None, experts=experts, effort="low"))
+
+
+@pytest.mark.parametrize("grams", ["parked", pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["default", pytest.param("surgeon", marks=pytest.mark.slow)])
+def test_grams_on_the_host(
+    grams: GramPlace, recipe: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "GRAM_PLACES", (grams,))
+    config = configured(tiny("llama"), device="cuda", recipe=recipe, effort="low", samples=4)
+    with gpu():
+        assert streamprune.forecast_job(config).grams == grams
+    pruned(config)
+
+
+def test_evaluate_bench_and_report(tiny: Tiny, text: Path, configured: Make, tmp_path: Path) -> None:
+    model = tiny("llama")
+    here = streamprune.evaluate(model, text, seq_len=24, device="cpu")
+    with gpu() as state:
+        found = streamprune.evaluate(model, text, seq_len=24, device="cuda")
+        streamprune.bench(model, prompt_tokens=4, new_tokens=2, repetitions=1, device="cuda")
+    assert found.perplexity == pytest.approx(here.perplexity, rel=1e-4)
+    assert set(state.syncs) <= {"model/outside.py:arguments"}
+    config = configured(model, device="cuda", effort="low", samples=4)
+    with gpu():
+        streamprune.prune(config)
+        streamprune.report(
+            config.out,
+            html=tmp_path / "page.html",
+            text=text,
+            against=model,
+            device="cuda",
+            prompts=("abc def",),
+            tokens=3,
+        )
+    assert (tmp_path / "page.html").is_file()
+
+
+@pytest.mark.slow
+def test_compare(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    with gpu():
+        streamprune.compare(
+            tiny("llama"),
+            ratios=[0.3],
+            recipes=["sobp", "magnitude"],
+            text=text,
+            eval_seq_len=24,
+            out=tmp_path / "out",
+            calibration=text,
+            samples=6,
+            seq_len=24,
+            round_to=4,
+            device="cuda",
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["distil", "lora"])
+def test_tune(method: str, tiny: Tiny, text: Path, configured: Make, tmp_path: Path) -> None:
+    if method == "lora" and not lora.installed():
+        pytest.skip("peft is not installed")
+    config = configured(tiny("llama"), "pruned", device="cpu", recipe="magnitude")
+    streamprune.prune(config)
+    changes = {"teacher": tiny("llama")} if method == "distil" else {}
+    with gpu():
+        streamprune.tune(
+            streamprune.TuneConfig(
+                model=config.out, out=tmp_path / "out", text=text, samples=4, seq_len=16, steps=2, rank=2, method=method,
+                device="cuda", **changes,
+            )
+        )  # fmt: skip

@@ -1,0 +1,214 @@
+"""Memory on a GPU: what is available, how much is planned with, and what happens where it is not enough."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import contents
+from pretended import CUDA, device
+from stopping import Stop, stopping_after
+
+import streamprune
+from streamprune.errors import ResourceError
+from streamprune.jobs.folder import SMALLER
+from streamprune.jobs.forecast.memory import GRAM_PLACES, RESERVE, Memory
+from streamprune.jobs.forecast.resources import forecast
+from streamprune.jobs.forecast.workload import Workload, pinned_bytes
+from streamprune.jobs.names import job_folder
+from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.pruning.block import BlockPruner
+from streamprune.stream import sweep
+from streamprune.stream.copies import Copies
+from streamprune.stream.encoding import Encoding
+from streamprune.system import machine
+
+Tiny = Callable[..., Path]
+Make = Callable[..., streamprune.Config]
+MIB = 1 << 20
+
+
+def test_cached_memory_is_available() -> None:
+    with device(total=64 * MIB):
+        assert machine.available_memory(CUDA) == 64 * MIB
+        x = torch.empty(20 * MIB, dtype=torch.uint8, device=CUDA)
+        assert machine.available_memory(CUDA) == 44 * MIB
+        del x
+        assert torch.cuda.mem_get_info()[0] == 44 * MIB
+        assert machine.available_memory(CUDA) == 64 * MIB
+        torch.cuda.set_per_process_memory_fraction(0.5)
+        assert machine.available_memory(CUDA) == 32 * MIB
+
+
+def test_the_limit_is_lifted_and_the_cache_emptied() -> None:
+    with device(total=64 * MIB) as state:
+        with machine.limit_memory(CUDA, 32 * MIB):
+            assert state.memory.fraction == 0.5
+            with machine.limit_memory(CUDA, 48 * MIB):  # no more than what holds already
+                assert state.memory.fraction == 0.5
+            torch.empty(20 * MIB, dtype=torch.uint8, device=CUDA)
+            assert torch.cuda.memory_reserved() == 20 * MIB
+        assert state.memory.fraction == 1
+        assert torch.cuda.memory_reserved() == 0
+        with pytest.raises(ResourceError, match="cuda:0 ran out of memory"), machine.limit_memory(CUDA, 8 * MIB):
+            torch.empty(20 * MIB, dtype=torch.uint8, device=CUDA)
+        assert state.memory.fraction == 1
+        torch.cuda.set_per_process_memory_fraction(0.25)
+        with machine.limit_memory(CUDA, None):
+            assert state.memory.fraction == 0.25
+        assert state.memory.fraction == 0.25
+
+
+def test_the_second_job_of_a_process_has_as_much_memory(tiny: Tiny, text: Path, configured: Make) -> None:
+    with device(total=256 * MIB) as state:
+        streamprune.prune(configured(tiny("llama"), device="cuda", effort="low", samples=4))
+        gc.collect()
+        assert torch.cuda.memory_reserved() <= 4 * MIB  # of tensors that are not collected yet
+        assert machine.available_memory(CUDA) == 256 * MIB - torch.cuda.memory_allocated() >= 255 * MIB
+        streamprune.evaluate(tiny("llama"), text, seq_len=24, device="cuda")
+        assert state.memory.most_reserved < 128 * MIB
+
+
+def test_all_sweeps_and_stores_share_two_streams(tiny: Tiny, configured: Make) -> None:
+    from pretended.order import Stream
+
+    with device():
+        before = Stream.made
+        streamprune.prune(configured(tiny("llama"), device="cuda", effort="low", samples=4))
+        assert Stream.made - before == 2
+        assert Copies.of(CUDA) is Copies.of(torch.device("cuda:0"))
+
+
+WORKLOAD = Workload(samples=64, length=64, text=True, survey=frozenset({"mask-gradient"}), gram=True, compensates=True)
+
+
+@pytest.fixture
+def skeleton(tiny: Tiny) -> Skeleton:
+    """A model that claims to be on a GPU; nothing is computed."""
+    found = open_skeleton(tiny("llama"), torch.device("cpu"), "float32")
+    found.device = CUDA
+    return found
+
+
+def test_a_margin_is_left(skeleton: Skeleton) -> None:
+    for limit in (RESERVE + MIB, RESERVE + 4 * MIB, RESERVE + 64 * MIB):
+        found = forecast(skeleton, WORKLOAD, device_limit=limit, disk_limit=2**40)
+        assert not found.problems
+        assert found.device_bytes <= (limit - RESERVE) * 15 / 16
+    memory = Memory(skeleton, WORKLOAD)
+    for peak in (1, 1000, 2**34 + 7):
+        assert memory.plannable(memory.limit_for(peak)) >= peak > memory.plannable(memory.limit_for(peak) - 2)
+    needed = memory.limit_for(min(memory.device_peak(1, 1, place) for place in GRAM_PLACES))
+    assert not forecast(skeleton, WORKLOAD, device_limit=needed, disk_limit=2**40).problems
+    assert forecast(skeleton, WORKLOAD, device_limit=needed - 2, disk_limit=2**40).problems
+
+
+def test_host_memory_beside_a_gpu(skeleton: Skeleton) -> None:
+    limits: dict[str, Any] = {"device_limit": 2**40, "disk_limit": 2**40, "base": 1000}
+    plenty = forecast(skeleton, WORKLOAD, **limits, host_limit=2**40)
+    assert not plenty.problems
+    memory = Memory(skeleton, WORKLOAD)
+    least = memory.host_peak(1, 1, "device") + 1000
+    found = forecast(skeleton, WORKLOAD, **limits, host_limit=least)
+    assert not found.problems
+    assert found.batch == 1 < plenty.batch
+    assert found.host_bytes <= least
+    (problem,) = forecast(skeleton, WORKLOAD, **limits, host_limit=least - 1).problems
+    assert "of host memory are free" in problem
+    assert "memory-host" not in problem
+    (problem,) = forecast(skeleton, WORKLOAD, **limits, host_limit=least, memory_host=2**20).problems
+    assert "a smaller --memory-host takes less" in problem
+
+
+def test_pinned_memory_is_a_power_of_two(skeleton: Skeleton) -> None:
+    assert [pinned_bytes(size) for size in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
+    held = {}
+    for stored in (torch.float32, torch.float8_e4m3fn):
+        work = Workload(samples=64, length=64, text=True, prunes=False, activations=stored)
+        held[stored] = [Memory(skeleton, work).host_peak(size, 1, "device") for size in (1, 2)]
+        assert Encoding(32, torch.float32, stored).token_bytes * 64 in (8192, 64 * 36)
+    # 8192 bytes of float32 a row; 64 tokens of 32 bytes and a scale are 2304, for which 4096 are taken.
+    assert held[torch.float32][1] - held[torch.float32][0] == 10 * 8192
+    assert held[torch.float8_e4m3fn][1] - held[torch.float8_e4m3fn][0] == 10 * 4096
+
+
+# A device with less memory than planned.
+
+
+def shrinking(monkeypatch: pytest.MonkeyPatch, size: int, where: str) -> list[int]:
+    """Let a sweep's steps run out of memory for micro-batches above `size`; return the sizes of all that it was given."""
+    given: list[int] = []
+    functions: dict[str, Any] = {"survey": (sweep, "survey_block", 5), "prune": (BlockPruner, "prune", None)}
+    owner, name, place = functions[where]
+    original = getattr(owner, name)
+
+    def scarce(*arguments: Any) -> Any:
+        given.append(arguments[place] if place is not None else arguments[0].streams.batch)
+        if given[-1] > size:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, scarce)
+    return given
+
+
+@pytest.mark.parametrize("where", ["survey", "prune"])
+def test_micro_batches_are_halved_once(
+    where: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"survey": "greedy-output", "prune": "default"}[where]
+
+    def config(out: str) -> streamprune.Config:
+        return configured(tiny("llama"), out, recipe=recipe, effort="low", samples=12)
+
+    with monkeypatch.context() as patch:
+        given = shrinking(patch, 6, where)
+        streamprune.prune(config("whole"))
+    assert given == [12, 6, 6, 6]
+    report = json.loads((config("whole").out / "report.json").read_text(encoding="utf-8"))
+    assert report["batch"] == 6
+    log = (config("whole").out / "log.txt").read_text(encoding="utf-8")
+    assert "ran out of memory" in log
+    assert "12 to 6" in log
+    # Stopped after every line, and resumed where there is enough memory: the same bytes.
+    stopped = config("stopped")
+    with monkeypatch.context() as patch:
+        shrinking(patch, 6, where)
+        journal = job_folder(stopped.out) / "journal.jsonl"
+        while not journal.exists() or SMALLER not in journal.read_text(encoding="utf-8"):
+            with pytest.raises(Stop), stopping_after(1, monkeypatch):
+                streamprune.prune(stopped)
+    streamprune.prune(stopped)
+    assert contents(stopped.out) == contents(config("whole").out)
+
+
+@pytest.mark.parametrize("where", ["survey", "prune"])
+def test_a_second_time_is_an_error(where: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"survey": "greedy-output", "prune": "default"}[where]
+    given = shrinking(monkeypatch, 3, where)
+    with pytest.raises(ResourceError, match="ran out of memory: CUDA out of memory"):
+        streamprune.prune(configured(tiny("llama"), recipe=recipe, effort="low", samples=12))
+    assert given == [12, 6]
+
+
+def test_a_device_with_less_memory_than_planned(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator itself refuses, and the smaller micro-batch fits."""
+    monkeypatch.setattr(Memory, "plannable", lambda self, limit: 1 << 40)
+
+    def peak(samples: int, total: int = 1 << 30) -> int:
+        config = configured(
+            tiny("llama"), f"out-{samples}-{total}", device="cuda", recipe="wanda-sp", samples=samples, seq_len=64
+        )
+        with device(total) as state:
+            streamprune.prune(config)
+        report = json.loads((config.out / "report.json").read_text(encoding="utf-8"))
+        assert report["batch"] == (samples if total == 1 << 30 else samples // 2)
+        return state.memory.most_reserved
+
+    half, whole = peak(96), peak(192)
+    assert peak(192, (half + whole) // 2) <= (half + whole) // 2
