@@ -48,7 +48,8 @@ MODELS = ("7m", "160m")
 def measure(folder: Path, model: Path, recipe: str, job: list[str], text: Path, seq_len: int) -> dict[str, Any]:
     """Measure one recipe on one model, streamed and in memory."""
     out, weights = folder / "out", folder / "plain.safetensors"
-    pruned, _ = measured("run", model, out, "--recipe", recipe, *SETTINGS[recipe], *job, "--device", "cpu")
+    rounded = ["--round-to", "8"]  # as tests/plain.py
+    pruned, _ = measured("run", model, out, "--recipe", recipe, *SETTINGS[recipe], *job, *rounded, "--device", "cpu")
     scored, _ = measured("eval", out, "--text", text, "--seq-len", seq_len, "--device", "cpu")
     plain, _ = child(ROOT / "tests" / "plain.py", model, weights, "--recipe", recipe, *job, "--text", text)
     shutil.rmtree(out)

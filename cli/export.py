@@ -62,4 +62,6 @@ def export(
             model, out, dtype=dtype, imatrix_text=imatrix_text, device=device, memory=memory, progress=progress
         )
     line = f"{out}: {done.architecture} in {done.dtype}, {done.parameters:,} parameters, {format_bytes(done.size)}"
-    show.result({**asdict(done), "path": str(out)}, as_json, [f"{line}, context {done.context}"])
+    sizes = ", ".join(f"{format_bytes(n)} in {name}" for name, n in done.weights.items() if n is not None)
+    lines = [f"{line}, context {done.context}", f"weights: {sizes}"]
+    show.result({**asdict(done), "path": str(out)}, as_json, lines)

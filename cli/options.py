@@ -48,6 +48,16 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 SIZE = Size()
 
 
+class Multiple(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """``"auto"`` or a whole number."""
+
+    name = "auto|integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        # `Config` refuses everything else.
+        return int(value) if str(value).removeprefix("-").isdecimal() else value
+
+
 def window(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
     """``"4:30"`` → (4, 30)."""
     if text is None:
@@ -205,7 +215,20 @@ calibration_options = bundle(
 
 result_options = bundle(
     click.option("--disk", type=SIZE, help="Limit on disk space for activations.  [default: what is free]"),
-    click.option("--round-to", default=8, help="Round FFN widths that change to multiples of this."),
+    click.option(
+        "--round-to",
+        type=Multiple(),
+        default="auto",
+        help="Round widths that change to multiples of this: FFN channels, and heads × their width where heads allow it. auto: 32, "
+        "which 4-bit and 8-bit formats need, and 128 or 256, which make smaller files, where that costs little.",
+    ),
+    click.option(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Keep heads and FFN widths of all blocks divisible by N, so that a server can split them over N devices.",
+    ),
     click.option(
         "--layout",
         type=click.Choice(["free", "uniform", "decilm"]),

@@ -16,6 +16,7 @@ from ..recipes.experts import THRESHOLD, Experts
 from ..system.units import ACTIVATIONS, check_device, check_dtype
 from ..text.source import CUTS, LOSSES_ON, Cut, LossOn, Source, Spec
 
+AUTO: Literal["auto"] = "auto"
 RatioOf = Literal["blocks", "window", "model"]
 RATIOS_OF: tuple[RatioOf, ...] = ("blocks", "window", "model")
 Store = Literal["auto", "fp8"]
@@ -146,8 +147,11 @@ class Config(JobConfig):
     ``fp8``, with a scale per 128 × 128 weights, where both widths are multiples of 128."""
     text_only: bool = _fixed(default=False)
     """Write the text model of a multimodal model alone."""
-    round_to: int = _fixed(default=8)
-    """Every FFN width that changes becomes a multiple of this."""
+    round_to: int | Literal["auto"] = _fixed(default=AUTO)
+    """Every FFN width that changes becomes a multiple of this; so does every width of attention whose heads allow it.
+    ``"auto"`` takes 32, and 128 or 256 where that costs little: see `recipes.allocation`."""
+    tensor_parallel: int = _fixed(default=1)
+    """Devices over which a server splits each block: they divide the heads and FFN widths of all blocks."""
     experts: str | int | float | None = _fixed(default=None)
     """Routed experts that go as a whole: how many stay in each block (``"96"``), the share that goes (``"0.25"``), the same by
     one threshold over all blocks (``"0.25:threshold"``), or, with `ratio` or an aim, as many as one threshold over experts and units gives
@@ -203,7 +207,10 @@ class Config(JobConfig):
         if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
             raise ConfigError(f"blocks is {self.blocks[0]}:{self.blocks[1]}; it must be A:B with 0 ≤ A < B")
         super().__post_init__()
-        check_least(1, round_to=self.round_to, metric_samples=self.metric_samples)
+        if isinstance(self.round_to, str) and self.round_to != AUTO:
+            raise ConfigError(f"round_to is {self.round_to!r}; it must be a whole number or {AUTO}")
+        check_least(1, round_to=None if self.round_to == AUTO else self.round_to)
+        check_least(1, metric_samples=self.metric_samples, tensor_parallel=self.tensor_parallel)
         if self.effort is not None:
             self._check_choice(effort=EFFORTS)
         if self.refine is not None:

@@ -7,8 +7,9 @@ the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -33,6 +34,7 @@ QUANTISED = {
     "q6_k": "q6_k",
 }
 """GGUF formats that llama.cpp's quantiser makes, with the type of most matrices."""
+GGUF_FORMATS: tuple[Format, ...] = ("q8_0", "q4_k_m")
 Role = Literal["embedding", "head", "kept", "key", "value", "output", "down", "linear"]
 """What llama.cpp distinguishes: `value` includes fused projections, `output` is attention's, `down` an FFN's or expert's consumer;
 `kept` are routers and positions, which stay in float32."""
@@ -65,6 +67,7 @@ class Weight:
     """Matrices: (..., rows, columns), where the rows are multiplied with the input."""
     role: Role = "linear"
     block: int = 0
+    """Number of the block; `gguf_total` counts otherwise where llama.cpp does."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Model:
     experts: int = 0  # routed experts of a block
     queries: int = 1  # query heads that share a key
     imatrix: bool = False  # whether the importance of columns is known
+    values: int = 0  # number of blocks with attention; 0 for all
 
 
 def gguf_type(format: str, weight: Weight, model: Model) -> str:
@@ -97,6 +101,22 @@ def gguf_bytes(format: str, weight: Weight, model: Model) -> int:
     """Return the bytes of a tensor in a GGUF file, without padding."""
     elements, size = BLOCKS[gguf_type(format, weight, model)]
     return prod(weight.shape) // elements * size
+
+
+def gguf_total(format: str, weights: Sequence[Weight], model: Model) -> int:
+    """Return the bytes of all tensors of a model, in the order of its blocks, in a GGUF file without padding.
+
+    llama.cpp decides by how many values and, without experts, how many down projections came before a tensor.
+    """
+    found, before = 0, Counter[str]()
+    model = replace(model, values=sum(each.role == "value" and len(each.shape) > 1 for each in weights))
+    for each in weights:
+        if len(each.shape) > 1 and (each.role == "value" or (each.role == "down" and not model.experts)):
+            found += gguf_bytes(format, replace(each, block=before[each.role]), model)
+            before[each.role] += 1
+        else:
+            found += gguf_bytes(format, each, model)
+    return found
 
 
 def _more_bits(block: int, depth: int) -> bool:
@@ -140,8 +160,9 @@ def _mixed(format: str, weight: Weight, model: Model) -> str:
         return "q4_k"
     if format in ("q4_0", "q5_0") and role == "down" and model.imatrix and _first(8)(block, model.depth):
         return {"q4_0": "q4_1", "q5_0": "q5_1"}[format]
-    rules = _MIXTURES.get(format, {}).get(role, {})
-    kind = next((higher for higher, applies in rules.items() if applies(block, model.depth)), kind)
+    rules, depth = _MIXTURES.get(format, {}).get(role, {}), model.depth
+    depth = model.values or depth if role == "value" else depth
+    kind = next((higher for higher, applies in rules.items() if applies(block, depth)), kind)
     if role == "value" and kind in ("q3_k", "q4_k") and model.depth == 80 and model.queries > 1:
         return "q5_k"  # Llama 2 70B and its like
     return kind

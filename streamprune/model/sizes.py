@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..system.units import format_bytes
 from . import fp8
 from .block import is_linear, linear_shape
-from .formats import Format, Model, Role, Weight, gguf_bytes
+from .formats import FORMATS, Format, Model, Role, Weight, gguf_total
 from .site import Site, routed
 from .skeleton import Skeleton
 
@@ -26,6 +26,8 @@ BATCH = 512
 """Tokens that a runtime computes at a time: llama.cpp's default."""
 RUNTIME = 1 << 29
 """Bytes that a CUDA context and its libraries take."""
+
+_CONSUMERS: Mapping[str, Role] = {"attention": "output", "ffn": "down"}
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,14 @@ class Sizes:
             found = sum(2 * prod(each.shape) for each in (*self._outside, *self._carried))
             found += sum(2 * prod(each.shape) for each in self._kept(keeps))
             return found - (self._saved(keeps) if format == "fp8" else 0)
-        model = self._model_of(keeps)
-        return sum(gguf_bytes(format, each, model) for each in (*self._outside, *self._kept(keeps)))
+        return gguf_total(format, [*self._outside, *self._kept(keeps)], self.model(keeps))
 
-    def _model_of(self, keeps: Mapping[str, int]) -> Model:
+    def in_formats(self, keeps: Mapping[str, int]) -> dict[str, int | None]:
+        """Return the bytes of all tensors by format; None where the model cannot be stored so."""
+        return {each: self.weights(keeps, each) if self.storable(each) else None for each in FORMATS}
+
+    def model(self, keeps: Mapping[str, int]) -> Model:
+        """Return what the types of GGUF tensors depend on."""
         left = routed([site for site in self.sites if keeps.get(site.name, site.units)])
         return replace(self._model, experts=max(map(len, left.values()), default=0))
 
@@ -228,7 +234,7 @@ def _parts(skeleton: Skeleton, index: int) -> Iterator[_Part]:
             names = (producer.name, f"{producer.name}.weight", f"{producer.name}.bias")
             units |= dict.fromkeys(names, (site, 0, role))
         assert entry.consumer is not None
-        units[f"{entry.consumer}.weight"] = site, -1, "output" if site.kind == "attention" else "down"
+        units[f"{entry.consumer}.weight"] = site, -1, _CONSUMERS.get(site.kind, "linear")
     for name, tensor in block.state_dict().items():
         owner, axis, role = units.get(name, (None, 0, "linear"))
         goes = next((site for site, entry in places if entry.removal and entry.removal.takes(name)), None)

@@ -35,6 +35,7 @@ LATER = {
         "context",
         "layout",
         "round_to",
+        "tensor_parallel",
         "blocks",
         "ratio_of",
         "effort",

@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..jobs.config import Config
-from ..model.formats import FORMATS
 from ..system.progress import Progress
 from . import archive
 from .aim import aim_of, choose, plans, reached
@@ -95,7 +94,7 @@ def _outcome(request: Request, ratio: float, keeps: Mapping[str, int], survey: A
     return Outcome(
         ratio=ratio,
         parameters=request.skeleton.parameters() - gone,
-        weights={each: sizes.weights(keeps, each) if sizes.storable(each) else None for each in FORMATS},
+        weights=sizes.in_formats(keeps),
         cache=sizes.cache(keeps, request.context),
         speedup=round(request.decoding.speed_up(keeps), 4),
         loss=None if survey is None else predicted_loss(request.recipe, sites, survey, keeps),

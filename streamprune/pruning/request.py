@@ -10,20 +10,20 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..jobs.config import DATA_FREE, REFINE_SEQUENCES, Config, DataFree
+from ..jobs.config import AUTO, DATA_FREE, REFINE_SEQUENCES, Config, DataFree
 from ..jobs.forecast.workload import Workload
 from ..jobs.schedule import Phase
 from ..maths.flops import kind
 from ..maths.sums import Statistic
 from ..model import fp8, hub, write
 from ..model.architectures import kept_heads
-from ..model.formats import Format
+from ..model.formats import GGUF_FORMATS, Format
 from ..model.modeling_streamprune import stock_class
 from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
 from ..model.sizes import CONTEXT, Sizes
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import end_tokens, find_bos, load_tokenizer
-from ..recipes.allocation import Budget, allocate, even_densities
+from ..recipes.allocation import COARSER, ROUND_TO, Budget, allocate, even_densities
 from ..recipes.experts import Experts, check, leaving
 from ..recipes.plan import Plan, SitePlan
 from ..recipes.recipe import LOSS, Recipe, Survey
@@ -72,6 +72,7 @@ class Request:
                 f"text_only is on; transformers has no text model of type {self.skeleton.written_type!r} on its own"
             )
         self._check_layout()
+        self._check_devices({site.name: site.units for site in self.sites}, str(config.model))
         if config.store == "fp8":
             fp8.check_storable(self.skeleton)
         self.window = self._window()
@@ -108,17 +109,25 @@ class Request:
         """
         ratio = self.ratio if ratio is None else ratio
         assert ratio is not None
-        layout = self.skeleton.layout
+        layout, wanted = self.skeleton.layout, self.config.round_to
         return Budget(
             ratio * part,
             self.counted_parameters,
-            self.config.round_to,
+            self._finest if wanted == AUTO else wanted,
             layout.alike,
             gone=gone,
+            coarser=COARSER if wanted == AUTO else (),
+            devices=self.config.tensor_parallel,
             # Formats of GGUF files cannot lack a sublayer.
-            sublayers=self.recipe.sublayers and self.config.quant not in ("q8_0", "q4_k_m"),
+            sublayers=self.recipe.sublayers and self.config.quant not in GGUF_FORMATS,
             experts=self.weighs_experts,
         )
+
+    @property
+    def _finest(self) -> int:
+        """The least multiple of ``round_to="auto"``: `ROUND_TO`, or 8 if that would leave an FFN fewer than three smaller widths."""
+        narrow = any(site.units < 4 * ROUND_TO for site in self.sites if site.kind == "ffn")
+        return 8 if narrow else ROUND_TO
 
     @property
     def weighs_experts(self) -> bool:
@@ -408,6 +417,25 @@ class Request:
                 f"layout is decilm; {self.config.model} is of model_type {self.skeleton.architecture.model_type}, and it must be llama"
             )
 
+    def _check_devices(self, keeps: Mapping[str, int], where: str) -> None:
+        """Check that the devices of ``tensor_parallel`` divide the units that stay at each site of what is named `where`.
+
+        Servers copy the only key/value head of multi-query attention to all devices.
+        """
+        devices = self.config.tensor_parallel
+        for site in self.sites if devices > 1 else ():
+            units = site.heads if site.units == 1 and site.heads else keeps[site.name]
+            if units % devices:
+                grouped = site.kind == "attention" and site.heads > site.units > 1
+                what = "channels" if site.kind == "ffn" else "key/value heads" if grouped else "heads"
+                raise ConfigError(
+                    f"tensor_parallel is {devices}; {site.name} of {where} has {units} {what}, which {devices} does not divide"
+                )
+            if not keeps[site.name] and site.kind != "ffn":
+                raise ConfigError(
+                    f"tensor_parallel is {devices}; {site.name} goes in {where}, and servers that split a model run no block without it"
+                )
+
     def _window(self) -> range:
         """The blocks that may change."""
         depth = len(self.skeleton)
@@ -443,6 +471,7 @@ class Request:
             kept = plan[site.name]
             if self.recipe.plans_units(site) and kept.units is None and kept.keep < site.units:
                 raise ConfigError(f'{path}: with these settings {site.name} needs "units", not only how many to keep')
+        self._check_devices({name: each.keep for name, each in plan.items()}, str(path))
         self.recipe.check_plan(self.sites, plan, str(path))
         return plan
 
@@ -549,6 +578,8 @@ def idle(config: Config) -> dict[str, str]:
     found = {} if config.plan is None else decided
     if config.plan is None and config.ratio is None and config.experts is not None:
         found["round_to"] = "only whole experts go"
+    if recipe.writes_zeros:
+        found |= dict.fromkeys(("round_to", "tensor_parallel"), "shapes stay")
     if config.refine is not None:
         found["effort"] = "--refine gives the steps"
     if config.metric_text is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.site import Site
-from ..recipes.allocation import Budget
+from ..recipes.allocation import Budget, step, steps
 
 REMEDY = "raise --samples or --seq-len"
 
@@ -78,10 +78,7 @@ class Goal:
             return sum(site.linears)
         if keeps is not None:
             return site.removed(keeps[site.name])
-        if self.budget.takes_last(site):
-            return site.removed(0)
-        least = min(site.units, self.budget.round_to) if site.kind == "ffn" else 1
-        return site.removed(min(site.choices or (least,)))
+        return site.removed(site.units - steps(site, self.budget)[-1])
 
     def _steps(self) -> str:
         if self.plan is not None:
@@ -96,13 +93,13 @@ class Goal:
 
 
 def largest_unit(sites: Sequence[Site], budget: Budget) -> int:
-    """Parameters of the largest step: a unit of attention or `round_to` FFN channels, in all blocks if they must be alike."""
+    """Parameters of the largest step by which widths change (see `allocation.step`), in all blocks if they must be alike."""
     sizes: dict[str, int] = {}
     for site in sites:
         if site.choices == (site.units,):
             continue
         alike = site.family if site.family in budget.alike else site.name
-        size = site.unit_parameters * (budget.round_to if site.kind == "ffn" else 1)
+        size = site.unit_parameters * step(site, budget)
         size += (site.rest or 0) * budget.takes_last(site)
         sizes[alike] = sizes.get(alike, 0) + size
     return max(sizes.values(), default=0)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..model.site import Site, routed
+
+ROUND_TO, COARSER = 32, (128, 256)
+"""Multiples of ``--round-to auto``. Rows of Q4_0, Q5_0 and Q8_0 are quantised in blocks of 32, those of k-quants in blocks of 256;
+FP8 and most 4-bit formats of servers have groups of 128."""
+TOLERANCE = 0.01
+"""Share of the predicted cost that coarser multiples may add."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Budget:
     parameters: int
     """Number of parameters in the unpruned model that the ratio refers to."""
     round_to: int
-    """Every FFN width that changes becomes a multiple of this."""
+    """Columns of a consumer that change become a multiple of this, for attention where its heads allow it (see `step`)."""
     alike: frozenset[str] = frozenset()
     """Site families that must end with the same width in every block."""
     gone: int = 0
@@ -31,11 +39,17 @@ class Budget:
     """Whether sites may lose their last unit, and their sublayer with it (see `takes_last`)."""
     experts: bool = False
     """Whether the same holds for routed experts, as far as enough of them stay in the block (see `Site.least`)."""
+    coarser: tuple[int, ...] = ()
+    """Larger multiples, ascending, that sites take where it costs little (see `_coarser`)."""
+    devices: int = 1
+    """Devices over which a server splits each site: the units that stay are a multiple of this, and `round_to` holds on each."""
 
     def takes_last(self, site: Site) -> bool:
         """Whether a site may lose its last unit. Sites that must end alike cannot, since all would."""
         wanted = self.sublayers if site.expert is None else self.experts
-        return wanted and site.goes and site.family not in self.alike
+        # No server that splits models runs blocks without attention.
+        stays = self.devices > 1 and site.kind != "ffn"
+        return wanted and site.goes and not stays and site.family not in self.alike
 
     @property
     def target(self) -> int:
@@ -55,6 +69,21 @@ class _Bundle:
         """Count the parameters that the step after `step` removes."""
         before, after = (self.sites[0].units - gone for gone in self.steps[step : step + 2])
         return sum(site.removed(after) - site.removed(before) for site in self.sites)
+
+    @cached_property
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """For each number of taken steps, what they cost and the parameters that they remove: two of (steps,) float64."""
+        site, gone = self.sites[0], torch.tensor(self.steps)
+        last = gone == site.units  # its density counts for the rest too
+        costs = torch.cat([self.density.new_zeros(1), self.density.cumsum(0)])[gone] * site.unit_parameters
+        costs += torch.where(last, self.density[-1] * (site.rest or 0), 0.0)
+        removed = torch.tensor([site.removed(site.units - each) for each in self.steps], dtype=torch.float64)
+        return costs * len(self.sites), removed * len(self.sites)
+
+    def least(self, price: float) -> float:
+        """Return the least cost of any number of steps, less `price` for each parameter that they remove."""
+        costs, removed = self.totals
+        return float((costs - price * removed).min())
 
     def takes_expert(self, step: int) -> bool:
         """Return whether the step after `step` removes a routed expert as a whole."""
@@ -87,30 +116,78 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
         Units to keep, by site name. All units are kept if not even one fits the budget.
     """
     bundles = _bundles(sites, densities, budget)
-    left = budget.target
-    taken = [0] * len(bundles)
-    spare = {block: len(own) - own[0].least for block, own in routed(sites).items()}
-    heap = [(bundle.cost(0), number) for number, bundle in enumerate(bundles) if len(bundle.steps) > 1]
-    heapq.heapify(heap)
-    while heap:
-        _, number = heapq.heappop(heap)
-        bundle = bundles[number]
-        # Drop the bundle once a step does not fit: its later steps cost more and are no smaller.
-        if bundle.parameters(taken[number]) > left:
-            continue
-        if bundle.takes_expert(taken[number]):
-            if not spare[bundle.sites[0].block]:
-                continue
-            spare[bundle.sites[0].block] -= 1
-        left -= bundle.parameters(taken[number])
-        taken[number] += 1
-        if taken[number] + 1 < len(bundle.steps):
-            heapq.heappush(heap, (bundle.cost(taken[number]), number))
+    taken, price = _fill(bundles, sites, budget)
+    if budget.coarser:
+        bundles, taken = _coarser(bundles, taken, price, sites, budget)
     return {
         site.name: site.units - bundle.steps[step]
         for bundle, step in zip(bundles, taken, strict=True)
         for site in bundle.sites
     }
+
+
+def _fill(bundles: Sequence[_Bundle], sites: Sequence[Site], budget: Budget) -> tuple[list[int], float]:
+    """Return how many steps of each bundle the budget pays for, and the cost per parameter at which it ended."""
+    left, price, ended = budget.target, 0.0, False
+    taken = [0] * len(bundles)
+    spare = {block: len(own) - own[0].least for block, own in routed(sites).items()}
+    heap = [(bundle.cost(0), number) for number, bundle in enumerate(bundles) if len(bundle.steps) > 1]
+    heapq.heapify(heap)
+    while heap:
+        cost, number = heapq.heappop(heap)
+        bundle = bundles[number]
+        # Drop the bundle once a step does not fit: its later steps cost more and are no smaller.
+        if bundle.parameters(taken[number]) > left:
+            ended = True
+            continue
+        if bundle.takes_expert(taken[number]):
+            if not spare[bundle.sites[0].block]:
+                continue
+            spare[bundle.sites[0].block] -= 1
+        price = price if ended else cost
+        left -= bundle.parameters(taken[number])
+        taken[number] += 1
+        if taken[number] + 1 < len(bundle.steps):
+            heapq.heappush(heap, (bundle.cost(taken[number]), number))
+    return taken, price
+
+
+def _coarser(
+    bundles: list[_Bundle], taken: list[int], price: float, sites: Sequence[Site], budget: Budget
+) -> tuple[list[_Bundle], list[int]]:
+    """Return bundles of which some have the steps of coarser multiples, and their steps.
+
+    What rounding costs a bundle is how much the least of ``cost − price · parameters`` rises. The largest multiples go to the
+    bundles where that is least, for `TOLERANCE` of the whole cost. The budget is then spent again; if that costs more after all,
+    or misses the budget by a step of `round_to`, fewer bundles take them.
+    """
+
+    def spent(bundles: Sequence[_Bundle], taken: Sequence[int]) -> tuple[float, float]:
+        each = [(bundle.totals, n) for bundle, n in zip(bundles, taken, strict=True)]
+        return sum(float(cost[n]) for (cost, _), n in each), sum(float(gone[n]) for (_, gone), n in each)
+
+    cost, gone = spent(bundles, taken)
+    least = [bundle.least(price) for bundle in bundles]
+    rises = list[list[tuple[float, int, _Bundle]]]()
+    for multiple in reversed(budget.coarser):
+        rounded = [replace(each, steps=steps(each.sites[0], budget, multiple)) for each in bundles]
+        rises.append(
+            [(each.least(price) - least[number], number, each) for number, each in enumerate(rounded) if each.steps[1:]]
+        )
+    allowed = TOLERANCE * cost
+    for part in (1.0, 0.5, 0.25, 0.125):
+        tried, left = dict[int, _Bundle](), part * allowed
+        for each in rises:
+            for rise, number, bundle in sorted(each, key=lambda found: found[:2]):
+                if number not in tried and rise <= left:
+                    left -= rise
+                    tried[number] = bundle
+        others = [tried.get(number, bundle) for number, bundle in enumerate(bundles)]
+        gone_on, _ = _fill(others, sites, budget)
+        dearer, fewer = spent(others, gone_on)
+        if dearer + price * (gone - fewer) <= cost + allowed and budget.target - fewer < _largest(bundles):
+            return others, gone_on
+    return bundles, taken
 
 
 def check_budget(sites: Sequence[Site], budget: Budget) -> None:
@@ -134,7 +211,10 @@ def check_budget(sites: Sequence[Site], budget: Budget) -> None:
 
 def largest_step(sites: Sequence[Site], budget: Budget) -> int:
     """Return the parameters of the largest step of `allocate`: two plans for one budget differ by at most this."""
-    bundles = _bundles(sites, even_densities(sites), budget)
+    return _largest(_bundles(sites, even_densities(sites), budget))
+
+
+def _largest(bundles: Sequence[_Bundle]) -> int:
     return max(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
 
 
@@ -145,21 +225,36 @@ def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
         if site.family in budget.alike:
             families.setdefault(site.family, []).append(site)
         else:
-            bundles.append(_Bundle((site,), densities[site.name].double(), _steps(site, budget)))
+            bundles.append(_Bundle((site,), densities[site.name].double(), steps(site, budget)))
     for family, alike in families.items():
         if len({(site.units, site.width, site.choices) for site in alike}) > 1:
             raise ConfigError(f"the layout needs blocks of equal widths; {family} widths of this model differ")
         mean = sum(densities[site.name].double() for site in alike) / len(alike)
         assert isinstance(mean, Tensor)
-        bundles.append(_Bundle(tuple(alike), mean, _steps(alike[0], budget)))
+        bundles.append(_Bundle(tuple(alike), mean, steps(alike[0], budget)))
     return bundles
 
 
-def _steps(site: Site, budget: Budget) -> tuple[int, ...]:
+def step(site: Site, budget: Budget, multiple: int | None = None) -> int:
+    """Return the number of units of which the units that stay are a multiple, if any goes.
+
+    The columns of the consumer are then a multiple of `round_to` on each device, or of `multiple` too. Heads for which no
+    smaller number is such a multiple are only divided among the devices.
+    """
+    columns = budget.round_to * budget.devices
+    columns = columns if multiple is None else math.lcm(columns, multiple)
+    units = math.lcm(columns // math.gcd(columns, site.width), budget.devices)
+    if site.kind == "ffn" or units < site.units:
+        return units
+    return budget.devices if multiple is None else step(site, budget)
+
+
+def steps(site: Site, budget: Budget, multiple: int | None = None) -> tuple[int, ...]:
+    """Return the numbers of units that can go from a site, ascending from 0; with a coarser `multiple` if one is given."""
     counts = range(1, site.units + 1) if site.choices is None else site.choices
-    multiple = budget.round_to if site.kind == "ffn" else 1
+    units = step(site, budget, multiple)
     least = [0] if budget.takes_last(site) else []
-    fewer = [*least, *(keep for keep in counts if keep < site.units and keep % multiple == 0)]
+    fewer = [*least, *(keep for keep in counts if keep < site.units and keep % units == 0)]
     return (0, *(site.units - keep for keep in sorted(fewer, reverse=True)))
 
 

@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..maths.divergence import between_units, redundant
 from ..maths.refit import others
 from ..model.site import Site
-from .allocation import Budget, allocate, even_densities
+from .allocation import Budget, allocate, even_densities, steps
 from .obs import ObsRecipe, best, kept_columns, obs_workspace
 from .plan import Plan, SitePlan
 from .recipe import Findings, Problem, Refit, Survey, Surveyed, Target
@@ -70,11 +70,11 @@ def _of_attention(sites: Sequence[Site], budget: Budget) -> Budget:
     """Return the budget of attention alone: the same share as of the whole model."""
     whole = sum(site.units * site.unit_parameters for site in sites)
     own = sum(site.units * site.unit_parameters for site in sites if site.kind == "attention")
-    return Budget(budget.target / whole, own, budget.round_to, budget.alike)
+    return replace(budget, ratio=budget.target / whole, parameters=own, gone=0)
 
 
-def _as_many_as_can_go(site: Site, units: int) -> int:
-    return max(site.units - keep for keep in site.choices or range(1, site.units + 1) if site.units - keep <= units)
+def _as_many_as_can_go(site: Site, units: int, budget: Budget) -> int:
+    return max(gone for gone in steps(site, budget) if gone <= units)
 
 
 class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
@@ -143,7 +143,7 @@ class GreedyOutput(ObsRecipe[GreedyOutputSettings]):
         divergences = {site.name: survey[site.name]["divergence"] for site in attention}
         if self.settings.tau:
             gone = {
-                site.name: _as_many_as_can_go(site, len(redundant(divergences[site.name], self.settings.tau)))
+                site.name: _as_many_as_can_go(site, len(redundant(divergences[site.name], self.settings.tau)), budget)
                 for site in attention
             }
             if "attention" in budget.alike and len(set(gone.values())) > 1:

@@ -14,7 +14,7 @@ from gguf_reference import write_byte_tokenizer
 
 import streamprune
 from streamprune.model.checkpoint import Shard, data_bytes
-from streamprune.model.formats import BLOCKS, Model, Weight, gguf_bytes, gguf_type
+from streamprune.model.formats import BLOCKS, FORMATS, Model, Weight, gguf_bytes, gguf_total, gguf_type
 from streamprune.model.fp8 import SCALE
 from streamprune.model.sizes import RUNTIME, Sizes
 from streamprune.model.skeleton import open_skeleton
@@ -96,11 +96,12 @@ def test_gguf_is_what_export_writes(name: str, dtype: str, configured: Make, tmp
     write_byte_tokenizer(model)
     config = configured(model, recipe="magnitude", ratio=0.2, layout="uniform", round_to=8)
     result = Path(streamprune.prune(config).out)
-    exported = streamprune.export_gguf(result, tmp_path / "model.gguf", dtype=dtype).path
-    tensors = gguf.GGUFReader(exported).tensors
+    done = streamprune.export_gguf(result, tmp_path / "model.gguf", dtype=dtype)
+    tensors = gguf.GGUFReader(done.path).tensors
+    assert done.weights == {each: None if each == "fp8" else sizes(result).weights({}, each) for each in FORMATS}
     found = sizes(model)
     parts = found._kept(kept(result))
-    assert sum(gguf_bytes(dtype, each, found._model_of(kept(result))) for each in (*found._outside, *parts)) == sum(
+    assert sum(gguf_bytes(dtype, each, found.model(kept(result))) for each in (*found._outside, *parts)) == sum(
         tensor.n_bytes for tensor in tensors
     )
     if dtype != "bf16":
@@ -132,7 +133,41 @@ def test_published_sizes(shape: tuple[int, ...], published: dict[str, float]) ->
         tensors += [Weight((ffn, d)), Weight((ffn, d)), Weight((d, ffn), "down", block), Weight((d,)), Weight((d,))]
     model = Model(depth, tied=False, queries=heads // groups)
     for format, size in published.items():
-        assert round(sum(gguf_bytes(format, each, model) for each in tensors) / 2**30, 2) == size
+        assert round(gguf_total(format, tensors, model) / 2**30, 2) == size
+
+
+def llama_cpps_types(gone: set[int], depth: int, experts: int) -> list[str]:
+    """The types of values and down projections in Q4_K_M, block by block, with counters as in llama.cpp's `llama-quant.cpp`."""
+    found, i_attention, i_down, n_attention = [], 0, 0, depth - len(gone)
+
+    def more(i: int, n: int) -> bool:
+        return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+    for block in range(depth):
+        if block not in gone:
+            found.append("q6_k" if more(i_attention, n_attention) else "q4_k")
+            i_attention += 1
+        if block not in gone or experts:
+            for _ in range(max(1, experts)):
+                found.append("q6_k" if more(block if experts else i_down, depth) else "q4_k")
+                i_down += 1
+    return found
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_bits_go_by_what_came_before(experts: int) -> None:
+    depth, gone = 24, {0, 1, 5, 11, 12}
+    weights = []
+    for block in range(depth):
+        attention = [Weight((8, 256), "value", block), Weight((8,), "value", block), Weight((8, 256), "linear", block)]
+        weights += [] if block in gone else attention
+        weights += [] if block in gone and not experts else [Weight((8, 256), "down", block)] * max(1, experts)
+    types = llama_cpps_types(gone, depth, experts)
+    linears = 8 * (144 + 4) * (depth - len(gone))
+    expected = linears + sum(8 * {"q6_k": 210, "q4_k": 144}[kind] for kind in types)
+    assert gguf_total("q4_k_m", weights, Model(depth, tied=False, experts=experts)) == expected
+    # By the numbers of the blocks alone it would be another size.
+    assert sum(gguf_bytes("q4_k_m", each, Model(depth, tied=False, experts=experts)) for each in weights) != expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,17 @@ import torch
 
 from streamprune.errors import ConfigError
 from streamprune.model.site import UNIFORM, Site
-from streamprune.recipes.allocation import Budget, _Bundle, allocate, check_budget, even_densities
+from streamprune.recipes.allocation import (
+    TOLERANCE,
+    Budget,
+    _Bundle,
+    allocate,
+    check_budget,
+    even_densities,
+    largest_step,
+    step,
+    steps,
+)
 
 
 def site(block: int, kind: str, units: int, parameters: int, **more: object) -> Site:
@@ -109,3 +119,103 @@ def test_a_sublayer_goes_whole_at_its_own_price() -> None:
     check_budget([attention, replace(ffn, rest=0)], Budget(0.95, 130, 1, sublayers=True))
     with pytest.raises(ConfigError, match=r"ratio is 0\.95; .* at most 0\.769 of its blocks' parameters while"):
         check_budget([attention, ffn], Budget(0.95, 130, 1))
+
+
+def priced(sites: list[Site], keep: dict[str, int], densities: dict[str, torch.Tensor]) -> float:
+    return sum(float(densities[s.name][: s.units - keep[s.name]].sum()) * s.unit_parameters for s in sites)
+
+
+def curves(steepness: list[float], units: int = 1024) -> tuple[list[Site], dict[str, torch.Tensor]]:
+    """FFNs whose costs rise as a power of the share that is gone; a high power is flat at first and steep at the end."""
+    sites = [site(block, "ffn", units, 12) for block in range(len(steepness))]
+    x = (torch.arange(units, dtype=torch.float64) + 0.5) / units
+    return sites, {s.name: x**power for s, power in zip(sites, steepness, strict=True)}
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5])
+def test_coarser_multiples_are_taken_where_they_cost_little(ratio: float) -> None:
+    sites, densities = curves([0.5 + block / 4 for block in range(24)])
+    fine = budget(sites, ratio, round_to=32)
+    auto = replace(fine, coarser=(128, 256))
+    kept, rounded = allocate(sites, densities, fine), allocate(sites, densities, auto)
+    costs = [priced(sites, each, densities) for each in (kept, rounded)]
+    assert costs[1] <= costs[0] * (1 + TOLERANCE)
+    assert not any(each % 32 for each in rounded.values())
+    assert sum(each % 128 == 0 for each in rounded.values()) > sum(each % 128 == 0 for each in kept.values()) + 2
+    removed = sum((s.units - rounded[s.name]) * 12 for s in sites)
+    assert 0 <= auto.target - removed < largest_step(sites, auto) == 32 * 12
+    # With 256 everywhere it would cost more.
+    whole = allocate(sites, densities, replace(fine, round_to=256))
+    missing = auto.target - sum((s.units - whole[s.name]) * 12 for s in sites)
+    price = max(float(densities[s.name][s.units - kept[s.name] - 1]) for s in sites if kept[s.name] < s.units)
+    assert priced(sites, whole, densities) + price * missing > costs[0] * (1 + TOLERANCE)
+
+
+def test_the_finest_multiple_stays_where_a_channel_costs_much() -> None:
+    # The costs rise a thousandfold at 672 of 1024 channels that stay: neither 640 nor 768 is as good.
+    sites = [site(0, "ffn", 1024, 12)]
+    densities = {sites[0].name: torch.cat([torch.full((352,), 1.0), torch.full((672,), 1e3)]).double()}
+    auto = replace(budget(sites, 352 / 1024, round_to=32), coarser=(128, 256))
+    assert allocate(sites, densities, auto) == {sites[0].name: 672}
+    flat = {sites[0].name: torch.ones(1024).double()}
+    # A plan that misses the ratio by more than the step of 32 is not taken either, however little it costs.
+    assert allocate(sites, flat, auto) == {sites[0].name: 672}
+    assert allocate(sites, flat, replace(auto, ratio=0.25)) == {sites[0].name: 768}
+
+
+def test_what_rounding_costs_is_the_rise_of_the_least_priced_total() -> None:
+    sites, densities = curves([2.0], units=64)
+    price, name = 0.3, sites[0].name
+    whole = budget(sites, 0.5)
+    for multiple in (1, 8, 16):
+        bundle = _Bundle(tuple(sites), densities[name], steps(sites[0], whole, multiple))
+        best = min(
+            float(densities[name][:gone].sum()) * 12 - price * gone * 12
+            for gone in range(64)
+            if gone == 0 or (64 - gone) % multiple == 0
+        )
+        assert bundle.least(price) == pytest.approx(best)
+    # With the last unit, its norm goes at the unit's price.
+    rest = replace(sites[0], rest=100)
+    bundle = _Bundle((rest,), densities[name], (0, 64))
+    assert bundle.least(10.0) == pytest.approx(
+        float(densities[name].sum()) * 12 + float(densities[name][-1]) * 100 - 10 * (64 * 12 + 100)
+    )
+
+
+@pytest.mark.parametrize(
+    ("units", "width", "round_to", "devices", "expected"),
+    [
+        (32, 128, 32, 1, 1),
+        (32, 128, 256, 1, 2),
+        (32, 80, 32, 1, 2),
+        (8, 16, 32, 1, 2),
+        (3, 192, 256, 1, 1),  # 256 divides no smaller number of heads
+        (32, 128, 32, 4, 4),
+        (32, 8, 32, 2, 8),
+        (4, 8, 32, 2, 2),
+    ],
+)
+def test_heads_round_where_they_can(units: int, width: int, round_to: int, devices: int, expected: int) -> None:
+    heads = replace(site(0, "attention", units, 100), width=width)
+    given = Budget(0.3, 10_000, round_to, devices=devices)
+    assert step(heads, given) == expected
+    kept = [heads.units - gone for gone in steps(heads, given)]
+    assert kept == [units, *(k for k in range(units - 1, 0, -1) if k % expected == 0)]
+
+
+def test_devices_share_what_stays() -> None:
+    channels = site(0, "ffn", 1024, 12, rest=4)
+    heads = replace(site(0, "attention", 16, 800, rest=4), width=64)
+    given = Budget(0.9, 1024 * 12 + 16 * 800, 32, sublayers=True, coarser=(128, 256), devices=4)
+    # A quarter of the channels is a multiple of 32 on each device.
+    assert step(channels, given) == 128
+    assert step(channels, given, 256) == 256
+    assert step(channels, replace(given, devices=3), 256) == 768
+    # An FFN may go as a whole; attention may not, since servers that split a model run no block without it.
+    assert steps(channels, given)[-1] == 1024
+    assert steps(heads, given) == (0, 4, 8, 12)
+    assert steps(heads, replace(given, devices=1))[-1] == 16
+    keep = allocate([heads, channels], even_densities([heads, channels]), given)
+    assert keep[heads.name] % 4 == 0 < keep[heads.name]
+    assert keep[channels.name] % 128 == 0

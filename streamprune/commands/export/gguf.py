@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ...errors import ConfigError, ResourceError
-from ...model.formats import BLOCKS, QUANTISED
+from ...model.formats import BLOCKS, GGUF_FORMATS, QUANTISED
 from ...model.hub import resolve_model
+from ...model.sizes import Sizes
 from ...model.skeleton import open_skeleton
 from ...system import files
 from ...system.progress import Progress, Silent
@@ -40,6 +41,8 @@ class Exported:
     """Bytes of the file."""
     context: int
     """Largest number of tokens in the context."""
+    weights: Mapping[str, int | None]
+    """Bytes of all tensors in other formats (see `model.formats`); None where the model cannot be stored so."""
     notes: list[str]
     """Differences between the file and the checkpoint."""
 
@@ -142,4 +145,7 @@ def export_gguf(
             progress.step(each.name)
     for note in notes:
         progress.say(note)
-    return Exported(out, runtime.name, dtype, skeleton.parameters(), out.stat().st_size, context, notes)
+    weights = Sizes(skeleton).in_formats({})
+    for format in GGUF_FORMATS:
+        weights[format] = sum(math.prod(each.byte_shape) for each in plan(skeleton, runtime, format, factors))
+    return Exported(out, runtime.name, dtype, skeleton.parameters(), out.stat().st_size, context, weights, notes)
