@@ -1,0 +1,91 @@
+"""benchmarks/matrix.py: the runtimes that need no further environment, and what it makes of results that are not as expected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EXAMPLE, ROOT
+
+import streamprune
+
+
+@pytest.fixture
+def matrix(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import matrix
+
+    return matrix
+
+
+@pytest.fixture(scope="module", params=["uniform", "free"])
+def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = streamprune.Config(
+        model=EXAMPLE,
+        out=tmp_path_factory.mktemp("result") / request.param,
+        ratio=0.3,
+        recipe="magnitude",
+        layout=request.param,
+        blocks=(2, 6) if request.param == "free" else None,
+    )
+    return Path(streamprune.prune(config).out)
+
+
+@pytest.mark.parametrize(("name", "package"), [("transformers", "torch"), ("llama.cpp", "xllamacpp"), ("peft", "peft")])
+def test_runtimes_write_what_transformers_writes(name: str, package: str, result: Path, matrix: Any) -> None:
+    pytest.importorskip(package, reason=f"the {package} package is not here")
+    pytest.importorskip("gguf", reason="the gguf package is not here")
+    cell = matrix.RUNTIMES[name][2](result)
+    assert cell["of"] == 96
+    assert matrix.outcome(cell) == "equal", cell
+
+
+def test_a_runtime_that_computes_something_else_is_different(result: Path, matrix: Any) -> None:
+    model = matrix.loaded(result, dtype=torch.float32)
+    assert matrix.outcome(matrix.compared(result, matrix.scores_of(model))) == "equal"
+    model.model.layers[2].mlp.down_proj.weight.data *= 1.02
+    assert matrix.outcome(matrix.compared(result, matrix.scores_of(model))) == "near"
+    model.model.layers[2].mlp.down_proj.weight.data *= -50
+    assert matrix.outcome(matrix.compared(result, matrix.scores_of(model))) == "different"
+
+
+def test_the_table_replaces_the_last_one_and_names_surprises(
+    tmp_path: Path, matrix: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tmp_path / "deploy.md"
+    document.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n")
+    good, bad = {"equal": 96, "of": 96, "difference": 2e-6}, {"refused": "ValueError: no"}
+    cells = dict.fromkeys(matrix.LAYOUTS, good)
+    monkeypatch.setattr(matrix, "EXPECTED", {"vllm": {"free": "refused"}})
+    for name, changed in (("peft", {}), ("vllm", {"free": bad})):
+        found = {"title": name, "version": "1.2", "transformers": "5", "cells": cells | changed}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert matrix.table(tmp_path, document, "2026-11-29") == []
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "Made on 2026-11-29." in text
+    assert "| vllm 1.2 | 96 of 96, 2.0e-06 | 96 of 96, 2.0e-06 | refused |" in text
+    assert "- vllm, free: `ValueError: no`" in text
+    cells["free"] = {"equal": 95, "of": 96, "difference": 2e-6}
+    (tmp_path / "peft.json").write_text(json.dumps({**found, "title": "peft", "cells": cells}))
+    (tmp_path / "vllm.json").write_text(json.dumps({**found, "title": "vllm", "cells": cells | {"2:4": bad}}))
+    assert [fault.split(" (")[0] for fault in matrix.table(tmp_path, document, "2026-11-30")] == [
+        "peft, free: near",
+        "vllm, free: near",
+        "vllm, 2:4: refused",
+    ]
+
+
+def test_a_cell_that_fails_is_refused_with_its_error(
+    tmp_path: Path, matrix: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "LAYOUTS", {"dense": None})
+    (tmp_path / "dense").mkdir()
+    matrix.attempt(tmp_path, "transformers")
+    cell = json.loads((tmp_path / "transformers.json").read_text())["cells"]["dense"]
+    assert "Error" in cell["refused"]
