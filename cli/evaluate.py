@@ -24,6 +24,17 @@ from . import options, show
 @click.option("--include-path", type=options.PATH, metavar="DIR", help="Folder with more task files.")
 @click.option("--limit", type=int, metavar="N", help="Score the first N documents of each task.  [default: all]")
 @click.option("--num-fewshot", type=int, metavar="N", help="Examples before each document.  [default: the task's own]")
+@click.option(
+    "--apply-chat-template", is_flag=True, help="Write prompts as conversations in the model's chat template."
+)
+@click.option(
+    "--system-instruction", metavar="TEXT", help="Text before each prompt, or the system's turn of conversations."
+)
+@click.option(
+    "--confirm-run-unsafe-code",
+    is_flag=True,
+    help="Allow tasks that run code which the model writes, such as humaneval.",
+)
 @options.machine_options
 @options.output_options
 def evaluate(
@@ -39,8 +50,18 @@ def evaluate(
       streamprune eval llama-2-5b --text wiki-test.txt --seq-len 2048
 
       streamprune eval llama-2-49b --tasks arc_easy,piqa --memory 24GiB
+
+      streamprune eval OUT --tasks gsm8k,ifeval --apply-chat-template --json > after.json
     """
-    limits = {name: chosen.pop(name) for name in ("include_path", "limit", "num_fewshot")}
+    names = (
+        "include_path",
+        "limit",
+        "num_fewshot",
+        "apply_chat_template",
+        "system_instruction",
+        "confirm_run_unsafe_code",
+    )
+    of_tasks = {name: value for name in names if (value := chosen.pop(name)) not in (None, False)}
     if text is None and tasks is None:
         raise ConfigError("nothing to measure: give --text TEXT, --tasks A,B or both")
     of_text = {name: chosen.pop(name) for name in ("windows", "loss_on")}
@@ -49,12 +70,12 @@ def evaluate(
     for name, value in of_text.items():
         if value not in ("anywhere", "all") and text is None:
             raise ConfigError(f"--{name.replace('_', '-')} {value} needs --text")
-    for name, value in limits.items():
-        if value is not None and tasks is None:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} needs --tasks")
+    for name, value in of_tasks.items():
+        if tasks is None:
+            raise ConfigError(f"--{name.replace('_', '-')}{'' if value is True else f' {value}'} needs --tasks")
     # First, since an unknown name is found in a second, before torch is imported.
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    wanted = None if tasks is None else streamprune.find_tasks(names, **limits)
+    named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    wanted = None if tasks is None else streamprune.find_tasks(named, **of_tasks)
     found: dict[str, Any] = {}
     lines: list[str] = []
     options.begin(model, texts=[text])
@@ -65,7 +86,6 @@ def evaluate(
             lines += [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"]
         if wanted is not None:
             scored = streamprune.evaluate_tasks(model, wanted, progress=progress, **chosen)
-            found["tasks"] = {"results": scored.results, "documents": scored.documents, "bos": scored.bos}
-            found["tasks"]["protocol"] = scored.protocol
+            found["tasks"] = {name: value for name, value in asdict(scored).items() if name != "table"}
             lines += [*scored.table.rstrip().splitlines(), f"({scored.protocol})"]
     show.result(found, as_json, lines)

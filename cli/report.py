@@ -27,6 +27,18 @@ from . import options, show
 @options.seq_len_option(of=" of --text")
 @options.bos_option
 @click.option(
+    "--scores",
+    type=options.PATH,
+    metavar="FILE",
+    help="Output of eval OUT --tasks A,B --json: scores of tasks to show.",
+)
+@click.option(
+    "--scores-against",
+    type=options.PATH,
+    metavar="FILE",
+    help="The same of the dense model, to compare the scores with.",
+)
+@click.option(
     "--comparison",
     type=options.PATH,
     metavar="DIR",
@@ -46,6 +58,8 @@ def report(out: Path, against: Path | None, text: str | None, as_json: bool, qui
     Examples:
 
       streamprune report llama-2-5b
+
+      streamprune report llama-2-5b --scores after.json --scores-against before.json
 
       streamprune report llama-2-5b --against llama-2-7b --prompt "The sea is" --text wiki-test.txt --out 5b.html
     """

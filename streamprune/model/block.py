@@ -257,6 +257,11 @@ class Block:
         """Master weights in the stored dtype, by name inside the block."""
         return self._layer.weights
 
+    def release(self) -> Block:
+        """Forget the weights in the stored dtype; return the block, which can then only be run."""
+        self._layer.weights.clear()
+        return self
+
     def __call__(self, x: Tensor, arguments: Arguments) -> Tensor:
         """Run the block on the stream: (sequences, tokens, width) → same shape."""
         entered = x

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -243,13 +243,14 @@ class Outside:
         return [slot.arguments for slot in self._slots]
 
     @contextmanager
-    def embedding(self, past: int = 0) -> Iterator[Callable[[Tensor], Tensor]]:
+    def embedding(self) -> Iterator[Callable[..., Tensor]]:
         """Yield a function from token ids (sequences, tokens) int64 to the first block's input (sequences, tokens, width).
 
-        It is the stream: hidden states and side inputs, see `side_inputs`.
+        It is the stream: hidden states and side inputs, see `side_inputs`. Its second argument is the number of preceding
+        tokens, 0 by default.
         """
         with self._filled(self._embed, self._read):
-            yield partial(self._streamed, past=past)
+            yield self._streamed
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -317,7 +318,7 @@ class Outside:
         found: Tensor = self._head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
         return found.view(*hidden.shape[:-1], -1)
 
-    def _streamed(self, ids: Tensor, past: int) -> Tensor:
+    def _streamed(self, ids: Tensor, past: int = 0) -> Tensor:
         hidden = self._embedded(ids, past)
         given = [slot.arguments for slot in self._slots]
         for slot in self._slots:

@@ -1,18 +1,22 @@
-"""Generate calibration text with the model itself (Greedy Output Approximation, section 4.1; RESP).
+"""Generate text: calibration text with the model itself (Greedy Output Approximation, section 4.1; RESP), answers to tasks.
 
 Streamed batch decoding: each sweep over the blocks produces the next token of every sequence. Keys and values are on
-disk between sweeps. Positions, masks and attention are those of transformers.
+disk between sweeps. If the model fits into memory, its weights, keys and values stay there instead. Positions, masks and
+attention are those of transformers.
 
-With prompts, every sequence begins with one. Where the model ends its answer, the next prompt follows, so that sequences
-need no padding. Tokens that all sequences know, as at the beginning, pass the blocks together.
+With prompts, every sequence begins with one. Calibration text has the next prompt where the model ends its answer, so that
+sequences need no padding. Tokens that all sequences know, as at the beginning, pass the blocks together. While some still
+read their prompts, others already answer.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from torch import Tensor
 from ..errors import NumericalError
 from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sampling import sample
+from ..model.block import Block
 from ..model.skeleton import Skeleton
 from ..model.upstream import cache_argument
 from ..system import files
@@ -45,8 +50,10 @@ class Writing:
         bos: the token that every sequence begins with; None draws it uniformly from the vocabulary. Not for prompts.
         prompts: returns the token ids (n,) int64 of a prompt by its number from 0; those below `samples` must have
             n < length. Sequence i begins with prompt i, and continues after its k-th answer with prompt i + k·samples.
-        ends: tokens that end an answer; unused without prompts.
+        ends: tokens after which the next prompt follows; unused without prompts.
         temperature: divides the logits; 0 takes the likeliest token.
+        complete: returns whether a sequence, by its number, has answered its prompt with these tokens. Each then has one answer,
+            and the text is finished with the last of them. None: sequences are as long as `length`.
     """
 
     samples: int
@@ -56,6 +63,7 @@ class Writing:
     prompts: Callable[[int], Tensor] | None = None
     ends: Collection[int] = ()
     temperature: float = 1.0
+    complete: Callable[[int, Tensor], bool] | None = None
 
 
 class Draft:
@@ -67,6 +75,7 @@ class Draft:
         known: (samples,) int64: number of tokens known of each sequence.
         used: (samples,) int64: number of prompts used for each sequence.
         past: number of tokens whose keys and values are stored.
+        begins, answered: (samples,) int64: where the first prompt's answer begins, and where it ends once it is complete, else 0.
     """
 
     def __init__(self, how: Writing, vocabulary: int, state: Mapping[str, Tensor] | None = None) -> None:
@@ -75,7 +84,7 @@ class Draft:
         self.tokens = torch.zeros(shape, dtype=torch.int64)
         self.written = torch.zeros(shape, dtype=torch.bool)
         self.known, self.used = (torch.zeros(how.samples, dtype=torch.int64) for _ in range(2))
-        self.past = 0
+        self.past, self.answered = 0, torch.zeros(how.samples, dtype=torch.int64)
         if how.prompts is not None:
             for row in range(how.samples):
                 self._ask(row)
@@ -85,6 +94,7 @@ class Draft:
         else:
             self.tokens[:, 0] = how.bos
             self.known += 1
+        self.begins = self.known.clone()
         if state is not None:
             self.tokens, self.known, self.used = (state[name] for name in ("tokens", "known", "used"))
             self.written = state["written"].bool()
@@ -94,6 +104,16 @@ class Draft:
     def state(self) -> dict[str, Tensor]:
         found = {name: getattr(self, name) for name in ("tokens", "known", "used")}
         return {**found, "written": self.written.long(), "past": torch.tensor(self.past)}
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing that counts is missing."""
+        return self.past >= self.how.length - 1 or (self.how.complete is not None and bool(self.answered.all()))
+
+    def answer(self, row: int) -> list[int]:
+        """Return the tokens that answer a sequence's first prompt; see `Writing.complete`."""
+        found: list[int] = self.tokens[row, self.begins[row] : self.answered[row]].tolist()
+        return found
 
     def next(self, most: int) -> int:
         """Return the end of the tokens to process next: at most `most`, known of all sequences, and not the last one."""
@@ -113,10 +133,13 @@ class Draft:
         drawn = draw(rows, uniform[rows])
         self.tokens[rows, end], self.written[rows, end] = drawn, True
         self.known[rows] += 1
-        if self.how.prompts is not None:
-            for row, token in zip(rows.tolist(), drawn.tolist(), strict=True):
-                if token in self.how.ends:
-                    self._ask(row)
+        for row, token in zip(rows.tolist(), drawn.tolist(), strict=True):
+            if self.how.complete is not None:
+                answer = self.tokens[row, self.begins[row] : end + 1]
+                if not self.answered[row] and self.how.complete(row, answer):
+                    self.answered[row] = end + 1
+            elif self.how.prompts is not None and token in self.how.ends:
+                self._ask(row)
 
     def _ask(self, row: int) -> None:
         """Add the next prompt to a sequence, cut off at its end."""
@@ -167,29 +190,16 @@ def generate(
         sums[name] = size, check
         files.truncate(folder / name, size)
     batches = [slice(start, min(start + batch, how.samples)) for start in range(0, how.samples, batch)]
-    pasts = [(rows, KeysAndValues(folder, number, sums)) for number, rows in enumerate(batches)]
+    part = Part(draft, [(rows, KeysAndValues(folder, number, sums)) for number, rows in enumerate(batches)])
+    weights = streamed(skeleton)
     progress.phase("generate", how.length, draft.past + bool(draft.past))
     if not draft.past:
         progress.step("first tokens")
     saved = time.monotonic()
-    while draft.past < how.length - 1:
-        past, end = draft.past, draft.next(chunk)
-        with skeleton.embedding(past) as embedding:
-            hidden = embedding(draft.tokens[:, past:end].to(skeleton.device))
-        for index, block in sweep.blocks(skeleton, range(len(skeleton))):
-            for rows, cache in pasts:
-                x = hidden[rows]
-                arguments = skeleton.arguments(x.shape[0], x.shape[1], past)[index]
-                hidden[rows] = block(x, {**arguments, cache_argument(type(skeleton.block(index)).forward): cache})
-            del block
-            if not all_finite(hidden):
-                raise NumericalError(f"block {index} gives NaN or Inf{advice(hidden.dtype)}")
-
-        def draw(rows: Tensor, uniform: Tensor, hidden: Tensor = hidden) -> Tensor:
-            return _next_tokens(skeleton, hidden[rows.to(hidden.device), -1], uniform, how.temperature)
-
-        draft.go_on(end, draw)
-        for number in range(past + 1, end + 1):
+    while not draft.finished:
+        past = draft.past
+        advance(skeleton, weights, [part], chunk)
+        for number in range(past + 1, draft.past + 1):
             progress.step(f"token {number}")
         if save is not None and (progress.stopping() or time.monotonic() - saved >= SAVE_SECONDS):
             for name in sums:
@@ -199,6 +209,75 @@ def generate(
             saved = time.monotonic()
         rest(progress)
     return draft
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences that pass the blocks together: a draft, and the keys and values of each of its micro-batches."""
+
+    draft: Draft
+    batches: Sequence[tuple[slice, Any]]
+    """Sequences, and their cache: `KeysAndValues` or transformers' `DynamicCache`."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a sweep finds a model's weights: each returns what the skeleton's function or `sweep.blocks` returns."""
+
+    embedding: Callable[[], AbstractContextManager[Callable[..., Tensor]]]
+    blocks: Callable[[], Iterable[tuple[int, Block]]]
+    head: Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
+
+
+def streamed(skeleton: Skeleton) -> Weights:
+    """Read the weights anew for each sweep, one block at a time."""
+    return Weights(skeleton.embedding, partial(sweep.blocks, skeleton, range(len(skeleton))), skeleton.head)
+
+
+@contextmanager
+def in_memory(skeleton: Skeleton) -> Iterator[Weights]:
+    """Keep all weights on the device inside the context."""
+    with skeleton.embedding() as embedding, skeleton.head() as head:
+        held = [(index, block.release()) for index, block in sweep.blocks(skeleton, range(len(skeleton)))]
+        yield Weights(lambda: nullcontext(embedding), lambda: held, lambda: nullcontext(head))
+
+
+@torch.no_grad()
+def advance(skeleton: Skeleton, weights: Weights, parts: Sequence[Part], chunk: int) -> None:
+    """Process the next tokens of all parts in one sweep, each from its own position; add one to sequences that know no more.
+
+    Args:
+        chunk: most tokens of a sequence that pass the blocks together.
+
+    Raises:
+        NumericalError: a block or the head produces NaN or Inf.
+    """
+    ends = [part.draft.next(chunk) for part in parts]
+    with weights.embedding() as embedding:
+        hidden = [
+            embedding(part.draft.tokens[:, part.draft.past : end].to(skeleton.device), part.draft.past)
+            for part, end in zip(parts, ends, strict=True)
+        ]
+    batches = [
+        (x, rows, cache, skeleton.arguments(rows.stop - rows.start, x.shape[1], part.draft.past))
+        for part, x in zip(parts, hidden, strict=True)
+        for rows, cache in part.batches
+    ]
+    for index, block in weights.blocks():
+        name = cache_argument(type(skeleton.block(index)).forward)
+        for x, rows, cache, arguments in batches:
+            x[rows] = block(x[rows], {**arguments[index], name: cache})
+        del block
+        if not all(all_finite(x) for x in hidden):
+            raise NumericalError(f"block {index} gives NaN or Inf{advice(skeleton.dtype)}")
+    with weights.head() as head:
+        for part, end, x in zip(parts, ends, hidden, strict=True):
+            temperature = part.draft.how.temperature
+
+            def draw(rows: Tensor, uniform: Tensor, x: Tensor = x, temperature: float = temperature) -> Tensor:
+                return _next_tokens(head, x[rows.to(x.device), -1], uniform, temperature, skeleton.vocabulary)
+
+            part.draft.go_on(end, draw)
 
 
 def _stored(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
@@ -251,18 +330,19 @@ class KeysAndValues:
         return k, v
 
 
-def _next_tokens(skeleton: Skeleton, hidden: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+def _next_tokens(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, uniform: Tensor, temperature: float, vocabulary: int
+) -> Tensor:
     """Draw one token per sequence from the last block's output (rows, d): (rows,). Chunks bound the logits."""
-    chunk = max(1, sweep.LOGIT_BYTES // (4 * skeleton.vocabulary))
+    chunk = max(1, sweep.LOGIT_BYTES // (4 * vocabulary))
     found = []
-    with skeleton.head() as head:
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            logits = head(hidden[rows]).cpu()
-            if temperature == 0 and all_finite(logits.amax(-1)):
-                found.append(logits.argmax(-1))
-                continue
-            if temperature not in (0, 1):
-                logits = logits.to(accumulator(logits.dtype)) / temperature
-            found.append(sample(logits, uniform[rows]))  # which refuses logits that are not finite
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        logits = head(hidden[rows]).cpu()
+        if temperature == 0 and all_finite(logits.amax(-1)):
+            found.append(logits.argmax(-1))
+            continue
+        if temperature not in (0, 1):
+            logits = logits.to(accumulator(logits.dtype)) / temperature
+        found.append(sample(logits, uniform[rows]))  # which refuses logits that are not finite
     return torch.cat(found)

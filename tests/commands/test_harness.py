@@ -276,13 +276,6 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         find(["mc_piqa"], include_path=tmp_path / "nowhere")
     with pytest.raises(StreamPruneError, match=r"mc_boolq: lm_eval cannot load .*boolq/test.json"):
         find(["mc_boolq"], include_path=TASK_FILES)
-    (tmp_path / "mc.py").write_text((TASK_FILES / "mc.py").read_text())
-    (tmp_path / "written.yaml").write_text(
-        "task: written\ncustom_dataset: !function mc.load\ndataset_kwargs:\n  file: piqa/test.json\ntest_split: test\n"
-        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{gold}}'\n"
-    )
-    with pytest.raises(ConfigError, match=r"'written' needs generate_until; .* lm_eval --model hf"):
-        find(["written"], include_path=tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'streamprune\[harness\]'"):
         find(["mc_piqa"], include_path=TASK_FILES)

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,6 +23,7 @@ import streamprune
 from streamprune.commands.report import charts
 from streamprune.errors import ConfigError, ResourceError
 from streamprune.jobs.names import job_folder
+from streamprune.model.checkpoint import Checkpoint
 from streamprune.pruning.curves import POINTS, sample
 from streamprune.system import machine
 
@@ -227,6 +229,83 @@ def test_a_comparison_is_shown(pruned: Path, tiny: Tiny, text: Path, tmp_path: P
     assert "∞" in Read(streamprune.report(pruned, comparison=tmp_path / "c", html=tmp_path / "page.html")).words
 
 
+def scores(out: Path, place: Path, values: dict[str, list[float]], **changes: Any) -> Path:
+    """Scores of a checkpoint as `eval --tasks --json` prints them, from the scores of documents by task."""
+    tasks = {
+        "results": {
+            task: {
+                "alias": task,
+                "acc,none": float(np.mean(each)),
+                "acc_stderr,none": float(np.std(each, ddof=1) / len(each) ** 0.5),
+            }
+            for task, each in values.items()
+        },
+        "documents": {task: len(each) for task, each in values.items()},
+        "samples": {task: {"acc,none": each} for task, each in values.items()},
+        "fingerprints": {task: f"{task} {len(each)}" for task, each in values.items()},
+        "model": Checkpoint(out).identity(),
+        "protocol": f"as for {place.stem}",
+        **changes,
+    }
+    place.write_text(json.dumps({"tasks": tasks}))
+    return place
+
+
+def test_scores_before_and_after(pruned: Path, tiny: Tiny, tmp_path: Path) -> None:
+    """The interval of a difference is that of a paired test; without the documents' scores, that of independent ones."""
+    draw = np.random.default_rng(0)
+    dense = (draw.random(50) < 0.7).astype(float)
+    after = np.where(draw.random(50) < 0.8, dense, 0.0)
+    before_file = scores(tiny("llama"), tmp_path / "before.json", {"sums": [*dense], "other": [1.0, 0.0, 1.0]})
+    after_file = scores(pruned, tmp_path / "after.json", {"sums": [*after], "other": [1.0, 0.0, 1.0]})
+    page = streamprune.report(pruned, scores=after_file, scores_against=before_file, html=tmp_path / "page.html")
+    read = Read(page)
+    d = after - dense
+    expected = [
+        f"{x.mean():{sign}.4g} ± {1.96 * x.std(ddof=1) / 50**0.5:.2g}"
+        for x, sign in ((dense, ""), (after, ""), (d, "+"))
+    ]
+    assert ["sums", "acc", "50", *expected] in read.rows
+    assert [row[-1] for row in read.rows if row[0] == "other"] == ["+0 ± 0"]
+    assert abs(d.mean()) > 1.96 * d.std(ddof=1) / 50**0.5
+    assert page.read_text().count('<td class="best">') == 1
+    assert "as for before." in read.words
+    assert "as for after." in read.words
+    assert "The scores before are those of the checkpoint that was pruned" in read.words
+    scores(pruned, after_file, {"sums": [*after], "other": [1.0, 0.0, 1.0]}, samples={})
+    read = Read(streamprune.report(pruned, scores=after_file, scores_against=before_file, html=tmp_path / "page.html"))
+    apart = 1.96 * (dense.var(ddof=1) / 50 + after.var(ddof=1) / 50) ** 0.5
+    assert ["sums", "acc", "50", *expected[:2], f"{d.mean():+.4g} ± {apart:.2g}*"] in read.rows
+    assert "as if independent" in read.words
+    read = Read(streamprune.report(pruned, scores=after_file, html=tmp_path / "page.html"))
+    assert ["sums", "acc", "50", expected[1]] in read.rows
+    assert "difference" not in read.words
+
+
+def test_scores_that_do_not_fit_are_refused(pruned: Path, copied: Path, tiny: Tiny, tmp_path: Path) -> None:
+    after, before = (tmp_path / f"{name}.json" for name in ("after", "before"))
+    scores(pruned, after, {"sums": [1.0, 0.0]})
+    (tmp_path / "text.json").write_text('{"perplexity": 3.0}')
+    for given, message in (
+        ({"scores": tmp_path / "no.json"}, "which is not a file; streamprune eval --tasks"),
+        ({"scores": tmp_path / "text.json"}, "which streamprune eval --tasks ... --json did not print"),
+        ({"scores_against": after}, "it needs the scores of"),
+        ({"scores": scores(tiny("llama"), before, {"sums": [1.0, 0.0]})}, "of another checkpoint than"),
+        (
+            {"scores": after, "scores_against": scores(pruned, tmp_path / "b", {"sums": [1.0] * 3})},
+            "different documents",
+        ),
+        (
+            {"scores": after, "scores_against": scores(pruned, tmp_path / "c", {"else": [1.0, 0.0]})},
+            "different documents",
+        ),
+        ({"scores": scores(pruned, tmp_path / "d", {"sums": [1.0, 0.0]}, documents=[])}, "have unexpected content"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            streamprune.report(copied, **given)
+    assert contents(copied) == contents(pruned)
+
+
 # Hostile and missing values.
 
 
@@ -308,10 +387,10 @@ def test_missing_sections_are_listed(tiny: Tiny, configured: Make, tmp_path: Pat
     config = configured(tiny("llama"), recipe="magnitude")
     streamprune.prune(config)
     read = Read(streamprune.report(config.out))
-    for piece in ("Reconstruction error", "Importance curves", "Comparison", "Samples", "Perplexity"):
+    for piece in ("Reconstruction error", "Importance curves", "Comparison", "Tasks", "Samples", "Perplexity"):
         assert re.search(rf"{piece}: (none|not|the recipe (does not|computes none))", read.words), piece
     assert {"budget", "spent", "sites", "settings", "missing"} <= read.ids()
-    assert not {"errors", "curves", "comparison", "samples", "recovery"} & read.ids()
+    assert not {"errors", "curves", "comparison", "tasks", "samples", "recovery"} & read.ids()
 
 
 def test_zeros_instead_of_units(tiny: Tiny, tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ def test_a_cache_goes_by_the_name_that_is_current(tiny: Any, name: str) -> None:
             block = skeleton.build_block(index, skeleton.read_block(index))
             argument = upstream.cache_argument(type(skeleton.block(index)).forward)
             block(torch.randn(1, 1, skeleton.stream_width), {**skeleton.arguments(1, 1)[index], argument: Cache()})
-        with skeleton.embedding(past=2) as embedding:
-            embedding(IDS[:, :1])
+        with skeleton.embedding() as embedding:
+            embedding(IDS[:, :1], 2)
     assert asked == expected
     assert [str(each.message) for each in told if "deprecated" in str(each.message)] == []
 

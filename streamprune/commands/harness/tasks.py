@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,12 @@ from ...errors import CalibrationError, ConfigError, check_least, one_line
 from ...model.hub import resolve_model
 from ...model.tokenizer import Bos, bos_token, load_tokenizer
 from ...system.progress import Progress, Silent
+from ...system.strict_json import read_json
 
-SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-"""Output types of tasks that need no generated text."""
+GENERATED = "generate_until"
+"""Output type of tasks that need generated text. The others score given text."""
+ALTERING = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "num_beams": 1}
+"""Settings of generation_config.json that change what transformers' `generate` writes greedily, and the values that do not."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class TaskScores:
     """lm_eval's entries by task or group, such as ``"acc,none"`` and ``"acc_stderr,none"``."""
     documents: dict[str, int]
     """Number of documents scored, by task."""
+    samples: dict[str, dict[str, list[float]]]
+    """The score of each document, by task and metric, for metrics that are the mean over documents."""
+    fingerprints: dict[str, str]
+    """Digest of each task's documents in their order."""
+    model: dict[str, Any]
+    """Fingerprint of the checkpoint, see `Checkpoint.identity`."""
     table: str
     """lm_eval's table of the results."""
     bos: bool
@@ -49,10 +60,25 @@ class Tasks:
     """Documents per task; None for all."""
     num_fewshot: int | None
     """Examples before each document; None for the task's default."""
+    apply_chat_template: bool
+    """Whether prompts are conversations, written as the model's chat template does."""
+    system_instruction: str | None
+    """Text before each prompt, or the system's turn of a conversation."""
+    confirm_run_unsafe_code: bool
+    """Whether code that a model writes may be run."""
+    most: dict[str, int]
+    """Most tokens of an answer, by task that needs generated text."""
 
 
 def find_tasks(
-    names: Sequence[str], *, include_path: Path | None = None, limit: int | None = None, num_fewshot: int | None = None
+    names: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    confirm_run_unsafe_code: bool = False,
 ) -> Tasks:
     """Look tasks up and load their data.
 
@@ -60,10 +86,13 @@ def find_tasks(
         names: tasks, groups and tags of lm_eval and of the task files below `include_path`.
         limit: documents per task; None takes all.
         num_fewshot: examples before each document; None takes the task's default.
+        apply_chat_template: write prompts as conversations in the model's chat template.
+        system_instruction: text before each prompt, or the system's turn of a conversation.
+        confirm_run_unsafe_code: allow tasks that run code which the model has written, such as humaneval.
 
     Raises:
-        ConfigError: lm_eval is not installed, a name is unknown, a task needs generated text, or `limit` or
-            `num_fewshot` is out of range.
+        ConfigError: lm_eval is not installed, a name is unknown, a task samples its text or runs code without confirmation,
+            or `limit` or `num_fewshot` is out of range.
         CalibrationError: a task's data cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -91,15 +120,29 @@ def find_tasks(
         raise CalibrationError(
             f"{', '.join(names)}: lm_eval cannot load these tasks and their data ({one_line(error, 300)})"
         ) from error
+    most = {}
     for name, task in loaded["tasks"].items():
-        if task.OUTPUT_TYPE not in SCORED:
+        if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
             raise ConfigError(
-                f"task {name!r} needs {task.OUTPUT_TYPE}; a streamed model only scores given text. "
-                "With the model in memory: lm_eval --model hf"
+                f"task {name!r} runs code that the model writes, on this machine and without a sandbox; "
+                "--confirm-run-unsafe-code allows it"
             )
+        if task.OUTPUT_TYPE == GENERATED:
+            from .streamed import check_generation
+
+            most[name] = check_generation(name, task.config.generation_kwargs)
     # Load only once, although the evaluator asks the manager again.
     manager.load = lambda task_list: loaded
-    return Tasks(tuple(names), manager, limit, num_fewshot)
+    return Tasks(
+        names=tuple(names),
+        manager=manager,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+        most=most,
+    )
 
 
 def _manager(include_path: Path | None, **options: Any) -> Any:
@@ -137,7 +180,8 @@ def evaluate_tasks(
     """Score a checkpoint directory, dense or pruned, on tasks of lm-evaluation-harness, streamed block by block.
 
     Prompts, tokens, truncation and metrics are those of lm_eval's `hf` backend. One sweep over the blocks serves all
-    requests of one type, from all tasks.
+    log-likelihoods of one type, from all tasks. Text is generated greedily: in memory if the model fits, otherwise with one
+    sweep per token for as many prompts as the disk has room for.
 
     Args:
         tasks: names, or the result of `find_tasks`.
@@ -163,8 +207,11 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
+    from .answers import check_answers
     from .streamed import StreamedModel
 
+    if found.apply_chat_template and getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(f"{skeleton.checkpoint.directory} has no chat template, which apply-chat-template needs")
     streamed = StreamedModel(
         skeleton,
         tokenizer,
@@ -175,6 +222,9 @@ def evaluate_tasks(
         progress=progress or Silent(),
         bos=bos,
     )
+    if found.most:
+        check_answers(skeleton)
+        streamed.check_room(max(found.most.values()))
     with _quietly():
         outcome = simple_evaluate(
             model=streamed,
@@ -182,7 +232,9 @@ def evaluate_tasks(
             task_manager=found.manager,
             limit=found.limit,
             num_fewshot=found.num_fewshot,
-            log_samples=False,
+            apply_chat_template=found.apply_chat_template,
+            system_instruction=found.system_instruction,
+            confirm_run_unsafe_code=found.confirm_run_unsafe_code,
         )
     table = make_table(outcome)
     if outcome.get("groups"):
@@ -190,16 +242,50 @@ def evaluate_tasks(
     return TaskScores(
         results=outcome["results"],
         documents={name: counts["effective"] for name, counts in outcome["n-samples"].items()},
+        samples={name: _samples(each, outcome["results"][name]) for name, each in outcome["samples"].items()},
+        fingerprints={name: _fingerprint(each) for name, each in outcome["samples"].items()},
+        model=skeleton.checkpoint.identity(),
         table=table,
         bos=first is not None,
         protocol=(
             f"lm_eval {importlib.metadata.version('lm_eval')}"
             + ("" if found.limit is None else f", the first {found.limit} documents of each task")
             + f"; texts {'without' if first is None else 'that begin with'} BOS"
+            + ("; prompts in the chat template" if found.apply_chat_template else "")
+            + ("" if found.system_instruction is None else f" after {found.system_instruction!r}")
+            + (_decoding(skeleton.checkpoint.directory) if found.most else "")
             + f"; sequences of at most {streamed.max_length} tokens"
             + f"; computed in {machine.dtype_name(skeleton.dtype)}"
         ),
     )
+
+
+def _samples(samples: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return the score of each document in order, by metric as in `result`, for metrics that are their mean."""
+    found: dict[str, list[float]] = {}
+    for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
+        for metric in sample["metrics"]:
+            if isinstance(value := sample.get(metric), (bool, int, float)):
+                found.setdefault(f"{metric},{sample['filter']}", []).append(float(value))
+    return {
+        name: values
+        for name, values in found.items()
+        if isinstance(mean := result.get(name), (int, float)) and math.isclose(sum(values) / len(values), mean)
+    }
+
+
+def _fingerprint(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return the SHA-256 of the digests of all documents, in their order."""
+    hashes = {int(sample["doc_id"]): sample["doc_hash"] for sample in samples}
+    return hashlib.sha256("".join(hashes[number] for number in sorted(hashes)).encode()).hexdigest()
+
+
+def _decoding(directory: Path) -> str:
+    """Describe, for the protocol, how text is generated: without what the model's own settings would change."""
+    path = directory / "generation_config.json"
+    own = read_json(path) if path.is_file() else {}
+    left = [f"{name} {own[name]}" for name, usual in ALTERING.items() if own.get(name) not in (None, usual)]
+    return "; greedy decoding" + (f", without the {', '.join(left)} of generation_config.json" if left else "")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, one_line
 from ...model.checkpoint import Checkpoint
 from ...model.hub import resolve_model, title
 from ...model.tokenizer import Bos
@@ -20,6 +20,7 @@ from ..evaluate import evaluate
 from . import charts, figures
 from .records import read_comparison, read_records
 from .samples import check_samples, write_samples
+from .scores import Interval, compare_scores, read_scores
 
 PAGE = "report.html"
 
@@ -33,6 +34,8 @@ def report(
     text: Spec | None = None,
     seq_len: int | None = None,
     bos: Bos = "auto",
+    scores: str | Path | None = None,
+    scores_against: str | Path | None = None,
     comparison: str | Path | None = None,
     html: str | Path | None = None,
     device: str = "auto",
@@ -52,6 +55,8 @@ def report(
         text: one source (see `text.source.Source`) to measure perplexity on, streamed.
         seq_len: tokens per window of `text`; see `evaluate`.
         bos: whether prompts and windows of `text` begin with BOS; ``auto`` does as the tokenizer does.
+        scores: task scores of `out`, a file with the output of ``eval --tasks ... --json``.
+        scores_against: the same of the dense model, to compare with.
         comparison: the folder of a `compare`, or its compare.json.
         html: path of the page; None takes ``report.html`` in `out`.
         memory: bytes that the device may use to measure perplexity; None allows all free memory.
@@ -69,6 +74,16 @@ def report(
     if page.is_dir() or not page.absolute().parent.is_dir():
         raise ConfigError(f"html is {page}; it must be a file in an existing directory")
     table = None if comparison is None else read_comparison(Path(comparison))
+    sites, source = records.sites, (records.pruning or records.tunings[-1])["job"]["inputs"]["model"]
+    if scores_against is not None and scores is None:
+        raise ConfigError(f"scores_against is {scores_against}; it needs the scores of {out} to compare with")
+    found, before = (None if path is None else read_scores(Path(path)) for path in (scores, scores_against))
+    if found is not None and found["model"] != json.loads(json.dumps(Checkpoint(out).identity())):
+        raise ConfigError(f"scores are {scores}, of another checkpoint than {out}")
+    try:
+        tasks = [] if found is None else compare_scores(found, before)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"scores have unexpected content ({one_line(error)}): write the files again") from error
     dense = None if against is None else resolve_model(against, progress)
     if dense is not None and not prompts and text is None:
         raise ConfigError(f"against is {dense}; it needs prompts to continue or a text to measure perplexity on")
@@ -86,7 +101,6 @@ def report(
         else evaluate(path, text, seq_len=seq_len, bos=bos, device=device, memory=memory, progress=progress)
         for path in (dense, out)
     )
-    sites, source = records.sites, (records.pruning or records.tunings[-1])["job"]["inputs"]["model"]
     html_text = _render(
         records=records,
         dense=None if dense is None else title(dense),
@@ -94,6 +108,9 @@ def report(
         perplexity=perplexity,
         dense_perplexity=dense_perplexity,
         samples=write_samples(models, prompts, limits, where, progress, bos) if prompts else [],
+        tasks=tasks,
+        protocols=list(dict.fromkeys(each["protocol"] for each in (before, found) if each)),
+        scored_source=before is not None and before["model"] == source,
         comparison=table,
         comparison_chart=None if table is None else figures.comparison(table),
         best=[] if table is None else _best(table["rows"][1:]),
@@ -118,6 +135,7 @@ def _render(**contents: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"amount": _amount, "bytes": format_bytes, "duration": format_seconds, "plain": _plain}
+    environment.filters["interval"] = _interval
     environment.globals |= {"charts": charts, "passes": format_passes, "version": __version__}
     return environment.get_template("page.html.j2").render(contents)
 
@@ -136,6 +154,12 @@ def _amount(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"
+
+
+def _interval(interval: Interval | None, sign: str = "") -> str:
+    if interval is None:
+        return "—"
+    return f"{interval.value:{sign}.4g}" + ("" if interval.half is None else f" ± {interval.half:.2g}")
 
 
 def _plain(value: object) -> str:

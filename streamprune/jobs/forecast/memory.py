@@ -228,6 +228,15 @@ class Memory(Shapes):
         per_token = sum(map(self._backward_token, self.all_sublayers()))
         return weights + trained + batch * self.workload.length * (per_token + 4 * 4 * self.skeleton.vocabulary)
 
+    def answering_in_memory(self, batch: int, passing: int) -> int:
+        """Return bytes on the device while `batch` sequences are continued with the whole model in memory.
+
+        They are all weights, a tied head twice, keys and values with copies of the largest block's, logits, and `passing`.
+        """
+        weights = self.item * self.skeleton.block_parameters() + (self.head + self.embed * self.skeleton.outside.tied)
+        logits = 8 * min(LOGIT_BYTES, 4 * self.skeleton.vocabulary * batch)
+        return weights + batch * (self.keys_and_values + 3 * self.widest_pair) + logits + passing
+
     def passing(self, batch: int) -> int:
         """Return bytes of activations during the forward pass of the largest sublayer."""
         return batch * self.workload.length * max(map(self._forward_token, self.all_sublayers()))

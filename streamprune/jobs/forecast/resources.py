@@ -1,6 +1,7 @@
 """Plan a job's resources: choose micro-batch sizes that fit and the place of Grams, and forecast the totals.
 
-All micro-batch sizes are chosen here: `forecast` for streamed jobs, `generation_batch`, `training_batch`, `bucket_batch`.
+All micro-batch sizes are chosen here: `forecast` for streamed jobs, `generation_batch`, `answering`, `training_batch`,
+`bucket_batch`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from ...maths.flops import KINDS, Kind
 from ...model.skeleton import Skeleton
 from ...system.machine import dtype_name
 from ...system.units import format_bytes
-from .memory import GRAM_PLACES, GramPlace, Memory
+from .memory import GRAM_PLACES, IDLE_SHARE, GramPlace, Memory
 from .workload import TRAIN_SEQUENCES, Shapes, Workload
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens per micro-batch beyond which nothing gets faster, by device type."""
+ANSWERS = 32
+"""Largest number of sequences per micro-batch that generates answers; a micro-batch takes as long as its longest answer."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,59 @@ def generation_batch(memory: Memory, batch: int, backward_batch: int) -> int:
     """Return the sequences per micro-batch for generating calibration tokens, within the other steps' peak."""
     room = memory.device_peak(batch, backward_batch) - memory.decoding(0)
     return max(1, min(memory.workload.samples, room // (memory.decoding(1) - memory.decoding(0))))
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers to prompts are generated."""
+
+    in_memory: bool  # whether all weights, keys and values stay on the device, instead of passing through it
+    samples: int  # sequences whose keys and values are stored at a time
+    batch: int  # sequences per micro-batch
+    chunk: int  # most tokens of a sequence that pass the blocks together
+
+
+def answering(
+    skeleton: Skeleton,
+    samples: int,
+    length: int,
+    *,
+    device_limit: int,
+    disk_limit: int,
+    base: int = 0,
+    memory_host: int = 0,
+    host_limit: int | None = None,
+) -> Answering:
+    """Choose how `samples` sequences of up to `length` tokens, prompts with answers, are generated within the limits.
+
+    In memory if weights, keys and values of a micro-batch fit on the device, otherwise streamed.
+
+    Raises:
+        ResourceError: not even one sequence fits.
+    """
+    model = Memory(skeleton, Workload(samples=samples, length=length, text=True, prunes=False, generates=True))
+    room = model.plannable(device_limit) - (base + memory_host if model.on_cpu else 0)
+    room = room * IDLE_SHARE // (IDLE_SHARE + 1)
+    tokens, token = BATCH_TOKENS[skeleton.device.type], model.passing(1) // length
+    for batch in range(min(samples, ANSWERS), 0, -1):
+        if model.answering_in_memory(batch, max(batch, min(tokens, batch * length)) * token) <= room:
+            return Answering(True, batch, batch, max(1, tokens // batch))
+    one = Workload(samples=1, length=length, text=True, prunes=False, generates=True)
+    resources = forecast(
+        skeleton,
+        one,
+        device_limit=device_limit,
+        disk_limit=disk_limit,
+        base=base,
+        memory_host=memory_host,
+        host_limit=host_limit,
+    ).require()
+    samples = min(samples, disk_limit // max(1, model.keys_and_values))
+    # Of what is left beside one sequence, hidden states of all sequences get half and the micro-batch the other half.
+    left = max(0, room - Memory(skeleton, one).device_peak(1, 1)) // 2
+    batch = max(1, min(samples, ANSWERS, left // (model.decoding(1) - model.decoding(0))))
+    hidden = 2 * model.stream * model.item * samples
+    return Answering(False, samples, batch, max(1, min(resources.batch * length // batch, left // hidden)))
 
 
 def training_batch(memory: Memory, room: int) -> int | None:

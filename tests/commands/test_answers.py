@@ -1,0 +1,398 @@
+"""Tasks with generated text: against lm_eval's own backend and transformers' `generate` on the same checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import make_tiny
+from streamprune_cli import main
+
+import streamprune
+from streamprune.errors import CalibrationError, ConfigError, ResourceError
+from streamprune.jobs.forecast import resources
+from streamprune.jobs.forecast.memory import Memory
+from streamprune.jobs.forecast.resources import Answering, answering
+from streamprune.jobs.forecast.workload import Workload
+from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.model.tokenizer import load_tokenizer
+from streamprune.stream.generate import KeysAndValues
+from streamprune.system.progress import Callback, Silent
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from streamprune.commands.harness import answers
+from streamprune.commands.harness.answers import Question, answer
+from streamprune.commands.harness.streamed import StreamedModel
+
+CPU = torch.device("cpu")
+Tiny = Callable[..., Path]
+HOW = {
+    "memory": Answering(True, 3, 3, 5),
+    "streamed": Answering(False, 5, 3, 5),
+    "one by one": Answering(False, 1, 1, 1),
+}
+"""Ways to generate: in micro-batches in memory, in two waves of two micro-batches, and each prompt alone, token by token."""
+
+
+@pytest.fixture(params=HOW)
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(answers, "answering", lambda *_, **__: HOW[request.param])
+    return str(request.param)
+
+
+def random_prompts(count: int, longest: int, vocabulary: int = 40) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [tuple(torch.randint(1, vocabulary, (length,), generator=generator).tolist()) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "gpt2", "falcon", "qwen3_moe", "gpt_oss", "deepseek_v3", "mistral"]
+)
+def test_answers_are_transformers_own(name: str, how: str, tiny: Tiny) -> None:
+    """Prompts of all lengths, in one micro-batch too, with answers of different lengths."""
+    path = tiny(name, torch.float64)
+    skeleton = open_skeleton(path, CPU, "float64")
+    questions = [Question(p, 4 + n, lambda tokens: bool(tokens[-1] < 9)) for n, p in enumerate(random_prompts(8, 30))]
+    found = dict(answer(skeleton, questions, progress=Silent()))
+    model = streamprune.load(path, dtype=torch.float64, experts_implementation="eager")
+    greedy: dict[str, Any] = {"do_sample": False, "eos_token_id": [*range(9)], "pad_token_id": 0}
+    for number, question in enumerate(questions):
+        given = torch.tensor([question.prompt])
+        expected = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=question.most, **greedy)
+        assert found[number] == expected[0, given.shape[1] :].tolist()
+    assert len({len(tokens) for tokens in found.values()}) > 2
+
+
+PROMPTS: list[tuple[str, dict[str, Any]]] = [
+    ("the cat", {"until": ["a"], "max_gen_toks": 20}),
+    ("a dog sat", {"until": ["b", "e"], "max_gen_toks": 20}),
+    ("long " * 30, {"until": [], "max_gen_toks": 20}),  # cut off on the left
+    ("<s>begins", {"until": "c", "max_gen_toks": 9}),
+    ("x", {"do_sample": False, "temperature": 0.0, "max_gen_toks": 30}),
+    ("the ca", {"until": ["zz"], "max_new_tokens": 7}),
+    ("the cat", {"until": ["a"], "max_gen_toks": 3}),
+]
+
+
+def backend(path: Path, **options: Any) -> HFLM:
+    return HFLM(pretrained=str(path), dtype="float32", device="cpu", batch_size=1, trust_remote_code=True, **options)
+
+
+def generating(path: Path, **options: Any) -> StreamedModel:
+    skeleton = open_skeleton(path, CPU, "float32")
+    return StreamedModel(skeleton, load_tokenizer(path), progress=Silent(), **options)
+
+
+def asked() -> list[Instance]:
+    return [Instance("generate_until", {}, (p, dict(s)), n) for n, (p, s) in enumerate(PROMPTS)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("bos", ["auto", "on"])
+def test_texts_are_the_harness_own(name: str, bos: Any, how: str, tiny: Tiny) -> None:
+    path = tiny(name)
+    expected = backend(path, **({} if bos == "auto" else {"add_bos_token": True})).generate_until(asked(), True)
+    assert generating(path, bos=bos).generate_until(asked()) == expected
+    assert len(set(map(len, expected))) > 2
+
+
+def test_text_ends_where_the_model_ends_it(tiny: Tiny, tmp_path: Path) -> None:
+    """At the tokens of generation_config.json, which are not the tokenizer's."""
+    path = make_tiny(tmp_path / "model", "llama")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9, 11, 20]}))
+    expected = backend(path).generate_until(asked(), True)
+    assert generating(path).generate_until(asked()) == expected
+    assert expected != generating(tiny("llama")).generate_until(asked())
+
+
+# Tasks of lm_eval over local data.
+
+LOAD = """
+import datasets
+def load(**_):
+    rows = [{"question": q, "answer": a} for q, a in (("one and one", "b"), ("the cat", "c"), ("how so", "a"), ("why", "d"))]
+    return {"test": datasets.Dataset.from_list(rows), "train": datasets.Dataset.from_list(rows)}
+"""
+TASK = """
+task: {name}
+custom_dataset: !function load.load
+test_split: test
+training_split: train
+fewshot_split: train
+output_type: generate_until
+doc_to_text: '{{{{question}}}}:'
+doc_to_target: '{{{{answer}}}}'
+generation_kwargs:
+  until: ['e', ',']
+  max_gen_toks: 12
+  do_sample: {sampled}
+metric_list:
+- metric: exact_match
+  aggregation: mean
+  higher_is_better: true
+filter_list:
+- name: first
+  filter:
+  - function: regex
+    regex_pattern: '([a-d])'
+  - function: take_first
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder of task files: `written`, `sampling`, which samples, and `running`, which runs code."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "load.py").write_text(LOAD)
+    (folder / "written.yaml").write_text(TASK.format(name="written", sampled="false"))
+    (folder / "sampling.yaml").write_text(TASK.format(name="sampling", sampled="true"))
+    (folder / "running.yaml").write_text(TASK.format(name="running", sampled="false") + "unsafe_code: true\n")
+    return folder
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("fewshot", [None, 2])
+def test_tasks_score_as_lm_eval_scores_them(
+    chat: bool, fewshot: int | None, how: str, place: Path, tmp_path: Path
+) -> None:
+    path = make_tiny(tmp_path / "model", "llama", max_position_embeddings=256)
+    template = "{% for m in messages %}{{ m.role + '. ' + m.content + ',' }}{% endfor %}{% if add_generation_prompt %}so {% endif %}"
+    (path / "chat_template.jinja").write_text(template)
+    options: dict[str, Any] = {"num_fewshot": fewshot, "apply_chat_template": chat}
+    if chat:
+        options["system_instruction"] = "be short"
+    theirs = simple_evaluate(
+        model=backend(path),
+        tasks=["written"],
+        task_manager=TaskManager(include_path=str(place), include_defaults=False),
+        **options,
+    )
+    ours = streamprune.evaluate_tasks(path, streamprune.find_tasks(["written"], include_path=place, **options))
+    assert ours.results == theirs["results"]
+    expected = [sample["exact_match"] for sample in theirs["samples"]["written"]]
+    assert ours.samples == {"written": {"exact_match,first": expected}}
+    assert len(ours.fingerprints["written"]) == 64
+    assert "; greedy decoding;" in ours.protocol
+    assert ("in the chat template after 'be short'" in ours.protocol) == chat
+    prompts = {sample["arguments"][0][0] for sample in theirs["samples"]["written"]}
+    assert all(("user." in prompt) == chat for prompt in prompts)
+
+
+def test_one_sweep_serves_a_token_of_all_prompts(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> None:
+    """Streamed: as many sweeps as the longest answer, and those that read the prompts. In memory: blocks are read once."""
+    read: list[int] = []
+    honest = Skeleton.read_block
+    monkeypatch.setattr(Skeleton, "read_block", lambda self, index: read.append(index) or honest(self, index))
+    skeleton = open_skeleton(tiny("llama"), CPU, "float32")
+    questions = [Question((1,) * length, 6, lambda tokens: False) for length in (3, 9, 30)]  # the last for itself
+    for way, sweeps in (
+        (Answering(False, 3, 3, 100), 6 + 6),  # 6 more: 3 tokens are known of both, up to 9
+        (Answering(False, 3, 3, 10), 6 + 6),  # the 30 pass in three sweeps meanwhile
+        (Answering(False, 1, 1, 100), 3 * 6),
+        (Answering(True, 3, 3, 100), 1),
+    ):
+        read.clear()
+        monkeypatch.setattr(answers, "answering", lambda *_, way=way, **__: way)
+        assert len(dict(answer(skeleton, questions, progress=Silent()))) == 3
+        assert read == [0, 1, 2] * sweeps
+
+
+def test_finished_prompts_leave_the_sweeps(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> None:
+    monkeypatch.setattr(answers, "answering", lambda *_, **__: Answering(False, 9, 1, 100))
+    seen: list[int] = []
+    honest = KeysAndValues.update
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(self.number)
+        return honest(self, *arguments, **options)
+
+    monkeypatch.setattr(KeysAndValues, "update", watched)
+    skeleton = open_skeleton(tiny("llama"), CPU, "float32")
+    questions = [Question((1, 2, 3), most, lambda tokens: False) for most in (2, 5, 9)]
+    told: list[str] = []
+    dict(answer(skeleton, questions, progress=Callback(lambda event: told.append(str(event)))))
+    assert [seen.count(number) for number in range(3)] == [2 * 3, 5 * 3, 9 * 3]
+    assert told == [f"answer: {done} of 3" for done in range(4)]
+
+
+def test_limits_decide_how_answers_are_generated(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = open_skeleton(tiny("llama", num_hidden_layers=9), CPU, "float32")
+    monkeypatch.setattr(resources, "BATCH_TOKENS", {"cpu": 64})
+    model = Memory(skeleton, Workload(samples=100, length=64, text=True, prunes=False, generates=True))
+    weights = 4 * skeleton.block_parameters()
+    whole = answering(skeleton, 100, 64, device_limit=2**30, disk_limit=0)
+    assert whole == Answering(True, 32, 32, 2)
+    fits = next(size for size in range(weights, 2**30, 1024) if _way(skeleton, size, 2**30).in_memory)
+    assert weights + model.keys_and_values < fits < 2 * weights
+    assert 1 <= _way(skeleton, fits, 2**30).batch < 32
+    tight = _way(skeleton, fits - 2048, 10 * model.keys_and_values + 1)
+    assert not tight.in_memory
+    assert tight.samples == 10
+    assert 1 <= tight.batch <= 10
+    with pytest.raises(ResourceError, match=r"activations need .* of disk"):
+        _way(skeleton, fits - 2048, model.keys_and_values - 1)
+    with pytest.raises(ResourceError, match="memory limit"):
+        _way(skeleton, 1000, 2**30)
+
+
+def _way(skeleton: Skeleton, memory: int, disk: int) -> Answering:
+    return answering(skeleton, 100, 64, device_limit=memory, disk_limit=disk)
+
+
+def test_a_kill_leaves_nothing_and_stopping_stops(monkeypatch: pytest.MonkeyPatch, tiny: Tiny, tmp_path: Path) -> None:
+    monkeypatch.setattr(answers, "answering", lambda *_, **__: Answering(False, 3, 3, 9))
+    skeleton = open_skeleton(tiny("llama"), CPU, "float32")
+    asked: list[int] = []
+    watching = Callback(lambda event: None, stopping=lambda: len(asked) > 5 or bool(asked.append(1)))
+    questions = [Question((1, 2), 20, lambda tokens: False)]
+    with pytest.raises(streamprune.Stopped):
+        dict(answer(skeleton, questions, progress=watching, cache=tmp_path / "cache"))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_is_refused(place: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find: Callable[..., Any] = streamprune.find_tasks
+    with pytest.raises(ConfigError, match=r"task 'sampling' generates with do_sample: True; .* lm_eval --model hf"):
+        find(["sampling"], include_path=place)
+    with pytest.raises(ConfigError, match=r"task 'running' runs code .* --confirm-run-unsafe-code"):
+        find(["running"], include_path=place)
+    find(["running"], include_path=place, confirm_run_unsafe_code=True)
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.\w+ may keep more than its own keys and values"):
+        streamprune.evaluate_tasks(tiny("qwen3_5"), find(["written"], include_path=place))
+    with pytest.raises(ConfigError, match="has no chat template, which apply-chat-template needs"):
+        streamprune.evaluate_tasks(tiny("llama"), find(["written"], include_path=place, apply_chat_template=True))
+    short = make_tiny(tmp_path / "short", "llama", max_position_embeddings=12)
+    with pytest.raises(ConfigError, match="answers have up to 12 tokens; the model's context of 12 leaves no room"):
+        streamprune.evaluate_tasks(short, find(["written"], include_path=place))
+    model = generating(tiny("llama"))
+    monkeypatch.setattr(model, "tok_encode", lambda prompt: [3, 40])
+    with pytest.raises(CalibrationError, match="a request contains token 40, but the model's vocabulary has 40"):
+        model.generate_until(asked())
+
+
+def test_the_command(place: Path, tiny: Tiny, tmp_path: Path) -> None:
+    def call(*words: object) -> Any:
+        return CliRunner().invoke(main, ["eval", str(tiny("llama")), *map(str, words)])
+
+    found = json.loads(call("--tasks", "written", "--include-path", place, "--json").stdout)["tasks"]
+    assert set(found) == {"results", "documents", "samples", "fingerprints", "model", "bos", "protocol"}
+    assert len(found["samples"]["written"]["exact_match,first"]) == 4
+    assert set(found["model"]) == {"config", "shards"}
+    for words, message in (
+        (("--apply-chat-template",), "--apply-chat-template needs --tasks"),
+        (("--system-instruction", "be short"), "--system-instruction be short needs --tasks"),
+        (("--confirm-run-unsafe-code",), "--confirm-run-unsafe-code needs --tasks"),
+    ):
+        refused = call("--text", tmp_path, *words)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+
+
+def test_settings_that_would_change_the_text_are_named(place: Path, tmp_path: Path) -> None:
+    path = make_tiny(tmp_path / "model", "llama")
+    (path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1, "top_p": 0.8}))
+    scored = streamprune.evaluate_tasks(path, streamprune.find_tasks(["written"], include_path=place, limit=1))
+    assert "; greedy decoding, without the repetition_penalty 1.1 of generation_config.json;" in scored.protocol
+
+
+# lm_eval's own definitions, with rows of their form instead of their data.
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "openai/gsm8k": [
+        {
+            "question": f"a boy has {n} nuts and eats 1 of them. how many are left?",
+            "answer": f"{n} - 1 = {n - 1}\n#### {n - 1}",
+        }
+        for n in range(2, 9)
+    ],
+    "google/IFEval": [
+        {
+            "key": number,
+            "prompt": f"say something about {thing} without a comma",
+            "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+            "kwargs": [{}, {"num_words": 3, "relation": "at least"}],
+        }
+        for number, thing in enumerate(("rain", "sun"))
+    ],
+    "openai/openai_humaneval": [
+        {
+            "task_id": f"own/{name}",
+            "prompt": f"def {name}(a, b):\n",
+            "entry_point": name,
+            "canonical_solution": f"    return a {sign} b\n",
+            "test": f"def check(f):\n    assert f(4, 2) == 4 {sign} 2\n",
+        }
+        for name, sign in (("add", "+"), ("sub", "-"))
+    ],
+}
+
+
+class Judge:
+    """Stands for the metric `code_eval`, which would come from the hub: looks at the code instead of running it."""
+
+    def compute(self, *, references: list[str], predictions: list[list[str]], k: list[int]) -> Any:
+        good = [any(len(code) % 2 for code in codes) for codes in predictions]
+        return {f"pass@{each}": sum(good) / len(good) for each in k}, {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gsm8k", "ifeval", "humaneval"])
+def test_the_definitions_of_lm_eval(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets, evaluate = (pytest.importorskip(module) for module in ("datasets", "evaluate"))
+    if name == "ifeval":
+        for module in ("langdetect", "immutabledict", "nltk"):
+            pytest.importorskip(module, reason=f"{module} is not installed: pip install 'lm_eval[ifeval]'")
+
+    def load(path: str, *_: Any, **__: Any) -> Any:
+        return datasets.DatasetDict(dict.fromkeys(("train", "test"), datasets.Dataset.from_list(ROWS[path])))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(evaluate, "load", lambda path: Judge())
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    path = make_tiny(tmp_path / "model", "llama", max_position_embeddings=2048)
+    unsafe = name == "humaneval"
+    if unsafe:
+        with pytest.raises(ConfigError, match=r"task 'humaneval' runs code .* --confirm-run-unsafe-code allows it"):
+            streamprune.find_tasks([name])
+    found = streamprune.find_tasks([name], limit=2, confirm_run_unsafe_code=unsafe)
+    assert found.most == {name: {"gsm8k": 256, "ifeval": 1280, "humaneval": 1024}[name]}
+    theirs = simple_evaluate(
+        model=backend(path), tasks=[name], task_manager=found.manager, limit=2, confirm_run_unsafe_code=unsafe
+    )
+    ours = streamprune.evaluate_tasks(path, found)
+    assert ours.results == theirs["results"]
+    assert ours.samples[name]
+
+
+def test_scores_of_both_models_are_in_the_report(place: Path, tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    streamprune.prune(streamprune.Config(model=tiny("llama"), out=out, ratio=0.4, recipe="magnitude", round_to=4))
+    for model, name in ((out, "after"), (tiny("llama"), "before")):
+        words = ["eval", str(model), "--tasks", "written", "--include-path", str(place), "--json", "--quiet"]
+        (tmp_path / f"{name}.json").write_text(CliRunner().invoke(main, words).stdout)
+    words = [
+        "report",
+        str(out),
+        "--scores",
+        str(tmp_path / "after.json"),
+        "--scores-against",
+        str(tmp_path / "before.json"),
+    ]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    page = (out / "report.html").read_text()
+    assert '<th scope="row">written</th><td>exact_match,first</td><td>4</td>' in page
+    assert "The scores before are those of the checkpoint that was pruned" in page
