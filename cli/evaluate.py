@@ -35,6 +35,9 @@ from . import options, show
     is_flag=True,
     help="Allow tasks that run code which the model writes, such as humaneval.",
 )
+@click.option(
+    "--resume", type=options.PATH, metavar="DIR", help="Keep generated answers in DIR; the same command resumes there."
+)
 @options.machine_options
 @options.output_options
 def evaluate(
@@ -73,6 +76,9 @@ def evaluate(
     for name, value in of_tasks.items():
         if tasks is None:
             raise ConfigError(f"--{name.replace('_', '-')}{'' if value is True else f' {value}'} needs --tasks")
+    resume = chosen.pop("resume")
+    if resume is not None and tasks is None:
+        raise ConfigError(f"--resume {resume} needs --tasks")
     # First, since an unknown name is found in a second, before torch is imported.
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     wanted = None if tasks is None else streamprune.find_tasks(named, **of_tasks)
@@ -85,7 +91,7 @@ def evaluate(
             found |= asdict(measured)
             lines += [f"perplexity {measured.perplexity:.4f}", f"({measured.protocol})"]
         if wanted is not None:
-            scored = streamprune.evaluate_tasks(model, wanted, progress=progress, **chosen)
+            scored = streamprune.evaluate_tasks(model, wanted, progress=progress, resume=resume, **chosen)
             found["tasks"] = {name: value for name, value in asdict(scored).items() if name != "table"}
             lines += [*scored.table.rstrip().splitlines(), f"({scored.protocol})"]
     show.result(found, as_json, lines)

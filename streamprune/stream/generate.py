@@ -96,14 +96,15 @@ class Draft:
             self.known += 1
         self.begins = self.known.clone()
         if state is not None:
-            self.tokens, self.known, self.used = (state[name] for name in ("tokens", "known", "used"))
+            names = "tokens", "known", "used", "answered"
+            self.tokens, self.known, self.used, self.answered = (state[name] for name in names)
             self.written = state["written"].bool()
             self._uniform(int(state["past"]))
             self.past = int(state["past"])
 
     def state(self) -> dict[str, Tensor]:
         found = {name: getattr(self, name) for name in ("tokens", "known", "used")}
-        return {**found, "written": self.written.long(), "past": torch.tensor(self.past)}
+        return {**found, "written": self.written.long(), "answered": self.answered, "past": torch.tensor(self.past)}
 
     @property
     def finished(self) -> bool:
@@ -182,13 +183,7 @@ def generate(
     Raises:
         NumericalError: a block or the head produces NaN or Inf.
     """
-    draft, sums = Draft(how, skeleton.vocabulary, state), dict[str, tuple[int, int]]()
-    if state is None:
-        files.remove_tree(folder)
-        files.make_folder(folder)
-    for name, (size, check) in _stored(state or {}).items():
-        sums[name] = size, check
-        files.truncate(folder / name, size)
+    draft, sums = Draft(how, skeleton.vocabulary, state), restore(folder, state)
     batches = [slice(start, min(start + batch, how.samples)) for start in range(0, how.samples, batch)]
     part = Part(draft, [(rows, KeysAndValues(folder, number, sums)) for number, rows in enumerate(batches)])
     weights = streamed(skeleton)
@@ -202,10 +197,7 @@ def generate(
         for number in range(past + 1, draft.past + 1):
             progress.step(f"token {number}")
         if save is not None and (progress.stopping() or time.monotonic() - saved >= SAVE_SECONDS):
-            for name in sums:
-                files.sync(folder / name)
-            files.sync(folder)
-            save({**draft.state(), **{f"{PREFIX}{name}": torch.tensor(each) for name, each in sums.items()}})
+            save({**draft.state(), **durable(folder, sums)})
             saved = time.monotonic()
         rest(progress)
     return draft
@@ -284,6 +276,25 @@ def _stored(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Return the size in bytes and CRC-32 of each file of keys and values, by name."""
     found = {name: value.tolist() for name, value in state.items() if name.startswith(PREFIX)}
     return {name.removeprefix(PREFIX): (size, check) for name, (size, check) in found.items()}
+
+
+def restore(folder: Path, state: Mapping[str, Tensor] | None) -> dict[str, tuple[int, int]]:
+    """Return a folder's files of keys and values to a state, by default to none; return `KeysAndValues.sums`."""
+    if state is None:
+        files.remove_tree(folder)
+        files.make_folder(folder)
+    sums = _stored(state or {})
+    for name, (size, _) in sums.items():
+        files.truncate(folder / name, size)
+    return sums
+
+
+def durable(folder: Path, sums: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Make the files of keys and values durable; return the entries of a state for them."""
+    for name in sums:
+        files.sync(folder / name)
+    files.sync(folder)
+    return {f"{PREFIX}{name}": torch.tensor(each) for name, each in sums.items()}
 
 
 def intact(folder: Path, state: Mapping[str, Tensor]) -> bool:

@@ -19,8 +19,10 @@ from streamprune.jobs.forecast import resources
 from streamprune.jobs.forecast.memory import Memory
 from streamprune.jobs.forecast.resources import Answering, answering
 from streamprune.jobs.forecast.workload import Workload
+from streamprune.jobs.journal import Journal
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
+from streamprune.stream import generate as generation
 from streamprune.stream.generate import KeysAndValues
 from streamprune.system.progress import Callback, Silent
 
@@ -263,6 +265,116 @@ def test_a_kill_leaves_nothing_and_stopping_stops(monkeypatch: pytest.MonkeyPatc
     assert not list((tmp_path / "cache").iterdir())
 
 
+# Resuming.
+
+
+def all_answers(path: Path, most: int = 9, **options: Any) -> dict[int, list[int]]:
+    skeleton = open_skeleton(path, CPU, "float32")
+    questions = [
+        Question(p, most + n, lambda tokens: bool(tokens[-1] < 5)) for n, p in enumerate(random_prompts(8, 20))
+    ]
+    return dict(answer(skeleton, questions, **{"progress": Silent(), **options}))
+
+
+def stopped_at(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """Kill the process, as it were, within a sweep."""
+    honest, seen = KeysAndValues.update, [0]
+
+    def update(self: Any, *arguments: Any, **options: Any) -> Any:
+        seen[0] += 1
+        if seen[0] > updates:
+            raise KeyboardInterrupt
+        return honest(self, *arguments, **options)
+
+    monkeypatch.setattr(KeysAndValues, "update", update)
+
+
+@pytest.mark.parametrize("updates", [1, 40, 41, 90])
+def test_answers_resume_with_the_same_tokens(
+    updates: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twice in the same wave, or in the next; what was saved is not computed again."""
+    path, folder = tiny("llama"), tmp_path / "kept"
+    monkeypatch.setattr(answers, "answering", lambda *_, **__: Answering(False, 5, 3, 5))
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 0)
+    whole = all_answers(path)
+    for each in (updates, 31):
+        with monkeypatch.context() as patch:
+            stopped_at(patch, each)
+            with pytest.raises(KeyboardInterrupt):
+                all_answers(path, resume=folder)
+    # Another limit would give other micro-batches, and with them other rounding: those of the first call stay.
+    monkeypatch.setattr(answers, "answering", lambda *_, **__: Answering(True, 8, 8, 99))
+    calls: list[int] = []
+    honest = KeysAndValues.update
+    monkeypatch.setattr(KeysAndValues, "update", lambda *a, **k: calls.append(1) or honest(*a, **k))
+    assert all_answers(path, resume=folder) == whole
+    assert sorted(file.name for file in folder.iterdir()) == ["answers.jsonl", "lock"]
+    left = len(calls)
+    calls.clear()
+    assert all_answers(path, resume=folder) == whole
+    assert not calls  # all are kept
+    monkeypatch.setattr(answers, "answering", lambda *_, **__: Answering(False, 5, 3, 5))
+    assert all_answers(path, resume=tmp_path / "new") == whole
+    assert left < len(calls) - 30 * (updates > 1)
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "gone", "state"])
+def test_damaged_keys_and_values_are_computed_again(
+    harm: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tiny("llama"), tmp_path / "kept"
+    monkeypatch.setattr(answers, "answering", lambda *_, **__: Answering(False, 8, 3, 5))
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 0)
+    whole = all_answers(path)
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 60)
+        with pytest.raises(KeyboardInterrupt):
+            all_answers(path, resume=folder)
+    (state,) = folder.glob("state-0-*")
+    file = state if harm == "state" else min((folder / "answers").iterdir())
+    data = file.read_bytes()
+    if harm == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[:10] if harm == "cut" else bytes([data[0] ^ 1]) + data[1:])
+    assert all_answers(path, resume=folder) == whole
+
+
+def test_in_memory_each_micro_batch_is_kept(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, folder = tiny("llama"), tmp_path / "kept"
+    monkeypatch.setattr(answers, "answering", lambda *_, **__: Answering(True, 3, 3, 5))
+    whole = all_answers(path)
+    watching = Callback(lambda event: None, stopping=lambda: b"wave-" in (folder / "answers.jsonl").read_bytes())
+    with pytest.raises(streamprune.Stopped):
+        all_answers(path, resume=folder, progress=watching)
+    kept = [line["step"] for line in Journal(folder / "answers.jsonl").steps()]
+    assert kept
+    told: list[str] = []
+    assert all_answers(path, resume=folder, progress=Callback(lambda event: told.append(event.message))) == whole
+    assert told.count("answered earlier") >= len(kept)
+
+
+def test_a_folder_of_another_evaluation_is_refused(place: Path, tiny: Tiny, tmp_path: Path) -> None:
+    folder, written = tmp_path / "kept", streamprune.find_tasks(["written"], include_path=place)
+    scored = streamprune.evaluate_tasks(tiny("llama"), written, resume=folder)
+    again = streamprune.evaluate_tasks(tiny("llama"), written, resume=folder)
+    assert again.results == scored.results
+    with pytest.raises(ConfigError, match=r"has answers of another evaluation \(model differs\); resume elsewhere"):
+        streamprune.evaluate_tasks(tiny("qwen3"), written, resume=folder)
+    fewer = streamprune.find_tasks(["written"], include_path=place, limit=2)
+    with pytest.raises(ConfigError, match=r"another evaluation \(questions differs\)"):
+        streamprune.evaluate_tasks(tiny("llama"), fewer, resume=folder)
+    with pytest.raises(ConfigError, match=r"resume is .*, which contains load\.py and no answers; give a new folder"):
+        streamprune.evaluate_tasks(tiny("llama"), written, resume=place)
+    text = TASK.format(name="given", sampled="false").replace("generate_until", "multiple_choice")
+    text = text.replace("exact_match", "acc").partition("filter_list")[0]
+    (place / "given.yaml").write_text(f"{text}doc_to_choice: [a, b, c, d]\n")
+    given = streamprune.find_tasks(["given"], include_path=place)
+    with pytest.raises(ConfigError, match="only generated answers are kept, and no task needs any"):
+        streamprune.evaluate_tasks(tiny("llama"), given, resume=tmp_path / "other")
+
+
 def test_what_is_refused(place: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[..., Any] = streamprune.find_tasks
     with pytest.raises(ConfigError, match=r"task 'sampling' generates with do_sample: True; .* lm_eval --model hf"):
@@ -295,6 +407,7 @@ def test_the_command(place: Path, tiny: Tiny, tmp_path: Path) -> None:
         (("--apply-chat-template",), "--apply-chat-template needs --tasks"),
         (("--system-instruction", "be short"), "--system-instruction be short needs --tasks"),
         (("--confirm-run-unsafe-code",), "--confirm-run-unsafe-code needs --tasks"),
+        (("--resume", "kept"), "--resume kept needs --tasks"),
     ):
         refused = call("--text", tmp_path, *words)
         assert refused.exit_code == 2

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ...errors import ConfigError
+from ...errors import ConfigError, DamageError
 from ...jobs.forecast.resources import Answering, answering
+from ...jobs.journal import Journal
+from ...model.checkpoint import load_shard, write_shard
 from ...model.proof import prove
 from ...model.skeleton import Skeleton
 from ...stream import generate
-from ...stream.generate import Draft, KeysAndValues, Part, Writing
+from ...stream.generate import Draft, KeysAndValues, Part, Weights, Writing
 from ...system import files, machine
 from ...system.progress import Progress, rest
 
 SPREAD = 16
 """Most tokens by which prompts of one micro-batch differ in length: each takes a sweep in which some sequences only read."""
+
+KEPT = "answers.jsonl"
+"""Journal of kept answers."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Question:
     """Most tokens of the answer, at least 1; together with the prompt at most the model's context."""
     complete: Callable[[Tensor], bool]
     """Whether the token ids (n,) int64 complete the answer before `most`."""
+    stops: tuple[str, ...] = ()
+    """What `complete` looks for, to recognise the question."""
 
 
 def check_answers(skeleton: Skeleton) -> None:
@@ -53,16 +63,20 @@ def answer(
     progress: Progress,
     memory: int | None = None,
     cache: Path | None = None,
+    resume: Path | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the number and the answer's token ids of each question, in any order: those that greedy decoding gives.
 
     Args:
         memory: bytes that the device may use; None allows all free memory.
         cache: folder for keys and values of a streamed model; None takes the system's temporary folder.
+        resume: folder in which answers are kept, and the state of a streamed model, instead of `cache`. A later call with the same
+            model and questions resumes there.
 
     Raises:
-        ConfigError: see `check_answers`.
+        ConfigError: see `check_answers`; `resume` has answers to other questions, or of another model.
         ResourceError: there is too little memory or disk.
+        ResumeError: another process uses `resume`, or its journal is damaged.
         NumericalError: the computation produces NaN or Inf.
         Stopped: `progress` asked to stop.
     """
@@ -70,39 +84,144 @@ def answer(
         return
     check_answers(skeleton)
     prove(skeleton)
-    parent = cache or Path(tempfile.gettempdir())
+    parent = resume or cache or Path(tempfile.gettempdir())
     files.make_folder(parent)
-    how = answering(
-        skeleton,
-        len(questions),
-        max(len(each.prompt) + each.most for each in questions),
-        **machine.memory_limits(skeleton.device, memory),
-        disk_limit=files.free_bytes(parent),
-    )
-    progress.phase("answer", len(questions))
-    with (
-        machine.limit_memory(skeleton.device, memory),
-        files.scratch(parent, "streamprune-eval-") as folder,
-        generate.in_memory(skeleton) if how.in_memory else nullcontext(generate.streamed(skeleton)) as weights,
-    ):
-        for wave in _waves(questions, how):
-            place, drafts = folder / "answers", [_draft(skeleton, questions, numbers) for numbers in wave]
-            files.make_folder(place)
-            parts = []
-            for number, (draft, numbers) in enumerate(zip(drafts, wave, strict=True)):
-                kept = DynamicCache() if how.in_memory else KeysAndValues(place, number, {})
-                parts.append(Part(draft, [(slice(0, len(numbers)), kept)]))
-            while parts:
-                before = [int((part.draft.answered > 0).sum()) for part in parts]
-                generate.advance(skeleton, weights, parts, how.chunk)
-                for part, done in zip(parts, before, strict=True):
-                    for _ in range(int((part.draft.answered > 0).sum()) - done):
-                        progress.step()
-                parts = [part for part in parts if not part.draft.finished]
-                rest(progress)
-            files.remove_tree(place)
-            for draft, numbers in zip(drafts, wave, strict=True):
-                yield from ((number, draft.answer(row)) for row, number in enumerate(numbers))
+    with ExitStack() as stack:
+        kept = None
+        if resume is None:
+            folder = stack.enter_context(files.scratch(parent, "streamprune-eval-"))
+        else:
+            folder = resume
+            _check_folder(folder)
+            stack.enter_context(files.locked(resume / files.LOCKED))
+            kept = Journal(resume / KEPT)
+        how = answering(
+            skeleton,
+            len(questions),
+            max(len(each.prompt) + each.most for each in questions),
+            **machine.memory_limits(skeleton.device, memory),
+            disk_limit=files.free_bytes(parent),
+        )
+        if kept is not None:
+            how = _agreed(kept, skeleton, questions, how)
+        progress.phase("answer", len(questions))
+        stack.enter_context(machine.limit_memory(skeleton.device, memory))
+        weights = stack.enter_context(
+            generate.in_memory(skeleton) if how.in_memory else nullcontext(generate.streamed(skeleton))
+        )
+        for number, wave in enumerate(_waves(questions, how)):
+            line = kept and kept.find(f"wave-{number}")
+            if line:
+                found = line["answers"]
+            else:
+                run = _Wave(skeleton, questions, wave, how, folder, None if kept is None else (kept, number))
+                found = run.answers(weights, progress)
+                if kept is not None:
+                    kept.append(f"wave-{number}", answers=found)
+                    run.clear()
+            for _ in found if line else ():
+                progress.step("answered earlier")
+            yield from zip((each for numbers in wave for each in numbers), found, strict=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise a ConfigError if a folder has files, but none of an earlier call."""
+    found = {path.name for path in folder.iterdir()}
+    if found - {files.LOCKED} and KEPT not in found:
+        raise ConfigError(f"resume is {folder}, which contains {min(found)} and no answers; give a new folder")
+
+
+def _agreed(kept: Journal, skeleton: Skeleton, questions: Sequence[Question], how: Answering) -> Answering:
+    """Return how an earlier call generated the answers, or record `how`. Raises a ConfigError if that was another job."""
+    asked = hashlib.sha256(json.dumps([(each.prompt, each.most, each.stops) for each in questions]).encode())
+    job = {
+        "model": skeleton.checkpoint.identity(),
+        "device": skeleton.device.type,
+        "dtype": machine.dtype_name(skeleton.dtype),
+        "questions": asked.hexdigest(),
+    }
+    if kept.header is None:
+        kept.append("answers", job=job, how=asdict(how))
+        assert kept.header is not None
+    for name, value in json.loads(json.dumps(job)).items():
+        if kept.header.get("job", {}).get(name) != value:
+            raise ConfigError(
+                f"{kept.path.parent} has answers of another evaluation ({name} differs); resume elsewhere"
+            )
+    return Answering(**kept.header["how"])
+
+
+class _Wave:
+    """Questions that are answered at a time: one draft per micro-batch. `kept` is the journal, and the wave's number in it."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        questions: Sequence[Question],
+        wave: Sequence[Sequence[int]],
+        how: Answering,
+        folder: Path,
+        kept: tuple[Journal, int] | None,
+    ) -> None:
+        self.skeleton, self.how, self.folder, self.kept = skeleton, how, folder, kept
+        self.place, self.number = folder / "answers", 0
+        state = self._last()
+        self._sums = generate.restore(self.place, state)
+        self.drafts, parts = [], []
+        for number, numbers in enumerate(wave):
+            own = {
+                name.partition(":")[2]: each for name, each in (state or {}).items() if name.startswith(f"{number}:")
+            }
+            self.drafts.append(_draft(skeleton, questions, numbers, own or None))
+            cache = DynamicCache() if how.in_memory else KeysAndValues(self.place, number, self._sums)
+            parts.append(Part(self.drafts[-1], [(slice(0, len(numbers)), cache)]))
+        self._parts = parts
+
+    def answers(self, weights: Weights, progress: Progress) -> list[list[int]]:
+        """Return the answers of all micro-batches in their order."""
+        done, saved = 0, time.monotonic()
+        while True:
+            now = sum(int((draft.answered > 0).sum()) for draft in self.drafts)
+            for _ in range(now - done):
+                progress.step()
+            done = now
+            if not (parts := [part for part in self._parts if not part.draft.finished]):
+                break
+            generate.advance(self.skeleton, weights, parts, self.how.chunk)
+            if progress.stopping() or time.monotonic() - saved >= generate.SAVE_SECONDS:
+                self._save()
+                saved = time.monotonic()
+            rest(progress)
+        return [draft.answer(row) for draft in self.drafts for row in range(draft.how.samples)]
+
+    def _save(self) -> None:
+        """Keep the state, if answers are kept and the model is streamed."""
+        if self.kept is None or self.how.in_memory:
+            return
+        journal, wave = self.kept
+        drafts = {f"{n}:{name}": each for n, draft in enumerate(self.drafts) for name, each in draft.state().items()}
+        path = self.folder / f"state-{wave}-{sum(draft.past for draft in self.drafts)}.safetensors"
+        digest = write_shard(path, {**drafts, **generate.durable(self.place, self._sums)})
+        journal.append(path.stem, sha256=digest)
+        self.clear(path)
+
+    def _last(self) -> dict[str, Tensor] | None:
+        """Return the last state that was saved; None if there is none, or its files are not intact."""
+        if self.kept is None:
+            return None
+        journal, wave = self.kept
+        for line in [*journal.steps(f"state-{wave}-")][-1:]:
+            with suppress(DamageError):
+                state = load_shard(self.folder / f"{line['step']}.safetensors", line["sha256"])
+                return state if generate.intact(self.place, state) else None
+        return None
+
+    def clear(self, but: Path | None = None) -> None:
+        """Remove the states, all or all but one, and with the last one the keys and values."""
+        for path in {*self.folder.glob("state-*.safetensors")} - {but}:
+            files.remove(path)
+        if but is None:
+            files.remove_tree(self.place)
 
 
 def _waves(questions: Sequence[Question], how: Answering) -> Iterator[list[list[int]]]:
@@ -122,7 +241,9 @@ def _waves(questions: Sequence[Question], how: Answering) -> Iterator[list[list[
     yield wave
 
 
-def _draft(skeleton: Skeleton, questions: Sequence[Question], numbers: Sequence[int]) -> Draft:
+def _draft(
+    skeleton: Skeleton, questions: Sequence[Question], numbers: Sequence[int], state: Mapping[str, Tensor] | None
+) -> Draft:
     asked = [questions[number] for number in numbers]
 
     def complete(row: int, tokens: Tensor) -> bool:
@@ -136,4 +257,4 @@ def _draft(skeleton: Skeleton, questions: Sequence[Question], numbers: Sequence[
         complete=complete,
         temperature=0.0,
     )
-    return Draft(how, skeleton.vocabulary)
+    return Draft(how, skeleton.vocabulary, state)

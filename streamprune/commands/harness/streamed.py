@@ -50,8 +50,8 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
     precedes an empty context, whatever `bos` is. Inputs that are too long are truncated on the left. Everything after the
     model is computed in float32 or better.
 
-    `bos` is ``auto`` for the defaults of `HFLM`, ``on`` or ``off`` for its option ``add_bos_token``. `memory` and `cache` are
-    those of `score` and `answer`; `machine` are other options of `score`.
+    `bos` is ``auto`` for the defaults of `HFLM`, ``on`` or ``off`` for its option ``add_bos_token``. `memory`, `cache`
+    and `resume` are those of `score` and `answer`; `machine` are other options of `score`.
     """
 
     def __init__(
@@ -63,12 +63,14 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
         bos: Bos = "auto",
         memory: int | None = None,
         cache: Path | None = None,
+        resume: Path | None = None,
         **machine: Any,
     ) -> None:
         super().__init__()
         self.skeleton, self.tokenizer, self.bos = skeleton, tokenizer, bos
         self.progress, self._machine = progress, machine
         self._limits: dict[str, Any] = {"memory": memory, "cache": cache}
+        self._resume = resume
         self.max_length = skeleton.context or DEFAULT_LENGTH
 
     @property
@@ -137,9 +139,12 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]
             def complete(answer: Tensor, stopping: Any = stopping) -> bool:
                 return int(answer[-1]) in ends or bool(stopping(answer[None], None))
 
-            questions.append(Question(tuple(tokens), most, complete))
+            known = (*stops[-1], *(str(each) for each in sorted(ends)))
+            questions.append(Question(tuple(tokens), most, complete, known))
         found = [""] * len(requests)
-        for number, tokens in answer(self.skeleton, questions, progress=self.progress, **self._limits):
+        for number, tokens in answer(
+            self.skeleton, questions, progress=self.progress, resume=self._resume, **self._limits
+        ):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             found[number] = postprocess_generated_text(text, stops[number], None)
         return found

@@ -173,6 +173,7 @@ def evaluate_tasks(
     dtype: str = "auto",
     memory: int | None = None,
     cache: Path | None = None,
+    resume: Path | None = None,
     activations: str | None = None,
     memory_host: int | None = None,
     progress: Progress | None = None,
@@ -189,13 +190,14 @@ def evaluate_tasks(
             ``add_bos_token``. lm_eval has BOS before an empty context in any case.
         memory: bytes that the device may use; None allows all free memory.
         cache: folder for activations during the run; None takes the system's temporary folder.
+        resume: folder in which generated answers are kept, so that a later call with the same arguments resumes there.
         activations, memory_host: as in `evaluate`.
 
     Raises:
         CheckpointError, CalibrationError, ConfigError: the model, a task or the device is unusable.
         ResourceError: there is too little memory or disk.
         NumericalError: the computation produces NaN or Inf.
-        Stopped: `progress` asked to stop. Nothing is kept of an unfinished evaluation.
+        Stopped: `progress` asked to stop. Without `resume`, nothing is kept of an unfinished evaluation.
     """
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
     from ...model.skeleton import open_skeleton
@@ -217,11 +219,14 @@ def evaluate_tasks(
         tokenizer,
         memory=memory,
         cache=cache,
+        resume=resume,
         activations=activations,
         memory_host=memory_host,
         progress=progress or Silent(),
         bos=bos,
     )
+    if resume is not None and not found.most:
+        raise ConfigError(f"resume is {resume}; only generated answers are kept, and no task needs any")
     if found.most:
         check_answers(skeleton)
         streamed.check_room(max(found.most.values()))
