@@ -54,6 +54,8 @@ def main() -> None:
       streamprune run llama-70b llama-49b --ratio 0.3 --calibration text.txt
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Set before torch is loaded: threads that spin while they wait for one another starve on a machine that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Set before the first GPU allocation: otherwise blocks of differing sizes fragment its memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     streams.hide_warnings()
