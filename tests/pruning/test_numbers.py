@@ -50,7 +50,7 @@ def run(model: Path, text: Path, tmp_path: Path) -> Run:
 
     def invoke(recipe: str, *more: str, source: Path = model, calibration: str = str(text)) -> Result:
         arguments = ["run", str(source), str(tmp_path / "out"), "--calibration", calibration, "--recipe", recipe]
-        arguments += ["--ratio", "0.3", "--samples", "4", "--seq-len", "24", "--round-to", "4", "--restart"]
+        arguments += ["--ratio", "0.3", "--samples", "4", "--seq-len", "24", "--round-to", "1", "--restart"]
         return CliRunner().invoke(main, [*arguments, *SETTINGS.get(recipe, []), *more])
 
     return invoke
