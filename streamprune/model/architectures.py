@@ -255,7 +255,7 @@ DERIVED_HEADS: Mapping[str, tuple[str, ...]] = {
 
 In these types the uniform layout keeps all query heads. Read in the sources of vLLM 0.32.0 (``models/qwen2.py``), SGLang 0.5.23
 (``srt/models/{mixtral,olmo2,starcoder2}.py``), mlx-lm 0.32.2 (``models/{qwen2,granite,mixtral,phi3,starcoder2}.py``) and llama.cpp
-(``conversion/granite.py``, which drops head_dim; `commands.export.runtime` names the architectures of its loader that need all
+(``conversion/granite.py``, which drops head_dim; `model.llama_cpp` names the architectures of its loader that need all
 heads). exllamav3 1.6.5 reads head_dim in every class. The other types of `FAMILIES` with heads in `widths` are read correctly by all five.
 """
 

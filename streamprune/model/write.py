@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..system.progress import Progress
 from ..system.strict_json import write_json
 from . import fp8, manifest
 from . import modeling_streamprune as modeling
-from .architectures import FAMILIES, SublayerEntry, family_of, is_stock, kept_heads, stock_config
+from .architectures import FAMILIES, SublayerEntry, family_of, is_stock, stock_config
 from .block import rows_of
 from .checkpoint import Shard, data_bytes, shard_name, write_index, write_shard
 from .config import NO_OP, OURS
@@ -111,21 +110,12 @@ def _outside(skeleton: Skeleton) -> dict[int, list[str]]:
     return found
 
 
-@dataclass(frozen=True)
-class Card:
-    """The parts of the model card that describe how the model was made."""
-
-    title: str
-    tag: str
-    text: str
-
-
 def finish(
     skeleton: Skeleton,
     folder: Path,
     sites: Sequence[Site],
     report: dict[str, Any],
-    card: Card,
+    card: Callable[[Path], str],
     layout: Layout,
     digests: Mapping[str, str],
     progress: Progress,
@@ -137,6 +127,7 @@ def finish(
         folder: holds the shards.
         sites: sites of the pruned model, in order.
         report: contents of `report.json`; must include "parameters_after".
+        card: writes the model card, given the folder, in which only the card itself and the manifest are missing.
         layout: the requested layout. If the stock config can express the widths, it is used whatever the layout.
         digests: SHA-256 in hex of the files already written, including all shards, by name.
 
@@ -177,9 +168,13 @@ def finish(
         for name, path in copies.items():
             if path.is_file():
                 digests[name] = files.copy(path, folder / name)
-    kept = kept_heads(skeleton.written_type) if stock else None
-    digests[CARD] = files.write_text(folder / CARD, _card(card, stock, kept))
     digests[REPORT] = write_json(folder / REPORT, report)
+    try:
+        described = card(folder)
+    except CheckpointError:
+        _check_written(folder, digests, progress)  # if the disk does not hold what was written, this says so
+        raise
+    digests[CARD] = files.write_text(folder / CARD, described)
     manifest.write(folder, digests)
     _check_written(folder, digests, progress)
     return digests
@@ -409,27 +404,3 @@ def _plain_config(skeleton: Skeleton) -> dict[str, Any]:
 
 def _shards(skeleton: Skeleton) -> int:
     return len(skeleton) + len(_outside(skeleton))
-
-
-def _card(card: Card, stock: bool, kept: str | None) -> str:
-    load = (
-        f"It is a stock checkpoint: everything that loads the source architecture loads it{(kept and f'; {kept}') or ''}."
-        if stock
-        else "Its blocks differ in width. `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` loads it, and so do\n"
-        "`streamprune.load(path)` and, after `import streamprune`, plain `from_pretrained`. Its tokenizer needs no code:\n"
-        "`AutoTokenizer.from_pretrained(path, trust_remote_code=False)`; without that option transformers may ask on a terminal."
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- streamprune
-- {card.tag}
----
-
-# {card.title}
-
-{card.text}
-
-{load} The licence and limits of the source model hold for this one too.
-"""

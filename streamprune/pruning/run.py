@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -238,7 +239,7 @@ class Run:
         after = [site.keeping(report["kept"]) for site, report in zip(shot.sites, reports, strict=True)]
         report = job.report(plan, reports, shot.removed)
         digests = {**shards, **write.write_outside(shot.skeleton, folder)}
-        card = pruning_card(report, hub.title(job.config.model), len(shot.skeleton))
+        card = partial(pruning_card, report, hub.title(job.config.model), len(shot.skeleton))
         if shot.last and job.request.surveys and job.recipe.curve_label is not None:
             dense = {site.name: site.units for site in job.request.sites}
             digests[CURVES] = write_curves(

@@ -64,8 +64,8 @@ def xllamacpp() -> Any:
 
 @pytest.mark.parametrize("case", MODELS)
 def test_types_are_those_that_llama_cpp_chooses(case: str, wide: Make) -> None:
-    from streamprune.commands.export.runtime import choose
     from streamprune.commands.export.tensors import plan
+    from streamprune.model.llama_cpp import choose
 
     skeleton = open_skeleton(wide(case), torch.device("cpu"), "float32")
     formats = [key.partition(" ")[2] for key in TYPES if key.startswith(f"{case} ")]

@@ -173,3 +173,12 @@ def test_loading_a_pruned_model_leaves_the_rules_of_its_source_alone(tmp_path: P
     out = pruned(make_tiny(tmp_path / "mixtral", "mixtral"), tmp_path / "out", text)
     load_whole(out)
     assert repr(get_checkpoint_conversion_mapping("mixtral")) == before
+
+
+def test_the_card_names_the_class_that_reads_images(wrapper: Path, text: Path, tmp_path: Path) -> None:
+    """vLLM cannot run it in the free layout, and the text model alone has the usual class."""
+    for alone, auto in ((False, "AutoModelForImageTextToText"), (True, "AutoModelForCausalLM")):
+        out = pruned(wrapper, tmp_path / auto, text, text_only=alone)
+        card = (out / "README.md").read_text()
+        assert f'{auto}.from_pretrained("OUT", dtype="auto"' in card
+        assert ("of the blocks of a gemma3 model; prune with --text-only" in card) == (not alone)

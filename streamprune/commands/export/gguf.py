@@ -15,6 +15,7 @@ import torch
 from ...errors import ConfigError, ResourceError
 from ...model.formats import BLOCKS, GGUF_FORMATS, QUANTISED
 from ...model.hub import resolve_model
+from ...model.llama_cpp import choose
 from ...model.sizes import Sizes
 from ...model.skeleton import open_skeleton
 from ...system import files
@@ -22,7 +23,6 @@ from ...system.progress import Progress, Silent
 from ...system.units import format_bytes
 from ...text.source import Spec
 from . import quantiser
-from .runtime import choose
 
 if TYPE_CHECKING:
     from .tensors import Planned

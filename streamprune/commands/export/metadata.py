@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...model.hub import title
+from ...model.llama_cpp import Runtime, are_alike
 from ...model.site import routed
 from ...model.skeleton import Skeleton
 from ...model.upstream import rotary_frequencies
-from .runtime import Runtime, are_alike
 
 _SCALES = {
     "embedding_multiplier": "embedding_scale",

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ...errors import NumericalError
 from ...model.formats import PLAIN, Model, Role, Weight, gguf_type
+from ...model.llama_cpp import QKV, Runtime
 from ...model.site import routed
 from ...model.skeleton import Skeleton
 from .quantiser import quantise_rows
-from .runtime import QKV, Runtime
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+\.weight)")
 _CHUNK = 1 << 22

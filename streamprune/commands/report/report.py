@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, one_line
+from ...jobs.reports import describe
 from ...model.checkpoint import Checkpoint
 from ...model.hub import resolve_model, title
 from ...model.tokenizer import Bos
@@ -109,6 +110,7 @@ def report(
         dense_perplexity=dense_perplexity,
         samples=write_samples(models, prompts, limits, where, progress, bos) if prompts else [],
         tasks=tasks,
+        description=describe(records.tunings[0] if records.tunings else records.pruning or {}, out),
         protocols=list(dict.fromkeys(each["protocol"] for each in (before, found) if each)),
         scored_source=before is not None and before["model"] == source,
         comparison=table,
@@ -135,7 +137,7 @@ def _render(**contents: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"amount": _amount, "bytes": format_bytes, "duration": format_seconds, "plain": _plain}
-    environment.filters["interval"] = _interval
+    environment.filters |= {"interval": _interval, "code": _code}
     environment.globals |= {"charts": charts, "passes": format_passes, "version": __version__}
     return environment.get_template("page.html.j2").render(contents)
 
@@ -154,6 +156,14 @@ def _amount(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"
+
+
+def _code(text: str) -> Any:
+    """Escape a text and mark what is between backticks as code."""
+    from markupsafe import Markup, escape
+
+    pieces = str(escape(text)).split("`")
+    return Markup("".join(f"<code>{piece}</code>" if number % 2 else piece for number, piece in enumerate(pieces)))
 
 
 def _interval(interval: Interval | None, sign: str = "") -> str:

@@ -465,6 +465,6 @@ class Tuning(JobFolder):
         digests = {**shards, **write.write_outside(student, self.staging)}
         if (config.model / CURVES).is_file():
             digests[CURVES] = files.copy(config.model / CURVES, self.staging / CURVES)
-        card = tuning_card(report, hub.title(config.model))
+        card = partial(tuning_card, report, hub.title(config.model))
         sites, layout = student.all_sites(), write.layout_of(student)
         return write.finish(student, self.staging, sites, report, card, layout, digests, self.progress)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ...errors import CheckpointError
-from ...model.names import canonical
-from ...model.site import Site, routed
-from ...model.skeleton import Skeleton
+from ..errors import CheckpointError
+from .names import canonical
+from .site import Site, routed
+from .skeleton import Skeleton
 
 
 @dataclass(frozen=True)
