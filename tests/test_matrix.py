@@ -70,6 +70,7 @@ def test_the_table_replaces_the_last_one_and_names_surprises(
     assert "old" not in text
     assert "Made on 2026-11-29." in text
     assert "| vllm 1.2 | 96 of 96, 2.0e-06 | 96 of 96, 2.0e-06 | refused |" in text
+    assert "| CTranslate2 | not run | not run |" in text
     assert "- vllm, free: `ValueError: no`" in text
     cells["free"] = {"equal": 95, "of": 96, "difference": 2e-6}
     (tmp_path / "peft.json").write_text(json.dumps({**found, "title": "peft", "cells": cells}))

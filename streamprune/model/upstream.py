@@ -210,13 +210,13 @@ class _LargeOnMeta(TorchFunctionMode):
     """Create large tensors, which are parameters, on the meta device at once: hosts refuse more memory than they have."""
 
     LARGEST = 1 << 26
-    """Numbers of the largest tensor that may be a buffer."""
+    """Bytes of the largest tensor that may be a buffer: a mask of 8192 × 8192."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full):
             empty = func(*args, **{**kwargs, "device": "meta"})
-            if empty.numel() > self.LARGEST:
+            if empty.nbytes > self.LARGEST:
                 return empty
         return func(*args, **kwargs)
 

@@ -17,8 +17,8 @@ from streamprune import StreamPruneError
 
 MULTIPLE = 64
 """Bytes of memory a byte of input may cost: JSON's smallest objects take some thirty."""
-FLOOR = 64 << 20
-"""Bytes that any input may cost."""
+FLOOR = 96 << 20
+"""Bytes that any input may cost: a table of a model may take 64 MiB."""
 SECONDS = 10
 """Of computing, for one input, unless told otherwise."""
 

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 from guard import Fault, Guard, make_home
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from targets import TARGETS, Target
 from transformers.utils import logging
@@ -43,6 +43,7 @@ def test_hostile_input(name: str, fuzzed: Callable[[str], tuple[Target, Guard]])
         derandomize=True,
         database=None,
         deadline=None,
+        phases=[Phase.generate],  # shrinking takes minutes, and mutated seeds are small
         suppress_health_check=list(HealthCheck),
     )
     @given(random=st.randoms(use_true_random=False), seed=st.sampled_from(target.seeds))

@@ -204,7 +204,7 @@ def test_experts_that_a_plan_keeps_whole_may_see_no_tokens(tiny: Tiny, configure
     kept |= {site.name: {"keep": 1, "units": [0]} for site in sites if site.kind == "attention"}
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.1, "sites": kept}))
-    config = configured(path, recipe="surgeon", ratio=0.1, plan=plan, layout="uniform", samples=2, seq_len=8)
+    config = configured(path, recipe="surgeon", ratio=0.1, plan=plan, samples=2, seq_len=8)
     streamprune.prune(config)
     found = json.loads((config.out / "report.json").read_text())["sites"]
     assert all(site["tokens"] < 24 and site["left_alone"] for site in found if ".ffn." in site["site"])
