@@ -28,10 +28,10 @@ import served
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {
     "dense": None,
-    "uniform": ("--layout", "uniform"),
-    "free": ("--layout", "free"),
-    "decilm": ("--layout", "decilm"),
-    "2:4": ("--structure", "2:4"),
+    "uniform": "--layout uniform --recipe magnitude --round-to 64 --ratio 0.3",
+    "free": "--layout free --recipe magnitude --round-to 64 --ratio 0.3 --blocks 2:6",
+    "decilm": "--layout decilm --recipe sobp --samples 8 --seq-len 256 --round-to 64 --ratio 0.3",  # widths differ
+    "2:4": "--structure 2:4 --recipe magnitude --ratio 0.5",
 }
 """With the options of `streamprune run`."""
 BEGIN, END = "<!-- scripts/runtimes writes what follows -->", "<!-- up to here -->"
@@ -51,27 +51,26 @@ Scores = Callable[[Any], Any]
 
 def make(folder: Path) -> None:
     """Prune the example in every layout. Every block keeps its sublayers, which llama.cpp and vLLM need."""
-    example = ROOT / "examples"
+    folder.mkdir(parents=True, exist_ok=True)
+    example = ROOT / "examples" / "docs-llama-7m"
     for layout, options in LAYOUTS.items():
         out = folder / layout.replace(":", "-")
         if options is None:
             out.unlink(missing_ok=True)
-            out.symlink_to(example / "docs-llama-7m")
-            continue
-        command = [
-            sys.executable,
-            "-m",
-            "streamprune_cli",
-            "run",
-            example / "docs-llama-7m",
-            out,
-            "--recipe",
-            "magnitude",
-        ]
-        command += ["--round-to", "64"] if layout != "2:4" else []
-        command += ["--blocks", "2:6"] if layout in ("free", "decilm") else []
-        command += ["--ratio", "0.5" if layout == "2:4" else "0.3"]
-        subprocess.run([*map(str, command), *options, "--device", "cpu", "--quiet"], check=True)
+            out.symlink_to(example)
+        else:
+            words = [
+                sys.executable,
+                "-m",
+                "streamprune_cli",
+                "run",
+                str(example),
+                str(out),
+                "--device",
+                "cpu",
+                "--quiet",
+            ]
+            subprocess.run([*words, *options.split()], check=True)
 
 
 def loaded(path: Path, **options: Any) -> Any:
@@ -353,7 +352,6 @@ def main() -> int:
     parser.add_argument("names", nargs="*", choices=[[], *RUNTIMES])
     options = parser.parse_args()
     if options.what == "make":
-        options.folder.mkdir(parents=True, exist_ok=True)
         make(options.folder)
     elif options.what == "cell":
         print("\n" + json.dumps(RUNTIMES[options.names[0]][2](options.folder)))

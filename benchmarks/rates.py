@@ -1,7 +1,7 @@
-"""Rates of a machine: matrix products, copies between host and device, reading and writing a file.
+"""Rates of a machine: matrix products, attention, copies between host and device, reading and writing a file.
 
 Products are square, of the size of the largest Grams and linears here. Copies use pinned memory (on the CPU, ordinary
-memory). The file's pages are dropped from the cache before it is read. Each figure is the best of several synchronised
+memory). Attention is its forward and backward pass, as torch chooses kernels and as a job does (`machine.deterministic`). The file's pages are dropped from the cache before it is read. Each figure is the best of several synchronised
 repetitions.
 
     python benchmarks/rates.py                         half a minute on 2 cores
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from streamprune.system.machine import resolve_device
+from streamprune.system.machine import deterministic, resolve_device
 
 SIZES = {"cpu": 2048, "cuda": 16384}
 """Side length of the square matrices, by device type."""
@@ -48,6 +48,22 @@ def products(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
     return 2 * n**3 / fastest(lambda: torch.mm(a, b, out=c), device)
+
+
+def attention(device: torch.device) -> dict[str, float]:
+    """Return operations per second of causal attention over 2048 tokens in bfloat16, forward and backward."""
+    heads, length, width = (4, 512, 64) if device.type == "cpu" else (64, 2048, 128)
+    parts = [
+        torch.randn(1, heads, length, width, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    ]
+
+    def work() -> None:
+        torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True).sum().backward()
+
+    operations = 7 * heads * length**2 * width  # two products forward and five backward, half of each masked
+    found = {"attention_operations": operations / fastest(work, device)}
+    with deterministic(device):
+        return found | {"deterministic_attention_operations": operations / fastest(work, device)}
 
 
 def copies(device: torch.device) -> dict[str, float]:
@@ -87,6 +103,7 @@ def main() -> None:
     device = resolve_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rates = {f"{dtype}_operations": products(device, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+    rates |= attention(device)
     rates |= {f"{kind}_bytes": rate for kind, rate in {**copies(device), **disk(options.folder)}.items()}
     if options.json:
         print(json.dumps({"device": name, **rates}))
@@ -94,7 +111,7 @@ def main() -> None:
     print(name)
     for kind, rate in rates.items():
         unit = "TFLOP/s" if kind.endswith("operations") else "GB/s"
-        print(f"{kind:22}{rate / (1e12 if unit == 'TFLOP/s' else 1e9):10.2f} {unit}")
+        print(f"{kind:36}{rate / (1e12 if unit == 'TFLOP/s' else 1e9):10.2f} {unit}")
 
 
 if __name__ == "__main__":

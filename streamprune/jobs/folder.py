@@ -251,6 +251,7 @@ class JobFolder:
                 with (
                     self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext(),
                     machine.limit_memory(self.device, self._config.memory),
+                    machine.deterministic(self.device),
                     metered(self.journal, self.started, self.peaks, self.ranks),
                 ):
                     yield

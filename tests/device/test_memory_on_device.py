@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,22 @@ def test_the_limit_is_lifted_and_the_cache_emptied() -> None:
         with machine.limit_memory(CUDA, None):
             assert state.memory.fraction == 0.25
         assert state.memory.fraction == 0.25
+
+
+def test_sums_of_a_job_have_a_fixed_order(
+    tiny: Tiny, text: Path, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    usual, found, prune = chosen(), set(), BlockPruner.prune
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(BlockPruner, "prune", lambda *given: (found.add(chosen()), prune(*given))[1])
+    with device(total=256 * MIB):
+        streamprune.prune(configured(tiny("llama"), device="cuda", effort="low", samples=4))
+    assert found == {(True, False)}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert chosen() == usual == (False, True)
 
 
 def test_the_second_job_of_a_process_has_as_much_memory(tiny: Tiny, text: Path, configured: Make) -> None:
