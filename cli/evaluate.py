@@ -64,7 +64,8 @@ def evaluate(
         "system_instruction",
         "confirm_run_unsafe_code",
     )
-    of_tasks = {name: value for name in names if (value := chosen.pop(name)) not in (None, False)}
+    # `in (None, False)` would drop 0, which equals False.
+    of_tasks = {name: value for name in names if (value := chosen.pop(name)) is not None and value is not False}
     if text is None and tasks is None:
         raise ConfigError("nothing to measure: give --text TEXT, --tasks A,B or both")
     of_text = {name: chosen.pop(name) for name in ("windows", "loss_on")}

@@ -590,6 +590,15 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.fixture
+def matrix(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module benchmarks/matrix.py."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import matrix
+
+    return matrix
+
+
+@pytest.fixture
 def impatient() -> Iterator[None]:
     """A test that waits for ever, such as for the other end of a pipe, fails after a minute."""
 

@@ -8,17 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE
 
 import streamprune
-
-
-@pytest.fixture
-def matrix(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import matrix
-
-    return matrix
 
 
 @pytest.fixture(scope="module", params=["uniform", "free"])

@@ -96,7 +96,7 @@ def _unfinished_job(out: Path) -> dict[str, Any] | None:
         return None
     if journal.header is None:
         return {"state": "starting"}
-    with as_written(out):
+    with as_written(f"the journal of {out}"):
         steps = list(journal.steps())
         pruned = [step for step in steps if "/prune/" in step["step"]]
         shot = pruned[-1]["step"].partition("/")[0] if pruned else ""

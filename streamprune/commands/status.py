@@ -82,7 +82,7 @@ def read_journal(out: Path) -> Journal | None:
 
 def _status(out: Path) -> Status:
     is_comparison = (out / JOURNAL).is_file() or (out / LOCK).is_file()
-    with as_written(out):
+    with as_written(f"the journal of {out}"):
         return _comparison(out, str(out)) if is_comparison else _job(out, str(out))
 
 

@@ -22,6 +22,7 @@ Entry = dict[str, Any]
 
 FORMAT = 2
 """Number of the format, in the header as `format`. Raise it when the steps of a job or their data change."""
+RESTART = "start over with --restart"
 
 
 class Journal:
@@ -30,12 +31,15 @@ class Journal:
     Args:
         repair: cut off an incomplete last line. False only ignores it, to inspect a job that may be running.
         restart: ignore the lines of an earlier job, whose file is removed before the first append.
+        remedy: what to do about a damaged journal, for the message.
         ranks: ranks that share the journal. All of them open it and append to it together; the first one reads and
             writes the file.
     """
 
-    def __init__(self, path: Path, *, repair: bool = True, restart: bool = False, ranks: Ranks = ALONE) -> None:
-        self.path, self.repair, self.ranks = path, repair, ranks
+    def __init__(
+        self, path: Path, *, repair: bool = True, restart: bool = False, remedy: str = RESTART, ranks: Ranks = ALONE
+    ) -> None:
+        self.path, self.repair, self.remedy, self.ranks = path, repair, remedy, ranks
         self.meter: Callable[[], Entry] = dict
         """Returns additional data for each new line."""
         self.after_append: Callable[[], None] = lambda: None
@@ -86,7 +90,7 @@ class Journal:
             entry = _decode(line)
             if entry is None:
                 if good + len(line) < len(data):
-                    raise ResumeError(f"{self.path}: line {number} is damaged; start over with --restart")
+                    raise ResumeError(f"{self.path}: line {number} is damaged; {self.remedy}")
                 if self.repair:
                     files.truncate(self.path, good)
                 break
@@ -94,20 +98,18 @@ class Journal:
             good += len(line)
         if entries and entries[0].get("format") != FORMAT:
             raise ResumeError(
-                f"{self.path} was written by another version of streamprune; finish the job with that version, or start "
-                "over with --restart"
+                f"{self.path} was written by another version of streamprune; finish the job with that version, or {self.remedy}"
             )
         return entries
 
 
 @contextmanager
-def as_written(out: Path) -> Iterator[None]:
-    """Turn errors from unexpected content of the journal of `out`, whose checksums are valid, into ResumeError."""
+def as_written(journal: str, remedy: str = RESTART) -> Iterator[None]:
+    """Turn errors from unexpected content of a journal, whose checksums are valid, into ResumeError; `journal` names it."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        message = f"the journal of {out} has unexpected content ({one_line(error)}); start over with --restart"
-        raise ResumeError(message) from error
+        raise ResumeError(f"{journal} has unexpected content ({one_line(error)}); {remedy}") from error
 
 
 def _decode(line: bytes) -> Entry | None:

@@ -42,26 +42,11 @@ TASK_FILES = ROOT / "examples" / "harness"
 
 
 @pytest.fixture(scope="module")
-def pruned(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A pruned tiny llama of that layout."""
-    made: dict[str, Path] = {}
-
-    def get(layout: str) -> Path:
-        if layout not in made:
-            made[layout] = tmp_path_factory.mktemp(layout) / "out"
-            streamprune.prune(
-                streamprune.Config(
-                    model=tiny("llama"),
-                    out=made[layout],
-                    ratio=0.4,
-                    recipe="magnitude",
-                    round_to=4,
-                    layout=layout,  # type: ignore[arg-type]
-                )
-            )
-        return made[layout]
-
-    return get
+def pruned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned tiny llama in the free layout, which needs code of its own."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    streamprune.prune(streamprune.Config(model=tiny("llama"), out=out, ratio=0.4, recipe="magnitude", round_to=4))
+    return out
 
 
 @pytest.fixture
@@ -181,18 +166,16 @@ def test_greedy_choices_are_told_apart(tiny: Tiny) -> None:
     assert [value for value, _ in found] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["free", pytest.param("uniform", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("choices")
-def test_tasks_score_the_same_both_ways(layout: str, pruned: Callable[[str], Path]) -> None:
-    path = pruned(layout)
+def test_tasks_score_the_same_both_ways(pruned: Path) -> None:
     theirs = simple_evaluate(
         model="hf",
-        model_args=f"pretrained={path},trust_remote_code=True,dtype=float32",
+        model_args=f"pretrained={pruned},trust_remote_code=True,dtype=float32",
         device="cpu",
         tasks=TASKS,
         task_manager=TaskManager(include_path=str(TASK_FILES), include_defaults=False),
     )
-    ours = streamprune.evaluate_tasks(path, streamprune.find_tasks(TASKS, include_path=TASK_FILES))
+    ours = streamprune.evaluate_tasks(pruned, streamprune.find_tasks(TASKS, include_path=TASK_FILES))
     assert ours.results == theirs["results"]
     assert ours.documents == dict.fromkeys(TASKS, 7)
     assert "mc_winogrande" in ours.table
@@ -250,6 +233,7 @@ def test_limit_and_examples(tiny: Tiny) -> None:
     tasks = streamprune.find_tasks(["mc_piqa"], include_path=TASK_FILES, limit=3, num_fewshot=1)
     scored = streamprune.evaluate_tasks(tiny("llama"), tasks)
     assert scored.documents == {"mc_piqa": 3}
+    assert scored.fewshot == {"mc_piqa": 1}
     assert "|     1|acc" in scored.table
     assert "the first 3 documents" in scored.protocol
     # What was found once serves several models.
@@ -335,11 +319,10 @@ def test_the_command(tiny: Tiny, text: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("choices")
-@pytest.mark.parametrize("layout", ["free", "uniform"])
-def test_lm_eval_itself_runs_a_pruned_checkpoint(layout: str, pruned: Callable[[str], Path]) -> None:
+def test_lm_eval_itself_runs_a_pruned_checkpoint(pruned: Path) -> None:
     """Its own command in a process that knows nothing of streamprune."""
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
-    command += ["--model_args", f"pretrained={pruned(layout)},trust_remote_code=True"]
+    command += ["--model_args", f"pretrained={pruned},trust_remote_code=True"]
     command += ["--tasks", ",".join(TASKS), "--include_path", str(TASK_FILES)]
     away = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env={**away, "HF_DATASETS_OFFLINE": "1"})
@@ -369,6 +352,18 @@ def test_the_shared_files_are_read_whole(
     assert not any("nswer format" in row["question"] + row["choices"][-1] for row in rows)
     if file == "winogrande":
         assert all(row["question"].count("_") == 1 for row in rows)
+
+
+def test_what_is_silenced_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what another lm_eval does not have."""
+    from lm_eval import evaluator
+
+    monkeypatch.delattr(evaluator, "add_env_info")
+    before = evaluator.get_git_commit_hash
+    with tasks._quietly():
+        assert evaluator.get_git_commit_hash is not before
+    assert evaluator.get_git_commit_hash is before
+    assert not hasattr(evaluator, "add_env_info")
 
 
 def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:

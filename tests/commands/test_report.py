@@ -243,6 +243,7 @@ def scores(out: Path, place: Path, values: dict[str, list[float]], **changes: An
         "documents": {task: len(each) for task, each in values.items()},
         "samples": {task: {"acc,none": each} for task, each in values.items()},
         "fingerprints": {task: f"{task} {len(each)}" for task, each in values.items()},
+        "fewshot": dict.fromkeys(values, 0),
         "model": Checkpoint(out).identity(),
         "protocol": f"as for {place.stem}",
         **changes,
@@ -282,6 +283,36 @@ def test_scores_before_and_after(pruned: Path, tiny: Tiny, tmp_path: Path) -> No
     assert "difference" not in read.words
 
 
+def test_scores_of_one_model_only_are_shown(pruned: Path, tiny: Tiny, tmp_path: Path) -> None:
+    """Without a difference; the same holds for groups, which may have other tasks then."""
+    both = {"acc,none": 0.5, "acc_stderr,none": 0.1}
+    given = {"sums": both, "all": both}
+    before, after = (
+        scores(
+            model,
+            tmp_path / f"{name}.json",
+            {key: [1.0, 0.0] for key in ("sums", name)},
+            results=given | {name: both, "sums": both | {f"{name},none": 2}},
+        )
+        for model, name in ((tiny("llama"), "before"), (pruned, "after"))
+    )
+    html = tmp_path / "page.html"
+    read = Read(streamprune.report(pruned, scores=after, scores_against=before, html=html))
+    value = "0.5 ± 0.2"
+    found = [row for row in read.rows if row[0] in (*given, "before", "after") and len(row) == 6]
+    assert found == [
+        ["sums", "acc", "2", value, value, "+0 ± 0"],
+        ["sums", "after", "2", "—", "2", "—"],
+        ["sums", "before", "2", "2", "—", "—"],
+        ["all", "acc", "—", value, value, "—"],
+        ["after", "acc", "2", "—", value, "—"],
+        ["before", "acc", "2", value, "—", "—"],
+    ]
+    assert "as if independent" not in read.words
+    read = Read(streamprune.report(pruned, scores=after, scores_against=after, html=html))
+    assert ["all", "acc", "—", value, value, "+0 ± 0.28*"] in read.rows
+
+
 def test_scores_that_do_not_fit_are_refused(pruned: Path, copied: Path, tiny: Tiny, tmp_path: Path) -> None:
     after, before = (tmp_path / f"{name}.json" for name in ("after", "before"))
     scores(pruned, after, {"sums": [1.0, 0.0]})
@@ -296,8 +327,15 @@ def test_scores_that_do_not_fit_are_refused(pruned: Path, copied: Path, tiny: Ti
             "different documents",
         ),
         (
-            {"scores": after, "scores_against": scores(pruned, tmp_path / "c", {"else": [1.0, 0.0]})},
-            "different documents",
+            {
+                "scores": after,
+                "scores_against": scores(pruned, tmp_path / "c", {"sums": [1.0, 0.0]}, fewshot={"sums": 5}),
+            },
+            r"of 'sums' are with 5 examples before and 0 after; use the same --num-fewshot",
+        ),
+        (
+            {"scores": after, "scores_against": scores(pruned, tmp_path / "e", {"sums": [1.0, 0.0]}, fewshot={})},
+            r"unexpected content \('sums'\)",
         ),
         ({"scores": scores(pruned, tmp_path / "d", {"sums": [1.0, 0.0]}, documents=[])}, "have unexpected content"),
     ):

@@ -88,21 +88,13 @@ def test_transformers_quantises_while_it_loads(method: str, result: Path, tmp_pa
     )
 
 
-GROUPS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-
-
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("FP8_DYNAMIC", {"targets": "Linear", "scheme": "FP8_DYNAMIC"}),
-        ("W4A16", {"config_groups": {"all": {"targets": ["Linear"], "weights": GROUPS}}}),
-    ],
-)
-def test_llm_compressor(method: str, options: dict[str, Any], result: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["FP8_DYNAMIC", "W4A16"])
+def test_llm_compressor(method: str, result: Path, tmp_path: Path, matrix: Any) -> None:
     llmcompressor = pytest.importorskip("llmcompressor", reason="the llmcompressor package is not here")
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     model = AutoModelForCausalLM.from_pretrained(result, trust_remote_code=True, dtype=torch.bfloat16)
+    options = {"config_groups": matrix.GROUPS} if method == "W4A16" else {"targets": "Linear", "scheme": method}
     recipe = QuantizationModifier(**options, ignore=["lm_head"])
     llmcompressor.oneshot(model=model, recipe=recipe, trust_remote_code_model=True)
     # Before it is saved, which replaces the weights.

@@ -18,6 +18,8 @@ from ..evaluate import read_windows, through_blocks
 
 LENGTH = 512
 """Tokens per window, as in llama.cpp's own program."""
+ROWS = 256
+"""Rows of an input that are squared at a time: squares are in float64, two to four times as large as the input."""
 
 
 def importance(
@@ -45,9 +47,9 @@ def importance(
         counts: dict[str, int] = {}
 
         def add(name: str, x: Tensor) -> None:
-            squares = x.double().square().reshape(-1, x.shape[-1])
-            sums[name] = squares.sum(0) + sums.get(name, 0.0)
-            counts[name] = counts.get(name, 0) + len(squares)
+            for rows in torch.split(x.reshape(-1, x.shape[-1]), ROWS):
+                sums[name] = rows.double().square().sum(0) + sums.get(name, 0.0)
+                counts[name] = counts.get(name, 0) + len(rows)
 
         with block.reading(add):
             yield

@@ -12,7 +12,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows
 from torch import Tensor
 
-from ...errors import CalibrationError, ConfigError
+from ...errors import CalibrationError, ConfigError, check_least
 from ...model.skeleton import Skeleton
 from ...model.tokenizer import Bos, encode, end_tokens
 from ...system.progress import Progress
@@ -27,7 +27,7 @@ GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k",
 
 
 def check_generation(name: str, settings: Mapping[str, Any] | None) -> int:
-    """Return the most tokens that a task generates. Raises a ConfigError unless its settings mean greedy decoding."""
+    """Return the most tokens that a task generates. Raises a ConfigError unless its settings mean greedy decoding of one or more."""
     found = normalize_gen_kwargs(dict(settings or {}), MOST)
     for key, value in found.items():
         if (
@@ -40,7 +40,9 @@ def check_generation(name: str, settings: Mapping[str, Any] | None) -> int:
                 f"task {name!r} generates with {key}: {value!r}; a streamed model decodes greedily. With the model in memory: "
                 "lm_eval --model hf"
             )
-    return int(found["max_gen_toks"])
+    most = int(found["max_gen_toks"])
+    check_least(1, **{f"max_gen_toks of task {name!r}": most})
+    return most
 
 
 class StreamedModel(TemplateLM):  # type: ignore[misc]

@@ -39,6 +39,8 @@ class TaskScores:
     """The score of each document, by task and metric, for metrics that are the mean over documents."""
     fingerprints: dict[str, str]
     """Digest of each task's documents in their order."""
+    fewshot: dict[str, int]
+    """Number of examples before each document, by task."""
     model: dict[str, Any]
     """Fingerprint of the checkpoint, see `Checkpoint.identity`."""
     table: str
@@ -200,6 +202,8 @@ def evaluate_tasks(
         Stopped: `progress` asked to stop. Without `resume`, nothing is kept of an unfinished evaluation.
     """
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
+    if resume is not None and not found.most:
+        raise ConfigError(f"resume is {resume}; only generated answers are kept, and no task needs any")
     from ...model.skeleton import open_skeleton
     from ...system import machine
 
@@ -225,8 +229,6 @@ def evaluate_tasks(
         progress=progress or Silent(),
         bos=bos,
     )
-    if resume is not None and not found.most:
-        raise ConfigError(f"resume is {resume}; only generated answers are kept, and no task needs any")
     if found.most:
         check_answers(skeleton)
         streamed.check_room(max(found.most.values()))
@@ -249,6 +251,7 @@ def evaluate_tasks(
         documents={name: counts["effective"] for name, counts in outcome["n-samples"].items()},
         samples={name: _samples(each, outcome["results"][name]) for name, each in outcome["samples"].items()},
         fingerprints={name: _fingerprint(each) for name, each in outcome["samples"].items()},
+        fewshot={name: outcome["n-shot"][name] for name in outcome["samples"]},
         model=skeleton.checkpoint.identity(),
         table=table,
         bos=first is not None,
@@ -307,7 +310,8 @@ def _quietly() -> Iterator[None]:
         (evaluator, "get_git_commit_hash", lambda: None),
         (evaluator, "add_env_info", lambda results: None),
     ]
-    usual = [(module, name, getattr(module, name)) for module, name, _ in muted if hasattr(module, name)]
+    muted = [(module, name, silent) for module, name, silent in muted if hasattr(module, name)]
+    usual = [(module, name, getattr(module, name)) for module, name, _ in muted]
     logger.setLevel(logging.ERROR)
     for module, name, silent in muted:
         setattr(module, name, silent)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...errors import ResourceError
@@ -202,10 +202,10 @@ def answering(
     model = Memory(skeleton, Workload(samples=samples, length=length, text=True, prunes=False, generates=True))
     room = model.plannable(device_limit) - (base + memory_host if model.on_cpu else 0)
     room = room * IDLE_SHARE // (IDLE_SHARE + 1)
-    tokens, token = BATCH_TOKENS[skeleton.device.type], model.passing(1) // length
     for batch in range(min(samples, ANSWERS), 0, -1):
-        if model.answering_in_memory(batch, max(batch, min(tokens, batch * length)) * token) <= room:
-            return Answering(True, batch, batch, max(1, tokens // batch))
+        how = Answering(True, batch, batch, max(1, BATCH_TOKENS[skeleton.device.type] // batch))
+        if _in_memory(model, how) <= room:
+            return how
     one = Workload(samples=1, length=length, text=True, prunes=False, generates=True)
     resources = forecast(
         skeleton,
@@ -222,6 +222,22 @@ def answering(
     batch = max(1, min(samples, ANSWERS, left // (model.decoding(1) - model.decoding(0))))
     hidden = 2 * model.stream * model.item * samples
     return Answering(False, samples, batch, max(1, min(resources.batch * length // batch, left // hidden)))
+
+
+def answering_bytes(skeleton: Skeleton, how: Answering, length: int) -> int:
+    """Return the bytes on the device while sequences of up to `length` tokens are generated so: at most what `answering` allowed."""
+    work = Workload(samples=how.samples, length=length, text=True, prunes=False, generates=True)
+    model = Memory(skeleton, work)
+    if how.in_memory:
+        return _in_memory(model, how)
+    one = Memory(skeleton, replace(work, samples=1)).device_peak(1, 1)
+    hidden = 2 * model.stream * model.item * how.samples
+    return one + (how.batch - 1) * (model.decoding(1) - model.decoding(0)) + (how.chunk - 1) * hidden
+
+
+def _in_memory(model: Memory, how: Answering) -> int:
+    length = model.workload.length
+    return model.answering_in_memory(how.batch, how.batch * min(how.chunk, length) * (model.passing(1) // length))
 
 
 def training_batch(memory: Memory, room: int) -> int | None:
