@@ -7,6 +7,7 @@ streamprune wrote it.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
@@ -35,6 +36,7 @@ from .config import JobConfig
 from .journal import Entry, Journal
 from .meter import metered
 from .names import JOURNAL, LOCK, REPLACED, STAGING, job_folder
+from .schedule import Schedule
 
 PROBE = "probe"
 SMALLER = "smaller-batches"
@@ -113,24 +115,28 @@ class JobFolder:
 
     @property
     def resources(self) -> Entry:
-        """The sizes in force: those of the journal's first line, or smaller ones since (see `smaller_batches`)."""
+        """The sizes in force: those of the journal's first line, of which some are smaller since (see `smaller_batches`)."""
         assert self.journal.header is not None
-        line = self.journal.find(SMALLER)
-        return {**self.journal.header["resources"], **(line["resources"] if line else {})}
+        found = dict(self.journal.header["resources"])
+        for line in self.journal.steps(SMALLER):
+            found |= line["resources"]
+        return found
 
     @contextmanager
     def smaller_batches(self) -> Iterator[None]:
         """Halve the micro-batches if a GPU runs out of memory inside the context, whose content is then to be done again.
 
-        It must continue where the journal ends. Sequences per micro-batch are halved once per sweep, before its first journal line,
-        and the journal records it: sizes fix the order of sums, so that a resumed job computes every block with the size that it
-        had. Processes that share a job do not retry. The error is passed on where nothing can be halved.
+        It must continue where the journal ends. Sequences per micro-batch are halved once per phase of the schedule, before its
+        first journal line, and the journal records it: sizes fix the order of sums, so that a resumed job computes every block
+        with the size that it had. What the failed work held is freed. Processes that share a job do not retry. The error is
+        passed on where nothing can be halved.
         """
         torch.cuda.empty_cache()
         try:
             yield
         except torch.OutOfMemoryError as error:
-            before, smaller = self.resources, self._smaller()
+            before, phase = self.resources, self._unbegun
+            smaller = self._smaller(phase)
             if not smaller:
                 raise
             sizes = ", ".join(f"{before[name]} to {size}" for name, size in smaller.items())
@@ -138,19 +144,22 @@ class JobFolder:
                 f"{self.device} ran out of memory ({one_line(error).partition('. ')[0]}); sequences per micro-batch go from "
                 f"{sizes}, and the sweep starts again"
             )
-            self.journal.append(SMALLER, resources=smaller)
+            self.journal.append(SMALLER, phase=phase, resources=smaller)
+            _free_frames(error)
 
-    def _smaller(self) -> Entry:
-        """Half of each micro-batch that can be halved; nothing within a sweep, or right after the last time."""
+    @property
+    def _unbegun(self) -> str | None:
+        """Name of the current phase of the schedule; None if a line of it is journalled, or all phases are finished."""
+        assert self.journal.header is not None
+        schedule = Schedule(self.journal.header["schedule"], self.journal)
+        return None if schedule.current is None or schedule.begun else schedule.current.name
+
+    def _smaller(self, phase: str | None) -> Entry:
+        """Half of each micro-batch that can be halved before a phase; nothing within one (None), or the second time."""
+        if phase is None or self.ranks.size > 1 or any(line["phase"] == phase for line in self.journal.steps(SMALLER)):
+            return {}
         sizes = {name: size for name, size in self.resources.items() if name in ("batch", "backward_batch", "micro")}
-        halves = {name: size // 2 for name, size in sizes.items() if size > 1}
-        last = list(self.journal.steps())[-1:]
-        for line in last:
-            sweep, _, number = line["step"].rpartition("/")
-            begun = sum(1 for _ in self.journal.steps(f"{sweep}/")) if number.isdigit() else 0
-            if line["step"] == SMALLER or 0 < begun < len(self.sources[0]):
-                return {}
-        return halves if self.ranks.size == 1 else {}
+        return {name: size // 2 for name, size in sizes.items() if size > 1}
 
     @cached_property
     def room(self) -> dict[str, int]:
@@ -453,3 +462,10 @@ class JobFolder:
         """
         if self.folder.is_dir() and not self.journal_path.exists():
             files.remove_empty_folder(self.folder)
+
+
+def _free_frames(error: BaseException | None) -> None:
+    """Free the local variables of the frames that an error, and the errors that it followed, were raised through."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -58,6 +58,11 @@ class Schedule:
         """The first unfinished phase; None if all are finished."""
         return next((phase for phase, left in self._left.items() if left), None)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a step of the current phase is finished."""
+        return self.current is not None and self._left[self.current] < self.current.steps
+
     def seconds_left(self, since: float = 0.0, step: float | None = None) -> float | None:
         """Estimate the remaining time in seconds; None before the first step is finished.
 

@@ -234,6 +234,7 @@ def accepted(shot: Shot) -> bool:
         raise ConfigError(f"{number} ratios were tried; with the last, {chosen['ratio']:g}, the result {said}")
     shot.progress.say(f"with ratio {chosen['ratio']:g} the result {said}: pruning less")
     job.journal.rewind(shot.named("ratio"))
+    job.use(job.resources)  # micro-batches that were halved since are whole again
     tried = {"ratio": chosen["ratio"], "predicted": chosen["figures"]["predicted"], **figures}
     shot.record(f"tried/{number}", figures=tried)
     return False

@@ -134,6 +134,7 @@ def test_host_memory_beside_a_gpu(skeleton: Skeleton) -> None:
     found = forecast(skeleton, WORKLOAD, **limits, host_limit=least)
     assert not found.problems
     assert found.batch == 1 < plenty.batch
+    assert found.backward_batch == 1 < plenty.backward_batch  # whose micro-batches pass through host memory, too
     assert found.host_bytes <= least
     (problem,) = forecast(skeleton, WORKLOAD, **limits, host_limit=least - 1).problems
     assert "of host memory are free" in problem

@@ -20,6 +20,7 @@ from streamprune.model.sizes import Sizes
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.model.tokenizer import IGNORED
 from streamprune.pruning import aim
+from streamprune.pruning.block import BlockPruner
 from streamprune.pruning.held_out import disjoint
 from streamprune.pruning.job import Job
 from streamprune.pruning.run import Run
@@ -244,3 +245,36 @@ def test_a_ratio_that_held_out_windows_refuse_is_tried_smaller(
         ConfigError, match=r"no ratio is predicted to .* 0.20%; ratio 0.\d+ raises perplexity on 4 .* 2.50%"
     ):
         streamprune.prune(configured(model, "never", perplexity_at_most=0.002, **common))
+
+
+def test_micro_batches_that_a_refused_try_halved_are_whole_again(
+    tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prune sweep of the first ratio runs out of memory; its journal lines go, and with them the smaller sizes."""
+    given: list[int] = []
+    prune = BlockPruner.prune
+
+    def scarce(self: BlockPruner, *arguments: Any) -> Any:
+        assert self.streams is not None
+        given.append(self.streams.batch)
+        if len(given) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prune(self, *arguments)
+
+    def predicted(recipe: Any, sites: Any, survey: Any, keeps: Any) -> float:
+        return 0.2 * sum((site.units - keeps[site.name]) * site.unit_parameters for site in sites) / blocks
+
+    model = tiny("llama", **WIDE, num_hidden_layers=2)
+    blocks = open_skeleton(model, torch.device("cpu"), "auto").block_parameters()
+    monkeypatch.setattr(BlockPruner, "prune", scarce)
+    monkeypatch.setattr(aim, "predicted_loss", predicted)
+    perplexities = iter([40.0, 60.0, 40.0])  # dense, refused, accepted
+    monkeypatch.setattr(aim, "perplexity", lambda *_: next(perplexities))
+    config = configured(
+        model, recipe="default", effort="low", calibration=letters(tmp_path), ratio=None, perplexity_at_most=0.1, **LONG
+    )
+    result = streamprune.prune(config)
+    assert result.aim is not None
+    assert len(result.aim["tried"]) == 1
+    whole = LONG["samples"]
+    assert given == [whole, *[whole // 2] * 2, *[whole] * 2]

@@ -89,12 +89,12 @@ class Memory(Shapes):
         """Return the largest demand of each step, by the step's name."""
         found: dict[str, Demand] = {}
         for name, demand in self._steps(batch, backward_batch):
-            placed = self._placed(demand, grams, batch)
+            placed = self._placed(demand, grams, batch, backward_batch)
             if name not in found or found[name].device < placed.device:
                 found[name] = placed
         return found
 
-    def _placed(self, demand: Demand, grams: GramPlace, batch: int) -> Demand:
+    def _placed(self, demand: Demand, grams: GramPlace, batch: int, backward_batch: int) -> Demand:
         """Assign the bytes of sums and solving to device or host; add buffers in transit and fragmentation."""
         # Ten stored micro-batches are in transit: two boundaries are read while the next micro-batch of both is
         # fetched, and two are written with two micro-batches queued for each.
@@ -104,12 +104,14 @@ class Memory(Shapes):
         else:
             moved = demand.sums if grams == "host" or (grams == "parked" and demand.solving) else 0
             solved = demand.solving if grams == "host" else 0
+            work = self.workload
+            rows = max(batch, backward_batch) if work.gradients or work.refines or work.corrects else batch
             placed = replace(
                 demand,
                 sums=demand.sums - moved,
                 solving=demand.solving - solved,
                 activations=demand.activations + (self.sum_item * self.most_columns * TILE if moved else 0),
-                host=2 * self.pinned_block + 10 * pinned_bytes(self.stored_row * batch) + moved + solved,
+                host=2 * self.pinned_block + 10 * pinned_bytes(self.stored_row * rows) + moved + solved,
             )
         return replace(placed, slack=placed.device // IDLE_SHARE)
 

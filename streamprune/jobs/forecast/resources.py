@@ -113,12 +113,12 @@ def forecast(
         )
     elif workload.text:
         most = max(1, min(workload.samples, BATCH_TOKENS[skeleton.device.type] // workload.length))
-        batch = max(
-            size
-            for size in range(1, most + 1)
-            if model.device_peak(size, 1, grams) <= room and (on_cpu or model.host_peak(size, 1, grams) <= host_room)
-        )
-        backward_batch = max(size for size in range(1, most + 1) if model.device_peak(batch, size, grams) <= room)
+
+        def fits(*sizes: int) -> bool:
+            return model.device_peak(*sizes, grams) <= room and (on_cpu or model.host_peak(*sizes, grams) <= host_room)
+
+        batch = max(size for size in range(1, most + 1) if fits(size, 1))
+        backward_batch = max(size for size in range(1, most + 1) if fits(batch, size))
     every, disk = model.boundaries(disk_limit, memory_host)
     held = min(memory_host, model.boundaries(disk_limit, 0)[1])
     # Keys and values are removed before boundaries are written.
