@@ -23,7 +23,7 @@ from ..model.site import DECILM, LAYOUTS, UNIFORM, Site
 from ..model.sizes import CONTEXT, Sizes
 from ..model.skeleton import Skeleton, open_skeleton
 from ..model.tokenizer import end_tokens, find_bos, load_tokenizer
-from ..recipes.allocation import COARSER, ROUND_TO, Budget, allocate, even_densities
+from ..recipes.allocation import COARSER, ROUND_TO, Budget, allocate, even_densities, largest_unit
 from ..recipes.experts import Experts, check, leaving
 from ..recipes.plan import Plan, SitePlan
 from ..recipes.recipe import LOSS, Recipe, Survey
@@ -38,7 +38,7 @@ from ..text.prompts import Prompts, prompts_identity
 from ..text.source import Spec, Text, builtin_text, source
 from ..text.windows import text_identity
 from .block import site_generator
-from .shortfall import Goal, largest_unit
+from .shortfall import Goal
 from .speed import Decoding
 
 
@@ -125,8 +125,13 @@ class Request:
 
     @property
     def _finest(self) -> int:
-        """The least multiple of ``round_to="auto"``: `ROUND_TO`, or 8 if that would leave an FFN fewer than three smaller widths."""
-        narrow = any(site.units < 4 * ROUND_TO for site in self.sites if site.kind == "ffn")
+        """The least multiple of ``round_to="auto"``: `ROUND_TO`, or 8 if that would leave an FFN fewer than three smaller widths.
+
+        On each of the devices of ``tensor_parallel``.
+        """
+        narrow = any(
+            site.units < 4 * ROUND_TO * self.config.tensor_parallel for site in self.sites if site.kind == "ffn"
+        )
         return 8 if narrow else ROUND_TO
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.site import Site
-from ..recipes.allocation import Budget, step, steps
+from ..recipes.allocation import Budget, steps
 
 REMEDY = "raise --samples or --seq-len"
 
@@ -90,16 +90,3 @@ class Goal:
     def _explain(self, verb: str, gone: int, reason: str) -> str:
         whole = self.budget.parameters
         return f"{verb} {gone / whole:.2%} of {self.what} instead of {self.target / whole:.2%}: {reason}"
-
-
-def largest_unit(sites: Sequence[Site], budget: Budget) -> int:
-    """Parameters of the largest step by which widths change (see `allocation.step`), in all blocks if they must be alike."""
-    sizes: dict[str, int] = {}
-    for site in sites:
-        if site.choices == (site.units,):
-            continue
-        alike = site.family if site.family in budget.alike else site.name
-        size = site.unit_parameters * step(site, budget)
-        size += (site.rest or 0) * budget.takes_last(site)
-        sizes[alike] = sizes.get(alike, 0) + size
-    return max(sizes.values(), default=0)

@@ -127,8 +127,8 @@ def allocate(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Bud
 
 
 def _fill(bundles: Sequence[_Bundle], sites: Sequence[Site], budget: Budget) -> tuple[list[int], float]:
-    """Return how many steps of each bundle the budget pays for, and the cost per parameter at which it ended."""
-    left, price, ended = budget.target, 0.0, False
+    """Return how many steps of each bundle the budget pays for, and the cost per parameter of the last one taken."""
+    left, price = budget.target, 0.0
     taken = [0] * len(bundles)
     spare = {block: len(own) - own[0].least for block, own in routed(sites).items()}
     heap = [(bundle.cost(0), number) for number, bundle in enumerate(bundles) if len(bundle.steps) > 1]
@@ -138,13 +138,12 @@ def _fill(bundles: Sequence[_Bundle], sites: Sequence[Site], budget: Budget) -> 
         bundle = bundles[number]
         # Drop the bundle once a step does not fit: its later steps cost more and are no smaller.
         if bundle.parameters(taken[number]) > left:
-            ended = True
             continue
         if bundle.takes_expert(taken[number]):
             if not spare[bundle.sites[0].block]:
                 continue
             spare[bundle.sites[0].block] -= 1
-        price = price if ended else cost
+        price = cost
         left -= bundle.parameters(taken[number])
         taken[number] += 1
         if taken[number] + 1 < len(bundle.steps):
@@ -157,9 +156,10 @@ def _coarser(
 ) -> tuple[list[_Bundle], list[int]]:
     """Return bundles of which some have the steps of coarser multiples, and their steps.
 
-    What rounding costs a bundle is how much the least of ``cost − price · parameters`` rises. The largest multiples go to the
-    bundles where that is least, for `TOLERANCE` of the whole cost. The budget is then spent again; if that costs more after all,
-    or misses the budget by a step of `round_to`, fewer bundles take them.
+    What rounding costs a bundle is how much the least of ``cost − price · parameters`` rises, with the `price` of the last step
+    taken, which is also that of a parameter that is missed. The largest multiples go to the bundles where that is least, for
+    `TOLERANCE` of the whole cost. The budget is then spent again; if that costs more after all, or misses the budget by
+    `largest_unit`, fewer bundles take them.
     """
 
     def spent(bundles: Sequence[_Bundle], taken: Sequence[int]) -> tuple[float, float]:
@@ -185,7 +185,7 @@ def _coarser(
         others = [tried.get(number, bundle) for number, bundle in enumerate(bundles)]
         gone_on, _ = _fill(others, sites, budget)
         dearer, fewer = spent(others, gone_on)
-        if dearer + price * (gone - fewer) <= cost + allowed and budget.target - fewer < _largest(bundles):
+        if dearer + price * (gone - fewer) <= cost + allowed and budget.target - fewer < largest_unit(sites, budget):
             return others, gone_on
     return bundles, taken
 
@@ -209,13 +209,20 @@ def check_budget(sites: Sequence[Site], budget: Budget) -> None:
         )
 
 
-def largest_step(sites: Sequence[Site], budget: Budget) -> int:
-    """Return the parameters of the largest step of `allocate`: two plans for one budget differ by at most this."""
-    return _largest(_bundles(sites, even_densities(sites), budget))
+def largest_unit(sites: Sequence[Site], budget: Budget) -> int:
+    """Parameters of the largest step by which widths change (see `step`), in all blocks if they must be alike.
 
-
-def _largest(bundles: Sequence[_Bundle]) -> int:
-    return max(bundle.parameters(step) for bundle in bundles for step in range(len(bundle.steps) - 1))
+    A result may miss the budget by this, and two for one budget may differ by it.
+    """
+    sizes: dict[str, int] = {}
+    for site in sites:
+        if site.choices == (site.units,):
+            continue
+        alike = site.family if site.family in budget.alike else site.name
+        size = site.unit_parameters * step(site, budget)
+        size += (site.rest or 0) * budget.takes_last(site)
+        sizes[alike] = sizes.get(alike, 0) + size
+    return max(sizes.values(), default=0)
 
 
 def _bundles(sites: Sequence[Site], densities: Mapping[str, Tensor], budget: Budget) -> list[_Bundle]:

@@ -26,7 +26,7 @@ from streamprune.commands.compare.table import Row, ratio_at, reach
 from streamprune.errors import ConfigError, ResumeError
 from streamprune.jobs.config import Config
 from streamprune.jobs.names import job_folder
-from streamprune.recipes.allocation import largest_step
+from streamprune.recipes.allocation import largest_unit
 from streamprune.system import machine
 from streamprune.system import progress as progress_module
 
@@ -235,7 +235,7 @@ def test_budgets_agree_to_within_a_step(layout: str, compare: Compare, tiny: Tin
 
     found = compare(layout=layout, recipes=["sobp", "magnitude", "wanda-sp"], ratios=[0.3, 0.5])
     job = Job(Config(model=tiny("llama"), out=Path("x"), recipe="sobp", ratio=0.3, layout=layout, round_to=4), None)  # type: ignore[arg-type]
-    step = largest_step(job.request.sites, job.request.budget())
+    step = largest_unit(job.request.sites, job.request.budget())
     # A key/value group: 16 columns of o_proj and 16 + 8 + 8 rows of 32.
     assert step == (3 if layout == "uniform" else 1) * (16 + 32) * 32
     for ratio in (0.3, 0.5):

@@ -10,8 +10,8 @@ import pytest
 
 import streamprune
 from streamprune.model.site import Site
-from streamprune.pruning.shortfall import Goal, largest_unit
-from streamprune.recipes.allocation import Budget
+from streamprune.pruning.shortfall import Goal
+from streamprune.recipes.allocation import Budget, largest_unit
 
 Make = Callable[..., streamprune.Config]
 BLOCKS = range(3)

@@ -38,6 +38,10 @@ def test_auto_keeps_multiples_that_quantise(tiny: Callable[..., Path], configure
     assert not any(width % 32 for width in widths)
     # An FFN of 48 channels would have only one smaller width.
     assert Request(configured(tiny("llama"), round_to="auto")).budget().round_to == 8
+    # Two devices have half the channels each: 192 are six times 32, but three of them on a device.
+    for channels, devices, least in ((192, 1, 32), (192, 2, 8), (256, 2, 32)):
+        shared = configured(tiny("llama", intermediate_size=channels), round_to="auto", tensor_parallel=devices)
+        assert Request(shared).budget().round_to == least
     given = Request(configured(wide, round_to=24)).budget()
     assert (given.round_to, given.coarser) == (24, ())
     with pytest.raises(ConfigError, match="round_to is 'some'; it must be a whole number or auto"):

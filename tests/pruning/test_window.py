@@ -19,7 +19,7 @@ from streamprune.jobs.names import job_folder
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.pruning.job import Job
-from streamprune.recipes.allocation import Budget, allocate, largest_step
+from streamprune.recipes.allocation import Budget, allocate, largest_unit
 from streamprune.recipes.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("float64_norms")
@@ -77,7 +77,7 @@ def test_the_ratio_counts_what_it_is_of(ratio_of: str, tiny: Tiny, configured: M
     removed = result.parameters_before - result.parameters_after
     sites = [site for site in skeleton_of(path).all_sites() if site.block in range(1, 4)]
     budget = Budget(0.3, counted[ratio_of], 4)
-    assert 0 <= round(0.3 * counted[ratio_of]) - removed < largest_step(sites, budget)
+    assert 0 <= round(0.3 * counted[ratio_of]) - removed < largest_unit(sites, budget)
     assert result.ratio_blocks == removed / counted["blocks"]
     assert result.ratio_model == removed / counted["model"]
     assert model.num_parameters() - streamprune.load(config.out).num_parameters() == removed

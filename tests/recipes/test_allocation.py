@@ -14,10 +14,12 @@ from streamprune.recipes.allocation import (
     TOLERANCE,
     Budget,
     _Bundle,
+    _bundles,
+    _fill,
     allocate,
     check_budget,
     even_densities,
-    largest_step,
+    largest_unit,
     step,
     steps,
 )
@@ -143,7 +145,7 @@ def test_coarser_multiples_are_taken_where_they_cost_little(ratio: float) -> Non
     assert not any(each % 32 for each in rounded.values())
     assert sum(each % 128 == 0 for each in rounded.values()) > sum(each % 128 == 0 for each in kept.values()) + 2
     removed = sum((s.units - rounded[s.name]) * 12 for s in sites)
-    assert 0 <= auto.target - removed < largest_step(sites, auto) == 32 * 12
+    assert 0 <= auto.target - removed < largest_unit(sites, auto) == 32 * 12
     # With 256 everywhere it would cost more.
     whole = allocate(sites, densities, replace(fine, round_to=256))
     missing = auto.target - sum((s.units - whole[s.name]) * 12 for s in sites)
@@ -161,6 +163,34 @@ def test_the_finest_multiple_stays_where_a_channel_costs_much() -> None:
     # A plan that misses the ratio by more than the step of 32 is not taken either, however little it costs.
     assert allocate(sites, flat, auto) == {sites[0].name: 672}
     assert allocate(sites, flat, replace(auto, ratio=0.25)) == {sites[0].name: 768}
+
+
+@pytest.mark.parametrize("alike", [frozenset[str](), UNIFORM.alike])
+def test_coarser_multiples_miss_no_more_than_a_unit(alike: frozenset[str]) -> None:
+    # As above, with heads of which half can go as the only step: four units, but a plan meets its ratio to within one.
+    blocks = range(2 if alike else 1)
+    ffns = [site(block, "ffn", 1024, 12) for block in blocks]
+    heads = [site(block, "attention", 8, 1000, choices=(4, 8)) for block in blocks]
+    flat = {s.name: torch.ones(1024).double() for s in ffns}
+    # Until 672 of 1024 channels stay, all cost the same, so that rounding to 768 would save as much as it misses.
+    kinked = {s.name: torch.cat([torch.full((352,), 1.0), torch.full((672,), 1e3)]).double() for s in ffns}
+    dear = {s.name: torch.full((8,), 1e6).double() for s in heads}
+    parameters = len(blocks) * (1024 * 12 + 8 * 1000)
+    auto = Budget(len(blocks) * 352 * 12 / parameters, parameters, 32, alike, coarser=(128, 256))
+    assert 96 * 12 > 1000
+    assert largest_unit([*ffns, *heads], auto) == len(blocks) * 1000
+    for densities in (flat, kinked):
+        kept = allocate([*ffns, *heads], densities | dear, auto)
+        assert {kept[s.name] for s in ffns} == {672}
+
+
+def test_the_price_is_that_of_the_last_step_taken() -> None:
+    heads, ffn = site(0, "attention", 3, 10), site(0, "ffn", 9, 4)
+    densities = {heads.name: torch.ones(3), ffn.name: torch.arange(2.0, 11.0)}
+    for target, steps_taken, price in ((10, [1, 0], 1.0), (18, [1, 2], 3.0), (20, [2, 0], 1.0), (27, [2, 1], 2.0)):
+        given = Budget(target / 66, 66, 1)
+        # At 18, the second head does not fit, and two channels go after it.
+        assert _fill(_bundles([heads, ffn], densities, given), [heads, ffn], given) == (steps_taken, price)
 
 
 def test_what_rounding_costs_is_the_rise_of_the_least_priced_total() -> None:

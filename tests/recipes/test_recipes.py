@@ -28,7 +28,7 @@ from streamprune.maths.sums import MaskGradient
 from streamprune.model.site import Site
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.job import Job
-from streamprune.recipes.allocation import Budget, largest_step
+from streamprune.recipes.allocation import Budget, largest_unit
 from streamprune.recipes.greedy_output import GreedyOutput, candidates, rising_thresholds
 from streamprune.recipes.plan import Plan
 from streamprune.recipes.settings import GreedyOutputSettings, SobpSettings
@@ -170,7 +170,7 @@ def test_every_shot_removes_its_part(shots: int, tiny: Tiny, configured: Make, m
     config = configured(path, recipe="default", ratio=0.5, settings={"shots": str(shots)})
     removed = finished(config, monkeypatch)
     parameters = open_skeleton(path, torch.device("cpu"), "float32").block_parameters()
-    step = largest_step(sites_of(path), Budget(0.5, parameters, 4))
+    step = largest_unit(sites_of(path), Budget(0.5, parameters, 4))
     assert len(removed) == shots
     for shot, gone in enumerate(removed, start=1):
         assert 0 <= round(0.5 * shot / shots * parameters) - gone < step

@@ -34,7 +34,7 @@ from ...model.names import REPORT
 from ...model.verify import verify
 from ...pruning.job import Job
 from ...pruning.run import prune
-from ...recipes.allocation import largest_step
+from ...recipes.allocation import largest_unit
 from ...system import files, machine
 from ...system.host import return_freed_memory
 from ...system.log import NAME as LOG
@@ -357,7 +357,7 @@ class _Work:
     def _budget_notes(self, rows: Sequence[Row]) -> list[str]:
         """Note each ratio at which the recipes' removals differ by more than one step of the widths."""
         notes, blocks = [], self.job.skeleton.block_parameters()
-        step = largest_step(self.job.request.sites, self.job.request.budget())
+        step = largest_unit(self.job.request.sites, self.job.request.budget())
         for ratio in dict.fromkeys(row.ratio for row in rows[1:]):
             gone = [round(row.ratio_blocks * blocks) for row in rows[1:] if row.ratio == ratio]
             if max(gone) - min(gone) > step:
