@@ -425,10 +425,19 @@ class Request:
     def _check_devices(self, keeps: Mapping[str, int], where: str) -> None:
         """Check that the devices of ``tensor_parallel`` divide the units that stay at each site of what is named `where`.
 
-        Servers copy the only key/value head of multi-query attention to all devices.
+        Servers copy the only key/value head of multi-query attention to all devices, and those that split a model run no block
+        without attention. Where shapes stay, the result is split as the model is, and nothing depends on the option.
         """
         devices = self.config.tensor_parallel
-        for site in self.sites if devices > 1 else ():
+        if devices == 1 or self.recipe.writes_zeros:
+            return
+        for index, entries in enumerate(self.skeleton.entries):
+            if gone := next((entry.kind for entry in entries if entry.gone and entry.kind != "ffn"), None):
+                raise ConfigError(
+                    f"tensor_parallel is {devices}; block {index} of {self.config.model} has lost its {gone}, and servers that split "
+                    "a model run no block without it"
+                )
+        for site in self.sites:
             units = site.heads if site.units == 1 and site.heads else keeps[site.name]
             if units % devices:
                 grouped = site.kind == "attention" and site.heads > site.units > 1

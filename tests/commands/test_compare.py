@@ -217,15 +217,16 @@ def test_changed_texts_are_refused(compare: Compare, scored: Path, tmp_path: Pat
 
 
 def test_kept_checkpoints_load_and_stay(compare: Compare, tmp_path: Path) -> None:
-    found = compare(keep=True, ratios=[0.2])
+    found = compare(keep=True, ratios=[0.2], tensor_parallel=2)
+    assert found.settings["tensor_parallel"] == 2
     for row in found.rows[1:]:
         assert row.out is not None
         assert streamprune.load(row.out).num_parameters() == row.parameters
         assert not job_folder(Path(row.out)).exists()
-    again = compare(ratios=[0.2])
+    again = compare(ratios=[0.2], tensor_parallel=2)
     assert again.rows == found.rows
     assert again.rows[1].out is not None
-    compare(ratios=[0.2], restart=True)
+    compare(ratios=[0.2], tensor_parallel=2, restart=True)
     assert not (tmp_path / "out" / "rows").exists()
 
 

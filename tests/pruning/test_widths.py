@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import streamprune
 from streamprune.errors import ConfigError
 from streamprune.model.site import Site
 from streamprune.model.skeleton import open_skeleton
-from streamprune.pruning.request import Request
+from streamprune.pruning.request import Request, idle
 from streamprune.recipes.allocation import COARSER, ROUND_TO, steps
 from streamprune.recipes.plan import Plan
 
@@ -93,14 +94,47 @@ def test_a_model_that_devices_cannot_share_is_refused(
     assert not config.out.exists()
 
 
+def plan_of(model: Path, path: Path, **keeps: int) -> Path:
+    """Write a plan by which sites of block 1 keep so many units, by kind, and all others everything."""
+    entries = {s.name: {"keep": keeps.get(s.kind, s.units) if s.block == 1 else s.units} for s in sites_of(model)}
+    path.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.3, "sites": entries}))
+    return path
+
+
+def test_a_model_that_has_lost_attention_is_refused(
+    tiny: Callable[..., Path], configured: Make, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    for kind, refused in (("attention", True), ("ffn", False)):
+        given: dict[str, Any] = {"ratio": None, "plan": plan_of(model, tmp_path / "plan.json", **{kind: 0})}
+        without = configured(model, kind, recipe="magnitude", **given).out
+        streamprune.prune(configured(model, kind, recipe="magnitude", **given))
+        Request(configured(without, recipe="magnitude"))
+        wanted = configured(without, recipe="magnitude", tensor_parallel=2)
+        if refused:
+            said = f"tensor_parallel is 2; block 1 of {without} has lost its attention, and servers"
+            with pytest.raises(ConfigError, match=re.escape(said)):
+                Request(wanted)
+        else:
+            Request(wanted)
+
+
+def test_masks_do_not_depend_on_devices(tiny: Callable[..., Path], configured: Make) -> None:
+    found = []
+    for devices in (1, 3):  # three divide neither heads nor channels
+        masks = {"recipe": "magnitude", "settings": {"structure": "2:4"}, "tensor_parallel": devices}
+        config = configured(tiny("llama"), f"devices-{devices}", **masks)
+        assert idle(config)["tensor_parallel"] == "shapes stay"
+        streamprune.prune(config)
+        found.append({path.name: path.read_bytes() for path in config.out.glob("*.safetensors")})
+    assert found[0] == found[1]
+
+
 def test_a_plan_is_checked(tiny: Callable[..., Path], configured: Make, tmp_path: Path) -> None:
     model = tiny("llama")
-    path = tmp_path / "plan.json"
 
     def given(**keeps: int) -> Path:
-        entries = {s.name: {"keep": keeps.get(s.kind, s.units) if s.block == 1 else s.units} for s in sites_of(model)}
-        path.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.3, "sites": entries}))
-        return path
+        return plan_of(model, tmp_path / "plan.json", **keeps)
 
     cases: list[tuple[dict[str, int], str]] = [
         ({"ffn": 45}, r"blocks\.1\.ffn of .*plan\.json has 45 channels, which 2 does not divide"),

@@ -349,6 +349,7 @@ class _Work:
             "seed": config.seed,
             "layout": config.layout,
             "round_to": config.round_to,
+            "tensor_parallel": config.tensor_parallel,
             "dtype": machine.dtype_name(job.skeleton.dtype),
             "device": str(job.request.device),
             "text": str(self.text),
