@@ -47,10 +47,10 @@ class Accesses:
     """The last write to a buffer and the last read of each stream since."""
 
     def __init__(self) -> None:
-        self.written: tuple[Actor, int, str] | None = None
-        self.read: dict[Actor, tuple[int, str]] = {}
+        self.written: tuple[Actor, int, Any] | None = None
+        self.read: dict[Actor, tuple[int, Any]] = {}
 
-    def add(self, actor: Actor, what: str, *, write: bool) -> None:
+    def add(self, actor: Actor, what: Any, *, write: bool) -> None:
         """Raise a Fault if nothing orders this access behind the ones that it must follow."""
         time = actor.time
         if self.written is not None and not actor.knows(*self.written[:2]):
@@ -68,9 +68,9 @@ class Accesses:
 
     def unordered(self, owner: Actor) -> dict[Actor, str]:
         """Accesses on streams whose end `owner` does not wait for."""
-        found = {reader: what for reader, (time, what) in self.read.items() if not owner.knows(reader, time)}
+        found = {reader: str(what) for reader, (time, what) in self.read.items() if not owner.knows(reader, time)}
         if self.written is not None and not owner.knows(*self.written[:2]):
-            found[self.written[0]] = self.written[2]
+            found[self.written[0]] = str(self.written[2])
         return found
 
 
@@ -143,9 +143,11 @@ DEFAULT = Stream.default()
 
 def thread() -> Actor:
     """The calling thread."""
-    if not hasattr(_local, "actor"):
+    try:
+        return _local.actor
+    except AttributeError:
         _local.actor = Actor(threading.current_thread().name)
-    return _local.actor
+        return _local.actor
 
 
 def current() -> Stream:

@@ -9,14 +9,13 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
 
 from .memory import Allocator, Part
 from .order import Accesses, Actor, Clock, Fault, current, thread
@@ -32,8 +31,13 @@ class Buffer:
         self.owner = current().actor
         self.accesses = Accesses()
         self.kept: Clock = {}  # streams of `record_stream`
+        self.part: Part | None = None
+        self.state = state
         self.part = state.collect().allocate(nbytes, self.owner, thread())
-        weakref.finalize(self, state.freed, self.part, self.owner, self.accesses, self.kept).atexit = False
+
+    def __del__(self) -> None:
+        if self.part is not None:
+            self.state.freed(self.part, self.owner, self.accesses, self.kept)
 
 
 class OnDevice(Tensor):
@@ -172,7 +176,7 @@ class State:
     def access(self, func: Any, reads: Iterable[Buffer], writes: Iterable[Buffer]) -> None:
         """One piece of work on the current stream. Its launch follows all that the launching thread knows."""
         self.check()
-        actor, what = current().actor, str(func)
+        actor, what = current().actor, func
         actor.after(thread().clock)
         actor.tick()
         for buffer in reads:
@@ -193,6 +197,8 @@ class State:
 
     def settle(self) -> None:
         """End the copies of which the calling thread knows that they are done."""
+        if not self.pending:
+            return
         with self.lock:
             for each in [each for listed in self.pending.values() for each in listed]:
                 if thread().knows(each.actor, each.time):
@@ -235,54 +241,66 @@ class State:
     # Operations.
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Carry out one operation."""
-        flat, _ = tree_flatten((args, kwargs))
-        ours = [each for each in flat if isinstance(each, OnDevice)]
-        host = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, OnDevice)]
+        """Carry out one operation that has tensors on the device, asks for some, or may meet a copy in progress."""
+        ours: list[OnDevice] = []
+        host: list[Tensor] = []
+
+        def inward(value: Any) -> Any:
+            if isinstance(value, OnDevice):
+                ours.append(value)
+                return value.host
+            if isinstance(value, Tensor):
+                host.append(value)
+            return value
+
         asked = kwargs.get("device")
         with self.lock:
             if func is aten.copy_.default:
                 return self._copy(*args, **kwargs)
             if func is aten._to_copy.default:
                 return self._to_copy(*args, **kwargs)
+            inside = [_each(inward, value) for value in args]
+            named = {name: _each(inward, value) for name, value in kwargs.items() if name != "pin_memory"}
             if not ours and not is_ours(asked):
                 return self._on_host(func, args, kwargs, host)
             self.operations += 1
-            self._check_places(func, args, host, asked, bool(ours))
-            if func in WAITING or (func in INDEXED and any(each.dtype == torch.bool for each in ours)):
+            how = _traits(func)
+            if host or how.indexed:
+                self._check_places(func, args, host, bool(ours))
+            if how.waits or (how.indexed and any(each.dtype == torch.bool for each in ours)):
                 self.access(func, {each.buffer for each in ours if each.buffer}, ())
                 self.wait(func)
-            writes, views = _changes(func)
-            written = {id(each) for name in writes for each in _tensors(_argument(func, args, kwargs, name))}
-            passed = {id(each) for name in views for each in _tensors(_argument(func, args, kwargs, name))}
-            changed = {each.buffer for each in ours if id(each) in written and each.buffer is not None}
-            used = {each.buffer for each in ours if id(each) not in passed | written and each.buffer is not None}
-            inner = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
+            used = {each.buffer for each in ours if each.buffer is not None}
+            changed: set[Buffer] = set()
+            if how.writes or how.views:
+                written = {id(each) for name in how.writes for each in _tensors(_argument(func, args, kwargs, name))}
+                passed = {id(each) for name in how.views for each in _tensors(_argument(func, args, kwargs, name))}
+                changed = {each.buffer for each in ours if id(each) in written and each.buffer is not None}
+                used = {each.buffer for each in ours if id(each) not in passed | written and each.buffer is not None}
             if "device" in kwargs and (asked is None or is_ours(asked)):
-                inner["device"] = torch.device("cpu")
-            elif "device" in kwargs:
-                inner["device"] = asked
+                named["device"] = torch.device("cpu")
             if func is aten.mm.dtype:  # half-precision products with float32 sums: CUDA has them, the CPU has not
-                left, right, dtype = tree_map(_numbers, args)
+                left, right, dtype = inside
                 result = left.to(dtype) @ right.to(dtype)
             else:
-                result = func(*tree_map(_numbers, args), **tree_map(_numbers, inner))
+                result = func(*inside, **named)
             if asked is not None and not is_ours(asked):
                 return result  # a factory for another device, such as meta
-            known = {id(each.host): each for each in ours}
             new: list[Buffer] = []
 
             def outward(value: Any) -> Any:
                 if not isinstance(value, Tensor) or isinstance(value, OnDevice):
                     return value
-                if id(value) in known:
-                    return known[id(value)]
+                if how.writes or how.views:
+                    for each in ours:
+                        if each.host is value:
+                            return each
                 wrapped, fresh = self.wrap(value)
                 if fresh and wrapped.buffer is not None:
                     new.append(wrapped.buffer)
                 return wrapped
 
-            wrapped = tree_map(outward, result)
+            wrapped = _each(outward, result)
             if used or changed or new:
                 self.access(func, used, [*changed, *new])
             return wrapped
@@ -295,9 +313,9 @@ class State:
             pin(copied)
             return copied
         if self.pending and host:
-            writes, views = _changes(func)
-            written = [each for name in writes for each in _tensors(_argument(func, args, kwargs, name))]
-            passed = {id(each) for name in views for each in _tensors(_argument(func, args, kwargs, name))}
+            how = _traits(func)
+            written = [each for name in how.writes for each in _tensors(_argument(func, args, kwargs, name))]
+            passed = {id(each) for name in how.views for each in _tensors(_argument(func, args, kwargs, name))}
             self.host_access(func, written, write=True)
             self.host_access(func, [each for each in host if id(each) not in passed], write=False)
         if kwargs.get("pin_memory"):
@@ -306,7 +324,7 @@ class State:
             return made
         return func(*args, **kwargs)
 
-    def _check_places(self, func: Any, args: Any, host: list[Tensor], asked: Any, ours: bool) -> None:
+    def _check_places(self, func: Any, args: Any, host: list[Tensor], ours: bool) -> None:
         """Raise where tensors of the host meet those of the device, except as torch allows."""
         allowed: set[int] = set()
         if func in INDEXED:
@@ -390,9 +408,19 @@ class State:
 class Mode(TorchDispatchMode):
     """Catches factories on the device and what happens to host memory. Every thread of a job enters it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled, and its wrapper costs more than many operations
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert State.here is not None
-        return State.here.run(func, args, kwargs or {})
+        state = State.here
+        assert state is not None
+        if OnDevice not in types and not state.pending and func not in PINNING:
+            if not kwargs:
+                return func(*args)
+            if not kwargs.get("pin_memory") and not is_ours(kwargs.get("device")):
+                return func(*args, **kwargs)
+        return state.run(func, args, kwargs or {})
 
 
 LOOPS = {"pruning/refine.py:refine"}
@@ -418,6 +446,7 @@ WAITING = {
 }
 """What returns to the host, or has a shape that depends on the numbers."""
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor}
+PINNING = {aten.is_pinned.default, aten._pin_memory.default}
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mv.default, aten.dot.default}
 
 
@@ -437,6 +466,17 @@ def is_pinned(tensor: Tensor) -> bool:
     return tensor.untyped_storage() in _pinned
 
 
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to a value of an operator's arguments or results or, in a list or tuple, to each."""
+    if isinstance(value, (list, tuple)):
+        return (
+            [_each(change, each) for each in value]
+            if isinstance(value, list)
+            else tuple([_each(change, each) for each in value])
+        )
+    return change(value)
+
+
 def _numbers(value: Any) -> Any:
     return value.host if isinstance(value, OnDevice) else value
 
@@ -450,7 +490,11 @@ def _raw(tensor: Tensor) -> Tensor:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    return (each for each in tree_flatten(value)[0] if isinstance(each, Tensor))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
 
 
 def _argument(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: tuple[int, str]) -> Any:
@@ -458,14 +502,24 @@ def _argument(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name:
     return args[place] if place < len(args) else kwargs.get(key)
 
 
+class _Traits(NamedTuple):
+    """What an operation does. Arguments are given as (position, name)."""
+
+    writes: tuple[tuple[int, str], ...]
+    views: tuple[tuple[int, str], ...]
+    """Arguments of which it returns a view."""
+    waits: bool
+    indexed: bool
+
+
 @cache
-def _changes(func: Any) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """The arguments that an operation writes, and those of which it returns a view, as (position, name)."""
-    writes, views = [], []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None:
-            (writes if argument.alias_info.is_write else views).append((place, argument.name))
-    return writes, views
+def _traits(func: Any) -> _Traits:
+    aliased = [(place, each) for place, each in enumerate(func._schema.arguments) if each.alias_info is not None]
+    writes, views = (
+        tuple((place, each.name) for place, each in aliased if each.alias_info.is_write == wanted)
+        for wanted in (True, False)
+    )
+    return _Traits(writes, views, func in WAITING, func in INDEXED)
 
 
 def _places() -> Iterator[str]:
