@@ -83,11 +83,11 @@ def test_sums_of_a_job_have_a_fixed_order(
 
 def test_the_second_job_of_a_process_has_as_much_memory(tiny: Tiny, text: Path, configured: Make) -> None:
     with device(total=256 * MIB) as state:
-        streamprune.prune(configured(tiny("llama"), device="cuda", effort="low", samples=4))
+        streamprune.prune(configured(tiny("llama", num_hidden_layers=2), device="cuda", samples=2, seq_len=16))
         gc.collect()
         assert torch.cuda.memory_reserved() <= 4 * MIB  # of tensors that are not collected yet
         assert machine.available_memory(CUDA) == 256 * MIB - torch.cuda.memory_allocated() >= 255 * MIB
-        streamprune.evaluate(tiny("llama"), text, seq_len=24, device="cuda")
+        streamprune.evaluate(tiny("llama", num_hidden_layers=2), text, seq_len=24, device="cuda")
         assert state.memory.most_reserved < 128 * MIB
 
 
@@ -96,7 +96,7 @@ def test_all_sweeps_and_stores_share_two_streams(tiny: Tiny, configured: Make) -
 
     with device():
         before = Stream.made
-        streamprune.prune(configured(tiny("llama"), device="cuda", effort="low", samples=4))
+        streamprune.prune(configured(tiny("llama", num_hidden_layers=2), device="cuda", samples=2, seq_len=16))
         assert Stream.made - before == 2
         assert Copies.of(CUDA) is Copies.of(torch.device("cuda:0"))
 
