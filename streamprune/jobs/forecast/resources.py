@@ -114,8 +114,9 @@ def forecast(
     elif workload.text:
         most = max(1, min(workload.samples, BATCH_TOKENS[skeleton.device.type] // workload.length))
 
-        def fits(*sizes: int) -> bool:
-            return model.device_peak(*sizes, grams) <= room and (on_cpu or model.host_peak(*sizes, grams) <= host_room)
+        def fits(forward: int, backward: int) -> bool:
+            beside_it = on_cpu or model.host_peak(forward, backward, grams) <= host_room
+            return model.device_peak(forward, backward, grams) <= room and beside_it
 
         batch = max(size for size in range(1, most + 1) if fits(size, 1))
         backward_batch = max(size for size in range(1, most + 1) if fits(batch, size))
