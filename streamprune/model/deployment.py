@@ -144,7 +144,7 @@ def _unserved(skeleton: Skeleton) -> Iterator[str]:
     if base in REFUSED:
         yield f"{REFUSED[base]}; prune with --layout uniform where the model type has it"
     if any(entry.gone and entry.kind == "attention" for entries in skeleton.entries for entry in entries):
-        yield "by its source it refuses blocks without attention, which was not tried; prune with --set sublayers=off"
+        yield "a block lacks its attention; prune with --set sublayers=off"
     if any(entry.kind == "linear" for entries in skeleton.entries for entry in entries) or skeleton.stateful:
         yield "linear attention and state spaces do not dispatch through the attention interface"
     if (rank := getattr(config, "kv_lora_rank", None)) and rank + config.qk_rope_head_dim not in LATENTS:
