@@ -40,6 +40,11 @@ def temporary(folder: Path) -> Iterator[None]:
     files.remove_tree(folder)
 
 
+def hashed(data: memoryview) -> int:
+    """Return the checksum of one sample's bytes."""
+    return zlib.crc32(data)
+
+
 def _damaged(path: Path) -> DamageError:
     return DamageError(f"{path} is missing or damaged; run the same command again: it will be computed again")
 
@@ -172,12 +177,12 @@ class ActivationStore:
                 if append is not None:
                     append(data)
                     for row in data.reshape(-1, self.row_bytes):
-                        sums[written] = zlib.crc32(row.data)
+                        sums[written] = hashed(row.data)
                         written += 1
 
             def close() -> None:
                 if append is not None:
-                    sums[-1] = zlib.crc32(sums[:-1].data)
+                    sums[-1] = hashed(sums[:-1].data)
                     append(sums)
 
             yield write
@@ -258,14 +263,14 @@ class ActivationStore:
         if name not in self._sums:
             sums = np.zeros(self.shape[0] + 1, SUM)
             self._fill(name, self.shape[0] * self.row_bytes, sums)
-            if zlib.crc32(sums[:-1].data) != sums[-1]:
+            if hashed(sums[:-1].data) != sums[-1]:
                 raise _damaged(self.path(name))
             self._sums[name] = sums[:-1]
         buffer = self._buffer(batch)
         rows = buffer.numpy().reshape(-1, self.row_bytes)
         self._fill(name, batch.start * self.row_bytes, rows)
         with waiting("read"):
-            if any(zlib.crc32(row.data) != check for row, check in zip(rows, self._sums[name][batch], strict=True)):
+            if any(hashed(row.data) != check for row, check in zip(rows, self._sums[name][batch], strict=True)):
                 raise _damaged(self.path(name))
         return buffer
 

@@ -300,7 +300,7 @@ class Memory(Shapes):
         if not work.text:
             return 1, 0
         one = file_bytes(work.samples, self.stored_row)
-        streams = 2 if work.dense_stream else 1
+        streams = work.streams
         # Each stream stores a block's input and output until the journal records the block and, while pruning, the
         # boundary between its sublayers. No journal line refers to that boundary, or to any boundary of an evaluation.
         kept = (3 if work.prunes else 2) * streams

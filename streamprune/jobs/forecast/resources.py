@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ...errors import ResourceError
 from ...maths.flops import KINDS, Kind
@@ -21,6 +21,9 @@ from .workload import TRAIN_SEQUENCES, Shapes, Workload
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens per micro-batch beyond which nothing gets faster, by device type."""
+Stage = Literal["survey", "prune", "refine"]
+"""Stages of a job that compute. What is no job's stage (text that the model writes, an evaluation) counts as ``survey``."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
 ANSWERS = 32
 """Largest number of sequences per micro-batch that generates answers; a micro-batch takes as long as its longest answer."""
 
@@ -270,7 +273,12 @@ def _bytes_to_read(shapes: Shapes, every: int) -> int:
 
 
 def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
-    """Return the FLOPs of the whole job by kind: one forward pass times the passes of each sweep, and the sums.
+    """Return the FLOPs of the whole job by kind; see `flops_by_stage`."""
+    return {kind: round(sum(stage[kind] for stage in flops_by_stage(shapes).values())) for kind in KINDS}
+
+
+def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
+    """Return the FLOPs of the whole job by stage and kind: one forward pass times the passes of each sweep, and the sums.
 
     FLOPs of solving are not forecast: they depend on the recipe and are few if there is enough text. All sites are
     assumed to lose the same share of their units. Sums are counted at the sizes before the first shot.
@@ -279,7 +287,7 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
     tokens = workload.samples * workload.length * workload.text
     head = 2 * d * skeleton.vocabulary * workload.samples * (workload.length - 1) * workload.text
     part = 1.0 if workload.surveyed is None else workload.surveyed / workload.samples  # of the text, in the survey
-    forward = consumers = mixing = sums = last = 0.0
+    forward = consumers = mixing = surveyed = sums = last = 0.0
     for number, sublayer in enumerate(shapes.all_sublayers()):
         measured = sublayer.measured
         last = 0.0 if measured is None else float(measured.operations * workload.samples * workload.text)
@@ -292,12 +300,11 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
                 last += 2 * sum(site.linears) * site.share * tokens + mixed
             mixing += mixed
             consumers += 2 * site.linears[-1] * site.share * tokens
-            summed = part * sum(map(shapes.gram_products, shapes.summed(site)))
-            summed += shapes.gram_products(site.columns) * workload.gram
-            sums += 2 * tokens * site.share * summed
+            surveyed += 2 * tokens * site.share * part * sum(map(shapes.gram_products, shapes.summed(site)))
+            sums += 2 * tokens * site.share * shapes.gram_products(site.columns) * workload.gram
             sums += 2 * tokens * site.columns * d * targeted
             if "divergence" in workload.survey and attention:
-                sums += part * (2 * sum(site.linears[:-1]) * tokens + mixed)
+                surveyed += part * (2 * sum(site.linears[:-1]) * tokens + mixed)
         compensated = workload.compensates and pruned_input and any(site.linears[:-1] for site in sublayer.sites)
         sums += 2 * tokens * (shapes.gram_products(d) + d * d) * compensated
         forward += last
@@ -305,26 +312,28 @@ def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
         # Linears that belong to no site, and products of other mixers than attention.
         forward = max(forward, skeleton.block_operations(workload.samples, workload.length))
     advanced = forward if workload.refines else forward - last  # no stream is needed after the last sublayer
-    found = dict.fromkeys(KINDS, 0.0)
+    found: dict[Stage, dict[Kind, float]] = {stage: dict.fromkeys(KINDS, 0.0) for stage in STAGES}
+    survey, prune = found["survey"], found["prune"]
     # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs.
     step = 3 * min(TRAIN_SEQUENCES, workload.samples) / max(workload.samples, 1)
     epoch = math.ceil(workload.samples / workload.refine_sequences)
     for shot in range(workload.shots):
         before, after = (1 - workload.removes * done / workload.shots for done in (shot, shot + 1))
         if workload.survey or not workload.prunes:
-            found["sweeps"] += part * before * forward
+            survey["sweeps"] += part * before * forward
         if workload.gradients:
             # Forward again, then gradients of inputs. For attention, backward takes five products, forward two.
-            found["sweeps"] += before * (2 * forward + 1.5 * mixing)
-        found["sweeps"] += head * (2 if workload.gradients else workload.scores)
+            survey["sweeps"] += before * (2 * forward + 1.5 * mixing)
+        survey["sweeps"] += head * (2 if workload.gradients else workload.scores)
         if workload.gram:
-            found["sweeps"] += before * (forward - consumers)
+            prune["sweeps"] += before * (forward - consumers)
         if workload.prunes and workload.dense_stream:
-            found["sweeps"] += before * (forward if workload.has_target else advanced)
+            prune["sweeps"] += before * (forward if workload.has_target else advanced)
         if workload.prunes and (workload.gram or workload.dense_stream):
-            found["sweeps"] += after * advanced
-        found["training"] += workload.corrects * step * (after * forward + 2 / 3 * head)
-    found["training"] += workload.refines / max(epoch, 1) * 3 * (1 - workload.removes) * forward
-    found["sums"] = workload.shots * sums * workload.prunes
-    found["writing"] = workload.generates * (forward + head)
-    return {kind: round(count) for kind, count in found.items()}
+            prune["sweeps"] += after * advanced
+        found["refine"]["training"] += workload.corrects * step * (after * forward + 2 / 3 * head)
+    found["refine"]["training"] += workload.refines / max(epoch, 1) * 3 * (1 - workload.removes) * forward
+    survey["sums"] = workload.shots * surveyed * workload.prunes
+    prune["sums"] = workload.shots * sums * workload.prunes
+    survey["writing"] = workload.generates * (forward + head)
+    return found

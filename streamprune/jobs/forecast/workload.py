@@ -64,6 +64,11 @@ class Workload:
         """Whether the prune sweep also advances the dense stream."""
         return self.compensates or self.has_target or self.refines > 0
 
+    @property
+    def streams(self) -> int:
+        """Number of streams that the prune sweep moves."""
+        return 1 + self.dense_stream
+
 
 class Sublayer:
     """One sublayer: its entry and its sites, which are none, one, or the experts of a mixture.

@@ -1,0 +1,105 @@
+"""The forecast of passes over boundaries, against jobs that count them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streamprune
+from streamprune import Config
+from streamprune.jobs.forecast.traffic import Passes, passes
+from streamprune.jobs.forecast.workload import Shapes
+from streamprune.jobs.journal import Journal
+from streamprune.model.site import Site
+from streamprune.pruning.request import Request
+from streamprune.recipes.allocation import Budget
+from streamprune.recipes.default import Default
+from streamprune.recipes.obs import ObsRecipe
+from streamprune.recipes.plan import Plan, SitePlan
+from streamprune.recipes.slimgpt import SlimGpt
+from streamprune.recipes.sobp import Sobp
+from streamprune.stream.store import ActivationStore
+
+Make = Callable[..., Config]
+Tiny = Callable[..., Path]
+
+
+def counted(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Passes]]:
+    """Run a job; return what it read and wrote up to each line of its journal, by the forecast's steps."""
+    now, found = Counter[str](), dict[str, list[Passes]]()
+    real_read, real_writing, real_append = ActivationStore._read, ActivationStore.writing, Journal.append
+
+    def read(self: ActivationStore, name: str, batch: slice) -> torch.Tensor:
+        found = real_read(self, name, batch)
+        now["read"] += batch.stop - batch.start
+        return found
+
+    @contextlib.contextmanager
+    def writing(self: ActivationStore, name: str, place: str, *, passing: bool = False) -> Iterator[Any]:
+        with real_writing(self, name, place, passing=passing) as write:
+
+            def counting(batch: torch.Tensor) -> None:
+                now["written"] += len(batch)
+                now["passing"] += len(batch) * passing
+                write(batch)
+
+            yield counting
+
+    def append(self: Journal, step: str, **data: Any) -> Any:
+        name = step.split("/")[1] if "/" in step else step
+        if now:
+            made = Passes(*(now[each] / config.samples for each in ("read", "written", "passing")))
+            found.setdefault(name, []).append(made)
+            now.clear()
+        return real_append(self, step, **data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationStore, "_read", read)
+        patch.setattr(ActivationStore, "writing", writing)
+        patch.setattr(Journal, "append", append)
+        streamprune.prune(config)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def every_site_loses_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(self: ObsRecipe[Any], sites: Sequence[Site], survey: Any, budget: Budget) -> Plan:
+        return Plan({site.name: SitePlan(site.units - 1) for site in sites}, budget.ratio)
+
+    for recipe in (Default, Sobp, SlimGpt):
+        monkeypatch.setattr(recipe, "allocate", allocate)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "changes"),
+    [
+        ("llama", "default", {}),
+        ("llama", "default", {"refine": 2}),
+        ("llama", "default", {"settings": {"target": "own"}}),
+        ("llama", "default", {"settings": {"compensate": "off"}}),
+        ("llama", "sobp", {}),
+        ("llama", "slimgpt", {}),
+        ("falcon", "default", {}),
+        ("mixtral", "slimgpt", {}),
+    ],
+)
+def test_the_forecast_counts_the_passes_of_each_block(
+    name: str, recipe: str, changes: Any, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tiny(name), recipe=recipe, **changes)
+    request = Request(config, None)
+    expected = passes(Shapes(request.skeleton, request.workload))
+    found = counted(config, monkeypatch)
+    assert found.keys() == expected.keys()
+    found["backward"] = found.get("backward", [])[::-1]
+    for step, blocks in expected.items():
+        for each, wanted in zip(found[step], blocks, strict=True):
+            assert (each.read, each.written, each.passing) == pytest.approx(
+                (wanted.read, wanted.written, wanted.passing)
+            )
