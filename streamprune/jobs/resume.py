@@ -163,8 +163,8 @@ def _first_missing(required_files: Iterable[RequiredFile], progress: Progress) -
 
 
 def ensure(store: ActivationStore, name: str, write: Callable[[], None]) -> None:
-    """Write activations again unless they are intact, for those that need no journal line withdrawn."""
-    if not store.intact(name):
+    """Write activations again unless they are usable, for those that need no journal line withdrawn."""
+    if not store.usable(name):
         write()
 
 

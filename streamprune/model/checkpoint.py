@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError, DamageError, one_line
 from ..system import files
 from ..system.directory import check_links, check_pointer
-from ..system.host import tensor_bytes
+from ..system.host import checksum, tensor_bytes
 from ..system.strict_json import parse, read_json, write_json
 from .entries import CPU, DTYPES, Plain, Span, Stored, TensorEntry
 from .hub import find_gguf
@@ -186,13 +185,13 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
         Args:
             stamps: earlier result of `stamps`. Only files whose stamps differ now are read.
-            sums: earlier CRC-32 of the tensors' bytes, by name.
+            sums: earlier checksums of the tensors' bytes, by name.
         """
         now = self.stamps()
         suspects = {name for name in now if stamps.get(name) != now[name]}
         for name, check in sums.items():
             files_of = {span.file.name for span in self[name].spans}
-            if files_of & suspects and zlib.crc32(tensor_bytes(self.read(name))) != check:
+            if files_of & suspects and checksum(tensor_bytes(self.read(name))) != check:
                 return name
         return None
 

@@ -118,13 +118,13 @@ def _sum_backward(shot: Shot) -> None:
 def _recompute(shot: Shot, index: int) -> int:
     """Ensure that the input of block `index` is stored; return the lowest block from which on all inputs up to it are."""
     store, lowest = shot.job.store, index
-    while lowest and not store.intact(sweep.boundary(DENSE, lowest)):
+    while lowest and not store.usable(sweep.boundary(DENSE, lowest)):
         lowest -= 1
     if not lowest:
         shot.ensure_embedded()
     for _ in sweep.forward(shot.skeleton, store, DENSE, lowest, index, shot.job.batch):
         pass
-    while lowest and store.intact(sweep.boundary(DENSE, lowest - 1)):
+    while lowest and store.usable(sweep.boundary(DENSE, lowest - 1)):
         lowest -= 1
     return lowest
 

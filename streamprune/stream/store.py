@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,15 +13,15 @@ from torch import Tensor
 from ..errors import DamageError, NumericalError
 from ..maths.refit import advice
 from ..system import files
-from ..system.host import host_buffer
+from ..system.host import checksum, host_buffer
 from ..system.threads import background, read_ahead
 from ..system.timing import waiting
 from .copies import Copies, Taken
 from .encoding import Encoding
 
 SUFFIX = ".activations"
-SUM = np.dtype("<u4")
-"""Dtype of a CRC-32. After the samples, a file holds one checksum per sample, then one checksum of these."""
+SUM = np.dtype("<u8")
+"""Dtype of a checksum. After the samples, a file holds one checksum per sample, then one checksum of these."""
 CPU = torch.device("cpu")
 
 
@@ -38,11 +37,6 @@ def temporary(folder: Path) -> Iterator[None]:
     files.make_folder(folder)
     yield
     files.remove_tree(folder)
-
-
-def hashed(data: memoryview) -> int:
-    """Return the checksum of one sample's bytes."""
-    return zlib.crc32(data)
 
 
 def _damaged(path: Path) -> DamageError:
@@ -81,6 +75,7 @@ class ActivationStore:
         self.row_bytes = shape[1] * self.encoding.token_bytes
         self._held: dict[str, _Held] = {}  # boundaries in host memory by name, oldest first
         self._filling: list[_Held] = []
+        self._own: set[str] = set()  # boundaries that this process has written
         self._sums: dict[str, np.ndarray] = {}  # checksums (samples,) of the boundaries on disk, by name
         self._copies = Copies.of(device)
         files.make_folder(folder)
@@ -92,6 +87,10 @@ class ActivationStore:
 
     def __contains__(self, name: str) -> bool:
         return name in self._held or self.path(name).exists()
+
+    def usable(self, name: str) -> bool:
+        """Return whether a boundary can be used: this process has written it, and will check it as it reads it, or it is `intact`."""
+        return (name in self._own and name in self) or self.intact(name)
 
     def intact(self, name: str) -> bool:
         """Read a boundary and return whether it exists and matches its checksums."""
@@ -177,12 +176,12 @@ class ActivationStore:
                 if append is not None:
                     append(data)
                     for row in data.reshape(-1, self.row_bytes):
-                        sums[written] = hashed(row.data)
+                        sums[written] = checksum(row.data)
                         written += 1
 
             def close() -> None:
                 if append is not None:
-                    sums[-1] = hashed(sums[:-1].data)
+                    sums[-1] = checksum(sums[:-1].data)
                     append(sums)
 
             yield write
@@ -195,6 +194,7 @@ class ActivationStore:
             files.remove(self.path(name))  # a previous version
         else:
             self._sums[name] = sums[:-1]
+        self._own.add(name)
 
     def link(self, source: str, target: str) -> None:
         """Make a boundary available under a second name, without a copy."""
@@ -205,6 +205,8 @@ class ActivationStore:
             self._held[target] = self._held[source]
         if source not in self._held or self._held[source].on_disk:
             files.link(self.path(source), self.path(target))
+        if source in self._own:
+            self._own.add(target)
 
     def remove(self, name: str) -> None:
         self._forget(name)
@@ -212,7 +214,7 @@ class ActivationStore:
 
     def keep_only(self, names: set[str]) -> None:
         """Remove all other boundaries, and incomplete files from killed processes."""
-        for name in (self._held.keys() | self._sums.keys()) - names:
+        for name in (self._held.keys() | self._sums.keys() | self._own) - names:
             self._forget(name)
         for path in self.folder.iterdir():
             if path.name.endswith(files.TEMPORARY) or (path.suffix == SUFFIX and path.stem not in names):
@@ -221,6 +223,7 @@ class ActivationStore:
     def _forget(self, name: str) -> None:
         self._held.pop(name, None)
         self._sums.pop(name, None)
+        self._own.discard(name)
 
     def path(self, name: str) -> Path:
         return self.folder / (name + SUFFIX)
@@ -263,14 +266,14 @@ class ActivationStore:
         if name not in self._sums:
             sums = np.zeros(self.shape[0] + 1, SUM)
             self._fill(name, self.shape[0] * self.row_bytes, sums)
-            if hashed(sums[:-1].data) != sums[-1]:
+            if checksum(sums[:-1].data) != sums[-1]:
                 raise _damaged(self.path(name))
             self._sums[name] = sums[:-1]
         buffer = self._buffer(batch)
         rows = buffer.numpy().reshape(-1, self.row_bytes)
         self._fill(name, batch.start * self.row_bytes, rows)
         with waiting("read"):
-            if any(hashed(row.data) != check for row, check in zip(rows, self._sums[name][batch], strict=True)):
+            if any(checksum(row.data) != check for row, check in zip(rows, self._sums[name][batch], strict=True)):
                 raise _damaged(self.path(name))
         return buffer
 

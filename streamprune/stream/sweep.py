@@ -6,7 +6,6 @@ model, `dense-0003-1` the input of that block's second sublayer.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -22,7 +21,7 @@ from ..model.block import Block, Mixed, Sublayer
 from ..model.proof import prove
 from ..model.skeleton import Skeleton
 from ..model.tokenizer import IGNORED
-from ..system.host import return_freed_memory, tensor_bytes
+from ..system.host import checksum, return_freed_memory, tensor_bytes
 from ..system.progress import Progress, rest
 from ..system.ranks import ALONE, Ranks
 from ..system.threads import prefetch, read_ahead
@@ -59,7 +58,7 @@ def blocks(skeleton: Skeleton, order: Iterable[int]) -> Iterator[tuple[int, Bloc
 def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) -> dict[str, int]:
     """Read all weights once, distributed over the ranks, to find NaN and Inf before the long computation starts.
 
-    Returns the CRC-32 checksums of the tensors that this rank read, by tensor name, as `Checkpoint.changed` takes them.
+    Returns the checksums of the tensors that this rank read, by tensor name, as `Checkpoint.changed` takes them.
 
     Raises:
         CheckpointError: a tensor holds NaN, Inf or a value outside the computing dtype's range, or see `model.proof.prove`.
@@ -75,7 +74,7 @@ def check_weights(skeleton: Skeleton, progress: Progress, ranks: Ranks = ALONE) 
     left = {group[-1] for group in groups}
     sums = {}
     for name, tensor in prefetch(names, skeleton.checkpoint.read):
-        sums[name] = zlib.crc32(tensor_bytes(tensor))
+        sums[name] = checksum(tensor_bytes(tensor))
         if not all_finite(tensor):
             raise CheckpointError(f"{skeleton.checkpoint.directory}: tensor {name!r} holds NaN or Inf")
         most = torch.finfo(skeleton.dtype).max

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import force_boundaries
 
 import streamprune
 from streamprune import Config
@@ -103,3 +104,13 @@ def test_the_forecast_counts_the_passes_of_each_block(
             assert (each.read, each.written, each.passing) == pytest.approx(
                 (wanted.read, wanted.written, wanted.passing)
             )
+
+
+def test_boundaries_that_are_not_kept_are_computed_again(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_boundaries(monkeypatch, 2)
+    config = configured(tiny("llama"), recipe="default")
+    request = Request(config, None)
+    expected = passes(Shapes(request.skeleton, request.workload), 2)["backward"]
+    assert sum(counted(config, monkeypatch)["backward"], Passes()) == sum(expected, Passes())

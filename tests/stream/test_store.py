@@ -139,7 +139,7 @@ def test_what_is_read_is_what_the_stored_dtype_holds(stored: torch.dtype, memory
             assert torch.equal(store.read("a", batch), expected[batch])
     (path,) = tmp_path.iterdir()
     assert store.row_bytes == 3 * (4 * stored.itemsize + 4 * (stored == FLOAT8))
-    assert path.stat().st_size == file_bytes(5, store.row_bytes) == 5 * store.row_bytes + 6 * 4
+    assert path.stat().st_size == file_bytes(5, store.row_bytes) == 5 * store.row_bytes + 6 * 8
 
 
 def test_more_than_the_stored_dtype_holds_is_said(tmp_path: Path) -> None:

@@ -46,12 +46,6 @@ def passes(shapes: Shapes, every: int = 1) -> dict[str, list[Passes]]:
         found["backward"] = [Passes(2, 1) + (Passes(1, 1) if index % every else Passes()) for index in range(depth)]
     if work.prunes and (work.gram or work.dense_stream):
         found["prune"] = [sum(_pruned(shapes, index), Passes()) for index in range(depth)]
-    # A sweep reads inputs that exist already to the end before it begins.
-    for step, count in (("forward", 1), ("prune", 1)):
-        if step in found:
-            found[step][0] += Passes(read=count)
-    if "backward" in found:
-        found["backward"][-1] += Passes(read=depth)
     return found
 
 
