@@ -7,7 +7,7 @@ Two streams of activations run side by side (see `streams`). The steps for one s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -63,15 +63,21 @@ class BlockPruner:
     """Processes that sum over their own samples, and share the sites to solve among themselves."""
 
     @torch.no_grad()
-    def prune(self, block: Block, index: int) -> tuple[Block, list[Report]]:
+    def prune(
+        self, block: Block, index: int, final: Callable[[Block], None] = lambda block: None
+    ) -> tuple[Block, list[Report]]:
         """Return the pruned block and a report for each of its sites.
 
         Afterwards the store has the streams that the next block needs.
+
+        Args:
+            final: called with the pruned block once its weights are final, before the streams' last pass through it.
         """
         streams = self.streams
         if streams is not None and index in self.window:
             streams.part(index)
         if index not in self.window or not block.prunables:
+            final(block)
             if streams is not None:
                 streams.pass_by(block, index)
             return block, [self._counts(each.site) | untouched(each.site) for each in block.prunables]
@@ -92,13 +98,15 @@ class BlockPruner:
             del given
             order = [each.site.name for each in dense.prunables]
             found = sorted([*found, *gone[position]], key=lambda report: order.index(report["site"]))
+            if here.last and self.refinement is None:
+                final(pruned)
             if self._continues(here):
                 inputs = self._advance(block, pruned, here)
             dense.release()
             seconds = round((time.perf_counter() - started) / max(1, len(found)), 3)
             reports += [report | {"seconds": seconds} for report in found]
         if self.refinement is not None:
-            reports[-1] |= self._refine(pruned, index, reports[-1]["seconds"])
+            reports[-1] |= self._refine(pruned, index, reports[-1]["seconds"], final)
         return pruned, reports
 
     def _keep_experts(self, sub: Sublayer) -> list[Report]:
@@ -411,16 +419,19 @@ class BlockPruner:
                 del read  # before the next micro-batch is computed
         return sums
 
-    def _refine(self, pruned: Block, index: int, seconds: float) -> Report:
-        """Refine a block and advance the pruned stream; return its figures, and `seconds` with those that it took added."""
+    def _refine(self, pruned: Block, index: int, seconds: float, final: Callable[[Block], None]) -> Report:
+        """Refine a block, which is then `final`, and advance the pruned stream; return its figures, and `seconds` with those that it
+        took added."""
         assert self.refinement is not None
         started = time.perf_counter()
         source, target = boundary(PRUNED, index), boundary(DENSE, index + 1)
         if not pruned.prunables:
+            final(pruned)
             self._moving.pass_by(pruned, index)
             return {}
         store = self._moving.store
         report = refine(self.skeleton, pruned, index, store, source, target, self.refinement, self.ranks)
+        final(pruned)
         self._moving.pass_by(pruned, index)
         return report | {"seconds": round(seconds + time.perf_counter() - started, 3)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..jobs.reports import pruning_card
 from ..jobs.resume import check_tokens, rewind_to_existing
 from ..maths.flops import kind
 from ..model import hub, write
+from ..model.block import Block
 from ..model.checkpoint import load_shard, write_shard
 from ..model.names import CURVES
 from ..recipes.plan import Plan
@@ -27,6 +28,7 @@ from ..stream.generate import generate
 from ..system import files
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
+from ..system.threads import behind
 from .aim import accepted
 from .allocate import allocate
 from .block import BlockPruner
@@ -178,15 +180,25 @@ class Run:
         shot.progress.phase("prune", depth, done)
         if shot.streams is not None:
             shot.prepare_streams(done)
-        for index, block in sweep.blocks(skeleton, range(done, depth)):
-            pruned, reports = pruner.prune(block, index)
-            store = "auto" if shot.correction else shot.store
-            weights = pruned.weights
-            digest = (
-                write.write_block(skeleton, index, weights, shot.pruned, store, stock) if shot.ranks.first else None
+        store = "auto" if shot.correction else shot.store
+
+        def written(index: int, pruned: Block) -> str | None:
+            return (
+                write.write_block(skeleton, index, pruned.weights, shot.pruned, store, stock)
+                if shot.ranks.first
+                else None
             )
+
+        for index, block in sweep.blocks(skeleton, range(done, depth)):
+            # The shard is hashed and made durable while the streams pass the block.
+            with behind(skeleton.device) as start:
+                writing: list[Callable[[], str | None]] = []
+                pruned, reports = pruner.prune(
+                    block, index, lambda pruned, index=index: writing.append(start(partial(written, index, pruned)))
+                )
+                (digest,) = (wait() for wait in writing)
             shot.record(f"prune/{index}", sites=reports, sha256=digest)
-            del block, pruned, weights
+            del block, pruned, writing
             if shot.streams is not None:
                 shot.streams.drop(index)
             for report in reports:

@@ -50,6 +50,30 @@ def read_ahead(
         yield from prefetch(keys, load)
 
 
+@contextmanager
+def behind(device: torch.device) -> Iterator[Callable[[Callable[[], Value]], Callable[[], Value]]]:
+    """Yield a function that starts a task and returns a function, to be called once, that waits for its result or raises its error.
+
+    For a GPU, a thread works on the task meanwhile. On the CPU it would take a core away from the computation, so the task is done
+    when its result is asked for.
+    """
+    if device.type == "cpu":
+        yield lambda task: task
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="behind") as worker:
+
+        def start(task: Callable[[], Value]) -> Callable[[], Value]:
+            future = worker.submit(task)
+
+            def result() -> Value:
+                with waiting("write"):
+                    return future.result()
+
+            return result
+
+        yield start
+
+
 MAX_PENDING = 2
 """Tasks of `background` that may be pending: one runs and one waits."""
 

@@ -23,6 +23,7 @@ from streamprune.errors import CalibrationError, ConfigError, ResourceError, Res
 from streamprune.jobs.forecast import resources
 from streamprune.jobs.names import job_folder
 from streamprune.model.skeleton import open_skeleton
+from streamprune.pruning import run
 from streamprune.pruning.block import site_generator
 from streamprune.pruning.job import Job
 from streamprune.pruning.request import idle
@@ -555,3 +556,24 @@ def test_an_unknown_recipe_is_refused_from_python(tiny: Callable[..., Path], tmp
     for call in (streamprune.prune, streamprune.plan_only, streamprune.forecast_job, idle):
         with pytest.raises(ConfigError, match="recipe is 'magic'; it must be one of default, sobp"):
             call(config)
+
+
+@pytest.mark.parametrize("changes", [{}, {"refine": 2}, {"blocks": (1, 2), "ratio": 0.1}])
+def test_a_shard_is_begun_with_final_weights(
+    changes: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where it is written while the streams pass the block."""
+
+    @contextmanager
+    def at_once(device: torch.device) -> Iterator[Callable[[Callable[[], Any]], Callable[[], Any]]]:
+        def start(task: Callable[[], Any]) -> Callable[[], Any]:
+            digest = task()
+            return lambda: digest
+
+        yield start
+
+    later, now = (configured(tiny("llama"), out, recipe="default", **changes) for out in ("later", "now"))
+    streamprune.prune(later)
+    monkeypatch.setattr(run, "behind", at_once)
+    streamprune.prune(now)
+    assert contents(now.out) == contents(later.out)

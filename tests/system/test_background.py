@@ -6,8 +6,9 @@ import threading
 import time
 
 import pytest
+import torch
 
-from streamprune.system.threads import MAX_PENDING, background
+from streamprune.system.threads import MAX_PENDING, background, behind
 from streamprune.system.timing import waited, waiting
 
 
@@ -96,3 +97,22 @@ def test_only_time_in_which_the_thread_itself_is_blocked_counts() -> None:
 def own_read() -> None:
     with waiting("read"), waiting("write"):  # all of it is reading
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_for_a_gpu_a_task_runs_while_its_result_is_not_asked_for(kind: str) -> None:
+    begun = threading.Event()
+
+    def task() -> str:
+        begun.set()
+        return threading.current_thread().name
+
+    def fails() -> str:
+        raise OSError("no space")
+
+    with behind(torch.device(kind)) as start:
+        first, second = start(task), start(fails)
+        assert begun.wait(5 if kind == "cuda" else 0.05) == (kind == "cuda")
+        assert first().startswith("behind") == (kind == "cuda")
+        with pytest.raises(OSError, match="no space"):
+            second()
