@@ -141,7 +141,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
     request = Request(config, None)
     request.skeleton.device = torch.device("cuda")
     shapes = Memory(request.skeleton, request.workload)
-    held = parse_bytes(options.memory_host) if options.memory_host else 0
+    held = parse_bytes(options.memory_host)
     resources = forecast(
         request.skeleton,
         request.workload,
@@ -208,8 +208,8 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
     table["verify"]["host"]["NaN in shards"] += output / rates["finite"]
 
     # Boundaries.
-    total = Passes()
-    fits = held >= 4 * boundary
+    total, on_disk = Passes(), Passes()
+    fits = held >= 6 * boundary  # two streams, before, within and behind a block
     for step, blocks in passes(shapes, resources.boundary_every).items():
         stage = "prune" if step == "prune" else "survey"
         made = sum(blocks, Passes())
@@ -220,6 +220,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         kept = {"backward": made.read / 2, "prune": 0.0}.get(step, 0.0) if fits else made.read
         table[stage]["SSD read"]["boundaries"] += kept * boundary / RATES["SSD read"]
         stored = made.written - made.passing * fits
+        on_disk += Passes(kept, stored)
         table[stage]["SSD write"]["boundaries"] += stored * boundary / RATES["SSD write"]
         table[stage]["host"]["checksums of boundaries"] += (kept + stored) * boundary / rates["checksum"]
         table[stage]["host"]["page cache"] += (kept + stored) * boundary / rates["copy"]
@@ -236,7 +237,10 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         "batch": resources.batch,
         "backward_batch": resources.backward_batch,
         "launches_per_step": {str(width): each for width, each in per_step.items()},
-        "passes_per_block": {"read": total.read / len(shapes.blocks), "written": total.written / len(shapes.blocks)},
+        "passes_per_block": {
+            name: {"read": made.read / len(shapes.blocks), "written": made.written / len(shapes.blocks)}
+            for name, made in (("all", total), ("on disk", on_disk))
+        },
         "rates": {**RATES, **rates, "launch": LAUNCH, **card},
         "seconds": {stage: {name: dict(items) for name, items in each.items()} for stage, each in table.items()},
     }
@@ -254,7 +258,8 @@ def report(result: Mapping[str, Any]) -> str:
     seconds, lines = result["seconds"], []
     made = result["passes_per_block"]
     lines.append(
-        f"boundaries of {result['boundary_bytes'] / GB:.2f} GB, {made['read']:.1f} reads and {made['written']:.1f} writes a block; "
+        f"boundaries of {result['boundary_bytes'] / GB:.2f} GB; a block takes {made['all']['read']:.1f} reads and "
+        f"{made['all']['written']:.1f} writes of them, {made['on disk']['read']:.1f} and {made['on disk']['written']:.1f} on disk; "
         + ", ".join(f"{name} {count / 1e15:.1f} PFLOP" for name, count in result["operations"].items() if count > 1e12)
     )
     measured = ", ".join(f"{name} {rate / GB:.2f}" for name, rate in result["rates"].items() if 1e7 < rate < 1e12)
@@ -294,7 +299,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=shape["samples"], help="default: %(default)s")
     parser.add_argument("--seq-len", type=int, default=shape["seq_len"], help="default: %(default)s")
     parser.add_argument("--memory", default="23GiB", metavar="SIZE", help="of the card; default: %(default)s")
-    parser.add_argument("--memory-host", metavar="SIZE", help="for boundaries; default: none")
+    parser.add_argument("--memory-host", default="32GiB", metavar="SIZE", help="for boundaries; default: %(default)s")
     parser.add_argument("--card", type=float, default=150.0, metavar="TFLOP/s", help="default: %(default)s")
     parser.add_argument("--host-rates", metavar="NAME=BYTES,...", help="bytes per second of a core; default: measured")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -73,8 +73,8 @@ class JobConfig:
     memory: int | None = _free(default=None)
     """Bytes that the device may use; None allows all free memory."""
     memory_host: int | None = _free(default=None)
-    """Bytes of host memory for activations, in addition to `memory`. None reserves none: the kernel's page cache
-    already keeps written files in free memory."""
+    """Bytes of host memory for activations, in addition to `memory`. None reserves none on a CPU, where the kernel's page cache
+    already keeps written files in free memory; pruning on a GPU takes up to half of what is free beside what the steps need."""
 
     def __post_init__(self) -> None:
         for name in ("model", "out", "cache", "plan", "survey", "teacher"):

@@ -181,7 +181,7 @@ class JobFolder:
             self.device,
             durable=True,
             stored=stored,
-            memory=0 if folder else self._config.memory_host or 0,
+            memory=0 if folder else self.room["memory_host"],
         )
 
     def spent(self) -> dict[str, Any]:

@@ -81,8 +81,23 @@ class Job(JobFolder):
             "ranks": self.ranks.size,
         }
 
+    def _hold_activations(self, needed: int) -> None:
+        """Beside a GPU, let activations take half of the free host memory, as far as the steps, which take `needed` bytes, leave it.
+
+        Not if the settings say how much. Sizes of micro-batches do not depend on it.
+        """
+        if self.config.memory_host is None and self.device.type == "cuda":
+            free = self.room["host_limit"] - self.room["base"]
+            self.room["memory_host"] = max(0, min(free // 2, free - needed))
+
     def forecast(self) -> Resources:
         """Estimate what the job takes on this machine. With several ranks: what each takes, given what the poorest has free."""
+        self.room["memory_host"] = self.config.memory_host or 0
+        found = self._forecast()
+        self._hold_activations(max(each["host"] for each in found.demands.values()))
+        return self._forecast() if self.room["memory_host"] and not self.config.memory_host else found
+
+    def _forecast(self) -> Resources:
         aim.check(self.request)
         disk = files.free_bytes(self.cache)
         disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.local_size
@@ -122,9 +137,9 @@ class Job(JobFolder):
         self.grams: GramPlace = resources["grams"]
         self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
         self.boundary_every: int = resources["boundary_every"]
-        self.skeleton.copies_ahead = Memory(self.skeleton, self.request.workload).copies_ahead(
-            self.sizes, self.room["device_limit"]
-        )
+        memory = Memory(self.skeleton, self.request.workload)
+        self.skeleton.copies_ahead = memory.copies_ahead(self.sizes, self.room["device_limit"])
+        self._hold_activations(memory.host_peak(*self.sizes))
 
     def begin(self) -> Entry:
         resources = self.forecast().require()

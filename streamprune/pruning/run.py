@@ -91,6 +91,10 @@ def forecast_job(config: Config, *, progress: Progress | None = None) -> Resourc
     return Job(config, progress).forecast()
 
 
+Begin = Callable[[Callable[[], str | None]], Callable[[], str | None]]
+"""Starts to write a shard; returns what waits for its digest. See `threads.behind`."""
+
+
 class Run:
     """An opened job, from wherever its journal ends: survey, allocate, prune, correct and write, shot after shot."""
 
@@ -182,21 +186,22 @@ class Run:
             shot.prepare_streams(done)
         store = "auto" if shot.correction else shot.store
 
-        def written(index: int, pruned: Block) -> str | None:
-            return (
-                write.write_block(skeleton, index, pruned.weights, shot.pruned, store, stock)
-                if shot.ranks.first
-                else None
-            )
+        def begin(start: Begin, writing: list[Callable[[], str | None]], index: int, pruned: Block) -> None:
+            def shard() -> str | None:
+                return (
+                    write.write_block(skeleton, index, pruned.weights, shot.pruned, store, stock)
+                    if shot.ranks.first
+                    else None
+                )
+
+            writing.append(start(shard))
 
         for index, block in sweep.blocks(skeleton, range(done, depth)):
+            writing: list[Callable[[], str | None]] = []
             # The shard is hashed and made durable while the streams pass the block.
             with behind(skeleton.device) as start:
-                writing: list[Callable[[], str | None]] = []
-                pruned, reports = pruner.prune(
-                    block, index, lambda pruned, index=index: writing.append(start(partial(written, index, pruned)))
-                )
-                (digest,) = (wait() for wait in writing)
+                pruned, reports = pruner.prune(block, index, partial(begin, start, writing, index))
+                (digest,) = (result() for result in writing)
             shot.record(f"prune/{index}", sites=reports, sha256=digest)
             del block, pruned, writing
             if shot.streams is not None:

@@ -24,6 +24,7 @@ from streamprune.jobs.forecast.workload import Workload, pinned_bytes
 from streamprune.jobs.names import job_folder
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.pruning.block import BlockPruner
+from streamprune.pruning.job import Job
 from streamprune.stream import sweep
 from streamprune.stream.copies import Copies
 from streamprune.stream.encoding import Encoding
@@ -230,3 +231,28 @@ def test_a_device_with_less_memory_than_planned(tiny: Tiny, configured: Make, mo
 
     half, whole = peak(96), peak(192)
     assert peak(192, (half + whole) // 2) <= (half + whole) // 2
+
+
+def test_activations_take_host_memory_that_no_step_needs(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the sizes of micro-batches are those without."""
+    model, free = tiny("llama"), 0
+    monkeypatch.setattr(machine, "_host_available", lambda: free * 10 // 9 + 1)
+    with device():
+        for asked, most in ((None, None), (0, 0), (MIB, MIB)):
+            free = 1 << 34
+            job = Job(configured(model, device="cuda", memory_host=asked), None)
+            found = job.forecast()
+            assert job.room["memory_host"] == ((1 << 33) if most is None else most)
+            assert (found.held_bytes > 0) == (most != 0)
+        alone = found.demands
+        steps = max(each["host"] for each in alone.values())
+        free = steps + 1000
+        job = Job(configured(model, device="cuda"), None)
+        found = job.forecast()
+        assert not found.problems
+        assert job.room["memory_host"] == pytest.approx(1000, abs=10)
+        assert max(each["host"] for each in found.demands.values()) == steps
+        job.use({name: getattr(found, name) for name in ("batch", "backward_batch", "grams", "boundary_every")})
+        assert job.room["memory_host"] == pytest.approx(1000, abs=10)

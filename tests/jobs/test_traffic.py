@@ -29,6 +29,8 @@ from streamprune.stream.store import ActivationStore
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
+ONE = 12 * 24 * 32 * 4
+"""Bytes of one boundary of a `configured` job on a tiny model in float32."""
 
 
 def counted(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Passes]]:
@@ -114,3 +116,15 @@ def test_boundaries_that_are_not_kept_are_computed_again(
     request = Request(config, None)
     expected = passes(Shapes(request.skeleton, request.workload), 2)["backward"]
     assert sum(counted(config, monkeypatch)["backward"], Passes()) == sum(expected, Passes())
+
+
+def test_with_room_for_six_boundaries_only_the_survey_reads_from_disk(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tiny("llama"), recipe="default", memory_host=6 * ONE)
+    found = counted(config, monkeypatch)
+    assert sum(found["prune"], Passes()).read == sum(found["forward"], Passes()).read == 0
+    # The gradient and the youngest inputs are held.
+    assert all(each.read <= 1 for each in found["backward"])
+    fewer = counted(configured(tiny("llama"), "fewer", recipe="default", memory_host=4 * ONE), monkeypatch)
+    assert sum(fewer["prune"], Passes()).read > 0
