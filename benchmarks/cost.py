@@ -13,7 +13,7 @@ same run, in processor time of one thread.
 
     python benchmarks/cost.py                              half a minute on one core
     python benchmarks/cost.py --effort normal --memory-host 24GiB --json
-    python benchmarks/cost.py --host-rates crc32=1e9,xxh3=2e10    instead of those measured here
+    python benchmarks/cost.py --host-rates copy=5e9,sha256=1e9    instead of those measured here
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from streamprune.system.units import parse_bytes
 
 RATES = {"PCIe": 25e9, "SSD read": 3e9, "SSD write": 2e9, "pageable copy": 6e9}
 """Bytes per second. The last is a copy between the device and pageable memory, which the driver stages."""
+DEVICE = 1e12
+"""Bytes per second of the device's own memory."""
 LAUNCH = 8e-6
 """Seconds of the computing thread for one operation on small tensors, with the device idle meanwhile."""
 STAGES = ("check", "survey", "prune", "refine", "verify")
@@ -132,6 +134,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         out=model.with_name("out"),
         ratio=options.ratio,
         effort=options.effort,
+        refine=options.refine,
         calibration=text,
         samples=options.samples,
         seq_len=options.seq_len,
@@ -207,13 +210,16 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
     table["verify"]["host"]["sha256 of shards"] += output / rates["sha256"]
     table["verify"]["host"]["NaN in shards"] += output / rates["finite"]
 
-    # Boundaries.
+    # Boundaries, then the rows of them that refinement reads.
+    refined = 2 * len(request.skeleton) * config.refinement_steps * min(REFINE_SEQUENCES, options.samples)
     total, on_disk = Passes(), Passes()
     fits = held >= 6 * boundary  # two streams, before, within and behind a block
     for step, blocks in passes(shapes, resources.boundary_every).items():
         stage = "prune" if step == "prune" else "survey"
         made = sum(blocks, Passes())
         total += made
+        if step == "prune":
+            made += Passes(read=-refined / options.samples)
         for nbytes in (made.read * boundary, made.written * boundary):
             table[stage]["PCIe"]["boundaries"] += nbytes / RATES["PCIe"]
         # In memory, the youngest boundaries are read from there, and passing ones are not written elsewhere.
@@ -227,10 +233,15 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         if fits:
             table[stage]["host"]["boundaries held"] += (made.read - kept + made.written) * boundary / rates["copy"]
     if config.refinement_steps:
-        rows = len(request.skeleton) * config.refinement_steps * min(REFINE_SEQUENCES, options.samples)
-        operations["refinement steps"] = config.refinement_steps
-        table["refine"]["host"]["rows held or read"] += 2 * rows * shapes.stored_row / rates["copy"]
-        table["refine"]["PCIe"]["rows"] += 2 * rows * shapes.stored_row / RATES["PCIe"]
+        nbytes = refined * shapes.stored_row
+        if not fits:
+            table["refine"]["SSD read"]["rows"] += nbytes / RATES["SSD read"]
+            table["refine"]["host"]["checksums of rows"] += nbytes / rates["checksum"]
+        table["refine"]["host"]["rows"] += nbytes / rates["copy"]
+        table["refine"]["PCIe"]["rows"] += nbytes / RATES["PCIe"]
+        # Weights, gradients and both moments in float32, of which three are written.
+        trained = (1 - request.workload.removes) * weights / 2 * 4
+        table["refine"]["computing"]["Adam"] += config.refinement_steps * 7 * trained / DEVICE
     return {
         "operations": dict(operations),
         "boundary_bytes": boundary,
@@ -296,6 +307,9 @@ def main() -> None:
     shape = DEFAULTS["cuda"]
     parser.add_argument("--ratio", type=float, default=0.3, help="default: %(default)s")
     parser.add_argument("--effort", choices=EFFORTS, default="low", help="default: %(default)s")
+    parser.add_argument(
+        "--refine", type=int, metavar="STEPS", help="steps of refinement per block; default: the effort's"
+    )
     parser.add_argument("--samples", type=int, default=shape["samples"], help="default: %(default)s")
     parser.add_argument("--seq-len", type=int, default=shape["seq_len"], help="default: %(default)s")
     parser.add_argument("--memory", default="23GiB", metavar="SIZE", help="of the card; default: %(default)s")

@@ -212,13 +212,15 @@ class _Columns(_State):
         u = torch.argmin(cost, dim=0, keepdim=True, out=unit)
         energy = torch.index_select(cost, 0, u, out=paid)
         factor = p.index_select(0, u).rsqrt_()
-        both, lower = late[:, rows], self.numbers <= u
-        for own, matrix in zip(both, (self.p, self.v), strict=True):
-            torch.where(lower, matrix.index_select(0, u), matrix.T.index_select(0, u), out=own[None])
+        both = late[:, rows]
+        # Entries of the lower half: row max(u, j), column min(u, j).
+        at = torch.add(torch.minimum(self.numbers, u), torch.maximum(self.numbers, u), alpha=len(self.numbers))
+        torch.index_select(self.p.view(-1), 0, at, out=both[0])
+        torch.index_select(self.v.view(-1), 0, at, out=both[1])
         if rows:
-            at = late[:, :rows].index_select(2, u)[..., 0]  # (2, rows)
-            both.addmm_(at, late[0, :rows], alpha=-1)
-            both[1:].addmm_(at[:1], late[1, :rows], alpha=-1)
+            c_z = late[:, :rows].index_select(2, u)[..., 0]  # (2, rows)
+            both.addmm_(c_z, late[0, :rows], alpha=-1)
+            both[1:].addmm_(c_z[:1], late[1, :rows], alpha=-1)
         c_u, z_u = both.mul_(factor)
         z_u.addcmul_(c_u, energy, value=-0.5)
         p.addcmul_(c_u, c_u, value=-1).index_fill_(0, u, torch.finfo(p.dtype).max)

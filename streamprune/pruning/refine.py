@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +80,22 @@ def refine(
     generator, place = seeded(how.seed, index), how.seed * 1_000_003 + index
     losses: list[float] = []
 
+    drawn = [epoch_batch(samples, size, place, step).tolist() for step in range(how.steps)]
+
+    def micro_batches(step: int) -> list[list[int]]:
+        """This rank's samples of a step."""
+        chosen = [row - before for row in drawn[step] if 0 <= row - before < store.shape[0]]
+        return [chosen[begin : begin + how.batch] for begin in range(0, len(chosen), how.batch)]
+
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    with _trained(block, dtype, how.rank, generator) as weights, torch.enable_grad():
+    ahead = store.rows((rows for step in range(how.steps) for rows in micro_batches(step)), source, target)
+    with (
+        closing(ahead) as reading,
+        _trained(block, dtype, how.rank, generator) as weights,
+        torch.enable_grad(),
+    ):
         descent = Descent(
             weights,
             steps=how.steps,
@@ -93,19 +105,14 @@ def refine(
             place=f"block {index}",
         )
         for step in range(how.steps):
-            drawn = epoch_batch(samples, size, place, step).tolist()
-            chosen = [row - before for row in drawn if 0 <= row - before < store.shape[0]]
             total = 0.0
-            for begin in range(0, len(chosen), how.batch):
-                rows = chosen[begin : begin + how.batch]
-                x, y = (
-                    torch.cat([store.read(name, slice(r, r + 1)) for r in rows]).to(dtype) for name in (source, target)
-                )
+            for rows in micro_batches(step):
+                x, y = (each.to(dtype) for each in next(reading))
                 arguments = tree_map(cast, dict(skeleton.arguments(x.shape[0], x.shape[1])[index]))
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=skeleton.dtype == torch.bfloat16):
                     output = block(x, arguments)
                 given, wanted = (skeleton.side_inputs[index].hidden(each) for each in (output.to(dtype), y))
-                loss = F.mse_loss(given, wanted) * (len(rows) / len(drawn))
+                loss = F.mse_loss(given, wanted) * (len(rows) / len(drawn[step]))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             total = sum(ranks.gather(total))

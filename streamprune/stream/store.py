@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -117,20 +117,31 @@ class ActivationStore:
 
         Yields the samples of the micro-batch, and one tensor (sequences, tokens, width) per name, on the device.
         """
+        batches = self.batches(size)
+        yield from zip(batches, self._ahead(([batch] for batch in batches), names), strict=True)
 
-        def load(batch: slice) -> Taken:
-            return self._copies.inward([self._fetch(name, batch) for name in names])
+    def rows(self, chosen: Iterable[Sequence[int]], *names: str) -> Generator[list[Tensor], None, None]:
+        """Like `each`, for micro-batches of any samples, given by their numbers, in that order."""
+        yield from self._ahead(([slice(row, row + 1) for row in rows] for rows in chosen), names)
 
-        def announce(batch: slice) -> None:
+    def _ahead(self, batches: Iterable[list[slice]], names: Sequence[str]) -> Iterator[list[Tensor]]:
+        def load(parts: list[slice]) -> Taken:
+            return self._copies.inward([self._fetch(name, part) for name in names for part in parts])
+
+        def announce(parts: list[slice]) -> None:
             for name in names:
-                if name not in self._held:
-                    length = (batch.stop - batch.start) * self.row_bytes
-                    files.advise_read(self.path(name), batch.start * self.row_bytes, length)
+                for part in parts if name not in self._held else ():
+                    length = (part.stop - part.start) * self.row_bytes
+                    files.advise_read(self.path(name), part.start * self.row_bytes, length)
 
-        for batch, take in read_ahead(self.device, self.batches(size), announce, load):
-            tensors = [[self.encoding.decode(raw) for raw in take()]]
+        for parts, take in read_ahead(self.device, batches, announce, load):
+            raw = take()
             del take
-            yield batch, tensors.pop()
+            pieces = [raw[begin : begin + len(parts)] for begin in range(0, len(raw), len(parts))]
+            del raw
+            tensors = [[self.encoding.decode(each[0] if len(each) == 1 else torch.cat(each)) for each in pieces]]
+            del pieces
+            yield tensors.pop()
 
     @contextmanager
     def writing(self, name: str, place: str, *, passing: bool = False) -> Iterator[Callable[[Tensor], None]]:
@@ -205,8 +216,6 @@ class ActivationStore:
             self._held[target] = self._held[source]
         if source not in self._held or self._held[source].on_disk:
             files.link(self.path(source), self.path(target))
-        if source in self._own:
-            self._own.add(target)
 
     def remove(self, name: str) -> None:
         self._forget(name)

@@ -119,13 +119,13 @@ def test_steps_are_plain_adams_on_transformers_own_block(name: str, tiny: Tiny, 
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sequences that refinement reads, in order."""
     found: list[int] = []
-    real = ActivationStore.read
+    real = ActivationStore._fetch
 
     def reading(self: ActivationStore, name: str, batch: slice) -> Tensor:
         found.extend(range(batch.start, batch.stop) if name == "source" else [])
         return real(self, name, batch)
 
-    monkeypatch.setattr(ActivationStore, "read", reading)
+    monkeypatch.setattr(ActivationStore, "_fetch", reading)
     return found
 
 

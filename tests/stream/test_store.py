@@ -35,6 +35,18 @@ def test_several_boundaries_side_by_side(dtype: torch.dtype, size: int, tmp_path
         assert torch.equal(b, values["b"][batch])
 
 
+def test_any_samples_in_any_order(tmp_path: Path) -> None:
+    store = store_of(tmp_path, torch.float32)
+    values = {name: torch.randn(5, 3, 4) for name in ("a", "b")}
+    for name, value in values.items():
+        with store.writing(name, "here") as write:
+            write(value)
+    chosen = [[4, 0, 2], [1], [3, 3]]
+    for rows, (a, b) in zip(chosen, store.rows(iter(chosen), "a", "b"), strict=True):
+        assert torch.equal(a, values["a"][rows])
+        assert torch.equal(b, values["b"][rows])
+
+
 def test_large_finite_values_are_written(tmp_path: Path) -> None:
     """Their sum overflows; they do not."""
     store = store_of(tmp_path, torch.float16)
