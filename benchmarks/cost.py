@@ -23,7 +23,6 @@ import hashlib
 import json
 import tempfile
 import time
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -43,7 +42,7 @@ from streamprune.jobs.forecast.resources import flops_by_stage, forecast
 from streamprune.jobs.forecast.traffic import Passes, passes
 from streamprune.maths import greedy
 from streamprune.pruning.request import Request
-from streamprune.system.host import checksum, host_copy
+from streamprune.system.host import checksum
 from streamprune.system.units import parse_bytes
 
 RATES = {"PCIe": 25e9, "SSD read": 3e9, "SSD write": 2e9, "pageable copy": 6e9}
@@ -60,14 +59,12 @@ def host_rates() -> dict[str, float]:
     """Return bytes per second of one thread: checksums, copies, and what looks for NaN."""
     data = torch.randint(256, (1 << 26,), dtype=torch.uint8)
     weights, view, other = data.view(torch.bfloat16), data.numpy().data, torch.empty_like(data)
-    wide, torch_threads = torch.ones(1 << 24), torch.get_num_threads()
+    torch_threads = torch.get_num_threads()
     work: dict[str, Callable[[], Any]] = {
-        "crc32": lambda: zlib.crc32(view),  # what XXH3 took the place of
         "checksum": lambda: checksum(view),
         "sha256": lambda: hashlib.sha256(view).digest(),
         "copy": lambda: other.copy_(data),
         "finite": lambda: weights.sum(),
-        "convert": lambda: host_copy(wide, torch.bfloat16),
     }
     torch.set_num_threads(1)
     found = {}
@@ -191,10 +188,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
             table[stage]["computing"]["launches of greedy steps"] += steps * taken * launched * LAUNCH
         # Compensated producers, then what is kept of all linears.
         moved = sum(site.linears[:-1]) + (1 - options.ratio) * sum(site.linears)
-        item = 2 if CONVERTS_ON_DEVICE else 4
-        table["prune"]["computing"]["weights to the host"] += moved * item / RATES["pageable copy"]
-        if not CONVERTS_ON_DEVICE:
-            table["prune"]["computing"]["weights to the host"] += moved * 4 / rates["convert"]
+        table["prune"]["computing"]["weights to the host"] += moved * 2 / RATES["pageable copy"]
 
     # Weights.
     read("check", weights + outside, "weights", device=False)
@@ -203,9 +197,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
     read("survey", 2 * weights + 2 * outside, "weights")
     read("prune", weights, "weights")
     written("prune", output, "shards")
-    table["prune"]["host" if WRITES_BEHIND else "computing"]["sha256 of shards"] += output / rates["sha256"]
-    if not WRITES_BEHIND:
-        table["prune"]["computing"]["fsync of shards"] += output / RATES["SSD write"]
+    table["prune"]["host"]["sha256 of shards"] += output / rates["sha256"]
     read("verify", output, "shards", device=False)
     table["verify"]["host"]["sha256 of shards"] += output / rates["sha256"]
     table["verify"]["host"]["NaN in shards"] += output / rates["finite"]
@@ -257,10 +249,6 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
     }
 
 
-WRITES_BEHIND = True
-"""Whether a shard is hashed and made durable while the next block is computed."""
-CONVERTS_ON_DEVICE = True
-"""Whether weights are rounded to their stored dtype before they leave the device."""
 RESOURCES = ("computing", "PCIe", "SSD read", "SSD write", "host")
 
 

@@ -185,7 +185,8 @@ machine_options = bundle(
     click.option(
         "--memory-host",
         type=SIZE,
-        help="Host memory for activations, in addition to --memory, such as 16GiB.  [default: none; run on a GPU: up to half of what is free]",
+        help="Host memory for activations, in addition to --memory, such as 16GiB.  [default: none; pruning on a GPU: up to half of "
+        "what is free]",
     ),
 )
 

@@ -171,8 +171,15 @@ class JobFolder:
         """Bytes of the memory limit that the process and activations in host memory take."""
         return self.room["base"] + self.room["memory_host"] if self.device.type == "cpu" else 0
 
-    def open_store(self, samples: int, length: int, stored: torch.dtype | None, folder: str = "") -> ActivationStore:
-        """Open the store for this rank's activations, whose dtype is `stored` (see `ActivationStore`), or one in a `folder` of it."""
+    def open_store(
+        self,
+        samples: int,
+        length: int,
+        stored: torch.dtype | None,
+        folder: str = "",
+        spare: Callable[[], int] | None = None,
+    ) -> ActivationStore:
+        """Open the store for this rank's activations, or one in a `folder` of it; see `ActivationStore` for `stored` and `spare`."""
         skeleton = self.sources[0]
         return ActivationStore(
             self._rank_cache / folder,
@@ -182,6 +189,7 @@ class JobFolder:
             durable=True,
             stored=stored,
             memory=0 if folder else self.room["memory_host"],
+            spare=spare,
         )
 
     def spent(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ removed units.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -116,7 +117,7 @@ def removal(p: Tensor, v: Tensor, *, width: int, count: int, block: int, place: 
 
     Arguments and results are those of `greedy_removal`.
     """
-    state = (_Columns if width == 1 else _State)(p, v, width)
+    state: _State = _Columns(p, v) if width == 1 else _Blocks(p, v, width, place)
     order, costs = torch.empty(count, dtype=torch.int64, device=p.device), p.new_empty(count)
     steps = max(1, block // width)
     for start in range(0, count, steps):
@@ -125,14 +126,14 @@ def removal(p: Tensor, v: Tensor, *, width: int, count: int, block: int, place: 
         late = p.new_empty(3, rows, columns)  # C, Z, C: the copy turns CᵀZ + ZᵀC into one product
         with counted(rows * width * columns * (3 * (stop - start) + 12)):
             for step in range(start, stop):
-                state.remove(late[:2], (step - start) * width, order[step : step + 1], costs[step : step + 1], place)
+                state.remove(late[:2], (step - start) * width, order[step : step + 1], costs[step : step + 1])
             order[start:stop] = state.units.index_select(0, order[start:stop])
         if stop < count:
             state.settle(late, stop - start)
     return order.cpu(), costs.cpu()
 
 
-class _State:
+class _State(ABC):
     """`P` and `V` as of the last full update, and their diagonal blocks as of the current step.
 
     Units removed since the last compaction still have rows and columns in both matrices; they are skipped.
@@ -145,17 +146,50 @@ class _State:
             diagonal_blocks(v, width),
         )  # (units, width, width), current
         self.units = torch.arange(len(self.p_blocks), device=p.device)
-        self.gone = torch.zeros_like(self.units, dtype=torch.bool)
         self.number_gone = 0
-        self.identity = torch.eye(width, dtype=p.dtype, device=p.device)
-        self.numbers = torch.arange(len(p), device=p.device)
 
-    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor, place: str) -> None:
+    @abstractmethod
+    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor) -> None:
         """Remove one unit. The first `rows` rows of `late` (2, ·, n) are C and Z of the buffered steps; append those of this unit.
 
         Writes the removed unit's position in `units`, and its cost, to `unit` (1,) and `paid` (1,).
         """
-        factors, cost = self._costs(place)
+
+    @abstractmethod
+    def live(self) -> Tensor:
+        """Return the positions of the units that are not removed, ascending."""
+
+    def settle(self, late: Tensor, steps: int) -> None:
+        """Apply the buffered C and Z of the last `steps` steps, ``late[:2]`` of (3, ·, n), to all of `P` and `V`."""
+        self.number_gone += steps
+        if self.number_gone * _SPARSE >= len(self.units):
+            live = self.live()
+            kept = unit_columns(live, self.width)
+            late = late.index_select(2, kept)
+            self.p, self.v = shrink(self.p, kept), shrink(self.v, kept)
+            self.compact(live)
+            self.number_gone = 0
+        late[2] = late[0]
+        add_product(self.p, late[0], late[0], alpha=-1)
+        add_product(self.v, late[:2].flatten(0, 1), late[1:].flatten(0, 1), alpha=-1)
+
+    def compact(self, live: Tensor) -> None:
+        """Keep of what there is for each unit the entries `live`."""
+        for name in ("p_blocks", "v_blocks", "units"):
+            setattr(self, name, getattr(self, name).index_select(0, live))
+
+
+class _Blocks(_State):
+    """Units of any number of columns."""
+
+    def __init__(self, p: Tensor, v: Tensor, width: int, place: str) -> None:
+        super().__init__(p, v, width)
+        self.place = place
+        self.gone = torch.zeros_like(self.units, dtype=torch.bool)
+        self.identity = torch.eye(width, dtype=p.dtype, device=p.device)
+
+    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor) -> None:
+        factors, cost = self._costs()
         u = torch.argmin(cost.masked_fill_(self.gone, torch.inf), dim=0, keepdim=True, out=unit)
         torch.index_select(cost, 0, u, out=paid)
         factor = factors.index_select(0, u)[0]
@@ -175,27 +209,17 @@ class _State:
         self.v_blocks.sub_(change).sub_(change.mT)
         self.gone.index_fill_(0, u, True)
 
-    def settle(self, late: Tensor, steps: int) -> None:
-        """Apply the buffered C and Z of the last `steps` steps, ``late[:2]`` of (3, ·, n), to all of `P` and `V`."""
-        self.number_gone += steps
-        if self.number_gone * _SPARSE >= len(self.units):
-            live = self._live()
-            kept = unit_columns(live, self.width)
-            late = late.index_select(2, kept)
-            self.p, self.v = shrink(self.p, kept), shrink(self.v, kept)
-            for name in ("p_blocks", "v_blocks", "units", "gone"):
-                setattr(self, name, getattr(self, name).index_select(0, live))
-            self.numbers, self.number_gone = self.numbers[: len(kept)], 0
-        late[2] = late[0]
-        add_product(self.p, late[0], late[0], alpha=-1)
-        add_product(self.v, late[:2].flatten(0, 1), late[1:].flatten(0, 1), alpha=-1)
-
-    def _live(self) -> Tensor:
+    def live(self) -> Tensor:
         return (~self.gone).nonzero()[:, 0]
 
-    def _costs(self, place: str) -> tuple[Tensor, Tensor]:
+    def compact(self, live: Tensor) -> None:
+        super().compact(live)
+        self.gone = self.gone.index_select(0, live)
+
+    def _costs(self) -> tuple[Tensor, Tensor]:
         """Return ``L⁻¹`` (units, width, width) and the removal cost (units,) of every unit."""
-        factors = torch.linalg.solve_triangular(cholesky_blocks(self.p_blocks, place)[0], self.identity, upper=False)
+        chol = cholesky_blocks(self.p_blocks, self.place)[0]
+        factors = torch.linalg.solve_triangular(chol, self.identity, upper=False)
         cost = (factors @ self.v_blocks).mul_(factors).sum(dim=(1, 2))
         return factors, cost.clamp_min_(0)
 
@@ -203,10 +227,15 @@ class _State:
 class _Columns(_State):
     """Units of one column, whose steps take half as many operations: on a GPU each of them is a launch, and nothing else takes so long.
 
-    A removed column has `V` = ∞ and the largest `P`, so that its cost is ∞. There is no device synchronisation.
+    A removed column has `V` = ∞ and the largest `P`, so that its cost is ∞. There is no device synchronisation. Costs are rounded
+    otherwise than by `_Blocks`: in float32, near ties may go another way.
     """
 
-    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor, place: str) -> None:
+    def __init__(self, p: Tensor, v: Tensor) -> None:
+        super().__init__(p, v, 1)
+        self.numbers = torch.arange(len(p), device=p.device)
+
+    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor) -> None:
         p, v = self.p_blocks.view(-1), self.v_blocks.view(-1)
         cost = v.clamp_min(0).div_(p)
         u = torch.argmin(cost, dim=0, keepdim=True, out=unit)
@@ -226,5 +255,9 @@ class _Columns(_State):
         p.addcmul_(c_u, c_u, value=-1).index_fill_(0, u, torch.finfo(p.dtype).max)
         v.addcmul_(c_u, z_u, value=-2).index_fill_(0, u, torch.inf)
 
-    def _live(self) -> Tensor:
+    def live(self) -> Tensor:
         return (self.v_blocks.view(-1) != torch.inf).nonzero()[:, 0]
+
+    def compact(self, live: Tensor) -> None:
+        super().compact(live)
+        self.numbers = self.numbers[: len(live)]

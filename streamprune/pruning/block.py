@@ -7,7 +7,7 @@ Two streams of activations run side by side (see `streams`). The steps for one s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, NumericalError
-from ..jobs.forecast.memory import GRAMS_AT_ONCE, GramPlace
+from ..jobs.forecast.memory import GramPlace, in_turn
 from ..maths.flops import kind
 from ..maths.refit import accumulator, all_finite, cholesky, compensation, fit, output_error, unit_columns
 from ..maths.sums import Gram
@@ -236,7 +236,8 @@ class BlockPruner:
         has_target = self._has_target(sub, here)
         sums_h = has_target or (self.recipe.wants_gram and any(self._changes(each.site) for each in sub.prunables))
         reports = []
-        for numbers in _in_turn(sub):
+        item = accumulator(sub.layer.dtype).itemsize
+        for numbers in in_turn([each.site.columns for each in sub.prunables], item):
             sums = self._sum_h(dense, sub, here, numbers, has_target) if sums_h else {}
             for place, number in enumerate(numbers if sums else ()):
                 owner = self.ranks.owner(place)
@@ -511,15 +512,3 @@ def _shrink(prunable: Prunable, kept: list[int] | None, weights: Sequence[Tensor
             prunable.set_weight(prunable.consumer, w)
         else:
             prunable.shrink(torch.tensor(kept), w)
-
-
-def _in_turn(sub: Sublayer) -> Iterator[range]:
-    """A sublayer's sites in runs whose Grams are summed together: those of all experts may not fit the memory."""
-    start, held = 0, 0
-    for number, prunable in enumerate(sub.prunables):
-        size = accumulator(sub.layer.dtype).itemsize * prunable.site.columns**2
-        if held and held + size > GRAMS_AT_ONCE:
-            yield range(start, number)
-            start, held = number, 0
-        held += size
-    yield range(start, len(sub.prunables))

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -29,7 +30,7 @@ from ..model.skeleton import Skeleton
 from ..model.tokenizer import IGNORED, check_companions, load_tokenizer
 from ..recipes.plan import Plan
 from ..stream.store import ActivationStore
-from ..system import files
+from ..system import files, machine
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
 from ..text.source import Text
@@ -81,32 +82,31 @@ class Job(JobFolder):
             "ranks": self.ranks.size,
         }
 
-    def _hold_activations(self, needed: int) -> None:
-        """Beside a GPU, let activations take half of the free host memory, as far as the steps, which take `needed` bytes, leave it.
+    @property
+    def _holds_by_itself(self) -> bool:
+        """Whether activations take host memory that nobody gave them: beside a GPU, if the settings do not say how much."""
+        return self.config.memory_host is None and self.device.type == "cuda"
 
-        Not if the settings say how much. Sizes of micro-batches do not depend on it.
-        """
-        if self.config.memory_host is None and self.device.type == "cuda":
-            free = self.room["host_limit"] - self.room["base"]
-            self.room["memory_host"] = max(0, min(free // 2, free - needed))
+    def _spare(self) -> int:
+        """Bytes of host memory that are free now, beside what the steps need: other jobs may have taken some since the start."""
+        free = machine.available_memory(torch.device("cpu")) // self.ranks.local_size
+        return free - self._needed
 
     def forecast(self) -> Resources:
-        """Estimate what the job takes on this machine. With several ranks: what each takes, given what the poorest has free."""
-        self.room["memory_host"] = self.config.memory_host or 0
-        found = self._forecast()
-        self._hold_activations(max(each["host"] for each in found.demands.values()))
-        return self._forecast() if self.room["memory_host"] and not self.config.memory_host else found
+        """Estimate what the job takes on this machine. With several ranks: what each takes, given what the poorest has free.
 
-    def _forecast(self) -> Resources:
+        Neither sizes of micro-batches nor disk space are planned with host memory that activations take by themselves.
+        """
         aim.check(self.request)
         disk = files.free_bytes(self.cache)
         disk = (min(disk, self.config.disk) if self.config.disk else disk) // self.ranks.local_size
-        rooms = self.ranks.gather({**self.room, "disk_limit": disk})
-        found = forecast(
-            self.skeleton,
-            self.request.workload,
-            **{name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]},
-        )
+        asked = {"memory_host": self.config.memory_host or 0}
+        rooms = self.ranks.gather({**self.room, **asked, "disk_limit": disk})
+        room = {name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]}
+        found = forecast(self.skeleton, self.request.workload, **room)
+        if self._holds_by_itself:
+            needed = max(each["host"] for each in found.demands.values())
+            found = found.holding(min(_left(room, needed), self.memory.boundaries(room["disk_limit"], 0)[1]))
         return replace(
             found,
             steps=sum(phase.steps for phase in self.request.schedule()),
@@ -129,6 +129,11 @@ class Job(JobFolder):
     def shot_folder(self, number: int) -> Path:
         return self.staging if number == self.request.shots else self.folder / f"shot-{number:02}"
 
+    @property
+    def memory(self) -> Memory:
+        """What the steps hold."""
+        return Memory(self.skeleton, self.request.workload)
+
     # Opening and resuming.
 
     def use(self, resources: Entry) -> None:
@@ -137,9 +142,11 @@ class Job(JobFolder):
         self.grams: GramPlace = resources["grams"]
         self.sizes: Sizes = (self.batch, self.backward_batch, self.grams)
         self.boundary_every: int = resources["boundary_every"]
-        memory = Memory(self.skeleton, self.request.workload)
+        memory = self.memory
         self.skeleton.copies_ahead = memory.copies_ahead(self.sizes, self.room["device_limit"])
-        self._hold_activations(memory.host_peak(*self.sizes))
+        if self._holds_by_itself:
+            self._needed = memory.host_peak(*self.sizes)
+            self.room["memory_host"] = _left(self.room, self._needed)
 
     def begin(self) -> Entry:
         resources = self.forecast().require()
@@ -170,7 +177,7 @@ class Job(JobFolder):
 
     def peak(self, resources: Entry) -> int:
         sizes = resources["batch"], resources["backward_batch"], resources["grams"]
-        return self.held + Memory(self.skeleton, self.request.workload).device_peak(*sizes)
+        return self.held + self.memory.device_peak(*sizes)
 
     def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
         """The contents of `report.json`.
@@ -296,4 +303,11 @@ class Job(JobFolder):
         return self.store if self.request.metric_text is None else self._open_store(self.survey_part, "metric")
 
     def _open_store(self, part: slice, folder: str = "") -> ActivationStore:
-        return self.open_store(part.stop - part.start, self.request.length, self.request.activations, folder)
+        spare = self._spare if self._holds_by_itself else None
+        return self.open_store(part.stop - part.start, self.request.length, self.request.activations, folder, spare)
+
+
+def _left(room: Mapping[str, int], needed: int) -> int:
+    """Half of the free host memory, as far as steps that take `needed` bytes leave it; `room` is that of `JobFolder.room`."""
+    free = room["host_limit"] - room["base"]
+    return max(0, min(free // 2, free - needed))

@@ -106,11 +106,11 @@ class Shot:
         sweep.embed(self.skeleton, job.tokens[job.part], job.store, sweep.boundary(DENSE, 0), job.batch)
 
     def ensure_embedded(self) -> None:
-        """Write the first block's input unless it is intact."""
+        """Write the first block's input unless it is usable (see `ActivationStore.usable`)."""
         ensure(self.job.store, sweep.boundary(DENSE, 0), self.embed)
 
     def ensure_survey_embedded(self) -> None:
-        """Write the first block's input for the survey's text unless it is intact."""
+        """Write the first block's input for the survey's text unless it is usable."""
         job, name = self.job, sweep.boundary(DENSE, 0)
         tokens, store = job.survey_tokens[job.survey_part], job.survey_store
         ensure(store, name, lambda: sweep.embed(self.skeleton, tokens, store, name, job.batch))

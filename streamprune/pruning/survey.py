@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import NumericalError
+from ..errors import DamageError, NumericalError
 from ..maths.flops import kind
 from ..maths.refit import all_finite
 from ..maths.sums import GRADIENTS, SiteStatistics
@@ -94,7 +94,16 @@ def _store_inputs(shot: Shot) -> None:
 
 
 def _sum_backward(shot: Shot) -> None:
-    """Sum and digest each block backwards; inputs that were not kept are recomputed."""
+    """Sum and digest each block backwards; inputs that were not kept, or are damaged, are recomputed."""
+    try:
+        return _sum_down(shot)
+    except DamageError:
+        # Inputs that this process wrote were not read to check them before; now they are.
+        shot.job.store.doubt()
+    return _sum_down(shot)
+
+
+def _sum_down(shot: Shot) -> None:
     job, skeleton, store = shot.job, shot.skeleton, shot.job.store
     predictions = counted(job.windows.labels) / job.config.samples
     first = len(skeleton) - 1 - len(shot.steps("backward/"))

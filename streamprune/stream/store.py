@@ -56,6 +56,8 @@ class ActivationStore:
         durable: fsync finished boundaries, because the journal will refer to them.
         stored: dtype in which activations are stored; None stores them as computed. See `Encoding`.
         memory: bytes of host memory that boundaries may occupy.
+        spare: returns the bytes of host memory that are free now and that nothing else needs; a boundary that needs more goes to
+            disk. None asks no one: `memory` is there.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class ActivationStore:
         durable: bool,
         stored: torch.dtype | None = None,
         memory: int = 0,
+        spare: Callable[[], int] | None = None,
     ) -> None:
         self.folder, self.shape, self.dtype, self.device, self.durable = folder, shape, dtype, device, durable
         self.encoding = Encoding(shape[2], dtype, dtype if stored is None else stored)
-        self.memory = memory
+        self.memory, self.spare = memory, spare
         self.row_bytes = shape[1] * self.encoding.token_bytes
         self._held: dict[str, _Held] = {}  # boundaries in host memory by name, oldest first
         self._filling: list[_Held] = []
@@ -91,6 +94,10 @@ class ActivationStore:
     def usable(self, name: str) -> bool:
         """Return whether a boundary can be used: this process has written it, and will check it as it reads it, or it is `intact`."""
         return (name in self._own and name in self) or self.intact(name)
+
+    def doubt(self) -> None:
+        """From now on, read what this process has written to see whether it is `usable`."""
+        self._own.clear()
 
     def intact(self, name: str) -> bool:
         """Read a boundary and return whether it exists and matches its checksums."""
@@ -117,14 +124,23 @@ class ActivationStore:
 
         Yields the samples of the micro-batch, and one tensor (sequences, tokens, width) per name, on the device.
         """
-        batches = self.batches(size)
-        yield from zip(batches, self._ahead(([batch] for batch in batches), names), strict=True)
+        for read in self._ahead(([batch] for batch in self.batches(size)), names):
+            ready = [(read[0][0], read[1])]
+            del read
+            yield ready.pop()
 
     def rows(self, chosen: Iterable[Sequence[int]], *names: str) -> Generator[list[Tensor], None, None]:
         """Like `each`, for micro-batches of any samples, given by their numbers, in that order."""
-        yield from self._ahead(([slice(row, row + 1) for row in rows] for rows in chosen), names)
+        for read in self._ahead(([slice(row, row + 1) for row in rows] for rows in chosen), names):
+            ready = [read[1]]
+            del read
+            yield ready.pop()
 
-    def _ahead(self, batches: Iterable[list[slice]], names: Sequence[str]) -> Iterator[list[Tensor]]:
+    def _ahead(
+        self, batches: Iterable[list[slice]], names: Sequence[str]
+    ) -> Iterator[tuple[list[slice], list[Tensor]]]:
+        """Yield the parts of each micro-batch with one tensor per name. Nothing here keeps it alive after the caller drops it."""
+
         def load(parts: list[slice]) -> Taken:
             return self._copies.inward([self._fetch(name, part) for name in names for part in parts])
 
@@ -139,9 +155,9 @@ class ActivationStore:
             del take
             pieces = [raw[begin : begin + len(parts)] for begin in range(0, len(raw), len(parts))]
             del raw
-            tensors = [[self.encoding.decode(each[0] if len(each) == 1 else torch.cat(each)) for each in pieces]]
+            ready = [(parts, [self.encoding.decode(each[0] if len(each) == 1 else torch.cat(each)) for each in pieces])]
             del pieces
-            yield tensors.pop()
+            yield ready.pop()
 
     @contextmanager
     def writing(self, name: str, place: str, *, passing: bool = False) -> Iterator[Callable[[Tensor], None]]:
@@ -246,7 +262,10 @@ class ActivationStore:
         return advice(self.dtype)
 
     def _room(self, size: int) -> _Held | None:
-        """Allocate `size` bytes for one boundary, evicting the oldest that are also on disk; None if they do not fit."""
+        """Allocate `size` bytes for one boundary, evicting the oldest that are also on disk; None if they do not fit.
+
+        Buffers take memory only as they are filled, so that those being filled do not count as taken in `spare`.
+        """
         staying = {held for held in self._held.values() if not held.on_disk} | {*self._filling}
         if sum(len(held.raw) for held in staying) + size > self.memory:
             return None
@@ -254,6 +273,8 @@ class ActivationStore:
             if self.held_bytes + size <= self.memory:
                 break
             del self._held[name]
+        if self.spare is not None and size + sum(len(held.raw) - held.filled for held in self._filling) > self.spare():
+            return None
         return _Held(size)
 
     def _fetch(self, name: str, batch: slice) -> Tensor:

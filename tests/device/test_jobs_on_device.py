@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import STRUCTURES
+from conftest import STRUCTURES, contents
 from pretended import State, device
 from safetensors.torch import load_file
 
 import streamprune
 from streamprune.commands.tune import lora
+from streamprune.errors import DiskError
 from streamprune.jobs.forecast import resources
 from streamprune.jobs.forecast.memory import GramPlace
+from streamprune.jobs.names import job_folder
 from streamprune.recipes.registry import RECIPES
+from streamprune.system import disk
 
 Tiny = Callable[..., Path]
 Make = Callable[..., streamprune.Config]
@@ -88,6 +94,26 @@ def test_every_recipe(recipe: str, tiny: Tiny, small: Make) -> None:
 )
 def test_every_structure(name: str, changes: dict[str, Any], tiny: Tiny, small: Make) -> None:
     pruned(small(tiny(name), **changes))
+
+
+def test_a_shard_that_cannot_be_written_has_no_line(tiny: Tiny, small: Make) -> None:
+    """It is written by a thread of its own, and the job resumes with the same bytes."""
+
+    class Full(disk.Disk):
+        def write(self, file: FileIO, data: memoryview) -> None:
+            if threading.current_thread().name.startswith("behind"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().write(file, data)
+
+    whole, stopped = (small(tiny("llama", **TWO), out, recipe="wanda-sp") for out in ("whole", "stopped"))
+    pruned(whole)
+    with gpu(), disk.using(Full()), pytest.raises(DiskError, match="No space left on device"):
+        streamprune.prune(stopped)
+    journal = (job_folder(stopped.out) / "journal.jsonl").read_text(encoding="utf-8")
+    assert "shot-1/allocate" in journal
+    assert "shot-1/prune" not in journal
+    pruned(stopped)
+    assert contents(stopped.out) == contents(whole.out)
 
 
 def test_refinement_in_bfloat16(tiny: Tiny, small: Make) -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from streamprune.stream import sweep
 from streamprune.stream.copies import Copies
 from streamprune.stream.encoding import Encoding
 from streamprune.system import machine
+from streamprune.system.ranks import Ranks
 
 Tiny = Callable[..., Path]
 Make = Callable[..., streamprune.Config]
@@ -256,3 +258,42 @@ def test_activations_take_host_memory_that_no_step_needs(
         assert max(each["host"] for each in found.demands.values()) == steps
         job.use({name: getattr(found, name) for name in ("batch", "backward_batch", "grams", "boundary_every")})
         assert job.room["memory_host"] == pytest.approx(1000, abs=10)
+
+
+def test_activations_leave_host_memory_to_what_other_jobs_have_taken_since(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with device():
+        job = Job(configured(tiny("llama"), device="cuda", samples=2, seq_len=16), None)
+        found = job.forecast()
+        job.use({name: getattr(found, name) for name in ("batch", "backward_batch", "grams", "boundary_every")})
+        steps = max(each["host"] for each in found.demands.values())
+        one = 2 * job.store.row_bytes
+        for free, held in ((steps + one - 1, 0), (steps + one, one)):
+            monkeypatch.setattr(machine, "available_memory", lambda device, free=free: free)
+            with job.store.writing("a", "here") as write:
+                write(torch.zeros(2, 16, 32, device=CUDA))
+            assert job.store.held_bytes == held
+
+
+def test_every_rank_holds_what_the_poorest_can(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each from what all have, with one collective; and the sizes are those without."""
+    poor: dict[str, int] = {}
+    gathered: list[Any] = []
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: gathered.append(value) or [value, {**value, **poor}])
+    with device():
+        config = configured(tiny("llama"), device="cuda")
+        alone = Job(replace(config, memory_host=0), None).forecast()
+        steps = max(each["host"] for each in alone.demands.values())
+        base = 1 << 40  # the other rank's, which takes more by itself
+        for free, held in ((steps - 1, 0), (steps, 0), (steps + 1000, 1000)):
+            poor.update(base=base, host_limit=base + free)
+            gathered.clear()
+            job = Job(config, None)
+            job.room["host_limit"] = job.room["base"] + base + steps + (1 << 34)
+            found = job.forecast()
+            assert len(gathered) == 1
+            assert found.held_bytes == held
+            assert bool(found.problems) == (free < steps)
+            sizes = [(each.batch, each.backward_batch, each.boundary_every, each.disk_bytes) for each in (found, alone)]
+            assert free < steps or sizes[0] == sizes[1]

@@ -21,6 +21,7 @@ from streamprune.model.site import Site
 from streamprune.pruning.request import Request
 from streamprune.recipes.allocation import Budget
 from streamprune.recipes.default import Default
+from streamprune.recipes.greedy_output import GreedyOutput
 from streamprune.recipes.obs import ObsRecipe
 from streamprune.recipes.plan import Plan, SitePlan
 from streamprune.recipes.slimgpt import SlimGpt
@@ -75,7 +76,7 @@ def every_site_loses_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(self: ObsRecipe[Any], sites: Sequence[Site], survey: Any, budget: Budget) -> Plan:
         return Plan({site.name: SitePlan(site.units - 1) for site in sites}, budget.ratio)
 
-    for recipe in (Default, Sobp, SlimGpt):
+    for recipe in (Default, GreedyOutput, Sobp, SlimGpt):
         monkeypatch.setattr(recipe, "allocate", allocate)
 
 
@@ -88,6 +89,8 @@ def every_site_loses_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
         ("llama", "default", {"settings": {"compensate": "off"}}),
         ("llama", "sobp", {}),
         ("llama", "slimgpt", {}),
+        ("llama", "greedy-output", {}),
+        ("llama", "greedy-output", {"settings": {"recover": "before"}}),
         ("falcon", "default", {}),
         ("mixtral", "slimgpt", {}),
     ],

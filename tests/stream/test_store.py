@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,7 @@ def test_a_boundary_that_was_altered_is_not_used(place: int | str, tmp_path: Pat
         # What a footer says is not asked of what this process wrote itself.
         if other is not store or place in (0, 50, "long", "gone"):
             assert not other.intact("a")
+            assert other.usable("a") == (other is store and place != "gone")
             with pytest.raises(DamageError, match="computed again"):
                 list(other.each(2, "a"))
 
@@ -195,6 +198,35 @@ def test_memory_holds_the_youngest_and_no_more_than_it_may(room: int, tmp_path: 
         assert torch.equal(store.read(name, slice(0, 5)), value)
     held = [name for name in values if not damaged(store, tmp_path / f"{name}.activations", values[name])]
     assert held == ["a", "bb", "ccc"][3 - min(room, 3) :]
+
+
+def test_a_boundary_goes_to_disk_while_host_memory_is_short(tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, (5, 3, 4), torch.float32, CPU, durable=True, memory=10 * ONE)
+    for free, held in ((ONE - 1, 0), (ONE, ONE)):
+        store.spare = partial(int, free)
+        value = filled(store, "a", passing=True)
+        assert store.held_bytes == held
+        assert store.path("a").exists() == (not held)
+        assert torch.equal(store.read("a", slice(0, 5)), value)
+    # Of what is being filled, a part is not taken yet.
+    for free, held in ((2 * ONE - 1, 2), (2 * ONE, 3)):
+        store.spare = partial(int, free)
+        with store.writing("b", "here", passing=True) as write:
+            filled(store, "c", passing=True)
+            write(torch.zeros(5, 3, 4))
+        assert store.held_bytes == held * ONE
+        store.keep_only({"a"})
+
+
+def test_nothing_keeps_a_micro_batch_alive(tmp_path: Path) -> None:
+    store = store_of(tmp_path, torch.float32)
+    filled(store, "a")
+    for reading in (store.each(2, "a"), store.rows([[0, 3], [1]], "a")):
+        read = next(iter(reading))
+        (x,) = read[1] if isinstance(read, tuple) else read
+        alive = weakref.ref(x)
+        del read, x
+        assert alive() is None
 
 
 def damaged(store: ActivationStore, path: Path, value: torch.Tensor) -> bool:

@@ -99,6 +99,24 @@ def own_read() -> None:
         time.sleep(0.02)
 
 
+def test_an_error_beside_a_task_waits_for_it_and_leaves_no_thread() -> None:
+    done = threading.Event()
+
+    def task() -> None:
+        time.sleep(0.05)
+        done.set()
+
+    def fails() -> None:
+        with behind(torch.device("cuda")) as start:
+            start(task)
+            raise ValueError("beside it")
+
+    with pytest.raises(ValueError, match="beside it"):
+        fails()
+    assert done.is_set()
+    assert not [each for each in threading.enumerate() if each.name.startswith("behind")]
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_for_a_gpu_a_task_runs_while_its_result_is_not_asked_for(kind: str) -> None:
     begun = threading.Event()

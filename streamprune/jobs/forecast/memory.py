@@ -11,7 +11,7 @@ runs the model (`GramPlace`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,6 +39,22 @@ their site is solved on the device. ``host``: both on the host. On a CPU, the de
 GRAM_PLACES: tuple[GramPlace, ...] = ("device", "parked", "host")
 Sizes = tuple[int, int, GramPlace]
 """Sequences per micro-batch, forward and backward, and the place of Grams. They determine the order of summation."""
+
+
+def in_turn(columns: Sequence[int], item: int) -> Iterator[range]:
+    """Yield a sublayer's sites in runs whose Grams are summed together: those of all experts may not fit the memory.
+
+    Args:
+        columns: n of each site, whose Gram is (n, n).
+        item: bytes per element of a Gram.
+    """
+    start, held = 0, 0
+    for number, n in enumerate(columns):
+        if held and held + item * n**2 > GRAMS_AT_ONCE:
+            yield range(start, number)
+            start, held = number, 0
+        held += item * n**2
+    yield range(start, len(columns))
 
 
 @dataclass(frozen=True)
@@ -182,7 +198,7 @@ class Memory(Shapes):
                 yield "two streams side by side", Demand(self.block, activations=streams)
             return
         # `weights` adds the compensated producers to the block. `after` adds the pruned sites to the block.
-        producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if work.compensates else 0
+        producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if work.sums_inputs else 0
         weights = self.block + producers * self.weight_item
         after = self.block + sublayer.parameters * self.weight_item
         n, d, item = site.columns, self.d, self.sum_item
@@ -203,7 +219,7 @@ class Memory(Shapes):
                 solving = 2 * w + item * (n * n + inverse_workspace(n))
                 yield f"aiming one {site.kind} site", Demand(weights, grams, solving)
             yield f"the Gram of one {site.kind} site", Demand(weights, sums, activations=activations)
-        if work.compensates:
+        if work.sums_inputs:
             inputs = 2 * item * d * d
             streams = forward + tokens * (4 * self.item * self.stream + 2 * item * d)
             yield "two streams side by side", Demand(weights, inputs, activations=streams)

@@ -65,6 +65,15 @@ class Resources:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "problems": list(self.problems), "fits": not self.problems}
 
+    def holding(self, held: int) -> Resources:
+        """Return the forecast for a GPU with `held` bytes of activations in host memory in addition, and the same sizes."""
+        return replace(
+            self,
+            host_bytes=self.host_bytes + held,
+            held_bytes=self.held_bytes + held,
+            demands={name: {**each, "host_bytes": each["host_bytes"] + held} for name, each in self.demands.items()},
+        )
+
     def require(self) -> Resources:
         """Return the forecast itself. Raises ResourceError if the job does not fit."""
         if self.problems:
@@ -306,7 +315,8 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
             if "divergence" in workload.survey and attention:
                 surveyed += part * (2 * sum(site.linears[:-1]) * tokens + mixed)
         compensated = workload.compensates and pruned_input and any(site.linears[:-1] for site in sublayer.sites)
-        sums += 2 * tokens * (shapes.gram_products(d) + d * d) * compensated
+        wanted = compensated or (workload.wants_inputs and bool(sublayer.sites))
+        sums += 2 * tokens * (shapes.gram_products(d) * wanted + d * d * compensated)
         forward += last
     if tokens:
         # Linears that belong to no site, and products of other mixers than attention.

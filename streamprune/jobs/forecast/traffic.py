@@ -1,7 +1,9 @@
 """Count the passes of a job over stored activations: how often the sweeps read and write a boundary, block by block.
 
 One pass reads or writes all samples of one boundary. The counts are those of a job that is not interrupted, in which every site loses
-units and no sublayer goes whole. `tests/jobs/test_traffic.py` compares them with jobs that run.
+units and no sublayer goes whole, without a window of blocks (``--blocks``: its first block counts as block 0 does here, blocks before
+it move one stream, those after it none) and without a text for the survey alone. `tests/jobs/test_traffic.py` compares them with jobs
+that run.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .memory import GRAMS_AT_ONCE
+from .memory import in_turn
 from .workload import Shapes, Sublayer
 
 
@@ -44,7 +46,7 @@ def passes(shapes: Shapes, every: int = 1) -> dict[str, list[Passes]]:
         found["head"] = [Passes(1, 1)]
         # Inputs that were not kept are computed again, each from the one before.
         found["backward"] = [Passes(2, 1) + (Passes(1, 1) if index % every else Passes()) for index in range(depth)]
-    if work.prunes and (work.gram or work.dense_stream):
+    if work.prunes and (work.gram or work.sums_inputs or work.dense_stream):
         found["prune"] = [sum(_pruned(shapes, index), Passes()) for index in range(depth)]
     return found
 
@@ -70,7 +72,7 @@ def _pruned(shapes: Shapes, index: int) -> Iterator[Passes]:
         if aims:
             yield Passes(2 * reads, int(continues), passing * continues)
         elif work.gram and sub.sites:
-            yield Passes(reads * _turns(shapes, sub))
+            yield Passes(reads * sum(1 for _ in in_turn([site.columns for site in sub.sites], shapes.sum_item)))
         carried = False
         if not continues:
             continue
@@ -95,15 +97,4 @@ def _summed_inputs(shapes: Shapes, sub: Sublayer, index: int, position: int) -> 
     apart = index > 0 or (position > 0 and not sub.entry.parallel)
     if work.compensates and apart and any(site.linears[:-1] for site in sub.sites):
         return 2
-    return 0
-
-
-def _turns(shapes: Shapes, sub: Sublayer) -> int:
-    """Return the number of passes in which the Grams of a sublayer's sites are summed: see `pruning.block`."""
-    turns, held = 1, 0
-    for site in sub.sites:
-        size = shapes.sum_item * site.columns**2
-        if held and held + size > GRAMS_AT_ONCE:
-            turns, held = turns + 1, 0
-        held += size
-    return turns
+    return int(work.wants_inputs and bool(sub.sites))

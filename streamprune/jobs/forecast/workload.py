@@ -38,6 +38,7 @@ class Workload:
     findings: int = 0  # elements of the sums' dtype stored on disk between survey and prune sweep
     gram: bool = False  # whether the prune sweep sums the Gram of each consumer's input
     compensates: bool = False  # whether producers are compensated, which sums the Grams of their inputs
+    wants_inputs: bool = False  # whether the Gram of the producers' pruned inputs is summed in any case
     has_target: bool = False  # whether consumers are fitted to a target
     refines: int = 0  # steps of block refinement per block
     refine_sequences: int = TRAIN_SEQUENCES  # sequences per step of it
@@ -58,6 +59,11 @@ class Workload:
     def gradients(self) -> bool:
         """Whether the survey includes a backward sweep."""
         return bool(self.survey & GRADIENTS)
+
+    @property
+    def sums_inputs(self) -> bool:
+        """Whether the prune sweep sums Grams of the producers' inputs."""
+        return self.compensates or self.wants_inputs
 
     @property
     def dense_stream(self) -> bool:
