@@ -110,8 +110,8 @@ def test_a_shard_that_cannot_be_written_has_no_line(tiny: Tiny, small: Make) -> 
     with gpu(), disk.using(Full()), pytest.raises(DiskError, match="No space left on device"):
         streamprune.prune(stopped)
     journal = (job_folder(stopped.out) / "journal.jsonl").read_text(encoding="utf-8")
-    assert "shot-1/allocate" in journal
-    assert "shot-1/prune" not in journal
+    assert '"step": "shot-1/allocate"' in journal
+    assert '"step": "shot-1/prune/' not in journal
     pruned(stopped)
     assert contents(stopped.out) == contents(whole.out)
 

@@ -19,8 +19,9 @@ from stopping import Make, Stop, Tiny, force_boundaries, interrupted, stopping_a
 
 import streamprune
 from streamprune import Config
-from streamprune.errors import CalibrationError, ConfigError, ResourceError, ResumeError
+from streamprune.errors import CalibrationError, ConfigError, DamageError, ResourceError, ResumeError
 from streamprune.jobs.forecast import resources
+from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import job_folder
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning import run
@@ -577,3 +578,34 @@ def test_a_shard_is_begun_with_final_weights(
     monkeypatch.setattr(run, "behind", at_once)
     streamprune.prune(now)
     assert contents(now.out) == contents(later.out)
+
+
+@pytest.mark.parametrize("name", ["dense-0001-0", "dense-0000-0", "gradient-0002-0"])
+def test_an_input_damaged_within_a_process_is_computed_again(
+    name: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the backward sum, once. A gradient is not."""
+    whole, damaged = (
+        configured(tiny("llama", num_hidden_layers=2), out, recipe="default", samples=2, seq_len=16)
+        for out in ("whole", "damaged")
+    )
+    streamprune.prune(whole)
+    real, times = Journal.append, [0]
+
+    def append(self: Journal, step: str, **data: Any) -> Any:
+        if step.endswith("/head"):
+            (path,) = damaged.out.parent.rglob(f"{name}.activations")
+            content = bytearray(path.read_bytes())
+            content[0] ^= 1
+            path.write_bytes(content)
+            times[0] += 1
+        return real(self, step, **data)
+
+    monkeypatch.setattr(Journal, "append", append)
+    if name.startswith("gradient"):
+        with pytest.raises(DamageError, match=f"{name}.activations is missing or damaged"):
+            streamprune.prune(damaged)
+        return
+    streamprune.prune(damaged)
+    assert times == [1]
+    assert contents(damaged.out) == contents(whole.out)
