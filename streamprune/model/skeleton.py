@@ -69,6 +69,7 @@ class Skeleton:
         self.proven = False
         """Whether `proof.prove` has passed."""
         self._ran: dict[Any, Ran | None] = {}
+        self._places: dict[int, list[tuple[Site, SublayerEntry]]] = {}
         model_type, self.whole_config = read_configuration(checkpoint)
         self.config = self.whole_config.get_text_config()
         """The config of the text model."""
@@ -233,6 +234,11 @@ class Skeleton:
 
     def places(self, index: int) -> list[tuple[Site, SublayerEntry]]:
         """Return the sites of a block, each with an entry whose names are relative to the block."""
+        if index not in self._places:
+            self._places[index] = self._find_places(index)
+        return [*self._places[index]]
+
+    def _find_places(self, index: int) -> list[tuple[Site, SublayerEntry]]:
         layer = self._templates[index]
         found = []
         for entry in self.entries[index]:

@@ -26,6 +26,8 @@ ROUND_SECONDS = 0.01
 """Least seconds per round of one width."""
 COLD_BYTES = 1 << 26
 """Least bytes of one width's weights, in several copies if necessary: more than most CPU caches hold."""
+MOST_COPIES = 1024
+"""Most copies of one width's weights: of smaller ones, the calls take longer than the reading."""
 MOST_BYTES = 1 << 28
 """Most bytes of one width's weights; of larger matrices, a part of the rows is timed."""
 Shapes = Sequence[tuple[int, int]]
@@ -85,7 +87,7 @@ class Decoding:
         part = min(1.0, MOST_BYTES / (whole * dtype.itemsize))
         shapes = [(max(1, int(part * rows)), columns) for rows, columns in shapes]
         timed = sum(rows * columns for rows, columns in shapes)
-        copies = -(-COLD_BYTES // (timed * dtype.itemsize))
+        copies = min(-(-COLD_BYTES // (timed * dtype.itemsize)), MOST_COPIES)
         matrices = [[torch.ones(shape, device=device, dtype=dtype) for shape in shapes] for _ in range(copies)]
         vectors = [torch.ones(1, columns, device=device, dtype=dtype) for _, columns in shapes]
 

@@ -36,16 +36,11 @@ Make = Callable[..., Any]
 Tiny = Callable[..., Path]
 SMALL: dict[str, Any] = {"samples": 3, "seq_len": 8}
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "sobp": {},
-    "sobp, uniform": {"layout": "uniform"},
     "sobp, replacing": {},
     "default, refined": {"recipe": "default", "refine": 2},
-    "surgeon, 3 shots": {"recipe": "surgeon", "settings": {"shots": "3"}},
-    "surgeon, uniform": {"recipe": "surgeon", "layout": "uniform", "settings": {"shots": "2"}},
-    "surgeon, corrected": {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "2"}},
+    "surgeon, uniform, corrected": {"recipe": "surgeon", "layout": "uniform", "settings": {"shots": "3", "lora_steps": "1"}},
     "slimgpt, own text": {"recipe": "slimgpt", "calibration": "self"},
     "magnitude": {"recipe": "magnitude"},
-    "tune, distil": {},
     "tune, lora": {},
     "tune, free, distil": {},
     "compare": {"recipes": ["sobp", "wanda-sp"], "ratios": [0.4]},
@@ -270,7 +265,7 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
     altered = 0
     for at in lines:
         stopped(scenario, at)
-        for victim in drawn(kept_for_itself(scenario), 3, at):
+        for victim in drawn(kept_for_itself(scenario), 2, at):
             stopped(scenario, at)
             HARMS[harm](victim)
             altered += 1
@@ -379,7 +374,7 @@ def test_a_source_that_changes_while_it_is_used_gives_no_result(
 def test_no_more_disk_than_the_plan_said(
     size: dict[str, int], recipe: str, settings: dict[str, str], tiny: Tiny, configured: Make, tmp_path: Path
 ) -> None:
-    model = tiny("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=6)
+    model = tiny("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=3)
     config = configured(model, recipe=recipe, settings=settings, **size)
     planned = streamprune.forecast_job(config)
     work, graves = tmp_path / "work", tmp_path / "graves"
