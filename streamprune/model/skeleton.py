@@ -34,6 +34,8 @@ from .trial import TOKENS
 
 _KNOWN: OrderedDict[Any, tuple[SublayerEntry, ...]] = OrderedDict()
 """Sublayers that were inferred in this process, by config and modules."""
+_RAN: OrderedDict[Any, None] = OrderedDict()
+"""Blocks that ran on the meta device in this process: config, dtype, number, sublayers and shapes."""
 
 
 class Skeleton:
@@ -516,11 +518,18 @@ class Skeleton:
 
     def _try(self) -> None:
         """Run one token through every block and the head on the meta device; see `dry_run.run`."""
+        config = self.whole_config.to_json_string(use_diff=False)
         for index, (template, entries) in enumerate(zip(self._templates, self.entries, strict=True)):
             unknown = experts.experts_of(template).keys() - {entry.experts for entry in entries}
             # Blocks of unknown form may read values, which the meta device does not have.
-            if self.architecture.model_type in FAMILIES or not (unknown or any(entry.whole for entry in entries)):
+            shapes = tuple((name, tuple(parameter.shape)) for name, parameter in template.named_parameters())
+            key = config, self.dtype, index, entries, shapes
+            meta = self.architecture.model_type in FAMILIES or not (unknown or any(entry.whole for entry in entries))
+            if meta and key not in _RAN:
                 dry_run.run(template, entries, 1, self.width, self._dry(index, 1))
+                _RAN[key] = None
+        while len(_RAN) > 1024:
+            _RAN.popitem(last=False)
         self.outside.try_head(self.width)
 
     def _separate_experts(self) -> None:

@@ -62,7 +62,13 @@ def random_prompts(count: int, longest: int, vocabulary: int = 40) -> list[tuple
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma3", "gpt2", "falcon", "qwen3_moe", "gpt_oss", "deepseek_v3", "mistral"]
+    ("name", "how"),
+    [
+        *((name, "streamed") for name in ("llama", "gemma3", "gpt2", "falcon", "gpt_oss", "deepseek_v3", "mistral")),
+        *((name, "memory") for name in ("llama", "gemma3", "qwen3_moe")),
+        *((name, "one by one") for name in ("llama", "deepseek_v3")),
+    ],
+    indirect=["how"],
 )
 def test_answers_are_transformers_own(name: str, how: str, tiny: Tiny) -> None:
     """Prompts of all lengths, in one micro-batch too, with answers of different lengths."""

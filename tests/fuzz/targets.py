@@ -142,7 +142,7 @@ def config(home: Path) -> Target:
         load_tokenizer(folders[kind])
         evaluate(folders[kind], str(few), seq_len=4, device="cpu", memory=machine.base_bytes() + (1 << 29), cache=home)
 
-    return Target(seeds, mutation.as_json, read, 300, 12_000)
+    return Target(seeds, mutation.as_json, read, 120, 12_000)
 
 
 def _tokenized(folder: Path, text: Path) -> None:

@@ -36,7 +36,7 @@ from streamprune.recipes.plan import Plan
 @pytest.mark.parametrize("name", TINY)
 def test_sobp_is_the_plain_implementation(name: str, tiny: Tiny, configured: Make) -> None:
     path = tiny(name, torch.float64)
-    config = configured(path, dtype="float64", ratio=0.35, samples=6)
+    config = configured(path, dtype="float64", ratio=0.35)
     result = streamprune.prune(config)
     sites = open_skeleton(path, torch.device("cpu"), "float64").all_sites()
     tokens = windows(config, path)
@@ -250,7 +250,7 @@ def test_stopped_at_any_rename_the_bytes_are_the_same(
     with stopping_at(0, monkeypatch, before=True) as made:
         streamprune.prune(job("whole"))
     expected = contents(job("whole").out)
-    for instant in range(1, len(made), 7):
+    for instant in range(1, len(made), 11):
         config = job(f"stopped{instant}")
         for before in (True, False):
             with stopping_at(instant, monkeypatch, before=before), suppress(Stop):
