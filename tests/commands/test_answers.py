@@ -35,7 +35,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from streamprune.commands.harness import answers
+from streamprune.commands.harness import answers, tasks
 from streamprune.commands.harness.answers import Question, answer
 from streamprune.commands.harness.streamed import StreamedModel
 
@@ -625,6 +625,9 @@ def test_the_definitions_of_lm_eval(name: str, tmp_path: Path, monkeypatch: pyte
     ours = streamprune.evaluate_tasks(path, found)
     assert ours.results == theirs["results"]
     assert ours.samples[name]
+    again = tasks._manager(None)
+    assert again._index is found.manager._index  # takes ten seconds to make
+    assert "load" not in vars(again)
 
 
 def test_scores_of_both_models_are_in_the_report(place: Path, tiny: Tiny, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tiny
 
 import streamprune
 from streamprune.errors import ConfigError, ResourceError
@@ -302,6 +303,17 @@ def test_a_mixer_that_reads_values_has_a_generous_bound(
     skeleton._ran.clear()
     with pytest.raises(TypeError, match="ours"):
         skeleton.measured(0, 64)
+
+
+def test_blocks_are_tried_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, run = [], dry_run.run
+    monkeypatch.setattr(dry_run, "run", lambda *arguments: ran.append(arguments) or run(*arguments))
+    for changes, expected in (({"num_hidden_layers": 2}, 2), ({"num_hidden_layers": 2, "rms_norm_eps": 0.02}, 4)):
+        path = make_tiny(tmp_path / str(expected), "llama", head_dim=10, **changes)
+        for _ in range(2):
+            skeleton = open_skeleton(path, torch.device("cpu"), "float32")
+        assert len(ran) == expected
+    assert skeleton.places(0) == skeleton.places(0) != skeleton.places(1)
 
 
 def test_no_stream_passes_the_last_sublayer_even_without_a_site(tiny: Callable[..., Path]) -> None:

@@ -19,7 +19,7 @@ from streamprune.model.checkpoint import data_bytes
 from streamprune.model.sizes import Sizes
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.model.tokenizer import IGNORED
-from streamprune.pruning import aim
+from streamprune.pruning import aim, speed
 from streamprune.pruning.block import BlockPruner
 from streamprune.pruning.held_out import disjoint
 from streamprune.pruning.job import Job
@@ -156,6 +156,16 @@ def test_the_table_is_measured(tiny: Tiny) -> None:
     half = {site.name: site.units // 2 for site in decoding.sites}
     assert 0 < decoding.seconds(half) < decoding.seconds({}) < 1
     assert decoding.speed_up({}) == 1
+
+
+def test_tiny_matrices_are_timed_in_few_copies(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, made, ones = Decoding(open_skeleton(tiny("llama"), torch.device("cpu"), "float32")), [], torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, **options: made.append(shape) or ones(*shape, **options))
+    assert decoding._time([(8, 8)]) > 0
+    assert len(made) == speed.MOST_COPIES + 1  # and the vector
+    made.clear()
+    decoding._time([(4096, 4096)])
+    assert len(made) == 2
 
 
 LONG = {"samples": 4, "seq_len": 24}

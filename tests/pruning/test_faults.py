@@ -38,7 +38,11 @@ SMALL: dict[str, Any] = {"samples": 3, "seq_len": 8}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "sobp, replacing": {},
     "default, refined": {"recipe": "default", "refine": 2},
-    "surgeon, uniform, corrected": {"recipe": "surgeon", "layout": "uniform", "settings": {"shots": "3", "lora_steps": "1"}},
+    "surgeon, uniform, corrected": {
+        "recipe": "surgeon",
+        "layout": "uniform",
+        "settings": {"shots": "3", "lora_steps": "1"},
+    },
     "slimgpt, own text": {"recipe": "slimgpt", "calibration": "self"},
     "magnitude": {"recipe": "magnitude"},
     "tune, lora": {},

@@ -80,7 +80,7 @@ def same_logits(config: Config, expected: Any, tokens: Tensor, tolerance: float 
 @pytest.mark.parametrize("name", TINY)
 def test_default_is_the_plain_implementation(name: str, tiny: Tiny, configured: Make) -> None:
     path = tiny(name, torch.float64)
-    config = configured(path, recipe="default", dtype="float64", ratio=0.35, samples=6)
+    config = configured(path, recipe="default", dtype="float64", ratio=0.35)
     tokens, sites = calibrated(config), sites_of(path)
     twins, (costs,) = reference.default(path, tokens, sites, ratio=0.35, round_to=4)
     plan, found = planned(config)
