@@ -87,7 +87,7 @@ def send_in_block_1(name: str, times: int) -> None:
     """Have the command get so many signals in the middle of block 1; with none, its parent gets one and passes it on."""
     real = BlockPruner.prune
 
-    def prune(self: BlockPruner, block: Any, index: int) -> Any:
+    def prune(self: BlockPruner, block: Any, index: int, *given: Any) -> Any:
         if index == 1:
             for _ in range(times):
                 os.kill(os.getpid(), getattr(signal, name))
@@ -95,7 +95,7 @@ def send_in_block_1(name: str, times: int) -> None:
                 os.kill(os.getppid(), signal.SIGTERM)
                 while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
                     time.sleep(0.01)
-        return real(self, block, index)
+        return real(self, block, index, *given)
 
     BlockPruner.prune = prune  # type: ignore[method-assign]
 
@@ -298,10 +298,10 @@ def test_every_state_has_its_exit_code(arguments: list[str], tmp_path: Path, mon
     seen = []
     real = BlockPruner.prune
 
-    def prune(self: BlockPruner, block: Any, index: int) -> Any:
+    def prune(self: BlockPruner, block: Any, index: int, *given: Any) -> Any:
         if index < 2:
             seen.append(state())
-            return real(self, block, index)
+            return real(self, block, index, *given)
         raise NumericalError("the numbers are wrong")
 
     with monkeypatch.context() as patch:
@@ -393,7 +393,7 @@ def test_the_log_has_every_line_with_its_time(
 
 
 def test_a_bug_is_logged_with_its_kind(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prune(self: BlockPruner, block: Any, index: int) -> Any:
+    def prune(self: BlockPruner, block: Any, index: int, *given: Any) -> Any:
         raise KeyError("nothing\nat all")
 
     monkeypatch.setattr(BlockPruner, "prune", prune)

@@ -102,10 +102,10 @@ def command(arguments: Sequence[str], folder: Path, *, size: int = 2, sabotage: 
     real = BlockPruner.prune
 
     def work(rank: int) -> None:
-        def prune(self: BlockPruner, block: Any, index: int) -> Any:
+        def prune(self: BlockPruner, block: Any, index: int, *given: Any) -> Any:
             if sabotage is not None:
                 sabotage(rank, index)
-            return real(self, block, index)
+            return real(self, block, index, *given)
 
         BlockPruner.prune = prune  # type: ignore[method-assign]
         main(list(arguments))
@@ -462,7 +462,7 @@ from streamprune_cli import main
 
 real = BlockPruner.prune
 
-def prune(self, block, index):
+def prune(self, block, index, *given):
     if index == 1 and os.environ["RANK"] == "1" and not Path("stopped").exists():
         Path("stopped").touch()
         parent = os.getppid()
@@ -471,7 +471,7 @@ def prune(self, block, index):
             os.killpg(script, getattr(signal, os.environ["SENT"]))
         else:
             os.kill(os.getpid(), signal.SIGTERM)
-    return real(self, block, index)
+    return real(self, block, index, *given)
 
 BlockPruner.prune = prune
 main(sys.argv[2:])
