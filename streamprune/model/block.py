@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -452,8 +453,9 @@ class Sublayer:
         routed, *shared = torch.split(mixed.flatten(0, -2)[:, : len(self.entry.parts)], 1, dim=1)
         z, rows, factors = list[Tensor](), list[Tensor | None](), list[Tensor]()
         experts, called = self.layer.experts(self.entry.experts), self.layer.given(self.entry.experts)
-        for number, expert in enumerate(experts):
-            tokens, read, factor = _routed(called, number, len(experts))
+        for number, (expert, (tokens, read, factor)) in enumerate(
+            zip(experts, _routed(called, len(experts)), strict=True)
+        ):
             if chosen is not None and number not in chosen:
                 tokens, read, factor = tokens[:0], read[:0], factor[:0]
             run: Any = expert
@@ -648,21 +650,28 @@ class Prunable:
         return weight.T if isinstance(self.layer.module(name), Conv1D) else weight
 
 
-def _routed(given: tuple[Tensor, ...], number: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which tokens go to an expert (rows,) int64, what it reads of each (rows, d), and its factors (rows, 1).
+def _routed(given: tuple[Tensor, ...], experts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield for each expert which tokens go to it (rows,) int64, what it reads of each (rows, d), and its factors (rows, 1).
+
+    The tokens of all experts are found at once, so that a GPU is waited for once.
 
     Args:
         given: what the experts are called with: all tokens (tokens, d), and for each the chosen experts and their weights,
             (tokens, k) each; or all tokens for each expert in turn (experts · tokens, d), zero where they are not routed to it.
     """
     if len(given) == 1:
-        hidden = given[0].view(experts, -1, given[0].shape[-1])[number]
-        tokens = torch.where(hidden.any(-1))[0]
+        hidden = given[0].view(experts, -1, given[0].shape[-1])
+        chosen, tokens = torch.where(hidden.any(-1))
         # The mixture adds the outputs for all experts, so that of the stand-in counts several times.
-        return tokens, hidden[tokens], hidden.new_full((len(tokens), 1), 1 / experts)
-    hidden, index, weights = given
-    tokens, rank = torch.where(index == number)
-    return tokens, hidden[tokens], weights[tokens, rank, None].to(hidden.dtype)
+        factors = hidden.new_full((len(tokens), 1), 1 / experts)
+    else:
+        hidden, index, weights = given
+        chosen, order = index.flatten().sort(stable=True)
+        tokens, factors = order // index.shape[1], weights.flatten()[order, None].to(hidden.dtype)
+    edges = torch.searchsorted(chosen, torch.arange(experts + 1, dtype=chosen.dtype, device=chosen.device)).tolist()
+    own, sizes = slice(edges[0], edges[-1]), [end - first for first, end in pairwise(edges)]
+    for number, (rows, factor) in enumerate(zip(tokens[own].split(sizes), factors[own].split(sizes), strict=True)):
+        yield rows, (hidden[number] if len(given) == 1 else hidden)[rows], factor
 
 
 def is_linear(module: nn.Module) -> bool:

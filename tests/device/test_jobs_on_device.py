@@ -228,3 +228,13 @@ def test_tune(method: str, tiny: Tiny, text: Path, small: Make, tmp_path: Path) 
                 device="cuda", **changes,
             )
         )  # fmt: skip
+
+
+@pytest.mark.skipif(REAL, reason="a GPU counts nothing")
+def test_the_tokens_of_all_experts_take_one_wait(tiny: Tiny, small: Make) -> None:
+    waits = []
+    for experts in (4, 8):
+        model = tiny("mixtral", num_local_experts=experts, **TWO)
+        state = pruned(small(model, f"out-{experts}", effort="low", recipe="sobp"))
+        waits.append(state.syncs["model/block.py:_routed"])
+    assert 0 < waits[1] <= waits[0]  # experts that see too few tokens take no pass of their own
