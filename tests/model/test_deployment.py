@@ -122,7 +122,7 @@ def test_what_each_runtime_cannot_do(pruned: Callable[..., Path], tiny: Make) ->
         assert reason in found["vLLM"].note, name
         assert found["transformers"].commands
     without = by_runtime(pruned("llama", keep=lambda site: int(site.name != "blocks.1.attention") and site.units))
-    assert "refuses blocks without attention" in without["vLLM"].note
+    assert "a block lacks its attention" in without["vLLM"].note
     assert "the attention of block 1 is gone as a whole" in without["llama.cpp"].note
     assert not without["llama.cpp"].commands
     mixture = by_runtime(pruned("mixtral"))

@@ -233,7 +233,8 @@ def test_decilm_layout_says_what_its_runtimes_read(
         expected = streamprune.load(config.out, dtype=torch.float32)(IDS).logits
     code, said = elsewhere(LOAD, "remote", config.out, tmp_path / "remote.pt")
     assert code == 0, said
-    assert torch.equal(torch.load(tmp_path / "remote.pt"), expected)
+    # Another number of threads splits sums over 1024 columns elsewhere.
+    torch.testing.assert_close(torch.load(tmp_path / "remote.pt"), expected, rtol=0, atol=1e-5)
     streamprune.load(config.out).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["block_configs"] == json.loads((config.out / "config.json").read_text())["block_configs"]

@@ -19,6 +19,7 @@ import streamprune
 from streamprune import Config, TuneConfig
 from streamprune.commands.tune import lora
 from streamprune.errors import CalibrationError
+from streamprune.jobs.forecast import memory as forecast_memory
 from streamprune.jobs.forecast.memory import Memory
 from streamprune.jobs.forecast.workload import Workload
 from streamprune.jobs.names import job_folder
@@ -98,7 +99,7 @@ def test_the_uniform_layout_cannot_leave_one_alone(recipe: str, tiny: Tiny, conf
 def test_grams_of_experts_in_turn_are_the_same(tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     together, apart = (configured(tiny("mixtral"), out, recipe="default") for out in ("together", "apart"))
     streamprune.prune(together)
-    monkeypatch.setattr(pruning_block, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
+    monkeypatch.setattr(forecast_memory, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
     streamprune.prune(apart)
     assert contents(together.out) == contents(apart.out)
 
@@ -156,7 +157,7 @@ def test_experts_that_do_not_change_count_among_the_grams(
         return sums
 
     monkeypatch.setattr(pruning_block.BlockPruner, "_sum_h", measured)
-    monkeypatch.setattr(pruning_block, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
+    monkeypatch.setattr(forecast_memory, "GRAMS_AT_ONCE", 24 * 24 * 4 * 3)
     streamprune.prune(configured(path, recipe="wanda-sp", ratio=0.1, plan=plan))
     assert most == 3
 

@@ -11,16 +11,20 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import streamprune
+
 from .memory import Allocator, Part
 from .order import Accesses, Actor, Clock, Fault, current, thread
 
 CUDA = torch.device("cuda:0")
+PACKAGE = f"{Path(streamprune.__file__).parent}/"
 aten = torch.ops.aten
 
 
@@ -526,8 +530,9 @@ def _places() -> Iterator[str]:
     """The functions of streamprune on the stack, innermost first, as ``room/file.py:function``."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        _, found, path = frame.f_code.co_filename.rpartition("streamprune/")
-        if found and "tests" not in path and path not in ("maths/flops.py", "model/modeling_streamprune.py"):
-            yield f"{path}:{frame.f_code.co_name}"
+        if (path := frame.f_code.co_filename).startswith(PACKAGE):
+            path = path[len(PACKAGE) :]
+            if path not in ("maths/flops.py", "model/modeling_streamprune.py"):
+                yield f"{path}:{frame.f_code.co_name}"
         frame = frame.f_back
     yield "?"
