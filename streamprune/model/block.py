@@ -670,7 +670,8 @@ def _routed(given: tuple[Tensor, ...], experts: int) -> Iterator[tuple[Tensor, T
         tokens, factors = order // index.shape[1], weights.flatten()[order, None].to(hidden.dtype)
     edges = torch.searchsorted(chosen, torch.arange(experts + 1, dtype=chosen.dtype, device=chosen.device)).tolist()
     own, sizes = slice(edges[0], edges[-1]), [end - first for first, end in pairwise(edges)]
-    for number, (rows, factor) in enumerate(zip(tokens[own].split(sizes), factors[own].split(sizes), strict=True)):
+    parts = zip(torch.split(tokens[own], sizes), torch.split(factors[own], sizes), strict=True)
+    for number, (rows, factor) in enumerate(parts):
         yield rows, (hidden[number] if len(given) == 1 else hidden)[rows], factor
 
 
