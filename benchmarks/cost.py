@@ -1,7 +1,7 @@
 """What a 70B job costs, counted: bytes and operations by resource and stage, and the least time they allow.
 
 Nothing is run: the counts are those of `streamprune plan` (`jobs.forecast`), for a checkpoint of the real shape whose weights are holes.
-A job reads and writes boundaries as often as `forecast.traffic` says, which `tests/jobs/test_traffic.py` compares with jobs that run.
+A job reads and writes boundaries as often as traffic.py says, which `tests/test_traffic.py` compares with jobs that run.
 Solving is counted by the leading terms of docs/methods.md, launches by running one chunk of greedy steps.
 
 A stage takes as long as its slowest resource: products, copies, disk and the host's core work side by side. What the computing thread
@@ -34,12 +34,12 @@ import torch
 from gpu import BLOCKS, DEFAULTS, KV_SHARE
 from make_checkpoint import Shape, make_hollow, make_text
 from torch.utils._python_dispatch import TorchDispatchMode
+from traffic import Passes, passes
 
 from streamprune import Config
 from streamprune.jobs.config import EFFORTS, REFINE_SEQUENCES
 from streamprune.jobs.forecast.memory import Memory
 from streamprune.jobs.forecast.resources import flops_by_stage, forecast
-from streamprune.jobs.forecast.traffic import Passes, passes
 from streamprune.maths import greedy
 from streamprune.pruning.request import Request
 from streamprune.system.host import checksum

@@ -661,7 +661,7 @@ def _routed(given: tuple[Tensor, ...], experts: int) -> Iterator[tuple[Tensor, T
     """
     if len(given) == 1:
         hidden = given[0].view(experts, -1, given[0].shape[-1])
-        chosen, tokens = torch.where(hidden.any(-1))
+        chosen, tokens = (each.contiguous() for each in torch.where(hidden.any(-1)))
         # The mixture adds the outputs for all experts, so that of the stand-in counts several times.
         factors = hidden.new_full((len(tokens), 1), 1 / experts)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from ..stream.generate import generate
 from ..system import files
 from ..system.progress import Progress
 from ..system.ranks import ALONE, Ranks
-from ..system.threads import behind
+from ..system.threads import Behind
 from .aim import accepted
 from .allocate import allocate
 from .block import BlockPruner
@@ -89,10 +89,6 @@ def plan_only(config: Config, *, restart: bool = False, progress: Progress | Non
 def forecast_job(config: Config, *, progress: Progress | None = None) -> Resources:
     """Estimate what the job would take, and whether it fits. Only a model from the hub is written to disk."""
     return Job(config, progress).forecast()
-
-
-Begin = Callable[[Callable[[], str | None]], Callable[[], str | None]]
-"""Starts to write a shard; returns what waits for its digest. See `threads.behind`."""
 
 
 class Run:
@@ -186,24 +182,17 @@ class Run:
             shot.prepare_streams(done)
         store = "auto" if shot.correction else shot.store
 
-        def begin(start: Begin, writing: list[Callable[[], str | None]], index: int, pruned: Block) -> None:
-            def shard() -> str | None:
-                return (
-                    write.write_block(skeleton, index, pruned.weights, shot.pruned, store, stock)
-                    if shot.ranks.first
-                    else None
-                )
-
-            writing.append(start(shard))
+        def begin(shard: Behind[str], index: int, pruned: Block) -> None:
+            if shot.ranks.first:
+                shard.start(partial(write.write_block, skeleton, index, pruned.weights, shot.pruned, store, stock))
 
         for index, block in sweep.blocks(skeleton, range(done, depth)):
-            writing: list[Callable[[], str | None]] = []
             # The shard is hashed and made durable while the streams pass the block.
-            with behind(skeleton.device) as start:
-                pruned, reports = pruner.prune(block, index, partial(begin, start, writing, index))
-                (digest,) = (result() for result in writing)
+            with Behind[str](skeleton.device) as shard:
+                pruned, reports = pruner.prune(block, index, partial(begin, shard, index))
+                digest = shard.result()
             shot.record(f"prune/{index}", sites=reports, sha256=digest)
-            del block, pruned, writing
+            del block, pruned, shard
             if shot.streams is not None:
                 shot.streams.drop(index)
             for report in reports:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -50,28 +50,31 @@ def read_ahead(
         yield from prefetch(keys, load)
 
 
-@contextmanager
-def behind(device: torch.device) -> Iterator[Callable[[Callable[[], Value]], Callable[[], Value]]]:
-    """Yield a function that starts a task and returns a function, to be called once, that waits for its result or raises its error.
+class Behind(Generic[Value]):
+    """One task beside the computation, as a context, which ends when the task has.
 
-    For a GPU, a thread works on the task meanwhile. On the CPU it would take a core away from the computation, so the task is done
-    when its result is asked for.
+    For a GPU, a thread works on it. On the CPU it would take a core away from the computation, so `result` does it.
     """
-    if device.type == "cpu":
-        yield lambda task: task
-        return
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="behind") as worker:
 
-        def start(task: Callable[[], Value]) -> Callable[[], Value]:
-            future = worker.submit(task)
+    def __init__(self, device: torch.device) -> None:
+        on_cpu = device.type == "cpu"
+        self._worker = None if on_cpu else ThreadPoolExecutor(max_workers=1, thread_name_prefix="behind")
+        self._result: Callable[[], Value | None] = lambda: None
 
-            def result() -> Value:
-                with waiting("write"):
-                    return future.result()
+    def __enter__(self) -> Behind[Value]:
+        return self
 
-            return result
+    def __exit__(self, *error: object) -> None:
+        if self._worker is not None:
+            self._worker.shutdown()
 
-        yield start
+    def start(self, task: Callable[[], Value]) -> None:
+        self._result = task if self._worker is None else self._worker.submit(task).result
+
+    def result(self) -> Value | None:
+        """Return the task's result or raise its error; None if no task was started."""
+        with nullcontext() if self._worker is None else waiting("write"):
+            return self._result()
 
 
 MAX_PENDING = 2

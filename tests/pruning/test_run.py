@@ -29,6 +29,7 @@ from streamprune.pruning.block import site_generator
 from streamprune.pruning.job import Job
 from streamprune.pruning.request import idle
 from streamprune.recipes.plan import Plan
+from streamprune.system.threads import Behind, Value
 
 
 @pytest.mark.check("SoBP = plain float64 implementation")
@@ -562,17 +563,14 @@ def test_a_shard_is_begun_with_final_weights(
 ) -> None:
     """As on a GPU, where it is written while the streams pass the block."""
 
-    @contextmanager
-    def at_once(device: torch.device) -> Iterator[Callable[[Callable[[], Any]], Callable[[], Any]]]:
-        def start(task: Callable[[], Any]) -> Callable[[], Any]:
+    class AtOnce(Behind[Value]):
+        def start(self, task: Callable[[], Value]) -> None:
             digest = task()
-            return lambda: digest
-
-        yield start
+            super().start(lambda: digest)
 
     later, now = (configured(tiny("llama"), out, recipe="default", **changes) for out in ("later", "now"))
     streamprune.prune(later)
-    monkeypatch.setattr(run, "behind", at_once)
+    monkeypatch.setattr(run, "Behind", AtOnce)
     streamprune.prune(now)
     assert contents(now.out) == contents(later.out)
 

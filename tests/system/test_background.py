@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from streamprune.system.threads import MAX_PENDING, background, behind
+from streamprune.system.threads import MAX_PENDING, Behind, background
 from streamprune.system.timing import waited, waiting
 
 
@@ -107,8 +107,8 @@ def test_an_error_beside_a_task_waits_for_it_and_leaves_no_thread() -> None:
         done.set()
 
     def fails() -> None:
-        with behind(torch.device("cuda")) as start:
-            start(task)
+        with Behind[None](torch.device("cuda")) as behind:
+            behind.start(task)
             raise ValueError("beside it")
 
     with pytest.raises(ValueError, match="beside it"):
@@ -128,9 +128,12 @@ def test_for_a_gpu_a_task_runs_while_its_result_is_not_asked_for(kind: str) -> N
     def fails() -> str:
         raise OSError("no space")
 
-    with behind(torch.device(kind)) as start:
-        first, second = start(task), start(fails)
+    with Behind[str](torch.device(kind)) as behind:
+        assert behind.result() is None
+        behind.start(task)
         assert begun.wait(5 if kind == "cuda" else 0.05) == (kind == "cuda")
-        assert first().startswith("behind") == (kind == "cuda")
+        assert str(behind.result()).startswith("behind") == (kind == "cuda")
+    with Behind[str](torch.device(kind)) as behind:
+        behind.start(fails)
         with pytest.raises(OSError, match="no space"):
-            second()
+            behind.result()

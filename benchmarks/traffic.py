@@ -2,8 +2,8 @@
 
 One pass reads or writes all samples of one boundary. The counts are those of a job that is not interrupted, in which every site loses
 units and no sublayer goes whole, without a window of blocks (``--blocks``: its first block counts as block 0 does here, blocks before
-it move one stream, those after it none) and without a text for the survey alone. `tests/jobs/test_traffic.py` compares them with jobs
-that run.
+it move one stream, those after it none) and without a text for the survey alone. `tests/test_traffic.py` compares them with jobs
+that run; cost.py uses them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .memory import in_turn
-from .workload import Shapes, Sublayer
+from streamprune.jobs.forecast.memory import in_turn
+from streamprune.jobs.forecast.workload import Shapes, Sublayer
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,21 @@
-"""The forecast of passes over boundaries, against jobs that count them."""
+"""benchmarks/traffic.py: the passes over boundaries, against jobs that count them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from stopping import force_boundaries
 
 import streamprune
 from streamprune import Config
-from streamprune.jobs.forecast.traffic import Passes, passes
 from streamprune.jobs.forecast.workload import Shapes
 from streamprune.jobs.journal import Journal
 from streamprune.model.site import Site
@@ -30,13 +31,27 @@ from streamprune.stream.store import ActivationStore
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
+Counted = Callable[[Config], dict[str, list[Any]]]
 ONE = 12 * 24 * 32 * 4
 """Bytes of one boundary of a `configured` job on a tiny model in float32."""
 
 
-def counted(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Passes]]:
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import traffic
+
+    return traffic
+
+
+@pytest.fixture
+def counted(traffic: Any, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return partial(count, traffic.Passes, monkeypatch)
+
+
+def count(passes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, config: Config) -> dict[str, list[Any]]:
     """Run a job; return what it read and wrote up to each line of its journal, by the forecast's steps."""
-    now, found = Counter[str](), dict[str, list[Passes]]()
+    now, found = Counter[str](), dict[str, list[Any]]()
     real_read, real_writing, real_append = ActivationStore._read, ActivationStore.writing, Journal.append
 
     def read(self: ActivationStore, name: str, batch: slice) -> torch.Tensor:
@@ -58,7 +73,7 @@ def counted(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[P
     def append(self: Journal, step: str, **data: Any) -> Any:
         name = step.split("/")[1] if "/" in step else step
         if now:
-            made = Passes(*(now[each] / config.samples for each in ("read", "written", "passing")))
+            made = passes(*(now[each] / config.samples for each in ("read", "written", "passing")))
             found.setdefault(name, []).append(made)
             now.clear()
         return real_append(self, step, **data)
@@ -96,12 +111,12 @@ def every_site_loses_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_forecast_counts_the_passes_of_each_block(
-    name: str, recipe: str, changes: Any, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+    name: str, recipe: str, changes: Any, tiny: Tiny, configured: Make, traffic: Any, counted: Counted
 ) -> None:
     config = configured(tiny(name), recipe=recipe, **changes)
     request = Request(config, None)
-    expected = passes(Shapes(request.skeleton, request.workload))
-    found = counted(config, monkeypatch)
+    expected = traffic.passes(Shapes(request.skeleton, request.workload))
+    found = counted(config)
     assert found.keys() == expected.keys()
     found["backward"] = found.get("backward", [])[::-1]
     for step, blocks in expected.items():
@@ -112,22 +127,22 @@ def test_the_forecast_counts_the_passes_of_each_block(
 
 
 def test_boundaries_that_are_not_kept_are_computed_again(
-    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, configured: Make, traffic: Any, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_boundaries(monkeypatch, 2)
     config = configured(tiny("llama"), recipe="default")
     request = Request(config, None)
-    expected = passes(Shapes(request.skeleton, request.workload), 2)["backward"]
-    assert sum(counted(config, monkeypatch)["backward"], Passes()) == sum(expected, Passes())
+    expected = traffic.passes(Shapes(request.skeleton, request.workload), 2)["backward"]
+    assert sum(counted(config)["backward"], traffic.Passes()) == sum(expected, traffic.Passes())
 
 
 def test_with_room_for_six_boundaries_only_the_survey_reads_from_disk(
-    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, configured: Make, counted: Counted
 ) -> None:
     config = configured(tiny("llama"), recipe="default", memory_host=6 * ONE)
-    found = counted(config, monkeypatch)
-    assert sum(found["prune"], Passes()).read == sum(found["forward"], Passes()).read == 0
+    found = counted(config)
+    assert not any(each.read for each in [*found["prune"], *found["forward"]])
     # The gradient and the youngest inputs are held.
     assert all(each.read <= 1 for each in found["backward"])
-    fewer = counted(configured(tiny("llama"), "fewer", recipe="default", memory_host=4 * ONE), monkeypatch)
-    assert sum(fewer["prune"], Passes()).read > 0
+    fewer = counted(configured(tiny("llama"), "fewer", recipe="default", memory_host=4 * ONE))
+    assert any(each.read for each in fewer["prune"])
