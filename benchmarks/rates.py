@@ -62,7 +62,7 @@ def attention(device: torch.device) -> dict[str, float]:
 
     operations = 7 * heads * length**2 * width  # two products forward and five backward, half of each masked
     found = {"attention_operations": operations / fastest(work, device)}
-    with deterministic(device):
+    with deterministic(device, strict=True):
         return found | {"deterministic_attention_operations": operations / fastest(work, device)}
 
 

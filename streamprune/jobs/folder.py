@@ -115,7 +115,7 @@ class JobFolder:
 
     @property
     def resources(self) -> Entry:
-        """The sizes in force: those of the journal's first line, of which some are smaller since (see `smaller_batches`)."""
+        """The sizes in force: those of the journal's first line, some of which have been halved since (see `smaller_batches`)."""
         assert self.journal.header is not None
         found = dict(self.journal.header["resources"])
         for line in self.journal.steps(SMALLER):
@@ -124,7 +124,7 @@ class JobFolder:
 
     @contextmanager
     def smaller_batches(self) -> Iterator[None]:
-        """Halve the micro-batches if a GPU runs out of memory inside the context, whose content is then to be done again.
+        """Halve the micro-batches if a GPU runs out of memory inside the context, whose body the caller then repeats.
 
         It must continue where the journal ends. Sequences per micro-batch are halved once per phase of the schedule, before its
         first journal line, and the journal records it: sizes fix the order of sums, so that a resumed job computes every block
@@ -138,6 +138,10 @@ class JobFolder:
             before, phase = self.resources, self._unbegun
             smaller = self._smaller(phase)
             if not smaller:
+                self.progress.say(
+                    "sequences per micro-batch cannot be halved here: free memory on the GPU and run the same command again, or start "
+                    "over with --restart and a smaller --memory"
+                )
                 raise
             sizes = ", ".join(f"{before[name]} to {size}" for name, size in smaller.items())
             self.progress.say(
@@ -268,7 +272,7 @@ class JobFolder:
                 with (
                     self._log.opened(self.folder, resumed=self.resumed) if first else nullcontext(),
                     machine.limit_memory(self.device, self._config.memory),
-                    machine.deterministic(self.device),
+                    machine.deterministic(self.device, strict=not any(each.stateful for each in self.sources)),
                     metered(self.journal, self.started, self.peaks, self.ranks),
                 ):
                     yield

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from .order import any_kernel
 from .refit import accumulator, advice, all_finite
 
 
@@ -19,7 +20,9 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         (rows,) int64: the first token at which the distribution function exceeds `uniform`.
     """
-    distribution = logits.to(accumulator(logits.dtype)).softmax(-1).cumsum(-1, dtype=torch.float64)
+    probabilities = logits.to(accumulator(logits.dtype)).softmax(-1)
+    with any_kernel():  # a row is summed in a fixed order
+        distribution = probabilities.cumsum(-1, dtype=torch.float64)
     ends = distribution[:, -1:]  # close to 1, but not exactly
     if not all_finite(ends):
         raise NumericalError(f"the head gives NaN or Inf{advice(logits.dtype)}")

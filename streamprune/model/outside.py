@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CheckpointError, NumericalError, one_line
 from ..maths.flops import counted
+from ..maths.order import any_kernel
 from ..maths.refit import advice, all_finite
 from . import dry_run, side_inputs, upstream
 from .architectures import Architecture, family_of
@@ -327,7 +328,7 @@ class Outside:
 
     def _embedded(self, ids: Tensor, past: int = 0) -> Tensor:
         cache = {upstream.cache_argument(type(self._base).forward): upstream.Past(past)} if past else {}
-        with torch.no_grad():
+        with torch.no_grad(), any_kernel():  # positions count the ones of a mask
             self._base(input_ids=ids, use_cache=False, **cache)
         hidden = self._slots[0].hidden
         for slot in self._slots:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, NumericalError
 from ..maths.kfac import pattern_costs, pattern_mask
+from ..maths.order import any_kernel
 from ..maths.refit import all_finite
 from ..model.site import Site
 from .allocation import Budget
@@ -220,8 +221,9 @@ def _cheapest(costs: Tensor, count: int) -> Tensor:
     if not count:
         return torch.zeros_like(costs, dtype=torch.bool)
     flat = costs.flatten()
-    # Selection takes a ninth of the time of a sort.
-    threshold = flat.kthvalue(count).values
+    # Selection takes a ninth of the time of a sort. Only which of equal values it finds depends on the kernel.
+    with any_kernel():
+        threshold = flat.kthvalue(count).values
     chosen = flat < threshold
     equal = (flat == threshold).nonzero()[:, 0]
     chosen[equal[: count - int(chosen.sum())]] = True

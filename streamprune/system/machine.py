@@ -17,6 +17,8 @@ from ..errors import ConfigError, ResourceError
 from .ranks import ALONE, Ranks
 from .units import ACTIVATIONS, check_device, check_dtype, format_bytes
 
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+"""What cuBLAS reads before its first product, and the values with which its sums have a fixed order when streams share a GPU."""
 _WARM = 48 << 20
 """Bytes of library pages that this process has not touched yet but will."""
 
@@ -43,32 +45,45 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
             raise ConfigError(f"device is {name!r}; torch sees {count} CUDA devices")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-        # cuBLAS reads it once: with another workspace, its sums have no fixed order when streams share the GPU.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device
 
 
 @contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device, strict: bool) -> Iterator[None]:
     """Have torch choose kernels of a GPU whose sums have a fixed order, so that a resumed job computes the same bytes.
 
-    An operation without such a kernel runs as usual: cumulative sums, which some linear attention takes.
+    Args:
+        strict: raise an error where there is no such kernel. Otherwise these operations run as usual, and so does the backward pass
+            of fused attention, whose ordered kernels torch takes only if it may raise.
+
+    Raises:
+        ConfigError: the environment's ``CUBLAS_WORKSPACE_CONFIG`` leaves the order open.
     """
     if device.type != "cuda":
         yield
         return
+    workspace = os.environ.get(WORKSPACE)
+    if workspace not in (None, *WORKSPACES):
+        raise ConfigError(
+            f"{WORKSPACE} is {workspace!r}; a job on a GPU takes {' or '.join(WORKSPACES)}, or no setting"
+        )
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deterministic")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        warnings.filterwarnings(
+            "ignore", ".*not have a deterministic implementation|.*defaults to a non-deterministic", UserWarning
+        )
+        os.environ[WORKSPACE] = workspace or WORKSPACES[0]
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
         memory.fill_uninitialized_memory = False  # which would write every new tensor
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             memory.fill_uninitialized_memory = filled
+            if workspace is None:
+                del os.environ[WORKSPACE]
 
 
 def resolve_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import contents
-from pretended import CUDA, device
+from pretended import CUDA, Fault, device
 from stopping import Stop, stopping_after
 
 import streamprune
-from streamprune.errors import ResourceError
+from streamprune.errors import ConfigError, ResourceError
 from streamprune.jobs.folder import SMALLER
 from streamprune.jobs.forecast.memory import GRAM_PLACES, RESERVE, Memory
 from streamprune.jobs.forecast.resources import Resources, forecast
 from streamprune.jobs.forecast.workload import Workload, pinned_bytes
 from streamprune.jobs.names import job_folder
+from streamprune.maths.order import any_kernel
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.pruning.block import BlockPruner
 from streamprune.pruning.job import Job
@@ -68,20 +69,51 @@ def test_the_limit_is_lifted_and_the_cache_emptied() -> None:
         assert state.memory.fraction == 0.25
 
 
+@pytest.mark.parametrize(("name", "strict"), [("llama", True), ("qwen3_5", False)])
 def test_sums_of_a_job_have_a_fixed_order(
-    tiny: Tiny, text: Path, configured: Make, monkeypatch: pytest.MonkeyPatch
+    name: str, strict: bool, tiny: Tiny, text: Path, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chosen() -> tuple[bool, bool]:
-        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    """Where nothing is without an ordered kernel, torch may raise, or attention's backward pass would have none."""
 
+    def chosen() -> tuple[Any, ...]:
+        on, lenient = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        return on, lenient, torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(machine.WORKSPACE)
+
+    monkeypatch.setenv(machine.WORKSPACE, "")
+    monkeypatch.delenv(machine.WORKSPACE)
     usual, found, prune = chosen(), set(), BlockPruner.prune
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(BlockPruner, "prune", lambda *given: (found.add(chosen()), prune(*given))[1])
     with device(total=256 * MIB):
-        streamprune.prune(configured(tiny("llama"), device="cuda", effort="low", samples=4))
-    assert found == {(True, False)}
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert chosen() == usual == (False, True)
+        streamprune.prune(configured(tiny(name), device="cuda", effort="low", samples=2, seq_len=16))
+    assert found == {(True, not strict, False, ":4096:8")}
+    assert chosen() == usual == (False, False, True, None)
+
+
+def test_a_workspace_with_which_sums_vary_is_refused(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(machine.WORKSPACE, ":4096:2:16:8")
+    with (
+        device(),
+        pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG is ':4096:2:16:8'; a job on a GPU takes :4096:8"),
+    ):
+        streamprune.prune(configured(tiny("llama"), device="cuda"))
+
+
+def test_what_has_no_ordered_kernel_is_refused_unless_it_is_exact() -> None:
+    with device(), machine.deterministic(CUDA, strict=True):
+        x = torch.ones(2, 3, device=CUDA)
+        with pytest.raises(Fault, match="cumsum"):
+            x.cumsum(-1)
+        with any_kernel():
+            x.cumsum(-1)
+        with pytest.raises(Fault, match="cumsum"):
+            x.cumsum(-1)
+    with device(), machine.deterministic(CUDA, strict=False):
+        torch.ones(2, 3, device=CUDA).cumsum(-1)
 
 
 def test_the_second_job_of_a_process_has_as_much_memory(tiny: Tiny, text: Path, configured: Make) -> None:
@@ -296,6 +328,7 @@ def test_every_rank_holds_what_the_poorest_can(tiny: Tiny, configured: Make, mon
         alone = Job(replace(config, memory_host=0), None).forecast()
         steps = max(each["host"] for each in alone.demands.values())
         base = 1 << 40  # the other rank's, which takes more by itself
+        without = set()
         for free in (steps, steps + 1000):
             poor.update(base=base, host_limit=base + free)
             gathered.clear()
@@ -305,5 +338,7 @@ def test_every_rank_holds_what_the_poorest_can(tiny: Tiny, configured: Make, mon
             assert len(gathered) == 1
             assert not found.problems
             assert found.held_bytes == free - steps
+            without.add(found.host_bytes - found.held_bytes)
             sizes = [(each.batch, each.backward_batch, each.boundary_every, each.disk_bytes) for each in (found, alone)]
             assert sizes[0] == sizes[1]
+        assert len(without) == 1

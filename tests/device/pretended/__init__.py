@@ -37,6 +37,12 @@ ALLOWED = (
 """Places that may wait for the device inside a loop over micro-batches."""
 
 
+with torch.device("cpu"):
+    torch.empty(
+        0
+    )  # from now on torch remembers which functions take a default device: its own, not those of `_patches`
+
+
 @contextlib.contextmanager
 def device(total: int = 8 << 30, allowed: Iterable[str] = ALLOWED) -> Iterator[State]:
     """Make torch see one CUDA device with `total` bytes. Raises a Fault at the end that nothing raised before.

@@ -269,6 +269,8 @@ class State:
                 return self._on_host(func, args, kwargs, host)
             self.operations += 1
             how = _traits(func)
+            if how.unordered and any(each.is_floating_point() for each in ours) and _strict():
+                raise Fault(f"{func} has no kernel with a fixed order")
             if host or how.indexed:
                 self._check_places(func, args, host, bool(ours))
             if how.waits or (how.indexed and any(each.dtype == torch.bool for each in ours)):
@@ -449,9 +451,24 @@ WAITING = {
     aten.repeat_interleave.Tensor,
 }
 """What returns to the host, or has a shape that depends on the numbers."""
+UNORDERED = {
+    aten.cumsum.default,
+    aten.cumsum_.default,
+    aten.cumsum.out,
+    aten.histc.default,
+    aten.kthvalue.default,
+    aten.median.dim,
+    aten.put_.default,
+}
+"""What CUDA has no kernel for whose sums, or whose choice among equals, have a fixed order."""
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor}
 PINNING = {aten.is_pinned.default, aten._pin_memory.default}
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mv.default, aten.dot.default}
+
+
+def _strict() -> bool:
+    """Whether CUDA raises an error for what is `UNORDERED`."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def is_ours(device: Any) -> bool:
@@ -514,6 +531,7 @@ class _Traits(NamedTuple):
     """Arguments of which it returns a view."""
     waits: bool
     indexed: bool
+    unordered: bool
 
 
 @cache
@@ -523,7 +541,7 @@ def _traits(func: Any) -> _Traits:
         tuple((place, each.name) for place, each in aliased if each.alias_info.is_write == wanted)
         for wanted in (True, False)
     )
-    return _Traits(writes, views, func in WAITING, func in INDEXED)
+    return _Traits(writes, views, func in WAITING, func in INDEXED, func in UNORDERED)
 
 
 def _places() -> Iterator[str]:

@@ -1,0 +1,22 @@
+"""The order of sums on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def any_kernel() -> Iterator[None]:
+    """Let torch take any kernel, for operations whose result does not depend on it.
+
+    Jobs have it raise an error where a kernel's order of sums may vary (see `machine.deterministic`); it judges by the operation.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
