@@ -52,8 +52,8 @@ from . import options, show
 def report(out: Path, against: Path | None, text: str | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Write one HTML page about OUT, a result of `run` or `tune`.
 
-    OUT must be finished. The page shows budget and errors over depth, importance curves, time and memory, settings and
-    digests. It has no scripts and fetches nothing. Samples need the whole model in memory, one model at a time.
+    OUT must be finished. The page shows how to run OUT and what it weighs, budget and errors over depth, importance curves,
+    time and memory, settings and digests. It has no scripts and fetches nothing. Samples need the whole model in memory, one model at a time.
 
     Examples:
 

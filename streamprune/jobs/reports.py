@@ -82,9 +82,13 @@ def _is_ours(report: Any) -> bool:
 
 
 def _texts(given: Mapping[str, Any]) -> str:
-    """Describe texts by what the report has of them: digests of their contents, not their names."""
+    """Describe texts by what the report has of them: digests of their contents, and the names of datasets, not of files."""
     texts = [
-        f"text with SHA-256 {each['sha256'][:16]}"
+        (
+            f"dataset {each['dataset']}, {each['rows']:,} rows, digest of a sample of them {each['sha256'][:16]}"
+            if "dataset" in each
+            else f"text with SHA-256 {each['sha256'][:16]}"
+        )
         + (f" (field {each['field']})" if each.get("field") else "")
         + (f", share {each['share']:.0%}" if each.get("share", 1) != 1 else "")
         for each in given.values()
@@ -105,7 +109,7 @@ def _measurements(report: Mapping[str, Any]) -> list[str]:
         )
     if "reached" in aim:
         found.append(
-            f"Decoding on {aim['device']} in {aim['dtype']}: {aim['reached']:.2f} times as fast, by its matrix products."
+            f"Decoding on {aim['device']} in {aim['dtype']}: {aim['reached']:.2f} times as fast, by the measured times of its matrix products."
         )
     errors = [(site["error"], site["site"]) for site in report["sites"] if site.get("error")]
     if errors:
@@ -114,7 +118,9 @@ def _measurements(report: Mapping[str, Any]) -> list[str]:
             f"at most {max(errors)[0]:.2%} ({max(errors)[1]})."
         )
     found += [f"The ratio was missed: {report['ratio_missed']}"] if report.get("ratio_missed") else []
-    found.append("Perplexity and tasks of the result: `streamprune eval OUT --text FILE`, `--tasks gsm8k,ifeval`.")
+    found.append(
+        "Not measured: tasks, and perplexity on other text. `streamprune eval OUT --text FILE --tasks gsm8k,ifeval` measures them."
+    )
     return found
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 from ..errors import CheckpointError
 from . import modeling_streamprune as modeling
-from .architectures import DERIVED_HEADS, kept_heads
+from .architectures import DERIVED_HEADS
 from .config import OURS
 from .formats import FORMATS, Format
 from .llama_cpp import choose
@@ -38,12 +39,12 @@ SERVED = (
 )
 """Model types whose free layout was run in vLLM and gave transformers' tokens."""
 REFUSED = {
-    "falcon": "transformers' module does not call the attention interface",
-    "gpt2": "it leaves weights uninitialised",
-    "gemma2": "the dense model gives NaN there too, on a CPU",
+    "falcon": "transformers' module does not call the attention interface; prune with --layout uniform",
+    "gpt2": "it leaves weights uninitialised; prune with --layout uniform",
+    "gemma2": "the dense model gives NaN there too, on a CPU; not tried on a GPU",
     "llama4_text": "it takes the router for a plain linear",
 }
-"""Model types whose free layout vLLM 0.32.0 does not serve, with the reason."""
+"""Model types whose free layout vLLM 0.32.0 does not serve, with the reason and what to do."""
 LATENTS = (320, 512, 576)
 """Numbers per token that vLLM's latent attention can keep."""
 NAMES: dict[Format, str] = {
@@ -92,7 +93,7 @@ def _transformers(skeleton: Skeleton) -> Way:
     base = skeleton.architecture.model_type
     wrapper = modeling.stock_class(base) is modeling.stock_class(base, modeling.WRAPPER)
     auto = modeling.AUTO[modeling.WRAPPER if wrapper else modeling.TEXT][0].__name__
-    stock, kept = is_stock(skeleton), kept_heads(base)
+    stock = is_stock(skeleton)
     plain, coded = ("", "") if stock else (", trust_remote_code=False", ", trust_remote_code=True")
     return Way(
         "transformers",
@@ -102,20 +103,37 @@ def _transformers(skeleton: Skeleton) -> Way:
         f'model = {auto}.from_pretrained("OUT", dtype="auto"{coded})\n'
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
-        f"A stock checkpoint: everything that loads the source architecture loads it{f'; {kept}' if kept else ''}."
+        f"A stock checkpoint: everything that loads the source architecture{_heads(skeleton)}."
         if stock
-        else "This runs OUT/modeling_streamprune.py. After `import streamprune`, neither option is needed.",
+        else "This runs OUT/modeling_streamprune.py. After `import streamprune`, no `trust_remote_code` is needed.",
     )
+
+
+def _heads(skeleton: Skeleton) -> str:
+    """Say what loads a stock checkpoint, given the runtimes that divide hidden_size by its number of query heads."""
+    base = skeleton.architecture.model_type
+    if base not in DERIVED_HEADS:
+        return " loads it"
+    if _lacks_heads(skeleton):
+        return " and reads head_dim loads it"
+    return f" loads it. All query heads are there, which {' and '.join(DERIVED_HEADS[base])} need for {base}"
+
+
+def _lacks_heads(skeleton: Skeleton) -> bool:
+    """Whether hidden_size divided by the number of query heads is not the width of a head."""
+    return any(site.columns != skeleton.width for site in skeleton.all_sites() if site.kind == "attention")
 
 
 def _vllm(skeleton: Skeleton) -> Way:
     base = skeleton.architecture.model_type
     if is_stock(skeleton):
-        ignored = "vLLM" in DERIVED_HEADS.get(base, ()) and any(
-            site.heads * site.head_width != skeleton.width for site in skeleton.all_sites() if site.kind == "attention"
-        )
-        note = f"vLLM's own {base} ignores head_dim, so transformers' must run." if ignored else ""
-        return Way("vLLM", "sh", "vllm serve OUT" + " --model-impl transformers" * ignored, note)
+        ignored = "vLLM" in DERIVED_HEADS.get(base, ()) and _lacks_heads(skeleton)
+        notes = [f"vLLM's own {base} ignores head_dim, so transformers' must run."] if ignored else []
+        if base == "gemma2":
+            notes.append(f"With vLLM 0.32, {REFUSED[base]}.")
+        elif base != "llama":
+            notes.append(f"Not tried with model type {base}.")
+        return Way("vLLM", "sh", "vllm serve OUT" + " --model-impl transformers" * ignored, " ".join(notes))
     if BLOCK_CONFIGS in skeleton.checkpoint.config:
         note = "The option is for the config's class; the model is vLLM's own DeciLM."
         return Way("vLLM", "sh", "vllm serve OUT --trust-remote-code", note)
@@ -125,13 +143,25 @@ def _vllm(skeleton: Skeleton) -> Way:
     eager = ""
     if routed(skeleton.all_sites()):
         eager = " --enforce-eager"
-        notes.append("Experts run one after the other at their own widths, which CUDA graphs do not allow.")
+        notes.append(
+            "Experts run one after the other, each on its own number of tokens, which CUDA graphs do not allow."
+        )
     if base not in SERVED:
         notes.append(f"Not tried with model type {base}.")
-    heads = {number for site in skeleton.all_sites() if site.kind == "attention" for number in (site.heads, site.units)}
-    if len(heads) > 1:
+    if (common := _divisor(skeleton)) > 1:
+        notes.append(f"Tensor parallelism: over N GPUs where N divides {common}.")
+    else:
         notes.append("Tensor parallelism over N GPUs needs a result of `run --tensor-parallel N`.")
     return Way("vLLM", "sh", f"vllm serve OUT --trust-remote-code{eager}", " ".join(notes))
+
+
+def _divisor(skeleton: Skeleton) -> int:
+    """Return the most devices that divide the query heads, key/value heads and FFN widths of all blocks, experts too.
+
+    The only key/value head of multi-query attention is copied to all devices.
+    """
+    copied = [site.heads if site.units == 1 and site.heads else site.units for site in skeleton.all_sites()]
+    return gcd(*copied)
 
 
 def _unserved(skeleton: Skeleton) -> Iterator[str]:
@@ -142,7 +172,7 @@ def _unserved(skeleton: Skeleton) -> Iterator[str]:
     elif getattr(config, "is_heterogeneous", False):
         yield f"it cannot be told the widths of the blocks of a {base} model"
     if base in REFUSED:
-        yield f"{REFUSED[base]}; prune with --layout uniform where the model type has it"
+        yield REFUSED[base]
     if any(entry.gone and entry.kind == "attention" for entries in skeleton.entries for entry in entries):
         yield "a block lacks its attention; prune with --set sublayers=off"
     if any(entry.kind == "linear" for entries in skeleton.entries for entry in entries) or skeleton.stateful:
@@ -156,7 +186,7 @@ def _llama_cpp(skeleton: Skeleton) -> Way:
         runtime = choose(skeleton)
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{skeleton.checkpoint.directory}: ")
-        return Way("llama.cpp", "sh", "", f"llama.cpp does not run it: {reason}.")
+        return Way("llama.cpp", "sh", "", f"`streamprune export` writes no GGUF file of it: {reason}.")
     return Way(
         "llama.cpp",
         "sh",

@@ -277,7 +277,7 @@ def test_scores_before_and_after(pruned: Path, tiny: Tiny, tmp_path: Path) -> No
     read = Read(streamprune.report(pruned, scores=after_file, scores_against=before_file, html=tmp_path / "page.html"))
     apart = 1.96 * (dense.var(ddof=1) / 50 + after.var(ddof=1) / 50) ** 0.5
     assert ["sums", "acc", "50", *expected[:2], f"{d.mean():+.4g} ± {apart:.2g}*"] in read.rows
-    assert "as if independent" in read.words
+    assert "the interval treats the two models as independent" in read.words
     read = Read(streamprune.report(pruned, scores=after_file, html=tmp_path / "page.html"))
     assert ["sums", "acc", "50", expected[1]] in read.rows
     assert "difference" not in read.words
@@ -308,7 +308,7 @@ def test_scores_of_one_model_only_are_shown(pruned: Path, tiny: Tiny, tmp_path: 
         ["after", "acc", "2", "—", value, "—"],
         ["before", "acc", "2", value, "—", "—"],
     ]
-    assert "as if independent" not in read.words
+    assert "as independent" not in read.words
     read = Read(streamprune.report(pruned, scores=after, scores_against=after, html=html))
     assert ["all", "acc", "—", value, value, "+0 ± 0.28*"] in read.rows
 
@@ -317,9 +317,14 @@ def test_scores_that_do_not_fit_are_refused(pruned: Path, copied: Path, tiny: Ti
     after, before = (tmp_path / f"{name}.json" for name in ("after", "before"))
     scores(pruned, after, {"sums": [1.0, 0.0]})
     (tmp_path / "text.json").write_text('{"perplexity": 3.0}')
+    tasks = json.loads(after.read_text())["tasks"]
+    del tasks["fewshot"]
+    (tmp_path / "older.json").write_text(json.dumps({"tasks": tasks}))
+    older = "which this version's streamprune eval --tasks ... --json did not print; run it again"
     for given, message in (
         ({"scores": tmp_path / "no.json"}, "which is not a file; streamprune eval --tasks"),
-        ({"scores": tmp_path / "text.json"}, "which streamprune eval --tasks ... --json did not print"),
+        ({"scores": tmp_path / "text.json"}, older),
+        ({"scores": tmp_path / "older.json"}, older),
         ({"scores_against": after}, "it needs the scores of"),
         ({"scores": scores(tiny("llama"), before, {"sums": [1.0, 0.0]})}, "of another checkpoint than"),
         (
@@ -613,6 +618,7 @@ def test_the_command(copied: Path, tiny: Tiny, tmp_path: Path) -> None:
         done = CliRunner().invoke(main, ["report", str(copied), option, str(page), "--json"])
         assert json.loads(done.stdout) == {"html": str(page)}
         assert "<html" in page.read_text()
+    assert "shows how to run OUT and what it weighs" in CliRunner().invoke(main, ["report", "--help"]).stdout
     refused = CliRunner().invoke(main, ["report", str(tiny("llama"))])
     assert refused.exit_code == 2
     assert "not a result of streamprune run or tune" in refused.stderr

@@ -78,6 +78,7 @@ def test_the_commands_for_transformers_run(layout: str, pruned: Callable[..., Pa
     out = pruned("llama", layout)
     (code,) = commands((out / "README.md").read_text(), "python")
     assert ("trust_remote_code=True" in code) == (layout != "uniform")
+    assert ("no `trust_remote_code` is needed." in (out / "README.md").read_text()) == (layout != "uniform")
     away = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     guarded = f"import sys\nsys.modules['streamprune'] = None\n{code.replace('OUT', str(out))}"
     command = [sys.executable, "-c", guarded.replace("Once upon a time", "abc")]
@@ -110,9 +111,9 @@ def test_vllm_and_llama_cpp_by_layout(pruned: Callable[..., Path]) -> None:
 
 def test_what_each_runtime_cannot_do(pruned: Callable[..., Path], tiny: Make) -> None:
     for name, reason in (
-        ("falcon", "does not call the attention interface"),
-        ("gpt2", "leaves weights uninitialised"),
-        ("gemma2", "the dense model gives NaN"),
+        ("falcon", "does not call the attention interface; prune with --layout uniform."),
+        ("gpt2", "leaves weights uninitialised; prune with --layout uniform."),
+        ("gemma2", "does not serve it: the dense model gives NaN there too, on a CPU; not tried on a GPU."),
         ("gemma4", "cannot be told the widths of the blocks of a gemma4_text model"),
         ("qwen3_5", "do not dispatch through the attention interface"),
         ("deepseek_v3", "it takes 320, 512, 576"),
@@ -127,17 +128,59 @@ def test_what_each_runtime_cannot_do(pruned: Callable[..., Path], tiny: Make) ->
     assert not without["llama.cpp"].commands
     mixture = by_runtime(pruned("mixtral"))
     assert mixture["vLLM"].commands == "vllm serve OUT --trust-remote-code --enforce-eager"
-    assert "the blocks differ in width" in mixture["llama.cpp"].note
+    assert "each on its own number of tokens, which CUDA graphs" in mixture["vLLM"].note
+    assert mixture["llama.cpp"].note.startswith(
+        "`streamprune export` writes no GGUF file of it: the blocks differ in width"
+    )
     assert "OUT" not in mixture["llama.cpp"].note
-    dense = by_runtime(tiny("gpt2"))
-    assert dense["vLLM"].commands == "vllm serve OUT"
+
+
+def test_a_stock_type_that_was_not_tried_is_said_to_be_so(tiny: Make) -> None:
+    for name, note in (
+        ("llama", ""),
+        ("gpt2", "Not tried with model type gpt2."),
+        ("gemma2", "With vLLM 0.32, the dense model gives NaN there too, on a CPU; not tried on a GPU."),
+    ):
+        found = by_runtime(tiny(name))["vLLM"]
+        assert (found.commands, found.note) == ("vllm serve OUT", note)
+
+
+@pytest.mark.parametrize(
+    ("name", "keeps", "common"),
+    [
+        # 4 query heads and 2 key/value heads per block, 48 channels; all of what is not given stays.
+        ("llama", {"blocks.0.ffn": 24}, 2),
+        ("llama", {"blocks.0.attention": 1}, 2),
+        ("llama", {"blocks.0.ffn": 23}, 1),
+        ("qwen3", {"blocks.0.ffn": 24}, 2),
+        ("gpt_neox", {"blocks.0.attention": 3}, 1),
+        ("mixtral", {"blocks.0.ffn.1": 9}, 1),
+        ("mixtral", {"blocks.0.ffn.1": 8}, 2),
+    ],
+)
+def test_devices_for_tensor_parallelism(
+    name: str, keeps: dict[str, int], common: int, pruned: Callable[..., Path]
+) -> None:
+    """The only key/value head is copied to all devices; other heads and all channels are split."""
+    note = by_runtime(pruned(name, keep=lambda site: keeps.get(site.name, site.units)))["vLLM"].note
+    if common > 1:
+        assert f"Tensor parallelism: over N GPUs where N divides {common}." in note
+    else:
+        assert "Tensor parallelism over N GPUs needs a result of `run --tensor-parallel N`." in note
 
 
 def test_heads_that_vllm_would_compute_itself(tmp_path: Path) -> None:
     """A uniform qwen2 with fewer heads, as an older version wrote it."""
     path = make_tiny(tmp_path / "model", "qwen2", num_attention_heads=2, num_key_value_heads=2, head_dim=8)
-    assert by_runtime(path)["vLLM"].commands == "vllm serve OUT --model-impl transformers"
-    assert by_runtime(make_tiny(tmp_path / "usual", "qwen2"))["vLLM"].commands == "vllm serve OUT"
+    fewer, usual = by_runtime(path), by_runtime(make_tiny(tmp_path / "usual", "qwen2"))
+    assert fewer["vLLM"].commands == "vllm serve OUT --model-impl transformers"
+    assert usual["vLLM"].commands == "vllm serve OUT"
+    assert fewer["transformers"].note.endswith("loads the source architecture and reads head_dim loads it.")
+    assert usual["transformers"].note.endswith(
+        "loads it. All query heads are there, which vLLM and mlx-lm need for qwen2."
+    )
+    other = by_runtime(make_tiny(tmp_path / "other", "llama"))["transformers"].note
+    assert other == "A stock checkpoint: everything that loads the source architecture loads it."
 
 
 def test_facts_are_those_of_the_docs() -> None:
@@ -147,8 +190,10 @@ def test_facts_are_those_of_the_docs() -> None:
     rows = "\n".join(row for row in served.splitlines() if row.startswith("|") and "96 of 96" in row)
     for name in SERVED:
         assert re.search(rf"(?<![\w-]){name.removesuffix('_text')}(?![\w-])", rows), name
-    for name in REFUSED:
-        assert re.search(rf"^\| {name.removesuffix('_text')} \|", refused, re.MULTILINE), name
+    for name, reason in REFUSED.items():
+        row = re.search(rf"^\| {name.removesuffix('_text')} \|.*\|(.*)\|$", refused, re.MULTILINE)
+        assert row, name
+        assert row[1].strip().strip("`") == reason.partition("; prune with ")[2], name
     types = {fields["model_type"] for fields in TINY.values()}
     assert {*SERVED, *REFUSED} <= types
     for command in (
@@ -202,6 +247,10 @@ def test_card_and_page_say_the_same(tiny: Make, configured: Make, tmp_path: Path
     digest = report["job"]["inputs"]["calibration"]["1"]["sha256"]
     assert f"Calibrated on 5 windows of 24 tokens of text with SHA-256 {digest[:16]}." in card
     assert f"Fingerprint of the tokens: {result.tokens}." in card
+    assert (
+        "Not measured: tasks, and perplexity on other text. "
+        "`streamprune eval OUT --text FILE --tasks gsm8k,ifeval` measures them."
+    ) in card
     errors = [site["error"] for site in report["sites"] if site["error"]]
     assert f"{sum(errors) / len(errors):.2%} on average, at most {max(errors):.2%}" in card
     page = streamprune.report(config.out, html=tmp_path / "page.html").read_text()
@@ -218,6 +267,24 @@ def test_card_and_page_say_the_same(tiny: Make, configured: Make, tmp_path: Path
         for name, value in section.rows:
             assert f"| {name} | {value} |" in card
             assert f'<th scope="row">{name}</th><td>{value}</td>' in page
+
+
+def test_a_dataset_and_a_speed(tiny: Make, configured: Make) -> None:
+    """The digest of a dataset is of a sample of its rows. A speed is that of the matrix products alone."""
+    config = configured(tiny("llama"), recipe="sobp", samples=4, seq_len=12)
+    streamprune.prune(config)
+    report = json.loads((config.out / "report.json").read_text())
+    sha256 = "0123456789abcdef" * 4
+    report["job"]["inputs"]["calibration"] = {
+        "1": {"dataset": "org/name#en@train", "rows": 12345, "sha256": sha256, "field": "body", "share": 0.5}
+    }
+    report["aim"] = {"reached": 1.5, "device": "cpu", "dtype": "float32"}
+    said = " ".join(sentence for section in describe(report, config.out) for sentence in section.sentences)
+    digest = (
+        "dataset org/name#en@train, 12,345 rows, digest of a sample of them 0123456789abcdef (field body), share 50%."
+    )
+    assert f"Calibrated on 4 windows of 12 tokens of {digest}" in said
+    assert "Decoding on cpu in float32: 1.50 times as fast, by the measured times of its matrix products." in said
 
 
 def test_texts_of_all_kinds(tiny: Make, configured: Make, text: Path) -> None:

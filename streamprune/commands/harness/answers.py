@@ -37,7 +37,7 @@ KEPT = "answers.jsonl"
 """Journal of kept answers."""
 STATE = ".safetensors"
 """End of the name of a saved state's file, which begins with its step in the journal."""
-REMEDY = "remove its folder or resume elsewhere"
+REMEDY = "give --resume another folder"
 """What to do about a journal that is damaged."""
 
 
@@ -83,7 +83,7 @@ def answer(
 
     Raises:
         ConfigError: see `check_answers`; `resume` has answers to other questions, or of another model.
-        ResourceError: there is too little memory or disk, for `resume` of what the first call chose.
+        ResourceError: there is too little memory or disk. A resumed call checks memory only, for what the first call chose.
         ResumeError: another process uses `resume`, or its journal is damaged.
         NumericalError: the computation produces NaN or Inf.
         Stopped: `progress` asked to stop.
@@ -140,8 +140,8 @@ def answer(
 
 def _check_folder(folder: Path) -> None:
     """Raise a ConfigError if a folder has files, but none of an earlier call."""
-    found = {path.name for path in folder.iterdir()}
-    if found - {files.LOCKED} and KEPT not in found:
+    found = {path.name for path in folder.iterdir()} - {files.LOCKED}
+    if found and KEPT not in found:
         raise ConfigError(f"resume is {folder}, which contains {min(found)} and no answers; give a new folder")
 
 

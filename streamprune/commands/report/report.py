@@ -45,8 +45,8 @@ def report(
 ) -> Path:
     """Write the report of a finished OUT; return the path of the page.
 
-    Budget by depth, reconstruction errors, importance curves, time and memory per block, settings and fingerprints come
-    from the job's records. Samples and perplexity are computed now, if requested.
+    How to run the result and what it weighs come from the checkpoint. Budget by depth, reconstruction errors, importance curves,
+    time and memory per block, settings and fingerprints come from the job's records. Samples and perplexity are computed now, if requested.
 
     Args:
         out: a checkpoint directory that `prune` or `tune` wrote.

@@ -58,7 +58,9 @@ def read_scores(path: Path) -> dict[str, Any]:
         )
     found = read_json(path).get("tasks")
     if not isinstance(found, dict) or not {*KEYS} <= {*found}:
-        raise ConfigError(f"scores are {path}, which streamprune eval --tasks ... --json did not print")
+        raise ConfigError(
+            f"scores are {path}, which this version's streamprune eval --tasks ... --json did not print; run it again"
+        )
     return found
 
 
