@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXAMPLE
+from streamprune_cli.run import run
 
 import streamprune
 
@@ -29,7 +30,8 @@ def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize(("name", "package"), [("transformers", "torch"), ("llama.cpp", "xllamacpp"), ("peft", "peft")])
 def test_runtimes_write_what_transformers_writes(name: str, package: str, result: Path, matrix: Any) -> None:
     pytest.importorskip(package, reason=f"the {package} package is not here")
-    pytest.importorskip("gguf", reason="the gguf package is not here")
+    if name == "llama.cpp":
+        pytest.importorskip("gguf", reason="the gguf package is not here")
     cell = matrix.RUNTIMES[name][2](result)
     assert cell["of"] == 96
     assert matrix.outcome(cell) == "equal", cell
@@ -39,7 +41,7 @@ def test_a_runtime_that_computes_something_else_is_different(result: Path, matri
     model = matrix.loaded(result, dtype=torch.float32)
     assert matrix.outcome(matrix.compared(result, matrix.scores_of(model))) == "equal"
     model.model.layers[2].mlp.down_proj.weight.data *= 1.02
-    assert matrix.outcome(matrix.compared(result, matrix.scores_of(model))) == "near"
+    assert matrix.outcome(matrix.compared(result, matrix.scores_of(model))) == "nearer"
     model.model.layers[2].mlp.down_proj.weight.data *= -50
     assert matrix.outcome(matrix.compared(result, matrix.scores_of(model))) == "different"
 
@@ -68,10 +70,15 @@ def test_the_table_replaces_the_last_one_and_names_surprises(
     (tmp_path / "peft.json").write_text(json.dumps({**found, "title": "peft", "cells": cells}))
     (tmp_path / "vllm.json").write_text(json.dumps({**found, "title": "vllm", "cells": cells | {"2:4": bad}}))
     assert [fault.split(" (")[0] for fault in matrix.table(tmp_path, document, "2026-11-30")] == [
-        "peft, free: near",
-        "vllm, free: near",
+        "peft, free: nearer",
+        "vllm, free: nearer",
         "vllm, 2:4: refused",
     ]
+
+
+def test_layouts_are_options_of_run(matrix: Any) -> None:
+    for options in filter(None, matrix.LAYOUTS.values()):
+        run.make_context("run", [str(EXAMPLE), "OUT", *options.split()])
 
 
 def test_a_cell_that_fails_is_refused_with_its_error(

@@ -225,10 +225,10 @@ class _Blocks(_State):
 
 
 class _Columns(_State):
-    """Units of one column, whose steps take half as many operations: on a GPU each of them is a launch, and nothing else takes so long.
+    """Units of one column. A step takes half as many operations as in `_Blocks`: on a GPU each is a kernel launch, and launches dominate.
 
     A removed column has `V` = ∞ and the largest `P`, so that its cost is ∞. There is no device synchronisation. Costs are rounded
-    otherwise than by `_Blocks`: in float32, near ties may go another way.
+    otherwise than by `_Blocks`: in float32, near ties may be broken differently.
     """
 
     def __init__(self, p: Tensor, v: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -453,11 +453,7 @@ class Sublayer:
         routed, *shared = torch.split(mixed.flatten(0, -2)[:, : len(self.entry.parts)], 1, dim=1)
         z, rows, factors = list[Tensor](), list[Tensor | None](), list[Tensor]()
         experts, called = self.layer.experts(self.entry.experts), self.layer.given(self.entry.experts)
-        for number, (expert, (tokens, read, factor)) in enumerate(
-            zip(experts, _routed(called, len(experts)), strict=True)
-        ):
-            if chosen is not None and number not in chosen:
-                tokens, read, factor = tokens[:0], read[:0], factor[:0]
+        for expert, (tokens, read, factor) in zip(experts, _routed(called, len(experts), chosen), strict=True):
             run: Any = expert
             factors.append(factor * routed[tokens])
             z.append(run.mix(read) * factors[-1])
@@ -650,28 +646,33 @@ class Prunable:
         return weight.T if isinstance(self.layer.module(name), Conv1D) else weight
 
 
-def _routed(given: tuple[Tensor, ...], experts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _routed(
+    given: tuple[Tensor, ...], experts: int, chosen: Container[int] | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield for each expert which tokens go to it (rows,) int64, what it reads of each (rows, d), and its factors (rows, 1).
 
-    The tokens of all experts are found at once, so that a GPU is waited for once.
+    The tokens of all experts are found at once, so that the host does not wait for a GPU once per expert.
 
     Args:
         given: what the experts are called with: all tokens (tokens, d), and for each the chosen experts and their weights,
             (tokens, k) each; or all tokens for each expert in turn (experts · tokens, d), zero where they are not routed to it.
+        chosen: the experts that are wanted; the others get no tokens. None for all.
     """
     if len(given) == 1:
         hidden = given[0].view(experts, -1, given[0].shape[-1])
-        chosen, tokens = (each.contiguous() for each in torch.where(hidden.any(-1)))
+        numbers, tokens = (each.contiguous() for each in torch.where(hidden.any(-1)))
         # The mixture adds the outputs for all experts, so that of the stand-in counts several times.
         factors = hidden.new_full((len(tokens), 1), 1 / experts)
     else:
         hidden, index, weights = given
-        chosen, order = index.flatten().sort(stable=True)
+        numbers, order = index.flatten().sort(stable=True)
         tokens, factors = order // index.shape[1], weights.flatten()[order, None].to(hidden.dtype)
-    edges = torch.searchsorted(chosen, torch.arange(experts + 1, dtype=chosen.dtype, device=chosen.device)).tolist()
+    edges = torch.searchsorted(numbers, torch.arange(experts + 1, dtype=numbers.dtype, device=numbers.device)).tolist()
     own, sizes = slice(edges[0], edges[-1]), [end - first for first, end in pairwise(edges)]
     parts = zip(torch.split(tokens[own], sizes), torch.split(factors[own], sizes), strict=True)
     for number, (rows, factor) in enumerate(parts):
+        if chosen is not None and number not in chosen:
+            rows, factor = rows[:0], factor[:0]
         yield rows, (hidden[number] if len(given) == 1 else hidden)[rows], factor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -35,7 +36,7 @@ from .trial import TOKENS
 _KNOWN: OrderedDict[Any, tuple[SublayerEntry, ...]] = OrderedDict()
 """Sublayers that were inferred in this process, by config and modules."""
 _RAN: OrderedDict[Any, None] = OrderedDict()
-"""Blocks that ran on the meta device in this process: config, dtype, number, sublayers and shapes."""
+"""Blocks that ran on the meta device in this process, by a digest of config, dtype, number, sublayers and shapes."""
 
 
 class Skeleton:
@@ -523,7 +524,7 @@ class Skeleton:
             unknown = experts.experts_of(template).keys() - {entry.experts for entry in entries}
             # Blocks of unknown form may read values, which the meta device does not have.
             shapes = tuple((name, tuple(parameter.shape)) for name, parameter in template.named_parameters())
-            key = config, self.dtype, index, entries, shapes
+            key = hashlib.sha256(repr((config, self.dtype, index, entries, shapes)).encode()).digest()
             meta = self.architecture.model_type in FAMILIES or not (unknown or any(entry.whole for entry in entries))
             if meta and key not in _RAN:
                 dry_run.run(template, entries, 1, self.width, self._dry(index, 1))

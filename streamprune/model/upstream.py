@@ -210,7 +210,7 @@ class _LargeOnMeta(TorchFunctionMode):
     """Create large tensors, which are parameters, on the meta device at once: hosts refuse more memory than they have."""
 
     LARGEST = 1 << 26
-    """Bytes of the largest tensor that may be a buffer: a mask of 8192 × 8192."""
+    """Bytes of the largest tensor that may be a buffer: a boolean mask of 8192 × 8192."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

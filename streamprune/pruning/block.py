@@ -421,8 +421,8 @@ class BlockPruner:
         return sums
 
     def _refine(self, pruned: Block, index: int, seconds: float, final: Callable[[Block], None]) -> Report:
-        """Refine a block, which is then `final`, and advance the pruned stream; return its figures, and `seconds` with those that it
-        took added."""
+        """Refine a block, which is then `final`, and advance the pruned stream; return its figures, with the time it took added to
+        `seconds`."""
         assert self.refinement is not None
         started = time.perf_counter()
         source, target = boundary(PRUNED, index), boundary(DENSE, index + 1)

@@ -84,11 +84,14 @@ class Job(JobFolder):
 
     @property
     def _holds_by_itself(self) -> bool:
-        """Whether activations take host memory that nobody gave them: beside a GPU, if the settings do not say how much."""
+        """Whether the job itself decides how much host memory activations take: on a GPU, without --memory-host."""
         return self.config.memory_host is None and self.device.type == "cuda"
 
     def _spare(self) -> int:
-        """Bytes of host memory that are free now, beside what the steps need: other jobs may have taken some since the start."""
+        """Bytes of host memory that are free now, beside what the steps need: other jobs may have taken some since the start.
+
+        At least: what the steps already hold is no longer free, and counts again.
+        """
         free = machine.available_memory(torch.device("cpu")) // self.ranks.local_size
         return free - self._needed
 
@@ -105,7 +108,7 @@ class Job(JobFolder):
         room = {name: (max if name == "base" else min)(each[name] for each in rooms) for name in rooms[0]}
         found = forecast(self.skeleton, self.request.workload, **room)
         if self._holds_by_itself:
-            needed = max(each["host"] for each in found.demands.values())
+            needed = self.memory.host_peak(found.batch, found.backward_batch, found.grams)
             found = found.holding(min(_left(room, needed), self.memory.boundaries(room["disk_limit"], 0)[1]))
         return replace(
             found,

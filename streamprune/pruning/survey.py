@@ -97,8 +97,11 @@ def _sum_backward(shot: Shot) -> None:
     """Sum and digest each block backwards; inputs that were not kept, or are damaged, are recomputed."""
     try:
         return _sum_down(shot)
-    except DamageError:
+    except DamageError as error:
         # Inputs that this process wrote were not read to check them before; now they are.
+        shot.progress.say(
+            f"{str(error).partition(';')[0]}; inputs are checked, and computed again where they are damaged"
+        )
         shot.job.store.doubt()
     return _sum_down(shot)
 

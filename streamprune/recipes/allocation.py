@@ -159,7 +159,7 @@ def _coarser(
     What rounding costs a bundle is how much the least of ``cost − price · parameters`` rises, with the `price` of the last step
     taken, which is also that of a parameter that is missed. The largest multiples go to the bundles where that is least, for
     `TOLERANCE` of the whole cost. The budget is then spent again; if that costs more after all, or misses the budget by
-    `largest_unit`, fewer bundles take them.
+    `largest_unit` and by more than before, fewer bundles take them.
     """
 
     def spent(bundles: Sequence[_Bundle], taken: Sequence[int]) -> tuple[float, float]:
@@ -174,7 +174,7 @@ def _coarser(
         rises.append(
             [(each.least(price) - least[number], number, each) for number, each in enumerate(rounded) if each.steps[1:]]
         )
-    allowed = TOLERANCE * cost
+    allowed, missed = TOLERANCE * cost, max(largest_unit(sites, budget), budget.target - gone + 1)
     for part in (1.0, 0.5, 0.25, 0.125):
         tried, left = dict[int, _Bundle](), part * allowed
         for each in rises:
@@ -185,7 +185,7 @@ def _coarser(
         others = [tried.get(number, bundle) for number, bundle in enumerate(bundles)]
         gone_on, _ = _fill(others, sites, budget)
         dearer, fewer = spent(others, gone_on)
-        if dearer + price * (gone - fewer) <= cost + allowed and budget.target - fewer < largest_unit(sites, budget):
+        if dearer + price * (gone - fewer) <= cost + allowed and budget.target - fewer < missed:
             return others, gone_on
     return bundles, taken
 

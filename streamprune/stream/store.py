@@ -57,7 +57,7 @@ class ActivationStore:
         stored: dtype in which activations are stored; None stores them as computed. See `Encoding`.
         memory: bytes of host memory that boundaries may occupy.
         spare: returns the bytes of host memory that are free now and that nothing else needs; a boundary that needs more goes to
-            disk. None asks no one: `memory` is there.
+            disk. None: `memory` is always available.
     """
 
     def __init__(
@@ -269,13 +269,16 @@ class ActivationStore:
         staying = {held for held in self._held.values() if not held.on_disk} | {*self._filling}
         if sum(len(held.raw) for held in staying) + size > self.memory:
             return None
+
+        def fits() -> bool:
+            unfilled = size + sum(len(held.raw) - held.filled for held in self._filling)
+            return self.held_bytes + size <= self.memory and (self.spare is None or unfilled <= self.spare())
+
         for name in [name for name, held in self._held.items() if held.on_disk]:
-            if self.held_bytes + size <= self.memory:
+            if fits():
                 break
             del self._held[name]
-        if self.spare is not None and size + sum(len(held.raw) - held.filled for held in self._filling) > self.spare():
-            return None
-        return _Held(size)
+        return _Held(size) if fits() else None
 
     def _fetch(self, name: str, batch: slice) -> Tensor:
         """Read one micro-batch to the host: (sequences, tokens, token_bytes) uint8, pinned if the device is a GPU."""

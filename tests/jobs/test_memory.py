@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from streamprune.jobs.forecast.resources import forecast
 from streamprune.jobs.forecast.workload import Workload
 from streamprune.maths.live import LiveBytes
 from streamprune.model import dry_run
+from streamprune.model import skeleton as skeleton_module
 from streamprune.model.outside import Outside
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.job import Job
@@ -307,6 +309,7 @@ def test_a_mixer_that_reads_values_has_a_generous_bound(
 
 def test_blocks_are_tried_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, run = [], dry_run.run
+    monkeypatch.setattr(skeleton_module, "_RAN", OrderedDict())
     monkeypatch.setattr(dry_run, "run", lambda *arguments: ran.append(arguments) or run(*arguments))
     for changes, expected in (({"num_hidden_layers": 2}, 2), ({"num_hidden_layers": 2, "rms_norm_eps": 0.02}, 4)):
         path = make_tiny(tmp_path / str(expected), "llama", head_dim=10, **changes)

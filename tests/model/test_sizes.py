@@ -108,6 +108,8 @@ def test_gguf_is_what_export_writes(name: str, configured: Make, tmp_path: Path)
         )
         if dtype != "bf16":
             assert found.weights(keeps, dtype) == sum(tensor.n_bytes for tensor in tensors)
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("q4_k_m: the xllamacpp package is not here")
 
 
 def test_blocks_are_ggufs() -> None:

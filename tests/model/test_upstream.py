@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 import streamprune.model.upstream as upstream
 from streamprune.errors import CheckpointError
 from streamprune.model import modeling_streamprune
+from streamprune.model.block import _routed
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.config import read_configuration
 from streamprune.model.skeleton import Skeleton, open_skeleton
@@ -212,3 +213,27 @@ def test_locked_versions_were_tested() -> None:
             name, _, pin = line.split(" ")[0].partition("==")
             if name in upstream.TESTED:
                 assert tuple(map(int, pin.split(".")[:2])) <= upstream.TESTED[name], f"{path.name}: {line}"
+
+
+def test_large_tables_are_on_the_meta_device_at_once() -> None:
+    with upstream._LargeOnMeta():
+        assert [torch.zeros((1 << 24) + n).is_meta for n in (0, 1)] == [False, True]
+        assert not torch.zeros(1 << 26, dtype=torch.bool).is_meta
+
+
+def test_the_tokens_of_experts_are_those_that_are_routed_to_them() -> None:
+    """In both forms in which transformers calls its experts; one gets none, and a number is no expert's."""
+    hidden = torch.randn(6, 5)
+    index = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [4, 3]])
+    weights = torch.rand(6, 2)
+    for number, (rows, read, factor) in enumerate(_routed((hidden, index, weights), 4)):
+        tokens, rank = torch.where(index == number)
+        assert torch.equal(rows, tokens)
+        assert torch.equal(read, hidden[tokens])
+        assert torch.equal(factor, weights[tokens, rank, None])
+    each = torch.cat([hidden * (index == number).any(1, keepdim=True) for number in range(4)])
+    for number, (rows, read, factor) in enumerate(_routed((each,), 4)):
+        assert torch.equal(rows, torch.where((index == number).any(1))[0])
+        assert torch.equal(read, hidden[rows])
+        assert factor.eq(1 / 4).all()
+    assert [len(rows) for rows, _, _ in _routed((hidden, index, weights), 4, chosen=[1, 3])] == [0, 3, 0, 4]

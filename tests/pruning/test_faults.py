@@ -37,7 +37,7 @@ Tiny = Callable[..., Path]
 SMALL: dict[str, Any] = {"samples": 3, "seq_len": 8}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "sobp, replacing": {},
-    "default, refined": {"recipe": "default", "refine": 2},
+    "default, refined": {"recipe": "default", "refine": 2, "settings": {"shots": "2"}},
     "surgeon, uniform, corrected": {
         "recipe": "surgeon",
         "layout": "uniform",
@@ -219,6 +219,7 @@ def test_whatever_fails_the_same_command_ends_with_the_same_bytes(scenario: Scen
             raise AssertionError(f"{where}: then {error}") from error
         assert scenario.result() == expected, where
         assert scenario.left_behind() == [], where
+    assert happened
     print(f"\n{scenario.name}: {fault} at {happened} of {len(operations)} operations, all survived")
 
 
@@ -265,7 +266,7 @@ HARMS: dict[str, Callable[[Path], None]] = {"vanished": Path.unlink, "flipped": 
 def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str) -> None:
     operations, expected = scenario.whole
     lines = [n for n, operation in enumerate(operations, start=1) if operation == "open journal.jsonl"]
-    lines = drawn(lines, 1, f"{scenario.name} {harm}")
+    lines = drawn(lines[len(lines) // 4 :], 1, f"{scenario.name} {harm}")  # there are few files at first
     altered = 0
     for at in lines:
         stopped(scenario, at)
@@ -285,6 +286,7 @@ def test_what_was_altered_is_noticed_and_made_anew(scenario: Scenario, harm: str
             scenario.run()
             assert scenario.result() == expected, where
             assert scenario.left_behind() == [], where
+    assert altered
     print(f"\n{scenario.name}: {altered} files {harm}, all made anew")
 
 

@@ -143,7 +143,7 @@ def test_experts_are_tuned_too(pruned: bool, tiny: Tiny, text: Path, configured:
 def test_experts_that_do_not_change_count_among_the_grams(
     tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny("mixtral")
+    path = tiny("qwen3_moe")
     sites = open_skeleton(path, torch.device("cpu"), "float32").all_sites()
     kept = {site.name: {"keep": 8 if site.place == "ffn.3" else site.units} for site in sites}
     plan = tmp_path / "plan.json"
@@ -199,13 +199,13 @@ def test_what_experts_become_counts_beside_what_they_are(tiny: Tiny) -> None:
 
 
 def test_experts_that_a_plan_keeps_whole_may_see_no_tokens(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
-    path = tiny("mixtral")
+    path = tiny("qwen3_moe")
     sites = open_skeleton(path, torch.device("cpu"), "float32").all_sites()
     kept: dict[str, Any] = {site.name: {"keep": site.units} for site in sites}
     kept |= {site.name: {"keep": 1, "units": [0]} for site in sites if site.kind == "attention"}
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"format": "streamprune-plan-1", "ratio": 0.1, "sites": kept}))
-    config = configured(path, recipe="surgeon", ratio=0.1, plan=plan, samples=2, seq_len=8)
+    config = configured(path, recipe="surgeon", ratio=0.1, plan=plan, layout="uniform", samples=2, seq_len=8)
     streamprune.prune(config)
     found = json.loads((config.out / "report.json").read_text())["sites"]
     assert all(site["tokens"] < 24 and site["left_alone"] for site in found if ".ffn." in site["site"])

@@ -198,13 +198,14 @@ class Memory(Shapes):
                 yield "two streams side by side", Demand(self.block, activations=streams)
             return
         # `weights` adds the compensated producers to the block. `after` adds the pruned sites to the block.
-        producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if work.sums_inputs else 0
+        producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if work.compensates else 0
         weights = self.block + producers * self.weight_item
         after = self.block + sublayer.parameters * self.weight_item
         n, d, item = site.columns, self.d, self.sum_item
         w, gram = item * n * d, item * n * n
         every = sum(item * each.columns**2 for each in sublayer.sites)
         grams = max(gram, min(GRAMS_AT_ONCE, every)) if work.gram else 0
+        grams += item * d * d * work.wants_inputs
         converted = item if item != self.item else 0  # inputs of a sum, converted to its dtype
         error = item * n * (2 * min(d, SKETCH) + PANEL) if work.gram else 0
         solving = max(item * work.workspace(site), error)
@@ -219,7 +220,10 @@ class Memory(Shapes):
                 solving = 2 * w + item * (n * n + inverse_workspace(n))
                 yield f"aiming one {site.kind} site", Demand(weights, grams, solving)
             yield f"the Gram of one {site.kind} site", Demand(weights, sums, activations=activations)
-        if work.sums_inputs:
+        if work.wants_inputs:
+            stream = forward + tokens * (2 * self.item * self.stream + item * d)
+            yield "the Gram of a sublayer's inputs", Demand(weights, item * d * d, activations=stream)
+        if work.compensates:
             inputs = 2 * item * d * d
             streams = forward + tokens * (4 * self.item * self.stream + 2 * item * d)
             yield "two streams side by side", Demand(weights, inputs, activations=streams)
