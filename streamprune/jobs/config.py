@@ -28,7 +28,7 @@ DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
 Effort = Literal["low", "normal", "high"]
 EFFORTS: Mapping[str, float] = {"low": 0, "normal": 2, "high": 8}
 """Passes over the calibration windows in which block refinement trains each block."""
-REFINE_SEQUENCES = 2
+REFINE_SEQUENCES = 1
 """Windows of a step of block refinement."""
 TuneMethod = Literal["auto", "lora", "distil"]
 TUNE_METHODS: tuple[TuneMethod, ...] = ("auto", "lora", "distil")

@@ -1,19 +1,19 @@
 """Train one block's weights, or low-rank updates of them, to map its pruned input to its dense output.
 
-Only that block is in memory. There are no labels and no end-to-end gradient: the loss is the mean squared error. Its
-operations are reported apart from those of the closed form.
+Only that block is in memory. There are no labels and no end-to-end gradient: the loss is the mean squared error, and for the last
+block, whose output the head reads, the divergence of the predictions. Its operations are reported apart from those of the closed form.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -24,6 +24,7 @@ from ..maths.flops import kind
 from ..maths.refit import accumulator
 from ..model.block import Block
 from ..model.skeleton import Skeleton
+from ..stream import sweep
 from ..stream.store import ActivationStore
 from ..system.ranks import ALONE, Ranks
 
@@ -63,12 +64,14 @@ def refine(
 ) -> dict[str, Any]:
     """Train a block in float32 or better, and store the result in its masters, in their stored dtype.
 
+    The loss is the mean squared error per number of the output; of the last block, see `sweep.divergence`.
+
     Args:
         source, target: boundaries with the block's inputs and its target outputs, (samples, length, d) each.
         ranks: processes that train it together, each with its own samples in its store; gradients are summed every step.
 
     Returns:
-        For the report: the mean squared error over the first tenth of the steps, and over the last tenth.
+        For the report: the mean loss over the first tenth of the steps, and over the last tenth.
 
     Raises:
         NumericalError: the loss is not finite.
@@ -93,6 +96,7 @@ def refine(
     ahead = store.rows((rows for step in range(how.steps) for rows in micro_batches(step)), source, target)
     with (
         closing(ahead) as reading,
+        _loss(skeleton, index) as loss,
         _trained(block, dtype, how.rank, generator) as weights,
         torch.enable_grad(),
     ):
@@ -110,11 +114,11 @@ def refine(
                 x, y = (each.to(dtype) for each in next(reading))
                 arguments = tree_map(cast, dict(skeleton.arguments(x.shape[0], x.shape[1])[index]))
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=skeleton.dtype == torch.bfloat16):
-                    output = block(x, arguments)
-                given, wanted = (skeleton.side_inputs[index].hidden(each) for each in (output.to(dtype), y))
-                loss = F.mse_loss(given, wanted) * (len(rows) / len(drawn[step]))
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
+                    output = block(x, arguments).to(dtype)
+                share = len(rows) / len(drawn[step])
+                error, gradient = loss(output.detach(), y)
+                output.backward(gradient * share)  # type: ignore[no-untyped-call]
+                total += float(error) * share
             total = sum(ranks.gather(total))
             for weight in weights.values() if ranks.size > 1 else ():
                 if weight.grad is None:
@@ -145,6 +149,23 @@ def ends(losses: Sequence[float]) -> list[float]:
     """Return the mean loss over the first tenth of the steps, and over the last tenth."""
     tenth = max(1, len(losses) // 10)
     return [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])]
+
+
+@contextmanager
+def _loss(skeleton: Skeleton, index: int) -> Iterator[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Yield a function from a block's output and its target (sequences, tokens, width) to the loss () and its gradient, as the output."""
+    if index == len(skeleton) - 1:
+        with skeleton.head() as head:
+            yield partial(sweep.divergence, skeleton, head)
+        return
+    hidden = skeleton.side_inputs[index].hidden
+
+    def squared(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        missed, gradient = hidden(output) - hidden(target), torch.zeros_like(output)
+        hidden(gradient).copy_(missed).mul_(2 / missed.numel())
+        return missed.square().mean(), gradient
+
+    yield squared
 
 
 @contextmanager

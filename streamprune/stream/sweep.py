@@ -6,7 +6,7 @@ model, `dense-0003-1` the input of that block's second sublayer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,37 @@ def head_gradient(
             predicted = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
             gradient = F.pad(predicted, (0, 0, 0, 1))  # the last token predicts nothing
             write(gradient)
+
+
+def divergence(
+    skeleton: Skeleton, head: Callable[[Tensor], Tensor], given: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compare the predictions that two outputs of the last block lead to.
+
+    Args:
+        head: the skeleton's, see `Skeleton.head`.
+        given, wanted: (sequences, tokens, width) float.
+
+    Returns:
+        The Kullback-Leibler divergence of the predictions from `given` from those from `wanted`, () in nats, the mean over tokens; and
+        its gradient with respect to `given`.
+    """
+    dtype = accumulator(skeleton.dtype)
+    rows, aims = (each.detach().flatten(0, 1) for each in (given, wanted))
+    total, gradients = torch.zeros((), dtype=dtype, device=given.device), []
+    chunk = max(1, LOGIT_BYTES // (4 * skeleton.vocabulary))
+    for h, aim in zip(torch.split(rows, chunk), torch.split(aims, chunk), strict=True):
+        with torch.enable_grad():
+            logits = head(h.requires_grad_().to(skeleton.dtype)).to(dtype)
+        with torch.no_grad():
+            target = head(aim.to(skeleton.dtype)).to(dtype)
+            q, p = logits.softmax(-1), target.softmax(-1)
+            # What the logits are normalised by, from the largest of each row.
+            normal, wanted_normal = (x.amax(-1) - y.amax(-1).log() for x, y in ((logits, q), (target, p)))
+            total += (torch.linalg.vecdot(p, target.sub_(logits)) + normal - wanted_normal).sum() / len(rows)
+            back = q.sub_(p).div_(len(rows))  # exactly zero where both are the same
+        gradients.append(torch.autograd.grad(logits, h, back)[0])
+    return total, torch.cat(gradients).view_as(given)
 
 
 @torch.no_grad()

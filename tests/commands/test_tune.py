@@ -186,9 +186,14 @@ def test_distil_is_the_plain_implementation(name: str, tiny: Tiny, tuning: Make,
         for step in range(3):
             adam.param_groups[0]["lr"] = 1e-2 * (1 - step / 3)
             chosen = epoch_batch(10, 8, index, step)
-            found = block_output(model, index, tokens[chosen], {**weights, **changed(model, updates)})
+            tuned = {**weights, **changed(model, updates)}
             adam.zero_grad()
-            F.mse_loss(found, target[chosen]).backward()
+            if index < 2:
+                F.mse_loss(block_output(model, index, tokens[chosen], tuned), target[chosen]).backward()
+            else:  # of the last block, the divergence of the whole model's predictions
+                logits = torch.func.functional_call(model, tuned, (tokens[chosen],)).logits.log_softmax(-1)
+                wanted = teacher(tokens[chosen]).logits.log_softmax(-1).flatten(0, 1)
+                F.kl_div(logits.flatten(0, 1), wanted, reduction="batchmean", log_target=True).backward()
             adam.step()
         with torch.no_grad():
             weights |= changed(model, updates)

@@ -190,6 +190,14 @@ def test_pinned_memory_is_a_power_of_two(skeleton: Skeleton) -> None:
     assert held[torch.float8_e4m3fn][1] - held[torch.float8_e4m3fn][0] == 10 * 4096
 
 
+def test_the_head_of_the_last_blocks_refinement_is_foreseen(tiny: Tiny, configured: Make) -> None:
+    model = tiny("llama", vocab_size=1 << 14, num_hidden_layers=2)
+    config = configured(model, device="cuda", recipe="magnitude", refine=1, samples=2, seq_len=64)
+    with device(total=1 << 30):
+        foreseen = streamprune.forecast_job(config).device_bytes
+        assert 0.5 * foreseen < streamprune.prune(config).peak_device_bytes <= foreseen
+
+
 # A device with less memory than planned.
 
 

@@ -65,7 +65,7 @@ class Tuned:
     steps: int
     parameters: int
     loss_first: float
-    """Mean over the first tenth of the steps: nats per token (`lora`), or mean squared error of all blocks (`distil`)."""
+    """Mean over the first tenth of the steps, in nats per token: cross-entropy (`lora`), or the divergence of the last block (`distil`)."""
     loss_last: float
     """The same mean over the last tenth of the steps."""
     tokens: str | None
@@ -395,7 +395,7 @@ class Tuning(JobFolder):
                 store.remove(sweep.boundary(stream, index))
             self.progress.step(f"block {index}: {losses[0]:.3g} → {losses[1]:.3g}")
         blocks = [line["losses"] for line in self.journal.steps("block/")]
-        first, last = (sum(each) / depth for each in zip(*blocks, strict=True))
+        first, last = blocks[-1]
         return {"loss_first": first, "loss_last": last, "blocks": blocks}, self._distilled()
 
     def _distilled(self) -> dict[str, str]:

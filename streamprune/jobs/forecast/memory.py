@@ -169,8 +169,13 @@ class Memory(Shapes):
             parameters = self.block // self.weight_item
             updates = max(self._update_parameters(index, work.rank or 0) for index in range(len(self.blocks)))
             trained = 4 * parameters if work.rank is None else parameters + 4 * updates
-            activations = backward * self.sum_item // self.item
-            yield "refining one block", Demand(block, solving=self.sum_item * trained, activations=activations)
+            rows, vocabulary = min(backward_batch, work.refine_sequences), self.skeleton.vocabulary
+            activations, solving = rows * length * per_token * self.sum_item // self.item, self.sum_item * trained
+            yield "refining one block", Demand(block, solving=solving, activations=activations)
+            # Both models' logits and log-probabilities, and three gradients on the way back to the hidden states.
+            logits = 7 * max(min(LOGIT_BYTES, 4 * vocabulary * rows * length), 4 * vocabulary)
+            activations += 6 * rows * self.row_bytes + logits * self.sum_item // 4
+            yield "refining the last block", Demand(block + self.head, solving=solving, activations=activations)
         if work.corrects:
             # The weights as stored, the weights with their update, and the gradients.
             solving = 3 * self.sum_item * (self.block // self.weight_item)

@@ -342,7 +342,9 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
         if workload.prunes and (workload.gram or workload.dense_stream):
             prune["sweeps"] += after * advanced
         found["refine"]["training"] += workload.corrects * step * (after * forward + 2 / 3 * head)
-    found["refine"]["training"] += workload.refines / max(epoch, 1) * 3 * (1 - workload.removes) * forward
+    # Behind the last block the head computes both models' predictions, and gradients.
+    refined = 3 * ((1 - workload.removes) * forward + head * workload.length / max(1, workload.length - 1))
+    found["refine"]["training"] += workload.refines / max(epoch, 1) * refined
     survey["sums"] = workload.shots * surveyed * workload.prunes
     prune["sums"] = workload.shots * sums * workload.prunes
     survey["writing"] = workload.generates * (forward + head)
