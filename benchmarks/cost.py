@@ -225,6 +225,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         if fits:
             table[stage]["host"]["boundaries held"] += (made.read - kept + made.written) * boundary / rates["copy"]
     if config.refinement_steps:
+        read("refine", outside, "weights")
         nbytes = refined * shapes.stored_row
         if not fits:
             table["refine"]["SSD read"]["rows"] += nbytes / RATES["SSD read"]

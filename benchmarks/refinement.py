@@ -12,9 +12,11 @@ those that only one of them has in brackets:
     (block) back=0     blocks before it that are trained again with it
     (block) forward=0  blocks after it that are trained with it, to their dense output
     (block) ahead=0    blocks of the dense model after it, which are not trained, but through which the error is taken
+    (block) predict=0  1: where the error is taken behind the last block, it is the divergence of the predictions, as in `run`
+    (block) start=0    the first block that is trained
     (distil) rank=0    rank of the updates; 0 trains the weights themselves
 
-Unlike `streamprune run`, a form begins when all blocks are pruned.
+Unlike in `streamprune run`, a form begins when all blocks are pruned, and `block` takes two windows per step and the squared error of the last block too, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -111,7 +113,9 @@ class Study:
         streams, pruned = [model.model.embed_tokens(self.windows)], [model.model.embed_tokens(self.windows)]
         for index in range(depth):
             streams.append(self.past(self.dense, index, streams[-1]))
-        for index in range(depth):
+            if index < settings["start"]:
+                pruned.append(self.past(model, index, pruned[index]))
+        for index in range(int(settings["start"]), depth):
             first, last = max(0, index - back), min(depth - 1, index + forward)
             end = min(depth - 1, last + ahead)
 
@@ -119,6 +123,8 @@ class Study:
                 x = pruned[first][rows]
                 for number in range(first, end + 1):
                     x = self.layer(model if number <= last else self.dense, number, x)
+                if settings["predict"] and end == depth - 1:
+                    return self.divergence(model, x, streams[depth][rows])
                 return F.mse_loss(x, streams[end + 1][rows])
 
             weights = [
@@ -128,6 +134,12 @@ class Study:
             del pruned[first + 1 :]
             for number in range(first, index + 1):
                 pruned.append(self.past(model, number, pruned[number]))
+
+    def divergence(self, model: Any, x: Tensor, y: Tensor) -> Tensor:
+        """Return the mean over tokens of KL(prediction from y || prediction from x), in nats: outputs of the last block."""
+        with self.autocast:
+            found, target = (model.lm_head(model.model.norm(each)).float().log_softmax(-1) for each in (x, y))
+        return F.kl_div(found.flatten(0, 1), target.flatten(0, 1), reduction="batchmean", log_target=True)
 
     def distil(self, model: Any, settings: dict[str, float]) -> None:
         """Train all blocks end to end on the mean over tokens of KL(dense model's prediction || model's), in nats."""
@@ -152,7 +164,7 @@ class Study:
 
 
 DEFAULTS = {
-    "block": {"passes": 2, "rate": 1e-3, "size": 2, "back": 0, "forward": 0, "ahead": 0},
+    "block": {"passes": 2, "rate": 1e-3, "size": 2, "back": 0, "forward": 0, "ahead": 0, "predict": 0, "start": 0},
     "distil": {"passes": 2, "rate": 3e-4, "size": 4, "rank": 0},
 }
 

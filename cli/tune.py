@@ -28,7 +28,10 @@ from . import options, show
     "auto: lora if it fits into memory.",
 )
 @click.option(
-    "--teacher", type=options.PATH, metavar="MODEL", help="Dense model whose block outputs are the target of distil."
+    "--teacher",
+    type=options.PATH,
+    metavar="MODEL",
+    help="Dense model whose outputs, block by block, are the target of distil.",
 )
 @click.option("--rank", default=8, help="Largest rank of the change of each linear.")
 @click.option("--steps", default=200, help="Training steps, for the whole model (lora) or for each block (distil).")

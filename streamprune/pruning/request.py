@@ -272,6 +272,7 @@ class Request:
             has_target=self.recipe.target is not None,
             refines=self.config.refinement_steps,
             refine_sequences=REFINE_SEQUENCES,
+            refines_last=any(site.block == len(self.skeleton) - 1 for site in self.changeable(self.sites)),
             corrects=correction.steps if correction else 0,
             correction_rank=correction.rank if correction else 0,
             shots=self.shots,

@@ -190,8 +190,8 @@ def divergence(
             # What the logits are normalised by, from the largest of each row.
             normal, wanted_normal = (x.amax(-1) - y.amax(-1).log() for x, y in ((logits, q), (target, p)))
             total += (torch.linalg.vecdot(p, target.sub_(logits)) + normal - wanted_normal).sum() / len(rows)
-            back = q.sub_(p).div_(len(rows))  # exactly zero where both are the same
-        gradients.append(torch.autograd.grad(logits, h, back)[0])
+        # Exactly zero where both are the same. The gradient of the sum keeps float16's range.
+        gradients.append(torch.autograd.grad(logits, h, q.sub_(p))[0] / len(rows))
     return total, torch.cat(gradients).view_as(given)
 
 

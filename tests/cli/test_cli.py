@@ -54,12 +54,12 @@ def test_run_prints_one_object_and_nothing_else_on_stdout(
     assert "survey: 6 of 6" in stderr
     assert "prune: 3 of 3" in stderr
     assert "\r" not in stderr
-    # Check, forward, backward and prune sweeps; embeddings (the tied head) for check, embedding, head and output,
-    # the final norm for check, head and output.
+    # Check, forward, backward and prune sweeps; embeddings (the tied head) for check, embedding, head, the last block's refinement and
+    # output, the final norm for check, head, refinement and output.
     sizes = {name: entry.nbytes for name, entry in Checkpoint(Path(arguments[0])).items()}
     blocks = sum(size for name, size in sizes.items() if ".layers." in name)
     norm = 32 * 4
-    assert result["bytes_read"] == 4 * blocks + 4 * (sum(sizes.values()) - blocks - norm) + 3 * norm
+    assert result["bytes_read"] == 4 * blocks + 5 * (sum(sizes.values()) - blocks - norm) + 4 * norm
     assert forecast["bytes_to_read"] == pytest.approx(result["bytes_read"], rel=0.05)
     again = invoke("run", *arguments, "--json")
     assert json.loads(again.stdout)["resumed"] is True

@@ -196,6 +196,10 @@ def test_the_head_of_the_last_blocks_refinement_is_foreseen(tiny: Tiny, configur
     with device(total=1 << 30):
         foreseen = streamprune.forecast_job(config).device_bytes
         assert 0.5 * foreseen < streamprune.prune(config).peak_device_bytes <= foreseen
+        first = configured(
+            model, "first", device="cuda", recipe="magnitude", refine=1, samples=2, seq_len=64, blocks=(0, 1)
+        )
+        assert streamprune.forecast_job(first).device_bytes < 0.5 * foreseen
 
 
 # A device with less memory than planned.

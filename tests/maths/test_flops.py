@@ -260,7 +260,7 @@ def test_no_pass_is_made_twice_and_the_forecast_knows(
 
 
 def test_training_and_writing_are_kinds_of_their_own(tiny: Tiny, configured: Make) -> None:
-    path = tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    path = tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4, vocab_size=400)  # a head that counts
     changes = {"recipe": "wanda-sp", "samples": 3, "seq_len": 8, "round_to": 1}
     plain = streamprune.prune(configured(path, "plain", **changes)).operations_by_kind
     config = configured(path, "more", **changes, calibration="self", refine=4)

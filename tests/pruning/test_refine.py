@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from conftest import STRUCTURES, contents
 from stopping import Stop
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from streamprune.maths.adam import Descent
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.pruning import block as pruning_block
+from streamprune.pruning import refine as refining
 from streamprune.pruning import run
 from streamprune.pruning.job import Job
 from streamprune.pruning.refine import Refinement, refine
@@ -169,6 +171,38 @@ def test_the_last_block_learns_transformers_own_predictions(
         if gradient is not None and gradient.abs().max() > 1e-9:
             step = -3e-4 * gradient / (gradient.abs() + 1e-8)  # Adam's first
             torch.testing.assert_close(block.weights[leaf], weight.detach() + step, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_gradients_are_those_of_the_loss(index: int, tiny: Tiny) -> None:
+    """Their scale too, on which Adam does not depend."""
+    skeleton, generator = open_skeleton(tiny("gemma2", torch.float64), CPU, "float64"), torch.Generator().manual_seed(0)
+    given, wanted = (torch.randn(2, 5, skeleton.width, generator=generator, dtype=torch.float64) for _ in range(2))
+    with refining._loss(skeleton, index) as loss:
+        found, gradient = loss(given, wanted)
+        assert [float(loss(wanted, wanted)[0]), int(loss(wanted, wanted)[1].count_nonzero())] == [0, 0]
+    given.requires_grad_()
+    with skeleton.head() as head:
+        if index == 2:
+            logits, target = (head(each).log_softmax(-1).flatten(0, 1) for each in (given, wanted))
+            expected = F.kl_div(logits, target, reduction="batchmean", log_target=True)
+        else:
+            expected = F.mse_loss(given, wanted)
+        (slope,) = torch.autograd.grad(expected, given)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-12)
+
+
+def test_small_differences_of_predictions_survive_float16(tiny: Tiny) -> None:
+    """Of many tokens, each has a small share of the mean."""
+    skeleton, generator = open_skeleton(tiny("llama", torch.float16), CPU, "float16"), torch.Generator().manual_seed(0)
+    wanted = torch.randn(64, 256, skeleton.width, generator=generator)
+    given = wanted + 1e-2 * torch.randn(wanted.shape, generator=generator)
+    slopes = []
+    for part in (slice(0, 64), slice(0, 1)):
+        with skeleton.head() as head:
+            slopes.append(sweep.divergence(skeleton, head, given[part], wanted[part])[1][0])
+    torch.testing.assert_close(64 * slopes[0], slopes[1], rtol=1e-3, atol=0)
 
 
 @pytest.fixture

@@ -165,17 +165,21 @@ class Memory(Shapes):
             maps = batch * length**2 * ((2 * self.item + 4) * heads + 4 * 8)
             yield "one block's attention maps", Demand(block, activations=self.passing(batch) + maps)
         if work.refines:
-            # All weights, and for the trained parameters also gradients and Adam's two moments.
+            # All weights, and for the trained parameters also gradients and Adam's two moments: on the device, wherever Grams are.
             parameters = self.block // self.weight_item
             updates = max(self._update_parameters(index, work.rank or 0) for index in range(len(self.blocks)))
             trained = 4 * parameters if work.rank is None else parameters + 4 * updates
             rows, vocabulary = min(backward_batch, work.refine_sequences), self.skeleton.vocabulary
-            activations, solving = rows * length * per_token * self.sum_item // self.item, self.sum_item * trained
-            yield "refining one block", Demand(block, solving=solving, activations=activations)
-            # Both models' logits and log-probabilities, and three gradients on the way back to the hidden states.
-            logits = 7 * max(min(LOGIT_BYTES, 4 * vocabulary * rows * length), 4 * vocabulary)
-            activations += 6 * rows * self.row_bytes + logits * self.sum_item // 4
-            yield "refining the last block", Demand(block + self.head, solving=solving, activations=activations)
+            activations = rows * length * per_token * self.sum_item // self.item
+            yield "refining one block", Demand(block + self.sum_item * trained, activations=activations)
+            if work.refines_last:
+                # Before a step's only micro-batch goes backward, there are no gradients of weights.
+                trained -= (parameters if work.rank is None else updates) * (work.refine_sequences <= rows)
+                # Both models' logits and probabilities, what goes back, and what lies between.
+                logits = 7 * max(min(LOGIT_BYTES, 4 * vocabulary * rows * length), 4 * vocabulary)
+                activations += (6 * rows * self.row_bytes // self.item + logits // 4) * self.sum_item
+                weights = block + self.head + self.sum_item * trained
+                yield "refining the last block", Demand(weights, activations=activations)
         if work.corrects:
             # The weights as stored, the weights with their update, and the gradients.
             solving = 3 * self.sum_item * (self.block // self.weight_item)

@@ -270,15 +270,16 @@ def _bytes_to_read(shapes: Shapes, every: int) -> int:
     embed = sum(skeleton.checkpoint[name].stored_bytes for name in skeleton.outside.embed_names())
     head = sum(skeleton.checkpoint[name].stored_bytes for name in skeleton.outside.head_names())
     everything = shapes.stored_all + embed + head
-    if not workload.prunes:
-        return everything
     head += embed if skeleton.outside.tied else 0
+    refined = bool(workload.refines) * workload.refines_last * head
+    if not workload.prunes:
+        return everything + refined
     # All weights are read to check and to prune. Gradients read them forward, backward and to recompute boundaries.
     survey = 2 + (every > 1) if workload.gradients else 1 if workload.survey else 0
     survey += 2 * workload.corrects + bool(workload.corrects)
     shot = everything + survey * shapes.stored_all + workload.text * embed + workload.gradients * head
     writing = workload.generates * (workload.length - 1) * (shapes.stored_all + embed + head)
-    return everything + workload.shots * shot + writing
+    return everything + workload.shots * shot + refined + writing
 
 
 def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
@@ -343,7 +344,8 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
             prune["sweeps"] += after * advanced
         found["refine"]["training"] += workload.corrects * step * (after * forward + 2 / 3 * head)
     # Behind the last block the head computes both models' predictions, and gradients.
-    refined = 3 * ((1 - workload.removes) * forward + head * workload.length / max(1, workload.length - 1))
+    predicted = head * workload.length / max(1, workload.length - 1) * workload.refines_last
+    refined = 3 * ((1 - workload.removes) * forward + predicted)
     found["refine"]["training"] += workload.refines / max(epoch, 1) * refined
     survey["sums"] = workload.shots * surveyed * workload.prunes
     prune["sums"] = workload.shots * sums * workload.prunes

@@ -42,6 +42,7 @@ class Workload:
     has_target: bool = False  # whether consumers are fitted to a target
     refines: int = 0  # steps of block refinement per block
     refine_sequences: int = TRAIN_SEQUENCES  # sequences per step of it
+    refines_last: bool = True  # whether the last block is among those refined, which takes the head
     corrects: int = 0  # steps of low-rank training after each shot
     correction_rank: int = 0
     shots: int = 1
