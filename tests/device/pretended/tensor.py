@@ -61,7 +61,8 @@ class OnDevice(Tensor):
             dtype=host.dtype,
             device="lazy:0",
         )
-        made.host, made.buffer = host, buffer
+        # In this order: the buffer goes first, or another thread may be given the same memory and find the old buffer there.
+        made.buffer, made.host = buffer, host
         return made
 
     def __init__(self, host: Tensor, buffer: Buffer | None) -> None:
