@@ -91,8 +91,8 @@ def main() -> None:
             rows.append(row(model, folder / "out", recipe, "comfortable", job(recipe), options.device))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         recipe = options.recipes[0]
-        low, high = 1 << 20, 1 << 40
-        while high - low > 1 << 20:
+        low, high = 0, 2 * rows[0]["forecast_bytes"] + (2 << 30)
+        while high - low > high // 128:  # each step starts a process
             middle = (low + high) // 2
             low, high = (low, middle) if planned(model, *job(recipe), "--memory", middle)["fits"] else (middle, high)
         limit = int(1.01 * high)

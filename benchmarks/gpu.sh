@@ -13,7 +13,7 @@
 #   wide      180   70B-shaped blocks under LIMIT (24GiB): stage table, forecast and peak: gpu.py
 #   tight     120   the same under TIGHT (12GiB)
 #   sweeps     90   the sweeps alone
-#   forecast   90   the forecast against the peak for two recipes: forecast.py
+#   forecast  160   the forecast against the peak for two recipes: forecast.py
 #   ranks      60   a job in one process per GPU under NCCL, where there are several; otherwise skipped
 # FOLDER/summary.txt has a line per stage; FOLDER/STAGE.txt what it printed, as it printed it. 0: done, 124: out of time.
 # FOLDER needs room for the checkpoint of 70B-shaped blocks. Exit code 1: a stage failed or ran out of time.
@@ -85,7 +85,9 @@ for name in "$@"; do
             job forecast
             stage forecast 90 "$PYTHON" "${run[@]}" -m streamprune_cli plan "${words[3]}" "${words[@]:5}" --json
         else
-            stage forecast 90 "$PYTHON" "$HERE/forecast.py" --device "$on" --recipes default sobp
+            sizes=()
+            [ "$DEVICE" = cpu ] && sizes=(--hidden 512 --ffn 2048 --samples 2)
+            stage forecast 160 "$PYTHON" "$HERE/forecast.py" --device "$on" --recipes default sobp "${sizes[@]}"
         fi
         ;;
     rates | wide | tight | sweeps)
