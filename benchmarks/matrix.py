@@ -47,7 +47,7 @@ GROUPS = {
 }
 """llm-compressor's W4A16 with groups that divide every row."""
 AS_GOOD = {"nearer": {"nearer", "equal"}, "near": {"near", "nearer", "equal"}}
-"""What does where a difference is expected."""
+"""Outcomes that are accepted where one is expected."""
 Scores = Callable[[Any], Any]
 """From token numbers (sequences, length) to log-probabilities (sequences, length, vocabulary) of the next token at every place."""
 

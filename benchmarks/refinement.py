@@ -12,11 +12,12 @@ those that only one of them has in brackets:
     (block) back=0     blocks before it that are trained again with it
     (block) forward=0  blocks after it that are trained with it, to their dense output
     (block) ahead=0    blocks of the dense model after it, which are not trained, but through which the error is taken
-    (block) predict=0  1: where the error is taken behind the last block, it is the divergence of the predictions, as in `run`
+    (block) predict=0  1: the divergence of the predictions, as in `run`, where the error is taken after the last block
     (block) start=0    the first block that is trained
     (distil) rank=0    rank of the updates; 0 trains the weights themselves
 
-Unlike in `streamprune run`, a form begins when all blocks are pruned, and `block` takes two windows per step and the squared error of the last block too, unless told otherwise.
+Unlike in `streamprune run`, a form begins when all blocks are pruned. Unless told otherwise, `block` takes two windows per step, and
+the squared error for the last block too.
 """
 
 from __future__ import annotations

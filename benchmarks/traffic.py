@@ -46,7 +46,7 @@ def passes(shapes: Shapes, every: int = 1) -> dict[str, list[Passes]]:
         found["head"] = [Passes(1, 1)]
         # Inputs that were not kept are computed again, each from the one before.
         found["backward"] = [Passes(2, 1) + (Passes(1, 1) if index % every else Passes()) for index in range(depth)]
-    if work.prunes and (work.gram or work.sums_inputs or work.dense_stream):
+    if work.prunes and (work.gram or work.compensates or work.wants_inputs or work.dense_stream):
         found["prune"] = [sum(_pruned(shapes, index), Passes()) for index in range(depth)]
     return found
 

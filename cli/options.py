@@ -249,7 +249,7 @@ result_options = bundle(
         "--effort",
         type=click.Choice(["low", "normal", "high"]),
         help="Block refinement: each pruned block is trained towards its dense output, the last one towards the dense "
-        "predictions. low: not at all. normal: for two passes over the calibration windows. high: for eight.  "
+        "model's predictions. low: not at all. normal: for two passes over the calibration windows. high: for eight.  "
         "[default: normal for the default recipe; low for others, which are then as published]",
     ),
     click.option(

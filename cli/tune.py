@@ -24,7 +24,8 @@ from . import options, show
     "--method",
     type=click.Choice(["auto", "lora", "distil"]),
     default="auto",
-    help="lora: end to end with the whole model in memory; needs peft. distil: block by block, streamed; needs --teacher. "
+    help="lora: end to end with the whole model in memory; needs peft. distil: block by block, streamed; needs --teacher; the "
+    "loss shown is the last block's, in nats. "
     "auto: lora if it fits into memory.",
 )
 @click.option(

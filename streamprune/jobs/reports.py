@@ -101,7 +101,11 @@ def _measurements(report: Mapping[str, Any]) -> list[str]:
     if is_tuning(report):
         tuning = report["tuning"]
         before = _measurements(report["source"]) if _is_ours(report["source"]) else []
-        return [f"Loss in training: {tuning['loss_first']:.4g} at first, {tuning['loss_last']:.4g} at last.", *before]
+        loss = "Loss of the last block" if tuning["method"] == "distil" else "Loss"
+        return [
+            f"{loss} in training: {tuning['loss_first']:.4g} at first, {tuning['loss_last']:.4g} at last, in nats per token.",
+            *before,
+        ]
     found, aim = [], report.get("aim") or {}
     if "perplexity" in aim:
         found.append(

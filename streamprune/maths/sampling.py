@@ -21,7 +21,7 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
         (rows,) int64: the first token at which the distribution function exceeds `uniform`.
     """
     probabilities = logits.to(accumulator(logits.dtype)).softmax(-1)
-    with any_kernel():  # a row is summed in a fixed order
+    with any_kernel():  # torch sums each row of several in a fixed order
         distribution = probabilities.cumsum(-1, dtype=torch.float64)
     ends = distribution[:, -1:]  # close to 1, but not exactly
     if not all_finite(ends):

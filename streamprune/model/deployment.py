@@ -44,7 +44,7 @@ REFUSED = {
     "gemma2": "the dense model gives NaN there too, on a CPU; not tried on a GPU",
     "llama4_text": "it takes the router for a plain linear",
 }
-"""Model types whose free layout vLLM 0.32.0 does not serve, with the reason and what to do."""
+"""Model types whose free layout vLLM 0.32.0 does not serve, with the reason and, where there is one, a remedy."""
 LATENTS = (320, 512, 576)
 """Numbers per token that vLLM's latent attention can keep."""
 NAMES: dict[Format, str] = {
@@ -156,9 +156,9 @@ def _vllm(skeleton: Skeleton) -> Way:
 
 
 def _divisor(skeleton: Skeleton) -> int:
-    """Return the most devices that divide the query heads, key/value heads and FFN widths of all blocks, experts too.
+    """Return the largest number of devices that divides the query heads, key/value heads and FFN widths of all blocks, experts too.
 
-    The only key/value head of multi-query attention is copied to all devices.
+    The single key/value head of multi-query attention is copied to every device, so that its query heads count.
     """
     copied = [site.heads if site.units == 1 and site.heads else site.units for site in skeleton.all_sites()]
     return gcd(*copied)

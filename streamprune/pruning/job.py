@@ -90,7 +90,7 @@ class Job(JobFolder):
     def _spare(self) -> int:
         """Bytes of host memory that are free now, beside what the steps need: other jobs may have taken some since the start.
 
-        At least: what the steps already hold is no longer free, and counts again.
+        A lower bound: what the steps already hold is no longer free, and is subtracted again.
         """
         free = machine.available_memory(torch.device("cpu")) // self.ranks.local_size
         return free - self._needed

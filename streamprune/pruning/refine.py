@@ -1,7 +1,8 @@
 """Train one block's weights, or low-rank updates of them, to map its pruned input to its dense output.
 
-Only that block is in memory. There are no labels and no end-to-end gradient: the loss is the mean squared error, and for the last
-block, whose output the head reads, the divergence of the predictions. Its operations are reported apart from those of the closed form.
+Only that block is in memory, and for the last one the final norm and the head. There are no labels and no end-to-end gradient: the loss
+is the mean squared error, and for the last block the divergence of the predictions. Operations are reported apart from those of the
+closed form.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def ends(losses: Sequence[float]) -> list[float]:
 
 @contextmanager
 def _loss(skeleton: Skeleton, index: int) -> Iterator[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """Yield a function from a block's output and its target (sequences, tokens, width) to the loss () and its gradient, as the output."""
+    """Yield a function from a block's output and its target, (sequences, tokens, width) each, to the loss, (), and its gradient with
+    respect to the output, of the same shape."""
     if index == len(skeleton) - 1:
         with skeleton.head() as head:
             yield partial(sweep.divergence, skeleton, head)

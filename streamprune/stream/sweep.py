@@ -174,8 +174,8 @@ def divergence(
         given, wanted: (sequences, tokens, width) float.
 
     Returns:
-        The Kullback-Leibler divergence of the predictions from `given` from those from `wanted`, () in nats, the mean over tokens; and
-        its gradient with respect to `given`.
+        The Kullback-Leibler divergence KL(p ‖ q), () in nats, the mean over tokens: p are the predictions that follow from `wanted`, q
+        those from `given`. And its gradient with respect to `given`.
     """
     dtype = accumulator(skeleton.dtype)
     rows, aims = (each.detach().flatten(0, 1) for each in (given, wanted))
@@ -187,11 +187,12 @@ def divergence(
         with torch.no_grad():
             target = head(aim.to(skeleton.dtype)).to(dtype)
             q, p = logits.softmax(-1), target.softmax(-1)
-            # What the logits are normalised by, from the largest of each row.
+            # Each row's log-sum-exp: its largest logit less the logarithm of that one's probability.
             normal, wanted_normal = (x.amax(-1) - y.amax(-1).log() for x, y in ((logits, q), (target, p)))
             total += (torch.linalg.vecdot(p, target.sub_(logits)) + normal - wanted_normal).sum() / len(rows)
         # Exactly zero where both are the same. The gradient of the sum keeps float16's range.
         gradients.append(torch.autograd.grad(logits, h, q.sub_(p))[0] / len(rows))
+        del logits, target, q, p  # before those of the next tokens
     return total, torch.cat(gradients).view_as(given)
 
 

@@ -48,7 +48,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def checksum(data: Any) -> int:
-    """Return XXH3, 64 bits, of bytes in memory: finds damage by accident, at the speed of memory, but no forgery."""
+    """Return XXH3, 64 bits, of bytes in memory: detects accidental damage at the speed of memory, but no forgery."""
     found = xxhash.xxh3_64()
     found.update(data)  # without the GIL; `xxh3_64_intdigest` of older versions holds it
     return found.intdigest()

@@ -195,7 +195,7 @@ def test_the_head_of_the_last_blocks_refinement_is_foreseen(tiny: Tiny, configur
     config = configured(model, device="cuda", recipe="magnitude", refine=1, samples=2, seq_len=64)
     with device(total=1 << 30):
         foreseen = streamprune.forecast_job(config).device_bytes
-        assert 0.5 * foreseen < streamprune.prune(config).peak_device_bytes <= foreseen
+        assert 0.8 * foreseen < streamprune.prune(config).peak_device_bytes <= foreseen
         first = configured(
             model, "first", device="cuda", recipe="magnitude", refine=1, samples=2, seq_len=64, blocks=(0, 1)
         )

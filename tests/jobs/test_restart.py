@@ -246,7 +246,7 @@ def test_a_note_leads_to_no_folder_but_this_jobs(tiny: Tiny, configured: Make, t
     assert (other / "precious").is_dir()
 
 
-@pytest.mark.parametrize("edit", [b'"format": 4, ', b'"step": "start", '], ids=["older version", "damaged"])
+@pytest.mark.parametrize("edit", [b'"format": 5, ', b'"step": "start", '], ids=["older version", "damaged"])
 def test_a_journal_that_cannot_be_resumed_is_refused_and_restarts(edit: bytes, tiny: Tiny, configured: Make) -> None:
     config = configured(tiny("llama"))
     killed_after(3, lambda: streamprune.prune(config))

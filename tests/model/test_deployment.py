@@ -310,5 +310,7 @@ def test_a_tuned_model_says_both(tiny: Make, configured: Make, text: Path, tmp_p
     card = (out / "README.md").read_text()
     assert "Tuned on 4 windows of 16 tokens of text with SHA-256" in card
     assert "Calibrated on 5 windows of 24 tokens of text with SHA-256" in card
-    assert re.search(r"Loss in training: [\d.e+-]+ at first, [\d.e+-]+ at last\.", card)
+    assert re.search(
+        r"Loss( of the last block)? in training: [\d.e+-]+ at first, [\d.e+-]+ at last, in nats per token\.", card
+    )
     assert "Share of a site's output energy lost" in card

@@ -175,8 +175,8 @@ class Memory(Shapes):
             if work.refines_last:
                 # Before a step's only micro-batch goes backward, there are no gradients of weights.
                 trained -= (parameters if work.rank is None else updates) * (work.refine_sequences <= rows)
-                # Both models' logits and probabilities, what goes back, and what lies between.
-                logits = 7 * max(min(LOGIT_BYTES, 4 * vocabulary * rows * length), 4 * vocabulary)
+                # Both models' logits and probabilities, and their copies in the computing dtype.
+                logits = 5 * max(min(LOGIT_BYTES, 4 * vocabulary * rows * length), 4 * vocabulary)
                 activations += (6 * rows * self.row_bytes // self.item + logits // 4) * self.sum_item
                 weights = block + self.head + self.sum_item * trained
                 yield "refining the last block", Demand(weights, activations=activations)

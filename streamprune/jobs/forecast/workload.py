@@ -62,11 +62,6 @@ class Workload:
         return bool(self.survey & GRADIENTS)
 
     @property
-    def sums_inputs(self) -> bool:
-        """Whether the prune sweep sums Grams of the producers' inputs."""
-        return self.compensates or self.wants_inputs
-
-    @property
     def dense_stream(self) -> bool:
         """Whether the prune sweep also advances the dense stream."""
         return self.compensates or self.has_target or self.refines > 0
