@@ -10,9 +10,9 @@
 #   tests      90   the jobs of tests/device on this device
 #   sanitizer  45   one job with TORCH_CUDA_SANITIZER=1, which raises on races between streams
 #   rates      45   products, pinned copies, the disk: rates.py
-#   wide      180   70B-shaped blocks under LIMIT (24GiB): stage table, forecast and peak: gpu.py
-#   tight     120   the same under TIGHT (12GiB)
-#   sweeps     90   the sweeps alone
+#   wide      150   70B-shaped blocks under LIMIT (24GiB): stage table, forecast and peak: gpu.py
+#   tight     100   the same under TIGHT (12GiB)
+#   sweeps     60   the sweeps alone
 #   forecast  160   the forecast against the peak for two recipes: forecast.py
 #   ranks      60   a job in one process per GPU under NCCL, where there are several; otherwise skipped
 # FOLDER/summary.txt has a line per stage; FOLDER/STAGE.txt what it printed, as it printed it. 0: done, 124: out of time.
@@ -83,7 +83,7 @@ for name in "$@"; do
     forecast)
         if [ "$DEVICE" = pretended ]; then
             job forecast
-            stage forecast 90 "$PYTHON" "${run[@]}" -m streamprune_cli plan "${words[3]}" "${words[@]:5}" --json
+            stage forecast 160 "$PYTHON" "${run[@]}" -m streamprune_cli plan "${words[3]}" "${words[@]:5}" --json
         else
             sizes=()
             [ "$DEVICE" = cpu ] && sizes=(--hidden 512 --ffn 2048 --samples 2)
@@ -97,9 +97,9 @@ for name in "$@"; do
         fi
         case $name in
         rates) stage rates 45 "$PYTHON" "$HERE/rates.py" --device "$on" --folder "$FOLDER" ;;
-        wide) blocks "$LIMIT" sweeps forward && stage wide 180 "$PYTHON" "${words[@]}" ;;
-        tight) blocks "$TIGHT" sweeps forward && stage tight 120 "$PYTHON" "${words[@]}" ;;
-        sweeps) blocks "$LIMIT" runs forward && stage sweeps 90 "$PYTHON" "${words[@]}" ;;
+        wide) blocks "$LIMIT" sweeps forward && stage wide 150 "$PYTHON" "${words[@]}" ;;
+        tight) blocks "$TIGHT" sweeps forward && stage tight 100 "$PYTHON" "${words[@]}" ;;
+        sweeps) blocks "$LIMIT" runs forward && stage sweeps 60 "$PYTHON" "${words[@]}" ;;
         esac
         ;;
     ranks)

@@ -117,7 +117,7 @@ class Study:
             if index < settings["start"]:
                 pruned.append(self.past(model, index, pruned[index]))
         for index in range(int(settings["start"]), depth):
-            first, last = max(0, index - back), min(depth - 1, index + forward)
+            first, last = max(int(settings["start"]), index - back), min(depth - 1, index + forward)
             end = min(depth - 1, last + ahead)
 
             def loss(rows: Tensor, first: int = first, last: int = last, end: int = end) -> Tensor:

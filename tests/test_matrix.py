@@ -76,6 +76,31 @@ def test_the_table_replaces_the_last_one_and_names_surprises(
     ]
 
 
+@pytest.mark.parametrize(
+    ("difference", "found", "accepted"),
+    [
+        (1e-6, "equal", {"nearer", "near"}),
+        (0.49, "nearer", {"nearer", "near"}),
+        (0.51, "near", {"near"}),
+        (1.49, "near", {"near"}),
+        (1.51, "different", set()),
+    ],
+)
+def test_a_runtime_that_quantises_may_be_nearer_than_expected(
+    difference: float, found: str, accepted: set[str], tmp_path: Path, matrix: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = {"equal": 96, "of": 96, "difference": difference}
+    assert matrix.outcome(cell) == found
+    document = tmp_path / "deploy.md"
+    document.write_text(f"{matrix.BEGIN}\n{matrix.END}\n")
+    of_all = {"title": "peft", "version": "1", "transformers": "5", "cells": {"free": cell}}
+    (tmp_path / "peft.json").write_text(json.dumps(of_all))
+    monkeypatch.setattr(matrix, "LAYOUTS", {"free": None})
+    for expected in ("nearer", "near"):
+        monkeypatch.setattr(matrix, "EXPECTED", {"peft": {"free": expected}})
+        assert (matrix.table(tmp_path, document, "2026-11-29") == []) == (expected in accepted)
+
+
 def test_layouts_are_options_of_run(matrix: Any) -> None:
     for options in filter(None, matrix.LAYOUTS.values()):
         run.make_context("run", [str(EXAMPLE), "OUT", *options.split()])

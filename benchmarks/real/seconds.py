@@ -5,7 +5,8 @@
 
 Transformers' forward passes over the calibration windows, one at a time, are timed before and after the run, in both dtypes. The run is
 profiled by function, and torch's operations by name and by the kind that they are counted as: cProfile does not see them, since jobs
-count them inside torch's dispatch. A function's own seconds are without those of the functions it calls.
+count them inside torch's dispatch. Grams and greedy steps, which are counted as a whole, show by function. A function's own seconds are
+without those of the functions it calls. Target: without refinement, fewer than 8 forward passes in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import streamprune
 from streamprune.maths import flops
@@ -106,7 +107,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, calibration = options.folder / "model", options.folder / "calibration.txt"
-    vocabulary = AutoModelForCausalLM.from_pretrained(model).config.vocab_size
+    vocabulary = AutoConfig.from_pretrained(model).vocab_size
     windows = sample(
         load_tokenizer(model), Text.of(str(calibration)), vocabulary, options.samples, options.seq_len, 0
     ).tokens

@@ -167,10 +167,13 @@ def test_the_last_block_learns_transformers_own_predictions(
     loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
     gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
     assert report["refinement"] == pytest.approx([float(loss.detach())] * 2, rel=1e-9)
+    compared = 0
     for (leaf, weight), gradient in zip(weights.items(), gradients, strict=True):
         if gradient is not None and gradient.abs().max() > 1e-9:
+            compared += 1
             step = -3e-4 * gradient / (gradient.abs() + 1e-8)  # Adam's first
             torch.testing.assert_close(block.weights[leaf], weight.detach() + step, rtol=0, atol=1e-7)
+    assert compared > len(weights) / 2
 
 
 @pytest.mark.parametrize("index", [1, 2])
@@ -202,7 +205,7 @@ def test_small_differences_of_predictions_survive_float16(tiny: Tiny) -> None:
     for part in (slice(0, 64), slice(0, 1)):
         with skeleton.head() as head:
             slopes.append(sweep.divergence(skeleton, head, given[part], wanted[part])[1][0])
-    torch.testing.assert_close(64 * slopes[0], slopes[1], rtol=1e-3, atol=0)
+    assert (64 * slopes[0] - slopes[1]).norm() < 0.01 * slopes[1].norm()
 
 
 @pytest.fixture
