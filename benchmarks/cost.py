@@ -2,7 +2,7 @@
 
 Nothing is run: the counts are those of `streamprune plan` (`jobs.forecast`), for a checkpoint of the real shape whose weights are holes.
 A job reads and writes boundaries as often as traffic.py says, which `tests/test_traffic.py` compares with jobs that run.
-Solving is counted by the leading terms of docs/methods.md, launches by running one chunk of greedy steps.
+Solving is counted by the leading terms of docs/methods.md, launches by running one chunk of greedy steps, of which the host's part is timed.
 
 A stage takes as long as its slowest resource: products, copies, disk and the host's core work side by side. What the computing thread
 does itself delays the products, so it counts with them ("computing"); the rest of the host's work is that of the store's, the reader's
@@ -93,14 +93,30 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def launches_per_step(width: int) -> float:
-    """Return the operations per step of a greedy path, and of what applies the steps, with 64 steps in one chunk."""
-    units = 66
+def greedy_step(width: int) -> tuple[float, float]:
+    """Return the operations per step of a greedy path, and of what applies the steps, with 64 steps in one chunk; and the seconds that
+    the host takes for a step itself, in processor time."""
+    units = 300
     x = torch.randn(2 * units * width, units * width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = torch.linalg.inv(x.T @ x).contiguous()
-    with mock.patch.object(greedy, "counted", return_value=nullcontext()), Operations() as seen:
+    seconds = [0.0]
+
+    def among(*arguments: Any) -> Any:
+        seconds.clear()
+        for _ in range(4):
+            started = time.thread_time()
+            found = real(*arguments)
+            seconds.append(time.thread_time() - started)
+        return found
+
+    real = greedy._among
+    with (
+        mock.patch.object(greedy, "counted", return_value=nullcontext()),
+        mock.patch.object(greedy, "_among", among),
+        Operations() as seen,
+    ):
         greedy.removal(p, torch.eye(len(p), dtype=p.dtype), width=width, count=64, block=64, place="here")
-    return seen.count / 64
+    return seen.count / 64, min(seconds) / 64
 
 
 def solving(n: int, d: int, rows: int, ratio: float) -> tuple[float, float]:
@@ -171,12 +187,12 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         for kind, flops in kinds.items():
             operations[kind] += round(flops)
             table[stage]["computing"][f"products, {kind}"] += flops / card["bfloat16"]
-    per_step: dict[int, float] = {}
+    per_step: dict[int, tuple[float, float]] = {}
     for site in request.skeleton.all_sites():
         rows = sum(weight // site.outputs for weight in site.linears[:-1])
         if site.width not in per_step:
-            per_step[site.width] = launches_per_step(min(site.width, 4))
-        steps, launched = site.units, per_step[site.width]
+            per_step[site.width] = greedy_step(min(site.width, 4))
+        steps, (launched, alone) = site.units, per_step[site.width]
         for stage, flops, taken in zip(
             ("survey", "prune"),
             solving(site.columns, site.outputs, rows, options.ratio),
@@ -186,6 +202,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
             operations["solving"] += round(flops)
             table[stage]["computing"]["products, solving"] += flops / card["float32"]
             table[stage]["computing"]["launches of greedy steps"] += steps * taken * launched * LAUNCH
+            table[stage]["computing"]["greedy steps on the host"] += steps * taken * alone
         # Compensated producers, then what is kept of all linears.
         moved = sum(site.linears[:-1]) + (1 - options.ratio) * sum(site.linears)
         table["prune"]["computing"]["weights to the host"] += moved * 2 / RATES["pageable copy"]
@@ -240,7 +257,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         "boundary_bytes": boundary,
         "batch": resources.batch,
         "backward_batch": resources.backward_batch,
-        "launches_per_step": {str(width): each for width, each in per_step.items()},
+        "launches_per_step": {str(width): launched for width, (launched, _) in per_step.items()},
         "passes_per_block": {
             name: {"read": made.read / len(shapes.blocks), "written": made.written / len(shapes.blocks)}
             for name, made in (("all", total), ("on disk", on_disk))

@@ -14,9 +14,9 @@ and the loop needs only `P` and ``V = WᵀW``. With ``P_uu = L Lᵀ``, ``E = L�
     P ← P − CᵀC           V ← V − CᵀZ − ZᵀC           cost_u = tr((P_uu)⁻¹ V_uu) = tr E
 
 so a step needs the full rows of the removed unit only, and the diagonal blocks of all others. As in a blocked, pivoted
-Cholesky factorisation, `C` and `Z` of recent steps are buffered. Each step first updates the rows of its unit with them. After
-every `block` columns they are applied to all of `P` and `V` by matrix products, to the lower halves only and without the
-removed units.
+Cholesky factorisation, `C` and `Z` of recent steps are buffered and applied together: after every `block` columns by matrix products to
+all of `P` and `V`, to the lower halves only and without the removed units. Before, the rows that a step reads are updated alone; units of
+one column take even these steps together (see `_Columns`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ from .flops import counted
 from .refit import all_finite, cholesky_blocks, dampings, inverse, unit_columns
 from .triangular import add_product, diagonal_blocks, invert_, shrink, whole_rows
 
+_CANDIDATES = 4
+"""Units of one column among which the host takes steps, for each step."""
 _SPARSE = 16
 """P and V are compacted once one in this many of their units is removed. Compacting costs as much as one update."""
 
@@ -117,19 +121,18 @@ def removal(p: Tensor, v: Tensor, *, width: int, count: int, block: int, place: 
 
     Arguments and results are those of `greedy_removal`.
     """
-    state: _State = _Columns(p, v) if width == 1 else _Blocks(p, v, width, place)
+    state: _State = _Columns(p, v, place) if width == 1 else _Blocks(p, v, width, place)
     order, costs = torch.empty(count, dtype=torch.int64, device=p.device), p.new_empty(count)
-    steps = max(1, block // width)
-    for start in range(0, count, steps):
-        stop = min(start + steps, count)
-        rows, columns = (stop - start) * width, len(state.p)
-        late = p.new_empty(3, rows, columns)  # C, Z, C: the copy turns CᵀZ + ZᵀC into one product
-        with counted(rows * width * columns * (3 * (stop - start) + 12)):
-            for step in range(start, stop):
-                state.remove(late[:2], (step - start) * width, order[step : step + 1], costs[step : step + 1])
-            order[start:stop] = state.units.index_select(0, order[start:stop])
-        if stop < count:
-            state.settle(late, stop - start)
+    start, steps = 0, max(1, block // width)
+    while start < count:
+        most = min(steps, count - start)
+        late = p.new_empty(3, most * width, len(state.p))  # C, Z, C: the copy turns CᵀZ + ZᵀC into one product
+        done = state.remove(late[:2], order[start : start + most], costs[start : start + most])
+        gone = order[start : start + done]
+        gone.copy_(state.units.index_select(0, gone))
+        start += done
+        if start < count:
+            state.settle(late[:, : done * width], done)
     return order.cpu(), costs.cpu()
 
 
@@ -149,10 +152,11 @@ class _State(ABC):
         self.number_gone = 0
 
     @abstractmethod
-    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor) -> None:
-        """Remove one unit. The first `rows` rows of `late` (2, ·, n) are C and Z of the buffered steps; append those of this unit.
+    def remove(self, late: Tensor, units: Tensor, paid: Tensor) -> int:
+        """Remove up to as many units as `units` (steps,) has places, and at least one; return how many.
 
-        Writes the removed unit's position in `units`, and its cost, to `unit` (1,) and `paid` (1,).
+        Writes the removed units' positions in `units`, their costs to `paid` (steps,), and their rows C and Z to `late`
+        (2, steps · width, n).
         """
 
     @abstractmethod
@@ -160,7 +164,7 @@ class _State(ABC):
         """Return the positions of the units that are not removed, ascending."""
 
     def settle(self, late: Tensor, steps: int) -> None:
-        """Apply the buffered C and Z of the last `steps` steps, ``late[:2]`` of (3, ·, n), to all of `P` and `V`."""
+        """Apply C and Z of the last `steps` steps, ``late[:2]`` of (3, ·, n), to all of `P` and `V`."""
         self.number_gone += steps
         if self.number_gone * _SPARSE >= len(self.units):
             live = self.live()
@@ -180,7 +184,7 @@ class _State(ABC):
 
 
 class _Blocks(_State):
-    """Units of any number of columns."""
+    """Units of any number of columns, one step after the other."""
 
     def __init__(self, p: Tensor, v: Tensor, width: int, place: str) -> None:
         super().__init__(p, v, width)
@@ -188,7 +192,15 @@ class _Blocks(_State):
         self.gone = torch.zeros_like(self.units, dtype=torch.bool)
         self.identity = torch.eye(width, dtype=p.dtype, device=p.device)
 
-    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor) -> None:
+    def remove(self, late: Tensor, units: Tensor, paid: Tensor) -> int:
+        steps, rows, columns = len(units), late.shape[1], late.shape[2]
+        with counted(rows * self.width * columns * (3 * steps + 12)):
+            for step in range(steps):
+                self._step(late, step * self.width, units[step : step + 1], paid[step : step + 1])
+        return steps
+
+    def _step(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor) -> None:
+        """Remove one unit, written to `unit` (1,) and `paid` (1,). The first `rows` rows of `late` are those of the steps before."""
         factors, cost = self._costs()
         u = torch.argmin(cost.masked_fill_(self.gone, torch.inf), dim=0, keepdim=True, out=unit)
         torch.index_select(cost, 0, u, out=paid)
@@ -225,39 +237,96 @@ class _Blocks(_State):
 
 
 class _Columns(_State):
-    """Units of one column. A step takes half as many operations as in `_Blocks`: on a GPU each is a kernel launch, and launches dominate.
+    """Units of one column, many steps at a time: on a GPU each operation is a kernel launch, and launches would dominate.
 
-    A removed column has `V` = ∞ and the largest `P`, so that its cost is ∞. There is no device synchronisation. Costs are rounded
-    otherwise than by `_Blocks`: in float32, near ties may be broken differently.
+    The host takes the steps among the cheapest units, on the rows and columns of `P` and `V` that these have, in float64. With the
+    rows S that it removes, in order, and the lower triangles ``L_st = C_ts`` and ``M_st = Z_ts`` (t ≤ s) that it found,
+
+    ::
+
+        P_S: = L C        V_S: = L Z + M C
+
+    give C and Z for all columns at once, and these the costs of all units before each step. Steps are taken up to the first
+    at which another unit would have been cheaper.
+
+    A removed column has `V` = ∞ and the largest `P`, so that its cost is ∞. Costs are rounded otherwise than by `_Blocks`: near ties may be broken
+    differently.
     """
 
-    def __init__(self, p: Tensor, v: Tensor) -> None:
+    def __init__(self, p: Tensor, v: Tensor, place: str) -> None:
         super().__init__(p, v, 1)
-        self.numbers = torch.arange(len(p), device=p.device)
+        self.place = place
 
-    def remove(self, late: Tensor, rows: int, unit: Tensor, paid: Tensor) -> None:
+    def remove(self, late: Tensor, units: Tensor, paid: Tensor) -> int:
         p, v = self.p_blocks.view(-1), self.v_blocks.view(-1)
-        cost = v.clamp_min(0).div_(p)
-        u = torch.argmin(cost, dim=0, keepdim=True, out=unit)
-        energy = torch.index_select(cost, 0, u, out=paid)
-        factor = p.index_select(0, u).rsqrt_()
-        both = late[:, rows]
-        # Entries of the lower half: row max(u, j), column min(u, j).
-        at = torch.add(torch.minimum(self.numbers, u), torch.maximum(self.numbers, u), alpha=len(self.numbers))
-        torch.index_select(self.p.view(-1), 0, at, out=both[0])
-        torch.index_select(self.v.view(-1), 0, at, out=both[1])
-        if rows:
-            c_z = late[:, :rows].index_select(2, u)[..., 0]  # (2, rows)
-            both.addmm_(c_z, late[0, :rows], alpha=-1)
-            both[1:].addmm_(c_z[:1], late[1, :rows], alpha=-1)
-        c_u, z_u = both.mul_(factor)
-        z_u.addcmul_(c_u, energy, value=-0.5)
-        p.addcmul_(c_u, c_u, value=-1).index_fill_(0, u, torch.finfo(p.dtype).max)
-        v.addcmul_(c_u, z_u, value=-2).index_fill_(0, u, torch.inf)
+        candidates = self._cheapest(v.clamp_min(0).div_(p), _CANDIDATES * len(units))
+        order, costs, lower = _among(*self._panel(candidates, p, v), len(units), self.place)
+        torch.index_select(candidates, 0, order.to(p.device), out=units)
+        paid.copy_(costs)
+        factor, cross = lower.to(p.device, p.dtype)
+        c, z = late
+        torch.linalg.solve_triangular(factor, whole_rows(self.p, units), upper=False, out=c)
+        torch.linalg.solve_triangular(factor, whole_rows(self.v, units).addmm_(cross, c, alpha=-1), upper=False, out=z)
+        # Diagonals after each step: a product with ones adds up in order on every device, which `cumsum` does not.
+        ones = torch.ones_like(factor).tril_()
+        p_after = torch.addmm(p, ones, c * c, alpha=-1)
+        v_after = torch.addmm(v, ones, c * z, alpha=-2)
+        done = 1
+        if len(units) > 1:
+            others = v_after[:-1].clamp_min(0).div_(p_after[:-1]).index_fill_(1, candidates, torch.inf).amin(dim=1)
+            done += len(list(takewhile(bool, (others >= paid[1:]).tolist())))
+        gone = units[:done]
+        p.copy_(p_after[done - 1]).index_fill_(0, gone, torch.finfo(p.dtype).max)
+        v.copy_(v_after[done - 1]).index_fill_(0, gone, torch.inf)
+        return done
+
+    def _cheapest(self, cost: Tensor, number: int) -> Tensor:
+        """Return the positions of the `number` cheapest units, ascending; the lower ones of those that cost the same."""
+        return cost.argsort(stable=True)[:number].sort().values
+
+    def _panel(self, candidates: Tensor, p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows and columns `candidates` of `P` and `V`, of which the lower halves are valid, with the diagonals p and v."""
+        at = candidates[:, None] * len(self.p) + candidates
+        found = []
+        for whole, diagonal in ((self.p, p), (self.v, v)):
+            part = whole.view(-1).index_select(0, at.view(-1)).view(at.shape)
+            part.diagonal().copy_(diagonal.index_select(0, candidates))
+            found.append(part)
+        return found[0], found[1]
 
     def live(self) -> Tensor:
         return (self.v_blocks.view(-1) != torch.inf).nonzero()[:, 0]
 
-    def compact(self, live: Tensor) -> None:
-        super().compact(live)
-        self.numbers = self.numbers[: len(live)]
+
+def _among(p: Tensor, v: Tensor, steps: int, place: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Take `steps` steps among units of one column, on the host. Of `p` and `v` (units, units) only the lower halves are read.
+
+    Returns:
+        The removed units in order (steps,) int64, their costs (steps,), and the triangles L and M of `_Columns` (2, steps, steps).
+
+    Raises:
+        SingularError: a cost is negative or NaN.
+    """
+    whole = np.stack([x.cpu().double().numpy() for x in (p, v)])  # P and V
+    whole += np.tril(whole, -1).transpose(0, 2, 1) - np.triu(whole, 1)
+    left = whole.diagonal(axis1=1, axis2=2).copy()
+    left[1] /= 2  # so that what a step takes from both is c times [c, z]
+    late, cost = np.empty((steps, 2, len(p))), np.empty(len(p))  # c and z of each step
+    order, costs = np.empty(steps, dtype=np.int64), np.empty(steps)
+    with np.errstate(all="ignore"), counted(3 * steps**2 * len(p)):
+        for s in range(steps):
+            np.divide(np.maximum(left[1], 0, out=cost), left[0], out=cost)
+            u = int(cost.argmin())
+            order[s], costs[s] = u, 2 * cost[u]
+            if not costs[s] >= 0:
+                raise SingularError(place)
+            earlier, (c, z) = late[:s], late[s]
+            # Not products of BLAS, whose sums may depend on the number of threads.
+            np.subtract(whole[0, u], np.einsum("s,sm->m", earlier[:, 0, u], earlier[:, 0]), out=c)
+            np.subtract(whole[1, u], np.einsum("sk,skm->m", earlier[:, ::-1, u], earlier), out=z)
+            late[s] *= 1 / np.sqrt(left[0, u])
+            z -= cost[u] * c
+            left -= late[s] * c
+            left[:, u] = np.finfo(np.float64).max, np.inf
+    lower = np.tril(late[:, :, order].transpose(1, 2, 0))
+    return torch.from_numpy(order), torch.from_numpy(costs), torch.from_numpy(lower)

@@ -234,22 +234,36 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_waits_for_no_answer_of_the_device() -> None:
-    w, h = problem(40)
-    p, v = inverse(h).contiguous(), w.T @ w
-    with Watch() as watch:
-        removal(p, v, width=1, count=39, block=8, place="here")
-    assert "_local_scalar_dense" not in watch.ran
-    assert watch.ran["argmin"] == 39
-
-
-def test_a_step_takes_few_launches() -> None:
+def test_many_steps_take_few_launches_and_few_answers_of_the_device() -> None:
     """At 70B a block takes 37,000 steps."""
-    w, h = problem(40)
+    w, h = problem(80)
     p, v = inverse(h).contiguous(), w.T @ w
     with Watch() as watch:
-        removal(p, v, width=1, count=39, block=39, place="here")
-    assert watch.ran.total() <= 21 * 39
+        removal(p, v, width=1, count=64, block=64, place="here")
+    assert watch.ran.total() < 64
+    assert watch.ran["_local_scalar_dense"] == 0
+
+
+def test_steps_end_where_a_unit_becomes_cheaper_that_was_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy, "_CANDIDATES", 1)
+    w, h = problem(80, tokens=90)
+    settled, real = list[int](), greedy._Columns.settle
+
+    def settle(self: greedy._Columns, late: Tensor, steps: int) -> None:
+        settled.append(steps)
+        real(self, late, steps)
+
+    monkeypatch.setattr(greedy._Columns, "settle", settle)
+    order, _ = greedy_removal(w, h, width=1, count=60, damping=0.01, place="here", block=30)
+    assert order.tolist() == plain(w, h, 1, 60)[0]
+    assert min(settled) < 30
+
+
+def test_a_cost_below_zero_is_no_cost() -> None:
+    p, v = torch.eye(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    p[2, 2] = -1
+    with pytest.raises(SingularError, match="here"):
+        removal(p, v, width=1, count=3, block=64, place="here")
 
 
 @pytest.mark.parametrize("width", [1, 4])
