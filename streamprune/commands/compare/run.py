@@ -106,7 +106,7 @@ def compare(
     with work.opened(restart):
         work.log.say(f"the table and the pruned checkpoints go to {folder.absolute()}")
         found = work.table(perplexities)
-        found.write(folder, plot=plot)
+        found.write(folder, plotted=plot)
     return found
 
 

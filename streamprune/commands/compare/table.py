@@ -143,14 +143,14 @@ class Comparison:
         asked = dict.fromkeys(entry.perplexity for entry in self.reached)
         return [["ratio at perplexity", *(f"{each:g}" for each in asked)], *lines.values()] if lines else []
 
-    def write(self, folder: Path, *, plot: bool) -> None:
+    def write(self, folder: Path, *, plotted: bool) -> None:
         """Durably write the files of the table to a folder."""
         files.write_text(folder / JSON, json.dumps(self.as_dict(), indent=2) + "\n")
         files.write_text(folder / CSV, self._csv())
         files.write_text(folder / MARKDOWN, self._markdown())
-        if plot:
+        if plotted:
             with files.replacing_file(folder / PLOT) as temporary:
-                self._plot(temporary)
+                plot(temporary, Path(self.model).name, self.rows)
 
     def _csv(self) -> str:
         text = io.StringIO()
@@ -177,31 +177,33 @@ class Comparison:
         ]
         return "\n\n".join(parts) + "\n"
 
-    def _plot(self, path: Path) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        for label, line in _lines(self.rows).items():
-            ratios, levels = zip(*line, strict=True)
-            axes.plot(ratios, [math.exp(level) for level in levels], marker="o", label=label)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        axes.set_xlabel("share of the blocks' parameters removed")
-        axes.set_ylabel("perplexity")
-        axes.set_title(Path(self.model).name)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-        FigureCanvasAgg(figure).print_figure(path, format="png", dpi=150)
-
 
 def require_plotting() -> None:
     """Raise ConfigError unless matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("a plot needs matplotlib, which is not installed: pip install 'streamprune[plot]'")
+
+
+def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Draw perplexity over the share removed, a line for each label, as a PNG file. `rows` starts with the dense model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, line in _lines(rows).items():
+        ratios, levels = zip(*line, strict=True)
+        axes.plot(ratios, [math.exp(level) for level in levels], marker="o", label=label)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_xlabel("share of the blocks' parameters removed")
+    axes.set_ylabel("perplexity")
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    FigureCanvasAgg(figure).print_figure(path, format="png", dpi=150)
 
 
 def reach(rows: Sequence[Row], perplexities: Sequence[float]) -> tuple[Reached, ...]:
