@@ -26,10 +26,16 @@ AIMS = ("fit", "speedup", "perplexity_at_most")
 DataFree = Literal["self", "random-tokens"]
 DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
 Effort = Literal["low", "normal", "high"]
-EFFORTS: Mapping[str, float] = {"low": 0, "normal": 2, "high": 8}
+EFFORTS: Mapping[Effort, float] = {"low": 0, "normal": 2, "high": 8}
 """Passes over the calibration windows in which block refinement trains each block."""
 REFINE_SEQUENCES = 1
 """Windows of a step of block refinement."""
+IMITATIONS: Mapping[Effort, float] = {"low": 0, "normal": 0, "high": 2}
+"""Passes over the calibration windows in which all blocks are trained together in the end, towards the dense model's predictions."""
+IMITATION_SEQUENCES = 4
+"""Windows of a step of that."""
+IMITATION_RANK, IMITATION_RATE = 32, 1e-3
+"""Rank of its updates, and Adam's highest learning rate."""
 TuneMethod = Literal["auto", "lora", "distil"]
 TUNE_METHODS: tuple[TuneMethod, ...] = ("auto", "lora", "distil")
 
@@ -246,14 +252,27 @@ class Config(JobConfig):
             raise ConfigError(f"{' and '.join(given)} are given; only one of them can decide how much is removed")
 
     @property
+    def chosen_effort(self) -> Effort:
+        """The effort, given or by the recipe."""
+        return self.effort or ("normal" if self.recipe == "default" else "low")
+
+    @property
     def refinement_steps(self) -> int:
         """Steps of block refinement after each pruned block; 0 for none."""
-        effort = self.effort or ("normal" if self.recipe == "default" else "low")
-        return self.effort_steps()[effort] if self.refine is None else self.refine
+        return self.effort_steps(self.chosen_effort)[0] if self.refine is None else self.refine
 
-    def effort_steps(self) -> dict[str, int]:
-        """Steps of block refinement after each pruned block, in each effort."""
-        return {effort: math.ceil(passes * self.samples / REFINE_SEQUENCES) for effort, passes in EFFORTS.items()}
+    @property
+    def imitation_steps(self) -> int:
+        """Steps of training all blocks together in the end; 0 for none."""
+        return self.effort_steps(self.chosen_effort)[1] if self.refine is None else 0
+
+    def effort_steps(self, effort: Effort) -> tuple[int, int]:
+        """Steps of block refinement after each pruned block, and of training all blocks together in the end."""
+        together = min(IMITATION_SEQUENCES, self.samples)
+        return (
+            math.ceil(EFFORTS[effort] * self.samples / REFINE_SEQUENCES),
+            math.ceil(IMITATIONS[effort] * self.samples / together),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

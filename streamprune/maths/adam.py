@@ -101,5 +101,12 @@ def epoch_batch(samples: int, size: int, seed: int, step: int) -> Tensor:
     return torch.randperm(samples, generator=seeded(seed, epoch))[part * size : (part + 1) * size]
 
 
+def next_batch(samples: int, size: int, seed: int, step: int) -> Tensor:
+    """Return the sample indices of a step, (size,) int64: epochs follow each other without a gap, each of all samples in its own order."""
+    first, skipped = divmod(step * size, samples)
+    epochs = range(first, first + -(-(skipped + size) // samples))
+    return torch.cat([torch.randperm(samples, generator=seeded(seed, epoch)) for epoch in epochs])[skipped:][:size]
+
+
 def steps_per_epoch(samples: int, size: int) -> int:
     return -(-samples // size)

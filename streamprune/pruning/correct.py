@@ -1,20 +1,23 @@
-"""Low-rank corrections between shots (LLM Surgeon, section 3.6): LoRA steps on the language modelling loss, streamed.
+"""Low-rank corrections of all blocks together, streamed: on the language modelling loss (LLM Surgeon, section 3.6), or ours, towards the
+dense model's predictions.
 
 A step is one forward and one backward sweep over the blocks for a small batch. Linears compute with ``W + U V``; Adam
 updates `U` and `V` by their gradients. Only one block is in memory. `U`, `V` and Adam's moments are on disk, one file per
-block and step, until ``U V`` is absorbed into `W` after the last step.
+block and step, until ``U V`` is absorbed into `W` after the last step. What the dense model's last block gives is computed before the
+first step, and again by a job that resumes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import torch
 
-from ..jobs.forecast.workload import TRAIN_SEQUENCES
-from ..maths.adam import Descent, batch, seeded
+from ..errors import NumericalError
+from ..maths.adam import Descent, batch, next_batch, seeded
 from ..maths.refit import accumulator
 from ..model import write
 from ..model.block import Block
@@ -43,19 +46,28 @@ def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
             shot.record(f"correct/{step}")
         return {}
     files.make_folder(shot.folder)
-    zeros = job.recipe.writes_zeros
     corrector = Corrector(
         open_skeleton(shot.pruned, job.request.device, job.config.dtype, layout=job.skeleton.layout),
         job.windows,
         shot.corrections,
-        Refinement(how.steps, job.config.seed, job.backward_batch, keeps_zeros=zeros, rate=how.rate, rank=how.rank),
+        Refinement(
+            how.steps,
+            job.config.seed,
+            job.backward_batch,
+            keeps_zeros=job.recipe.writes_zeros,
+            rate=how.rate,
+            warmup=how.warmup,
+            sequences=how.sequences,
+            rank=how.rank,
+        ),
         job.request.window,
         finished[-1]["sha256"] if finished else {},
+        job.skeleton if how.imitates else None,
     )
     shot.progress.phase("correct", how.steps, len(finished))
-    for step, digests in corrector.steps(len(finished)):
-        shot.record(f"correct/{step}", sha256=digests)
-        shot.progress.step(f"step {step}")
+    for step, digests, loss in corrector.steps(len(finished)):
+        shot.record(f"correct/{step}", sha256=digests, loss=loss)
+        shot.progress.step(f"step {step}" if loss is None else f"step {step}: {loss:.4f} nats from the dense model")
     return write_blocks(corrector.skeleton, shot.folder, corrector.absorb, shot.progress, shot.store)
 
 
@@ -86,6 +98,7 @@ class Corrector:
         folder: folder for states and activations, used by nothing else.
         window: the blocks that may change.
         digests: digests of the files that the last step wrote, by name.
+        dense: the model whose predictions are wanted; None for the windows' labels.
     """
 
     def __init__(
@@ -96,26 +109,39 @@ class Corrector:
         how: Refinement,
         window: range,
         digests: Mapping[str, str],
+        dense: Skeleton | None = None,
     ) -> None:
         self.skeleton, self.windows, self.folder, self.how = skeleton, windows, folder, how
-        self.window, self._digests = window, digests
-        samples, length = windows.tokens.shape
-        self._size = min(TRAIN_SEQUENCES, samples)
-        shape = self._size, length, skeleton.stream_width
-        self._store = ActivationStore(folder / "streams", shape, skeleton.dtype, skeleton.device, durable=False)
+        self.window, self._digests, self._dense = window, digests, dense
+        self._size = min(how.sequences, len(windows.tokens))
+        self._store = self._open_store("streams", self._size)
 
-    def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str]]]:
-        """Run the steps from `done` on; yield each one's number and the digests of its files, once its state is durable.
+    def _open_store(self, name: str, samples: int) -> ActivationStore:
+        shape = samples, self.windows.tokens.shape[1], self.skeleton.stream_width
+        return ActivationStore(self.folder / name, shape, self.skeleton.dtype, self.skeleton.device, durable=False)
+
+    def steps(self, done: int) -> Iterator[tuple[int, Mapping[str, str], float | None]]:
+        """Run the steps from `done` on; yield each one's number and the digests of its files, once its state is durable; and its divergence
+        from the dense model, in nats per token, if there is one.
 
         Raises:
             DamageError: a state on disk was altered.
         """
+        wanted = self._outputs(self._dense) if self._dense is not None and done < self.how.steps else None
         for step in range(done, self.how.steps):
             files.remove_tree(state(self.folder, step + 1))
             files.make_folder(state(self.folder, step + 1))
-            self._digests = self._step(step)
-            yield step, self._digests
+            self._digests, loss = self._step(step, wanted)
+            yield step, self._digests, loss
             files.remove_tree(state(self.folder, step))
+
+    def _outputs(self, dense: Skeleton) -> ActivationStore:
+        """Run a model on all windows; return a store that has the output of its last block."""
+        store = self._open_store("wanted", len(self.windows.tokens))
+        sweep.embed(dense, self.windows.tokens, store, sweep.boundary(STREAM, 0), self.how.batch)
+        for index in sweep.forward(dense, store, STREAM, 0, len(dense), self.how.batch):
+            store.remove(sweep.boundary(STREAM, index))
+        return store
 
     def absorb(self, block: Block, index: int) -> None:
         """Add the updates of the last step to the block's weights."""
@@ -130,30 +156,40 @@ class Corrector:
         assert how.rank is not None
         updates = block.updates(how.rank, accumulator(self.skeleton.dtype), seeded(how.seed, index))
         place, stored = f"the correction of block {index}", load_shard(path, self._digests[path.name]) if step else None
-        return Descent(updates, steps=how.steps, rate=how.rate, place=place, state=stored)
+        return Descent(updates, steps=how.steps, rate=how.rate, warmup=how.warmup, place=place, state=stored)
 
-    def _step(self, step: int) -> dict[str, str]:
+    def _step(self, step: int, wanted: ActivationStore | None) -> tuple[dict[str, str], float | None]:
         skeleton, store, depth, how = self.skeleton, self._store, len(self.skeleton), self.how
-        chosen = batch(len(self.windows.tokens), self._size, how.seed, step)
+        draw = batch if wanted is None else next_batch
+        chosen = draw(len(self.windows.tokens), self._size, how.seed, step)
         labels = self.windows.labels[chosen]
         sweep.embed(skeleton, self.windows.tokens[chosen], store, sweep.boundary(STREAM, 0), how.batch)
         for index, block in sweep.blocks(skeleton, range(depth)):
             with self._updated(block, self.descent(step, index, block)):
                 sweep.advance(skeleton, block, index, store, STREAM, how.batch)
             del block
-        sweep.head_gradient(skeleton, store, labels, how.batch)
+        loss, predictions = None, max(1, counted(labels))
+        if wanted is None:
+            sweep.head_gradient(skeleton, store, labels, how.batch)
+        else:
+            parts = (part.tolist() for part in torch.split(chosen, how.batch))
+            with closing(wanted.rows(parts, sweep.boundary(STREAM, depth))) as reading:
+                loss = sweep.imitation_gradient(skeleton, store, (aim for (aim,) in reading), how.batch)
+            predictions = chosen.numel() * labels.shape[1]
+            if not math.isfinite(loss):
+                raise NumericalError(f"the correction's divergence from the dense model is {loss} at step {step}")
         digests = {}
         # Below the window no gradient is needed.
         for index, block in sweep.blocks(skeleton, range(depth - 1, self.window.start - 1, -1)):
             descent = self.descent(step, index, block)
-            self._backward(block, index, descent, max(1, counted(labels)))
+            self._backward(block, index, descent, predictions)
             del block
             if descent is not None:
                 descent.step()
                 path = self._file(step + 1, index)
                 digests[path.name] = write_shard(path, descent.state())
             store.remove(sweep.boundary(GRADIENT, index + 1))
-        return digests
+        return digests, loss
 
     def _updated(self, block: Block, descent: Descent | None) -> AbstractContextManager[None]:
         """Return a context in which the block computes with its updates."""

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.config import Config, DataFree
+from ..jobs.config import EFFORTS, IMITATION_SEQUENCES, Config, DataFree, Effort
 from ..jobs.folder import JobFolder
 from ..jobs.forecast.memory import GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast, training_operations
+from ..jobs.forecast.workload import Workload
 from ..jobs.journal import Entry
 from ..jobs.meter import by_block, peaks, totals
 from ..jobs.names import is_report
@@ -95,6 +96,18 @@ class Job(JobFolder):
         free = machine.available_memory(torch.device("cpu")) // self.ranks.local_size
         return free - self._needed
 
+    def _with(self, effort: Effort) -> Workload:
+        """The job's workload, with an effort's training in place of its own."""
+        refines, corrects = self.config.effort_steps(effort)
+        return replace(
+            self.request.workload,
+            refines=refines,
+            corrects=corrects,
+            correction_sequences=IMITATION_SEQUENCES,
+            corrected_shots=1 if corrects else 0,
+            imitates=bool(corrects),
+        )
+
     def forecast(self) -> Resources:
         """Estimate what the job takes on this machine. With several ranks: what each takes, given what the poorest has free.
 
@@ -114,8 +127,7 @@ class Job(JobFolder):
             found,
             steps=sum(phase.steps for phase in self.request.schedule()),
             refinement_operations={
-                effort: training_operations(self.skeleton, replace(self.request.workload, refines=steps, corrects=0))
-                for effort, steps in self.config.effort_steps().items()
+                effort: training_operations(self.skeleton, self._with(effort)) for effort in EFFORTS
             },
             ratio_missed=None
             if self.request.ratio is None or self.request.experts

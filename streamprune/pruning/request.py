@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..jobs.config import AUTO, DATA_FREE, REFINE_SEQUENCES, Config, DataFree
+from ..jobs.config import (
+    AUTO,
+    DATA_FREE,
+    IMITATION_RANK,
+    IMITATION_RATE,
+    IMITATION_SEQUENCES,
+    REFINE_SEQUENCES,
+    Config,
+    DataFree,
+)
 from ..jobs.forecast.workload import Workload
 from ..jobs.schedule import Phase
 from ..maths.flops import kind
@@ -26,7 +35,7 @@ from ..model.tokenizer import end_tokens, find_bos, load_tokenizer
 from ..recipes.allocation import COARSER, ROUND_TO, Budget, allocate, even_densities, largest_unit
 from ..recipes.experts import Experts, check, leaving
 from ..recipes.plan import Plan, SitePlan
-from ..recipes.recipe import LOSS, Recipe, Survey
+from ..recipes.recipe import LOSS, Correction, Recipe, Survey
 from ..recipes.registry import RECIPES
 from ..recipes.settings import parse
 from ..stream.generate import Writing
@@ -214,7 +223,15 @@ class Request:
     @property
     def needs_text(self) -> bool:
         """Whether any text is read."""
-        return bool(self.statistics) or self.streams
+        return bool(self.statistics) or self.streams or bool(self.config.imitation_steps)
+
+    def correction(self, shot: int) -> Correction | None:
+        """Training of all blocks together at the end of a shot, numbered from 1: the recipe's own, or after the last one the effort's."""
+        steps = self.config.imitation_steps if shot == self.shots else 0
+        if self.recipe.correction is not None or not steps:
+            return self.recipe.correction
+        sequences = min(IMITATION_SEQUENCES, self.config.samples)
+        return Correction(steps, IMITATION_RANK, IMITATION_RATE, sequences, warmup=steps // 8, imitates=True)
 
     @cached_property
     def text(self) -> Text | DataFree:
@@ -256,7 +273,8 @@ class Request:
 
     @cached_property
     def workload(self) -> Workload:
-        correction = self.recipe.correction
+        corrections = [each for number in range(1, self.shots + 1) if (each := self.correction(number))]
+        correction = corrections[0] if corrections else None
         # Only the first rank generates text and corrects.
         divided = not self.writes_text and correction is None
         return Workload(
@@ -275,6 +293,9 @@ class Request:
             refines_last=any(site.block == len(self.skeleton) - 1 for site in self.changeable(self.sites)),
             corrects=correction.steps if correction else 0,
             correction_rank=correction.rank if correction else 0,
+            correction_sequences=correction.sequences if correction else 0,
+            corrected_shots=len(corrections),
+            imitates=correction is not None and correction.imitates,
             shots=self.shots,
             generates=self.writes_text,
             removes=self._removes,
@@ -391,13 +412,13 @@ class Request:
         return kept_heads(self.skeleton.written_type) if self.skeleton.layout is UNIFORM and self.thins else None
 
     def schedule(self) -> list[Phase]:
-        depth, correction = len(self.skeleton), self.recipe.correction
+        depth = len(self.skeleton)
         found = [Phase("calibrate")] if self.writes_text else []
         for number in range(1, self.shots + 1):
             survey = {"forward": depth}
             if self.workload.gradients:
                 survey |= {"head": 1, "backward": depth}
-            shot = f"shot-{number}"
+            shot, correction = f"shot-{number}", self.correction(number)
             steps = {
                 "embed": int(self.needs_text),
                 **(survey | {"surveyed": 1} if self.surveys else {}),
@@ -603,7 +624,7 @@ def idle(config: Config) -> dict[str, str]:
     if not _surveys(config, recipe):
         found["survey"] = "the plan decides the widths" if config.plan else f"{config.recipe} takes no survey"
     found |= {} if config.fit else dict.fromkeys(("quant", "context"), "there is no --fit")
-    if not summed and not _streams(config, recipe):
+    if not summed and not _streams(config, recipe) and not config.imitation_steps:
         names = [
             "calibration",
             "prompts",

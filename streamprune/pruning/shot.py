@@ -38,7 +38,7 @@ class Shot:
         """Where the result goes."""
         self.store = job.config.store if self.last else "auto"
         """How the result's blocks are stored. What later shots read keeps its dtype."""
-        self.correction = job.recipe.correction
+        self.correction = job.request.correction(number)
         self.pruned = job.folder / f"shot-{number:02}-pruned" if self.correction else self.folder
         """Where blocks go that are pruned but not yet corrected."""
         self.corrections = job.folder / f"shot-{number:02}-corrections"

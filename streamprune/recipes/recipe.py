@@ -92,12 +92,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Correction:
-    """Low-rank training on the language modelling loss after each shot."""
+    """Low-rank training of all blocks together at the end of a shot."""
 
     steps: int
     rank: int
     rate: float
-    """Adam's learning rate at the first step."""
+    """Adam's highest learning rate."""
+    sequences: int = 8
+    """Windows per step."""
+    warmup: int = 0
+    """Steps in which the rate rises."""
+    imitates: bool = False
+    """Whether the loss is the divergence from the dense model's predictions instead of that of the text's tokens."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class Recipe(ABC, Generic[S]):
     target: Target | None = None
     """Target that consumers are fitted to before units are chosen; None for no such fit."""
     correction: Correction | None = None
-    """Low-rank training at the end of each shot; None for none."""
+    """Low-rank training at the end of each shot, as the recipe is published; None for none."""
     sublayers: bool = False
     """Whether `allocate` may take the last unit of a site, so that its sublayer goes as a whole."""
     ranks_experts: bool = False

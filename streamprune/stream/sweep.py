@@ -196,6 +196,23 @@ def divergence(
     return total, torch.cat(gradients).view_as(given)
 
 
+def imitation_gradient(skeleton: Skeleton, store: ActivationStore, wanted: Iterator[Tensor], size: int) -> float:
+    """Write ∂loss/∂(last block's output); the loss is the *sum* over tokens of `divergence`, whose mean is returned.
+
+    Args:
+        wanted: the last block's output of the model to imitate, (sequences, tokens, width) for each micro-batch.
+        size: sequences per micro-batch.
+    """
+    last, total = len(skeleton), torch.zeros((), dtype=torch.float64, device=skeleton.device)
+    with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
+        for (_, (given,)), aim in zip(store.each(size, boundary("dense", last)), wanted, strict=True):
+            tokens = given.shape[0] * given.shape[1]
+            mean, gradient = divergence(skeleton, head, given, aim)
+            total += mean.double() * tokens
+            write(gradient * tokens)
+    return float(total) / (store.shape[0] * store.shape[1])
+
+
 @torch.no_grad()
 def survey_block(
     skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[SiteStatistics], size: int

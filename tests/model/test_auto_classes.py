@@ -32,6 +32,7 @@ def pruned(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         out = tmp_path_factory.mktemp(name) / "out"
         sizes: dict[str, Any] = {"samples": 12, "seq_len": 24, "round_to": 4}
         streamprune.prune(Config(model=tiny(name), out=out, recipe="sobp", ratio=0.35, calibration=text, **sizes))
+        streamprune.load(out)  # registers model types that are not known beforehand
         return out
 
     return make

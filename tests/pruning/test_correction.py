@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from conftest import STRUCTURES, contents
+from safetensors.torch import load_file, save_file
 from stopping import interrupted
 
 import streamprune
+from streamprune.maths.adam import seeded
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.correct import Corrector
 from streamprune.pruning.refine import Refinement
@@ -24,8 +29,24 @@ Make = Callable[..., streamprune.Config]
 Tiny = Callable[..., Path]
 
 
-def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Refinement) -> dict[str, torch.Tensor]:
+def changed(path: Path, out: Path) -> Path:
+    """Copy a checkpoint with other weights in its blocks."""
+    shutil.copytree(path, out)
+    for file in out.glob("*.safetensors"):
+        tensors, generator = load_file(file), torch.Generator().manual_seed(2)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.dim() >= 2 and re.search(r"\.\d+\.", name):
+                tensor += 0.02 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return out
+
+
+def plain_lora(
+    path: Path, tokens: torch.Tensor, corrector: Corrector, how: Refinement, dense: Path | None = None
+) -> dict[str, torch.Tensor]:
     """Take the same steps on the whole model in memory; return each corrected weight (out, in) by its full name."""
+    teacher = None if dense is None else reference.load(dense)
+    epochs = [torch.randperm(len(tokens), generator=seeded(how.seed, number)) for number in range(8)]
     model = reference.load(path)
     model.requires_grad_(False)
     skeleton = corrector.skeleton
@@ -43,12 +64,18 @@ def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Refi
             group["lr"] = how.rate * (1 - step / how.steps)
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
         rows = tokens[torch.randperm(len(tokens), generator=generator)[:8]]
+        if teacher is not None:
+            rows = tokens[torch.cat(epochs)[step * how.sequences :][: how.sequences]]
         weights = {}
         for name, (u, v) in pairs.items():
             turned = type(model.get_submodule(name)).__name__ == "Conv1D"
             weights[f"{name}.weight"] = (base[name] + u @ v).T if turned else base[name] + u @ v
         logits = torch.func.functional_call(model, weights, (rows,)).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        if teacher is not None:
+            with torch.no_grad():
+                p = teacher(rows).logits.log_softmax(-1)
+            loss = F.kl_div(logits.log_softmax(-1), p, log_target=True, reduction="none").sum(-1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -57,14 +84,19 @@ def plain_lora(path: Path, tokens: torch.Tensor, corrector: Corrector, how: Refi
 
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_steps_are_those_of_full_autograd(name: str, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("imitates", [False, True])
+def test_steps_are_those_of_full_autograd(name: str, imitates: bool, tiny: Tiny, tmp_path: Path) -> None:
     path = tiny(name, torch.float64)
     skeleton = open_skeleton(path, torch.device("cpu"), "float64")
     tokens = torch.randint(skeleton.vocabulary, (11, 12), generator=torch.Generator().manual_seed(5))
-    how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2)
-    corrector = Corrector(skeleton, Windows.of(tokens), tmp_path / "work", how, range(len(skeleton)), {})
-    assert [step for step, _ in corrector.steps(0)] == [0, 1, 2]
-    expected = plain_lora(path, tokens, corrector, how)
+    how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2, sequences=4 if imitates else 8)
+    other = changed(path, tmp_path / "dense") if imitates else None
+    dense = None if other is None else open_skeleton(other, torch.device("cpu"), "float64")
+    corrector = Corrector(skeleton, Windows.of(tokens), tmp_path / "work", how, range(len(skeleton)), {}, dense)
+    steps = list(corrector.steps(0))
+    assert [step for step, *_ in steps] == [0, 1, 2]
+    assert all((loss is not None and loss > 0) == imitates for *_, loss in steps)
+    expected = plain_lora(path, tokens, corrector, how, other)
     for index in range(len(skeleton)):
         block = skeleton.build_block(index, skeleton.read_block(index))
         before = dict(block.weights)
@@ -101,15 +133,17 @@ def test_zeros_stay_zero(tiny: Tiny, configured: Make) -> None:
             assert bool(((parameter.view(-1, 4) == 0).sum(dim=1) == 2).all()), name
 
 
+@pytest.mark.parametrize(
+    "given", [{"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "3"}}, {"effort": "high"}]
+)
 @pytest.mark.parametrize("steps", [1, 9, 17, 24, 30])
 def test_an_interrupted_correction_ends_with_the_same_bytes(
-    steps: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+    steps: int, given: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"shots": "2", "lora_steps": "3"}
-    config = configured(tiny("llama"), recipe="surgeon", settings=settings)
+    config = configured(tiny("llama"), **given)
     whole = replace(config, out=config.out.with_name("whole"))
     streamprune.prune(whole)
     interrupted(config, monkeypatch, steps)
     streamprune.prune(config)
     assert contents(config.out) == contents(whole.out)
-    assert json.loads((config.out / "report.json").read_text())["shots"] == 2
+    assert json.loads((config.out / "report.json").read_text())["shots"] == (2 if "recipe" in given else 1)

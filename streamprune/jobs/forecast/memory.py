@@ -21,7 +21,7 @@ from ...model.block import linear_shape
 from ...model.site import Site
 from ...stream.store import file_bytes
 from ...stream.sweep import LOGIT_BYTES
-from .workload import TRAIN_SEQUENCES, Shapes, Sublayer, pinned_bytes
+from .workload import Shapes, Sublayer, pinned_bytes
 
 GRAMS_AT_ONCE = 1 << 31
 """Largest number of bytes of Grams of one block's experts summed in one pass, if more than one Gram."""
@@ -169,24 +169,32 @@ class Memory(Shapes):
             parameters = self.block // self.weight_item
             updates = max(self._update_parameters(index, work.rank or 0) for index in range(len(self.blocks)))
             trained = 4 * parameters if work.rank is None else parameters + 4 * updates
-            rows, vocabulary = min(backward_batch, work.refine_sequences), self.skeleton.vocabulary
+            rows = min(backward_batch, work.refine_sequences)
             activations = rows * length * per_token * self.sum_item // self.item
             yield "refining one block", Demand(block + self.sum_item * trained, activations=activations)
             if work.refines_last:
                 # Before a step's only micro-batch goes backward, there are no gradients of weights.
                 trained -= (parameters if work.rank is None else updates) * (work.refine_sequences <= rows)
-                # Both models' logits and probabilities, and their copies in the computing dtype.
-                logits = 5 * max(min(LOGIT_BYTES, 4 * vocabulary * rows * length), 4 * vocabulary)
-                activations += (6 * rows * self.row_bytes // self.item + logits // 4) * self.sum_item
+                activations += self._divergence(rows)
                 weights = block + self.head + self.sum_item * trained
                 yield "refining the last block", Demand(weights, activations=activations)
         if work.corrects:
             # The weights as stored, the weights with their update, and the gradients.
             solving = 3 * self.sum_item * (self.block // self.weight_item)
             yield "correcting one block", Demand(block, solving=solving, activations=backward)
+            if work.imitates:
+                rows = min(backward_batch, work.correction_sequences)
+                yield "the head's divergence", Demand(self.head, activations=self._divergence(rows))
         if work.prunes:
             for sublayer in self.all_sublayers():
                 yield from self._prune_steps(sublayer, batch)
+
+    def _divergence(self, rows: int) -> int:
+        """Return the bytes of `sweep.divergence` for `rows` sequences."""
+        length, vocabulary = self.workload.length, self.skeleton.vocabulary
+        # Both models' logits and probabilities, and their copies in the computing dtype.
+        logits = 5 * max(min(LOGIT_BYTES, 4 * vocabulary * rows * length), 4 * vocabulary)
+        return (6 * rows * self.row_bytes // self.item + logits // 4) * self.sum_item
 
     def _digests(self) -> Iterator[tuple[int, int]]:
         """Yield bytes of sums and of solving for each site's findings. A site's sums are freed once it is digested."""
@@ -350,7 +358,8 @@ class Memory(Shapes):
         if work.shots > 1:
             found += result  # of the previous shot
         if work.corrects:
-            streams = (len(self.skeleton) + 3) * min(TRAIN_SEQUENCES, work.samples) * self.row_bytes
+            streams = (len(self.skeleton) + 3) * min(work.correction_sequences, work.samples) * self.row_bytes
+            streams += 2 * work.imitates * work.samples * self.row_bytes  # of the dense model's last pass
             # The result once more: the blocks without their correction.
             found += result + streams + self.states(work.correction_rank)
         return found

@@ -276,10 +276,13 @@ def _bytes_to_read(shapes: Shapes, every: int) -> int:
         return everything + refined
     # All weights are read to check and to prune. Gradients read them forward, backward and to recompute boundaries.
     survey = 2 + (every > 1) if workload.gradients else 1 if workload.survey else 0
-    survey += 2 * workload.corrects + bool(workload.corrects)
+    corrected = 2 * workload.corrects + 1 + workload.imitates if workload.corrects else 0
     shot = everything + survey * shapes.stored_all + workload.text * embed + workload.gradients * head
     writing = workload.generates * (workload.length - 1) * (shapes.stored_all + embed + head)
-    return everything + workload.shots * shot + refined + writing
+    correction = workload.corrected_shots * (
+        corrected * shapes.stored_all + workload.imitates * (embed + workload.corrects * head)
+    )
+    return everything + workload.shots * shot + refined + correction + writing
 
 
 def _flops_by_kind(shapes: Shapes) -> dict[Kind, int]:
@@ -326,7 +329,7 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
     found: dict[Stage, dict[Kind, float]] = {stage: dict.fromkeys(KINDS, 0.0) for stage in STAGES}
     survey, prune = found["survey"], found["prune"]
     # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs.
-    step = 3 * min(TRAIN_SEQUENCES, workload.samples) / max(workload.samples, 1)
+    step = 3 * min(workload.correction_sequences, workload.samples) / max(workload.samples, 1)
     epoch = math.ceil(workload.samples / workload.refine_sequences)
     for shot in range(workload.shots):
         before, after = (1 - workload.removes * done / workload.shots for done in (shot, shot + 1))
@@ -342,7 +345,10 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
             prune["sweeps"] += before * (forward if workload.has_target else advanced)
         if workload.prunes and (workload.gram or workload.dense_stream):
             prune["sweeps"] += after * advanced
-        found["refine"]["training"] += workload.corrects * step * (after * forward + 2 / 3 * head)
+        if shot >= workload.shots - workload.corrected_shots:
+            # For the other model's predictions, the head once more.
+            passes = after * forward + (2 + workload.imitates) / 3 * head
+            found["refine"]["training"] += workload.corrects * step * passes + workload.imitates * forward
     # Behind the last block the head computes both models' predictions, and gradients.
     predicted = head * workload.length / max(1, workload.length - 1) * workload.refines_last
     refined = 3 * ((1 - workload.removes) * forward + predicted)

@@ -17,7 +17,7 @@ from ...model.skeleton import Skeleton
 from ...stream.encoding import token_bytes
 
 TRAIN_SEQUENCES = 8
-"""Sequences per step of tuning and of low-rank correction."""
+"""Sequences per step of tuning."""
 
 
 def pinned_bytes(nbytes: int) -> int:
@@ -43,8 +43,11 @@ class Workload:
     refines: int = 0  # steps of block refinement per block
     refine_sequences: int = TRAIN_SEQUENCES  # sequences per step of it
     refines_last: bool = True  # whether the last block is among those refined, which takes the head
-    corrects: int = 0  # steps of low-rank training after each shot
+    corrects: int = 0  # steps of low-rank training at the end of a shot
     correction_rank: int = 0
+    correction_sequences: int = 0  # sequences per step of it
+    corrected_shots: int = 0  # shots that end with it
+    imitates: bool = False  # whether it follows the dense model's predictions, which takes a forward pass of that
     shots: int = 1
     rank: int | None = None  # rank of the updates that refinement trains; None trains whole weights
     prunes: bool = True  # False for evaluation and tuning
