@@ -248,9 +248,9 @@ result_options = bundle(
     click.option(
         "--effort",
         type=click.Choice(["low", "normal", "high"]),
-        help="Block refinement: each pruned block is trained towards its dense output, the last one towards the dense "
-        "model's predictions. low: not at all. normal: for two passes over the calibration windows. high: for eight.  "
-        "[default: normal for the default recipe; low for others, which are then as published]",
+        help="Training. low: none. normal: each pruned block towards its dense output, the last one towards the dense "
+        "model's predictions, for two passes over the calibration windows. high: then also all blocks together, towards the "
+        "same predictions, for two more.  [default: normal for the default recipe; low for others, which are then as published]",
     ),
     click.option(
         "--refine", type=int, metavar="STEPS", help="Training steps for each pruned block, instead of --effort's."

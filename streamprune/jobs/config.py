@@ -26,7 +26,7 @@ AIMS = ("fit", "speedup", "perplexity_at_most")
 DataFree = Literal["self", "random-tokens"]
 DATA_FREE: tuple[DataFree, ...] = ("self", "random-tokens")
 Effort = Literal["low", "normal", "high"]
-EFFORTS: Mapping[Effort, float] = {"low": 0, "normal": 2, "high": 8}
+EFFORTS: Mapping[Effort, float] = {"low": 0, "normal": 2, "high": 2}
 """Passes over the calibration windows in which block refinement trains each block."""
 REFINE_SEQUENCES = 1
 """Windows of a step of block refinement."""
@@ -167,7 +167,7 @@ class Config(JobConfig):
     ratio_of: RatioOf = _fixed(default="blocks")
     """What the ratio refers to: all transformer blocks, those of `blocks`, or the model with embeddings and head."""
     effort: Effort | None = _fixed(default=None)
-    """How much block refinement there is: see `EFFORTS`. None is ``normal`` for the recipe ``default`` and ``low`` for others."""
+    """How much training there is: see `EFFORTS` and `IMITATIONS`. None is ``normal`` for the recipe ``default`` and ``low`` for others."""
     refine: int | None = _fixed(default=None)
     """Steps of block refinement after each pruned block; None as `effort` says."""
     disk: int | None = _free(default=None)
@@ -264,7 +264,7 @@ class Config(JobConfig):
     @property
     def imitation_steps(self) -> int:
         """Steps of training all blocks together in the end; 0 for none."""
-        return self.effort_steps(self.chosen_effort)[1] if self.refine is None else 0
+        return self.effort_steps(self.chosen_effort)[1]
 
     def effort_steps(self, effort: Effort) -> tuple[int, int]:
         """Steps of block refinement after each pruned block, and of training all blocks together in the end."""

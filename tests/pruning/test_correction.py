@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from stopping import interrupted
 
 import streamprune
+from streamprune.jobs.journal import Journal
+from streamprune.jobs.names import JOURNAL
 from streamprune.maths.adam import seeded
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.correct import Corrector
@@ -133,17 +135,23 @@ def test_zeros_stay_zero(tiny: Tiny, configured: Make) -> None:
             assert bool(((parameter.view(-1, 4) == 0).sum(dim=1) == 2).all()), name
 
 
+SURGEON = {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "3"}}
+
+
 @pytest.mark.parametrize(
-    "given", [{"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "3"}}, {"effort": "high"}]
+    ("given", "steps"),
+    [*((SURGEON, steps) for steps in (1, 9, 17, 24, 30)), ({"effort": "high"}, 16)],
 )
-@pytest.mark.parametrize("steps", [1, 9, 17, 24, 30])
 def test_an_interrupted_correction_ends_with_the_same_bytes(
-    steps: int, given: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], steps: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(tiny("llama"), **given)
     whole = replace(config, out=config.out.with_name("whole"))
     streamprune.prune(whole)
     interrupted(config, monkeypatch, steps)
+    (journal,) = config.out.parent.glob(f"*{config.out.name}*/{JOURNAL}")
+    begun = Journal(journal, repair=False).find("shot-1/correct/0")
+    assert begun or "recipe" in given
     streamprune.prune(config)
     assert contents(config.out) == contents(whole.out)
     assert json.loads((config.out / "report.json").read_text())["shots"] == (2 if "recipe" in given else 1)
