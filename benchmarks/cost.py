@@ -155,6 +155,7 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         device="cpu",
     )
     request = Request(config, None)
+    work = request.workload
     request.skeleton.device = torch.device("cuda")
     shapes = Memory(request.skeleton, request.workload)
     held = parse_bytes(options.memory_host)
@@ -165,10 +166,10 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         disk_limit=1 << 50,
         memory_host=held,
     )
-    boundary = request.workload.samples * shapes.stored_row
+    boundary = work.samples * shapes.stored_row
     table: Table = {stage: defaultdict(Counter) for stage in STAGES}
     weights, outside = shapes.stored_all, shapes.head
-    output = shapes.skeleton.parameters() * 2 - request.workload.removes * weights
+    output = shapes.skeleton.parameters() * 2 - work.removes * weights
 
     def read(stage: str, nbytes: float, of: str, *, device: bool = True) -> None:
         table[stage]["SSD read"][of] += nbytes / RATES["SSD read"]
@@ -250,8 +251,14 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         table["refine"]["host"]["rows"] += nbytes / rates["copy"]
         table["refine"]["PCIe"]["rows"] += nbytes / RATES["PCIe"]
         # Weights, gradients and both moments in float32, of which three are written.
-        trained = (1 - request.workload.removes) * weights / 2 * 4
+        trained = (1 - work.removes) * weights / 2 * 4
         table["refine"]["computing"]["Adam"] += config.refinement_steps * 7 * trained / DEVICE
+    if work.corrects:
+        # The dense model once; each step reads the pruned blocks twice and the head, and Adam's states once, which it writes anew.
+        read("refine", weights + work.corrects * (2 * (1 - work.removes) * weights + outside), "weights")
+        states = shapes.states(work.correction_rank) / 2
+        read("refine", work.corrects * states, "states of all blocks")
+        written("refine", work.corrects * states, "states of all blocks")
     return {
         "operations": dict(operations),
         "boundary_bytes": boundary,

@@ -249,7 +249,7 @@ def _measured(shot: Shot) -> dict[str, Any]:
         return perplexity(skeleton, job.held_out, job.batch, where, shot.progress)
 
     dense = tried[0]["figures"]["dense_perplexity"] if tried else measure(job.skeleton)
-    pruned = open_skeleton(shot.folder, job.request.device, dtype_name(job.skeleton.dtype))
+    pruned = open_skeleton(shot.pruned, job.request.device, dtype_name(job.skeleton.dtype))
     return {"dense_perplexity": dense, "perplexity": measure(pruned), "windows": len(job.held_out.tokens)}
 
 

@@ -196,7 +196,7 @@ def test_round_to_with_a_plan_is_named(arguments: list[str], tmp_path: Path) -> 
 
 
 def test_effort_beside_a_number_of_steps_is_named(arguments: list[str]) -> None:
-    done = invoke("run", *arguments[:4], "--recipe", "magnitude", "--refine", "0", "--effort", "high")
+    done = invoke("run", *arguments[:4], "--recipe", "magnitude", "--refine", "0", "--effort", "normal")
     assert done.exit_code == 0, done.output
     assert "streamprune: --refine gives the steps, so --effort changed nothing" in done.stderr.splitlines()
 

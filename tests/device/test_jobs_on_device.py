@@ -91,8 +91,8 @@ def test_every_recipe(recipe: str, tiny: Tiny, small: Make) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        # Refinement goes backward through every structure; a survey, through whole models.
-        *((name, {"recipe": "default", "refine": 1, "effort": None}) for name in STRUCTURES),
+        # Training goes backward through every structure, block by block and then all together; a survey, through whole models.
+        *((name, {"recipe": "default", "refine": 1, "effort": "high"}) for name in STRUCTURES),
         *((name, {"recipe": "surgeon", "settings": {"shots": "1"}}) for name in WHOLE),
     ],
     ids=[*STRUCTURES, *(f"surgeon-{name}" for name in WHOLE)],
@@ -159,7 +159,7 @@ def test_settings(changes: dict[str, Any], tiny: Tiny, small: Make) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", ["3", "0.25:threshold"])
 def test_whole_experts(experts: str, tiny: Tiny, small: Make) -> None:
-    pruned(small(tiny("mixtral", **TWO), recipe="default", ratio=None, experts=experts, samples=8))
+    pruned(small(tiny("mixtral", **TWO), recipe="default", effort="high", ratio=None, experts=experts, samples=8))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from streamprune.maths.adam import seeded
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.correct import Corrector
 from streamprune.pruning.refine import Refinement
+from streamprune.stream import sweep
 from streamprune.text.windows import Windows
 
 Make = Callable[..., streamprune.Config]
@@ -133,6 +134,30 @@ def test_zeros_stay_zero(tiny: Tiny, configured: Make) -> None:
     for name, parameter in model.named_parameters():
         if "proj" in name:
             assert bool(((parameter.view(-1, 4) == 0).sum(dim=1) == 2).all()), name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"recipe": "magnitude", "refine": 0},  # reads text for this alone
+        {"recipe": "default", "settings": {"shots": "2"}},  # only the last shot's
+        {"recipe": "magnitude", "settings": {"structure": "2:4"}, "ratio": 0.5},
+        {"recipe": "default", "perplexity_at_most": 0.9, "ratio": None},
+    ],
+)
+def test_the_predictions_approach_those_of_the_dense_model(
+    given: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, real = list[float](), sweep.imitation_gradient
+
+    def watched(*arguments: Any) -> float:
+        losses.append(real(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(sweep, "imitation_gradient", watched)
+    streamprune.prune(configured(tiny("llama"), effort="high", **given))
+    assert len(losses) == 6  # of 4 windows, which are 12
+    assert sum(losses[3:]) < sum(losses[:3])
 
 
 SURGEON = {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "3"}}
