@@ -63,7 +63,7 @@ def plan(model: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
         ["disk beside OUT", f"≤ {format_bytes(needs.output_bytes)}", "the result and temporary files"],
         ["to read", format_bytes(needs.bytes_to_read), ""],
         ["operations", f"{needs.operations / 1e12:.3f} TFLOP", kinds],
-        ["block refinement", *_efforts(needs.refinement_operations)],
+        ["training", *_efforts(needs.refinement_operations)],
         ["steps", str(needs.steps), ""],
         ["micro-batch", f"{needs.batch} sequences", f"backward {needs.backward_batch}"],
         ["Grams", GRAMS[needs.grams], ""],

@@ -267,7 +267,7 @@ class _Columns(_State):
         c, z = late
         torch.linalg.solve_triangular(factor, whole_rows(self.p, units), upper=False, out=c)
         torch.linalg.solve_triangular(factor, whole_rows(self.v, units).addmm_(cross, c, alpha=-1), upper=False, out=z)
-        # Diagonals after each step: a product with ones adds up in order on every device, which `cumsum` does not.
+        # Diagonals after each step: a product with ones has a fixed order on every device, which `cumsum` does not promise.
         ones = torch.ones_like(factor).tril_()
         p_after = torch.addmm(p, ones, c * c, alpha=-1)
         v_after = torch.addmm(v, ones, c * z, alpha=-2)
@@ -308,7 +308,7 @@ def _among(p: Tensor, v: Tensor, steps: int, place: str) -> tuple[Tensor, Tensor
         SingularError: a cost is negative or NaN.
     """
     whole = np.stack([x.cpu().double().numpy() for x in (p, v)])  # P and V
-    whole += np.tril(whole, -1).transpose(0, 2, 1) - np.triu(whole, 1)
+    whole = np.tril(whole) + np.tril(whole, -1).transpose(0, 2, 1)
     left = whole.diagonal(axis1=1, axis2=2).copy()
     left[1] /= 2  # so that what a step takes from both is c times [c, z]
     late, cost = np.empty((steps, 2, len(p))), np.empty(len(p))  # c and z of each step

@@ -27,7 +27,7 @@ from ..recipes.recipe import Correction
 from ..stream import sweep
 from ..stream.store import ActivationStore
 from ..system import files
-from ..system.progress import Progress, rest
+from ..system.progress import Progress, Silent, rest
 from ..text.windows import Windows, counted
 from .refine import Refinement
 from .shot import Shot
@@ -63,26 +63,34 @@ def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
         job.request.window,
         finished[-1]["sha256"] if finished else {},
         job.skeleton if how.imitates else None,
+        shot.progress,
     )
-    shot.progress.phase("correct", how.steps, len(finished))
     for step, digests, loss in corrector.steps(len(finished)):
         shot.record(f"correct/{step}", sha256=digests, loss=loss)
         shot.progress.step(f"step {step}" if loss is None else f"step {step}: {loss:.4f} nats from the dense model")
-    return write_blocks(corrector.skeleton, shot.folder, corrector.absorb, shot.progress, shot.store)
+    stock = write.fits_stock(shot.skeleton, shot.after)
+    return write_blocks(corrector.skeleton, shot.folder, corrector.absorb, shot.progress, shot.store, stock)
 
 
 def write_blocks(
-    skeleton: Skeleton, folder: Path, absorb: Callable[[Block, int], None], progress: Progress, store: str = "auto"
+    skeleton: Skeleton,
+    folder: Path,
+    absorb: Callable[[Block, int], None],
+    progress: Progress,
+    store: str = "auto",
+    stock: bool = False,
 ) -> dict[str, str]:
     """Write all blocks after `absorb` has added the trained updates; return their shards' digests by name.
 
-    `store` is that of `write.write_block`.
+    `store` and `stock` are those of `write.write_block`.
     """
     shards = {}
     progress.phase("write", len(skeleton))
     for index, block in sweep.blocks(skeleton, range(len(skeleton))):
         absorb(block, index)
-        shards[write.block_shard(skeleton, index)] = write.write_block(skeleton, index, block.weights, folder, store)
+        shards[write.block_shard(skeleton, index)] = write.write_block(
+            skeleton, index, block.weights, folder, store, stock
+        )
         del block
         progress.step(f"block {index}")
         rest(progress)
@@ -99,6 +107,7 @@ class Corrector:
         window: the blocks that may change.
         digests: digests of the files that the last step wrote, by name.
         dense: the model whose predictions are wanted; None for the windows' labels.
+        progress: told of the passes.
     """
 
     def __init__(
@@ -110,9 +119,11 @@ class Corrector:
         window: range,
         digests: Mapping[str, str],
         dense: Skeleton | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.skeleton, self.windows, self.folder, self.how = skeleton, windows, folder, how
         self.window, self._digests, self._dense = window, digests, dense
+        self._progress = progress or Silent()
         self._size = min(how.sequences, len(windows.tokens))
         self._store = self._open_store("streams", self._size)
 
@@ -127,7 +138,9 @@ class Corrector:
         Raises:
             DamageError: a state on disk was altered.
         """
+        self._store.keep_only(set())
         wanted = self._outputs(self._dense) if self._dense is not None and done < self.how.steps else None
+        self._progress.phase("correct", self.how.steps, done)
         for step in range(done, self.how.steps):
             files.remove_tree(state(self.folder, step + 1))
             files.make_folder(state(self.folder, step + 1))
@@ -138,9 +151,13 @@ class Corrector:
     def _outputs(self, dense: Skeleton) -> ActivationStore:
         """Run a model on all windows; return a store that has the output of its last block."""
         store = self._open_store("wanted", len(self.windows.tokens))
+        store.keep_only(set())
+        self._progress.phase("predictions of the dense model", len(dense))
         sweep.embed(dense, self.windows.tokens, store, sweep.boundary(STREAM, 0), self.how.batch)
         for index in sweep.forward(dense, store, STREAM, 0, len(dense), self.how.batch):
             store.remove(sweep.boundary(STREAM, index))
+            self._progress.step(f"block {index}")
+            rest(self._progress)
         return store
 
     def absorb(self, block: Block, index: int) -> None:
@@ -189,6 +206,7 @@ class Corrector:
                 path = self._file(step + 1, index)
                 digests[path.name] = write_shard(path, descent.state())
             store.remove(sweep.boundary(GRADIENT, index + 1))
+        store.remove(sweep.boundary(GRADIENT, self.window.start))
         return digests, loss
 
     def _updated(self, block: Block, descent: Descent | None) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.config import EFFORTS, IMITATION_SEQUENCES, Config, DataFree, Effort
+from ..jobs.config import EFFORTS, IMITATION_RANK, IMITATION_SEQUENCES, Config, DataFree, Effort
 from ..jobs.folder import JobFolder
 from ..jobs.forecast.memory import GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast, training_operations
@@ -99,10 +99,12 @@ class Job(JobFolder):
     def _with(self, effort: Effort) -> Workload:
         """The job's workload, with an effort's training in place of its own."""
         refines, corrects = self.config.effort_steps(effort)
+        corrects *= self.request.recipe.correction is None  # which it has instead
         return replace(
             self.request.workload,
             refines=refines,
             corrects=corrects,
+            correction_rank=IMITATION_RANK,
             correction_sequences=IMITATION_SEQUENCES,
             corrected_shots=1 if corrects else 0,
             imitates=bool(corrects),

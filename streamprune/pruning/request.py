@@ -276,7 +276,7 @@ class Request:
         corrections = [each for number in range(1, self.shots + 1) if (each := self.correction(number))]
         correction = corrections[0] if corrections else None
         # Only the first rank generates text and corrects.
-        divided = not self.writes_text and correction is None
+        divided = not self.writes_text and self.recipe.correction is None
         return Workload(
             samples=self.ranks.max_samples(self.config.samples) if divided else self.config.samples,
             surveyed=self.config.metric_samples if self.metric_text else None,
@@ -294,6 +294,7 @@ class Request:
             corrects=correction.steps if correction else 0,
             correction_rank=correction.rank if correction else 0,
             correction_sequences=correction.sequences if correction else 0,
+            correction_samples=self.config.samples,
             corrected_shots=len(corrections),
             imitates=correction is not None and correction.imitates,
             shots=self.shots,
@@ -338,7 +339,7 @@ class Request:
 
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
         # Also if a plan makes the survey unnecessary: a job that started without a plan may resume with one.
-        reads_text = bool(self.recipe.statistics or self.streams)
+        reads_text = bool(self.recipe.statistics or self.streams or self.config.imitation_steps)
         if reads_text:
             inputs |= self._text_identity(self.text)
         if self.metric_text is not None:

@@ -149,7 +149,7 @@ class Run:
         assert pruned is not None
         if not accepted(shot):
             return
-        if shot.journalled("held-out"):  # the report says what it found
+        if shot.journalled("held-out") and shot.correction is None:  # the report says what it found
             pruned = {"sha256": self._write(shot, plan, shot.pruned, shot.shards)}
         digests = pruned["sha256"] if shot.correction is None else self._correct(shot, plan, shot.correction)
         shot.record("finished", removed=shot.removed, sha256=digests)
@@ -242,7 +242,6 @@ class Run:
         if not shot.ranks.first:
             return {}
         job, reports = self.job, shot.reports
-        after = [site.keeping(report["kept"]) for site, report in zip(shot.sites, reports, strict=True)]
         report = job.report(plan, reports, shot.removed)
         digests = {**shards, **write.write_outside(shot.skeleton, folder)}
         card = partial(pruning_card, report, hub.title(job.config.model), len(shot.skeleton))
@@ -251,7 +250,9 @@ class Run:
             digests[CURVES] = write_curves(
                 folder / CURVES, job.recipe, job.request.changeable(shot.sites), shot.survey, plan, dense
             )
-        return write.finish(shot.skeleton, folder, after, report, card, shot.skeleton.layout, digests, shot.progress)
+        return write.finish(
+            shot.skeleton, folder, shot.after, report, card, shot.skeleton.layout, digests, shot.progress
+        )
 
     # The text.
 

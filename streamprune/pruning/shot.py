@@ -148,6 +148,11 @@ class Shot:
         return [report for step in self.steps("prune/") for report in step["sites"]]
 
     @property
+    def after(self) -> list[Site]:
+        """The sites once all blocks are pruned."""
+        return [site.keeping(report["kept"]) for site, report in zip(self.sites, self.reports, strict=True)]
+
+    @property
     def removed(self) -> int:
         """Parameters removed or zeroed so far, by earlier shots too."""
         gone = self.job.skeleton.block_parameters() - self.skeleton.block_parameters()

@@ -207,9 +207,10 @@ def imitation_gradient(skeleton: Skeleton, store: ActivationStore, wanted: Itera
     with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
         for (_, (given,)), aim in zip(store.each(size, boundary("dense", last)), wanted, strict=True):
             tokens = given.shape[0] * given.shape[1]
-            mean, gradient = divergence(skeleton, head, given, aim)
+            # The mean's gradient is beyond float16's range; the sum's is not.
+            mean, gradient = divergence(skeleton, head, given.to(accumulator(skeleton.dtype)), aim)
             total += mean.double() * tokens
-            write(gradient * tokens)
+            write((gradient * tokens).to(given.dtype))
     return float(total) / (store.shape[0] * store.shape[1])
 
 

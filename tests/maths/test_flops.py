@@ -259,11 +259,12 @@ def test_no_pass_is_made_twice_and_the_forecast_knows(
         assert expected.operations_by_kind[name] == pytest.approx(kinds[name], rel=0.15)
 
 
-def test_training_and_writing_are_kinds_of_their_own(tiny: Tiny, configured: Make) -> None:
+@pytest.mark.parametrize("effort", ["normal", "high"])
+def test_training_and_writing_are_kinds_of_their_own(effort: str, tiny: Tiny, configured: Make) -> None:
     path = tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4, vocab_size=400)  # a head that counts
     changes = {"recipe": "wanda-sp", "samples": 3, "seq_len": 8, "round_to": 1}
     plain = streamprune.prune(configured(path, "plain", **changes)).operations_by_kind
-    config = configured(path, "more", **changes, calibration="self", refine=4)
+    config = configured(path, "more", **changes, calibration="self", refine=4, effort=effort)
     expected = streamprune.forecast_job(config).operations_by_kind
     found = streamprune.prune(config).operations_by_kind
     # The dense stream and a refined block's own pass are sweeps.

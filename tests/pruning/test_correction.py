@@ -46,8 +46,9 @@ def changed(path: Path, out: Path) -> Path:
 
 def plain_lora(
     path: Path, tokens: torch.Tensor, corrector: Corrector, how: Refinement, dense: Path | None = None
-) -> dict[str, torch.Tensor]:
-    """Take the same steps on the whole model in memory; return each corrected weight (out, in) by its full name."""
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Take the same steps on the whole model in memory; return each corrected weight (out, in) by its full name, and the losses."""
+    losses = []
     teacher = None if dense is None else reference.load(dense)
     epochs = [torch.randperm(len(tokens), generator=seeded(how.seed, number)) for number in range(8)]
     model = reference.load(path)
@@ -64,7 +65,9 @@ def plain_lora(
     optimiser = torch.optim.Adam([p for pair in pairs.values() for p in pair], lr=how.rate, betas=(0.9, 0.95))
     for step in range(how.steps):
         for group in optimiser.param_groups:
-            group["lr"] = how.rate * (1 - step / how.steps)
+            group["lr"] = how.rate * min(
+                step / max(how.warmup, 1e-9), 1 - (step - how.warmup) / (how.steps - how.warmup)
+            )
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
         rows = tokens[torch.randperm(len(tokens), generator=generator)[:8]]
         if teacher is not None:
@@ -79,10 +82,11 @@ def plain_lora(
             with torch.no_grad():
                 p = teacher(rows).logits.log_softmax(-1)
             loss = F.kl_div(logits.log_softmax(-1), p, log_target=True, reduction="none").sum(-1).mean()
+        losses.append(float(loss.detach()))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return {name: (base[name] + u @ v).detach() for name, (u, v) in pairs.items()}
+    return {name: (base[name] + u @ v).detach() for name, (u, v) in pairs.items()}, losses
 
 
 @pytest.mark.usefixtures("float64_norms")
@@ -92,14 +96,14 @@ def test_steps_are_those_of_full_autograd(name: str, imitates: bool, tiny: Tiny,
     path = tiny(name, torch.float64)
     skeleton = open_skeleton(path, torch.device("cpu"), "float64")
     tokens = torch.randint(skeleton.vocabulary, (11, 12), generator=torch.Generator().manual_seed(5))
-    how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2, sequences=4 if imitates else 8)
+    how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2, sequences=4 if imitates else 8, warmup=int(imitates))
     other = changed(path, tmp_path / "dense") if imitates else None
     dense = None if other is None else open_skeleton(other, torch.device("cpu"), "float64")
     corrector = Corrector(skeleton, Windows.of(tokens), tmp_path / "work", how, range(len(skeleton)), {}, dense)
     steps = list(corrector.steps(0))
     assert [step for step, *_ in steps] == [0, 1, 2]
-    assert all((loss is not None and loss > 0) == imitates for *_, loss in steps)
-    expected = plain_lora(path, tokens, corrector, how, other)
+    expected, losses = plain_lora(path, tokens, corrector, how, other)
+    assert [loss for *_, loss in steps] == (pytest.approx(losses, rel=1e-6) if imitates else [None] * 3)
     for index in range(len(skeleton)):
         block = skeleton.build_block(index, skeleton.read_block(index))
         before = dict(block.weights)
@@ -136,18 +140,8 @@ def test_zeros_stay_zero(tiny: Tiny, configured: Make) -> None:
             assert bool(((parameter.view(-1, 4) == 0).sum(dim=1) == 2).all()), name
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"recipe": "magnitude", "refine": 0},  # reads text for this alone
-        {"recipe": "default", "settings": {"shots": "2"}},  # only the last shot's
-        {"recipe": "magnitude", "settings": {"structure": "2:4"}, "ratio": 0.5},
-        {"recipe": "default", "perplexity_at_most": 0.9, "ratio": None},
-    ],
-)
-def test_the_predictions_approach_those_of_the_dense_model(
-    given: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def losses_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A list to which every step towards the dense model's predictions adds its loss from now on."""
     losses, real = list[float](), sweep.imitation_gradient
 
     def watched(*arguments: Any) -> float:
@@ -155,6 +149,24 @@ def test_the_predictions_approach_those_of_the_dense_model(
         return losses[-1]
 
     monkeypatch.setattr(sweep, "imitation_gradient", watched)
+    return losses
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"recipe": "magnitude", "refine": 0},  # reads text for this alone
+        {"recipe": "default", "settings": {"shots": "2"}},  # only the last shot's
+        {"recipe": "magnitude", "settings": {"structure": "2:4"}, "ratio": 0.5},
+        {"recipe": "default", "perplexity_at_most": 0.9, "ratio": None},
+        {"dtype": "float16"},
+        {"blocks": (1, 2), "ratio": 0.1},
+    ],
+)
+def test_the_predictions_approach_those_of_the_dense_model(
+    given: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = losses_of(monkeypatch)
     streamprune.prune(configured(tiny("llama"), effort="high", **given))
     assert len(losses) == 6  # of 4 windows, which are 12
     assert sum(losses[3:]) < sum(losses[:3])
@@ -165,7 +177,11 @@ SURGEON = {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "3"}}
 
 @pytest.mark.parametrize(
     ("given", "steps"),
-    [*((SURGEON, steps) for steps in (1, 9, 17, 24, 30)), ({"effort": "high"}, 16)],
+    [
+        *((SURGEON, steps) for steps in (1, 9, 17, 24, 30)),
+        ({"effort": "high"}, 16),
+        ({"effort": "high", "recipe": "default", "perplexity_at_most": 0.9, "ratio": None}, 20),
+    ],
 )
 def test_an_interrupted_correction_ends_with_the_same_bytes(
     given: dict[str, Any], steps: int, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
@@ -175,8 +191,11 @@ def test_an_interrupted_correction_ends_with_the_same_bytes(
     streamprune.prune(whole)
     interrupted(config, monkeypatch, steps)
     (journal,) = config.out.parent.glob(f"*{config.out.name}*/{JOURNAL}")
-    begun = Journal(journal, repair=False).find("shot-1/correct/0")
-    assert begun or "recipe" in given
+    done = len(list(Journal(journal, repair=False).steps("shot-1/correct/")))
+    taken = losses_of(monkeypatch)
     streamprune.prune(config)
     assert contents(config.out) == contents(whole.out)
-    assert json.loads((config.out / "report.json").read_text())["shots"] == (2 if "recipe" in given else 1)
+    if "effort" in given:
+        assert 0 < done < 6
+        assert len(taken) == 6 - done  # no step is taken again
+    assert json.loads((config.out / "report.json").read_text())["shots"] == (1 if "effort" in given else 2)

@@ -358,8 +358,10 @@ class Memory(Shapes):
         if work.shots > 1:
             found += result  # of the previous shot
         if work.corrects:
-            streams = (len(self.skeleton) + 3) * min(work.correction_sequences, work.samples) * self.row_bytes
-            streams += 2 * work.imitates * work.samples * self.row_bytes  # of the dense model's last pass
+            streams = (
+                (len(self.skeleton) + 3) * min(work.correction_sequences, work.correction_samples) * self.row_bytes
+            )
+            streams += 2 * work.imitates * work.correction_samples * self.row_bytes  # of the dense model's last pass
             # The result once more: the blocks without their correction.
             found += result + streams + self.states(work.correction_rank)
         return found

@@ -58,7 +58,7 @@ class Resources:
     problems: tuple[str, ...]  # why the job does not fit, and what would; empty if it fits
     steps: int = 0  # number of steps of a job, as `status` counts them
     refinement_operations: Mapping[str, int] = field(default_factory=dict)
-    """FLOPs of block refinement in each effort of `jobs.config.EFFORTS`."""
+    """FLOPs of training in each effort of `jobs.config.EFFORTS`."""
     ratio_missed: str | None = None  # why a job cannot remove the ratio asked for, if that is certain beforehand
     kept: str | None = None  # what the layout keeps whole, and why
 
@@ -279,9 +279,8 @@ def _bytes_to_read(shapes: Shapes, every: int) -> int:
     corrected = 2 * workload.corrects + 1 + workload.imitates if workload.corrects else 0
     shot = everything + survey * shapes.stored_all + workload.text * embed + workload.gradients * head
     writing = workload.generates * (workload.length - 1) * (shapes.stored_all + embed + head)
-    correction = workload.corrected_shots * (
-        corrected * shapes.stored_all + workload.imitates * (embed + workload.corrects * head)
-    )
+    stepwise = workload.corrects * (embed + head) + workload.imitates * embed
+    correction = workload.corrected_shots * (corrected * shapes.stored_all + stepwise)
     return everything + workload.shots * shot + refined + correction + writing
 
 
@@ -300,7 +299,8 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
     tokens = workload.samples * workload.length * workload.text
     head = 2 * d * skeleton.vocabulary * workload.samples * (workload.length - 1) * workload.text
     part = 1.0 if workload.surveyed is None else workload.surveyed / workload.samples  # of the text, in the survey
-    forward = consumers = mixing = surveyed = sums = last = 0.0
+    forward = consumers = mixing = surveyed = sums = last = updates = 0.0
+    rank = workload.correction_rank
     for number, sublayer in enumerate(shapes.all_sublayers()):
         measured = sublayer.measured
         last = 0.0 if measured is None else float(measured.operations * workload.samples * workload.text)
@@ -313,6 +313,8 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
                 last += 2 * sum(site.linears) * site.share * tokens + mixed
             mixing += mixed
             consumers += 2 * site.linears[-1] * site.share * tokens
+            sides = [weights // d for weights in site.linears]  # beside d
+            updates += 2 * site.share * tokens * sum(min(rank, d, side) * (d + side) for side in sides)
             surveyed += 2 * tokens * site.share * part * sum(map(shapes.gram_products, shapes.summed(site)))
             sums += 2 * tokens * site.share * shapes.gram_products(site.columns) * workload.gram
             sums += 2 * tokens * site.columns * d * targeted
@@ -328,8 +330,8 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
     advanced = forward if workload.refines else forward - last  # no stream is needed after the last sublayer
     found: dict[Stage, dict[Kind, float]] = {stage: dict.fromkeys(KINDS, 0.0) for stage in STAGES}
     survey, prune = found["survey"], found["prune"]
-    # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs.
-    step = 3 * min(workload.correction_sequences, workload.samples) / max(workload.samples, 1)
+    # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs; of updates also their own.
+    step = 3 * min(workload.correction_sequences, workload.correction_samples) / max(workload.samples, 1)
     epoch = math.ceil(workload.samples / workload.refine_sequences)
     for shot in range(workload.shots):
         before, after = (1 - workload.removes * done / workload.shots for done in (shot, shot + 1))
@@ -347,8 +349,9 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
             prune["sweeps"] += after * advanced
         if shot >= workload.shots - workload.corrected_shots:
             # For the other model's predictions, the head once more.
-            passes = after * forward + (2 + workload.imitates) / 3 * head
-            found["refine"]["training"] += workload.corrects * step * passes + workload.imitates * forward
+            passes = after * (forward + 4 / 3 * updates) + (2 + workload.imitates) / 3 * head
+            whole = workload.correction_samples / max(workload.samples, 1)
+            found["refine"]["training"] += workload.corrects * step * passes + workload.imitates * whole * forward
     # Behind the last block the head computes both models' predictions, and gradients.
     predicted = head * workload.length / max(1, workload.length - 1) * workload.refines_last
     refined = 3 * ((1 - workload.removes) * forward + predicted)

@@ -46,6 +46,7 @@ class Workload:
     corrects: int = 0  # steps of low-rank training at the end of a shot
     correction_rank: int = 0
     correction_sequences: int = 0  # sequences per step of it
+    correction_samples: int = 0  # sequences that it is drawn from
     corrected_shots: int = 0  # shots that end with it
     imitates: bool = False  # whether it follows the dense model's predictions, which takes a forward pass of that
     shots: int = 1
