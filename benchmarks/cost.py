@@ -254,11 +254,19 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         trained = (1 - work.removes) * weights / 2 * 4
         table["refine"]["computing"]["Adam"] += config.refinement_steps * 7 * trained / DEVICE
     if work.corrects:
-        # The dense model once; each step reads the pruned blocks twice and the head, and Adam's states once, which it writes anew.
+        # The dense model once; each step reads the pruned blocks twice and the head, and Adam's states, which it writes anew.
         read("refine", weights + work.corrects * (2 * (1 - work.removes) * weights + outside), "weights")
         states = shapes.states(work.correction_rank) / 2
-        read("refine", work.corrects * states, "states of all blocks")
+        read("refine", work.corrects * 2 * states, "states of all blocks")
         written("refine", work.corrects * states, "states of all blocks")
+        # Boundaries: forward one read and one written, backward two and one.
+        passed = len(shapes.blocks) * (work.samples + 2 * work.corrects * work.correction_sequences) * shapes.stored_row
+        read(
+            "refine",
+            passed + len(shapes.blocks) * work.corrects * work.correction_sequences * shapes.stored_row,
+            "rows",
+        )
+        written("refine", passed, "rows")
     return {
         "operations": dict(operations),
         "boundary_bytes": boundary,

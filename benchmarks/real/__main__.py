@@ -28,7 +28,7 @@ from typing import Any
 
 import prepare
 
-from streamprune.commands.compare.table import Row, plot
+from streamprune.commands.compare.table import Row, plot, require_plotting
 
 ROWS: Mapping[str, tuple[str, ...]] = {  # recipe, options
     "default-low": ("default", "--effort", "low"),
@@ -63,10 +63,11 @@ def measure(options: argparse.Namespace, row: str, ratio: float, tasks: Sequence
     questions = ("--tasks", ",".join(tasks), "--include-path", options.out / "tasks", *machine) if tasks else ()
     questions += ("--limit", options.limit) if tasks and options.limit else ()
     asked = {"run": None if row == DENSE else list(map(str, run)), "eval": [str(w) for w in (*evaluation, *questions)]}
-    if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["asked"] == asked:
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("asked") == asked and "surveyed" in found:
         return found  # type: ignore[no-any-return]
     print(f"{name}: {' '.join(asked['run'] or ['(dense)'])}", file=sys.stderr, flush=True)
-    survey = options.out / "surveys" / recipe
+    survey = options.out / "surveys" / f"{recipe}-{options.samples}x{options.seq_len}-{options.dtype}"
     cell: Cell = {"row": row, "ratio": ratio, "asked": asked, "surveyed": (survey / "survey.json").is_file()}
     if row == DENSE:
         pruned = options.model
@@ -137,6 +138,8 @@ def main() -> None:
     for file in [options.wikitext, *(() if options.no_questions else (options.questions,))]:
         if not file.exists():
             parser.error(f"{file} is not there; see --wikitext, --questions and --no-questions")
+    if options.plot:
+        require_plotting()
     options.out = options.out.resolve()
     for folder in ("cells", "pruned"):
         (options.out / folder).mkdir(parents=True, exist_ok=True)
@@ -154,9 +157,9 @@ def main() -> None:
         for row in options.rows.split(","):
             cells.append(measure(options, row, ratio, tasks))
             (options.out / "table.md").write_text(f"{table(cells)}\n", encoding="utf-8")
+    print(table(cells))
     if options.plot:
         draw(options, cells)
-    print(table(cells))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import STRUCTURES, contents
 from safetensors.torch import load_file, save_file
 from stopping import interrupted
+from transformers import AutoModelForCausalLM
 
 import streamprune
 from streamprune.jobs.journal import Journal
@@ -170,6 +171,14 @@ def test_the_predictions_approach_those_of_the_dense_model(
     streamprune.prune(configured(tiny("llama"), effort="high", **given))
     assert len(losses) == 6  # of 4 windows, which are 12
     assert sum(losses[3:]) < sum(losses[:3])
+
+
+def test_experts_of_a_stock_checkpoint_stay_fused(tiny: Tiny, configured: Make) -> None:
+    config = configured(tiny("gpt_oss"), recipe="default", effort="high", ratio=None, experts="3")
+    streamprune.prune(config)
+    names = {name for file in config.out.glob("*.safetensors") for name in load_file(file)}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names
+    AutoModelForCausalLM.from_pretrained(config.out)
 
 
 SURGEON = {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "3"}}

@@ -283,7 +283,7 @@ def test_statistics_add_up() -> None:
     ("name", "size", "changes"),
     [
         ("llama", 2, {"recipe": "sobp"}),
-        ("llama", 3, {"recipe": "default", "settings": {"labels": "drawn"}, "refine": 3}),
+        ("llama", 3, {"recipe": "default", "settings": {"labels": "drawn"}, "refine": 3, "effort": "high"}),
         ("qwen3_moe", 2, {"recipe": "default", "samples": 24}),
         ("llama", 2, {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "2"}}),
         ("llama", 2, {"recipe": "greedy-output"}),
