@@ -48,7 +48,7 @@ def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
     files.make_folder(shot.folder)
     corrector = Corrector(
         open_skeleton(shot.pruned, job.request.device, job.config.dtype, layout=job.skeleton.layout),
-        job.windows,
+        job.other_windows if how.imitates else job.windows,
         shot.corrections,
         Refinement(
             how.steps,

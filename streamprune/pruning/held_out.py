@@ -1,4 +1,4 @@
-"""Perplexity on held-out windows: windows of the calibration text that share few passages with those that were calibrated on."""
+"""Windows of the calibration text that share few passages with those that were calibrated on, and perplexity on them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,29 @@ DRAWN = 8
 _BASE, _MODULUS = 1_000_003, (1 << 31) - 1
 
 
-def disjoint(drawn: Windows, used: Windows, count: int, source: object) -> Windows:
-    """Return the first `count` of the windows `drawn` that have a prediction that counts and share few passages with `used`.
+def others(drawn: Windows, used: Windows, count: int) -> Windows:
+    """Return the first `count` of the windows `drawn` that have a prediction that counts and share few passages with `used`, or all.
 
     Args:
         drawn, used: windows of equal lengths.
-        source: the text, for the message.
-
-    Raises:
-        CalibrationError: there are fewer.
     """
     length = min(PASSAGE, max(2, drawn.tokens.shape[1] // 2))
     common = torch.isin(_passages(drawn.tokens, length), _passages(used.tokens, length)).double().mean(dim=1) > SHARED
     empty = (drawn.labels[:, 1:] == IGNORED).all(dim=1)
     (rows,) = (~(common | empty)).nonzero(as_tuple=True)
-    found = Windows(drawn.tokens[rows[:count]], drawn.labels[rows[:count]])
+    return Windows(drawn.tokens[rows[:count]], drawn.labels[rows[:count]])
+
+
+def disjoint(drawn: Windows, used: Windows, count: int, source: object) -> Windows:
+    """Return `others`, of which there must be `count`.
+
+    Args:
+        source: the text, for the message.
+
+    Raises:
+        CalibrationError: there are fewer.
+    """
+    found = others(drawn, used, count)
     if len(found.tokens) < count:
         raise CalibrationError(
             f"{source} has too little text beside the calibration windows: {len(found.tokens)} of {count} held-out windows; give more "

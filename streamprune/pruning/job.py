@@ -32,13 +32,13 @@ from ..model.tokenizer import IGNORED, check_companions, load_tokenizer
 from ..recipes.plan import Plan
 from ..stream.store import ActivationStore
 from ..system import files, machine
-from ..system.progress import Progress
+from ..system.progress import Progress, Silent
 from ..system.ranks import ALONE, Ranks
 from ..text.source import Text
 from ..text.windows import Windows, random_windows, sample
 from . import aim, archive
 from .block import GONE
-from .held_out import DRAWN, disjoint
+from .held_out import DRAWN, disjoint, others
 from .request import Request
 
 PLAN, WRITTEN = "plan.json", "calibration.safetensors"
@@ -269,7 +269,7 @@ class Job(JobFolder):
         text, config = self.request.metric_text, self.config
         return (self.windows if text is None else self._sample(text, config.metric_samples, config.seed + APART)).tokens
 
-    def _sample(self, text: Text | DataFree, samples: int, seed: int) -> Windows:
+    def _sample(self, text: Text | DataFree, samples: int, seed: int, progress: Progress | None = None) -> Windows:
         config, vocabulary, bos, length = self.config, self.skeleton.vocabulary, self.request.bos, self.request.length
         if not isinstance(text, Text):
             return Windows.of(random_windows(vocabulary, samples, length, seed, bos))
@@ -281,7 +281,7 @@ class Job(JobFolder):
             samples,
             length,
             seed,
-            self.progress,
+            progress or self.progress,
             bos=bos,
             loss_on="all" if text is self.request.metric_text else config.loss_on,
             cut=config.windows,
@@ -293,6 +293,21 @@ class Job(JobFolder):
         # Another seed in its low 32 bits: torch's generator for CPUs ignores the others.
         count, seed = max(4, self.config.samples // 8), self.config.seed ^ 0x2545F491
         return disjoint(self._sample(self.request.text, DRAWN * count, seed), self.windows, count, self.request.text)
+
+    @cached_property
+    def other_windows(self) -> Windows:
+        """What all blocks are trained together on: as many windows as were calibrated on, others as far as the text has such."""
+        count, seed = self.config.samples, self.config.seed ^ 0x51ED270B
+        if self.request.text == "self":
+            return self.windows
+        found = others(self._sample(self.request.text, DRAWN * count, seed, Silent()), self.windows, count)
+        if (lacking := count - len(found.tokens)) > 0:
+            self.progress.say(
+                f"{lacking} of the {count} windows for training all blocks together are calibration windows, since {self.request.text} "
+                "has too little other text"
+            )
+        parts = zip((found.tokens, found.labels), (self.windows.tokens, self.windows.labels), strict=True)
+        return Windows(*(torch.cat(part)[:count] for part in parts))
 
     @property
     def published(self) -> bool:

@@ -66,9 +66,8 @@ def plain_lora(
     optimiser = torch.optim.Adam([p for pair in pairs.values() for p in pair], lr=how.rate, betas=(0.9, 0.95))
     for step in range(how.steps):
         for group in optimiser.param_groups:
-            group["lr"] = how.rate * min(
-                step / max(how.warmup, 1e-9), 1 - (step - how.warmup) / (how.steps - how.warmup)
-            )
+            past = (step - how.warmup) / (how.steps - how.warmup)
+            group["lr"] = how.rate * (step / how.warmup if step < how.warmup else 1 - past)
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
         rows = tokens[torch.randperm(len(tokens), generator=generator)[:8]]
         if teacher is not None:
