@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..maths.flops import counted
+from ..maths.order import any_kernel
 from ..maths.refit import accumulator
 from ..maths.sums import SiteStatistics, Statistic
 from ..system.machine import resolve_dtype
@@ -78,7 +79,8 @@ class Skeleton:
         """The config of the text model."""
         self.alone = text_only and self.wrapped
         """Whether the text model is written without the rest."""
-        with upstream.translated(f"{checkpoint.directory}/{CONFIG}", "build this model"):
+        # Trials compute nothing that a result holds, also where a job opens another checkpoint.
+        with upstream.translated(f"{checkpoint.directory}/{CONFIG}", "build this model"), any_kernel():
             self._build(model_type, check)
 
     def _build(self, model_type: str, check: bool) -> None:

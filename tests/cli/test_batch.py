@@ -257,7 +257,7 @@ def test_a_comparison_is_finished_when_its_table_is(
         given: dict[str, Any] = {"recipes": ["magnitude"], "text": text, "eval_seq_len": 48, "samples": 6}
         streamprune.compare(tiny("llama"), ratios=ratios, out=out, seq_len=24, round_to=4, **given, **changes)
 
-    def write(self: streamprune.Comparison, folder: Path, *, plot: bool = False) -> None:
+    def write(self: streamprune.Comparison, folder: Path, *, plotted: bool = False) -> None:
         raise OSError("the disk is full")
 
     compare([0.2])
