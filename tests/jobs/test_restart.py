@@ -16,7 +16,7 @@ from streamprune import Config, TuneConfig
 from streamprune.errors import CheckpointError, ConfigError, DiskError, ResumeError
 from streamprune.jobs.caches import RECORD
 from streamprune.jobs.folder import JobFolder
-from streamprune.jobs.journal import Journal
+from streamprune.jobs.journal import FORMAT, Journal
 from streamprune.jobs.names import job_folder
 from streamprune.system import files
 
@@ -246,7 +246,9 @@ def test_a_note_leads_to_no_folder_but_this_jobs(tiny: Tiny, configured: Make, t
     assert (other / "precious").is_dir()
 
 
-@pytest.mark.parametrize("edit", [b'"format": 5, ', b'"step": "start", '], ids=["older version", "damaged"])
+@pytest.mark.parametrize(
+    "edit", [f'"format": {FORMAT}, '.encode(), b'"step": "start", '], ids=["older version", "damaged"]
+)
 def test_a_journal_that_cannot_be_resumed_is_refused_and_restarts(edit: bytes, tiny: Tiny, configured: Make) -> None:
     config = configured(tiny("llama"))
     killed_after(3, lambda: streamprune.prune(config))
