@@ -31,7 +31,7 @@ EFFORTS: Mapping[Effort, float] = {"low": 0, "normal": 2, "high": 2}
 REFINE_SEQUENCES = 1
 """Windows of a step of block refinement."""
 IMITATIONS: Mapping[Effort, float] = {"low": 0, "normal": 0, "high": 2}
-"""Passes over the calibration windows in which all blocks are trained together in the end, towards the dense model's predictions."""
+"""Passes over as many other windows in which all blocks are trained together in the end, towards the dense model's predictions."""
 IMITATION_SEQUENCES = 4
 """Windows of a step of that."""
 IMITATION_RANK, IMITATION_RATE = 32, 1e-3

@@ -39,6 +39,7 @@ from ..text.windows import Windows, random_windows, sample
 from . import aim, archive
 from .block import GONE
 from .held_out import DRAWN, disjoint, others
+from .refine import ends
 from .request import Request
 
 PLAN, WRITTEN = "plan.json", "calibration.safetensors"
@@ -196,12 +197,13 @@ class Job(JobFolder):
         sizes = resources["batch"], resources["backward_batch"], resources["grams"]
         return self.held + self.memory.device_peak(*sizes)
 
-    def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int) -> Entry:
+    def report(self, plan: Plan, sites: Sequence[Mapping[str, Any]], removed: int, losses: Sequence[float]) -> Entry:
         """The contents of `report.json`.
 
         Args:
             sites: the report of each site, from the last shot. Sites that earlier shots removed as a whole are added.
             removed: parameters removed or zeroed so far.
+            losses: of the steps that trained all blocks together towards the dense model's predictions, in nats per token.
         """
         before = self.skeleton.parameters()
         found = {site["site"]: site for site in sites}
@@ -225,6 +227,7 @@ class Job(JobFolder):
             "job": self.header,
             "model": hub.origin(self.config.model),
             "tokens": self.windows.fingerprint if self.request.needs_text else None,
+            "imitation": ends(losses) if losses else None,
             "sites": [
                 {**found.get(site.name, {"site": site.name, **GONE}), "units": site.units}
                 for site in self.request.sites

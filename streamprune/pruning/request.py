@@ -618,7 +618,7 @@ def idle(config: Config) -> dict[str, str]:
         found["round_to"] = "only whole experts go"
     if recipe.writes_zeros:
         found |= dict.fromkeys(("round_to", "tensor_parallel"), "shapes stay")
-    if config.refine is not None and config.imitation_steps == 0:
+    if config.refine is not None and (config.imitation_steps == 0 or recipe.correction is not None):
         found["effort"] = "--refine gives the steps"
     if config.metric_text is None:
         found["metric_samples"] = "no --metric-text is given"

@@ -242,7 +242,8 @@ class Run:
         if not shot.ranks.first:
             return {}
         job, reports = self.job, shot.reports
-        report = job.report(plan, reports, shot.removed)
+        losses = [line["loss"] for line in shot.steps("correct/") if line["loss"] is not None]
+        report = job.report(plan, reports, shot.removed, losses)
         digests = {**shards, **write.write_outside(shot.skeleton, folder)}
         card = partial(pruning_card, report, hub.title(job.config.model), len(shot.skeleton))
         if shot.last and job.request.surveys and job.recipe.curve_label is not None:

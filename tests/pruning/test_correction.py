@@ -25,8 +25,10 @@ from streamprune.jobs.names import JOURNAL
 from streamprune.maths.adam import seeded
 from streamprune.model.skeleton import open_skeleton
 from streamprune.pruning.correct import Corrector
+from streamprune.pruning.job import Job
 from streamprune.pruning.refine import Refinement
 from streamprune.stream import sweep
+from streamprune.system.progress import Callback
 from streamprune.text.windows import Windows
 
 Make = Callable[..., streamprune.Config]
@@ -167,9 +169,32 @@ def test_the_predictions_approach_those_of_the_dense_model(
     given: dict[str, Any], tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = losses_of(monkeypatch)
-    streamprune.prune(configured(tiny("llama"), effort="high", **given))
+    config = configured(tiny("llama"), effort="high", **given)
+    streamprune.prune(config)
     assert len(losses) == 6  # of 4 windows, which are 12
     assert sum(losses[3:]) < sum(losses[:3])
+    assert json.loads((config.out / "report.json").read_text())["imitation"] == [losses[0], losses[-1]]
+
+
+def passages(windows: Windows) -> list[set[tuple[int, ...]]]:
+    """The runs of 12 tokens of each window."""
+    return [{tuple(row[i : i + 12]) for i in range(len(row) - 11)} for row in windows.tokens.tolist()]
+
+
+def test_all_blocks_are_trained_on_windows_that_were_not_calibrated_on(
+    tiny: Tiny, configured: Make, text: Path, tmp_path: Path
+) -> None:
+    job = Job(configured(tiny("llama"), effort="high"), None)
+    used, trained = set[tuple[int, ...]]().union(*passages(job.windows)), passages(job.other_windows)
+    assert len(trained) == 12
+    assert all(len(each & used) <= len(each) / 8 for each in trained)
+    # A text of hardly more than one window has no other ones.
+    short, said = tmp_path / "short.txt", list[str]()
+    short.write_text(text.read_text()[:40])
+    listener = Callback(lambda event: said.append(event.message))
+    job = Job(configured(tiny("llama"), effort="high", calibration=short), listener)
+    assert torch.equal(job.other_windows.tokens, job.windows.tokens)
+    assert any("12 of the 12 windows for training all blocks together" in message for message in said)
 
 
 def test_experts_of_a_stock_checkpoint_stay_fused(tiny: Tiny, configured: Make) -> None:
