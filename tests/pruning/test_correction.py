@@ -28,6 +28,7 @@ from streamprune.pruning.correct import Corrector
 from streamprune.pruning.job import Job
 from streamprune.pruning.refine import Refinement
 from streamprune.stream import sweep
+from streamprune.stream.store import ActivationStore
 from streamprune.system.progress import Callback
 from streamprune.text.windows import Windows
 
@@ -154,6 +155,23 @@ def losses_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return losses
 
 
+def test_gradients_of_the_predictions_stay_within_float16(tiny: Tiny, tmp_path: Path) -> None:
+    """Those of a mean over many tokens do not."""
+    path, found = tiny("llama", torch.float32), list[torch.Tensor]()
+    for dtype in ("float32", "float16"):
+        skeleton = open_skeleton(path, torch.device("cpu"), dtype)
+        shape, last = (2, 1024, skeleton.stream_width), len(skeleton)
+        generator = torch.Generator().manual_seed(0)
+        given, noise = (torch.randn(shape, generator=generator).to(skeleton.dtype) for _ in range(2))
+        store = ActivationStore(tmp_path / dtype, shape, skeleton.dtype, skeleton.device, durable=False)
+        with store.writing(sweep.boundary("dense", last), "here") as write:
+            write(given)
+        sweep.imitation_gradient(skeleton, store, iter([given + noise / 8]), 2)
+        ((_, (gradient,)),) = store.each(2, sweep.boundary("gradient", last))
+        found.append(gradient.float())
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -182,9 +200,19 @@ def passages(windows: Windows) -> list[set[tuple[int, ...]]]:
 
 
 def test_all_blocks_are_trained_on_windows_that_were_not_calibrated_on(
-    tiny: Tiny, configured: Make, text: Path, tmp_path: Path
+    tiny: Tiny, configured: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = Job(configured(tiny("llama"), effort="high"), None)
+    given, real = list[Windows](), Corrector.__init__
+
+    def watched(self: Corrector, skeleton: Any, windows: Windows, *rest: Any) -> None:
+        given.append(windows)
+        real(self, skeleton, windows, *rest)
+
+    monkeypatch.setattr(Corrector, "__init__", watched)
+    config = configured(tiny("llama"), effort="high")
+    streamprune.prune(config)
+    job = Job(replace(config, out=tmp_path / "again"), None)
+    assert torch.equal(given[0].tokens, job.other_windows.tokens)
     used, trained = set[tuple[int, ...]]().union(*passages(job.windows)), passages(job.other_windows)
     assert len(trained) == 12
     assert all(len(each & used) <= len(each) / 8 for each in trained)
