@@ -160,14 +160,14 @@ def test_gradients_of_the_predictions_stay_within_float16(tiny: Tiny, tmp_path: 
     path, found = tiny("llama", torch.float32), list[torch.Tensor]()
     for dtype in ("float32", "float16"):
         skeleton = open_skeleton(path, torch.device("cpu"), dtype)
-        shape, last = (2, 1024, skeleton.stream_width), len(skeleton)
+        shape, last = (32, 2048, skeleton.stream_width), len(skeleton)
         generator = torch.Generator().manual_seed(0)
         given, noise = (torch.randn(shape, generator=generator).to(skeleton.dtype) for _ in range(2))
         store = ActivationStore(tmp_path / dtype, shape, skeleton.dtype, skeleton.device, durable=False)
         with store.writing(sweep.boundary("dense", last), "here") as write:
             write(given)
-        sweep.imitation_gradient(skeleton, store, iter([given + noise / 8]), 2)
-        ((_, (gradient,)),) = store.each(2, sweep.boundary("gradient", last))
+        sweep.imitation_gradient(skeleton, store, iter([given + noise / 16]), 32)
+        ((_, (gradient,)),) = store.each(32, sweep.boundary("gradient", last))
         found.append(gradient.float())
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
 
