@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +309,13 @@ def _kind(item: pytest.Item) -> str | None:
     return name if name in TINY else None
 
 
+def pytest_collection_finish() -> None:
+    """Let the collector leave alone what imports made, and come less often: a sixth of the time of tiny jobs."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests, and most kinds of model, to `--all`; `-m` and tests named by file or node choose for themselves."""
     if config.getoption("--all") or config.getoption("-m") or config.args != config.getini("testpaths"):
@@ -508,21 +517,31 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+SMALL: dict[str, Any] = {"recipe": "sobp", "effort": "low", "ratio": 0.3, "samples": 12, "seq_len": 24, "round_to": 4}
+"""Fields of a small job."""
+
+
 @pytest.fixture
 def configured(text: Path, tmp_path: Path) -> Callable[..., streamprune.Config]:
     """A small job's `Config`, with whatever is changed."""
 
     def make(model: Path, out: str = "out", **changes: Any) -> streamprune.Config:
-        fields: dict[str, Any] = {
-            "recipe": "sobp",
-            "effort": "low",
-            "ratio": 0.3,
-            "calibration": text,
-            "samples": 12,
-            "seq_len": 24,
-            "round_to": 4,
-        }
-        return streamprune.Config(model=model, out=tmp_path / out, **{**fields, **changes})
+        return streamprune.Config(model=model, out=tmp_path / out, **{"calibration": text, **SMALL, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pruned(tiny: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`pruned("llama")`: what the small job with `default` makes of it, made once a session; not to be written to."""
+
+    @cache
+    def make(name: str) -> Path:
+        out = tmp_path_factory.mktemp(name) / "out"
+        streamprune.prune(
+            streamprune.Config(model=tiny(name), out=out, calibration=text, **{**SMALL, "recipe": "default"})
+        )
+        return out
 
     return make
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -145,7 +146,9 @@ class Skeleton:
     def _infer(self, weights: int) -> list[tuple[SublayerEntry, ...]]:
         """Infer the sublayers of each block; blocks of the same modules have the same."""
         meta, cpu = torch.device("meta"), torch.device("cpu")
-        config, kept = self.whole_config.to_json_string(use_diff=False), self.architecture.model_type not in FAMILIES
+        # What pruning adds to a config says nothing about blocks before they are resized.
+        fields = {k: v for k, v in self.whole_config.to_dict().items() if k not in (OURS, "architectures")}
+        config, kept = json.dumps(fields, sort_keys=True, default=str), self.architecture.model_type not in FAMILIES
         self.stock_blocks: dict[int, nn.Module] = {}
         """The first block of each kind as transformers builds it, on the meta device."""
         found, seen = list[tuple[SublayerEntry, ...]](), set[Any]()

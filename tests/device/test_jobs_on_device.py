@@ -39,11 +39,11 @@ REAL = torch.cuda.is_available()
 
 @pytest.fixture
 def small(configured: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """The `Config` of a job on two windows of 16 tokens, one per micro-batch, with whatever is changed."""
-    monkeypatch.setitem(resources.BATCH_TOKENS, "cuda", 16)
+    """The `Config` of a job on two windows of 16 tokens, one per micro-batch, with whatever is changed; two per micro-batch if there are more."""
 
-    def make(model: Path, out: str = "out", **changes: Any) -> streamprune.Config:
-        return configured(model, out, **{"samples": 2, "seq_len": 16, "device": "cuda", **changes})
+    def make(model: Path, out: str = "out", samples: int = 2, **changes: Any) -> streamprune.Config:
+        monkeypatch.setitem(resources.BATCH_TOKENS, "cuda", 16 if samples == 2 else 32)
+        return configured(model, out, **{"samples": samples, "seq_len": 16, "device": "cuda", **changes})
 
     return make
 

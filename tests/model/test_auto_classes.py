@@ -6,7 +6,6 @@ import copy
 import json
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,15 @@ Tiny = Callable[..., Path]
 IDS = torch.arange(40)[None, 2:20]
 
 
-@pytest.fixture(scope="module")
-def pruned(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """`pruned("llama")`: a result, made once; not to be written to."""
+@pytest.fixture
+def registered(pruned: Tiny) -> Tiny:
+    """`pruned`, once its model type is known."""
 
-    @cache
-    def make(name: str) -> Path:
-        out = tmp_path_factory.mktemp(name) / "out"
-        sizes: dict[str, Any] = {"samples": 12, "seq_len": 24, "round_to": 4}
-        streamprune.prune(Config(model=tiny(name), out=out, recipe="sobp", ratio=0.35, calibration=text, **sizes))
-        streamprune.load(out)  # registers model types that are not known beforehand
-        return out
+    def get(name: str) -> Path:
+        streamprune.load(pruned(name))
+        return pruned(name)
 
-    return make
+    return get
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -57,8 +52,8 @@ def test_auto_model_gives_the_hidden_states_of_the_model_that_generates(name: st
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
-def test_saved_without_its_head_it_loads_again(name: str, pruned: Tiny, tmp_path: Path) -> None:
-    bare = AutoModel.from_pretrained(pruned(name), dtype=torch.float32)
+def test_saved_without_its_head_it_loads_again(name: str, registered: Tiny, tmp_path: Path) -> None:
+    bare = AutoModel.from_pretrained(registered(name), dtype=torch.float32)
     bare.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert (tmp_path / "modeling_streamprune.py").is_file()
@@ -67,17 +62,17 @@ def test_saved_without_its_head_it_loads_again(name: str, pruned: Tiny, tmp_path
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_a_model_that_classifies_has_the_pruned_blocks(name: str, pruned: Tiny) -> None:
-    classifier = AutoModelForSequenceClassification.from_pretrained(pruned(name), num_labels=3, dtype=torch.float32)
-    bare = AutoModel.from_pretrained(pruned(name), dtype=torch.float32)
+def test_a_model_that_classifies_has_the_pruned_blocks(name: str, registered: Tiny) -> None:
+    classifier = AutoModelForSequenceClassification.from_pretrained(registered(name), num_labels=3, dtype=torch.float32)
+    bare = AutoModel.from_pretrained(registered(name), dtype=torch.float32)
     with torch.no_grad():
         states = bare(IDS).last_hidden_state
         torch.testing.assert_close(classifier(IDS).logits, classifier.score(states[:, -1]))
 
 
 @pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "gemma4"])
-def test_every_block_has_a_stock_config_with_its_own_heads(name: str, pruned: Tiny) -> None:
-    out = pruned(name)
+def test_every_block_has_a_stock_config_with_its_own_heads(name: str, registered: Tiny) -> None:
+    out = registered(name)
     config = AutoConfig.from_pretrained(out)
     stock = CONFIG_MAPPING[config.model_type.removeprefix(modeling.PREFIX)]
     assert config.is_heterogeneous
@@ -103,9 +98,9 @@ def test_every_block_has_a_stock_config_with_its_own_heads(name: str, pruned: Ti
             assert own.num_attention_heads * width == columns
 
 
-def test_heads_channels_and_keys_of_blocks_that_differ(pruned: Tiny) -> None:
-    config = AutoConfig.from_pretrained(pruned("llama"))
-    model = streamprune.load(pruned("llama"), dtype=torch.float32)
+def test_heads_channels_and_keys_of_blocks_that_differ(registered: Tiny) -> None:
+    config = AutoConfig.from_pretrained(registered("llama"))
+    model = streamprune.load(registered("llama"), dtype=torch.float32)
     found = [
         (own.num_attention_heads * own.head_dim, own.num_key_value_heads * own.head_dim, own.intermediate_size)
         for own in config.per_layer_config
@@ -117,17 +112,17 @@ def test_heads_channels_and_keys_of_blocks_that_differ(pruned: Tiny) -> None:
     assert len(set(found)) > 1
 
 
-def test_experts_of_differing_widths_are_no_fused_experts(pruned: Tiny) -> None:
+def test_experts_of_differing_widths_are_no_fused_experts(registered: Tiny) -> None:
     """vLLM would hold them in one tensor of one width, and compute with what it did not load."""
     for name, field in (("mixtral", "num_local_experts"), ("qwen2_moe", "num_experts")):
-        config = AutoConfig.from_pretrained(pruned(name))
+        config = AutoConfig.from_pretrained(registered(name))
         assert getattr(config, field) == 4
         assert {getattr(own, field) for own in config.per_layer_config} == {0}
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
-def test_what_is_read_per_block_is_written_nowhere(name: str, pruned: Tiny, tmp_path: Path) -> None:
-    out = pruned(name)
+def test_what_is_read_per_block_is_written_nowhere(name: str, registered: Tiny, tmp_path: Path) -> None:
+    out = registered(name)
     config = AutoConfig.from_pretrained(out)
     before = json.loads((out / "config.json").read_text())
     assert "per_layer_config" not in before
@@ -161,8 +156,8 @@ def test_a_model_that_reads_fields_per_block_itself_is_built_from_them(tiny: Tin
         AutoModel.from_config(model.config)
 
 
-def test_a_static_cache_has_the_heads_of_every_block(pruned: Tiny) -> None:
-    model = streamprune.load(pruned("llama"), dtype=torch.float32)
+def test_a_static_cache_has_the_heads_of_every_block(registered: Tiny) -> None:
+    model = streamprune.load(registered("llama"), dtype=torch.float32)
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     dynamic = model.generate(IDS, **settings)
     assert torch.equal(model.generate(IDS, cache_implementation="static", **settings), dynamic)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +89,6 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
             return int(server.stdout.readline()), said.read_text()
 
         yield run
-
-
-@pytest.fixture(scope="module")
-def pruned(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """`pruned("llama")`: a result, made once; not to be written to."""
-
-    @cache
-    def make(name: str) -> Path:
-        out = tmp_path_factory.mktemp(name) / "out"
-        sizes = {"samples": 12, "seq_len": 24, "round_to": 4}
-        streamprune.prune(Config(model=tiny(name), out=out, recipe="sobp", ratio=0.35, calibration=text, **sizes))
-        return out
-
-    return make
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
