@@ -10,6 +10,8 @@ WORK = ".streamprune"
 """Suffix of the name of a job's folder."""
 ROWS = "rows"
 """Folder with the results of a comparison's rows."""
+SURVEYS = "surveys"
+"""Folder with the surveys that its rows share."""
 ASKED = "asked"
 """Name of the line in a comparison's journal that lists its rows."""
 FIGURES = (

@@ -27,14 +27,27 @@ _BASE, _MODULUS = 1_000_003, (1 << 31) - 1
 def others(drawn: Windows, used: Windows, count: int) -> Windows:
     """Return the first `count` of the windows `drawn` that have a prediction that counts and share few passages with `used`, or all.
 
+    First come those that share few passages with the ones before them, too: the windows drawn from a short text overlap.
+
     Args:
         drawn, used: windows of equal lengths.
     """
     length = min(PASSAGE, max(2, drawn.tokens.shape[1] // 2))
-    common = torch.isin(_passages(drawn.tokens, length), _passages(used.tokens, length)).double().mean(dim=1) > SHARED
+    passages = _passages(drawn.tokens, length)
+    common = torch.isin(passages, _passages(used.tokens, length)).double().mean(dim=1) > SHARED
     empty = (drawn.labels[:, 1:] == IGNORED).all(dim=1)
-    (rows,) = (~(common | empty)).nonzero(as_tuple=True)
-    return Windows(drawn.tokens[rows[:count]], drawn.labels[rows[:count]])
+    apart, overlapping, seen = list[int](), list[int](), set[int]()
+    for row in (~(common | empty)).nonzero().flatten().tolist():
+        own = passages[row].tolist()
+        if sum(map(seen.__contains__, own)) > SHARED * len(own):
+            overlapping.append(row)
+            continue
+        apart.append(row)
+        seen.update(own)
+        if len(apart) == count:
+            break
+    rows = [*apart, *overlapping][:count]
+    return Windows(drawn.tokens[rows], drawn.labels[rows])
 
 
 def disjoint(drawn: Windows, used: Windows, count: int, source: object) -> Windows:

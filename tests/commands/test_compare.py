@@ -115,11 +115,16 @@ def test_rows_are_what_single_runs_give(compare: Compare, tiny: Tiny, text: Path
         **SHARED,  # type: ignore[arg-type]
     )
     single = streamprune.prune(config)
+    # All rows but the first one have its survey, which a setting of later stages does not change.
+    (survey,) = (tmp_path / "out" / "surveys").iterdir()
+    later = streamprune.prune(replace(config, out=tmp_path / "later", survey=survey))
+    assert [row.surveyed for row in found.rows] == [False, False, True, True, True, False, False]
     assert row.perplexity == streamprune.evaluate(config.out, scored, seq_len=24).perplexity
     assert row.log_gap == pytest.approx(math.log(row.perplexity / dense.perplexity), abs=1e-12)
     assert (row.parameters, row.ratio_blocks) == (single.parameters_after, single.ratio_blocks)
-    assert row.operations == single.operations > 0
-    assert row.forward_equivalents == single.forward_equivalents
+    assert 0 < row.operations == later.operations < single.operations
+    assert row.forward_equivalents == later.forward_equivalents
+    assert [line[-1].endswith("+") for line in found.cells()[1:]] == [row.surveyed for row in found.rows]
     assert found.rows[2].perplexity != row.perplexity
     assert row.peak_host_bytes is not None
     assert row.seconds > 0
@@ -131,7 +136,7 @@ def test_the_files_agree(compare: Compare, tmp_path: Path) -> None:
     found = compare(recipes=["sobp", "m=magnitude"], perplexities=[50.0])
     out = tmp_path / "out"
     names = {path.name for path in out.iterdir()}
-    assert names == {"journal.jsonl", "log.txt", "compare.json", "compare.csv", "compare.md"}
+    assert names == {"journal.jsonl", "log.txt", "surveys", "compare.json", "compare.csv", "compare.md"}
     stored = json.loads((out / "compare.json").read_text())
     assert stored == json.loads(json.dumps(found.as_dict()))
     with (out / "compare.csv").open() as file:

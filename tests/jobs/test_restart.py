@@ -170,7 +170,7 @@ def test_of_a_comparison(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "elsewhere").iterdir())
     assert not list((tmp_path / "cache").iterdir())
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["compare.csv", "compare.json", "compare.md", "journal.jsonl", "log.txt"]
+    assert names == ["compare.csv", "compare.json", "compare.md", "journal.jsonl", "log.txt", "surveys"]
     assert (tmp_path / "out" / "log.txt").read_text().count(" starts") == 1
 
 

@@ -183,13 +183,28 @@ def test_held_out_windows_share_few_passages() -> None:
     )
     used, drawn = (sample_windows(tokens, count, 40, seed, "it") for count, seed in ((20, 0), (64, 1)))
     drawn = Windows(drawn.tokens, drawn.tokens.where(torch.arange(64)[:, None] != 5, IGNORED))
-    found = disjoint(drawn, used, 8, "it")
-    passages = {tuple(w[i : i + 16].tolist()) for w in used.tokens for i in range(25)}
-    shares = [sum(tuple(w[i : i + 16].tolist()) in passages for i in range(25)) / 25 for w in drawn.tokens]
-    clear = [number for number, share in enumerate(shares) if share <= 1 / 8 and number != 5]
-    assert shares[5] <= 1 / 8
-    assert any(share > 1 / 8 for share in shares[: clear[7]])
-    assert torch.equal(found.tokens, drawn.tokens[clear[:8]])
+
+    def passages(window: torch.Tensor) -> set[tuple[int, ...]]:
+        return {tuple(window[i : i + 16].tolist()) for i in range(25)}
+
+    def share(number: int, known: set[tuple[int, ...]]) -> float:
+        return len(passages(drawn.tokens[number]) & known) / 25
+
+    calibrated = set[tuple[int, ...]]().union(*map(passages, used.tokens))
+    clear = [number for number in range(64) if share(number, calibrated) <= 1 / 8]
+    assert 5 in clear
+    clear.remove(5)
+    assert clear[8] > 9
+    apart, seen = list[int](), set[tuple[int, ...]]()
+    for number in clear:
+        if share(number, seen) <= 1 / 8:
+            apart.append(number)
+            seen |= passages(drawn.tokens[number])
+    overlapping = [number for number in clear if number not in apart]
+    assert 12 < len(apart) < len(apart) + 3 < len(clear)
+    assert overlapping[0] < apart[11]
+    for count, wanted in ((12, apart[:12]), (len(apart) + 3, apart + overlapping[:3])):
+        assert torch.equal(disjoint(drawn, used, count, "it").tokens, drawn.tokens[wanted])
     with pytest.raises(CalibrationError, match=r"it has too little text beside the calibration windows: \d+ of 60"):
         disjoint(drawn, used, 60, "it")
 

@@ -1,19 +1,21 @@
 """Compare several recipes at several ratios, on the same text and with the same budget, in one table.
 
 One folder holds the work: a journal of finished rows and, under `rows`, one ordinary pruning job per row, which can
-itself be resumed. Each row is pruned, measured and, unless `keep` is set, removed.
+itself be resumed. Each row is pruned, measured and, unless `keep` is set, removed. Rows whose surveys are the same share one,
+which stays under `surveys` for ratios that are added later.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ from ...jobs.caches import Caches
 from ...jobs.config import Config
 from ...jobs.folder import OTHER_CACHE, OTHER_OUT, PROBE
 from ...jobs.journal import Entry, Journal
-from ...jobs.names import ASKED, JOURNAL, LOCK, ROWS, WORK
+from ...jobs.names import ASKED, JOURNAL, LOCK, ROWS, SURVEYS, WORK
 from ...jobs.resume import refuse_difference
 from ...jobs.schedule import Phase
 from ...model import hub
 from ...model.names import REPORT
 from ...model.verify import verify
+from ...pruning import archive
 from ...pruning.job import Job
 from ...pruning.run import prune
 from ...recipes.allocation import largest_unit
@@ -47,7 +50,7 @@ from .table import CSV, DENSE, JSON, MARKDOWN, PLOT, Comparison, Row, Variant, r
 
 FIGURES = ("ratio_blocks", "operations", "forward_equivalents", "peak_host_bytes", "peak_device_bytes")
 """Figures of a `Result` that its `Row` has, too."""
-KNOWN = {JOURNAL, LOCK, LOG, ROWS, PROBE, caches.RECORD, "cache", JSON, CSV, MARKDOWN, PLOT}
+KNOWN = {JOURNAL, LOCK, LOG, ROWS, SURVEYS, PROBE, caches.RECORD, "cache", JSON, CSV, MARKDOWN, PLOT}
 """Names that the folder of a comparison may contain."""
 
 
@@ -119,6 +122,17 @@ class _Candidate:
         self.out = folder / ROWS / self.name
         given = {"recipe": variant.recipe, "settings": variant.settings, "ratio": ratio, **common}
         self.job = Job(Config(model=model, out=self.out, **given), None)
+        self.config = self.job.config
+        """That of the pruning job, which keeps its survey for the other rows unless a survey is as large as `Workload.findings`."""
+        if self.job.request.statistics and not self.job.request.workload.findings:
+            survey = json.dumps(archive.identity(self.job.request), sort_keys=True)
+            path = folder / SURVEYS / hashlib.sha256(survey.encode()).hexdigest()[:16]
+            self.config = replace(self.config, survey=path)
+
+    @property
+    def surveyed(self) -> bool:
+        """Whether the survey is there already."""
+        return self.config.survey is not None and (self.config.survey / archive.INDEX).is_file()
 
 
 class _RowLog(Log):
@@ -207,6 +221,8 @@ class _Work:
                 yield
                 self.log.finish()
             self.caches.remove()
+            for lock in (self.folder / SURVEYS).glob(f"*/{archive.LOCK}"):
+                files.remove(lock)
             if not any(rows.iterdir()):
                 files.remove_tree(rows)
             files.remove(self.folder / LOCK)
@@ -253,7 +269,8 @@ class _Work:
         for number, candidate in enumerate(self.candidates, start=2):
             variant, out = candidate.variant, candidate.out
             self.log.row = f"row {number} of {len(self.candidates) + 1}, {candidate.title}"
-            line = self._pruned(candidate)
+            line, begun = self._pruned(candidate), self.journal.find(f"begin/{candidate.name}")
+            assert begun is not None
             measured = self._measured(candidate.name, out)
             if not measured["keep"]:
                 files.remove_tree(out)
@@ -267,6 +284,7 @@ class _Work:
                 ratio=candidate.ratio,
                 perplexity=measured["perplexity"],
                 log_gap=math.log(measured["perplexity"]) - math.log(dense["perplexity"]),
+                surveyed=begun.get("surveyed", False),
                 out=str(out) if kept else None,
                 **line["figures"],
             )
@@ -292,10 +310,10 @@ class _Work:
         out, line = candidate.out, self.journal.find(f"prune/{candidate.name}")
         if line is None:
             if self.journal.find(f"begin/{candidate.name}") is None:
-                self.journal.append(f"begin/{candidate.name}", job=candidate.job.header)
+                self.journal.append(f"begin/{candidate.name}", job=candidate.job.header, surveyed=candidate.surveyed)
             return_freed_memory()
             own_peak = machine.reset_peaks(candidate.job.request.device)
-            result = prune(candidate.job.config, progress=self.log)
+            result = prune(candidate.config, progress=self.log)
             seconds = read_json(out / REPORT)["seconds"]
             return self.journal.append(
                 f"prune/{candidate.name}",
@@ -312,7 +330,7 @@ class _Work:
         if unmeasured and not (out.is_dir() and verify(out, progress=self.log).sound):
             self.log.say(f"{out} is missing or damaged; pruning again")
             files.remove_tree(out)
-            prune(candidate.job.config, progress=self.log)
+            prune(candidate.config, progress=self.log)
         return line
 
     def _measured(self, name: str, model: Path) -> Entry:

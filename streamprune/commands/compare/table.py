@@ -23,7 +23,8 @@ DENSE = "dense"
 JSON, CSV, MARKDOWN, PLOT = "compare.json", "compare.csv", "compare.md", "compare.png"
 EXPLANATION = (
     "`removed` is the share of the blocks' parameters that were removed or zeroed; `log gap` is the log-perplexity minus "
-    "that of the dense model; `forwards` is the FLOPs of pruning, in dense forward passes over the calibration set."
+    "that of the dense model; `forwards` is the FLOPs of pruning, in dense forward passes over the calibration set. A + after costs: "
+    "without the survey, which an earlier row had taken."
 )
 
 
@@ -78,8 +79,15 @@ class Row:
     """Peak bytes of the process that finished the pruning."""
     peak_device_bytes: int | None = None
     """Peak bytes on the device during pruning."""
+    surveyed: bool = False
+    """Whether an earlier row had taken the survey, which seconds, operations and forward equivalents then leave out."""
     out: str | None = None
     """Path of the checkpoint, if it was kept."""
+
+    @property
+    def more(self) -> str:
+        """What follows a cost in the table."""
+        return " +" if self.surveyed else ""
 
 
 @dataclass(frozen=True)
@@ -127,10 +135,10 @@ class Comparison:
                 f"{row.parameters:,}",
                 f"{row.perplexity:.4f}",
                 f"{row.log_gap:.4f}",
-                f"{row.seconds:.1f}",
+                f"{row.seconds:.1f}{row.more}",
                 *("" if size is None else format_bytes(size) for size in (row.peak_host_bytes, row.peak_device_bytes)),
-                f"{row.operations / 1e12:.3f}",
-                f"{row.forward_equivalents:.2f}",
+                f"{row.operations / 1e12:.3f}{row.more}",
+                f"{row.forward_equivalents:.2f}{row.more}",
             ]
             for row in self.rows
         ]
