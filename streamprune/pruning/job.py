@@ -227,6 +227,7 @@ class Job(JobFolder):
             "job": self.header,
             "model": hub.origin(self.config.model),
             "tokens": self.windows.fingerprint if self.request.needs_text else None,
+            "surveyed_before": "sha256" in (self.journal.find("shot-1/surveyed") or {}),
             "imitation": ends(losses) if losses else None,
             "sites": [
                 {**found.get(site.name, {"site": site.name, **GONE}), "units": site.units}

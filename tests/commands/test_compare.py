@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ import streamprune
 from streamprune import Comparison, Variant
 from streamprune.commands.compare import table as comparison
 from streamprune.commands.compare.table import Row, ratio_at, reach
-from streamprune.errors import ConfigError, ResumeError
+from streamprune.errors import ConfigError, DamageError, ResumeError
 from streamprune.jobs.config import Config
 from streamprune.jobs.names import job_folder
 from streamprune.recipes.allocation import largest_unit
@@ -125,6 +126,7 @@ def test_rows_are_what_single_runs_give(compare: Compare, tiny: Tiny, text: Path
     assert 0 < row.operations == later.operations < single.operations
     assert row.forward_equivalents == later.forward_equivalents
     assert [line[-1].endswith("+") for line in found.cells()[1:]] == [row.surveyed for row in found.rows]
+    assert found.notes[-1] == "Costs with a + leave out the first survey, which an earlier row had taken."
     assert found.rows[2].perplexity != row.perplexity
     assert row.peak_host_bytes is not None
     assert row.seconds > 0
@@ -185,6 +187,27 @@ def test_ratios_and_recipes_can_be_added(compare: Compare, tmp_path: Path) -> No
     found = compare(progress=watched)
     assert not any("magnitude at 0.2" in name or "dense" in name for name in watched.phases)
     assert numbers(found) == numbers(compare(out=tmp_path / "whole"))
+
+
+def test_rows_say_whether_they_took_the_survey(compare: Compare, tmp_path: Path) -> None:
+    """Whatever was there when they began: here one is stopped in its survey, and another goes before it then."""
+    with pytest.raises(Stop):
+        compare(ratios=[0.4], recipes=["sobp"], progress=Watched("row 2 of 2, sobp at 0.4: survey", 2))
+    found = compare(ratios=[0.2, 0.4], recipes=["sobp"])
+    assert [row.surveyed for row in found.rows] == [False, False, True]
+    (survey,) = (tmp_path / "out" / "surveys").iterdir()
+    next(survey.glob("*.safetensors")).write_bytes(b"damaged")
+    with pytest.raises(DamageError, match=rf"was changed; remove {survey} to take the survey again"):
+        compare(ratios=[0.2, 0.3, 0.4], recipes=["sobp"])
+    shutil.rmtree(survey)
+    found = compare(ratios=[0.2, 0.3, 0.4], recipes=["sobp"])
+    assert [row.surveyed for row in found.rows] == [False, False, False, True]
+
+
+def test_large_surveys_are_not_kept(compare: Compare, tmp_path: Path) -> None:
+    found = compare(ratios=[0.2, 0.3], recipes=[Variant("surgeon", "surgeon", {"shots": "1"})])
+    assert not any(row.surveyed for row in found.rows)
+    assert not (tmp_path / "out" / "surveys").exists()
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [

@@ -123,16 +123,12 @@ class _Candidate:
         given = {"recipe": variant.recipe, "settings": variant.settings, "ratio": ratio, **common}
         self.job = Job(Config(model=model, out=self.out, **given), None)
         self.config = self.job.config
-        """That of the pruning job, which keeps its survey for the other rows unless a survey is as large as `Workload.findings`."""
-        if self.job.request.statistics and not self.job.request.workload.findings:
-            survey = json.dumps(archive.identity(self.job.request), sort_keys=True)
+        """The pruning job's config. Its survey is kept for the other rows, unless it is large (`Workload.findings`)."""
+        request = self.job.request
+        if self.config.survey is None and request.statistics and not request.workload.findings:
+            survey = json.dumps([archive.FORMAT, archive.identity(request)], sort_keys=True)
             path = folder / SURVEYS / hashlib.sha256(survey.encode()).hexdigest()[:16]
             self.config = replace(self.config, survey=path)
-
-    @property
-    def surveyed(self) -> bool:
-        """Whether the survey is there already."""
-        return self.config.survey is not None and (self.config.survey / archive.INDEX).is_file()
 
 
 class _RowLog(Log):
@@ -269,8 +265,7 @@ class _Work:
         for number, candidate in enumerate(self.candidates, start=2):
             variant, out = candidate.variant, candidate.out
             self.log.row = f"row {number} of {len(self.candidates) + 1}, {candidate.title}"
-            line, begun = self._pruned(candidate), self.journal.find(f"begin/{candidate.name}")
-            assert begun is not None
+            line = self._pruned(candidate)
             measured = self._measured(candidate.name, out)
             if not measured["keep"]:
                 files.remove_tree(out)
@@ -284,7 +279,6 @@ class _Work:
                 ratio=candidate.ratio,
                 perplexity=measured["perplexity"],
                 log_gap=math.log(measured["perplexity"]) - math.log(dense["perplexity"]),
-                surveyed=begun.get("surveyed", False),
                 out=str(out) if kept else None,
                 **line["figures"],
             )
@@ -293,6 +287,8 @@ class _Work:
             if missed := line.get("ratio_missed"):
                 notes.append(f"{candidate.title} {missed}.")
         notes += self._budget_notes(rows)
+        if any(row.surveyed for row in rows):
+            notes.append("Costs with a + leave out the first survey, which an earlier row had taken.")
         if shared_peaks:
             notes.append(f"Host peaks include earlier work of the same process: {', '.join(shared_peaks)}.")
         return Comparison(
@@ -310,21 +306,22 @@ class _Work:
         out, line = candidate.out, self.journal.find(f"prune/{candidate.name}")
         if line is None:
             if self.journal.find(f"begin/{candidate.name}") is None:
-                self.journal.append(f"begin/{candidate.name}", job=candidate.job.header, surveyed=candidate.surveyed)
+                self.journal.append(f"begin/{candidate.name}", job=candidate.job.header)
             return_freed_memory()
             own_peak = machine.reset_peaks(candidate.job.request.device)
             result = prune(candidate.config, progress=self.log)
-            seconds = read_json(out / REPORT)["seconds"]
+            report = read_json(out / REPORT)
             return self.journal.append(
                 f"prune/{candidate.name}",
                 figures={
                     "parameters": result.parameters_after,
-                    "seconds": seconds,
+                    "seconds": report["seconds"],
+                    "surveyed": report["surveyed_before"],
                     **{name: getattr(result, name) for name in FIGURES},
                 },
                 own_peak=own_peak,
                 ratio_missed=result.ratio_missed,
-                seconds=seconds,
+                seconds=report["seconds"],
             )
         unmeasured = self.journal.find(f"eval/{candidate.name}") is None
         if unmeasured and not (out.is_dir() and verify(out, progress=self.log).sound):

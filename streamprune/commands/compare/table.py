@@ -23,8 +23,7 @@ DENSE = "dense"
 JSON, CSV, MARKDOWN, PLOT = "compare.json", "compare.csv", "compare.md", "compare.png"
 EXPLANATION = (
     "`removed` is the share of the blocks' parameters that were removed or zeroed; `log gap` is the log-perplexity minus "
-    "that of the dense model; `forwards` is the FLOPs of pruning, in dense forward passes over the calibration set. A + after costs: "
-    "without the survey, which an earlier row had taken."
+    "that of the dense model; `forwards` is the FLOPs of pruning, in dense forward passes over the calibration set."
 )
 
 
@@ -80,13 +79,13 @@ class Row:
     peak_device_bytes: int | None = None
     """Peak bytes on the device during pruning."""
     surveyed: bool = False
-    """Whether an earlier row had taken the survey, which seconds, operations and forward equivalents then leave out."""
+    """Whether an earlier row had taken the first survey, which costs and peaks then leave out."""
     out: str | None = None
     """Path of the checkpoint, if it was kept."""
 
     @property
     def more(self) -> str:
-        """What follows a cost in the table."""
+        """What follows costs in the table."""
         return " +" if self.surveyed else ""
 
 
@@ -136,7 +135,10 @@ class Comparison:
                 f"{row.perplexity:.4f}",
                 f"{row.log_gap:.4f}",
                 f"{row.seconds:.1f}{row.more}",
-                *("" if size is None else format_bytes(size) for size in (row.peak_host_bytes, row.peak_device_bytes)),
+                *(
+                    "" if size is None else format_bytes(size) + row.more
+                    for size in (row.peak_host_bytes, row.peak_device_bytes)
+                ),
                 f"{row.operations / 1e12:.3f}{row.more}",
                 f"{row.forward_equivalents:.2f}{row.more}",
             ]
