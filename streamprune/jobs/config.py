@@ -34,7 +34,7 @@ IMITATIONS: Mapping[Effort, float] = {"low": 0, "normal": 0, "high": 2}
 """Passes over as many other windows in which all blocks are trained together in the end, towards the dense model's predictions."""
 IMITATION_SEQUENCES = 4
 """Windows of a step of that."""
-IMITATION_RANK, IMITATION_RATE = 32, 1e-3
+IMITATION_RANK, IMITATION_RATE = 32, 2e-3
 """Rank of its updates, and Adam's highest learning rate."""
 TuneMethod = Literal["auto", "lora", "distil"]
 TUNE_METHODS: tuple[TuneMethod, ...] = ("auto", "lora", "distil")
