@@ -68,11 +68,12 @@ def measure(options: argparse.Namespace, row: str, ratio: float, tasks: Sequence
         return found  # type: ignore[no-any-return]
     print(f"{name}: {' '.join(asked['run'] or ['(dense)'])}", file=sys.stderr, flush=True)
     survey = options.out / "surveys" / f"{recipe}-{options.samples}x{options.seq_len}-{options.dtype}"
-    cell: Cell = {"row": row, "ratio": ratio, "asked": asked, "surveyed": (survey / "survey.json").is_file()}
+    cell: Cell = {"row": row, "ratio": ratio, "asked": asked, "surveyed": False}
     if row == DENSE:
         pruned = options.model
     else:
         cell["run"] = streamprune("run", options.model, pruned, *run, "--survey", survey)
+        cell["surveyed"] = json.loads((pruned / "report.json").read_text(encoding="utf-8"))["surveyed_before"]
     cell["perplexity"] = streamprune("eval", pruned, *evaluation)["perplexity"]
     if tasks:
         results = streamprune("eval", pruned, *questions)["tasks"]["results"]

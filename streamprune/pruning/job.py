@@ -227,7 +227,7 @@ class Job(JobFolder):
             "job": self.header,
             "model": hub.origin(self.config.model),
             "tokens": self.windows.fingerprint if self.request.needs_text else None,
-            "surveyed_before": "sha256" in (self.journal.find("shot-1/surveyed") or {}),
+            "surveyed_before": self.surveyed_before,
             "imitation": ends(losses) if losses else None,
             "sites": [
                 {**found.get(site.name, {"site": site.name, **GONE}), "units": site.units}
@@ -241,6 +241,13 @@ class Job(JobFolder):
             **spent,
             **peaks(self.journal),
         }
+
+    @property
+    def surveyed_before(self) -> bool:
+        """Whether the first survey, or a part of it, was taken by another job, which had kept it."""
+        parts = [*self.journal.steps("shot-1/forward/"), *self.journal.steps("shot-1/backward/")]
+        own = sum("sha256" in part for part in parts)
+        return "sha256" in (self.journal.find("shot-1/surveyed") or {}) and own < len(self.skeleton)
 
     @property
     def aim(self) -> Entry | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, make_tiny
+from conftest import STRUCTURES, TINY, make_tiny
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from streamprune.errors import CheckpointError
@@ -347,6 +348,20 @@ def test_a_block_that_reads_what_another_returns_is_refused(tiny: Tiny, monkeypa
     monkeypatch.setattr(LlamaDecoderLayer, "forward", block)
     with pytest.raises(CheckpointError, match="read previous, which earlier blocks return: this is not supported"):
         opened(path)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_blocks_of_a_pruned_model_are_those_of_the_dense_one(
+    name: str, tiny: Tiny, pruned: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they are resized: so what was inferred of one in this process is known of the other."""
+    found = []
+    for path in (tiny(name), pruned(name)):
+        known = OrderedDict[Any, Any]()
+        monkeypatch.setattr(skeletons, "_KNOWN", known)
+        opened(path)
+        found.append(known)
+    assert found[0] == found[1]
 
 
 def test_all_kinds_are_known() -> None:

@@ -194,7 +194,7 @@ def test_held_out_windows_share_few_passages() -> None:
     clear = [number for number in range(64) if share(number, calibrated) <= 1 / 8]
     assert 5 in clear
     clear.remove(5)
-    assert clear[8] > 9
+    assert len(clear) < 60  # some share too much
     apart, seen = list[int](), set[tuple[int, ...]]()
     for number in clear:
         if share(number, seen) <= 1 / 8:

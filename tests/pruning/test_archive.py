@@ -12,6 +12,7 @@ from stopping import Make, Stop, Tiny, stopping_after
 
 import streamprune
 from streamprune.errors import ConfigError, DamageError
+from streamprune.pruning import archive
 
 
 @pytest.mark.parametrize("recipe", ["default", "sobp", "greedy-output"])
@@ -70,6 +71,29 @@ def test_a_survey_is_kept_whenever_the_job_stops(
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("survey", "whole-survey")
     )
     assert kept == whole
+
+
+@pytest.mark.parametrize("recipe", ["default", "greedy-output"])  # with a backward sweep, and without
+def test_the_report_says_whose_survey_it_was(
+    recipe: str, tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the job is stopped between keeping its survey and the journal line about that."""
+    first, second = (configured(tiny("llama"), out, recipe=recipe, survey=tmp_path / "kept") for out in ("one", "two"))
+
+    def stopped(shot: Any) -> None:
+        real(shot)
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        real = archive.keep
+        patch.setattr(archive, "keep", stopped)
+        with pytest.raises(Stop):
+            streamprune.prune(first)
+    said = []
+    for config in (first, second):
+        streamprune.prune(config)
+        said.append(json.loads((config.out / "report.json").read_text())["surveyed_before"])
+    assert said == [False, True]
 
 
 @pytest.mark.parametrize(
