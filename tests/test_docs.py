@@ -17,6 +17,7 @@ from streamprune.jobs.config import Config
 Tiny = Callable[..., Path]
 
 
+@pytest.mark.slow
 def test_the_blocks_of_python_md_run_in_order(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny(tmp_path / "llama", "llama")
     for name, part in (("text.txt", slice(0, 2500)), ("test.txt", slice(2500, 3000))):

@@ -27,6 +27,7 @@ def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Path(streamprune.prune(config).out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "package"), [("transformers", "torch"), ("llama.cpp", "xllamacpp"), ("peft", "peft")])
 def test_runtimes_write_what_transformers_writes(name: str, package: str, result: Path, matrix: Any) -> None:
     pytest.importorskip(package, reason=f"the {package} package is not here")
@@ -37,6 +38,7 @@ def test_runtimes_write_what_transformers_writes(name: str, package: str, result
     assert matrix.outcome(cell) == "equal", cell
 
 
+@pytest.mark.slow
 def test_a_runtime_that_computes_something_else_is_different(result: Path, matrix: Any) -> None:
     model = matrix.loaded(result, dtype=torch.float32)
     assert matrix.outcome(matrix.compared(result, matrix.scores_of(model))) == "equal"

@@ -49,6 +49,7 @@ def check_trained(out: Path, before: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_distillation_lowers_the_divergence(pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     text = tmp_path / "text.txt"

@@ -34,6 +34,7 @@ def fuzzed() -> Iterator[Callable[[str], tuple[Target, Guard]]]:
     shutil.rmtree(home)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_hostile_input(name: str, fuzzed: Callable[[str], tuple[Target, Guard]]) -> None:
     target, guard = fuzzed(name)

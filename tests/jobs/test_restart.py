@@ -333,6 +333,7 @@ def killed(*arguments: Any) -> None:
     raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["config.json", "*.safetensors"])
 def test_a_lost_file_of_an_earlier_shot_is_made_again(
     lost: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch

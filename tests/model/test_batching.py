@@ -40,6 +40,7 @@ def batched(model: Any) -> list[list[int]]:
     return [each.generated_tokens for each in model.generate_batch(PROMPTS, **options).values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [("llama", {}), ("llama", {"blocks.1.attention": {"keep": 0}}), ("gemma3", {})],

@@ -109,6 +109,7 @@ def test_vllm_and_llama_cpp_by_layout(pruned: Callable[..., Path]) -> None:
         assert commands(card, "sh") == [serve, found["llama.cpp"].commands]
 
 
+@pytest.mark.slow
 def test_what_each_runtime_cannot_do(pruned: Callable[..., Path], tiny: Make) -> None:
     for name, reason in (
         ("falcon", "does not call the attention interface; prune with --layout uniform."),

@@ -50,6 +50,7 @@ def test_bf16_is_what_a_result_weighs(name: str, tiny: Tiny, configured: Make) -
     assert sizes(model).weights(kept(result), "bf16") == weights_in(result) == sizes(result).weights({}, "bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma4-e", "deepseek_v3", "nemotron_h"])
 def test_a_sublayer_that_is_gone_weighs_nothing(name: str, tiny: Tiny, configured: Make, tmp_path: Path) -> None:
     model = tiny(name, torch.bfloat16)
@@ -84,6 +85,7 @@ def test_fp8_is_what_store_fp8_writes(ratio: float, tiny: Tiny, configured: Make
     assert sizes(model).weights(keeps, "fp8") == weights_in(config.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GGUF)
 def test_gguf_is_what_export_writes(name: str, configured: Make, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")

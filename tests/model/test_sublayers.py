@@ -200,6 +200,7 @@ def test_a_gguf_file_cannot_lack_a_sublayer(tiny: Any, configured: Make, tmp_pat
         streamprune.export_gguf(config.out, tmp_path / "model.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"shots": "2"}])
 def test_a_job_whose_sublayers_go_resumes_with_the_same_bytes(
     settings: dict[str, str], tiny: Any, configured: Make, monkeypatch: pytest.MonkeyPatch

@@ -570,6 +570,7 @@ def test_a_shard_is_written_under_one_other_name_and_readable_by_all(
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
+@pytest.mark.slow
 def test_uneven_pruned_model_cannot_be_made_uniform(tiny: Tiny, configured: Make) -> None:
     once = configured(tiny("llama"), "once", ratio=0.35)
     streamprune.prune(once)

@@ -42,10 +42,10 @@ def card(model: Path, share: float, format: Any = "bf16", context: int = 64) -> 
     ("recipe", "format", "changes", "monotone"),
     [
         ("magnitude", "bf16", {}, True),
-        ("default", "bf16", {}, True),
-        ("default", "q8_0", {"round_to": 32}, True),
-        ("default", "q4_k_m", {}, False),
-        ("sobp", "bf16", {"layout": "uniform"}, True),
+        pytest.param("default", "bf16", {}, True, marks=pytest.mark.slow),
+        pytest.param("default", "q8_0", {"round_to": 32}, True, marks=pytest.mark.slow),
+        pytest.param("default", "q4_k_m", {}, False, marks=pytest.mark.slow),
+        pytest.param("sobp", "bf16", {"layout": "uniform"}, True, marks=pytest.mark.slow),
     ],
 )
 def test_fit_is_the_least_ratio_that_fits(

@@ -15,6 +15,7 @@ from streamprune.errors import ConfigError, DamageError
 from streamprune.pruning import archive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["default", "sobp", "greedy-output"])
 def test_a_kept_survey_gives_the_bytes_of_an_own_one(
     recipe: str, tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

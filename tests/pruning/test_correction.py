@@ -239,9 +239,13 @@ SURGEON = {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "3"}}
 @pytest.mark.parametrize(
     ("given", "steps"),
     [
-        *((SURGEON, steps) for steps in (1, 9, 17, 24, 30)),
+        *(pytest.param(SURGEON, steps, marks=pytest.mark.slow) for steps in (1, 9, 17, 24, 30)),
         ({"effort": "high"}, 16),
-        ({"effort": "high", "recipe": "default", "perplexity_at_most": 0.9, "ratio": None}, 20),
+        pytest.param(
+            {"effort": "high", "recipe": "default", "perplexity_at_most": 0.9, "ratio": None},
+            20,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_interrupted_correction_ends_with_the_same_bytes(

@@ -155,6 +155,7 @@ SHOTS: dict[str, Any] = {"recipe": "default", "settings": {"shots": "2"}, "refin
 """A job with several shots, a window and refinement."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("depth", "every", "changes"),
     [
@@ -532,6 +533,7 @@ def test_without_calibration_the_built_in_sample_is_used_and_said(configured: Ma
     assert any("built-in English sample" in message for message in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["default", "surgeon", "greedy-output", "wanda-sp"])
 def test_where_grams_are_changes_nothing_where_the_device_is_the_host(
     recipe: str, tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch

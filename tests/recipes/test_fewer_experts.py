@@ -236,11 +236,11 @@ def test_in_one_budget_an_expert_goes_when_its_last_unit_is_the_cheapest_and_eno
     ("changes", "stock"),
     [
         ({"experts": "3"}, True),
-        ({"experts": "0.25", "layout": "uniform"}, True),
-        ({"experts": "3", "ratio": 0.45, "round_to": 1, "layout": "uniform"}, True),
-        ({"experts": "0.25:threshold"}, False),
+        pytest.param({"experts": "0.25", "layout": "uniform"}, True, marks=pytest.mark.slow),
+        pytest.param({"experts": "3", "ratio": 0.45, "round_to": 1, "layout": "uniform"}, True, marks=pytest.mark.slow),
+        pytest.param({"experts": "0.25:threshold"}, False, marks=pytest.mark.slow),
         ({"experts": "0.25:threshold", "ratio": 0.4, "round_to": 1}, False),
-        ({"experts": "threshold", "ratio": 0.6, "round_to": 1}, False),
+        pytest.param({"experts": "threshold", "ratio": 0.6, "round_to": 1}, False, marks=pytest.mark.slow),
     ],
 )
 def test_results_load_again_are_pruned_again_and_resume(

@@ -162,6 +162,7 @@ JOBS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("recipe", "settings"), JOBS)
 def test_jobs_on_outlying_models(

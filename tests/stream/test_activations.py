@@ -31,6 +31,7 @@ def of_interest(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name not in ("report.json", "README.md")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"), [("llama", {"recipe": "default", "refine": 2}), ("falcon", {}), ("mixtral", {})]
 )

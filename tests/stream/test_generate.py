@@ -541,6 +541,7 @@ def test_a_job_on_the_models_own_answers(answering: Make) -> None:
     assert not job_folder(answering("assistant").out).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instant", [2, 30])
 def test_text_under_way_is_gone_on_with(instant: int, answering: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of a sweep after `instant` saved states, and once more; what was saved is not made again."""
@@ -565,6 +566,7 @@ def test_text_under_way_is_gone_on_with(instant: int, answering: Make, monkeypat
     assert contents(config.out) == contents(whole.out)
 
 
+@pytest.mark.slow
 def test_damaged_keys_and_values_are_made_again(answering: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = answering("whole")
     streamprune.prune(whole)
