@@ -1,7 +1,8 @@
 """Rates of a machine: matrix products, attention, copies between host and device, reading and writing a file.
 
 Products are square, of the size of the largest Grams and linears here. Copies use pinned memory (on the CPU, ordinary
-memory). Attention is its forward and backward pass, as torch chooses kernels and as a job does (`machine.deterministic`). The file's pages are dropped from the cache before it is read. Each figure is the best of several synchronised
+memory). Experts are 128 products of 256 rows (on the CPU, 16 of 64), one by one and, where torch has a kernel for it, at once.
+Attention is its forward and backward pass, as torch chooses kernels and as a job does (`machine.deterministic`). The file's pages are dropped from the cache before it is read. Each figure is the best of several synchronised
 repetitions.
 
     python benchmarks/rates.py                         half a minute on 2 cores
@@ -19,7 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from streamprune.model.block import has_grouped_products
 from streamprune.system.machine import deterministic, resolve_device
 
 SIZES = {"cpu": 2048, "cuda": 16384}
@@ -50,6 +53,24 @@ def products(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / fastest(lambda: torch.mm(a, b, out=c), device)
 
 
+def experts(device: torch.device) -> dict[str, float]:
+    """Return operations per second of one linear of all experts of a mixture, in bfloat16: one by one, and at once."""
+    number, rows, hidden, width = (16, 64, 256, 128) if device.type == "cpu" else (128, 256, 2048, 768)
+    weights = torch.randn(number, width, hidden, device=device).bfloat16()
+    x = torch.randn(number * rows, hidden, device=device).bfloat16()
+    ends = torch.arange(rows, len(x) + 1, rows, device=device, dtype=torch.int32)
+
+    def alone() -> torch.Tensor:
+        return torch.cat([F.linear(own, weight) for own, weight in zip(x.split(rows), weights, strict=True)])
+
+    operations = 2 * len(x) * hidden * width
+    found = {"experts_one_by_one_operations": operations / fastest(alone, device)}
+    if has_grouped_products(device, torch.bfloat16):
+        together = fastest(lambda: F.grouped_mm(x, weights.transpose(1, 2), offs=ends), device)
+        found["experts_at_once_operations"] = operations / together
+    return found
+
+
 def attention(device: torch.device) -> dict[str, float]:
     """Return operations per second of causal attention over 2048 tokens in bfloat16, forward and backward."""
     heads, length, width = (4, 512, 64) if device.type == "cpu" else (64, 2048, 128)
@@ -58,7 +79,7 @@ def attention(device: torch.device) -> dict[str, float]:
     ]
 
     def work() -> None:
-        torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True).sum().backward()
+        F.scaled_dot_product_attention(*parts, is_causal=True).sum().backward()
 
     operations = 7 * heads * length**2 * width  # two products forward and five backward, half of each masked
     found = {"attention_operations": operations / fastest(work, device)}
@@ -103,7 +124,7 @@ def main() -> None:
     device = resolve_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rates = {f"{dtype}_operations": products(device, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
-    rates |= attention(device)
+    rates |= experts(device) | attention(device)
     rates |= {f"{kind}_bytes": rate for kind, rate in {**copies(device), **disk(options.folder)}.items()}
     if options.json:
         print(json.dumps({"device": name, **rates}))

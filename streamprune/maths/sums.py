@@ -248,11 +248,11 @@ class SiteStatistics:
             if isinstance(each, Gram):
                 each.park()
 
-    def add(self, inputs: Tensor, z: Tensor, maps: Tensor | None, origin: Origin | None = None) -> None:
+    def add(self, inputs: Tensor | None, z: Tensor, maps: Tensor | None, origin: Origin | None = None) -> None:
         """Add a micro-batch of the forward pass. Tensors may have any float dtype.
 
         Args:
-            inputs: input of the producers, (sequences, tokens, d).
+            inputs: input of the producers, (sequences, tokens, d); required if they are collected.
             z: input of the consumer, (sequences, tokens, n).
             maps: attention maps (sequences, heads, tokens, tokens); required if divergence is collected.
             origin: required if the site received only some tokens; then inputs and z are (rows, d) and (rows, n).
@@ -262,6 +262,7 @@ class SiteStatistics:
         if self.gram is not None:
             self.gram.add(z, tokens=tokens)
         if self.inputs is not None:
+            assert inputs is not None
             self.inputs.add(inputs, tokens=tokens)
         if self.divergence is not None:
             assert maps is not None

@@ -6,16 +6,19 @@ import copy
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Conv1D
 
 from ..errors import NumericalError
 from ..maths.refit import accumulator, all_finite, unit_columns
-from ..system.host import host_copy
+from ..maths.sums import Origin
+from ..system.host import host_buffer, host_copy
 from . import upstream
 from .architectures import SublayerEntry
 from .modeling_streamprune import Experts, count, remove_sublayer, set_count
@@ -63,6 +66,10 @@ class Layer:
                 apart[entry.inner_norm] = modules.get_submodule(entry.inner_norm)
                 modules.set_submodule(entry.inner_norm, nn.Identity())
         self._modules = modules, apart
+        self._stacks: dict[tuple[str, ...], tuple[Tensor, list[nn.Module]]] = {}
+        for entry in entries:
+            if entry.experts is not None:
+                self._put_together(entry.experts)
 
     def experts(self, name: str) -> Experts:
         """Return the routed experts of a mixture."""
@@ -76,7 +83,7 @@ class Layer:
         modules, apart = self._modules
         tensors = [t for module in (modules, *apart.values()) for t in (*module.parameters(), *module.buffers())]
         other._modules = copy.deepcopy(self._modules, {id(tensor): tensor for tensor in tensors})
-        other.weights = dict(self.weights)
+        other.weights, other._stacks = dict(self.weights), dict(self._stacks)
         return other
 
     def module(self, name: str) -> nn.Module:
@@ -128,6 +135,7 @@ class Layer:
         assert entry.removal is not None
         for name in [name for name in apart if name == entry.consumer or entry.removal.takes(name)]:
             modules.set_submodule(name, apart.pop(name))
+        self._stacks.clear()
         before = {*modules.state_dict()}
         remove_sublayer(modules, entry.removal.seat, **entry.removal.arguments(entry.kind))
         for name in before - {*modules.state_dict()}:
@@ -143,6 +151,7 @@ class Layer:
                 tensor = self.weights.pop(name)
                 if number in kept:
                     self.weights[f"{entry.experts}.{kept.index(number)}.{name.removeprefix(prefix)}"] = tensor
+        self._stacks.clear()
         held = [experts[number] for number in kept]
         del experts[:]
         experts.extend(held)
@@ -162,6 +171,42 @@ class Layer:
         """Compute with `tensor` as the parameter `name`, without changing the master."""
         module, _, leaf = name.rpartition(".")
         place(self.module(module), leaf, tensor)
+        self._stacks = {names: stack for names, stack in self._stacks.items() if module not in names}
+
+    def linears(self, names: Sequence[str], x: Tensor, sizes: list[int]) -> Tensor:
+        """Apply linears of one shape, each to its own rows of `x` (rows, in), `sizes` of them: (rows, out)."""
+        stack = self._stacked(tuple(names)) if len(x) else None
+        if stack is None:
+            parts = zip(names, torch.split(x, sizes), strict=True)
+            return torch.cat([self.module(name)(own) for name, own in parts])
+        ends = host_buffer(4 * len(sizes), x.device).view(torch.int32).copy_(torch.tensor([*accumulate(sizes)]))
+        return F.grouped_mm(x, stack.transpose(1, 2), offs=ends.to(x.device, non_blocking=True))
+
+    def _stacked(self, names: tuple[str, ...]) -> Tensor | None:
+        """Return the weights of linears in one tensor, of which theirs become parts; None if they are to run one by one."""
+        if names not in self._stacks:
+            modules = [self.module(name) for name in names]
+            weights: list[Tensor] = [module.get_parameter("weight") for module in modules]
+            biased = any(module._parameters.get("bias") is not None for module in modules)
+            if biased or any(weight.requires_grad for weight in weights) or not multiplies_groups(weights):
+                return None
+            stack = torch.stack(weights)
+            for name, part in zip(names, stack, strict=True):
+                self.put(f"{name}.weight", part)
+            self._stacks[names] = stack, modules
+        stack, modules = self._stacks[names]
+        # A hook expects its own linear to run.
+        return None if any(module._forward_hooks or module._forward_pre_hooks for module in modules) else stack
+
+    def _put_together(self, experts: str) -> None:
+        """Put the weights of experts into one tensor for each linear, so that twins share them."""
+        held = self.experts(experts)
+        for name in [name for name, module in held[0].named_children() if is_linear(module)]:
+            alike: dict[tuple[int, int], list[str]] = {}
+            for number, expert in enumerate(held):
+                alike.setdefault(linear_shape(expert.get_submodule(name)), []).append(f"{experts}.{number}.{name}")
+            for names in alike.values():
+                self._stacked(tuple(names))
 
     def _computing(self, master: Tensor) -> Tensor:
         if self.device.type == "cpu" and master.dtype != self.dtype:
@@ -175,23 +220,29 @@ class Mixed:
 
     z: tuple[Tensor, ...]
     """One per site: (sequences, tokens, n), or (tokens of the expert, n), multiplied by `factors`. Without a site, the output itself."""
-    rows: tuple[Tensor | None, ...] = ()
-    """Tokens routed to each expert, (rows,) int64 indices into all tokens of the sequences in order; None for all tokens."""
+    rows: tuple[Tensor, ...] = ()
+    """Tokens routed to each expert, (rows,) int64 indices into all tokens of the sequences in order. Other sites see all tokens."""
     factors: tuple[Tensor, ...] = ()
     """In a mixture of experts, what the output of each site is multiplied by: (sequences, tokens, 1) or (rows, 1)."""
     shape: tuple[int, int] = (0, 0)  # (sequences, tokens); only set with experts
     taken: Sequence[tuple[Part, Tensor]] = ()
     """What the mixer put into its arguments for later blocks; see `SideInputs.taken`."""
 
-    def of(self, number: int, x: Tensor) -> Tensor:
-        """Return the rows of `x` (sequences, tokens, d) that are routed to a site, (rows, d); all of `x` without a router."""
-        rows = self.rows[number] if self.rows else None
-        return x if rows is None else x.flatten(0, 1)[rows]
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Return the rows of `x` (sequences, tokens, d) that are routed to each site, (rows, d); all of `x` where there is no router."""
+        routed = (
+            torch.split(x.flatten(0, 1)[torch.cat(self.rows)], [len(rows) for rows in self.rows]) if self.rows else ()
+        )
+        return [*routed, *[x] * (len(self.z) - len(routed))]
 
-    def sequences(self, number: int) -> Tensor | None:
-        """Return the sequence number of each row of an expert, (rows,) int64; None without a router."""
-        rows = self.rows[number] if self.rows else None
-        return None if rows is None else rows // self.shape[1]
+    def origins(self) -> list[Origin | None]:
+        """Return where each site's rows come from; None where there is no router."""
+        routed = list[Origin | None]()
+        if self.rows:
+            sequences, tokens = self.shape
+            numbers = torch.split(torch.cat(self.rows) // tokens, [len(rows) for rows in self.rows])
+            routed = [Origin(each, sequences, sequences * tokens) for each in numbers]
+        return [*routed, *[None] * (len(self.z) - len(routed))]
 
 
 def fresh(arguments: Arguments) -> dict[str, Any]:
@@ -222,6 +273,17 @@ def stand_in(block: nn.Module, parts: Sequence[str]) -> dict[str, nn.Module]:
     for number, name in enumerate(parts):
         block.set_submodule(name, StandIn(number))
     return found
+
+
+class _Together(nn.Module):
+    """Takes the place of a linear of one expert: that of several, each for its own rows."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
 
 
 class _Silent(nn.Module):
@@ -451,21 +513,18 @@ class Sublayer:
             return Mixed((mixed.view(*shape, -1),), taken=self.side.taken(arguments, given))
         # See `StandIn`.
         routed, *shared = torch.split(mixed.flatten(0, -2)[:, : len(self.entry.parts)], 1, dim=1)
-        z, rows, factors = list[Tensor](), list[Tensor | None](), list[Tensor]()
-        experts, called = self.layer.experts(self.entry.experts), self.layer.given(self.entry.experts)
-        for expert, (tokens, read, factor) in zip(experts, _routed(called, len(experts), chosen), strict=True):
-            run: Any = expert
-            factors.append(factor * routed[tokens])
-            z.append(run.mix(read) * factors[-1])
-            rows.append(tokens)
+        called, number = self.layer.given(self.entry.experts), len(self.layer.experts(self.entry.experts))
+        tokens, read, weights, sizes = _routed(called, number, chosen)
+        weights = weights * routed[tokens]
+        rows, factors = torch.split(tokens, sizes), [*torch.split(weights, sizes)]
+        z = self._run_experts(read, weights, sizes)
         if self.entry.shared is not None:
             name = self.entry.shared.mixer[0]
             (read,) = (u,) if self.entry.beside else self.layer.given(name)
             factors.append(u.new_ones(*shape, 1) if self.entry.beside else shared[0].view(*shape, 1))
-            rows.append(None)
             wanted = chosen is None or len(z) in chosen
             z.append(self.layer.module(name)(read).view(*shape, -1) * factors[-1] if wanted else u.new_empty(0))
-        return Mixed(tuple(z), tuple(rows), tuple(factors), shape)
+        return Mixed(tuple(z), rows, tuple(factors), shape)
 
     def _passed(self, arguments: Arguments) -> dict[str, Any]:
         """Return the arguments of the first mixer besides its input."""
@@ -500,11 +559,51 @@ class Sublayer:
             return mixed.z[0]
         if not mixed.rows:
             return self.prunables[0].consume(mixed.z[0])
-        given = [p.consume(z, f) for p, z, f in zip(self.prunables, mixed.z, mixed.factors, strict=True)]
-        total = given[0].new_zeros(mixed.shape[0] * mixed.shape[1], given[0].shape[-1])
-        for tokens, each in zip(mixed.rows, given, strict=True):
-            total = total.index_add_(0, tokens, each) if tokens is not None else total + each.flatten(0, 1)
+        total: Tensor | None = None
+        for numbers in self._alike():
+            parts = [mixed.z[number] for number in numbers]
+            names = [self.prunables[number].consumer for number in numbers]
+            o = self.layer.linears(names, torch.cat(parts), [len(part) for part in parts])
+            if self.prunables[numbers[0]].bias(names[0]) is not None:
+                o = o + torch.cat([self.prunables[number].bias_lacking(mixed.factors[number]) for number in numbers])
+            if total is None:
+                total = o.new_zeros(mixed.shape[0] * mixed.shape[1], o.shape[1])
+            total = total.index_add_(0, torch.cat([mixed.rows[number] for number in numbers]), o)
+        assert total is not None
+        if len(mixed.rows) < len(self.prunables):
+            total = total + self.prunables[-1].consume(mixed.z[-1], mixed.factors[-1]).flatten(0, 1)
         return total.view(*mixed.shape, -1)
+
+    def _alike(self) -> list[list[int]]:
+        """Return the numbers of the routed experts in runs of one width, which run together: a GPU then starts few kernels."""
+        found: dict[int, list[int]] = {}
+        for number, prunable in enumerate(self.prunables):
+            if prunable.site.expert is not None:
+                found.setdefault(prunable.site.columns, []).append(number)
+        return [*found.values()]
+
+    def _run_experts(self, read: Tensor, weights: Tensor, sizes: list[int]) -> list[Tensor]:
+        """Return the weighted inputs of the routed experts' consumers, (rows, n) each.
+
+        Args:
+            read: what they read (rows, d), the rows of the first expert first.
+            weights: what multiplies each row (rows, 1).
+            sizes: number of rows of each expert.
+        """
+        assert self.entry.experts is not None
+        experts, found = self.layer.experts(self.entry.experts), dict[int, Tensor]()
+        for numbers in self._alike():
+            own, x, factor = [sizes[number] for number in numbers], read, weights
+            if len(numbers) < len(sizes):
+                parts = [torch.split(each, sizes) for each in (read, weights)]
+                x, factor = (torch.cat([each[number] for number in numbers]) for each in parts)
+            run: Any = copy.copy(experts[numbers[0]])
+            run._modules = dict(run._modules)
+            for name in (name for name, module in run.named_children() if is_linear(module)):
+                paths = [f"{self.entry.experts}.{number}.{name}" for number in numbers]
+                run._modules[name] = _Together(partial(self.layer.linears, paths, sizes=own))
+            found |= zip(numbers, torch.split(run.mix(x) * factor, own), strict=True)
+        return [found[number] for number in range(len(sizes))]
 
     def join(self, x: Tensor, o: Tensor, taken: Iterable[tuple[Part, Tensor]] = ()) -> Tensor:
         """Return the stream after this sublayer (sequences, tokens, width).
@@ -581,8 +680,13 @@ class Prunable:
     def consume(self, z: Tensor, factor: Tensor | None = None) -> Tensor:
         """Return the consumer's output; `factor` is what its input was multiplied by, and its bias must be."""
         o: Tensor = self._consumer(z)
-        bias = None if factor is None else self.bias(self.consumer)
-        return o if factor is None or bias is None else o + (factor - 1) * bias
+        return o if factor is None or self.bias(self.consumer) is None else o + self.bias_lacking(factor)
+
+    def bias_lacking(self, factor: Tensor) -> Tensor:
+        """Return what the consumer's output lacks of its bias (rows, d_out), if its input was multiplied by `factor` (rows, 1)."""
+        bias = self.bias(self.consumer)
+        assert bias is not None
+        return (factor - 1) * bias
 
     def weight(self, name: str) -> Tensor:
         """Return the master weight of a linear (out, in), in float32 (float64 if stored so), on the device."""
@@ -648,8 +752,9 @@ class Prunable:
 
 def _routed(
     given: tuple[Tensor, ...], experts: int, chosen: Container[int] | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield for each expert which tokens go to it (rows,) int64, what it reads of each (rows, d), and its factors (rows, 1).
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Return which tokens go to the experts (rows,) int64, what is read of each (rows, d), their factors (rows, 1), and the number
+    of rows of each expert: those of the first come first.
 
     The tokens of all experts are found at once, so that the host does not wait for a GPU once per expert.
 
@@ -658,22 +763,50 @@ def _routed(
             (tokens, k) each; or all tokens for each expert in turn (experts · tokens, d), zero where they are not routed to it.
         chosen: the experts that are wanted; the others get no tokens. None for all.
     """
+    hidden = given[0]
     if len(given) == 1:
-        hidden = given[0].view(experts, -1, given[0].shape[-1])
-        numbers, tokens = (each.contiguous() for each in torch.where(hidden.any(-1)))
+        total = len(hidden) // experts
+        (places,) = torch.where(hidden.any(-1))
+        numbers, tokens = places // total, places % total
         # The mixture adds the outputs for all experts, so that of the stand-in counts several times.
         factors = hidden.new_full((len(tokens), 1), 1 / experts)
     else:
-        hidden, index, weights = given
+        index, weights = given[1:]
         numbers, order = index.flatten().sort(stable=True)
-        tokens, factors = order // index.shape[1], weights.flatten()[order, None].to(hidden.dtype)
+        places = tokens = order // index.shape[1]
+        factors = weights.flatten()[order, None].to(hidden.dtype)
     edges = torch.searchsorted(numbers, torch.arange(experts + 1, dtype=numbers.dtype, device=numbers.device)).tolist()
-    own, sizes = slice(edges[0], edges[-1]), [end - first for first, end in pairwise(edges)]
-    parts = zip(torch.split(tokens[own], sizes), torch.split(factors[own], sizes), strict=True)
-    for number, (rows, factor) in enumerate(parts):
-        if chosen is not None and number not in chosen:
-            rows, factor = rows[:0], factor[:0]
-        yield rows, (hidden[number] if len(given) == 1 else hidden)[rows], factor
+    own = slice(edges[0], edges[-1])
+    tokens, places, factors, sizes = tokens[own], places[own], factors[own], [b - a for a, b in pairwise(edges)]
+    if chosen is not None:
+        parts = [torch.split(each, sizes) for each in (tokens, places, factors)]
+        sizes = [size if number in chosen else 0 for number, size in enumerate(sizes)]
+        tokens, places, factors = (
+            torch.cat([part[:size] for part, size in zip(each, sizes, strict=True)]) for each in parts
+        )
+    return tokens, hidden[places], factors, sizes
+
+
+def has_grouped_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch has a kernel that takes many products at once, each with its own rows.
+
+    Elsewhere, `grouped_mm` is a loop that waits for the device: on GPUs other than Hopper and Blackwell for data centres, and for
+    dtypes other than bfloat16. Older versions of torch do not have it.
+    """
+    if (
+        not hasattr(F, "grouped_mm")
+        or device.type != "cuda"
+        or torch.version.hip is not None
+        or dtype != torch.bfloat16
+    ):
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def multiplies_groups(weights: Sequence[Tensor]) -> bool:
+    """Return whether products with these weights, (out, in) each, are to be taken at once: as many as the kernel takes, and aligned."""
+    aligned = all(size * weights[0].element_size() % 16 == 0 for size in weights[0].shape)
+    return 1 < len(weights) < 1024 and aligned and has_grouped_products(weights[0].device, weights[0].dtype)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, NumericalError
 from ..maths.flops import kind
 from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sampling import sample
-from ..maths.sums import Origin, SiteStatistics
+from ..maths.sums import SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
 from ..model.proof import prove
 from ..model.skeleton import Skeleton
@@ -271,6 +271,7 @@ def backward_block(
                 do = scaled(next(gradients))
                 dz = [next(gradients) for _ in mixed.z]
                 dp = [[scaled(next(gradients)) for _ in range(count)] for count in counts]
+                read, origins = mixed.split(do), mixed.origins()
                 for number, (prunable, stat) in enumerate(zip(sublayer.prunables, own, strict=True)):
                     parts = [
                         part
@@ -278,18 +279,13 @@ def backward_block(
                         for part in prunable.split(i, g, dim=g.dim() - 1)
                     ]
                     z = mixed.z[number].detach()
-                    stat.add_gradients(z, dz[number], mixed.of(number, do), parts, scale, _origin(mixed, number))
+                    stat.add_gradients(z, dz[number], read[number], parts, scale, origins[number])
 
 
 def _by_sublayer(block: Block, stats: Sequence[SiteStatistics]) -> Iterator[tuple[Sublayer, list[SiteStatistics]]]:
     each = iter(stats)
     for sublayer in block.sublayers:
         yield sublayer, [next(each) for _ in sublayer.prunables]
-
-
-def _origin(mixed: Mixed, number: int) -> Origin | None:
-    sequence = mixed.sequences(number)
-    return None if sequence is None else Origin(sequence, mixed.shape[0], mixed.shape[0] * mixed.shape[1])
 
 
 def _observed(
@@ -315,8 +311,9 @@ def _observed(
             with kind("sums"):
                 full = skeleton.arguments(x.shape[0], x.shape[1], maps=True)[index]
                 maps = sublayer.attend(u, sublayer.given(x, full))
-        for number, stat in enumerate(stats):
-            stat.add(mixed.of(number, u.detach()), mixed.z[number].detach(), maps, _origin(mixed, number))
+        read = mixed.split(u.detach()) if stats[0].inputs is not None else [None] * len(stats)
+        for number, (stat, origin) in enumerate(zip(stats, mixed.origins(), strict=True)):
+            stat.add(read[number], mixed.z[number].detach(), maps, origin)
             if stat.norm is not None:
                 factor = mixed.factors[number] if mixed.factors else None
                 stat.norm.add(sublayer.prunables[number].consume(mixed.z[number].detach(), factor))

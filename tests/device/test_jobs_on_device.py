@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import STRUCTURES, contents
 from pretended import State, device
 from pretended.tensor import loops
@@ -24,6 +25,7 @@ from streamprune.errors import DiskError
 from streamprune.jobs.forecast import resources
 from streamprune.jobs.forecast.memory import GramPlace
 from streamprune.jobs.names import job_folder
+from streamprune.model import block as model_block
 from streamprune.model.block import Sublayer
 from streamprune.recipes.registry import RECIPES
 from streamprune.system import disk
@@ -123,6 +125,29 @@ def test_a_shard_that_cannot_be_written_has_no_line(tiny: Tiny, small: Make) -> 
     assert '"step": "shot-1/prune/' not in journal
     pruned(stopped)
     assert contents(stopped.out) == contents(whole.out)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+def test_experts_in_one_product(tiny: Tiny, small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, forward and backward; the sums per expert, and weights that changed, are those of a job without it."""
+    model, grouped = tiny("mixtral", torch.bfloat16, **TWO), list[int]()
+    product = F.grouped_mm
+
+    def counted(x: Any, weights: Any, **options: Any) -> Any:
+        grouped.append(len(weights))
+        return product(x, weights, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", counted)
+    together, alone = (small(model, out, recipe="default", samples=12) for out in ("together", "alone"))
+    pruned(together)
+    # Each of 2 blocks takes its 6 micro-batches through 3 products in the 3 sweeps that run whole experts, at least.
+    assert len(grouped) >= 2 * 6 * 3 * 3
+    assert max(grouped) == 4
+    grouped.clear()
+    monkeypatch.setattr(model_block, "has_grouped_products", lambda device, dtype: False)
+    pruned(alone)
+    assert not grouped
+    assert REAL or contents(together.out) == contents(alone.out)
 
 
 def test_refinement_in_bfloat16(tiny: Tiny, small: Make) -> None:

@@ -337,9 +337,9 @@ def test_a_planted_wait_in_a_sweep(
 
     add = SiteStatistics.add
 
-    def waiting(self: SiteStatistics, x: torch.Tensor, *arguments: Any) -> None:
-        float(x.sum())
-        add(self, x, *arguments)
+    def waiting(self: SiteStatistics, inputs: torch.Tensor | None, z: torch.Tensor, *arguments: Any) -> None:
+        float(z.sum())
+        add(self, inputs, z, *arguments)
 
     monkeypatch.setattr(SiteStatistics, "add", waiting)
     config = configured(tiny("llama"), device="cuda", effort="low", samples=4)

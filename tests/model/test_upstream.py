@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -221,19 +222,27 @@ def test_large_tables_are_on_the_meta_device_at_once() -> None:
         assert not torch.zeros(1 << 26, dtype=torch.bool).is_meta
 
 
+def by_expert(given: tuple[torch.Tensor, ...], chosen: Sequence[int] | None = None) -> list[tuple[torch.Tensor, ...]]:
+    *found, sizes = _routed(given, 4, chosen)
+    return list(zip(*(each.split(sizes) for each in found), strict=True))
+
+
 def test_the_tokens_of_experts_are_those_that_are_routed_to_them() -> None:
     """In both forms in which transformers calls its experts; one gets none, and a number is no expert's."""
     hidden = torch.randn(6, 5)
     index = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [4, 3]])
     weights = torch.rand(6, 2)
-    for number, (rows, read, factor) in enumerate(_routed((hidden, index, weights), 4)):
+    for number, (rows, read, factor) in enumerate(by_expert((hidden, index, weights))):
         tokens, rank = torch.where(index == number)
         assert torch.equal(rows, tokens)
         assert torch.equal(read, hidden[tokens])
         assert torch.equal(factor, weights[tokens, rank, None])
     each = torch.cat([hidden * (index == number).any(1, keepdim=True) for number in range(4)])
-    for number, (rows, read, factor) in enumerate(_routed((each,), 4)):
+    for number, (rows, read, factor) in enumerate(by_expert((each,))):
         assert torch.equal(rows, torch.where((index == number).any(1))[0])
         assert torch.equal(read, hidden[rows])
         assert factor.eq(1 / 4).all()
-    assert [len(rows) for rows, _, _ in _routed((hidden, index, weights), 4, chosen=[1, 3])] == [0, 3, 0, 4]
+    whole, parts = by_expert((hidden, index, weights)), by_expert((hidden, index, weights), chosen=[1, 3])
+    assert [len(rows) for rows, _, _ in parts] == [0, 3, 0, 4]
+    for number in (1, 3):
+        assert all(map(torch.equal, parts[number], whole[number]))

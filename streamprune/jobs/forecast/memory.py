@@ -133,7 +133,7 @@ class Memory(Shapes):
 
     def _steps(self, batch: int, backward_batch: int) -> Iterator[tuple[str, Demand]]:
         work, length, block = self.workload, self.workload.length, self.block
-        yield "one block", Demand(weights=block)
+        yield "one block", Demand(weights=block + self.experts)
         if work.text:
             yield "the embedding", Demand(weights=self.embed, activations=3 * batch * self.row_bytes)
             yield "one block's forward pass", Demand(weights=block, activations=self.passing(batch))
@@ -216,8 +216,9 @@ class Memory(Shapes):
             return
         # `weights` adds the compensated producers to the block. `after` adds the pruned sites to the block.
         producers = sum(sum(each.linears[:-1]) for each in sublayer.sites) if work.compensates else 0
-        weights = self.block + producers * self.weight_item
-        after = self.block + sublayer.parameters * self.weight_item
+        block = self.block + (self.stack if sublayer.entry.experts else 0)
+        weights = block + producers * self.weight_item
+        after = block + sublayer.parameters * self.weight_item
         n, d, item = site.columns, self.d, self.sum_item
         w, gram = item * n * d, item * n * n
         every = sum(item * each.columns**2 for each in sublayer.sites)
@@ -274,7 +275,7 @@ class Memory(Shapes):
         """
         weights = self.item * self.skeleton.block_parameters() + (self.head + self.embed * self.skeleton.outside.tied)
         logits = 8 * min(LOGIT_BYTES, 4 * self.skeleton.vocabulary * batch)
-        return weights + batch * (self.keys_and_values + 3 * self.widest_pair) + logits + passing
+        return weights + self.experts + batch * (self.keys_and_values + 3 * self.widest_pair) + logits + passing
 
     def passing(self, batch: int) -> int:
         """Return bytes of activations during the forward pass of the largest sublayer."""
@@ -284,11 +285,7 @@ class Memory(Shapes):
         """Return bytes per token during a sublayer's forward pass: stream, norm in float32, and inner activations."""
         if sublayer.measured is not None:
             return self._stream_token + -(-sublayer.measured.peak // max(self.workload.length, 1))
-        assert sublayer.widest is not None
-        # The output of each expert is held until the last expert has run.
-        experts = sublayer.sites if sublayer.entry.experts else []
-        given = sum(site.share * self.item * (site.columns + self.d) for site in experts)
-        return self._stream_token + self._inner_token(sublayer.widest) + round(given)
+        return self._stream_token + self._inner(sublayer)
 
     def _backward_token(self, sublayer: Sublayer) -> int:
         """Return bytes per token that one sublayer keeps for its backward pass, and of its gradients."""
@@ -296,7 +293,18 @@ class Memory(Shapes):
             # Gradients live as long as the results that they belong to.
             inner = -(-(measured.total + measured.peak) // max(self.workload.length, 1))
             return 2 * self._stream_token + inner
-        return 2 * (self._stream_token + round(sum(site.share * self._inner_token(site) for site in sublayer.sites)))
+        return 2 * (self._stream_token + self._inner(sublayer))
+
+    def _inner(self, sublayer: Sublayer) -> int:
+        """Return bytes per token of the inner activations of all sites; experts of one width run together."""
+        found = sum(site.share * self._inner_token(site) for site in sublayer.sites)
+        experts = sublayer.entry.experts
+        if experts is not None:
+            routed = sum(site.share * site.columns for site in sublayer.sites if site.expert is not None)
+            # The steps of a gate of their own, and what each expert's producers give before it is put together.
+            own = self.skeleton.module(sublayer.sites[0].block, f"{experts}.0").gate is not None
+            found += self.item * routed * (4 * own + 2 * ("factors" in self.workload.survey))
+        return round(found)
 
     @property
     def _stream_token(self) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from ...maths.sums import GRADIENTS, PANEL, Statistic
 from ...model.architectures import SublayerEntry
+from ...model.block import has_grouped_products
 from ...model.dry_run import Measured
 from ...model.site import Site
 from ...model.skeleton import Skeleton
@@ -100,6 +101,8 @@ class Shapes:
         row_bytes, stored_row: bytes of one sequence's activations, as computed and as stored.
         block, stored_block: bytes of the largest block's weights in memory, and as they are read.
         pinned_block: bytes of host memory that they are read into for a GPU.
+        experts, stack: bytes of the most experts of a block, and of one linear of all of them, if they are put together in one tensor
+            each (see `Layer.linears`); otherwise 0.
         stored_all: bytes of all blocks' weights as stored.
         embed, head: bytes of the embeddings, and of embeddings and head, in memory.
         keys_and_values, widest_pair: bytes of one sequence's keys and values, of all blocks and of the largest block.
@@ -124,6 +127,10 @@ class Shapes:
         self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
         self.pinned_block = max(sum(pinned_bytes(entry.nbytes) for entry in block) for block in counts)
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.weight_item
+        routed = [[site for site in sites if site.expert is not None] for sites in self.blocks]
+        grouped = self.weight_item * has_grouped_products(skeleton.device, skeleton.dtype)
+        self.experts = grouped * max(sum(site.units * site.unit_parameters for site in sites) for sites in routed)
+        self.stack = grouped * max(sum(site.outputs * site.columns for site in sites) for sites in routed)
         self.stored_all = sum(entry.stored_bytes for block in counts for entry in block)
         self.embed = sum(checkpoint[name].numel for name in skeleton.outside.embed_names()) * self.weight_item
         pairs = [
