@@ -20,7 +20,7 @@ fraction, plus one read of all weights to check them. On the target card, produc
 products at half of that. How well the same sizes fill that card compared with this device is not known. The line below
 the projection gives the disk time for everything the job reads, at the measured rate.
 
-    python benchmarks/gpu.py --folder /disk/gpu                 an H200: about 8 minutes; the checkpoint stays in the folder
+    python benchmarks/gpu.py --folder /disk/gpu                 meant for some 8 minutes on an H200, never run on one; the checkpoint stays
     python benchmarks/gpu.py --device cpu                       a sixteenth of the widths: about 5 minutes on 2 idle cores
     python benchmarks/gpu.py --samples 32 --limits 24GiB --skip forward --json
 

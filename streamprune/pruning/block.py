@@ -55,6 +55,8 @@ class BlockPruner:
     streams: Streams | None
     """None for a recipe that measures nothing."""
     refinement: Refinement | None
+    counts: Tensor | None
+    """Which tokens' predictions refinement counts, (samples, length) bool; None for all."""
     seed: int
     experts_alike: bool
     """Whether all experts must end with the same width."""
@@ -431,7 +433,7 @@ class BlockPruner:
             self._moving.pass_by(pruned, index)
             return {}
         store = self._moving.store
-        report = refine(self.skeleton, pruned, index, store, source, target, self.refinement, self.ranks)
+        report = refine(self.skeleton, pruned, index, store, source, target, self.refinement, self.ranks, self.counts)
         final(pruned)
         self._moving.pass_by(pruned, index)
         return report | {"seconds": round(seconds + time.perf_counter() - started, 3)}

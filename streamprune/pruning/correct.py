@@ -191,8 +191,9 @@ class Corrector:
         else:
             parts = (part.tolist() for part in torch.split(chosen, how.batch))
             with closing(wanted.rows(parts, sweep.boundary(STREAM, depth))) as reading:
-                loss = sweep.imitation_gradient(skeleton, store, (aim for (aim,) in reading), how.batch)
-            predictions = chosen.numel() * labels.shape[1]
+                counts = sweep.predicting(labels)
+                loss = sweep.imitation_gradient(skeleton, store, (aim for (aim,) in reading), how.batch, counts)
+            predictions = max(1, int(counts.sum()))
             if not math.isfinite(loss):
                 raise NumericalError(f"the correction's divergence from the dense model is {loss} at step {step}")
         digests = {}

@@ -62,6 +62,7 @@ def refine(
     target: str,
     how: Refinement,
     ranks: Ranks = ALONE,
+    counts: Tensor | None = None,
 ) -> dict[str, Any]:
     """Train a block in float32 or better, and store the result in its masters, in their stored dtype.
 
@@ -70,6 +71,7 @@ def refine(
     Args:
         source, target: boundaries with the block's inputs and its target outputs, (samples, length, d) each.
         ranks: processes that train it together, each with its own samples in its store; gradients are summed every step.
+        counts: which tokens' predictions count, (samples, length) bool, for the last block; None for all.
 
     Returns:
         For the report: the mean loss over the first tenth of the steps, and over the last tenth.
@@ -117,7 +119,7 @@ def refine(
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=skeleton.dtype == torch.bfloat16):
                     output = block(x, arguments).to(dtype)
                 share = len(rows) / len(drawn[step])
-                error, gradient = loss(output.detach(), y)
+                error, gradient = loss(output.detach(), y, None if counts is None else counts[rows])
                 output.backward(gradient * share)  # type: ignore[no-untyped-call]
                 total += float(error) * share
             total = sum(ranks.gather(total))
@@ -153,16 +155,16 @@ def ends(losses: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def _loss(skeleton: Skeleton, index: int) -> Iterator[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """Yield a function from a block's output and its target, (sequences, tokens, width) each, to the loss, (), and its gradient with
-    respect to the output, of the same shape."""
+def _loss(skeleton: Skeleton, index: int) -> Iterator[Callable[..., tuple[Tensor, Tensor]]]:
+    """Yield a function from a block's output and its target, (sequences, tokens, width) each, and which tokens' predictions count, to
+    the loss, (), and its gradient with respect to the output, of the same shape."""
     if index == len(skeleton) - 1:
         with skeleton.head() as head:
             yield partial(sweep.divergence, skeleton, head)
         return
     hidden = skeleton.side_inputs[index].hidden
 
-    def squared(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def squared(output: Tensor, target: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         missed, gradient = hidden(output) - hidden(target), torch.zeros_like(output)
         hidden(gradient).copy_(missed).mul_(2 / missed.numel())
         return missed.square().mean(), gradient

@@ -203,9 +203,9 @@ class Run:
 
     def _pruner(self, shot: Shot, plan: Plan) -> BlockPruner:
         """What prunes each block of the shot."""
-        job, refinement = self.job, None
+        job, refinement, counts = self.job, None, None
         if shot.last and job.config.refinement_steps:
-            zeros = job.recipe.writes_zeros
+            zeros, counts = job.recipe.writes_zeros, sweep.predicting(job.windows.labels[job.part])
             refinement = Refinement(
                 job.config.refinement_steps,
                 job.config.seed,
@@ -224,6 +224,7 @@ class Run:
             window=job.request.window,
             streams=shot.streams,
             refinement=refinement,
+            counts=counts,
             seed=job.config.seed,
             experts_alike=shot.experts_alike,
             grams=job.grams,

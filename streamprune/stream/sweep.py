@@ -165,23 +165,32 @@ def head_gradient(
 
 
 def divergence(
-    skeleton: Skeleton, head: Callable[[Tensor], Tensor], given: Tensor, wanted: Tensor
+    skeleton: Skeleton,
+    head: Callable[[Tensor], Tensor],
+    given: Tensor,
+    wanted: Tensor,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compare the predictions that two outputs of the last block lead to.
 
     Args:
         head: the skeleton's, see `Skeleton.head`.
         given, wanted: (sequences, tokens, width) float.
+        counts: which tokens' predictions count, see `predicting`; None for all.
 
     Returns:
-        The Kullback-Leibler divergence KL(p ‖ q), () in nats, the mean over tokens: p are the predictions that follow from `wanted`, q
-        those from `given`. And its gradient with respect to `given`.
+        The Kullback-Leibler divergence KL(p ‖ q), () in nats, the mean over the tokens that count: p are the predictions that follow
+        from `wanted`, q those from `given`. And its gradient with respect to `given`.
     """
     dtype = accumulator(skeleton.dtype)
     rows, aims = (each.detach().flatten(0, 1) for each in (given, wanted))
+    weights = torch.full((len(rows),), 1 / len(rows), dtype=dtype, device=given.device)
+    if counts is not None:
+        weights = counts.flatten().to(given.device, dtype)
+        weights = weights / weights.sum().clamp(min=1)
     total, gradients = torch.zeros((), dtype=dtype, device=given.device), []
     chunk = max(1, LOGIT_BYTES // (4 * skeleton.vocabulary))
-    for h, aim in zip(torch.split(rows, chunk), torch.split(aims, chunk), strict=True):
+    for h, aim, weight in zip(*(torch.split(each, chunk) for each in (rows, aims, weights)), strict=True):
         with torch.enable_grad():
             logits = head(h.requires_grad_().to(skeleton.dtype)).to(dtype)
         with torch.no_grad():
@@ -189,29 +198,41 @@ def divergence(
             q, p = logits.softmax(-1), target.softmax(-1)
             # Each row's log-sum-exp: its largest logit less the logarithm of that one's probability.
             normal, wanted_normal = (x.amax(-1) - y.amax(-1).log() for x, y in ((logits, q), (target, p)))
-            total += (torch.linalg.vecdot(p, target.sub_(logits)) + normal - wanted_normal).sum() / len(rows)
+            total += (torch.linalg.vecdot(p, target.sub_(logits)) + normal - wanted_normal) @ weight
         # Exactly zero where both are the same. The gradient of the sum keeps float16's range.
-        gradients.append(torch.autograd.grad(logits, h, q.sub_(p))[0] / len(rows))
+        gradients.append(torch.autograd.grad(logits, h, q.sub_(p))[0] * weight[:, None])
         del logits, target, q, p  # before those of the next tokens
     return total, torch.cat(gradients).view_as(given)
 
 
-def imitation_gradient(skeleton: Skeleton, store: ActivationStore, wanted: Iterator[Tensor], size: int) -> float:
-    """Write ∂loss/∂(last block's output); the loss is the *sum* over tokens of `divergence`, whose mean is returned.
+def predicting(labels: Tensor) -> Tensor:
+    """Return which tokens predict one that counts: of labels (sequences, tokens), a bool of the same shape.
+
+    The last token of a sequence predicts one that is not there; it counts if all others do.
+    """
+    after = labels[:, 1:] != IGNORED
+    return torch.cat([after, after.all(dim=1, keepdim=True)], dim=1)
+
+
+def imitation_gradient(
+    skeleton: Skeleton, store: ActivationStore, wanted: Iterator[Tensor], size: int, counts: Tensor
+) -> float:
+    """Write ∂loss/∂(last block's output); the loss is the *sum* of `divergence` over the tokens that count; return its mean over them.
 
     Args:
         wanted: the last block's output of the model to imitate, (sequences, tokens, width) for each micro-batch.
         size: sequences per micro-batch.
+        counts: which tokens' predictions count (sequences, tokens) bool, of all sequences, see `predicting`.
     """
     last, total = len(skeleton), torch.zeros((), dtype=torch.float64, device=skeleton.device)
     with skeleton.head() as head, store.writing(boundary("gradient", last), "the head's gradient") as write:
-        for (_, (given,)), aim in zip(store.each(size, boundary("dense", last)), wanted, strict=True):
-            tokens = given.shape[0] * given.shape[1]
+        for (rows, (given,)), aim in zip(store.each(size, boundary("dense", last)), wanted, strict=True):
+            tokens = int(counts[rows].sum())
             # The mean's gradient is beyond float16's range; the sum's is not.
-            mean, gradient = divergence(skeleton, head, given.to(accumulator(skeleton.dtype)), aim)
+            mean, gradient = divergence(skeleton, head, given.to(accumulator(skeleton.dtype)), aim, counts[rows])
             total += mean.double() * tokens
             write((gradient * tokens).to(given.dtype))
-    return float(total) / (store.shape[0] * store.shape[1])
+    return float(total) / max(1, int(counts.sum()))
 
 
 @torch.no_grad()

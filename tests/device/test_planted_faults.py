@@ -272,11 +272,6 @@ def no_keep(self: Cuda, tensor: torch.Tensor, stream: Any) -> None:
     pass
 
 
-def pageable(self: Cuda, stream: Any, source: torch.Tensor, *, to_host: bool) -> torch.Tensor:
-    with torch.cuda.stream(stream):
-        return source.to("cpu" if to_host else CUDA, non_blocking=True)
-
-
 def unready(self: Copies, tensors: Any) -> Any:
     assert self._engine is not None
     here = [self._engine.copy(self._outward, tensor, to_host=True) for tensor in tensors]  # does not wait for computing

@@ -24,6 +24,7 @@ from streamprune.jobs.journal import Journal
 from streamprune.jobs.names import JOURNAL
 from streamprune.maths.adam import seeded
 from streamprune.model.skeleton import open_skeleton
+from streamprune.model.tokenizer import IGNORED
 from streamprune.pruning.correct import Corrector
 from streamprune.pruning.job import Job
 from streamprune.pruning.refine import Refinement
@@ -49,10 +50,10 @@ def changed(path: Path, out: Path) -> Path:
 
 
 def plain_lora(
-    path: Path, tokens: torch.Tensor, corrector: Corrector, how: Refinement, dense: Path | None = None
+    path: Path, windows: Windows, corrector: Corrector, how: Refinement, dense: Path | None = None
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Take the same steps on the whole model in memory; return each corrected weight (out, in) by its full name, and the losses."""
-    losses = []
+    tokens, losses = windows.tokens, []
     teacher = None if dense is None else reference.load(dense)
     epochs = [torch.randperm(len(tokens), generator=seeded(how.seed, number)) for number in range(8)]
     model = reference.load(path)
@@ -72,19 +73,23 @@ def plain_lora(
             past = (step - how.warmup) / (how.steps - how.warmup)
             group["lr"] = how.rate * (step / how.warmup if step < how.warmup else 1 - past)
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
-        rows = tokens[torch.randperm(len(tokens), generator=generator)[:8]]
+        chosen = torch.randperm(len(tokens), generator=generator)[:8]
         if teacher is not None:
-            rows = tokens[torch.cat(epochs)[step * how.sequences :][: how.sequences]]
+            chosen = torch.cat(epochs)[step * how.sequences :][: how.sequences]
+        rows = tokens[chosen]
         weights = {}
         for name, (u, v) in pairs.items():
             turned = type(model.get_submodule(name)).__name__ == "Conv1D"
             weights[f"{name}.weight"] = (base[name] + u @ v).T if turned else base[name] + u @ v
         logits = torch.func.functional_call(model, weights, (rows,)).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        labels = windows.labels[chosen]
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         if teacher is not None:
             with torch.no_grad():
                 p = teacher(rows).logits.log_softmax(-1)
-            loss = F.kl_div(logits.log_softmax(-1), p, log_target=True, reduction="none").sum(-1).mean()
+            each = F.kl_div(logits.log_softmax(-1), p, log_target=True, reduction="none").sum(-1)
+            counts = labels.roll(-1, dims=1) != IGNORED  # the last token: if the first counts, and so all do
+            loss = each[counts].mean()
         losses.append(float(loss.detach()))
         optimiser.zero_grad()
         loss.backward()
@@ -102,10 +107,12 @@ def test_steps_are_those_of_full_autograd(name: str, imitates: bool, tiny: Tiny,
     how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2, sequences=4 if imitates else 8, warmup=int(imitates))
     other = changed(path, tmp_path / "dense") if imitates else None
     dense = None if other is None else open_skeleton(other, torch.device("cpu"), "float64")
-    corrector = Corrector(skeleton, Windows.of(tokens), tmp_path / "work", how, range(len(skeleton)), {}, dense)
+    windows = Windows(tokens, tokens.clone())
+    windows.labels[1::2, :4] = IGNORED
+    corrector = Corrector(skeleton, windows, tmp_path / "work", how, range(len(skeleton)), {}, dense)
     steps = list(corrector.steps(0))
     assert [step for step, *_ in steps] == [0, 1, 2]
-    expected, losses = plain_lora(path, tokens, corrector, how, other)
+    expected, losses = plain_lora(path, windows, corrector, how, other)
     assert [loss for *_, loss in steps] == (pytest.approx(losses, rel=1e-6) if imitates else [None] * 3)
     for index in range(len(skeleton)):
         block = skeleton.build_block(index, skeleton.read_block(index))
@@ -166,7 +173,9 @@ def test_gradients_of_the_predictions_stay_within_float16(tiny: Tiny, tmp_path: 
         store = ActivationStore(tmp_path / dtype, shape, skeleton.dtype, skeleton.device, durable=False)
         with store.writing(sweep.boundary("dense", last), "here") as write:
             write(given)
-        sweep.imitation_gradient(skeleton, store, iter([given + noise / 16]), 32)
+        sweep.imitation_gradient(
+            skeleton, store, iter([given + noise / 16]), 32, torch.ones(32, 2048, dtype=torch.bool)
+        )
         ((_, (gradient,)),) = store.each(32, sweep.boundary("gradient", last))
         found.append(gradient.float())
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02

@@ -24,6 +24,7 @@ from streamprune.jobs.forecast.workload import TRAIN_SEQUENCES
 from streamprune.maths.adam import Descent
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
+from streamprune.model.tokenizer import IGNORED
 from streamprune.pruning import block as pruning_block
 from streamprune.pruning import refine as refining
 from streamprune.pruning import run
@@ -176,19 +177,23 @@ def test_the_last_block_learns_transformers_own_predictions(
     assert compared > len(weights) / 2
 
 
-@pytest.mark.parametrize("index", [1, 2])
-def test_gradients_are_those_of_the_loss(index: int, tiny: Tiny) -> None:
-    """Their scale too, on which Adam does not depend."""
+@pytest.mark.parametrize(("index", "assistant"), [(1, False), (2, False), (2, True)])
+def test_gradients_are_those_of_the_loss(index: int, assistant: bool, tiny: Tiny) -> None:
+    """Their scale too, on which Adam does not depend; and of the tokens that predict what the assistant says alone."""
     skeleton, generator = open_skeleton(tiny("gemma2", torch.float64), CPU, "float64"), torch.Generator().manual_seed(0)
     given, wanted = (torch.randn(2, 5, skeleton.width, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.tensor([[3, IGNORED, 3, 3, IGNORED], [IGNORED, 3, 3, 3, 3]])
+    counts = sweep.predicting(labels)
+    assert counts.tolist() == [[False, True, True, False, False], [True] * 5]
     with refining._loss(skeleton, index) as loss:
-        found, gradient = loss(given, wanted)
+        found, gradient = loss(given, wanted, counts if assistant else None)
         assert [float(loss(wanted, wanted)[0]), int(loss(wanted, wanted)[1].count_nonzero())] == [0, 0]
     given.requires_grad_()
     with skeleton.head() as head:
         if index == 2:
             logits, target = (head(each).log_softmax(-1).flatten(0, 1) for each in (given, wanted))
-            expected = F.kl_div(logits, target, reduction="batchmean", log_target=True)
+            each = F.kl_div(logits, target, reduction="none", log_target=True).sum(-1)
+            expected = each[counts.flatten()].mean() if assistant else each.mean()
         else:
             expected = F.mse_loss(given, wanted)
         (slope,) = torch.autograd.grad(expected, given)
@@ -343,8 +348,9 @@ def test_a_later_block_reads_what_the_refined_one_gives(
     config = configured(path, recipe="default", dtype="float64", samples=8, refine=2)
 
     def first_only(skeleton: Any, block: Any, index: int, *rest: Any) -> Any:
-        *streams, how, ranks = rest
-        return refine(skeleton, block, index, *streams, replace(how, rate=0.0 if index else 1e-2, sequences=8), ranks)
+        *streams, how, ranks, counts = rest
+        how = replace(how, rate=0.0 if index else 1e-2, sequences=8)
+        return refine(skeleton, block, index, *streams, how, ranks, counts)
 
     monkeypatch.setattr(pruning_block, "refine", first_only)
     streamprune.prune(config)

@@ -78,7 +78,8 @@ def train(
     losses: list[float] = []
     while descent.done < how.steps:
         chosen = draw(len(windows.tokens), schedule.batch, how.seed, descent.done)
-        predictions, total = max(1, counted(windows.labels[chosen])), 0.0
+        predictions = max(1, counted(windows.labels[chosen]))
+        summed = torch.zeros((), dtype=torch.float64, device=skeleton.device)
         for number, part in enumerate(torch.split(chosen, how.batch)):
             ids, labels = (each[part].to(skeleton.device) for each in (windows.tokens, windows.labels))
             with _dropping(schedule.dropout, how.seed, descent.done, number):
@@ -87,8 +88,9 @@ def train(
             wide, targets = logits.to(accumulator(logits.dtype)), labels[:, 1:].flatten()
             loss = F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED) / predictions
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+            summed += loss.detach()
             del logits, wide, loss  # before the next forward pass
+        total = float(summed)
         if not math.isfinite(total):
             place = _first_not_finite(model, skeleton, windows.tokens[chosen[: how.batch]])
             raise NumericalError(

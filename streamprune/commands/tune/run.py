@@ -369,7 +369,7 @@ class Tuning(JobFolder):
         """Fit each block from the tuned stream's input to the teacher's output; return figures and shards' digests."""
         assert self.teacher is not None
         student, teacher, store, depth = self.student, self.teacher, self._store, len(self.student)
-        done = len(self._distilled())
+        done, counts = len(self._distilled()), sweep.predicting(self.windows.labels)
         for stream, skeleton in ((STUDENT, student), (TEACHER, teacher)):
             if not done:
                 name = sweep.boundary(stream, 0)
@@ -385,7 +385,7 @@ class Tuning(JobFolder):
             next(dense)
             _, block = next(tuned)
             source, target = sweep.boundary(STUDENT, index), sweep.boundary(TEACHER, index + 1)
-            losses = refine(student, block, index, store, source, target, self.how)["refinement"]
+            losses = refine(student, block, index, store, source, target, self.how, counts=counts)["refinement"]
             if index + 1 < depth:
                 sweep.advance(student, block, index, store, STUDENT, self.batch)
             digest = write.write_block(student, index, block.weights, self.staging)

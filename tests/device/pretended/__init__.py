@@ -33,6 +33,7 @@ ALLOWED = (
     "model/block.py:_routed",  # the tokens of an expert
     "maths/sampling.py:sample",  # labels from logits that are NaN would index beyond the vocabulary
     "pruning/refine.py:refine",  # the loss of a micro-batch
+    "commands/tune/lora.py:train",  # the loss of a step
 )
 """Places that may wait for the device inside a loop over micro-batches."""
 

@@ -430,7 +430,7 @@ class Mode(TorchDispatchMode):
         return state.run(func, args, kwargs or {})
 
 
-LOOPS = {"pruning/refine.py:refine"}
+LOOPS = {"pruning/refine.py:refine", "commands/tune/lora.py:train"}
 """Functions that loop over micro-batches by themselves."""
 
 
