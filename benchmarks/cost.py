@@ -207,6 +207,11 @@ def count(model: Path, text: Path, options: argparse.Namespace, rates: Mapping[s
         # Compensated producers, then what is kept of all linears.
         moved = sum(site.linears[:-1]) + (1 - options.ratio) * sum(site.linears)
         table["prune"]["computing"]["weights to the host"] += moved * 2 / RATES["pageable copy"]
+        table["prune"]["computing"]["new weights, looked through for NaN"] += moved * 2 / rates["finite"]
+        # What is kept of producers is picked on the host, from masters.
+        picked = (1 - options.ratio) * sum(site.linears[:-1])
+        table["prune"]["computing"]["rows picked on the host"] += picked * 2 / rates["copy"]
+        table["prune"]["computing"]["new weights to the device"] += (moved + picked) * 2 / RATES["pageable copy"]
 
     # Weights.
     read("check", weights + outside, "weights", device=False)

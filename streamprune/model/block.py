@@ -800,7 +800,7 @@ def has_grouped_products(device: torch.device, dtype: torch.dtype) -> bool:
         or dtype != torch.bfloat16
     ):
         return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def multiplies_groups(weights: Sequence[Tensor]) -> bool:
