@@ -12,6 +12,10 @@ from stopping import Make, Tiny
 import streamprune
 from streamprune.errors import ConfigError
 from streamprune.model.checkpoint import Shard, data_bytes
+from streamprune.model.site import Site
+from streamprune.pruning.curves import predicted_loss
+from streamprune.recipes.registry import RECIPES
+from streamprune.recipes.settings import parse
 
 
 @pytest.mark.parametrize(("recipe", "kept"), [("default", True), ("magnitude", False)])
@@ -38,6 +42,16 @@ def test_rows_are_the_results(recipe: str, kept: bool, tiny: Tiny, configured: M
         assert losses == sorted(losses)
         assert losses[0] == 0
         assert row.loss == pytest.approx(priced(survey, config.out))
+
+
+def test_a_sublayer_that_goes_is_priced_with_what_only_served_it() -> None:
+    recipe = RECIPES["default"](parse("default", {}))
+    costs = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+    sites = [Site(block, "ffn", 4, 1, 8, 16, rest=10) for block in (0, 1, 2)]
+    survey = {site.name: {"costs": costs} for site in sites}
+    keeps = {sites[0].name: 0, sites[1].name: 1, sites[2].name: 4}
+    expected = 16 * (1 + 2 + 4 + 8) + 10 * 8 + 16 * (1 + 2 + 4)
+    assert predicted_loss(recipe, sites, survey, keeps) == pytest.approx(expected)
 
 
 def priced(survey: Path, out: Path) -> float:
