@@ -52,7 +52,7 @@ def streamprune(*words: str | Path | int | float) -> Any:
 
 
 def measure(options: argparse.Namespace, row: str, ratio: float, tasks: Sequence[str]) -> Cell:
-    """Return a cell: from its file if the same commands made it, else by pruning and evaluating."""
+    """Return a cell: from its file, as far as the same commands made it, else by pruning and evaluating."""
     name = row if row == DENSE else f"{row}-{ratio:g}"
     file, pruned = options.out / "cells" / f"{name}.json", options.out / "pruned" / name
     machine = ("--dtype", options.dtype)
@@ -62,19 +62,28 @@ def measure(options: argparse.Namespace, row: str, ratio: float, tasks: Sequence
     evaluation = ("--text", options.test, "--seq-len", options.eval_seq_len, *machine)
     questions = ("--tasks", ",".join(tasks), "--include-path", options.out / "tasks", *machine) if tasks else ()
     questions += ("--limit", options.limit) if tasks and options.limit else ()
-    asked = {"run": None if row == DENSE else list(map(str, run)), "eval": [str(w) for w in (*evaluation, *questions)]}
+    asked = {"run": [] if row == DENSE else run, "eval": evaluation, "questions": questions}
+    asked = {part: [*map(str, words)] for part, words in asked.items()}
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if found.get("asked") == asked and "surveyed" in found:
+    before = found.get("asked", {})
+    # What the same commands gave of the same checkpoint is not measured again.
+    same = {part for part, words in asked.items() if (before.get(part) or []) == words} if found else set()
+    same = same if "run" in same else set()
+    if same == {*asked}:
         return found  # type: ignore[no-any-return]
     print(f"{name}: {' '.join(asked['run'] or ['(dense)'])}", file=sys.stderr, flush=True)
     survey = options.out / "surveys" / f"{recipe}-{options.samples}x{options.seq_len}-{options.dtype}"
-    cell: Cell = {"row": row, "ratio": ratio, "asked": asked, "surveyed": False}
+    cell: Cell = {"row": row, "ratio": ratio, "asked": asked, "surveyed": found.get("surveyed", False)}
     if row == DENSE:
         pruned = options.model
+    elif "run" in same and pruned.is_dir():
+        cell["run"] = found["run"]
     else:
         cell["run"] = streamprune("run", options.model, pruned, *run, "--survey", survey)
         cell["surveyed"] = json.loads((pruned / "report.json").read_text(encoding="utf-8"))["surveyed_before"]
-    cell["perplexity"] = streamprune("eval", pruned, *evaluation)["perplexity"]
+    cell["perplexity"] = (
+        found["perplexity"] if "eval" in same else streamprune("eval", pruned, *evaluation)["perplexity"]
+    )
     if tasks:
         results = streamprune("eval", pruned, *questions)["tasks"]["results"]
         cell["accuracy"] = {task: results[task].get("acc_norm,none", results[task]["acc,none"]) for task in tasks}
