@@ -294,9 +294,9 @@ def rootless(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def lossless(skeleton: Skeleton, index: int) -> Iterator[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+def lossless(skeleton: Skeleton, index: int) -> Iterator[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
     """A block's loss in refinement that is zero, but whose gradient is NaN."""
-    yield lambda output, target: (torch.zeros(()), torch.full_like(output, torch.nan))
+    yield lambda output, target, counts: (torch.zeros(()), torch.full_like(output, torch.nan))
 
 
 def test_a_gradient_that_is_no_number(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
