@@ -149,7 +149,8 @@ def lowers_error(w: Tensor, h: Tensor, fitted: Tensor, kept: Tensor, stored: tor
         before, after = (each.to(stored).to(w.dtype) for each in (plain, fitted[panel]))
         lost[:, kept] += mixing[:, panel] @ (plain - before)
         change[:, kept] += mixing[:, panel] @ (after - before)
-    gained = torch.cat([lost @ h[:, panel].to(w.device) for panel in panels(h.shape[1], TILE)], dim=1).mul_(change)
+    # Rows of H, which is symmetric, are in one piece, also in host memory.
+    gained = torch.cat([lost @ h[panel].to(w.device).T for panel in panels(len(h), TILE)], dim=1).mul_(change)
     return _energy(change, h) <= 2 * float(gained.sum(dtype=torch.float64))
 
 
@@ -163,7 +164,7 @@ def fit(w: Tensor, h: Tensor, aim: Tensor, factor: Tensor) -> Tensor:
         factor: (n, n), the factor of H_λ by `cholesky`.
     """
     for panel in panels(h.shape[1], TILE):
-        aim[:, panel].addmm_(w, h[:, panel].to(w.device), alpha=-1)
+        aim[:, panel].addmm_(w, h[panel].to(w.device).T, alpha=-1)
     for panel in panels(len(w), PANEL):
         aim[panel] = w[panel] + solve_(factor, aim[panel].T.contiguous()).T
     return aim
