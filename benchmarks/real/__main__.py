@@ -67,8 +67,9 @@ def measure(options: argparse.Namespace, row: str, ratio: float, tasks: Sequence
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     before = found.get("asked", {})
     # What the same commands gave of the same checkpoint is not measured again.
-    same = {part for part, words in asked.items() if (before.get(part) or []) == words} if found else set()
-    same = same if "run" in same else set()
+    same = {part for part, words in asked.items() if (before.get(part) or []) == words}
+    if "run" not in same or "surveyed" not in found:
+        same = set()
     if same == {*asked}:
         return found  # type: ignore[no-any-return]
     print(f"{name}: {' '.join(asked['run'] or ['(dense)'])}", file=sys.stderr, flush=True)

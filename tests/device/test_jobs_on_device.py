@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import streamprune
 from streamprune.commands.tune import lora
+from streamprune.commands.tune import run as tuning
 from streamprune.errors import DiskError
 from streamprune.jobs.forecast import resources
 from streamprune.jobs.forecast.memory import GramPlace
@@ -263,6 +264,26 @@ def test_tune(method: str, tiny: Tiny, text: Path, small: Make, tmp_path: Path) 
                 device="cuda", **changes,
             )
         )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL, reason="a GPU counts nothing")
+@pytest.mark.skipif(not lora.installed(), reason="peft is not installed")
+def test_tuning_waits_for_the_loss_once_per_step(
+    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many micro-batches it has. transformers' masks wait once per forward pass."""
+    found = []
+    for size in (1, 4):
+        monkeypatch.setattr(tuning, "training_batch", lambda memory, limit, size=size: size)
+        config = streamprune.TuneConfig(
+            model=tiny("llama", **TWO), out=tmp_path / f"{size}", text=text, samples=4, seq_len=16, steps=2, rank=2,
+            batch=4, method="lora", device="cuda",
+        )  # fmt: skip
+        with gpu() as state:
+            streamprune.tune(config)
+        found.append(state.syncs["commands/tune/lora.py:train"])
+    assert found[0] - found[1] == 2 * (4 - 1)
 
 
 @pytest.mark.skipif(REAL, reason="a GPU counts nothing")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return found
 
 
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """As if torch had no grouped products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_block, "has_grouped_products", lambda device, dtype: False)
+        yield
+
+
+def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def opened(path: Path) -> Skeleton:
     return open_skeleton(path, CPU, "float32")
 
@@ -65,12 +79,10 @@ def narrower(block: Block, numbers: tuple[int, ...]) -> None:
 def test_grouped_products_are_those_of_single_experts(name: str, tiny: Tiny, products: list[tuple[int, ...]]) -> None:
     skeleton = opened(tiny(name))
     together = mixture(skeleton)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_block, "has_grouped_products", lambda device, dtype: False)
+    with one_by_one():
         expected = run(skeleton, mixture(skeleton))
     assert not products
-    for ours, theirs in zip(run(skeleton, together), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    same(run(skeleton, together), expected)
     experts = [each for each in together.prunables if each.site.expert is not None]
     biased = any(each.bias(linear) is not None for each in experts for linear in (*each.producers, each.consumer))
     assert bool(products) != biased
@@ -82,20 +94,17 @@ def test_experts_of_two_widths_take_two_products_each(tiny: Tiny, products: list
     """Also where all were of one width before, and some weights have changed since, of which a twin knows nothing."""
     skeleton = opened(tiny("mixtral"))
     together = mixture(skeleton)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_block, "has_grouped_products", lambda device, dtype: False)
+    with one_by_one():
         alone = mixture(skeleton)
     whole = run(skeleton, together)
     twin = together.twin()
     for block in (together, alone):
         narrower(block, (0, 2))
     assert all(map(torch.equal, run(skeleton, twin), whole))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_block, "has_grouped_products", lambda device, dtype: False)
+    with one_by_one():
         expected = run(skeleton, alone)
     products.clear()
-    for ours, theirs in zip(run(skeleton, together), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    same(run(skeleton, together), expected)
     assert len(products) == 6
     assert {shape[0] for shape in products} == {2}
 
@@ -144,16 +153,14 @@ def test_experts_that_are_watched_or_trained_run_one_by_one(tiny: Tiny, products
 def test_fewer_experts_take_smaller_products(tiny: Tiny, products: list[tuple[int, ...]]) -> None:
     skeleton = opened(tiny("mixtral"))
     block = mixture(skeleton)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_block, "has_grouped_products", lambda device, dtype: False)
+    with one_by_one():
         alone = mixture(skeleton)
         alone.sublayers[1].keep_experts([1, 2, 3])
         expected = run(skeleton, alone)
     run(skeleton, block)
     block.sublayers[1].keep_experts([1, 2, 3])
     products.clear()
-    for ours, theirs in zip(run(skeleton, block), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    same(run(skeleton, block), expected)
     assert {shape[0] for shape in products} == {3}
 
 
