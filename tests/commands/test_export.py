@@ -135,6 +135,16 @@ def test_logits_agree(
         assert spread(out, folder, done.context) < TABLED.get(name, PRECISION["f32"]), layout
 
 
+@pytest.mark.parametrize(("name", "changes"), [("mixtral", {}), ("qwen3_moe", {"mlp_only_layers": []})])
+def test_logits_of_fewer_experts_agree(
+    name: str, changes: dict[str, Any], byte_model: Make, configured: Callable[..., streamprune.Config], tmp_path: Path
+) -> None:
+    config = configured(byte_model(name, **changes), recipe="reap", ratio=None, experts="3", layout="uniform")
+    streamprune.prune(config)
+    done = streamprune.export_gguf(config.out, tmp_path / "model.gguf", dtype="f32")
+    assert spread(done.path, config.out, done.context) < PRECISION["f32"]
+
+
 @pytest.mark.parametrize("layout", ["dense", "free"])
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
 def test_logits_agree_within_the_dtype(layout: str, dtype: str, pruned: Make, tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def test_rows_are_the_results(recipe: str, kept: bool, tiny: Tiny, configured: M
         assert row.loss == pytest.approx(priced(survey, config.out))
 
 
+def test_a_survey_alone_fills_the_table(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    config = configured(tiny("llama"), recipe="default", ratio=0.35, survey=tmp_path / "survey")
+    streamprune.plan_only(config)
+    found = streamprune.preview(config)
+    assert found.surveyed
+    assert all(each.loss is not None for each in found.outcomes)
+
+
 def test_a_sublayer_that_goes_is_priced_with_what_only_served_it() -> None:
     recipe = RECIPES["default"](parse("default", {}))
     costs = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
