@@ -30,7 +30,8 @@ def main() -> None:
         cells = {
             "experts by loss, the same number in each block": ("default", None, {"experts": share}),
             "experts by loss, one threshold": ("default", None, {"experts": f"{share}:threshold"}),
-            "experts by REAP": ("reap", None, {"experts": share}),
+            "experts by REAP, the same number in each block": ("reap", None, {"experts": share}),
+            "experts by REAP, one threshold": ("reap", None, {"experts": f"{share}:threshold"}),
             "experts at random": ("random", None, {"experts": share}),
             "units by loss (default)": ("default", ratio, {}),
             "experts and units by loss, one threshold": ("default", ratio, {"experts": "threshold"}),

@@ -51,11 +51,6 @@ def group_costs(w: Tensor, g: Tensor, a_inverse: Tensor, groups: int) -> Tensor:
     return costs
 
 
-def whole_cost(w: Tensor, g: Tensor, a: Tensor) -> Tensor:
-    """``½ tr(Wᵀ G W A)`` (), float64: loss added by removing all of W (R, C); `g` (R, R) and `a` (C, C) undamped, on any device."""
-    return (w * (g.to(w) @ w @ a.to(w))).sum(dtype=torch.float64) / 2
-
-
 def element_costs(w: Tensor, g_inverse: Tensor, a_inverse: Tensor) -> Tensor:
     """``L_k = ½ θ_k² / [G⁻¹ ⊗ A⁻¹]_kk`` (R, C): loss added by removing element `k` alone (eq. 10)."""
     return w.square() / (2 * g_inverse.diagonal()[:, None] * a_inverse.diagonal())

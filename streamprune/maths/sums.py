@@ -16,7 +16,15 @@ from .refit import accumulator, advice, all_finite
 from .triangular import mirror_, panels
 
 Statistic = Literal[
-    "mask-gradient", "gram", "gradient-gram", "factors", "divergence", "inputs", "second-moment", "output-norm"
+    "mask-gradient",
+    "gram",
+    "gradient-gram",
+    "factors",
+    "divergence",
+    "inputs",
+    "second-moment",
+    "output-norm",
+    "removal",
 ]
 """Statistics that a survey can collect at a site.
 
@@ -28,6 +36,7 @@ divergence: `HeadDivergence` of the attention maps.
 inputs: the Gram of the producers' input.
 second-moment: for attention `H`; for an FFN the Gram of the producers' input.
 output-norm: `OutputNorm` of what an expert adds.
+removal: some tokens of each mixture, for what its experts cost as a whole (`pruning.experts`).
 """
 GRADIENTS = frozenset[Statistic]({"mask-gradient", "gradient-gram", "factors"})  # statistics that need a backward sweep
 
@@ -314,6 +323,59 @@ class OutputNorm:
     def mean(self) -> Tensor:
         """Return the mean, float64 () on the host; 0 without any token."""
         return self.total.cpu() / (self.tokens or 1)
+
+
+TOKENS_PER_EXPERT = 256
+"""Tokens of a mixture's sample per expert, if all are chosen equally often."""
+TOGETHER = 256
+"""Tokens of it that run at once; each is a sequence of its own."""
+
+
+def sample_size(experts: int, chosen: int) -> int:
+    """Return how many tokens are sampled of what a mixture reads that chooses among so many experts."""
+    return -(-TOKENS_PER_EXPERT * experts // max(chosen, 1))
+
+
+class TokenSample:
+    """Some of the tokens that a sublayer reads and, if `outputs`, the gradients of its consumers' output there.
+
+    Args:
+        positions: sequence, ascending, and token of each, (tokens, 2) int64, over all workers.
+        first: number of this worker's first sequence.
+        width: width of the stream.
+        outputs: d_out; 0 without a backward sweep.
+    """
+
+    def __init__(
+        self, positions: Tensor, *, first: int, width: int, outputs: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._sequences, self._positions = positions[:, 0].contiguous() - first, positions.to(device)
+        self._first = first
+        self.x = torch.zeros(len(positions), width, device=device, dtype=dtype)
+        """What was read, (tokens, width)."""
+        self.g = torch.zeros(len(positions), outputs, device=device, dtype=dtype) if outputs else None
+        """The gradients, (tokens, d_out)."""
+
+    def add(self, batch: slice, x: Tensor) -> None:
+        """Take from what the sequences `batch` of this worker read, (sequences, tokens, width)."""
+        self._fill(self.x, batch, x)
+
+    def add_gradients(self, batch: slice, g: Tensor) -> None:
+        """Take from the gradients at the same sequences, (sequences, tokens, d_out)."""
+        assert self.g is not None
+        self._fill(self.g, batch, g)
+
+    def _fill(self, into: Tensor, batch: slice, x: Tensor) -> None:
+        begin, end = torch.searchsorted(self._sequences, torch.tensor([batch.start, batch.stop])).tolist()
+        sequences, tokens = self._positions[begin:end].unbind(1)
+        into[begin:end] = x[sequences - (self._first + batch.start), tokens]
+
+    def across(self, add_up: AddUp) -> None:
+        for each in (self.x, self.g):
+            if each is not None:
+                whole = each.to(accumulator(each.dtype))
+                add_up(whole)
+                each.copy_(whole)
 
 
 AddUp = Callable[[Tensor], None]  # sums a tensor over all workers, in place

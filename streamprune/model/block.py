@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -155,12 +155,38 @@ class Layer:
         held = [experts[number] for number in kept]
         del experts[:]
         experts.extend(held)
-        for part in entry.routing:
-            for name in (part.name, f"{part.name}.weight", f"{part.name}.bias"):
-                if name in self.weights:
-                    self.set(name, self.weights[name].index_select(part.axis, torch.tensor(kept)))
+        for name, axis in self._routing(entry):
+            self.set(name, self.weights[name].index_select(axis, torch.tensor(kept)))
+        self._count_experts(entry, len(kept))
+
+    @contextmanager
+    def routing_among(self, entry: SublayerEntry, kept: Sequence[int]) -> Iterator[None]:
+        """Let the router of a mixture choose among the experts `kept`, ascending, and no others. It numbers them from 0."""
+        assert entry.experts is not None
+        before = [(name, axis, self.tensor(name)) for name, axis in self._routing(entry)]
+        index = torch.tensor(kept, device=self.device)
+        try:
+            for name, axis, tensor in before:
+                self.put(name, tensor.index_select(axis, index))
+            self._count_experts(entry, len(kept))
+            yield
+        finally:
+            for name, _, tensor in before:
+                self.put(name, tensor)
+            self._count_experts(entry, len(self.experts(entry.experts)))
+
+    def _routing(self, entry: SublayerEntry) -> list[tuple[str, int]]:
+        """Return the tensors with one entry per routed expert, each with the axis of that."""
+        return [
+            (name, part.axis)
+            for part in entry.routing
+            for name in (part.name, f"{part.name}.weight", f"{part.name}.bias")
+            if name in self.weights
+        ]
+
+    def _count_experts(self, entry: SublayerEntry, number: int) -> None:
         for name in entry.routed:
-            set_count(self._modules[0], name, len(kept))
+            set_count(self._modules[0], name, number)
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace one tensor. The master is rounded to the stored dtype; the device receives the rounded values."""
@@ -493,20 +519,31 @@ class Sublayer:
         u = x if self._norm is None else self._norm(x)
         return u if self.entry.factor == 1.0 else u * self.entry.factor
 
-    def mix(self, u: Tensor, arguments: Arguments, chosen: Sequence[int] | None = None) -> Mixed:
+    def mix(
+        self,
+        u: Tensor,
+        arguments: Arguments,
+        chosen: Sequence[int] | None = None,
+        among: Sequence[int] | None = None,
+    ) -> Mixed:
         """Compute the inputs of the consumers from the input `u` (sequences, tokens, d) of the producers.
 
-        `arguments` are those that `given` returns. `chosen` are the experts to run; the inputs of the others are empty.
+        Args:
+            arguments: those that `given` returns.
+            chosen: the experts to run; the inputs of the others are empty. Not together with `among`.
+            among: the experts that the router may choose, ascending; None for all.
         """
+        assert chosen is None or among is None
         given = fresh(arguments)
         if self.entry.whole:
             return Mixed((_first(self._mixer[0](u, **given)),), taken=self.side.taken(arguments, given))
         shape = u.shape[0], u.shape[1]
-        if self.entry.silent:
-            self._mixer[0](given.pop("hidden_states"), **given)
-            mixed = u.new_ones(*shape, 1)  # the block uses the experts' output as it is
-        else:
-            mixed = _first(self._mixer[0](u, **self._passed(given)))
+        with nullcontext() if among is None else self.layer.routing_among(self.entry, among):
+            if self.entry.silent:
+                self._mixer[0](given.pop("hidden_states"), **given)
+                mixed = u.new_ones(*shape, 1)  # the block uses the experts' output as it is
+            else:
+                mixed = _first(self._mixer[0](u, **self._passed(given)))
         for module in self._mixer[1:]:
             mixed = module(mixed)
         if self.entry.experts is None:
@@ -514,7 +551,10 @@ class Sublayer:
         # See `StandIn`.
         routed, *shared = torch.split(mixed.flatten(0, -2)[:, : len(self.entry.parts)], 1, dim=1)
         called, number = self.layer.given(self.entry.experts), len(self.layer.experts(self.entry.experts))
-        tokens, read, weights, sizes = _routed(called, number, chosen)
+        tokens, read, weights, sizes = _routed(called, number if among is None else len(among), chosen)
+        if among is not None:
+            found = dict(zip(among, sizes, strict=True))
+            sizes = [found.get(each, 0) for each in range(number)]
         weights = weights * routed[tokens]
         rows, factors = torch.split(tokens, sizes), [*torch.split(weights, sizes)]
         z = self._run_experts(read, weights, sizes)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model.site import Site
 from ..recipes.plan import Plan
-from ..recipes.recipe import LOSS, Recipe, Survey
+from ..recipes.recipe import LOSS, WHOLE, Recipe, Survey
 from ..system import files
 
 FORMAT = "streamprune-curves-1"
@@ -49,14 +49,17 @@ def predicted_loss(
 ) -> float | None:
     """Return the loss in nats per token that the recipe's costs predict if `keeps` units stay; None if it prices something else.
 
-    Units are priced by themselves on the dense model: what refitting and correction recover later is not in it.
+    Whole experts are priced as such where the survey did so. Units are priced by themselves on the dense model: what refitting and correction recover later is not in it.
     """
     if recipe.curve_label != LOSS:
         return None
     found = 0.0
     for site in sites:
-        costs = recipe.curve(site, survey[site.name])
-        if costs is not None:
+        findings = survey[site.name]
+        costs = recipe.curve(site, findings)
+        if not keeps[site.name] and WHOLE in findings:
+            found += float(findings[WHOLE])
+        elif costs is not None:
             gone = costs[: site.units - keeps[site.name]].double()
             found += float(gone.sum()) * site.unit_parameters
             if len(gone) == site.units:

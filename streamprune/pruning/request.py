@@ -218,7 +218,8 @@ class Request:
     @property
     def statistics(self) -> frozenset[Statistic]:
         """What a survey sums at each site; empty without a survey, or if it reads only weights."""
-        return (self.surveys and self.recipe.statistics) or frozenset()
+        found = (self.surveys and self.recipe.statistics) or frozenset()
+        return found if self.experts is None or not found else found | self.recipe.expert_statistics
 
     @property
     def needs_text(self) -> bool:

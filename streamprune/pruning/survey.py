@@ -10,14 +10,14 @@ from torch import Tensor
 from ..errors import DamageError, NumericalError
 from ..maths.flops import kind
 from ..maths.refit import all_finite
-from ..maths.sums import GRADIENTS, SiteStatistics
+from ..maths.sums import GRADIENTS, SiteStatistics, TokenSample
 from ..model.block import Block, Prunable
 from ..model.checkpoint import write_shard
 from ..recipes.recipe import Surveyed
 from ..stream import sweep
 from ..system.host import return_freed_memory
 from ..text.windows import counted
-from . import archive
+from . import archive, experts
 from .block import CPU, SEEN
 from .job import Job
 from .shot import GRADIENT, Shot
@@ -59,11 +59,11 @@ def _sum_forward(shot: Shot) -> None:
         if not done:
             shot.ensure_survey_embedded()
     for index, block in sweep.blocks(skeleton, range(done, depth)):
-        stats = _empty_statistics(shot, index)
+        stats, taken = _empty_statistics(shot, index), _empty_samples(shot, index)
         if job.request.statistics:
-            sweep.survey_block(skeleton, block, index, store, stats, job.batch)
-        digest = _save_findings(shot, index, block, stats)
-        del block, stats
+            sweep.survey_block(skeleton, block, index, store, stats, job.batch, taken)
+        digest = _save_findings(shot, index, block, stats, taken)
+        del block, stats, taken
         shot.record(f"forward/{index}", sha256=digest)
         if job.request.statistics and index:
             store.remove(sweep.boundary(DENSE, index))
@@ -115,10 +115,10 @@ def _sum_down(shot: Shot) -> None:
     while first >= 0:
         lowest = _recompute(shot, first)
         for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
-            stats = _empty_statistics(shot, index)
-            sweep.backward_block(skeleton, block, index, store, stats, job.backward_batch, predictions)
-            digest = _save_findings(shot, index, block, stats)
-            del block, stats
+            stats, taken = _empty_statistics(shot, index), _empty_samples(shot, index)
+            sweep.backward_block(skeleton, block, index, store, stats, job.backward_batch, predictions, taken)
+            digest = _save_findings(shot, index, block, stats, taken)
+            del block, stats, taken
             shot.record(f"backward/{index}", sha256=digest)
             store.remove(sweep.boundary(GRADIENT, index + 1))
             if index:
@@ -146,10 +146,22 @@ def _empty_statistics(shot: Shot, index: int) -> list[SiteStatistics]:
     return shot.skeleton.statistics(index, shot.job.request.statistics, CPU if shot.job.grams == "host" else None)
 
 
+def _empty_samples(shot: Shot, index: int) -> dict[int, TokenSample]:
+    """Empty samples of the tokens that a block's mixtures read, if whole experts are to be ranked by what they do there."""
+    job = shot.job
+    if "removal" not in job.request.statistics:
+        return {}
+    shape = len(job.survey_tokens), job.survey_tokens.shape[1]
+    gradients = bool(job.request.statistics & GRADIENTS)
+    return experts.empty_samples(shot.skeleton, index, shape, job.survey_part.start, gradients=gradients)
+
+
 @torch.no_grad()
 @kind("solving")
-def _save_findings(shot: Shot, index: int, block: Block, stats: list[SiteStatistics]) -> str | None:
-    """Add up the ranks' sums, digest them and write the block's file; `stats` is emptied.
+def _save_findings(
+    shot: Shot, index: int, block: Block, stats: list[SiteStatistics], taken: dict[int, TokenSample]
+) -> str | None:
+    """Add up the ranks' sums, digest them and write the block's file; `stats` and `taken` are emptied.
 
     Returns:
         The file's digest on the first rank, which writes it; else None.
@@ -168,6 +180,13 @@ def _save_findings(shot: Shot, index: int, block: Block, stats: list[SiteStatist
     return_freed_memory()  # of the sweep
 
     found: dict[str, Tensor] = {}
+    for place in [*taken]:
+        sample = taken.pop(place)
+        sample.across(partial(ranks.sum, owner=0))
+        if ranks.first:
+            with kind("sweeps"):
+                found |= experts.costs(shot.skeleton, block, index, sample, place)
+        del sample
     for together, mine in ranks.rounds(range(len(block.prunables))):
         # Popped, so that no sum outlives its site.
         findings = [_digest(job, block.prunables[number], own.pop(number)) for number in mine]

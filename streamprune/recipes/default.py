@@ -7,7 +7,8 @@ The curvature of the loss in `W` is about ``G ⊗ H``. Removing columns `S` and 
 last: with it the sublayer goes as a whole, at ``½ tr(Wᵀ G W H)`` in all. These costs are comparable between sites,
 because all of them estimate the loss.
 
-*Allocation*: one threshold on the marginal cost per parameter.
+*Allocation*: one threshold on the marginal cost per parameter. Routed experts can go as a whole in it, at what they add to the loss
+although the router's next choices do their work (`pruning.experts`).
 *Compensation*: refit the producers to read the pruned stream.
 *Target*: fit each consumer to its dense output plus the current residual error (dense minus pruned stream).
 *Selection and reconstruction*: exact greedy removal and the OBS update, on the pruned stream.
@@ -20,17 +21,19 @@ docs/methods.md gives the measured effect of each part.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..maths.greedy import greedy_removal
 from ..maths.refit import cholesky
+from ..maths.sums import Statistic
 from ..model.site import Site
 from .allocation import Budget, allocate
 from .obs import ObsRecipe, greedy_workspace
 from .plan import Plan, SitePlan
-from .recipe import LOSS, Findings, Survey, Surveyed, Target
+from .recipe import LOSS, WHOLE, Findings, Survey, Surveyed, Target
 from .settings import DefaultSettings
 
 _RIDGE = 1e-6
@@ -39,9 +42,35 @@ _COLUMNS, _MOST = 0.5, 0.1
 """The ridge of fits is this times columns per token, at most `_MOST`."""
 
 
+def with_whole(site: Site, costs: dict[str, Tensor], findings: Findings) -> Site:
+    """Let an expert go as a whole at its own price, or not at all if it has none; return the site with steps to match.
+
+    The first units go by themselves as long as a parameter of them costs less than one of all that would be left; the others go
+    together. A site that is no expert stays as it is.
+
+    Args:
+        costs: cost per parameter of each further removed unit, (units,) float64, ascending; changed in place for this site.
+        findings: hold what the expert costs as a whole (see `recipe.WHOLE`).
+    """
+    if site.expert is None:
+        return site
+    if WHOLE not in findings:
+        return replace(site, stays=True)
+    each, whole = costs[site.name], float(findings[WHOLE])
+    sizes = torch.full_like(each, site.unit_parameters)
+    sizes[-1] += site.rest or 0
+    spent, gone = (torch.cat([each.new_zeros(1), total.cumsum(0)]) for total in (each * sizes, sizes))
+    rising = (whole - spent[:-1]) / (gone[-1] - gone[:-1])
+    alone = int(rising.argmax())
+    costs[site.name] = torch.cat([each[:alone], rising[alone].expand(site.units - alone)])
+    able = range(1, site.units + 1) if site.choices is None else site.choices
+    return replace(site, choices=tuple(units for units in able if units >= site.units - alone))
+
+
 class Default(ObsRecipe[DefaultSettings]):
     name = "default"
     ranks_experts = True
+    expert_statistics: frozenset[Statistic] = frozenset({"removal"})
     prices_experts = True
     summary = "greedy cost paths in units of loss, one threshold, fits to the dense output with residual correction"
 
@@ -65,8 +94,7 @@ class Default(ObsRecipe[DefaultSettings]):
                 `mean` normalises them (see `SiteStatistics`).
 
         Returns:
-            ``costs`` (units,) float64, ascending. The last entry repeats the one before if the last unit has to stay. For an
-            expert also ``whole`` (), ``½ tr(Wᵀ G W H)``: what it costs as a whole.
+            ``costs`` (units,) float64, ascending. The last entry repeats the one before if the last unit has to stay.
         """
         site, statistics, damping = surveyed.site, surveyed.statistics, self.settings.damping
         assert statistics.gram is not None
@@ -78,14 +106,13 @@ class Default(ObsRecipe[DefaultSettings]):
             # With G = L Lᵀ, tr(Wᵀ G W) = tr((Lᵀ W)ᵀ (Lᵀ W)): run the unweighted loop on Lᵀ W.
             w = cholesky(g, _RIDGE, place, device=w.device)[0].T @ w
         stays = site.rest is None
-        whole = {} if site.expert is None else {"whole": (w * (w @ h.to(w))).sum(dtype=torch.float64) / 2}
         _, costs = greedy_removal(w, h, width=site.width, count=site.units - stays, damping=damping, place=site.name)
         costs = (torch.cat([costs, costs[-1:]]) if stays else costs).double()
         sizes = torch.full_like(costs, site.unit_parameters)
         if not stays:
             sizes[-1] += site.rest or 0
         # A unit may become cheaper once others are removed. It then goes with them, so take the running maximum.
-        return {"costs": torch.cummax(costs / (2 * sizes), dim=0).values if len(costs) else costs, **whole}
+        return {"costs": torch.cummax(costs / (2 * sizes), dim=0).values if len(costs) else costs}
 
     def ridge(self, damping: float, columns: int, tokens: int) -> float:
         """Return the setting `fit_damping`, or where that is 0 the damping by tokens per column.
@@ -99,12 +126,12 @@ class Default(ObsRecipe[DefaultSettings]):
         weighting = site.outputs * (site.outputs + site.columns) if self.settings.weighted else 0
         return greedy_workspace(site) + weighting
 
-    def expert_cost(self, site: Site, findings: Findings, generator: torch.Generator) -> float:
-        return float(findings["whole"])
-
     def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         """Allocate by one threshold on marginal cost for all sites."""
-        keep = allocate(sites, {site.name: survey[site.name]["costs"] for site in sites}, budget)
+        costs = {site.name: survey[site.name]["costs"] for site in sites}
+        if budget.experts:
+            sites = [with_whole(site, costs, survey[site.name]) for site in sites]
+        keep = allocate(sites, costs, budget)
         return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
 
     def shots(self, ratio: float) -> int:

@@ -6,6 +6,7 @@ Grams, the pruned stream is computed. If it needs neither, no calibration text i
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from .plan import Plan, units_only
 from .settings import SETTINGS
 
 S = TypeVar("S")
+WHOLE = "whole"
+"""Key of an expert's cost in its findings, where the statistic ``removal`` is taken: with the experts of its block gone that cost less."""
 LOSS = "loss per parameter"
 """The `Recipe.curve_label` of costs in nats per token, divided by the unit's parameters."""
 Findings = Mapping[str, Tensor]
@@ -149,6 +152,8 @@ class Recipe(ABC, Generic[S]):
     """Whether `allocate` may take the last unit of a site, so that its sublayer goes as a whole."""
     ranks_experts: bool = False
     """Whether `expert_cost` says what a whole expert costs."""
+    expert_statistics: frozenset[Statistic] = frozenset()
+    """Statistics that the survey takes besides, if whole experts are to be ranked."""
     prices_experts: bool = False
     """Whether `allocate` can weigh whole experts against units (see `Budget.experts`)."""
     thins: bool = True
@@ -205,11 +210,13 @@ class Recipe(ABC, Generic[S]):
     def expert_cost(self, site: Site, findings: Findings, generator: torch.Generator) -> float:
         """Return what a routed expert costs if it goes as a whole, comparable with the others. Only if `ranks_experts`.
 
+        Infinity for one that has to stay because the router needs it.
+
         Args:
-            findings: what `digest` kept of it; empty without a survey.
+            findings: what the survey keeps of it; empty without a survey.
             generator: seeded for this site.
         """
-        raise NotImplementedError(self.name)
+        return float(findings[WHOLE]) if WHOLE in findings else math.inf
 
     # What is known or checked before the work starts.
 

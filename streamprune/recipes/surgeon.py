@@ -27,7 +27,6 @@ from ..maths.kfac import (
     remove_columns,
     remove_elements,
     row_costs,
-    whole_cost,
 )
 from ..maths.refit import inverse, lowers_error, others, refit_as_stored, unit_columns
 from ..maths.sums import Statistic
@@ -59,6 +58,7 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
     statistics: frozenset[Statistic] = frozenset({"factors"})
     keeps_findings = True
     ranks_experts = True
+    expert_statistics: frozenset[Statistic] = frozenset({"removal"})
 
     after_survey = frozenset({"lora_steps", "lora_rank", "lora_rate"})
 
@@ -84,8 +84,7 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
             The factors that `reconstruct` reads (`_needed`), normalised (see `SiteStatistics`): ``a`` (d, d) of the producers' input,
             ``a.consumer`` (n, n) of the consumer's input, ``g.i`` (rows, rows) of the gradient of producer i's output,
             ``g.consumer`` (d_out, d_out) of the gradient of the consumer's output. For units, also ``costs`` (units,)
-            float64, and for an expert ``whole`` (), what it costs as a whole; for weights ``histogram.i`` (see
-            `masks.histograms`); for rows and columns ``lines.i`` (rows + columns,) float64, the cost per weight of each row,
+            float64; for weights ``histogram.i`` (see `masks.histograms`); for rows and columns ``lines.i`` (rows + columns,) float64, the cost per weight of each row,
             then column, of linear i.
         """
         site, statistics = surveyed.site, surveyed.statistics
@@ -111,11 +110,7 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
         cost = price(w, *self._sides(w, g, a, site), site.units)
         for w, g, a in producers:
             cost = cost + price(w.T, *self._sides(w, a, g, site), site.units)
-        whole = {} if site.expert is None else {"whole": whole_cost(*linears[-1])}
-        return {**{name: factors[name] for name in self._needed(site)}, "costs": cost.double(), **whole}
-
-    def expert_cost(self, site: Site, findings: Findings, generator: torch.Generator) -> float:
-        return float(findings["whole"])
+        return {**{name: factors[name] for name in self._needed(site)}, "costs": cost.double()}
 
     def allocate(self, sites: Sequence[Site], survey: Survey, budget: Budget) -> Plan:
         """Allocate by one global threshold on the cost per parameter."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from streamprune.maths import sums as stats
 from streamprune.maths.flops import FlopCounter
-from streamprune.maths.sums import PANEL, Gram, MaskGradient
+from streamprune.maths.sums import PANEL, Gram, MaskGradient, TokenSample
+from streamprune.pruning.experts import positions
 
 CPU = torch.device("cpu")
 
@@ -109,3 +110,33 @@ def test_mask_gradients_are_squared_and_taken_absolute_per_sequence() -> None:
     stats.add(x, gradient, scale=2.0)
     assert stats.sequences == 4
     assert stats.squares.tolist() == [6.5, 2.5]
+
+
+def test_a_sample_has_the_tokens_of_all_workers_in_order() -> None:
+    x, g = (torch.randn(7, 5, width, generator=torch.Generator().manual_seed(width)) for width in (3, 2))
+    positions = torch.tensor([(0, 4), (2, 0), (2, 3), (3, 1), (4, 2), (6, 0)])
+    whole = torch.zeros(len(positions), 3)
+    for first, last, size in ((0, 3, 2), (3, 7, 3)):
+        own = TokenSample(positions, first=first, width=3, outputs=2, device=CPU, dtype=torch.bfloat16)
+        for start in range(first, last, size):
+            batch = slice(start, min(start + size, last))
+            here = slice(batch.start - first, batch.stop - first)
+            own.add(here, x[batch])
+            own.add_gradients(here, g[batch])
+        assert own.g is not None
+        mine = (positions[:, 0] >= first) & (positions[:, 0] < last)
+        expected = g[positions[:, 0], positions[:, 1]] * mine[:, None]
+        torch.testing.assert_close(own.g, expected.to(torch.bfloat16))
+        sums: list[Tensor] = []
+        own.across(sums.append)
+        assert [each.dtype for each in sums] == [torch.float32] * 2
+        whole += sums[0]
+    torch.testing.assert_close(whole, x[positions[:, 0], positions[:, 1]].to(torch.bfloat16).float())
+
+
+def test_sampled_tokens_are_spread_over_the_sequences() -> None:
+    few, some, every = (positions((6, 10), number) for number in (3, 40, 60))
+    assert few[:, 0].tolist() == [0, 2, 4]
+    assert torch.bincount(some[:, 0]).tolist() == [7, 7, 6, 7, 7, 6]
+    assert some.max(0).values.tolist() == [5, 9]
+    assert len({*map(tuple, every.tolist())}) == 60

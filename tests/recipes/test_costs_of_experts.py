@@ -70,16 +70,6 @@ def test_the_cost_of_an_experts_unit_is_the_layers_second_order_loss(share: int)
     assert costs == pytest.approx([c + p for c, p in zip(consumer, producer, strict=True)], rel=1e-9)
 
 
-@pytest.mark.parametrize("share", [1, 8, 64])
-def test_the_cost_of_a_whole_expert_is_the_loss_of_its_output(share: int) -> None:
-    z, g = pairs(Z, G)
-    loss = float(((g @ W) * z).sum(dim=1).square().sum()) / (2 * ROWS * share)
-    for recipe in (Default(DefaultSettings()), Surgeon(SurgeonSettings())):
-        given = surveyed(recipe, share)
-        cost = recipe.expert_cost(given.site, recipe.digest(given), torch.Generator())
-        assert cost == pytest.approx(loss, rel=1e-5)
-
-
 def test_an_expert_that_no_token_reaches_costs_nothing() -> None:
     recipe = Default(DefaultSettings())
     given = surveyed(recipe, 1)

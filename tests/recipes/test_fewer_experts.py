@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,15 @@ from streamprune.jobs.names import job_folder
 from streamprune.model.site import Site, routed
 from streamprune.model.sizes import Sizes
 from streamprune.model.skeleton import open_skeleton
+from streamprune.pruning.experts import removal_costs
 from streamprune.pruning.preview import preview
 from streamprune.pruning.speed import Decoding
 from streamprune.recipes.allocation import Budget, allocate
+from streamprune.recipes.default import Default, with_whole
 from streamprune.recipes.experts import Experts, leaving
 from streamprune.recipes.plan import Plan, SitePlan
+from streamprune.recipes.recipe import WHOLE
+from streamprune.recipes.settings import DefaultSettings
 
 Make = Callable[..., Config]
 Tiny = Callable[..., Path]
@@ -69,9 +75,10 @@ def never_routed(model: Any, gone: Sequence[int], number: int, monkeypatch: pyte
         if name.endswith((".gate.weight", ".router.weight")) and len(parameter) == number
     }
     assert routers
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer[list(gone)] = -torch.inf
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    before = [bias.clone() for bias in biases]
+    for bias in biases:
+        bias[list(gone)] = -torch.inf
     real = F.linear
 
     def linear(x: Tensor, weight: Tensor, *bias: Any, **named: Any) -> Tensor:
@@ -81,6 +88,8 @@ def never_routed(model: Any, gone: Sequence[int], number: int, monkeypatch: pyte
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(F, "linear", linear)
         yield
+    for bias, own in zip(biases, before, strict=True):
+        bias.copy_(own)
 
 
 @torch.no_grad()
@@ -185,6 +194,84 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm(tiny: Tiny, configu
         assert gone == [means.index(min(means))]
 
 
+def mixtures(model: Any, tokens: Tensor) -> list[tuple[Any, Tensor, Tensor]]:
+    """transformers' mixtures with what each reads, and the gradients of its output: (1, tokens, d) of all tokens together."""
+    found: list[tuple[Any, Tensor, Tensor]] = []
+    hooks = []
+
+    def keep(module: Any, given: Any, output: Any) -> Any:
+        whole = output if isinstance(output, tuple) else (output,)
+        whole[0].retain_grad()
+        found.append((module, given[0].detach(), whole[0]))
+
+    for module in model.modules():
+        if any(hasattr(module, name) for name in ("gate", "router")) and hasattr(module, "experts"):
+            hooks.append(module.register_forward_hook(keep))
+    logits = model(tokens).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    return [(module, x.flatten(0, 1)[None], o.grad.flatten(0, 1)[None]) for module, x, o in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "recipe", "settings"),
+    [
+        ("mixtral", {}, "default", {"labels": "text"}),
+        ("mixtral", {}, "surgeon", {"shots": "1", "curvature": "l-obd"}),
+        ("gpt_oss", {}, "surgeon", {"shots": "1"}),
+        pytest.param("qwen3_moe", {}, "default", {"labels": "text"}, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", {}, "default", {"labels": "text"}, marks=pytest.mark.slow),
+        ("olmoe", {}, "default", {"labels": "text"}),
+        ("deepseek_v3", EIGHT, "default", {"labels": "text"}),
+    ],
+)
+def test_experts_cost_what_the_loss_rises_by_once_they_are_gone_one_after_the_other(
+    name: str,
+    changes: Mapping[str, int],
+    recipe: str,
+    settings: dict[str, str],
+    tiny: Tiny,
+    configured: Make,
+    float64_norms: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To second order, by full autograd: their tokens go to the router's next choices in transformers' own mixture."""
+    path, number = tiny(name, torch.float64, **changes), changes.get("n_routed_experts", 4)
+    given = {"ratio": None, "experts": "0.5", "dtype": "float64", "samples": 4, "settings": settings}
+    config = configured(path, recipe=recipe, **given)
+    plan = Plan.read(streamprune.plan_only(config))
+    model, places = opened(path), open_skeleton(path, CPU, "auto").all_sites()
+    for index, (mixture, x, g) in zip(sorted(routed(places)), mixtures(model, windows(config, path)), strict=True):
+
+        def run(mixture: Any = mixture, x: Tensor = x) -> Tensor:
+            with torch.no_grad():
+                output: Any = mixture(x)
+            return output[0] if isinstance(output, tuple) else output
+
+        def loss(gone: Sequence[int], dense: Tensor, g: Tensor = g, run: Any = run) -> float:
+            with never_routed(model, gone, number, monkeypatch):
+                change = run() - dense
+            squares = change.square().sum(-1) if "curvature" in settings else (change * g).sum(-1).square()
+            return float(squares.mean()) / 2
+
+        found = load_file(job_folder(config.out) / f"survey-{index:04}.safetensors")
+        costs = {expert: float(found[key]) for expert in range(number) if (key := f"ffn.{expert}.whole") in found}
+        order, groups = sorted(costs, key=costs.__getitem__), routed(places)[index][0].groups
+        sets = [order[start : start + groups] for start in range(0, len(order), groups)]
+        assert len(order) == number - routed(places)[index][0].least
+        dense, highest, before, spent = run(), 0.0, list[int](), 0.0
+        if groups == 1 and name not in ("olmoe", "qwen2_moe"):  # where the weights of other tokens change too
+            assert order[0] == min(range(number), key=lambda expert: loss([expert], dense))
+        for each in sets:
+            rise = loss([*before, *each], dense)
+            highest = max(highest, (rise - spent) / groups)
+            assert [costs[expert] for expert in each] == pytest.approx([highest] * groups, rel=1e-8)
+            before, spent = [*before, *each], rise
+        gone = [expert for expert in range(number) if plan[f"blocks.{index}.ffn.{expert}"].keep == 0]
+        assert gone == sorted(order[: number // 2])
+
+
 def experts(block: int, number: int, *, groups: int = 1, least: int = 2, units: int = 4) -> list[Site]:
     return [
         Site(
@@ -230,6 +317,97 @@ def test_in_one_budget_an_expert_goes_when_its_last_unit_is_the_cheapest_and_eno
     assert kept(38, experts=True) == [0, 1, 2]
     assert kept(56, experts=True) == [0, 1, 1]  # the router needs two experts
     assert kept(38, sublayers=True) == [1, 1, 1]
+
+
+def test_in_one_budget_experts_and_units_go_as_their_prices_say() -> None:
+    """An expert without a price of its own stays, however cheap its units are."""
+    sites = experts(0, 4, least=2)  # of 48 parameters each
+    units = {"costs": torch.full((4,), 0.01, dtype=torch.float64)}  # 0.1 each
+    survey = {
+        site.name: units | ({WHOLE: torch.tensor(whole)} if whole else {})
+        for site, whole in zip(sites, (0.4, 0.2, 0.0, 0.0), strict=True)
+    }
+    recipe = Default(DefaultSettings())
+
+    def kept(parameters: int, **changes: Any) -> list[int]:
+        budget = Budget(parameters / 192, 192, 1, experts=True, **changes)
+        return [entry.keep for entry in recipe.allocate(sites, survey, budget).values()]
+
+    assert kept(48) == [4, 0, 4, 4]
+    assert kept(96) == [0, 0, 4, 4]
+    assert kept(116) == [0, 0, 2, 4]
+    assert sorted(kept(156)) == [0, 0, 1, 1]
+    cheaper = {name: dict(each) for name, each in survey.items()} | {sites[1].name: units | {WHOLE: torch.tensor(0.6)}}
+    assert [entry.keep for entry in recipe.allocate(sites, cheaper, Budget(20 / 192, 192, 1, experts=True)).values()] == [
+        4, 2, 4, 4
+    ]  # fmt: skip
+
+
+def test_a_job_predicts_what_its_experts_cost(tiny: Tiny, configured: Make, tmp_path: Path) -> None:
+    """From a survey that other ratios and jobs without whole experts can use, but not one taken by those."""
+    path, kept = tiny("mixtral"), tmp_path / "survey"
+    config = configured(path, recipe="default", ratio=None, experts="0.25", samples=24, survey=kept)
+    plan = Plan.read(streamprune.plan_only(config))
+    own = [load_file(kept / f"survey-{index:04}.safetensors") for index in range(3)]
+    gone = [site.split(".")[1:] for site, entry in plan.items() if not entry.keep]
+    predicted = sum(float(own[int(block)][f"ffn.{expert}.whole"]) for block, _, expert in gone)
+    assert predicted > 0
+    assert preview(config).outcomes[-1].loss == pytest.approx(predicted)
+    alone = configured(path, "units", recipe="default", ratio=0.2, samples=24)
+    reused = configured(path, "reused", recipe="default", ratio=0.2, samples=24, survey=kept)
+    assert streamprune.plan_only(alone).read_text() == streamprune.plan_only(reused).read_text()
+    other = tmp_path / "other"
+    streamprune.plan_only(configured(path, "third", recipe="default", ratio=0.2, samples=24, survey=other))
+    with pytest.raises(ConfigError, match=r"taken otherwise: .*costs of whole experts"):
+        streamprune.plan_only(
+            configured(path, "last", recipe="default", ratio=None, experts="2", samples=24, survey=other)
+        )
+
+
+@pytest.mark.parametrize(("number", "chosen"), [(8, 2), (32, 4), (64, 8)])
+def test_about_as_many_tokens_run_for_what_experts_cost_as_forecast(number: int, chosen: int) -> None:
+    generator, tokens = torch.Generator().manual_seed(0), 64 * number // chosen
+    logits, outputs = (torch.randn(tokens, *shape, generator=generator) for shape in ((number,), (number, 8)))
+    run_for = 0
+
+    def run(rows: Tensor, among: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        nonlocal run_for
+        run_for += len(rows)
+        gone = torch.ones(number, dtype=torch.bool)
+        gone[list(range(number) if among is None else among)] = False
+        weights, index = logits[rows].masked_fill(gone, -torch.inf).softmax(-1).topk(chosen, dim=-1)
+        every = torch.zeros(len(rows), number).scatter(1, index, weights / weights.sum(-1, keepdim=True))
+        return (every[..., None] * outputs[rows]).sum(1), every > 0
+
+    steps = removal_costs(run, tokens, torch.randn(tokens, 8, generator=generator), least=chosen)
+    assert len(steps) == len({expert for expert, _ in steps}) == number - chosen
+    assert run_for == pytest.approx(tokens * (1 + chosen * (1 + 2 * math.log(number / chosen))), rel=0.35)
+
+
+@pytest.mark.parametrize("rest", [0, 7])
+def test_an_expert_goes_together_where_that_is_cheaper_than_unit_by_unit(rest: int) -> None:
+    """At each price of a parameter, the units that go are those of least cost less price, of all that can go."""
+    (site,) = experts(0, 1, units=6)
+    site = replace(site, rest=rest)
+    sizes = torch.tensor([10.0] * 5 + [10.0 + rest])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        each = torch.rand(6, generator=generator, dtype=torch.float64).sort().values
+        alone = torch.cat([torch.zeros(1), (each * sizes).cumsum(0)])
+        whole = float(alone[-1] * torch.rand((), generator=generator) * 1.2)
+        costs = {site.name: each.clone()}
+        found = with_whole(site, costs, {WHOLE: torch.tensor(whole)})
+        assert found.choices is not None
+        spent = torch.cat([torch.zeros(1), (costs[site.name] * sizes).cumsum(0)])
+        assert float(spent[-1]) == pytest.approx(whole)
+        assert torch.equal(costs[site.name], costs[site.name].sort().values)
+        true = torch.cat([alone[:-1], torch.tensor([whole])])
+        removed = torch.cat([torch.zeros(1), sizes.cumsum(0)])
+        for price in torch.linspace(0, 1.5, 40):
+            best = int((true - price * removed).argmin())
+            able = [gone for gone in range(7) if 6 - gone in (0, *found.choices)]
+            assert all(float(spent[gone]) == pytest.approx(float(true[gone])) for gone in able)
+            assert best in able
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_statistics_add_up() -> None:
     [
         ("llama", 2, {"recipe": "sobp"}),
         ("llama", 3, {"recipe": "default", "settings": {"labels": "drawn"}, "refine": 3, "effort": "high"}),
-        ("qwen3_moe", 2, {"recipe": "default", "samples": 24}),
+        ("qwen3_moe", 2, {"recipe": "default", "samples": 24, "experts": "3", "ratio": 0.45, "round_to": 1}),
         ("llama", 2, {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "2"}}),
         ("llama", 2, {"recipe": "greedy-output"}),
         ("mixtral", 3, {"recipe": "wanda-sp", "calibration": "self", "samples": 5, "seq_len": 6}),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...maths.refit import SKETCH
+from ...maths.sums import TOGETHER
 from ...maths.triangular import PANEL, TILE, inverse_workspace
 from ...model.block import linear_shape
 from ...model.site import Site
@@ -152,13 +153,22 @@ class Memory(Shapes):
             yield "one block's next tokens", Demand(weights=block, activations=self.decoding(1) - block)
         per_token = max(sum(map(self._backward_token, sublayers)) for sublayers in self.sublayers)
         backward = backward_batch * length * per_token
+        sampled = max(sum(map(self._sample_bytes, sublayers)) for sublayers in self.sublayers)
         sums = max(map(self._survey_sums, self.blocks))
         if work.gradients:
-            yield "one block's backward pass", Demand(block, sums, activations=backward)
+            yield "one block's backward pass", Demand(block, sums, activations=backward + sampled)
         elif work.survey:
-            yield "one block's survey", Demand(block, sums, activations=self.passing(batch))
+            yield "one block's survey", Demand(block, sums, activations=self.passing(batch) + sampled)
         if work.survey:
             yield from (("a site's findings", Demand(block, *digest)) for digest in self._digests())
+        if sampled:
+            # With the outputs of all tokens, as they are put together; changes and gradients of those that run, also in float64.
+            tokens, widest = max(
+                (self.sampled_tokens(each), self._forward_token(each)) for each in self.all_sublayers()
+            )
+            running = min(TOGETHER, tokens) * (widest + self.d * (3 * self.item + 3 * 8))
+            outputs = 2 * tokens * self.d * self.item
+            yield "what whole experts cost", Demand(block, sums, activations=sampled + outputs + running)
         if "divergence" in work.survey:
             heads = max(site.heads for sites in self.blocks for site in sites)
             # Scores, their softmax in float32 and a copy of it, and two maps with their mean and entropies.
@@ -328,6 +338,10 @@ class Memory(Shapes):
 
     def _updates(self, rank: int) -> int:
         return sum(self._update_parameters(index, rank) for index in range(len(self.blocks)))
+
+    def _sample_bytes(self, sublayer: Sublayer) -> int:
+        """Return bytes of the sampled tokens of a mixture, with their gradients."""
+        return self.sampled_tokens(sublayer) * self.item * (self.stream + self.d * self.workload.gradients)
 
     def _survey_sums(self, sites: list[Site]) -> int:
         return self.sum_item * sum(n * n for site in sites for n in self.summed(site))

@@ -299,7 +299,7 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
     tokens = workload.samples * workload.length * workload.text
     head = 2 * d * skeleton.vocabulary * workload.samples * (workload.length - 1) * workload.text
     part = 1.0 if workload.surveyed is None else workload.surveyed / workload.samples  # of the text, in the survey
-    forward = consumers = mixing = surveyed = sums = last = updates = 0.0
+    forward = consumers = mixing = surveyed = sums = last = updates = rerouted = 0.0
     rank = workload.correction_rank
     for number, sublayer in enumerate(shapes.all_sublayers()):
         measured = sublayer.measured
@@ -320,6 +320,8 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
             sums += 2 * tokens * site.columns * d * targeted
             if "divergence" in workload.survey and attention:
                 surveyed += part * (2 * sum(site.linears[:-1]) * tokens + mixed)
+        mixture = sum(2 * sum(site.linears) * site.share for site in sublayer.sites)
+        rerouted += shapes.rerouted(sublayer) * mixture
         compensated = workload.compensates and pruned_input and any(site.linears[:-1] for site in sublayer.sites)
         wanted = compensated or (workload.wants_inputs and bool(sublayer.sites))
         sums += 2 * tokens * (shapes.gram_products(d) * wanted + d * d * compensated)
@@ -356,6 +358,7 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
     predicted = head * workload.length / max(1, workload.length - 1) * workload.refines_last
     refined = 3 * ((1 - workload.removes) * forward + predicted)
     found["refine"]["training"] += workload.refines / max(epoch, 1) * refined
+    survey["sweeps"] += rerouted  # whole experts go in one shot
     survey["sums"] = workload.shots * surveyed * workload.prunes
     prune["sums"] = workload.shots * sums * workload.prunes
     survey["writing"] = workload.generates * (forward + head)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from math import prod
+from math import log, prod
 
 import torch
 
-from ...maths.sums import GRADIENTS, PANEL, Statistic
+from ...maths.sums import GRADIENTS, PANEL, Statistic, sample_size
 from ...model.architectures import SublayerEntry
 from ...model.block import has_grouped_products
 from ...model.dry_run import Measured
@@ -174,6 +174,25 @@ class Shapes:
     def all_sublayers(self) -> Iterator[Sublayer]:
         """Iterate over the sublayers of all blocks."""
         return (sublayer for sublayers in self.sublayers for sublayer in sublayers)
+
+    def sampled_tokens(self, sublayer: Sublayer) -> int:
+        """Return how many tokens of what a mixture reads the survey keeps, for what its experts cost as a whole."""
+        work, entry = self.workload, sublayer.entry
+        if "removal" not in work.survey or not entry.routing:
+            return 0
+        sequences = work.samples if work.surveyed is None else work.surveyed
+        return min(sample_size(len(sublayer.sites), entry.chosen), sequences * work.length)
+
+    def rerouted(self, sublayer: Sublayer) -> float:
+        """Return how many tokens a mixture runs for what its experts cost as a whole.
+
+        All of the sample once; those of each expert once; and those of the two that look cheapest each time one has gone.
+        Measured with random routers of 8 to 128 experts: 0.9 to 1.2 times as many. More where other tokens change too.
+        """
+        if not (tokens := self.sampled_tokens(sublayer)):
+            return 0.0
+        experts, least = sum(site.expert is not None for site in sublayer.sites), sublayer.sites[0].least
+        return tokens * (1 + sublayer.entry.chosen * (1 + 2 * log(experts / max(least, 1))))
 
     def summed(self, site: Site) -> list[int]:
         """Return the numbers of rows of the (square) Grams that the survey sums at a site."""
