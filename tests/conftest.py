@@ -301,6 +301,8 @@ STRUCTURES = (
 """One kind of model for every structure of blocks: for tests that are about one of them, and need no column in docs/checks.md."""
 REPRESENTATIVE = ("llama", "gpt2", "gemma3", "mixtral", "deepseek_v3", "qwen3_5")
 """Kinds of model that tests over `STRUCTURES` or most of `TINY` take unless `--all` is given. Shorter lists are taken whole."""
+VARIANTS, MODELS = 3, {"tiny", "pruned"}
+"""Variants that a test takes unless `--all` is given, if it uses one of these fixtures: the first, the last, and as many between."""
 
 
 def _kind(item: pytest.Item) -> str | None:
@@ -317,7 +319,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests, and most kinds of model, to `--all`; `-m` and tests named by file or node choose for themselves."""
+    """Leave slow tests, most kinds of model and most variants to `--all`; `-m` and tests named by file or node choose for themselves."""
     if config.getoption("--all") or config.getoption("-m") or config.args != config.getini("testpaths"):
         return
 
@@ -331,8 +333,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         of_all = len(found) > len(TINY) // 2 or found >= {*STRUCTURES}
         return item.get_closest_marker("slow") is not None or (of_all and _kind(item) not in {None, *REPRESENTATIVE})
 
-    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
-    items[:] = [item for item in items if not left_out(item)]
+    variants: dict[str, list[pytest.Item]] = {}  # by test function
+    for item in items:
+        if not left_out(item):
+            variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    taken = set[pytest.Item]()
+    for found in variants.values():
+        if len(found) > VARIANTS and MODELS & {*getattr(found[0], "fixturenames", ())}:
+            found = [found[number * (len(found) - 1) // (VARIANTS - 1)] for number in range(VARIANTS)]
+        taken.update(found)
+    config.hook.pytest_deselected(items=[item for item in items if item not in taken])
+    items[:] = [item for item in items if item in taken]
 
 
 @pytest.hookimpl(wrapper=True)
