@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..maths.sums import TOGETHER, TokenSample, sample_size
-from ..model.block import Block
+from ..model.block import Arguments, Block, Sublayer
 from ..model.skeleton import Skeleton
-from ..recipes.recipe import WHOLE
+from ..recipes.recipe import OVERLAP, WHOLE
 
 _SEED = 0x51
 _MATTERS = 1e-3
@@ -66,10 +66,10 @@ def positions(shape: tuple[int, int], number: int) -> Tensor:
 
 
 def costs(skeleton: Skeleton, block: Block, index: int, sample: TokenSample, place: int) -> dict[str, Tensor]:
-    """Return what experts of the mixture at a place of a block cost: () float64 on the host, by the site's place.
+    """Return what experts of the mixture at a place of a block cost, and their overlap: () float64 on the host, by the site's place.
 
     One that would cost less than the expert before it costs as much, and a little more, so that experts go in this order. Those
-    that have to stay because the router needs them have none.
+    that have to stay because the router needs them have no cost.
     """
     sublayer = block.sublayers[place]
     sites = [each.site for each in sublayer.prunables if each.site.expert is not None]
@@ -83,12 +83,33 @@ def costs(skeleton: Skeleton, block: Block, index: int, sample: TokenSample, pla
         reached[torch.cat(mixed.rows), torch.arange(len(sites)).repeat_interleave(sizes).to(x.device)] = True
         return sublayer.consume(mixed)[:, 0], reached
 
-    found, last = dict[str, Tensor](), 0.0
+    same = torch.tensor(_overlap(sublayer, sample, arguments), dtype=torch.float64)
+    found, last = {f"{site.place}.{OVERLAP}": same for site in sites}, 0.0
     steps = removal_costs(run, len(sample.x), sample.g, groups=sites[0].groups, least=sites[0].least)
     for number, cost in steps:
         last = max(cost, last * (1 + 1e-9))
         found[f"{sites[number].place}.{WHOLE}"] = torch.tensor(last, dtype=torch.float64)
     return found
+
+
+def _overlap(sublayer: Sublayer, sample: TokenSample, arguments: Arguments) -> float:
+    """Return the overlap of a mixture's routed experts (see `recipe.OVERLAP`); 1 if none adds anything."""
+    jointly = apart = torch.zeros((), dtype=torch.float64, device=sample.x.device)
+    for rows in torch.split(torch.arange(len(sample.x), device=sample.x.device), TOGETHER):
+        x = sample.x[rows, None]
+        mixed = sublayer.mix(sublayer.normed(x), sublayer.given(x, arguments))
+        total = x.new_zeros(len(x), sublayer.prunables[0].site.outputs)
+        for prunable, own, z, factor in zip(sublayer.prunables, mixed.rows, mixed.z, mixed.factors, strict=False):
+            o = prunable.consume(z, factor)
+            apart = apart + _squares(o, sample.g, rows[own]).sum()
+            total = total.index_add(0, own, o)
+        jointly = jointly + _squares(total, sample.g, rows).sum()
+    return float(jointly / apart) if apart else 1.0
+
+
+def _squares(change: Tensor, g: Tensor | None, rows: Tensor) -> Tensor:
+    """Return ``(gᵀ Δ)²`` (tokens,) float64 of changes (tokens, d_out) at tokens `rows`, or ``‖Δ‖²`` without gradients."""
+    return change.double().square().sum(1) if g is None else (change.double() * g[rows].double()).sum(1).square()
 
 
 @dataclass(frozen=True)
@@ -128,9 +149,7 @@ def removal_costs(run: Run, tokens: int, g: Tensor | None, *, groups: int = 1, l
         found = []
         for part in torch.split(rows, TOGETHER):
             o, then = run(part, among)
-            change = (o - dense[part]).double()
-            squared = change.square().sum(1) if g is None else (change * g[part].double()).sum(1).square()
-            found.append((squared / (2 * tokens), then))
+            found.append((_squares(o - dense[part], g, part) / (2 * tokens), then))
         own, then = (torch.cat(each) for each in zip(*found, strict=True))
         return _Step(rows, own, then)
 

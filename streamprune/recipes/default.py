@@ -33,11 +33,13 @@ from ..model.site import Site
 from .allocation import Budget, allocate
 from .obs import ObsRecipe, greedy_workspace
 from .plan import Plan, SitePlan
-from .recipe import LOSS, WHOLE, Findings, Survey, Surveyed, Target
+from .recipe import LOSS, OVERLAP, WHOLE, Findings, Survey, Surveyed, Target
 from .settings import DefaultSettings
 
 _RIDGE = 1e-6
 """Ridge of G, relative to its mean diagonal: in small jobs G sums fewer tokens than it has rows."""
+_UNITS = 1.6
+"""What units cost, measured, by what is predicted (docs/methods.md). What whole experts cost is predicted."""
 _COLUMNS, _MOST = 0.5, 0.1
 """The ridge of fits is this times columns per token, at most `_MOST`."""
 
@@ -46,7 +48,8 @@ def with_whole(site: Site, costs: dict[str, Tensor], findings: Findings) -> Site
     """Let an expert go as a whole at its own price, or not at all if it has none; return the site with steps to match.
 
     The first units go by themselves as long as a parameter of them costs less than one of all that would be left; the others go
-    together. A site that is no expert stays as it is.
+    together. Units cost `_UNITS` times what is predicted, and the errors that they leave in the experts of a token add up
+    as the experts' outputs do (`recipe.OVERLAP`). A site that is no expert stays as it is.
 
     Args:
         costs: cost per parameter of each further removed unit, (units,) float64, ascending; changed in place for this site.
@@ -54,9 +57,11 @@ def with_whole(site: Site, costs: dict[str, Tensor], findings: Findings) -> Site
     """
     if site.expert is None:
         return site
+    if OVERLAP in findings:
+        costs[site.name] = costs[site.name] * float(findings[OVERLAP])
     if WHOLE not in findings:
         return replace(site, stays=True)
-    each, whole = costs[site.name], float(findings[WHOLE])
+    each, whole = costs[site.name], float(findings[WHOLE]) / _UNITS
     sizes = torch.full_like(each, site.unit_parameters)
     sizes[-1] += site.rest or 0
     spent, gone = (torch.cat([each.new_zeros(1), total.cumsum(0)]) for total in (each * sizes, sizes))

@@ -25,6 +25,9 @@ from .settings import SETTINGS
 S = TypeVar("S")
 WHOLE = "whole"
 """Key of an expert's cost in its findings, where the statistic ``removal`` is taken: with the experts of its block gone that cost less."""
+OVERLAP = "overlap"
+"""Key of a number beside it, one for all experts of a mixture: the loss, to second order, of what a token's experts add up to, by the
+sum of the losses of what each adds. 1 if they have nothing to do with each other, their number if they are the same."""
 LOSS = "loss per parameter"
 """The `Recipe.curve_label` of costs in nats per token, divided by the unit's parameters."""
 Findings = Mapping[str, Tensor]

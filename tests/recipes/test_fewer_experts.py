@@ -36,7 +36,7 @@ from streamprune.recipes.allocation import Budget, allocate
 from streamprune.recipes.default import Default, with_whole
 from streamprune.recipes.experts import Experts, leaving
 from streamprune.recipes.plan import Plan, SitePlan
-from streamprune.recipes.recipe import WHOLE
+from streamprune.recipes.recipe import OVERLAP, WHOLE
 from streamprune.recipes.settings import DefaultSettings
 
 Make = Callable[..., Config]
@@ -214,6 +214,20 @@ def mixtures(model: Any, tokens: Tensor) -> list[tuple[Any, Tensor, Tensor]]:
     return [(module, x.flatten(0, 1)[None], o.grad.flatten(0, 1)[None]) for module, x, o in found]
 
 
+def only(mixture: Any, x: Tensor, expert: int | None) -> Tensor:
+    """A mixture's output with what one expert adds, and no other does; without any expert for None."""
+
+    def other(module: Any, given: Any) -> Any:
+        states, index, weights = given
+        return states, index, weights.where(index == (-1 if expert is None else expert), 0)
+
+    hook = mixture.experts.register_forward_pre_hook(other)
+    with torch.no_grad():
+        output: Any = mixture(x)
+    hook.remove()
+    return output[0] if isinstance(output, tuple) else output
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "recipe", "settings"),
     [
@@ -261,6 +275,13 @@ def test_experts_cost_what_the_loss_rises_by_once_they_are_gone_one_after_the_ot
         sets = [order[start : start + groups] for start in range(0, len(order), groups)]
         assert len(order) == number - routed(places)[index][0].least
         dense, highest, before, spent = run(), 0.0, list[int](), 0.0
+        apart = torch.stack([only(mixture, x, expert) - only(mixture, x, None) for expert in range(number)])
+
+        def squares(change: Tensor, g: Tensor = g) -> Tensor:
+            return change.square().sum(-1) if "curvature" in settings else (change * g).sum(-1).square()
+
+        overlap = squares(apart.sum(0)).sum() / sum(squares(each).sum() for each in apart)
+        torch.testing.assert_close(found["ffn.0.overlap"], overlap)
         if groups == 1 and name not in ("olmoe", "qwen2_moe"):  # where the weights of other tokens change too
             assert order[0] == min(range(number), key=lambda expert: loss([expert], dense))
         for each in sets:
@@ -324,7 +345,7 @@ def test_in_one_budget_experts_and_units_go_as_their_prices_say() -> None:
     sites = experts(0, 4, least=2)  # of 48 parameters each
     units = {"costs": torch.full((4,), 0.01, dtype=torch.float64)}  # 0.1 each
     survey = {
-        site.name: units | ({WHOLE: torch.tensor(whole)} if whole else {})
+        site.name: units | ({WHOLE: torch.tensor(1.6 * whole)} if whole else {})
         for site, whole in zip(sites, (0.4, 0.2, 0.0, 0.0), strict=True)
     }
     recipe = Default(DefaultSettings())
@@ -337,7 +358,9 @@ def test_in_one_budget_experts_and_units_go_as_their_prices_say() -> None:
     assert kept(96) == [0, 0, 4, 4]
     assert kept(116) == [0, 0, 2, 4]
     assert sorted(kept(156)) == [0, 0, 1, 1]
-    cheaper = {name: dict(each) for name, each in survey.items()} | {sites[1].name: units | {WHOLE: torch.tensor(0.6)}}
+    cheaper = {name: dict(each) for name, each in survey.items()} | {
+        sites[1].name: units | {WHOLE: torch.tensor(1.6 * 0.6)}
+    }
     assert [entry.keep for entry in recipe.allocate(sites, cheaper, Budget(20 / 192, 192, 1, experts=True)).values()] == [
         4, 2, 4, 4
     ]  # fmt: skip
@@ -396,7 +419,10 @@ def test_an_expert_goes_together_where_that_is_cheaper_than_unit_by_unit(rest: i
         alone = torch.cat([torch.zeros(1), (each * sizes).cumsum(0)])
         whole = float(alone[-1] * torch.rand((), generator=generator) * 1.2)
         costs = {site.name: each.clone()}
-        found = with_whole(site, costs, {WHOLE: torch.tensor(whole)})
+        # The units of experts that are alike leave errors that add up; and units cost 1.6 times what is predicted.
+        findings = {WHOLE: torch.tensor(1.6 * whole), OVERLAP: torch.tensor(2.0, dtype=torch.float64)}
+        costs[site.name] /= 2
+        found = with_whole(site, costs, findings)
         assert found.choices is not None
         spent = torch.cat([torch.zeros(1), (costs[site.name] * sizes).cumsum(0)])
         assert float(spent[-1]) == pytest.approx(whole)
