@@ -300,9 +300,9 @@ STRUCTURES = (
 )
 """One kind of model for every structure of blocks: for tests that are about one of them, and need no column in docs/checks.md."""
 REPRESENTATIVE = ("llama", "gpt2", "gemma3", "mixtral", "deepseek_v3", "qwen3_5")
-"""Kinds of model that tests over `STRUCTURES` or most of `TINY` take unless `--all` is given. Shorter lists are taken whole."""
+"""Kinds of model that `VARIANTS` are chosen from where tests are over `STRUCTURES` or most of `TINY`, unless `--all` is given."""
 VARIANTS, MODELS = 3, {"tiny", "pruned"}
-"""Variants that a test takes unless `--all` is given, if it uses one of these fixtures: the first, the last, and as many between."""
+"""Variants that a test takes unless `--all` is given, if it uses one of these fixtures: the first, the middle and the last."""
 
 
 def _kind(item: pytest.Item) -> str | None:

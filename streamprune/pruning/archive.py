@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 INDEX, LOCK = "survey.json", "lock"
 FORMAT = "streamprune-survey-1"
-EXPERTS = "costs of whole experts"
-"""Key in what a survey says that it depends on, if they are in it."""
+EXPERTS = {"costs of whole experts": "one after the other"}
+"""What a survey also says of itself if they are in it."""
 LATER = {
     *(
         "ratio",
@@ -46,7 +46,7 @@ LATER = {
         "text_only",
     )
 }
-"""Fields of `Config` that a survey does not depend on; only what experts cost as a whole is taken where `experts` asks for it."""
+"""Fields of `Config` that a survey does not depend on. `experts` only adds what whole experts cost (`EXPERTS`)."""
 
 
 def identity(request: Request) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def identity(request: Request) -> dict[str, Any]:
     header, recipe = request.header, request.recipe
     own = {name: value for name, value in asdict(recipe.settings).items() if name not in recipe.after_survey}
     job = {name: value for name, value in header["settings"].items() if name not in LATER}
-    more = {EXPERTS: True} if "removal" in request.statistics else {}
+    more = EXPERTS if "removal" in request.statistics else {}
     return {**header, "settings": {**job, **more, "seq_len": request.length, "settings": own}}
 
 
@@ -82,8 +82,8 @@ def find(request: Request) -> Mapping[str, str] | None:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ConfigError(f"{folder / INDEX} is not of a survey of this version")
     taken, own = index.get("survey"), identity(request)
-    if isinstance(taken, dict) and isinstance(settings := taken.get("settings"), dict) and EXPERTS in settings:
-        own["settings"] |= {EXPERTS: True}  # a job without whole experts does not read what they cost
+    if isinstance(taken, dict) and isinstance(settings := taken.get("settings"), dict) and {*EXPERTS} <= {*settings}:
+        own["settings"] |= EXPERTS  # a job without whole experts does not read what they cost
     if difference := first_difference(taken, own):
         raise ConfigError(f"survey is {folder}, which was taken otherwise: {difference}; choose another folder")
     digests = index.get("files")

@@ -49,7 +49,8 @@ def predicted_loss(
 ) -> float | None:
     """Return the loss in nats per token that the recipe's costs predict if `keeps` units stay; None if it prices something else.
 
-    Whole experts are priced as such where the survey did so. Units are priced by themselves on the dense model: what refitting and correction recover later is not in it.
+    Whole experts are priced as such where the survey did so, units by themselves on the dense model: what refitting and correction
+    recover later is not in it, nor that errors of the experts of a token add up.
     """
     if recipe.curve_label != LOSS:
         return None

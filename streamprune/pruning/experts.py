@@ -1,8 +1,8 @@
 """What routed experts cost as a whole, one after the other: the router's next choices then do their work.
 
 Without the experts `S` the output of a mixture changes by ``Δ_S``, which costs ``½ mean (gᵀ Δ_S)²`` to second order, `g` the gradient
-of the output. The mean is over a sample of the tokens that the survey reads. The experts go greedily: each time the one that adds
-least to this. Its cost is what it adds, so that experts which stand in for each other do not all look cheap.
+of the output. The mean is over a sample of the tokens that the survey reads. The experts go greedily: each time the one that seems to
+add least to this. Its cost is what it adds, so that experts which stand in for each other do not all look cheap.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..maths.sums import TOGETHER, TokenSample, sample_size
-from ..model.block import Arguments, Block, Sublayer
+from ..model.block import Block
 from ..model.skeleton import Skeleton
 from ..recipes.recipe import OVERLAP, WHOLE
 
 _SEED = 0x51
 _MATTERS = 1e-3
-"""Share of the loss of the tokens that reach an expert, from which on that of all others counts too."""
+"""Share of what an expert costs on average, from which on the loss of the tokens that do not reach it counts too."""
 
 Run = Callable[[Tensor, Sequence[int] | None], tuple[Tensor, Tensor]]
 """From tokens, at most `TOGETHER` int64, and the experts that the router may choose, ascending (None for all), to the mixture's output
@@ -40,7 +40,7 @@ def empty_samples(
     """
     return {
         place: TokenSample(
-            positions(shape, sample_size(skeleton.site_count(index, entry), entry.chosen)),
+            positions(shape, sample_size(skeleton.site_count(index, entry) - (entry.shared is not None), entry.chosen)),
             first=first,
             width=skeleton.stream_width,
             outputs=skeleton.width * gradients,
@@ -68,12 +68,13 @@ def positions(shape: tuple[int, int], number: int) -> Tensor:
 def costs(skeleton: Skeleton, block: Block, index: int, sample: TokenSample, place: int) -> dict[str, Tensor]:
     """Return what experts of the mixture at a place of a block cost, and their overlap: () float64 on the host, by the site's place.
 
-    One that would cost less than the expert before it costs as much, and a little more, so that experts go in this order. Those
-    that have to stay because the router needs them have no cost.
+    An expert costs more than the one that goes before it, by a trace where it would cost no more. Those that have to stay
+    because the router needs them have no cost.
     """
     sublayer = block.sublayers[place]
     sites = [each.site for each in sublayer.prunables if each.site.expert is not None]
     arguments = skeleton.arguments(1, 1)[index]  # nothing in a mixture depends on positions
+    jointly, apart = list[Tensor](), list[Tensor]()  # losses of what the experts of all tokens add, of some tokens each
 
     def run(rows: Tensor, among: Sequence[int] | None) -> tuple[Tensor, Tensor]:
         x = sample.x[rows, None]
@@ -81,30 +82,23 @@ def costs(skeleton: Skeleton, block: Block, index: int, sample: TokenSample, pla
         sizes = torch.tensor([len(each) for each in mixed.rows])
         reached = torch.zeros(len(x), len(sites), dtype=torch.bool, device=x.device)
         reached[torch.cat(mixed.rows), torch.arange(len(sites)).repeat_interleave(sizes).to(x.device)] = True
+        if among is None:
+            total = x.new_zeros(len(x), sites[0].outputs)
+            for prunable, own, z, factor in zip(sublayer.prunables, mixed.rows, mixed.z, mixed.factors, strict=False):
+                o = prunable.consume(z, factor)
+                apart.append(_squares(o, sample.g, rows[own]).sum())
+                total = total.index_add(0, own, o)
+            jointly.append(_squares(total, sample.g, rows).sum())
         return sublayer.consume(mixed)[:, 0], reached
 
-    same = torch.tensor(_overlap(sublayer, sample, arguments), dtype=torch.float64)
-    found, last = {f"{site.place}.{OVERLAP}": same for site in sites}, 0.0
     steps = removal_costs(run, len(sample.x), sample.g, groups=sites[0].groups, least=sites[0].least)
+    alone = float(sum(apart))
+    overlap = torch.tensor(float(sum(jointly)) / alone if alone else 1.0, dtype=torch.float64)
+    found, last = {f"{site.place}.{OVERLAP}": overlap for site in sites}, 0.0
     for number, cost in steps:
-        last = max(cost, last * (1 + 1e-9))
+        last = max(cost, last * (1 + 1e-9), 1e-30)
         found[f"{sites[number].place}.{WHOLE}"] = torch.tensor(last, dtype=torch.float64)
     return found
-
-
-def _overlap(sublayer: Sublayer, sample: TokenSample, arguments: Arguments) -> float:
-    """Return the overlap of a mixture's routed experts (see `recipe.OVERLAP`); 1 if none adds anything."""
-    jointly = apart = torch.zeros((), dtype=torch.float64, device=sample.x.device)
-    for rows in torch.split(torch.arange(len(sample.x), device=sample.x.device), TOGETHER):
-        x = sample.x[rows, None]
-        mixed = sublayer.mix(sublayer.normed(x), sublayer.given(x, arguments))
-        total = x.new_zeros(len(x), sublayer.prunables[0].site.outputs)
-        for prunable, own, z, factor in zip(sublayer.prunables, mixed.rows, mixed.z, mixed.factors, strict=False):
-            o = prunable.consume(z, factor)
-            apart = apart + _squares(o, sample.g, rows[own]).sum()
-            total = total.index_add(0, own, o)
-        jointly = jointly + _squares(total, sample.g, rows).sum()
-    return float(jointly / apart) if apart else 1.0
 
 
 def _squares(change: Tensor, g: Tensor | None, rows: Tensor) -> Tensor:
@@ -167,14 +161,14 @@ def removal_costs(run: Run, tokens: int, g: Tensor | None, *, groups: int = 1, l
             steps[leaving] = step = after(leaving)
             heapq.heappush(waiting, (float(step.losses.sum() - losses[step.rows].sum()), gone, leaving))
             continue
-        step = steps[leaving]
+        step, typical = steps[leaving], sum(float(each.losses.sum()) for each in steps.values()) / len(steps)
         steps.clear()
         stay.difference_update(leaving)
         if others is not False:
             every, before = rerun(everything, sorted(stay)), float(losses.sum())
             if others is None:
                 rest = float(every.losses.sum() - every.losses[step.rows].sum())
-                others = rest > _MATTERS * float(step.losses.sum())
+                others = rest > _MATTERS * typical
             if others:
                 step, cost = every, float(every.losses.sum()) - before
         losses[step.rows], reached[step.rows] = step.losses, step.reached

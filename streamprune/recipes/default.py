@@ -8,7 +8,7 @@ last: with it the sublayer goes as a whole, at ``½ tr(Wᵀ G W H)`` in all. The
 because all of them estimate the loss.
 
 *Allocation*: one threshold on the marginal cost per parameter. Routed experts can go as a whole in it, at what they add to the loss
-although the router's next choices do their work (`pruning.experts`).
+although the router's next choices do their work (`pruning.experts`); units then cost more than predicted (`with_whole`).
 *Compensation*: refit the producers to read the pruned stream.
 *Target*: fit each consumer to its dense output plus the current residual error (dense minus pruned stream).
 *Selection and reconstruction*: exact greedy removal and the OBS update, on the pruned stream.
@@ -44,32 +44,32 @@ _COLUMNS, _MOST = 0.5, 0.1
 """The ridge of fits is this times columns per token, at most `_MOST`."""
 
 
-def with_whole(site: Site, costs: dict[str, Tensor], findings: Findings) -> Site:
-    """Let an expert go as a whole at its own price, or not at all if it has none; return the site with steps to match.
+def with_whole(site: Site, costs: Tensor, findings: Findings, factor: float) -> tuple[Site, Tensor]:
+    """Let an expert go as a whole at its own price, or not at all if it has none; return it with steps to match, and its costs.
 
     The first units go by themselves as long as a parameter of them costs less than one of all that would be left; the others go
-    together. Units cost `_UNITS` times what is predicted, and the errors that they leave in the experts of a token add up
-    as the experts' outputs do (`recipe.OVERLAP`). A site that is no expert stays as it is.
+    together. The errors that units leave in the experts of a token add up as the experts' outputs do (`recipe.OVERLAP`). A site
+    that is no expert stays as it is.
 
     Args:
-        costs: cost per parameter of each further removed unit, (units,) float64, ascending; changed in place for this site.
+        costs: cost per parameter of each further removed unit, (units,) float64, ascending.
         findings: hold what the expert costs as a whole (see `recipe.WHOLE`).
+        factor: what units of all sites cost, by what is predicted.
     """
     if site.expert is None:
-        return site
-    if OVERLAP in findings:
-        costs[site.name] = costs[site.name] * float(findings[OVERLAP])
+        return site, costs
+    costs = costs * float(findings[OVERLAP])
     if WHOLE not in findings:
-        return replace(site, stays=True)
-    each, whole = costs[site.name], float(findings[WHOLE]) / _UNITS
-    sizes = torch.full_like(each, site.unit_parameters)
+        return replace(site, stays=True), costs
+    whole = float(findings[WHOLE]) / factor
+    sizes = torch.full_like(costs, site.unit_parameters)
     sizes[-1] += site.rest or 0
-    spent, gone = (torch.cat([each.new_zeros(1), total.cumsum(0)]) for total in (each * sizes, sizes))
+    spent, gone = (torch.cat([costs.new_zeros(1), total.cumsum(0)]) for total in (costs * sizes, sizes))
     rising = (whole - spent[:-1]) / (gone[-1] - gone[:-1])
     alone = int(rising.argmax())
-    costs[site.name] = torch.cat([each[:alone], rising[alone].expand(site.units - alone)])
     able = range(1, site.units + 1) if site.choices is None else site.choices
-    return replace(site, choices=tuple(units for units in able if units >= site.units - alone))
+    found = replace(site, choices=tuple(units for units in able if units >= site.units - alone))
+    return found, torch.cat([costs[:alone], rising[alone].expand(site.units - alone)])
 
 
 class Default(ObsRecipe[DefaultSettings]):
@@ -135,7 +135,9 @@ class Default(ObsRecipe[DefaultSettings]):
         """Allocate by one threshold on marginal cost for all sites."""
         costs = {site.name: survey[site.name]["costs"] for site in sites}
         if budget.experts:
-            sites = [with_whole(site, costs, survey[site.name]) for site in sites]
+            factor = _UNITS if self.settings.weighted else 1.0
+            given = [with_whole(site, costs[site.name], survey[site.name], factor) for site in sites]
+            sites, costs = [site for site, _ in given], {site.name: each for site, each in given}
         keep = allocate(sites, costs, budget)
         return Plan({name: SitePlan(units) for name, units in keep.items()}, budget.ratio)
 

@@ -256,5 +256,6 @@ class Recipe(ABC, Generic[S]):
         return 0
 
     def curve(self, site: Site, findings: Findings) -> Tensor | None:
-        """Return the cost of each further removed unit as `allocate` uses it, (units,) ascending; None without a curve."""
+        """Return the cost of each further removed unit, (units,) ascending; None without a curve. `allocate` decides by it, unless whole
+        experts can go as well."""
         return None
