@@ -242,14 +242,19 @@ class SiteStatistics:
         self.producers = [gram(each, "producers") for each in rows]
         self.divergence = HeadDivergence(heads) if wanted & _USERS["divergence"] and heads else None
         self.norm = OutputNorm() if wanted & _USERS["norm"] else None
+        self.sample: TokenSample | None = None
+        """At the first expert of a mixture, some of the tokens that the mixture reads; see `pruning.experts.add_samples`."""
 
     def across(self, add_up: AddUp) -> None:
         for each in self._sums():
             each.across(add_up)
         (self.seen,) = add_counts(add_up, self.seen)
 
-    def _sums(self) -> list[Gram | MaskGradient | HeadDivergence | OutputNorm]:
-        sums = (self.mask, self.gram, self.gradient, self.inputs, *self.producers, self.divergence, self.norm)
+    def _sums(self) -> list[Gram | MaskGradient | HeadDivergence | OutputNorm | TokenSample]:
+        sums = (
+            *(self.mask, self.gram, self.gradient, self.inputs, *self.producers),
+            *(self.divergence, self.norm, self.sample),
+        )
         return [each for each in sums if each is not None]
 
     def park(self) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..maths.sums import TOGETHER, TokenSample, sample_size
-from ..model.block import Block
+from ..maths.sums import TOGETHER, SiteStatistics, TokenSample, sample_size
+from ..model.block import Sublayer
 from ..model.skeleton import Skeleton
 from ..recipes.recipe import OVERLAP, WHOLE
 
@@ -28,28 +28,35 @@ Run = Callable[[Tensor, Sequence[int] | None], tuple[Tensor, Tensor]]
 (tokens, d_out) and the experts that they are routed to (tokens, experts) bool."""
 
 
-def empty_samples(
-    skeleton: Skeleton, index: int, shape: tuple[int, int], first: int, *, gradients: bool
-) -> dict[int, TokenSample]:
-    """Return empty samples for the mixtures of a block whose experts can go as a whole, by the sublayer's place in the block.
+def add_samples(
+    skeleton: Skeleton,
+    index: int,
+    stats: Sequence[SiteStatistics],
+    shape: tuple[int, int],
+    first: int,
+    *,
+    gradients: bool,
+) -> None:
+    """Give the first expert of each mixture whose experts can go as a whole an empty sample, in the statistics of a block's sites.
 
     Args:
         shape: sequences over all ranks, and tokens of each.
         first: number of this rank's first sequence.
         gradients: whether gradients are sampled too.
     """
-    return {
-        place: TokenSample(
-            positions(shape, sample_size(skeleton.site_count(index, entry) - (entry.shared is not None), entry.chosen)),
-            first=first,
-            width=skeleton.stream_width,
-            outputs=skeleton.width * gradients,
-            device=skeleton.device,
-            dtype=skeleton.dtype,
-        )
-        for place, entry in enumerate(skeleton.entries[index])
-        if entry.routing
-    }
+    number = 0
+    for entry in skeleton.entries[index]:
+        count = skeleton.site_count(index, entry)
+        if entry.routing:
+            stats[number].sample = TokenSample(
+                positions(shape, sample_size(count - (entry.shared is not None), entry.chosen)),
+                first=first,
+                width=skeleton.stream_width,
+                outputs=skeleton.width * gradients,
+                device=skeleton.device,
+                dtype=skeleton.dtype,
+            )
+        number += count
 
 
 def positions(shape: tuple[int, int], number: int) -> Tensor:
@@ -65,15 +72,14 @@ def positions(shape: tuple[int, int], number: int) -> Tensor:
     return torch.stack([torch.arange(number) * sequences // number, drawn], dim=1)
 
 
-def costs(skeleton: Skeleton, block: Block, index: int, sample: TokenSample, place: int) -> dict[str, Tensor]:
-    """Return what experts of the mixture at a place of a block cost, and their overlap: () float64 on the host, by the site's place.
+def costs(skeleton: Skeleton, sublayer: Sublayer, sample: TokenSample) -> dict[str, Tensor]:
+    """Return what experts of a mixture cost, and their overlap: () float64 on the host, by the site's place and the finding's key.
 
     An expert costs more than the one that goes before it, by a trace where it would cost no more. Those that have to stay
     because the router needs them have no cost.
     """
-    sublayer = block.sublayers[place]
     sites = [each.site for each in sublayer.prunables if each.site.expert is not None]
-    arguments = skeleton.arguments(1, 1)[index]  # nothing in a mixture depends on positions
+    arguments = skeleton.arguments(1, 1)[sublayer.block]  # nothing in a mixture depends on positions
     jointly, apart = list[Tensor](), list[Tensor]()  # losses of what the experts of all tokens add, of some tokens each
 
     def run(rows: Tensor, among: Sequence[int] | None) -> tuple[Tensor, Tensor]:

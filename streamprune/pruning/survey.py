@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import DamageError, NumericalError
 from ..maths.flops import kind
 from ..maths.refit import all_finite
-from ..maths.sums import GRADIENTS, SiteStatistics, TokenSample
-from ..model.block import Block, Prunable
+from ..maths.sums import GRADIENTS, SiteStatistics
+from ..model.block import Block
 from ..model.checkpoint import write_shard
 from ..recipes.recipe import Surveyed
 from ..stream import sweep
@@ -19,7 +19,6 @@ from ..system.host import return_freed_memory
 from ..text.windows import counted
 from . import archive, experts
 from .block import CPU, SEEN
-from .job import Job
 from .shot import GRADIENT, Shot
 from .streams import DENSE
 
@@ -59,11 +58,11 @@ def _sum_forward(shot: Shot) -> None:
         if not done:
             shot.ensure_survey_embedded()
     for index, block in sweep.blocks(skeleton, range(done, depth)):
-        stats, taken = _empty_statistics(shot, index), _empty_samples(shot, index)
+        stats = _empty_statistics(shot, index)
         if job.request.statistics:
-            sweep.survey_block(skeleton, block, index, store, stats, job.batch, taken)
-        digest = _save_findings(shot, index, block, stats, taken)
-        del block, stats, taken
+            sweep.survey_block(skeleton, block, index, store, stats, job.batch)
+        digest = _save_findings(shot, index, block, stats)
+        del block, stats
         shot.record(f"forward/{index}", sha256=digest)
         if job.request.statistics and index:
             store.remove(sweep.boundary(DENSE, index))
@@ -115,10 +114,10 @@ def _sum_down(shot: Shot) -> None:
     while first >= 0:
         lowest = _recompute(shot, first)
         for index, block in sweep.blocks(skeleton, range(first, lowest - 1, -1)):
-            stats, taken = _empty_statistics(shot, index), _empty_samples(shot, index)
-            sweep.backward_block(skeleton, block, index, store, stats, job.backward_batch, predictions, taken)
-            digest = _save_findings(shot, index, block, stats, taken)
-            del block, stats, taken
+            stats = _empty_statistics(shot, index)
+            sweep.backward_block(skeleton, block, index, store, stats, job.backward_batch, predictions)
+            digest = _save_findings(shot, index, block, stats)
+            del block, stats
             shot.record(f"backward/{index}", sha256=digest)
             store.remove(sweep.boundary(GRADIENT, index + 1))
             if index:
@@ -143,25 +142,19 @@ def _recompute(shot: Shot, index: int) -> int:
 
 def _empty_statistics(shot: Shot, index: int) -> list[SiteStatistics]:
     """Zero sums, one per site of a block."""
-    return shot.skeleton.statistics(index, shot.job.request.statistics, CPU if shot.job.grams == "host" else None)
-
-
-def _empty_samples(shot: Shot, index: int) -> dict[int, TokenSample]:
-    """Empty samples of the tokens that a block's mixtures read, if whole experts are to be ranked by what they do there."""
     job = shot.job
-    if "removal" not in job.request.statistics:
-        return {}
-    shape = len(job.survey_tokens), job.survey_tokens.shape[1]
-    gradients = bool(job.request.statistics & GRADIENTS)
-    return experts.empty_samples(shot.skeleton, index, shape, job.survey_part.start, gradients=gradients)
+    stats = shot.skeleton.statistics(index, job.request.statistics, CPU if job.grams == "host" else None)
+    if "removal" in job.request.statistics:
+        shape = len(job.survey_tokens), job.survey_tokens.shape[1]
+        gradients = bool(job.request.statistics & GRADIENTS)
+        experts.add_samples(shot.skeleton, index, stats, shape, job.survey_part.start, gradients=gradients)
+    return stats
 
 
 @torch.no_grad()
 @kind("solving")
-def _save_findings(
-    shot: Shot, index: int, block: Block, stats: list[SiteStatistics], taken: dict[int, TokenSample]
-) -> str | None:
-    """Add up the ranks' sums, digest them and write the block's file; `stats` and `taken` are emptied.
+def _save_findings(shot: Shot, index: int, block: Block, stats: list[SiteStatistics]) -> str | None:
+    """Add up the ranks' sums, digest them and write the block's file; `stats` is emptied.
 
     Returns:
         The file's digest on the first rank, which writes it; else None.
@@ -180,16 +173,9 @@ def _save_findings(
     return_freed_memory()  # of the sweep
 
     found: dict[str, Tensor] = {}
-    for place in [*taken]:
-        sample = taken.pop(place)
-        sample.across(partial(ranks.sum, owner=0))
-        if ranks.first:
-            with kind("sweeps"):
-                found |= experts.costs(shot.skeleton, block, index, sample, place)
-        del sample
     for together, mine in ranks.rounds(range(len(block.prunables))):
         # Popped, so that no sum outlives its site.
-        findings = [_digest(job, block.prunables[number], own.pop(number)) for number in mine]
+        findings = [_digest(shot, block, number, own.pop(number)) for number in mine]
         named = [(list(each), list(each.values())) for each in findings]
         for _, names, tensors in ranks.exchange(together, named, CPU):
             if ranks.first:
@@ -202,8 +188,9 @@ def _save_findings(
     return write_shard(shot.survey_path(index), found)
 
 
-def _digest(job: Job, prunable: Prunable, statistics: SiteStatistics) -> dict[str, Tensor]:
-    """What the recipe keeps of a site's sums, on the host, by its name in the file."""
+def _digest(shot: Shot, block: Block, number: int, statistics: SiteStatistics) -> dict[str, Tensor]:
+    """What is kept of a site's sums, on the host, by its name in the file; at the first expert, also what all of them cost."""
+    job, prunable = shot.job, block.prunables[number]
     site = prunable.site
     where = CPU if job.grams == "host" else job.request.device
     surveyed = Surveyed(
@@ -215,4 +202,9 @@ def _digest(job: Job, prunable: Prunable, statistics: SiteStatistics) -> dict[st
     findings = job.recipe.digest(surveyed)
     if site.expert is not None and job.request.statistics:
         findings[SEEN] = torch.tensor(statistics.seen)
-    return {f"{site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
+    found = {f"{site.place}.{name}": tensor.cpu() for name, tensor in findings.items()}
+    if statistics.sample is not None:
+        (sublayer,) = (each for each in block.sublayers if prunable in each.prunables)
+        with kind("sweeps"):
+            found |= experts.costs(shot.skeleton, sublayer, statistics.sample)
+    return found

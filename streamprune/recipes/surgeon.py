@@ -84,8 +84,8 @@ class Surgeon(MaskRecipe[SurgeonSettings]):
             The factors that `reconstruct` reads (`_needed`), normalised (see `SiteStatistics`): ``a`` (d, d) of the producers' input,
             ``a.consumer`` (n, n) of the consumer's input, ``g.i`` (rows, rows) of the gradient of producer i's output,
             ``g.consumer`` (d_out, d_out) of the gradient of the consumer's output. For units, also ``costs`` (units,)
-            float64; for weights ``histogram.i`` (see `masks.histograms`); for rows and columns ``lines.i`` (rows + columns,) float64, the cost per weight of each row,
-            then column, of linear i.
+            float64; for weights ``histogram.i`` (see `masks.histograms`); for rows and columns ``lines.i`` (rows + columns,)
+            float64, the cost per weight of each row, then column, of linear i.
         """
         site, statistics = surveyed.site, surveyed.statistics
         grams = {"a": statistics.inputs, "a.consumer": statistics.gram, "g.consumer": statistics.gradient}

@@ -6,7 +6,7 @@ model, `dense-0003-1` the input of that block's second sublayer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..errors import CheckpointError, NumericalError
 from ..maths.flops import kind
 from ..maths.refit import accumulator, advice, all_finite
 from ..maths.sampling import sample
-from ..maths.sums import SiteStatistics, TokenSample
+from ..maths.sums import SiteStatistics
 from ..model.block import Block, Mixed, Sublayer
 from ..model.proof import prove
 from ..model.skeleton import Skeleton
@@ -237,28 +237,15 @@ def imitation_gradient(
 
 @torch.no_grad()
 def survey_block(
-    skeleton: Skeleton,
-    block: Block,
-    index: int,
-    store: ActivationStore,
-    stats: Sequence[SiteStatistics],
-    size: int,
-    taken: Mapping[int, TokenSample] | None = None,
+    skeleton: Skeleton, block: Block, index: int, store: ActivationStore, stats: Sequence[SiteStatistics], size: int
 ) -> None:
-    """Run `advance` on the dense stream and add to the forward statistics, one entry of `stats` per site.
-
-    Args:
-        taken: samples of tokens that sublayers read, by the sublayer's place in the block.
-    """
+    """Run `advance` on the dense stream and add to the forward statistics, one entry of `stats` per site."""
     source, target = boundary("dense", index), boundary("dense", index + 1)
     with store.writing(target, f"block {index}") as write:
         for batch, (x,) in store.each(size, source):
             entered = x
-            for place, (sublayer, own) in enumerate(_by_sublayer(block, stats)):
-                read = sublayer.source(x, entered)
-                if taken and place in taken:
-                    taken[place].add(batch, read)
-                mixed, _ = _observed(skeleton, sublayer, index, read, own)
+            for sublayer, own in _by_sublayer(block, stats):
+                mixed, _ = _observed(skeleton, sublayer, index, sublayer.source(x, entered), own, batch)
                 x = sublayer.output(x, mixed)
             write(x)
 
@@ -271,7 +258,6 @@ def backward_block(
     stats: Sequence[SiteStatistics],
     size: int,
     predictions: float | None = None,
-    taken: Mapping[int, TokenSample] | None = None,
 ) -> None:
     """Propagate the gradient from a block's output to its input, recomputing the block from its stored input.
 
@@ -279,7 +265,6 @@ def backward_block(
 
     Args:
         predictions: mean number of predictions of a sequence that count; None if all do.
-        taken: as in `survey_block`.
     """
     scale = store.shape[1] - 1.0 if predictions is None else predictions
     # Grams of gradients are means over all tokens, and the loss is a mean over the predictions that count.
@@ -293,25 +278,20 @@ def backward_block(
             with torch.enable_grad():
                 x.requires_grad_()
                 y, passed, wanted = x, [], [x]
-                for place, (sublayer, own) in enumerate(_by_sublayer(block, stats)):
-                    source = sublayer.source(y, x)
-                    mixed, given = _observed(skeleton, sublayer, index, source, own)
+                for sublayer, own in _by_sublayer(block, stats):
+                    mixed, given = _observed(skeleton, sublayer, index, sublayer.source(y, x), own, batch)
                     o = sublayer.consume(mixed)
                     y = sublayer.join(y, o, mixed.taken)
                     if own:
-                        some = taken.get(place) if taken else None
-                        if some is not None:
-                            some.add(batch, source.detach())
-                        passed.append((sublayer, own, mixed, [len(each) for each in given], some))
+                        passed.append((sublayer, own, mixed, [len(each) for each in given]))
                         wanted += [o, *mixed.z, *(p for each in given for p in each)]
-                    del source
                 gradients = iter(torch.autograd.grad(y, wanted, dy))
             del y
             write(next(gradients))
-            for sublayer, own, mixed, counts, some in passed:
+            for sublayer, own, mixed, counts in passed:
                 do = scaled(next(gradients))
-                if some is not None:
-                    some.add_gradients(batch, do)
+                if own[0].sample is not None:
+                    own[0].sample.add_gradients(batch, do)
                 dz = [next(gradients) for _ in mixed.z]
                 dp = [[scaled(next(gradients)) for _ in range(count)] for count in counts]
                 read, origins = mixed.split(do), mixed.origins()
@@ -332,11 +312,12 @@ def _by_sublayer(block: Block, stats: Sequence[SiteStatistics]) -> Iterator[tupl
 
 
 def _observed(
-    skeleton: Skeleton, sublayer: Sublayer, index: int, x: Tensor, stats: Sequence[SiteStatistics]
+    skeleton: Skeleton, sublayer: Sublayer, index: int, x: Tensor, stats: Sequence[SiteStatistics], batch: slice
 ) -> tuple[Mixed, list[list[Tensor]]]:
     """Return the consumers' inputs and, if wanted, the producers' outputs (one list per site); add to the statistics.
 
-    `x` (sequences, tokens, width) is the sublayer's input before its norm; `stats` has one entry per site of the sublayer.
+    `x` (sequences, tokens, width) is the sublayer's input before its norm, of the sequences `batch`; `stats` has one entry per site
+    of the sublayer.
     """
     arguments = sublayer.given(x, skeleton.arguments(x.shape[0], x.shape[1])[index])
     given: list[list[Tensor]] = []
@@ -348,6 +329,8 @@ def _observed(
     else:
         mixed = sublayer.mix(u, arguments)
     with torch.no_grad():
+        if stats[0].sample is not None:
+            stats[0].sample.add(batch, x.detach())
         maps = None
         if stats[0].divergence is not None:
             # Compute attention a second time: transformers' eager maps serve the statistics only.

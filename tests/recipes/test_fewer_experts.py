@@ -26,10 +26,11 @@ import streamprune
 from streamprune import Config
 from streamprune.errors import CheckpointError, ConfigError
 from streamprune.jobs.names import job_folder
+from streamprune.maths import sums
 from streamprune.model.site import Site, routed
 from streamprune.model.sizes import Sizes
 from streamprune.model.skeleton import open_skeleton
-from streamprune.pruning.experts import removal_costs
+from streamprune.pruning.experts import positions, removal_costs
 from streamprune.pruning.preview import preview
 from streamprune.pruning.speed import Decoding
 from streamprune.recipes.allocation import Budget, allocate
@@ -232,6 +233,7 @@ def only(mixture: Any, x: Tensor, expert: int | None) -> Tensor:
     ("name", "changes", "recipe", "settings"),
     [
         ("mixtral", {}, "default", {"labels": "text"}),
+        ("mixtral", {"tokens": 16}, "default", {"labels": "text"}),
         ("mixtral", {}, "surgeon", {"shots": "1", "curvature": "l-obd"}),
         ("gpt_oss", {}, "surgeon", {"shots": "1"}),
         pytest.param("qwen3_moe", {}, "default", {"labels": "text"}, marks=pytest.mark.slow),
@@ -251,12 +253,18 @@ def test_experts_cost_what_the_loss_rises_by_once_they_are_gone_one_after_the_ot
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To second order, by full autograd: their tokens go to the router's next choices in transformers' own mixture."""
+    changes = dict(changes)
+    monkeypatch.setattr(sums, "TOKENS_PER_EXPERT", changes.pop("tokens", sums.TOKENS_PER_EXPERT))
     path, number = tiny(name, torch.float64, **changes), changes.get("n_routed_experts", 4)
     given = {"ratio": None, "experts": "0.5", "dtype": "float64", "samples": 4, "settings": settings}
     config = configured(path, recipe=recipe, **given)
     plan = Plan.read(streamprune.plan_only(config))
     model, places = opened(path), open_skeleton(path, CPU, "auto").all_sites()
-    for index, (mixture, x, g) in zip(sorted(routed(places)), mixtures(model, windows(config, path)), strict=True):
+    tokens = windows(config, path)
+    chosen = positions((len(tokens), tokens.shape[1]), sums.sample_size(number, 2)) @ torch.tensor([tokens.shape[1], 1])
+    assert (len(chosen) < tokens.numel()) == (sums.TOKENS_PER_EXPERT == 16)
+    for index, (mixture, x, g) in zip(sorted(routed(places)), mixtures(model, tokens), strict=True):
+        x, g = x[:, chosen], g[:, chosen]
 
         def run(mixture: Any = mixture, x: Tensor = x) -> Tensor:
             with torch.no_grad():
@@ -392,6 +400,7 @@ def test_a_job_predicts_what_its_experts_cost(tiny: Tiny, configured: Make, tmp_
 def test_about_as_many_tokens_run_for_what_experts_cost_as_forecast(number: int, chosen: int) -> None:
     generator, tokens = torch.Generator().manual_seed(0), 64 * number // chosen
     logits, outputs = (torch.randn(tokens, *shape, generator=generator) for shape in ((number,), (number, 8)))
+    logits[:, 0] = -torch.inf  # no token reaches this expert
     run_for = 0
 
     def run(rows: Tensor, among: Sequence[int] | None) -> tuple[Tensor, Tensor]:
@@ -404,6 +413,7 @@ def test_about_as_many_tokens_run_for_what_experts_cost_as_forecast(number: int,
         return (every[..., None] * outputs[rows]).sum(1), every > 0
 
     steps = removal_costs(run, tokens, torch.randn(tokens, 8, generator=generator), least=chosen)
+    assert steps[0] == (0, 0.0)
     assert len(steps) == len({expert for expert, _ in steps}) == number - chosen
     assert run_for == pytest.approx(tokens * (2 + chosen * (1 + 2 * math.log(number / chosen))), rel=0.35)
 
