@@ -167,16 +167,16 @@ def removal_costs(run: Run, tokens: int, g: Tensor | None, *, groups: int = 1, l
             steps[leaving] = step = after(leaving)
             heapq.heappush(waiting, (float(step.losses.sum() - losses[step.rows].sum()), gone, leaving))
             continue
-        step, typical = steps[leaving], sum(float(each.losses.sum()) for each in steps.values()) / len(steps)
-        steps.clear()
+        step = steps[leaving]
         stay.difference_update(leaving)
         if others is not False:
             every, before = rerun(everything, sorted(stay)), float(losses.sum())
             if others is None:
-                rest = float(every.losses.sum() - every.losses[step.rows].sum())
-                others = rest > _MATTERS * typical
+                typical = sum(float(each.losses.sum()) for each in steps.values()) / len(steps)
+                others = float(every.losses.sum() - every.losses[step.rows].sum()) > _MATTERS * typical
             if others:
                 step, cost = every, float(every.losses.sum()) - before
+        steps.clear()
         losses[step.rows], reached[step.rows] = step.losses, step.reached
         gone += 1
         found += [(expert, cost / groups) for expert in leaving]
