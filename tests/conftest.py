@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,9 @@ TINY: dict[str, dict[str, Any]] = {
     "nemotron_h": {  # one sublayer in each block: Mamba2, attention, an FFN
         "model_type": "nemotron_h",
         **GATED,
+        "intermediate_size": 64,
         "num_hidden_layers": 4,
-        "layer_types": ["mamba", "attention", "mlp", "mamba"],
+        "layer_types": ["linear_attention", "full_attention", "mlp", "linear_attention"],
         "head_dim": 8,
         "mamba_num_heads": 4,
         "mamba_head_dim": 8,
@@ -229,11 +231,13 @@ TINY: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 1,
         "layer_types": ["full_attention"] * 3,
     },
-    "gemma4-moe": {  # experts, which the block calls itself, beside an FFN
+    "gemma4-moe": {  # experts, which the block calls itself, beside an FFN; fewer key/value heads in some blocks, where they are one
         "model_type": "gemma4_text",
         **GATED,
         "head_dim": 8,
         "global_head_dim": 8,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
         "sliding_window": 6,
@@ -344,6 +348,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         taken.update(found)
     config.hook.pytest_deselected(items=[item for item in items if item not in taken])
     items[:] = [item for item in items if item in taken]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _kind(item) == "nemotron_h" and [*map(int, version("transformers").split(".")[:2])] < [5, 20]:
+        pytest.skip("transformers 5.14 has no cache for nemotron_h: it does not know the kinds of its blocks")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -102,7 +102,7 @@ class Layer:
         """Return the block with some modules that give zero (see `SublayerEntry.silent`); it shares all others."""
         block = self._modules[0]
         for name, outputs in silent:
-            block = _replaced(block, name, _Silent(outputs))
+            block = _replaced(block, name, Zeros(outputs))
         return block
 
     def given(self, name: str) -> tuple[Tensor, ...]:
@@ -312,7 +312,7 @@ class _Together(nn.Module):
         return self.run(x)
 
 
-class _Silent(nn.Module):
+class Zeros(nn.Module):
     """Takes the place of a module: gives zeros of its input's shape, as the first of `outputs` values, or alone if that is 0."""
 
     def __init__(self, outputs: int) -> None:

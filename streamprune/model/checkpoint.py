@@ -58,6 +58,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.headers: dict[str, str] = {}  # SHA-256 in hex of every shard's header, by file name
         self.stored: dict[str, Stored] = {}
         """The tensors of all shards as they are stored, by name, except integers."""
+        self.names: dict[str, str] = {}
+        """The names in the checkpoint, by the model's, of the tensors that `take` only renamed."""
         self._entries: dict[str, TensorEntry]
         self._quantisation: Quantisation | None = None
         if directory.is_dir():
@@ -157,6 +159,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def take(self, entries: Mapping[str, TensorEntry]) -> None:
         """Replace the names of all tensors by those of the model."""
+        names = {id(entry): name for name, entry in self._entries.items()}
+        self.names = {name: names[id(entry)] for name, entry in entries.items() if id(entry) in names}
         self._entries = dict(entries)
 
     def identity(self) -> dict[str, Any]:

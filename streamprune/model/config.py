@@ -103,9 +103,9 @@ def read_configuration(checkpoint: Checkpoint) -> tuple[str, Any]:
                 f"{where}: model_type {model_type!r} is read as {config.model_type!r}, which is not supported"
             )
         text = config.get_text_config()
-    _check_rotation(getattr(text, "rope_parameters", None), where)
+        _check_rotation(getattr(text, "rope_parameters", None), where)
+        _check_experts(text, where)
     _check_numbers(fields, where)
-    _check_experts(text, where)
     return model_type, config
 
 

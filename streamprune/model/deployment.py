@@ -38,6 +38,8 @@ SERVED = (
     *("gpt_neox", "opt", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3"),
 )
 """Model types whose free layout was run in vLLM and gave transformers' tokens."""
+SERVED_STOCK = ("llama", "mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "gpt_oss", "granitemoe", "gemma4_text")
+"""Model types of which a pruned stock checkpoint did."""
 REFUSED = {
     "falcon": "transformers' module does not call the attention interface; prune with --layout uniform",
     "gpt2": "it leaves weights uninitialised; prune with --layout uniform",
@@ -131,7 +133,7 @@ def _vllm(skeleton: Skeleton) -> Way:
         notes = [f"vLLM's own {base} ignores head_dim, so transformers' must run."] if ignored else []
         if base == "gemma2":
             notes.append(f"With vLLM 0.32, {REFUSED[base]}.")
-        elif base != "llama":
+        elif base not in SERVED_STOCK:
             notes.append(f"Not tried with model type {base}.")
         return Way("vLLM", "sh", "vllm serve OUT" + " --model-impl transformers" * ignored, " ".join(notes))
     if BLOCK_CONFIGS in skeleton.checkpoint.config:
@@ -177,8 +179,10 @@ def _unserved(skeleton: Skeleton) -> Iterator[str]:
         yield "a block lacks its attention; prune with --set sublayers=off"
     if any(entry.kind == "linear" for entries in skeleton.entries for entry in entries) or skeleton.stateful:
         yield "linear attention and state spaces do not dispatch through the attention interface"
-    if (rank := getattr(config, "kv_lora_rank", None)) and rank + config.qk_rope_head_dim not in LATENTS:
-        yield f"latents have {rank + config.qk_rope_head_dim} numbers per token, and it takes {', '.join(map(str, LATENTS))}"
+    configs = map(skeleton.block_config, range(len(skeleton)))
+    latents = {rank + own.qk_rope_head_dim for own in configs if (rank := getattr(own, "kv_lora_rank", None))}
+    for numbers in sorted(latents - {*LATENTS}):
+        yield f"latents have {numbers} numbers per token, and it takes {', '.join(map(str, LATENTS))}"
 
 
 def _llama_cpp(skeleton: Skeleton) -> Way:

@@ -148,7 +148,8 @@ def _with_sites(
     """Return an entry with its sites; unchanged if there are none that can be removed."""
     inside = [name for name in experts if _within(name, entry.mixer[-1])]
     if entry.experts is not None:
-        return replace(entry, producers=_producers(experts[entry.experts]))
+        mixture = replace(entry, producers=_producers(experts[entry.experts]))
+        return _routed(block, mixture, experts, width, tried)
     try:
         if inside:
             return _mixture(block, entry, calls, inside, experts, width, tried)
@@ -502,7 +503,16 @@ def _mixture(
     if chosen is None:
         raise Unknown("the experts' outputs are not simply added")
     found = replace(found, chosen=chosen)
-    return Trial(block, found, width, tried).routing(len(experts[name].get_parameter("down_proj"))) or found
+    return _routed(block, found, experts, width, tried)
+
+
+def _routed(
+    block: nn.Module, entry: SublayerEntry, experts: Mapping[str, nn.Module], width: int, tried: Mapping[str, Any]
+) -> SublayerEntry:
+    """Return the entry of a mixture with what its experts take with them if they go as a whole; unchanged if they cannot."""
+    assert entry.experts is not None
+    number = len(experts[entry.experts].get_parameter("down_proj"))
+    return Trial(block, entry, width, tried).routing(number) or entry
 
 
 def _producers(experts: nn.Module) -> tuple[Producer, ...]:

@@ -99,6 +99,8 @@ class Experts(nn.ModuleList):
 
     def __init__(self, widths, hidden, fused):
         super().__init__(Expert(width, hidden, fused) for width in widths)
+        # Stock classes may initialise the tensors that held all experts, as qwen3_omni_moe's does.
+        self.gate_up_proj = self.down_proj = torch.empty(0)
 
     def forward(self, hidden_states, top_k_index=None, top_k_weights=None):
         if top_k_index is None:  # all tokens times the router's weight, which may be zero, for each expert in turn
@@ -250,18 +252,20 @@ def fused(experts, path, leaf, weights):
 def resized(old, rows, columns):
     """Return a linear or norm like `old` with other numbers of outputs and inputs; None keeps a number."""
     with torch.device(old.weight.device):
-        if not isinstance(old, (nn.Linear, Conv1D)):
-            new = copy.copy(old)
-            new._parameters = {
-                name: p if p is None else nn.Parameter(p.new_empty(rows or len(p), *p.shape[1:]))
-                for name, p in old._parameters.items()
-            }
-            if isinstance(old, nn.Conv1d):  # of one channel each
-                new.in_channels = new.out_channels = new.groups = rows or old.groups
-        elif isinstance(old, Conv1D):
+        if isinstance(old, Conv1D):
             new = Conv1D(rows or old.nf, columns or old.nx)
         else:
-            new = type(old)(columns or old.in_features, rows or old.out_features, bias=old.bias is not None)
+            new = copy.copy(old)  # of any class: llama4's router is a linear that takes other arguments
+            new._parameters = {
+                name: p
+                if p is None
+                else nn.Parameter(p.new_empty(rows or len(p), *(columns or n for n in p.shape[1:])))
+                for name, p in old._parameters.items()
+            }
+            if isinstance(old, nn.Linear):
+                new.in_features, new.out_features = columns or old.in_features, rows or old.out_features
+            if isinstance(old, nn.Conv1d):  # of one channel each
+                new.in_channels = new.out_channels = new.groups = rows or old.groups
     return new.to(old.weight.dtype)
 
 
@@ -401,7 +405,8 @@ class BlockConfigs(Sequence):
     def __getitem__(self, key):
         if isinstance(key, slice):
             return [self[index] for index in range(*key.indices(len(self)))]
-        view = self.stock.per_layer_config[key]
+        blocks = self.stock.per_layer_config  # None in older versions, where all blocks are alike
+        view = self.stock if blocks is None else blocks[key]
         if isinstance(key, str):
             return view
         view, own = copy.copy(view), {name: each[key] for name, each in self.fields.items() if each[key] is not None}
@@ -495,7 +500,8 @@ def model_class(base, ending=None):
         widths = dict(config.streamprune)
         while ending == BARE and not hasattr(self, widths["blocks"].split(".")[0]):
             widths["blocks"] = widths["blocks"].partition(".")[2]
-        if not any(type(module) is model_class(base, BARE) for module in self.children()):
+        bare = stock_class(base, BARE) and model_class(base, BARE)
+        if not any(type(module) is bare for module in self.children()):
             resize(self, widths)
         if renamed := widths.get("renamed"):
             # transformers does the same for the stock model_type.

@@ -70,7 +70,8 @@ class _Part:
         shape = list(self.weight.shape)
         if site is not None:
             shape[self.axis] = shape[self.axis] // site.units * keeps.get(site.name, site.units)
-        shape[self.axis] -= sum(not keeps.get(each.name, each.units) for each in self.experts)
+        if self.experts:
+            shape[self.axis] -= sum(not keeps.get(each.name, each.units) for each in self.experts)
         return [Weight(tuple(shape), self.weight.role, self.weight.block)]
 
 
@@ -145,17 +146,12 @@ class Sizes:
         Latent attention keeps its latents and rotary keys, as llama.cpp and vLLM do, whatever the number of heads. Linear
         attention and state space models keep one state per unit, in float32.
         """
-        config, found = self.skeleton.config, 0
-        latent = getattr(config, "kv_lora_rank", None)
-        state = next(
-            (
-                size
-                for name in ("linear_key_head_dim", "ssm_state_size", "mamba_d_state")
-                if (size := getattr(config, name, 0))
-            ),
-            0,
-        )
+        found = 0
         for index, entries in enumerate(self.skeleton.entries):
+            config = self.skeleton.block_config(index)
+            latent = getattr(config, "kv_lora_rank", None)
+            states = ("linear_key_head_dim", "ssm_state_size", "mamba_d_state")
+            state = next((size for name in states if (size := getattr(config, name, 0))), 0)
             window = sliding_window(self.skeleton, index)
             tokens = CACHED * min(context, window or context)
             if self.skeleton.side_inputs[index].shared:
@@ -188,7 +184,7 @@ class Sizes:
 
 def sliding_window(skeleton: Skeleton, index: int) -> int | None:
     """Return the number of tokens that a block's attention sees, if fewer than all."""
-    config = skeleton.config
+    config = skeleton.block_config(index)
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds else "sliding_attention"
     names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}

@@ -417,10 +417,21 @@ class Skeleton:
         """The model_type of what is written, before pruning."""
         return str(self.config.model_type) if self.alone else self.architecture.model_type
 
-    def written_name(self, name: str) -> str:
-        """Return the name that a tensor or module of the model has in what is written."""
+    def block_config(self, index: int) -> Any:
+        """Return the config of the text model as a block sees it: some fields differ by block."""
+        different = getattr(self.config, "is_heterogeneous", False)
+        return self.config.per_layer_config[index] if different else self.config
+
+    def written_name(self, name: str, stock: bool = False) -> str:
+        """Return the name that a tensor or module of the model has in what is written: as the model, or the text model alone, has it.
+
+        A stock checkpoint of a type outside `FAMILIES` (`stock`) has the names of the source's files instead, where they are the
+        same tensors: transformers converts them as it does the source's.
+        """
+        if not self.alone:
+            return self.checkpoint.names.get(name, name) if stock and self.written_type not in FAMILIES else name
         base = f"{self.architecture.base}."
-        if not self.alone or not name.startswith(base):
+        if not name.startswith(base):
             return name
         return f"{modeling.stock_class(self.written_type).base_model_prefix}.{name.removeprefix(base)}"
 

@@ -115,6 +115,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for parameter in inspect.signature(module.forward).parameters.values()
                 if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
             ]
+            # Some versions wrap a forward so that its parameters have no names.
+            names += map(str, range(len(names), len(args)))
             raw = {**dict(zip(names, args, strict=False)), **kwargs}
             first = next((key for key in raw if isinstance(raw[key], Tensor)), "")
             given = {key: self.node(value) for key, value in raw.items()}

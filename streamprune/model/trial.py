@@ -16,7 +16,7 @@ from transformers import Conv1D
 
 from ..maths.refit import unit_columns
 from .architectures import Producer, SublayerEntry
-from .block import StandIn, fresh, is_linear, linear_shape, place, stand_in
+from .block import StandIn, Zeros, fresh, is_linear, linear_shape, place, stand_in
 from .modeling_streamprune import COUNTS_OF_EXPERTS, count, set_count
 from .trace import is_norm
 from .upstream import plain_attention
@@ -173,8 +173,16 @@ class Trial:
         for tensor in self._entry.routing:
             self._hidden[tensor.name] = gone
         full, less = self._route(None, number), self._route(None, number, stays.nonzero()[:, 0], counts)
-        if full is None or less is None or len(full) < 4:  # or the experts are given all tokens in turn
+        if full is None or less is None:
             return False
+        if len(full) == 2:  # each expert in turn is given all tokens
+            given = full[1].view(number, -1, full[1].shape[-1])
+            left = given[stays].flatten(0, 1)
+            # The output of the experts' stand-in counts as often as there are experts.
+            same = ((left, less[1]), (full[0][..., 1:], less[0][..., 1:]))
+            return not given[~stays].any() and all(
+                one.shape == other.shape and torch.allclose(one, other, rtol=1e-4) for one, other in same
+            )
         place_of = stays.cumsum(0) - 1
         chosen = full[2]
         return (
@@ -190,9 +198,9 @@ class Trial:
         units: int = 1,
         kept: Tensor | None = None,
     ) -> Tensor | None:
-        """Run a changed copy of the mixer, with the units `kept` (k,) int64; None if it fails.
+        """Run a changed copy of the mixer, or of a block that calls the parts of its mixture itself, with the units `kept` (k,) int64.
 
-        Returns the consumer's input (1, TOKENS, n), or the mixer's output if there is no consumer.
+        Returns the consumer's input (1, TOKENS, n), or the output if there is no consumer; None if it fails.
         """
         block, entry = copy.deepcopy(self._block), self._entry
         for module in block.modules():
@@ -201,6 +209,11 @@ class Trial:
         # Widths that do not fit each other end the process in torch's own attention, but raise an error here.
         plain_attention(block)
         change(block)
+        mixers = entry.mixer
+        if entry.silent:  # the block itself calls the mixture's parts
+            mixers = ("",)
+            for part, outputs in entry.silent:
+                block.set_submodule(part, Zeros(outputs))
         vectors = {each.name: each for each in (*entry.producers, *entry.vectors, *entry.routing)}
         consumer = None if entry.experts else entry.consumer
         for name in (consumer, entry.inner_norm):
@@ -217,9 +230,8 @@ class Trial:
                 start += size
             return torch.cat(found)
 
-        for mixer in entry.mixer:
-            for name, module in [*block.get_submodule(mixer).named_modules()]:
-                path = f"{mixer}.{name}".rstrip(".")
+        for mixer in mixers:
+            for path, module in [*block.get_submodule(mixer).named_modules(prefix=mixer)]:
                 if config is not None and hasattr(module, "config"):
                     module.config = config
                 if type(module).forward in (nn.Linear.forward, Conv1D.forward):
@@ -241,10 +253,11 @@ class Trial:
                                 value = value.index_select(axis, rows(named, value.shape[axis]))
                             place(module, leaf, value)
         u = self._value("", (1, TOKENS, self._width))
-        passed = fresh({name: self._arguments[key] for name, key in entry.arguments if key in self._arguments})
+        asked = {name: self._arguments[key] for name, key in entry.arguments if key in self._arguments}
+        passed = fresh(self._arguments if entry.silent else asked)
         try:
             with torch.no_grad():
-                for number, mixer in enumerate(entry.mixer):
+                for number, mixer in enumerate(mixers):
                     u = block.get_submodule(mixer)(u, **({} if number else passed))
                     u = u[0] if isinstance(u, tuple | list) else u
         except Exception:

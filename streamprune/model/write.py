@@ -49,7 +49,8 @@ def write_block(
 
     `store` is ``auto`` or ``fp8``; `stock` says that the result is a stock checkpoint, in which experts are fused if the source's are.
     """
-    names = {name: skeleton.written_name(full) for name, full in skeleton.block_names(index).items() if name in weights}
+    held = {name: full for name, full in skeleton.block_names(index).items() if name in weights}
+    names = {name: skeleton.written_name(full, stock) for name, full in held.items()}
     if store == "fp8":
         weights = fp8.quantised(skeleton, index, weights)
         names |= {name: names[name.removesuffix(fp8.SCALE)] + fp8.SCALE for name in weights.keys() - names.keys()}
@@ -69,7 +70,7 @@ def _fused(skeleton: Skeleton, index: int, tensors: Mapping[str, Tensor]) -> dic
         experts = held.get_submodule(entry.experts or "")
         whole = {leaf: modeling.fused(experts, written, leaf, tensors) for leaf, _ in experts.named_parameters()}
         found = {name: tensor for name, tensor in found.items() if not name.startswith(f"{written}.")}
-        found |= {f"{written}.{leaf}": tensor.contiguous() for leaf, tensor in whole.items()}
+        found |= {skeleton.written_name(f"{path}.{leaf}", True): each.contiguous() for leaf, each in whole.items()}
     return found
 
 
@@ -79,16 +80,21 @@ def _has(block: nn.Module, name: str) -> bool:
 
 def _are_fused(skeleton: Skeleton, path: str) -> bool:
     """Return whether the source's files hold the experts at `path` in fused tensors, plain or in MXFP4."""
-    return any(f"{path}.down_proj{end}" in skeleton.checkpoint.stored for end in ("", "_blocks"))
+    leaf = f"{path}.down_proj"
+    named = skeleton.checkpoint.names.get(leaf, leaf)
+    return any(f"{named}{end}" in skeleton.checkpoint.stored for end in ("", "_blocks"))
 
 
-def write_outside(skeleton: Skeleton, folder: Path) -> dict[str, str]:
-    """Write the shards outside the blocks (embeddings, final norm, head, other towers) unchanged. Returns their digests by file name."""
+def write_outside(skeleton: Skeleton, folder: Path, stock: bool) -> dict[str, str]:
+    """Write the shards outside the blocks (embeddings, final norm, head, other towers) unchanged. Returns their digests by file name.
+
+    `stock` is that of `write_block`.
+    """
     checkpoint, total = skeleton.checkpoint, _shards(skeleton)
     digests = {}
     for number, names in _outside(skeleton).items():
         shard = shard_name(number, total)
-        tensors = {skeleton.written_name(name): checkpoint.read(name) for name in names}
+        tensors = {skeleton.written_name(name, stock): checkpoint.read(name) for name in names}
         digests[shard] = write_shard(folder / shard, tensors)
     return digests
 
@@ -119,6 +125,7 @@ def finish(
     layout: Layout,
     digests: Mapping[str, str],
     progress: Progress,
+    stock: bool,
 ) -> dict[str, str]:
     """Write all files besides the shards, the manifest last; then read everything back and verify it.
 
@@ -130,6 +137,7 @@ def finish(
         card: writes the model card, given the folder, in which only the card itself and the manifest are missing.
         layout: the requested layout. If the stock config can express the widths, it is used whatever the layout.
         digests: SHA-256 in hex of the files already written, including all shards, by name.
+        stock: that of `write_block`.
 
     Returns:
         The digests of all files except the manifest.
@@ -141,7 +149,7 @@ def finish(
     """
     digests, total = dict(digests), _shards(skeleton)
     placed = {name: shard_name(number, total) for number, names in _outside(skeleton).items() for name in names}
-    placed = {skeleton.written_name(name): shard for name, shard in placed.items()}
+    placed = {skeleton.written_name(name, stock): shard for name, shard in placed.items()}
     blocks = [shard_name(index + 2, total) for index in range(len(skeleton))]
     source = skeleton.checkpoint
     if lost := [shard for shard in sorted({*placed.values(), *blocks}) if not (folder / shard).is_file()]:
@@ -150,7 +158,7 @@ def finish(
     size = sum(data_bytes(folder / shard) for shard in set(placed.values()))
     scales = [name for name in placed if name.endswith(fp8.SCALE)]
     digests[INDEX] = write_index(folder, placed, report["parameters_after"], size)
-    stock = fits_stock(skeleton, sites)
+    stock = stock and fits_stock(skeleton, sites)
     config = uniform_config if stock else decilm_config if layout is DECILM else free_config
     written = config(skeleton, sites)
     if scales:
@@ -193,19 +201,29 @@ def fits_stock(skeleton: Skeleton, sites: Sequence[Site]) -> bool:
     # What fewer experts alone change is known of other types too.
     before = {site.name: site for site in skeleton.all_sites()}
     same = all(site.units == before[site.name].units for site in left)
-    return same and len(left) < len(before) and bool(_expert_fields(skeleton, left)) and _as_stored(skeleton)
+    known = len(left) == len(before) or bool(_expert_fields(skeleton, left))
+    return same and known and _as_stored(skeleton)
 
 
 def _as_stored(skeleton: Skeleton) -> bool:
-    """Return whether the source is a stock checkpoint whose files have the model's own names, but for fused experts."""
-    if OURS in skeleton.checkpoint.config:
+    """Return whether the source is a stock checkpoint whose files hold the tensors of blocks as the model has them, but for fused
+    experts; its files may name them otherwise.
+    """
+    checkpoint = skeleton.checkpoint
+    if OURS in checkpoint.config:
         return False
     for index, entries in enumerate(skeleton.entries):
         fused = [entry.experts for entry in entries if entry.experts]
         paths = (f"{skeleton.architecture.blocks}.{index}.{name}" for name in fused)
         apart = tuple(f"{path}." for path in paths if _are_fused(skeleton, path))
         names = skeleton.block_names(index).values()
-        if any(name not in skeleton.checkpoint.stored and not name.startswith(apart) for name in names):
+        held = {name for name in names if checkpoint.names.get(name) in checkpoint.stored}
+        if any(name not in held and not name.startswith(apart) for name in names):
+            return False
+        # As the text model alone, only what needs no conversion.
+        if skeleton.alone and any(
+            name != stored for name, stored in checkpoint.names.items() if name in held or name.startswith(apart)
+        ):
             return False
     return True
 
@@ -319,7 +337,7 @@ def free_config(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, Any]:
 
 def _own_fields(skeleton: Skeleton, entry: SublayerEntry, site: Site, mixture: bool) -> dict[str, int]:
     """Return the fields of the stock config that hold the widths of a block's site, for runtimes that read one config per block."""
-    config = skeleton.config
+    config = skeleton.block_config(site.block)
     if site.kind == "attention":
         fields = {"num_attention_heads": site.heads}
         if getattr(config, "kv_lora_rank", None) is None:

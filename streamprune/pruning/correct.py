@@ -35,8 +35,10 @@ from .shot import Shot
 STREAM, GRADIENT = "dense", "gradient"
 
 
-def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
+def correct_blocks(shot: Shot, how: Correction, stock: bool) -> dict[str, str]:
     """Correct the pruned checkpoint of a shot; return the digests of the corrected blocks' shards by name.
+
+    `stock` is that of `write.write_block`.
 
     The first rank does it alone, since a step takes only a few samples; the others return nothing.
     """
@@ -68,7 +70,6 @@ def correct_blocks(shot: Shot, how: Correction) -> dict[str, str]:
     for step, digests, loss in corrector.steps(len(finished)):
         shot.record(f"correct/{step}", sha256=digests, loss=loss)
         shot.progress.step(f"step {step}" if loss is None else f"step {step}: {loss:.4f} nats from the dense model")
-    stock = write.fits_stock(shot.skeleton, shot.after)
     return write_blocks(corrector.skeleton, shot.folder, corrector.absorb, shot.progress, shot.store, stock)
 
 

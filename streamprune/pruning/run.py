@@ -172,7 +172,7 @@ class Run:
         """Prune the blocks that are not pruned yet."""
         skeleton, depth, done = shot.skeleton, len(shot.skeleton), len(shot.steps("prune/"))
         pruner = self._pruner(shot, plan)
-        stock = write.fits_stock(skeleton, [site.keeping(plan[site.name].keep) for site in shot.sites])
+        stock = _stock(shot, plan)
         if shot.ranks.first:
             if not done:
                 files.remove_tree(shot.pruned)  # what an aim refused
@@ -236,7 +236,7 @@ class Run:
     @kind("training")
     def _correct(self, shot: Shot, plan: Plan, how: Correction) -> dict[str, str]:
         """Correct the pruned checkpoint into the shot's result; return the digests of all its files."""
-        return self._write(shot, plan, shot.folder, correct_blocks(shot, how))
+        return self._write(shot, plan, shot.folder, correct_blocks(shot, how, _stock(shot, plan)))
 
     def _write(self, shot: Shot, plan: Plan, folder: Path, shards: Mapping[str, str]) -> dict[str, str]:
         """Complete a checkpoint around the blocks' shards, given as digests by name; return the digests of all files."""
@@ -245,7 +245,8 @@ class Run:
         job, reports = self.job, shot.reports
         losses = [line["loss"] for line in shot.steps("correct/") if line["loss"] is not None]
         report = job.report(plan, reports, shot.removed, losses)
-        digests = {**shards, **write.write_outside(shot.skeleton, folder)}
+        stock = _stock(shot, plan)
+        digests = {**shards, **write.write_outside(shot.skeleton, folder, stock)}
         card = partial(pruning_card, report, hub.title(job.config.model), len(shot.skeleton))
         if shot.last and job.request.surveys and job.recipe.curve_label is not None:
             dense = {site.name: site.units for site in job.request.sites}
@@ -253,7 +254,7 @@ class Run:
                 folder / CURVES, job.recipe, job.request.changeable(shot.sites), shot.survey, plan, dense
             )
         return write.finish(
-            shot.skeleton, folder, shot.after, report, card, shot.skeleton.layout, digests, shot.progress
+            shot.skeleton, folder, shot.after, report, card, shot.skeleton.layout, digests, shot.progress, stock
         )
 
     # The text.
@@ -313,3 +314,8 @@ class Run:
         """Remove the states of the text that the model is writing, all or all but one."""
         for path in {*self.job.folder.glob(f"{GENERATED}*")} - {but}:
             files.remove(path)
+
+
+def _stock(shot: Shot, plan: Plan) -> bool:
+    """Return whether the plan gives a stock checkpoint. Blocks are written before it is known which sites are left alone."""
+    return write.fits_stock(shot.skeleton, [site.keeping(plan[site.name].keep) for site in shot.sites])

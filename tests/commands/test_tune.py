@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
 from conftest import STRUCTURES, contents, edit_tensors, make_tiny
+from safetensors.torch import load_file
 from stopping import Stop, stopping_after
 from streamprune_cli import main
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import streamprune
 from streamprune import TuneConfig
@@ -313,6 +315,25 @@ def test_lora_of_stock_experts(name: str, tiny: Tiny, tuning: Make) -> None:
         for linear in skeleton.linears(index):
             change = states[-1][f"{index}.{linear}.u"] @ states[-1][f"{index}.{linear}.v"]
             torch.testing.assert_close(new[f"{linear}.weight"], old[f"{linear}.weight"] + change)
+
+
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=needs_peft), "distil"])
+def test_a_tuned_stock_checkpoint_is_one_with_the_same_names(method: str, tiny: Tiny, tuning: Make) -> None:
+    """Also of a type whose files have other names than the model, and which has no uniform layout."""
+    path = tiny("mixtral", model_type="minimax_m2", num_experts_per_tok=2)
+    config = tuning(path, method=method, teacher=path if method == "distil" else None)
+    streamprune.tune(config)
+    before, after = (
+        {name: each for file in folder.glob("*.safetensors") for name, each in load_file(file).items()}
+        for folder in (path, config.out)
+    )
+    assert before.keys() == after.keys()
+    assert any("block_sparse_moe.experts.3.w1" in name for name in after)
+    stock = AutoModelForCausalLM.from_pretrained(config.out, dtype=torch.float32)
+    assert stock.config.model_type == "minimax_m2"
+    tokens = windows(config)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens).logits, loaded(config.out, torch.float32)(tokens).logits)
 
 
 @needs_peft

@@ -139,6 +139,7 @@ def test_what_each_runtime_cannot_do(pruned: Callable[..., Path], tiny: Make) ->
 def test_a_stock_type_that_was_not_tried_is_said_to_be_so(tiny: Make) -> None:
     for name, note in (
         ("llama", ""),
+        ("qwen2_moe", ""),
         ("gpt2", "Not tried with model type gpt2."),
         ("gemma2", "With vLLM 0.32, the dense model gives NaN there too, on a CPU; not tried on a GPU."),
     ):

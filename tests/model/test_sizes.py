@@ -41,10 +41,14 @@ def kept(result: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in sorted(TINY)]
+    ("name", "changes"),
+    [
+        *((name, {}) if name in OFTEN else pytest.param(name, {}, marks=pytest.mark.slow) for name in sorted(TINY)),
+        ("llama", {"model_type": "apertus"}),  # parameters that are a single number
+    ],
 )
-def test_bf16_is_what_a_result_weighs(name: str, tiny: Tiny, configured: Make) -> None:
-    model = tiny(name, torch.bfloat16)
+def test_bf16_is_what_a_result_weighs(name: str, changes: dict[str, str], tiny: Tiny, configured: Make) -> None:
+    model = tiny(name, torch.bfloat16, **changes)
     result = Path(streamprune.prune(configured(model, recipe="magnitude")).out)
     assert kept(result) != kept(model)
     assert sizes(model).weights(kept(result), "bf16") == weights_in(result) == sizes(result).weights({}, "bf16")

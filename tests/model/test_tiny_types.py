@@ -109,7 +109,7 @@ def test_the_page_says_of_each_type_what_was_found() -> None:
 
     versions = {"transformers": "1.2"}
     rows: dict[str, dict[str, Any]] = {
-        "b": {"status": "works", "sites": {"attention": 2, "ffn": 2}, "through": [], "step": "done"},
+        "b": {"status": "works", "sites": {"ffn": 2, "experts": 2}, "through": [], "step": "done", "fewer": "stock"},
         "a": {"status": "partly", "sites": {"ffn": 2}, "through": ["mamba"], "step": "done", "single": []},
         "c": {"status": "refused", "error": "it has | in it", "step": "open"},
         "d": {"status": "failed", "error": "no", "step": "prune", "sites": {"ffn": 1}},
@@ -119,10 +119,10 @@ def test_the_page_says_of_each_type_what_was_found() -> None:
     assert "on 2026-01-02 with transformers 1.2" in text
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert lines[1:] == [
-        "| `a` | text | partly | ffn | `mamba` |",
-        "| `b` | wrapper | works | attention, ffn |  |",
-        "| `c` | text | refused |  | it has \\| in it |",
-        "| `d` | text | failed |  | prune: no |",
+        "| `a` | text | partly | ffn |  | `mamba` |",
+        "| `b` | wrapper | works | ffn, experts | stock |  |",
+        "| `c` | text | refused |  |  | it has \\| in it |",
+        "| `d` | text | failed |  |  | prune: no |",
     ]
     assert "| works | 0 | 1 | 1 |" in text
     assert "| all | 3 | 1 | 4 |" in text

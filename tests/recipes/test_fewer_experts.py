@@ -27,6 +27,7 @@ from streamprune import Config
 from streamprune.errors import CheckpointError, ConfigError
 from streamprune.jobs.names import job_folder
 from streamprune.maths import sums
+from streamprune.model.checkpoint import Shard
 from streamprune.model.site import Site, routed
 from streamprune.model.sizes import Sizes
 from streamprune.model.skeleton import open_skeleton
@@ -51,6 +52,11 @@ KINDS = [
     ("qwen2_moe", {}, (0, 1)),
     ("gpt_oss", {}, (2,)),
     ("deepseek_v3", EIGHT, (0, 6)),  # one of each group
+    ("llama4", {}, (1,)),
+    ("gemma4-moe", {}, (0,)),
+    # Their files have other names than the models: w1 to w3 for each expert, and input_linear for all of them.
+    ("mixtral", {"model_type": "minimax_m2", "num_experts_per_tok": 2}, (3,)),
+    ("mixtral", {"model_type": "granitemoe"}, (0, 2)),
 ]
 FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -67,13 +73,18 @@ def opened(path: Path, dtype: torch.dtype = torch.float64) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
 
 
+def names(path: Path) -> set[str]:
+    """Names of the tensors in a checkpoint's files."""
+    return {name for file in path.glob("*.safetensors") for name in Shard(file)}
+
+
 @contextmanager
 def never_routed(model: Any, gone: Sequence[int], number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give the experts `gone` a logit of minus infinity in every router."""
     routers = {
         id(parameter)
         for name, parameter in model.named_parameters()
-        if name.endswith((".gate.weight", ".router.weight")) and len(parameter) == number
+        if name.endswith((".gate.weight", ".router.weight", ".router.proj.weight")) and len(parameter) == number
     }
     assert routers
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
@@ -108,7 +119,7 @@ def streamed(path: Path, tokens: Tensor, dtype: str = "float64") -> Tensor:
 @pytest.mark.parametrize(("name", "changes", "gone"), KINDS)
 def test_without_experts_a_model_is_transformers_with_their_logits_at_minus_infinity(
     name: str,
-    changes: Mapping[str, int],
+    changes: Mapping[str, Any],
     gone: tuple[int, ...],
     tiny: Tiny,
     configured: Make,
@@ -133,6 +144,7 @@ def test_without_experts_a_model_is_transformers_with_their_logits_at_minus_infi
         torch.testing.assert_close(stock(tokens).logits, wanted)
     torch.testing.assert_close(streamed(config.out, tokens), wanted)
     assert stock.num_parameters() == result.parameters_after
+    assert names(config.out) <= names(path)
 
 
 def test_the_experts_that_stay_see_the_tokens_of_those_that_went(
@@ -195,38 +207,62 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm(tiny: Tiny, configu
         assert gone == [means.index(min(means))]
 
 
+class Beside(torch.nn.Module):
+    """gemma4's mixture, which has no module of its own: the block calls its parts."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm, self.router, self.experts = block.pre_feedforward_layernorm_2, block.router, block.experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, weights, index = self.router(x.flatten(0, 1))
+        y: Tensor = self.experts(self.norm(x.flatten(0, 1)), index, weights)
+        return y.view(x.shape)
+
+
 def mixtures(model: Any, tokens: Tensor) -> list[tuple[Any, Tensor, Tensor]]:
     """transformers' mixtures with what each reads, and the gradients of its output: (1, tokens, d) of all tokens together."""
-    found: list[tuple[Any, Tensor, Tensor]] = []
-    hooks = []
+    read, given, found, hooks = list[Tensor](), list[Tensor](), list[Any](), []
 
-    def keep(module: Any, given: Any, output: Any) -> Any:
-        whole = output if isinstance(output, tuple) else (output,)
-        whole[0].retain_grad()
-        found.append((module, given[0].detach(), whole[0]))
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        read.append(inputs[0].detach().view(1, -1, inputs[0].shape[-1]))
+
+    def keep_output(module: Any, inputs: Any, output: Any) -> None:
+        given.append(output[0] if isinstance(output, tuple) else output)
+        given[-1].retain_grad()
 
     for module in model.modules():
-        if any(hasattr(module, name) for name in ("gate", "router")) and hasattr(module, "experts"):
-            hooks.append(module.register_forward_hook(keep))
+        router = next((getattr(module, name) for name in ("gate", "router") if hasattr(module, name)), None)
+        if router is not None and hasattr(module, "experts"):
+            alone = not hasattr(module, "self_attn")
+            found.append(module if alone else Beside(module))
+            hooks.append((module if alone else router).register_forward_hook(keep))
+            hooks.append((module if alone else module.experts).register_forward_hook(keep_output))
     logits = model(tokens).logits
     F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
     for hook in hooks:
         hook.remove()
-    return [(module, x.flatten(0, 1)[None], o.grad.flatten(0, 1)[None]) for module, x, o in found]
+    gradients = (o.grad.view(1, -1, o.shape[-1]) for o in given if o.grad is not None)
+    return list(zip(found, read, gradients, strict=True))
 
 
 def only(mixture: Any, x: Tensor, expert: int | None) -> Tensor:
     """A mixture's output with what one expert adds, and no other does; without any expert for None."""
 
     def other(module: Any, given: Any) -> Any:
+        number = -1 if expert is None else expert
+        if len(given) == 1:  # llama4: all tokens for each expert in turn
+            own = torch.arange(len(given[0])) // (len(given[0]) // module.num_experts) == number
+            return (given[0] * own[:, None],)
         states, index, weights = given
-        return states, index, weights.where(index == (-1 if expert is None else expert), 0)
+        return states, index, weights.where(index == number, 0)
 
     hook = mixture.experts.register_forward_pre_hook(other)
     with torch.no_grad():
         output: Any = mixture(x)
     hook.remove()
-    return output[0] if isinstance(output, tuple) else output
+    o: Tensor = output[0] if isinstance(output, tuple) else output
+    return o.view(x.shape)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +276,8 @@ def only(mixture: Any, x: Tensor, expert: int | None) -> Tensor:
         pytest.param("qwen2_moe", {}, "default", {"labels": "text"}, marks=pytest.mark.slow),
         ("olmoe", {}, "default", {"labels": "text"}),
         ("deepseek_v3", EIGHT, "default", {"labels": "text"}),
+        ("llama4", {}, "default", {"labels": "text"}),
+        ("gemma4-moe", {}, "default", {"labels": "text"}),
     ],
 )
 def test_experts_cost_what_the_loss_rises_by_once_they_are_gone_one_after_the_other(
@@ -269,7 +307,8 @@ def test_experts_cost_what_the_loss_rises_by_once_they_are_gone_one_after_the_ot
         def run(mixture: Any = mixture, x: Tensor = x) -> Tensor:
             with torch.no_grad():
                 output: Any = mixture(x)
-            return output[0] if isinstance(output, tuple) else output
+            o: Tensor = output[0] if isinstance(output, tuple) else output
+            return o.view(x.shape)
 
         def loss(gone: Sequence[int], dense: Tensor, g: Tensor = g, run: Any = run) -> float:
             with never_routed(model, gone, number, monkeypatch):
@@ -446,27 +485,38 @@ def test_an_expert_goes_together_where_that_is_cheaper_than_unit_by_unit(rest: i
 
 
 @pytest.mark.parametrize(
-    ("changes", "stock"),
+    ("name", "changes", "stock"),
     [
-        ({"experts": "3"}, True),
-        pytest.param({"experts": "0.25", "layout": "uniform"}, True, marks=pytest.mark.slow),
-        pytest.param({"experts": "3", "ratio": 0.45, "round_to": 1, "layout": "uniform"}, True, marks=pytest.mark.slow),
-        pytest.param({"experts": "0.25:threshold"}, False, marks=pytest.mark.slow),
-        ({"experts": "0.25:threshold", "ratio": 0.4, "round_to": 1}, False),
-        pytest.param({"experts": "threshold", "ratio": 0.6, "round_to": 1}, False, marks=pytest.mark.slow),
+        ("mixtral", {"experts": "3"}, True),
+        pytest.param("mixtral", {"experts": "0.25", "layout": "uniform"}, True, marks=pytest.mark.slow),
+        pytest.param(
+            "mixtral", {"experts": "3", "ratio": 0.45, "round_to": 1, "layout": "uniform"}, True, marks=pytest.mark.slow
+        ),
+        pytest.param("mixtral", {"experts": "0.25:threshold"}, False, marks=pytest.mark.slow),
+        ("mixtral", {"experts": "0.25:threshold", "ratio": 0.4, "round_to": 1}, False),
+        pytest.param("mixtral", {"experts": "threshold", "ratio": 0.6, "round_to": 1}, False, marks=pytest.mark.slow),
+        pytest.param("llama4", {"experts": "0.25:threshold", "ratio": 0.4}, False, marks=pytest.mark.slow),
+        pytest.param("gemma4-moe", {"experts": "0.25:threshold", "ratio": 0.4}, False, marks=pytest.mark.slow),
     ],
 )
 def test_results_load_again_are_pruned_again_and_resume(
-    changes: dict[str, Any], stock: bool, tiny: Tiny, configured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    changes: dict[str, Any],
+    stock: bool,
+    tiny: Tiny,
+    configured: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = tiny("mixtral")
+    path = tiny(name)
     given = {"recipe": "default", "ratio": None, "samples": 24, **changes}
     config = configured(path, **given)
     result = streamprune.prune(config)
     written = json.loads((config.out / "config.json").read_text())
-    assert (written["model_type"] == "mixtral") == stock
+    assert (written["model_type"] == open_skeleton(path, CPU, "auto").config.model_type) == stock
     sites = json.loads((config.out / "report.json").read_text())["sites"]
-    gone = [site["site"] for site in sites if site["kept"] == 0 and ".ffn." in site["site"]]
+    experts = {site.name for own in routed(open_skeleton(path, CPU, "auto").all_sites()).values() for site in own}
+    gone = [site["site"] for site in sites if site["kept"] == 0 and site["site"] in experts]
     assert gone
     if given["ratio"]:
         assert result.ratio_blocks == pytest.approx(given["ratio"], abs=0.03)
@@ -475,9 +525,8 @@ def test_results_load_again_are_pruned_again_and_resume(
     tokens = torch.randint(2, 20, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         torch.testing.assert_close(streamed(config.out, tokens, "float32"), model(tokens).logits, rtol=1e-4, atol=1e-4)
-    blocks = streamprune.inspect(config.out)["model"]["blocks"]
-    left = [sum(".ffn." in site["site"] for site in block["sites"]) for block in blocks]
-    assert sum(left) == 12 - len(gone)
+    left = routed(open_skeleton(config.out, CPU, "auto").all_sites())
+    assert sum(map(len, left.values())) == len(experts) - len(gone)
     for appends in (5, 9, 11):
         again = configured(path, out=f"again-{appends}", **given)
         with pytest.raises(Stop), stopping_after(appends, monkeypatch):

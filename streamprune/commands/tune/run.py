@@ -362,6 +362,11 @@ class Tuning(JobFolder):
         return self.publish()
 
     @cached_property
+    def _stock(self) -> bool:
+        """Whether the result is a stock checkpoint."""
+        return write.fits_stock(self.student, self.student.all_sites())
+
+    @cached_property
     def _store(self) -> ActivationStore:
         return self.open_store(self.config.samples, self.length, self.activations)
 
@@ -388,7 +393,7 @@ class Tuning(JobFolder):
             losses = refine(student, block, index, store, source, target, self.how, counts=counts)["refinement"]
             if index + 1 < depth:
                 sweep.advance(student, block, index, store, STUDENT, self.batch)
-            digest = write.write_block(student, index, block.weights, self.staging)
+            digest = write.write_block(student, index, block.weights, self.staging, stock=self._stock)
             del block
             self.journal.append(f"block/{index}", losses=losses, sha256=digest)
             for stream in (STUDENT, TEACHER):
@@ -428,7 +433,7 @@ class Tuning(JobFolder):
                 self.progress.step(f"loss {loss:.4f}")
         del state
         updates = self._state() or {}
-        shards = write_blocks(self.student, self.staging, absorb, self.progress)
+        shards = write_blocks(self.student, self.staging, absorb, self.progress, stock=self._stock)
         losses = [loss for line in self.journal.steps("steps/") for loss in line["losses"]]
         first, last = ends(losses)
         return {"loss_first": first, "loss_last": last, "losses": losses}, shards
@@ -462,9 +467,9 @@ class Tuning(JobFolder):
             **totals(self.journal),
             **peaks(self.journal),
         }
-        digests = {**shards, **write.write_outside(student, self.staging)}
+        sites, layout = student.all_sites(), write.layout_of(student)
+        digests = {**shards, **write.write_outside(student, self.staging, self._stock)}
         if (config.model / CURVES).is_file():
             digests[CURVES] = files.copy(config.model / CURVES, self.staging / CURVES)
         card = partial(tuning_card, report, hub.title(config.model))
-        sites, layout = student.all_sites(), write.layout_of(student)
-        return write.finish(student, self.staging, sites, report, card, layout, digests, self.progress)
+        return write.finish(student, self.staging, sites, report, card, layout, digests, self.progress, self._stock)

@@ -157,7 +157,7 @@ class Shapes:
         """
         if (measured := self.skeleton.measured(index, length)) is not None:
             return measured[number]
-        config = self.skeleton.config
+        config = self.skeleton.block_config(index)
         numbers = weights = 0
         for module in self.skeleton.entries[index][number].mixer:
             for parameter in self.skeleton.module(index, module).parameters():
