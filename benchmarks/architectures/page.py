@@ -42,7 +42,8 @@ tiny random checkpoint with a config as found on the hub, and
 
 1. evaluates it streamed, which must give the loss of transformers on the same tokens,
 2. prunes 25 % with `sobp` (less where most of a block passes through), then every site by a quarter with a plan,
-3. evaluates both results streamed and loads them in a process that cannot import streamprune: losses and logits must
+3. lets one of the routed experts of each block go as a whole (`--experts`),
+4. evaluates the results streamed and loads them in a process that cannot import streamprune: losses and logits must
    agree.
 
 "Agree" means a relative difference below 1e-5 in float32. `wrapper` is a model for images and text, whose text model
@@ -53,10 +54,11 @@ is pruned. [checks.md](checks.md) lists what tests check further for one model o
 {meanings}
 
 Sites: `attention` is softmax attention, `linear` a mixer with linear attention or a state space, `ffn` a feed-forward
-network (also one shared beside experts), `experts` those that a router chooses.
+network (also one shared beside experts), `experts` those that a router chooses. A number of whole experts in each block gives a
+checkpoint that transformers loads as it is (`stock`), or one in the free layout (`free`); where none can go, there is a dash.
 
-| `model_type` | | status | sites | passes through, or why not |
-|---|---|---|---|---|
+| `model_type` | | status | sites | fewer experts | passes through, or why not |
+|---|---|---|---|---|---|
 {chr(10).join(table)}
 
 ## Left out
@@ -78,4 +80,4 @@ def line(row: Mapping[str, Any], kind: str) -> str:
     if "error" in row:
         why = str(row["error"]).partition("; supported are")[0].replace("|", "\\|")
         why = f"{row['step']}: {why}" if row["status"] == "failed" else why
-    return f"| `{row['type']}` | {kind} | {row['status']} | {sites} | {why} |"
+    return f"| `{row['type']}` | {kind} | {row['status']} | {sites} | {row.get('fewer', '')} | {why} |"

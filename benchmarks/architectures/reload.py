@@ -78,8 +78,8 @@ def _load(checkpoint: str, tokens: list[list[int]], auto: str) -> tuple[Any, dic
     import transformers
 
     config = json.loads(Path(checkpoint, "config.json").read_text())
-    named = [name for name in config.get("auto_map", {}) if name.startswith("AutoModelFor")]
-    kind = getattr(transformers, named[0] if named else auto)
+    generating = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    kind = getattr(transformers, next((name for name in config.get("auto_map", {}) if name in generating), auto))
     model, info = kind.from_pretrained(
         checkpoint, dtype=torch.float32, trust_remote_code=True, output_loading_info=True
     )

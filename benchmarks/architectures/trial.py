@@ -94,6 +94,7 @@ def _try(
     model_type: str, folder: Path, row: Row, at: Callable[[str, str], None], loader: Loader, progress: Any
 ) -> None:
     import streamprune
+    from streamprune.errors import ConfigError
 
     at("build", "unbuilt")
     auto = scope.auto_class(model_type)
@@ -161,6 +162,22 @@ def _try(
     row["planned"], sizes = reloaded(out)
     row["single"] = sorted({family(site["site"]) for site in sites if site["units"] == 1})
     row["through"] = unchanged(before, groups(model, sizes))
+
+    mixtures = Counter(site["site"].split(".")[1] for site in sites if family(site["site"]) == "experts")
+    if mixtures:
+        at("drop an expert of each block", "failed")
+        out, experts = folder / "fewer", max(mixtures.values()) - 1
+        try:
+            streamprune.prune(streamprune.Config(**job, out=out, experts=experts, recipe="reap"))
+        except ConfigError as error:
+            if "has an unknown form" not in str(error):
+                raise
+            row["fewer"] = "–"
+        else:
+            config = json.loads((out / "config.json").read_text())
+            row["fewer"] = "free" if "streamprune" in config else "stock"
+            at("reload with fewer experts", "failed")
+            row["without"], _ = reloaded(out)
     at("done", "partly" if row["through"] else "works")
 
 
