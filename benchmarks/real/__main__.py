@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace, row: str, ratio: float, tasks: Sequence
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     before = found.get("asked", {})
     # What the same commands gave of the same checkpoint is not measured again.
-    same = {part for part, words in asked.items() if (before.get(part) or []) == words}
+    same = {part for part, words in asked.items() if not words or (before.get(part) or []) == words}
     if "run" not in same or "surveyed" not in found:
         same = set()
     if same == {*asked}:
