@@ -36,7 +36,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 import streamprune  # noqa: F401  (the class of pruned checkpoints)
-from streamprune.maths.adam import Descent, epoch_batch, seeded
+from streamprune.maths.descent import Descent, epoch_batch, seeded
 from streamprune.model.tokenizer import load_tokenizer
 from streamprune.text.source import Text
 from streamprune.text.windows import sample, whole

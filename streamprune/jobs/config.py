@@ -30,12 +30,12 @@ EFFORTS: Mapping[Effort, float] = {"low": 0, "normal": 2, "high": 2}
 """Passes over the calibration windows in which block refinement trains each block."""
 REFINE_SEQUENCES = 1
 """Windows of a step of block refinement."""
-IMITATIONS: Mapping[Effort, float] = {"low": 0, "normal": 0, "high": 2}
-"""Passes over as many other windows in which all blocks are trained together in the end, towards the dense model's predictions."""
+IMITATIONS: Mapping[Effort, int] = {"low": 0, "normal": 0, "high": 2}
+"""Other windows per calibration window, on which all blocks are trained together in the end, towards the dense model's predictions."""
 IMITATION_SEQUENCES = 4
 """Windows of a step of that."""
-IMITATION_RANK, IMITATION_RATE = 32, 2e-3
-"""Rank of its updates, and Adam's highest learning rate."""
+IMITATION_RATE = 2e-4
+"""Its highest learning rate."""
 TuneMethod = Literal["auto", "lora", "distil"]
 TUNE_METHODS: tuple[TuneMethod, ...] = ("auto", "lora", "distil")
 

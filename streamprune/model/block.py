@@ -369,23 +369,47 @@ class Block:
 
         Raises a NumericalError if a trained weight is not finite in the stored dtype.
         """
-        layer = self._layer
-        routers = tuple(f"{s.entry.router}." for s in self.sublayers if s.entry.router)
+        layer, names = self._layer, self._trainable()
         weights = {
-            name: nn.Parameter(master.to(layer.device, dtype))
+            name: nn.Parameter(master.to(layer.device, dtype), requires_grad=name in names)
             for name, master in layer.weights.items()
             if not layer.is_buffer(name)
         }
         for name, weight in weights.items():
             layer.put(name, weight)
-        trained = {name: weight for name, weight in weights.items() if not name.startswith(routers)}
-        for name in weights.keys() - trained.keys():
-            weights[name].requires_grad_(False)
-        yield trained
+        yield {name: weights[name] for name in names}
+        self.assign(weights)
+
+    def masters(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+        """Return copies of the block's matrices, except routers, in `dtype` on the device, by name."""
+        weights, device = self.weights, self._layer.device
+        matrices = (name for name in self._trainable() if weights[name].dim() == 2)
+        return {name: nn.Parameter(weights[name].to(device, dtype, copy=True)) for name in matrices}
+
+    def _trainable(self) -> list[str]:
+        routers = tuple(f"{s.entry.router}." for s in self.sublayers if s.entry.router)
+        return [name for name in self.weights if not self._layer.is_buffer(name) and not name.startswith(routers)]
+
+    def assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Set weights, by name. Raises a NumericalError if one is not finite in its stored dtype."""
         for name, weight in weights.items():
-            layer.set(name, weight.detach())
-            if not all_finite(layer.weights[name]):
+            self._layer.set(name, weight.detach())
+            if not all_finite(self.weights[name]):
                 raise NumericalError(f"blocks.{self.sublayers[0].block}: {name} is not finite after training")
+
+    @contextmanager
+    def computing(self, weights: Mapping[str, Tensor]) -> Iterator[list[nn.Parameter]]:
+        """Compute with other values of parameters, given by name, while the context is open; the block's weights do not change.
+
+        Yields them in the computing dtype, in the same order; gradients flow to these.
+        """
+        layer = self._layer
+        leaves = {name: nn.Parameter(layer._computing(weight.detach())) for name, weight in weights.items()}
+        for name, leaf in leaves.items():
+            layer.put(name, leaf)
+        yield [*leaves.values()]
+        for name in leaves:
+            layer.put(name, layer._computing(self.weights[name]))
 
     def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
         """Create trainable low-rank updates ``W + U V`` for all linears, by ``name.u`` and ``name.v``, on the device.

@@ -1,23 +1,24 @@
-"""Low-rank corrections of all blocks together, streamed: on the language modelling loss (LLM Surgeon, section 3.6), or ours, towards the
-dense model's predictions.
+"""Corrections of all blocks together, streamed: of low rank on the language modelling loss (LLM Surgeon, section 3.6), or ours, of all
+matrices towards the dense model's predictions.
 
-A step is one forward and one backward sweep over the blocks for a small batch. Linears compute with ``W + U V``; Adam
-updates `U` and `V` by their gradients. Only one block is in memory. `U`, `V` and Adam's moments are on disk, one file per
-block and step, until ``U V`` is absorbed into `W` after the last step. What the dense model's last block gives is computed before the
-first step, and again by a job that resumes.
+A step is one forward and one backward sweep over the blocks for a small batch. Only one block is in memory. What is trained is on disk
+with any moments, one file per block and step, until the blocks take it after the last step. At low rank, linears compute with
+``W + U V``, and Adam updates `U` and `V`; otherwise steps are normalised gradients. What the dense model's last block
+gives is computed before the first step, and again by a job that resumes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import NumericalError
-from ..maths.adam import Descent, batch, next_batch, seeded
+from ..maths.descent import Descent, batch, next_batch, seeded
 from ..maths.refit import accumulator
 from ..model import write
 from ..model.block import Block
@@ -162,19 +163,34 @@ class Corrector:
         return store
 
     def absorb(self, block: Block, index: int) -> None:
-        """Add the updates of the last step to the block's weights."""
-        if (descent := self.descent(self.how.steps, index, block)) is not None:
+        """Give the block what was trained."""
+        if (descent := self.descent(self.how.steps, index, block)) is None:
+            return
+        if self.how.rank is None:
+            block.assign(descent.weights)
+        else:
             block.absorb(descent.weights, keep_zeros=self.how.keeps_zeros)
 
     def descent(self, step: int, index: int, block: Block) -> Descent | None:
-        """Return a block's updates before a step, with Adam's state; None outside the window and without sites."""
+        """Return what is trained of a block before a step; None outside the window and without sites."""
         if index not in self.window or not block.prunables:
             return None
-        how, path = self.how, self._file(step, index)
-        assert how.rank is not None
-        updates = block.updates(how.rank, accumulator(self.skeleton.dtype), seeded(how.seed, index))
-        place, stored = f"the correction of block {index}", load_shard(path, self._digests[path.name]) if step else None
-        return Descent(updates, steps=how.steps, rate=how.rate, warmup=how.warmup, place=place, state=stored)
+        how, path, dtype, whole = (
+            self.how,
+            self._file(step, index),
+            accumulator(self.skeleton.dtype),
+            self.how.rank is None,
+        )
+        return Descent(
+            block.masters(dtype) if how.rank is None else block.updates(how.rank, dtype, seeded(how.seed, index)),
+            steps=how.steps,
+            rate=how.rate,
+            warmup=how.warmup,
+            place=f"the correction of block {index}",
+            normalised=whole,
+            keeps_zeros=whole and how.keeps_zeros,
+            state=load_shard(path, self._digests[path.name]) if step else None,
+        )
 
     def _step(self, step: int, wanted: ActivationStore | None) -> tuple[dict[str, str], float | None]:
         skeleton, store, depth, how = self.skeleton, self._store, len(self.skeleton), self.how
@@ -211,25 +227,34 @@ class Corrector:
         store.remove(sweep.boundary(GRADIENT, self.window.start))
         return digests, loss
 
-    def _updated(self, block: Block, descent: Descent | None) -> AbstractContextManager[None]:
-        """Return a context in which the block computes with its updates."""
-        return nullcontext() if descent is None else block.updated(descent.weights, keep_zeros=self.how.keeps_zeros)
+    @contextmanager
+    def _updated(self, block: Block, descent: Descent | None) -> Iterator[Sequence[Tensor]]:
+        """Compute with what is trained while the context is open; yield the tensors to take gradients of, in the order of the weights."""
+        if descent is None:
+            yield []
+        elif self.how.rank is None:
+            with block.computing(descent.weights) as weights:
+                yield weights
+        else:
+            with block.updated(descent.weights, keep_zeros=self.how.keeps_zeros):
+                yield [*descent.weights.values()]
 
     def _backward(self, block: Block, index: int, descent: Descent | None, predictions: int) -> None:
-        """Set the gradients of the loss per prediction with respect to the updates, and write the gradient of the input."""
+        """Set the gradients of the loss per prediction with respect to what is trained, and write the gradient of the input."""
         skeleton, store = self.skeleton, self._store
-        updates = [] if descent is None else [*descent.weights.values()]
+        trained = [] if descent is None else [*descent.weights.values()]
         target, place = sweep.boundary(GRADIENT, index), f"the correction's gradient of block {index}"
         names = sweep.boundary(STREAM, index), sweep.boundary(GRADIENT, index + 1)
-        with self._updated(block, descent), store.writing(target, place) as write:
+        with self._updated(block, descent) as leaves, store.writing(target, place) as write:
             for _, (x, dy) in store.each(self.how.batch, *names):
                 arguments = skeleton.arguments(x.shape[0], x.shape[1])[index]
                 with torch.enable_grad():
                     x.requires_grad_()
-                    dx, *gradients = torch.autograd.grad(block(x, arguments), (x, *updates), dy)
-                for update, gradient in zip(updates, gradients, strict=True):
-                    part = gradient / predictions
-                    update.grad = part if update.grad is None else update.grad + part
+                    # An expert may be without tokens.
+                    dx, *gradients = torch.autograd.grad(block(x, arguments), (x, *leaves), dy, materialize_grads=True)
+                for weight, gradient in zip(trained, gradients, strict=True):
+                    part = gradient.to(weight.dtype) / predictions
+                    weight.grad = part if weight.grad is None else weight.grad + part
                 write(dx)
 
     def _file(self, step: int, index: int) -> Path:

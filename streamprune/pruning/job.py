@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.config import EFFORTS, IMITATION_RANK, IMITATION_SEQUENCES, Config, DataFree, Effort
+from ..jobs.config import EFFORTS, IMITATION_SEQUENCES, IMITATIONS, Config, DataFree, Effort
 from ..jobs.folder import JobFolder
 from ..jobs.forecast.memory import GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast, training_operations
@@ -105,8 +105,9 @@ class Job(JobFolder):
             self.request.workload,
             refines=refines,
             corrects=corrects,
-            correction_rank=IMITATION_RANK,
+            correction_rank=None,
             correction_sequences=IMITATION_SEQUENCES,
+            correction_samples=IMITATIONS[effort] * self.config.samples,
             corrected_shots=1 if corrects else 0,
             imitates=bool(corrects),
         )
@@ -307,18 +308,22 @@ class Job(JobFolder):
 
     @cached_property
     def other_windows(self) -> Windows:
-        """What all blocks are trained together on: as many windows as were calibrated on, others as far as the text has such."""
+        """What all blocks are trained together on: other windows than were calibrated on, at most `IMITATIONS` for each of these.
+
+        At least as many as these, with the same ones if the text has too few others.
+        """
         count, seed = self.config.samples, self.config.seed ^ 0x51ED270B
         if self.request.text == "self":
             return self.windows
-        found = others(self._sample(self.request.text, DRAWN * count, seed, Silent()), self.windows, count)
+        most = IMITATIONS["high"] * count
+        found = others(self._sample(self.request.text, DRAWN * most, seed, Silent()), self.windows, most)
         if (lacking := count - len(found.tokens)) > 0:
             self.progress.say(
                 f"{lacking} of the {count} windows for training all blocks together are calibration windows, since {self.request.text} "
                 "has too little other text"
             )
         parts = zip((found.tokens, found.labels), (self.windows.tokens, self.windows.labels), strict=True)
-        return Windows(*(torch.cat(part)[:count] for part in parts))
+        return Windows(*(torch.cat(part)[: max(count, len(found.tokens))] for part in parts))
 
     @property
     def published(self) -> bool:

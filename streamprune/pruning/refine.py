@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import NumericalError
 from ..jobs.forecast.workload import TRAIN_SEQUENCES
-from ..maths.adam import Decay, Descent, epoch_batch, seeded
+from ..maths.descent import Decay, Descent, epoch_batch, seeded
 from ..maths.flops import kind
 from ..maths.refit import accumulator
 from ..model.block import Block
@@ -110,6 +110,7 @@ def refine(
             warmup=how.warmup,
             decay=how.decay,
             place=f"block {index}",
+            keeps_zeros=how.keeps_zeros,
         )
         for step in range(how.steps):
             total = 0.0
@@ -129,9 +130,6 @@ def refine(
                 ranks.sum(weight.grad)
             if not math.isfinite(total):
                 raise NumericalError(f"block {index}: the refinement's loss is {total} at step {step}")
-            for weight in weights.values() if how.keeps_zeros else ():
-                if weight.dim() == 2 and weight.grad is not None:
-                    weight.grad.masked_fill_(weight == 0, 0)
             descent.step()
             losses.append(total)
         # Ranks on different machines may differ in the last digits.

@@ -13,9 +13,9 @@ from ..errors import CheckpointError, ConfigError
 from ..jobs.config import (
     AUTO,
     DATA_FREE,
-    IMITATION_RANK,
     IMITATION_RATE,
     IMITATION_SEQUENCES,
+    IMITATIONS,
     REFINE_SEQUENCES,
     Config,
     DataFree,
@@ -232,7 +232,7 @@ class Request:
         if self.recipe.correction is not None or not steps:
             return self.recipe.correction
         sequences = min(IMITATION_SEQUENCES, self.config.samples)
-        return Correction(steps, IMITATION_RANK, IMITATION_RATE, sequences, warmup=steps // 8, imitates=True)
+        return Correction(steps, None, IMITATION_RATE, sequences, imitates=True)
 
     @cached_property
     def text(self) -> Text | DataFree:
@@ -276,6 +276,7 @@ class Request:
     def workload(self) -> Workload:
         corrections = [each for number in range(1, self.shots + 1) if (each := self.correction(number))]
         correction = corrections[0] if corrections else None
+        imitates = correction is not None and correction.imitates
         # Only the first rank generates text and corrects.
         divided = not self.writes_text and self.recipe.correction is None
         return Workload(
@@ -293,11 +294,11 @@ class Request:
             refine_sequences=REFINE_SEQUENCES,
             refines_last=any(site.block == len(self.skeleton) - 1 for site in self.changeable(self.sites)),
             corrects=correction.steps if correction else 0,
-            correction_rank=correction.rank if correction else 0,
+            correction_rank=correction.rank if correction else None,
             correction_sequences=correction.sequences if correction else 0,
-            correction_samples=self.config.samples,
+            correction_samples=self.config.samples * (IMITATIONS["high"] if imitates and not self.writes_text else 1),
             corrected_shots=len(corrections),
-            imitates=correction is not None and correction.imitates,
+            imitates=imitates,
             shots=self.shots,
             generates=self.writes_text,
             removes=self._removes,

@@ -98,12 +98,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Correction:
-    """Low-rank training of all blocks together at the end of a shot."""
+    """Training of all blocks together at the end of a shot."""
 
     steps: int
-    rank: int
+    rank: int | None
+    """Rank of the updates, one per linear, which Adam trains; None trains all matrices by normalised gradients."""
     rate: float
-    """Adam's highest learning rate."""
+    """The highest learning rate."""
     sequences: int = 8
     """Windows per step."""
     warmup: int = 0

@@ -25,7 +25,7 @@ from streamprune import TuneConfig
 from streamprune.commands.tune import lora
 from streamprune.errors import CheckpointError, ConfigError, NumericalError, ResourceError, ResumeError
 from streamprune.jobs.names import job_folder
-from streamprune.maths.adam import batch, epoch_batch, seeded
+from streamprune.maths.descent import batch, epoch_batch, seeded
 from streamprune.model.skeleton import open_skeleton
 from streamprune.model.tokenizer import load_tokenizer
 from streamprune.pruning.refine import Refinement

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from streamprune.commands.tune import lora
 from streamprune.errors import NumericalError
-from streamprune.maths.adam import Descent
+from streamprune.maths.descent import Descent
 from streamprune.maths.refit import output_error
 from streamprune.maths.sampling import sample
 from streamprune.maths.slimgpt import batched_group_removal, dynamic_group_removal

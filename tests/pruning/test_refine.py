@@ -21,7 +21,7 @@ import streamprune
 from streamprune import Config
 from streamprune.errors import NumericalError
 from streamprune.jobs.forecast.workload import TRAIN_SEQUENCES
-from streamprune.maths.adam import Descent
+from streamprune.maths.descent import Descent
 from streamprune.model.checkpoint import Checkpoint
 from streamprune.model.skeleton import Skeleton, open_skeleton
 from streamprune.model.tokenizer import IGNORED

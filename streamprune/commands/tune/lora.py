@@ -21,7 +21,7 @@ from transformers import Conv1D
 
 from ...errors import NumericalError
 from ...jobs.forecast.workload import TRAIN_SEQUENCES
-from ...maths.adam import Descent, batch, epoch_batch, seeded
+from ...maths.descent import Descent, batch, epoch_batch, seeded
 from ...maths.refit import accumulator, advice, all_finite
 from ...model.modeling_streamprune import Experts, separate_experts
 from ...model.skeleton import Skeleton

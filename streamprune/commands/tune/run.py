@@ -29,7 +29,7 @@ from ...jobs.names import is_report, is_tuning
 from ...jobs.reports import tuning_card
 from ...jobs.resume import RequiredFile, check_tokens, ensure, rewind_to_existing
 from ...jobs.schedule import Phase
-from ...maths.adam import steps_per_epoch
+from ...maths.descent import steps_per_epoch
 from ...maths.flops import kind
 from ...model import hub, write
 from ...model.block import Block

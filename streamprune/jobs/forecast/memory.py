@@ -11,6 +11,7 @@ runs the model (`GramPlace`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -67,7 +68,7 @@ class Demand:
     solving: int = 0  # what solves a site: weights in the sums' dtype, factors, inverses
     activations: int = 0  # activations of one micro-batch, and data that the next one needs
     slack: int = 0  # lost to fragmentation
-    host: int = 0  # with a GPU, in host memory: stored weights of this block and the next, what left the device
+    host: int = 0  # with a GPU, in host memory: stored weights of this block and the next, what is trained, what left the device
 
     @property
     def device(self) -> int:
@@ -128,7 +129,7 @@ class Memory(Shapes):
                 sums=demand.sums - moved,
                 solving=demand.solving - solved,
                 activations=demand.activations + (self.sum_item * self.most_columns * TILE if moved else 0),
-                host=2 * self.pinned_block + 10 * pinned_bytes(self.stored_row * rows) + moved + solved,
+                host=demand.host + 2 * self.pinned_block + 10 * pinned_bytes(self.stored_row * rows) + moved + solved,
             )
         return replace(placed, slack=placed.device // IDLE_SHARE)
 
@@ -189,9 +190,14 @@ class Memory(Shapes):
                 weights = block + self.head + self.sum_item * trained
                 yield "refining the last block", Demand(weights, activations=activations)
         if work.corrects:
-            # The weights as stored, the weights with their update, and the gradients.
-            solving = 3 * self.sum_item * (self.block // self.weight_item)
-            yield "correcting one block", Demand(block, solving=solving, activations=backward)
+            # The weights as stored, the weights with their update, and the gradients. If all weights are trained: these and their
+            # gradients, with a micro-batch's, and the copies of one as it is normalised.
+            parameters, host = self.block // self.weight_item, 0
+            solving = 3 * self.sum_item * parameters
+            if work.correction_rank is None:
+                solving = (2 * self.sum_item + self.item) * parameters + 3 * self.sum_item * self.largest
+                host = 0 if self.on_cpu else 2 * self.sum_item * parameters  # as read from disk
+            yield "correcting one block", Demand(block, solving=solving, activations=backward, host=host)
             if work.imitates:
                 rows = min(backward_batch, work.correction_sequences)
                 yield "the head's divergence", Demand(self.head, activations=self._divergence(rows))
@@ -388,6 +394,8 @@ class Memory(Shapes):
             found += result + streams + self.states(work.correction_rank)
         return found
 
-    def states(self, rank: int) -> int:
-        """Return bytes of all low-rank updates with Adam's two moments, before and after a step."""
+    def states(self, rank: int | None) -> int:
+        """Return bytes of all low-rank updates with Adam's two moments, or of all weights that stay, before and after a step."""
+        if rank is None:
+            return math.ceil(2 * self.sum_item * (1 - self.workload.removes) * self.skeleton.block_parameters())
         return 2 * 3 * self.sum_item * self._updates(rank)

@@ -314,7 +314,10 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
             mixing += mixed
             consumers += 2 * site.linears[-1] * site.share * tokens
             sides = [weights // d for weights in site.linears]  # beside d
-            updates += 2 * site.share * tokens * sum(min(rank, d, side) * (d + side) for side in sides)
+            if rank is None:
+                updates += 2 * sum(site.linears) * site.share * tokens
+            else:
+                updates += 2 * site.share * tokens * sum(min(rank, d, side) * (d + side) for side in sides)
             surveyed += 2 * tokens * site.share * part * sum(map(shapes.gram_products, shapes.summed(site)))
             sums += 2 * tokens * site.share * shapes.gram_products(site.columns) * workload.gram
             sums += 2 * tokens * site.columns * d * targeted
@@ -332,7 +335,8 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
     advanced = forward if workload.refines else forward - last  # no stream is needed after the last sublayer
     found: dict[Stage, dict[Kind, float]] = {stage: dict.fromkeys(KINDS, 0.0) for stage in STAGES}
     survey, prune = found["survey"], found["prune"]
-    # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs; of updates also their own.
+    # Refinement: forward, gradients of inputs and of weights. Correction: forward twice, and gradients of inputs; of low-rank updates
+    # these too and their own, or of all weights.
     step = 3 * min(workload.correction_sequences, workload.correction_samples) / max(workload.samples, 1)
     epoch = math.ceil(workload.samples / workload.refine_sequences)
     for shot in range(workload.shots):
@@ -351,7 +355,7 @@ def flops_by_stage(shapes: Shapes) -> dict[Stage, dict[Kind, float]]:
             prune["sweeps"] += after * advanced
         if shot >= workload.shots - workload.corrected_shots:
             # For the other model's predictions, the head once more.
-            passes = after * (forward + 4 / 3 * updates) + (2 + workload.imitates) / 3 * head
+            passes = after * (forward + (1 if rank is None else 4) / 3 * updates) + (2 + workload.imitates) / 3 * head
             whole = workload.correction_samples / max(workload.samples, 1)
             found["refine"]["training"] += workload.corrects * step * passes + workload.imitates * whole * forward
     # Behind the last block the head computes both models' predictions, and gradients.

@@ -44,8 +44,8 @@ class Workload:
     refines: int = 0  # steps of block refinement per block
     refine_sequences: int = TRAIN_SEQUENCES  # sequences per step of it
     refines_last: bool = True  # whether the last block is among those refined, which takes the head
-    corrects: int = 0  # steps of low-rank training at the end of a shot
-    correction_rank: int = 0
+    corrects: int = 0  # steps of training all blocks together at the end of a shot
+    correction_rank: int | None = None  # None trains all weights
     correction_sequences: int = 0  # sequences per step of it
     correction_samples: int = 0  # sequences that it is drawn from
     corrected_shots: int = 0  # shots that end with it
@@ -127,6 +127,7 @@ class Shapes:
         self.stored_block = max(sum(entry.nbytes for entry in block) for block in counts)
         self.pinned_block = max(sum(pinned_bytes(entry.nbytes) for entry in block) for block in counts)
         self.block = max(sum(entry.numel for entry in block) for block in counts) * self.weight_item
+        self.largest = max(entry.numel for block in counts for entry in block)
         routed = [[site for site in sites if site.expert is not None] for sites in self.blocks]
         grouped = self.weight_item * has_grouped_products(skeleton.device, skeleton.dtype)
         self.experts = grouped * max(sum(site.units * site.unit_parameters for site in sites) for sites in routed)
