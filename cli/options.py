@@ -250,7 +250,7 @@ result_options = bundle(
         type=click.Choice(["low", "normal", "high"]),
         help="Training. low: none. normal: each pruned block towards its dense output, the last one towards the dense "
         "model's predictions, for two passes over the calibration windows. high: then also all blocks together, towards the "
-        "same predictions, for two passes over other windows of the text.  [default: normal for the default recipe; low for "
+        "same predictions, on twice as many other windows of the text.  [default: normal for the default recipe; low for "
         "others, which are then as published]",
     ),
     click.option(

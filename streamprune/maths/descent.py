@@ -20,8 +20,8 @@ _MOMENTS = {"exp_avg": "first", "exp_avg_sq": "second"}
 class Descent:
     """Adam (Kingma & Ba 2015) without weight decay. The learning rate rises linearly from zero, then falls to zero.
 
-    If `normalised`, a step is the gradient with rows and columns of equal norm instead (SinkGD, Scetbon et al. 2025, arXiv 2502.06742,
-    algorithm 4, one round), whose entries have a root mean square of the learning rate. It has no moments.
+    If `normalised`, a step is the gradient with rows and columns of equal norm instead (SinkGD, Scetbon et al. 2025, arXiv 2502.06742;
+    see `normalised`), whose entries have a root mean square of the learning rate. It has no moments.
 
     Args:
         weights: the trained parameters, by name.

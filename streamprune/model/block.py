@@ -397,19 +397,16 @@ class Block:
             if not all_finite(self.weights[name]):
                 raise NumericalError(f"blocks.{self.sublayers[0].block}: {name} is not finite after training")
 
-    @contextmanager
-    def computing(self, weights: Mapping[str, Tensor]) -> Iterator[list[nn.Parameter]]:
-        """Compute with other values of parameters, given by name, while the context is open; the block's weights do not change.
+    def compute_with(self, weights: Mapping[str, Tensor]) -> list[nn.Parameter]:
+        """Compute with other values of parameters from now on, given by name; the block's own weights do not change.
 
-        Yields them in the computing dtype, in the same order; gradients flow to these.
+        Returns them in the computing dtype, in the same order; gradients flow to these.
         """
         layer = self._layer
         leaves = {name: nn.Parameter(layer._computing(weight.detach())) for name, weight in weights.items()}
         for name, leaf in leaves.items():
             layer.put(name, leaf)
-        yield [*leaves.values()]
-        for name in leaves:
-            layer.put(name, layer._computing(self.weights[name]))
+        return [*leaves.values()]
 
     def updates(self, rank: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, nn.Parameter]:
         """Create trainable low-rank updates ``W + U V`` for all linears, by ``name.u`` and ``name.v``, on the device.

@@ -59,7 +59,6 @@ def correct_blocks(shot: Shot, how: Correction, stock: bool) -> dict[str, str]:
             job.backward_batch,
             keeps_zeros=job.recipe.writes_zeros,
             rate=how.rate,
-            warmup=how.warmup,
             sequences=how.sequences,
             rank=how.rank,
         ),
@@ -175,17 +174,12 @@ class Corrector:
         """Return what is trained of a block before a step; None outside the window and without sites."""
         if index not in self.window or not block.prunables:
             return None
-        how, path, dtype, whole = (
-            self.how,
-            self._file(step, index),
-            accumulator(self.skeleton.dtype),
-            self.how.rank is None,
-        )
+        how, path, dtype = self.how, self._file(step, index), accumulator(self.skeleton.dtype)
+        whole = how.rank is None
         return Descent(
             block.masters(dtype) if how.rank is None else block.updates(how.rank, dtype, seeded(how.seed, index)),
             steps=how.steps,
             rate=how.rate,
-            warmup=how.warmup,
             place=f"the correction of block {index}",
             normalised=whole,
             keeps_zeros=whole and how.keeps_zeros,
@@ -233,8 +227,7 @@ class Corrector:
         if descent is None:
             yield []
         elif self.how.rank is None:
-            with block.computing(descent.weights) as weights:
-                yield weights
+            yield block.compute_with(descent.weights)  # no block is used again
         else:
             with block.updated(descent.weights, keep_zeros=self.how.keeps_zeros):
                 yield [*descent.weights.values()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.config import EFFORTS, IMITATION_SEQUENCES, IMITATIONS, Config, DataFree, Effort
+from ..jobs.config import EFFORTS, IMITATION_SEQUENCES, Config, DataFree, Effort
 from ..jobs.folder import JobFolder
 from ..jobs.forecast.memory import GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast, training_operations
@@ -107,7 +107,7 @@ class Job(JobFolder):
             corrects=corrects,
             correction_rank=None,
             correction_sequences=IMITATION_SEQUENCES,
-            correction_samples=IMITATIONS[effort] * self.config.samples,
+            correction_samples=self.request.together(effort),
             corrected_shots=1 if corrects else 0,
             imitates=bool(corrects),
         )
@@ -315,7 +315,7 @@ class Job(JobFolder):
         count, seed = self.config.samples, self.config.seed ^ 0x51ED270B
         if self.request.text == "self":
             return self.windows
-        most = IMITATIONS["high"] * count
+        most = self.request.together(self.config.chosen_effort)
         found = others(self._sample(self.request.text, DRAWN * most, seed, Silent()), self.windows, most)
         if (lacking := count - len(found.tokens)) > 0:
             self.progress.say(

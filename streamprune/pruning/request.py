@@ -19,6 +19,7 @@ from ..jobs.config import (
     REFINE_SEQUENCES,
     Config,
     DataFree,
+    Effort,
 )
 from ..jobs.forecast.workload import Workload
 from ..jobs.schedule import Phase
@@ -234,6 +235,10 @@ class Request:
         sequences = min(IMITATION_SEQUENCES, self.config.samples)
         return Correction(steps, None, IMITATION_RATE, sequences, imitates=True)
 
+    def together(self, effort: Effort) -> int:
+        """Return the windows that all blocks are trained on together, at most; what the model writes itself is used again."""
+        return self.config.samples * (1 if self.writes_text else IMITATIONS[effort])
+
     @cached_property
     def text(self) -> Text | DataFree:
         """The calibration text, or the name of a substitute that needs none."""
@@ -296,7 +301,7 @@ class Request:
             corrects=correction.steps if correction else 0,
             correction_rank=correction.rank if correction else None,
             correction_sequences=correction.sequences if correction else 0,
-            correction_samples=self.config.samples * (IMITATIONS["high"] if imitates and not self.writes_text else 1),
+            correction_samples=self.together(self.config.chosen_effort) if imitates else self.config.samples,
             corrected_shots=len(corrections),
             imitates=imitates,
             shots=self.shots,

@@ -107,8 +107,6 @@ class Correction:
     """The highest learning rate."""
     sequences: int = 8
     """Windows per step."""
-    warmup: int = 0
-    """Steps in which the rate rises."""
     imitates: bool = False
     """Whether the loss is the divergence from the dense model's predictions instead of that of the text's tokens."""
 

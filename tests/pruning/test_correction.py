@@ -86,8 +86,7 @@ def plain(
 
     optimiser = torch.optim.Adam(updates.values(), lr=how.rate, betas=(0.9, 0.95))
     for step in range(how.steps):
-        past = (step - how.warmup) / (how.steps - how.warmup)
-        rate = how.rate * (step / how.warmup if step < how.warmup else 1 - past)
+        rate = how.rate * (1 - step / how.steps)
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
         chosen = torch.randperm(len(tokens), generator=generator)[:8]
         if teacher is not None:
@@ -126,7 +125,7 @@ def test_steps_are_those_of_full_autograd(name: str, imitates: bool, tiny: Tiny,
     tokens = torch.randint(skeleton.vocabulary, (11, 12), generator=torch.Generator().manual_seed(5))
     how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2, sequences=8)
     if imitates:
-        how = replace(how, rate=1e-3, rank=None, sequences=4, warmup=1)
+        how = replace(how, rate=1e-3, rank=None, sequences=4)
     other = changed(path, tmp_path / "dense") if imitates else None
     dense = None if other is None else open_skeleton(other, torch.device("cpu"), "float64")
     windows = Windows(tokens, tokens.clone())
