@@ -33,7 +33,9 @@ REFINE_SEQUENCES = 1
 IMITATIONS: Mapping[Effort, int] = {"low": 0, "normal": 0, "high": 2}
 """Other windows per calibration window, on which all blocks are trained together in the end, towards the dense model's predictions."""
 IMITATION_SEQUENCES = 4
-"""Windows of a step of that."""
+"""Windows of a step of that, in large models: a step reads and writes all weights."""
+IMITATION_SMALL = 1_000_000_000
+"""Parameters of the source's blocks up to which a step takes one window."""
 IMITATION_RATE = 2e-4
 """Its highest learning rate."""
 TuneMethod = Literal["auto", "lora", "distil"]
@@ -259,20 +261,16 @@ class Config(JobConfig):
     @property
     def refinement_steps(self) -> int:
         """Steps of block refinement after each pruned block; 0 for none."""
-        return self.effort_steps(self.chosen_effort)[0] if self.refine is None else self.refine
+        return self.effort_steps(self.chosen_effort) if self.refine is None else self.refine
 
     @property
-    def imitation_steps(self) -> int:
-        """Steps of training all blocks together in the end; 0 for none."""
-        return self.effort_steps(self.chosen_effort)[1]
+    def imitates(self) -> bool:
+        """Whether all blocks are trained together in the end."""
+        return IMITATIONS[self.chosen_effort] > 0
 
-    def effort_steps(self, effort: Effort) -> tuple[int, int]:
-        """Steps of block refinement after each pruned block, and of training all blocks together in the end."""
-        together = min(IMITATION_SEQUENCES, self.samples)
-        return (
-            math.ceil(EFFORTS[effort] * self.samples / REFINE_SEQUENCES),
-            math.ceil(IMITATIONS[effort] * self.samples / together),
-        )
+    def effort_steps(self, effort: Effort) -> int:
+        """Steps of block refinement after each pruned block at an effort."""
+        return math.ceil(EFFORTS[effort] * self.samples / REFINE_SEQUENCES)
 
 
 @dataclass(frozen=True, kw_only=True)

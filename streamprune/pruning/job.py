@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..jobs.config import EFFORTS, IMITATION_SEQUENCES, Config, DataFree, Effort
+from ..jobs.config import EFFORTS, Config, DataFree, Effort
 from ..jobs.folder import JobFolder
 from ..jobs.forecast.memory import GramPlace, Memory, Sizes
 from ..jobs.forecast.resources import Resources, forecast, training_operations
@@ -99,17 +99,17 @@ class Job(JobFolder):
 
     def _with(self, effort: Effort) -> Workload:
         """The job's workload, with an effort's training in place of its own."""
-        refines, corrects = self.config.effort_steps(effort)
-        corrects *= self.request.recipe.correction is None  # which it has instead
+        # A recipe's own correction takes the place of an effort's.
+        imitation = None if self.request.recipe.correction else self.request.imitation(effort)
         return replace(
             self.request.workload,
-            refines=refines,
-            corrects=corrects,
+            refines=self.config.effort_steps(effort),
+            corrects=imitation.steps if imitation else 0,
             correction_rank=None,
-            correction_sequences=IMITATION_SEQUENCES,
+            correction_sequences=imitation.sequences if imitation else 0,
             correction_samples=self.request.together(effort),
-            corrected_shots=1 if corrects else 0,
-            imitates=bool(corrects),
+            corrected_shots=int(imitation is not None),
+            imitates=imitation is not None,
         )
 
     def forecast(self) -> Resources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from ..jobs.config import (
     DATA_FREE,
     IMITATION_RATE,
     IMITATION_SEQUENCES,
+    IMITATION_SMALL,
     IMITATIONS,
     REFINE_SEQUENCES,
     Config,
@@ -225,15 +227,18 @@ class Request:
     @property
     def needs_text(self) -> bool:
         """Whether any text is read."""
-        return bool(self.statistics) or self.streams or bool(self.config.imitation_steps)
+        return bool(self.statistics) or self.streams or self.config.imitates
 
     def correction(self, shot: int) -> Correction | None:
         """Training of all blocks together at the end of a shot, numbered from 1: the recipe's own, or after the last one the effort's."""
-        steps = self.config.imitation_steps if shot == self.shots else 0
-        if self.recipe.correction is not None or not steps:
-            return self.recipe.correction
-        sequences = min(IMITATION_SEQUENCES, self.config.samples)
-        return Correction(steps, None, IMITATION_RATE, sequences, imitates=True)
+        return self.recipe.correction or (self.imitation(self.config.chosen_effort) if shot == self.shots else None)
+
+    def imitation(self, effort: Effort) -> Correction | None:
+        """Training of all blocks together towards the dense model's predictions, at an effort."""
+        small = self.skeleton.block_parameters() <= IMITATION_SMALL
+        sequences = min(1 if small else IMITATION_SEQUENCES, self.config.samples)
+        steps = math.ceil(IMITATIONS[effort] * self.config.samples / sequences)
+        return Correction(steps, None, IMITATION_RATE, sequences, imitates=True) if steps else None
 
     def together(self, effort: Effort) -> int:
         """Return the windows that all blocks are trained on together, at most; what the model writes itself is used again."""
@@ -346,7 +351,7 @@ class Request:
 
         inputs: dict[str, Any] = {"model": self.skeleton.checkpoint.identity()}
         # Also if a plan makes the survey unnecessary: a job that started without a plan may resume with one.
-        reads_text = bool(self.recipe.statistics or self.streams or self.config.imitation_steps)
+        reads_text = bool(self.recipe.statistics or self.streams or self.config.imitates)
         if reads_text:
             inputs |= self._text_identity(self.text)
         if self.metric_text is not None:
@@ -625,14 +630,14 @@ def idle(config: Config) -> dict[str, str]:
         found["round_to"] = "only whole experts go"
     if recipe.writes_zeros:
         found |= dict.fromkeys(("round_to", "tensor_parallel"), "shapes stay")
-    if config.refine is not None and (config.imitation_steps == 0 or recipe.correction is not None):
+    if config.refine is not None and (not config.imitates or recipe.correction is not None):
         found["effort"] = "--refine gives the steps"
     if config.metric_text is None:
         found["metric_samples"] = "no --metric-text is given"
     if not _surveys(config, recipe):
         found["survey"] = "the plan decides the widths" if config.plan else f"{config.recipe} takes no survey"
     found |= {} if config.fit else dict.fromkeys(("quant", "context"), "there is no --fit")
-    if not summed and not _streams(config, recipe) and not config.imitation_steps:
+    if not summed and not _streams(config, recipe) and not config.imitates:
         names = [
             "calibration",
             "prompts",

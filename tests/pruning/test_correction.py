@@ -25,6 +25,7 @@ from streamprune.jobs.names import JOURNAL
 from streamprune.maths.descent import normalised, seeded
 from streamprune.model.skeleton import open_skeleton
 from streamprune.model.tokenizer import IGNORED
+from streamprune.pruning import request
 from streamprune.pruning.correct import Corrector
 from streamprune.pruning.job import Job
 from streamprune.pruning.refine import Refinement
@@ -244,9 +245,29 @@ def test_the_predictions_approach_those_of_the_dense_model(
     losses = losses_of(monkeypatch)
     config = configured(tiny("llama"), effort="high", **given)
     streamprune.prune(config)
-    assert len(losses) == 6  # of 4 windows, which are 12
-    assert sum(losses[3:]) < sum(losses[:3])
-    assert json.loads((config.out / "report.json").read_text())["imitation"] == [losses[0], losses[-1]]
+    assert len(losses) == 24  # of a window, which are 12
+    assert sum(losses[12:]) < sum(losses[:12])
+    assert json.loads((config.out / "report.json").read_text())["imitation"] == [
+        sum(losses[:2]) / 2,
+        sum(losses[-2:]) / 2,
+    ]
+
+
+def test_a_step_of_a_large_model_takes_more_windows(
+    tiny: Tiny, configured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tiny("llama"), effort="high")
+    size = Job(config, None).skeleton.block_parameters()
+    for limit, sequences, steps in ((size, 1, 24), (size - 1, 4, 6)):
+        monkeypatch.setattr(request, "IMITATION_SMALL", limit)
+        job = Job(config, None)
+        how = job.request.correction(1)
+        assert how is not None
+        assert (how.sequences, how.steps) == (sequences, steps)
+        assert (job.request.workload.correction_sequences, job.request.workload.corrects) == (sequences, steps)
+    losses = losses_of(monkeypatch)
+    streamprune.prune(config)
+    assert len(losses) == 6
 
 
 def passages(windows: Windows) -> list[set[tuple[int, ...]]]:
@@ -295,9 +316,9 @@ SURGEON = {"recipe": "surgeon", "settings": {"shots": "2", "lora_steps": "3"}}
     ("given", "steps"),
     [
         *(pytest.param(SURGEON, steps, marks=pytest.mark.slow) for steps in (1, 9, 17, 24, 30)),
-        ({"effort": "high"}, 16),
+        ({"effort": "high", "samples": 3}, 16),
         pytest.param(
-            {"effort": "high", "recipe": "default", "perplexity_at_most": 0.9, "ratio": None},
+            {"effort": "high", "recipe": "default", "perplexity_at_most": 0.9, "ratio": None, "samples": 3},
             20,
             marks=pytest.mark.slow,
         ),
