@@ -36,8 +36,8 @@ IMITATION_SEQUENCES = 4
 """Windows of a step of that, in large models: a step reads and writes all weights."""
 IMITATION_SMALL = 1_000_000_000
 """Parameters of the source's blocks up to which a step takes one window."""
-IMITATION_RATE = 2e-4
-"""Its highest learning rate."""
+IMITATION_RATE = 0.075
+"""Its highest learning rate, in the unit of `correct.step_size`."""
 TuneMethod = Literal["auto", "lora", "distil"]
 TUNE_METHODS: tuple[TuneMethod, ...] = ("auto", "lora", "distil")
 

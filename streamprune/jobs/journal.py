@@ -20,7 +20,7 @@ from ..system.ranks import ALONE, Ranks
 
 Entry = dict[str, Any]
 
-FORMAT = 10
+FORMAT = 11
 """Number of the format, in the header as `format`. Raise it when the steps of a job or their data change."""
 RESTART = "start over with --restart"
 

@@ -10,7 +10,7 @@ gives is computed before the first step, and again by a job that resumes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -176,10 +176,11 @@ class Corrector:
             return None
         how, path, dtype = self.how, self._file(step, index), accumulator(self.skeleton.dtype)
         whole = how.rank is None
+        weights = block.masters(dtype) if how.rank is None else block.updates(how.rank, dtype, seeded(how.seed, index))
         return Descent(
-            block.masters(dtype) if how.rank is None else block.updates(how.rank, dtype, seeded(how.seed, index)),
+            weights,
             steps=how.steps,
-            rate=how.rate,
+            rate=how.rate * step_size(weights.values(), self.skeleton.width) if whole else how.rate,
             place=f"the correction of block {index}",
             normalised=whole,
             keeps_zeros=whole and how.keeps_zeros,
@@ -252,6 +253,17 @@ class Corrector:
 
     def _file(self, step: int, index: int) -> Path:
         return state(self.folder, step) / f"block-{index:04}.safetensors"
+
+
+def step_size(matrices: Collection[Tensor], width: int) -> float:
+    """Return the root mean square of a block's matrices divided by the square root of the residual stream's `width`.
+
+    Random weights of root mean square `s` give outputs of `s √d` for inputs of width d and root mean square 1, and a step of `u` changes
+    these by up to `u d`, if it has rank 1 (Yang et al. 2023, arXiv 2310.17813). So in this unit, a learning rate is the share of the
+    output that a step can change, whatever the width and the scale of the weights.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(each.detach()) for each in matrices])
+    return float(torch.linalg.vector_norm(norms)) / math.sqrt(sum(each.numel() for each in matrices) * width)
 
 
 def state(folder: Path, step: int) -> Path:

@@ -104,7 +104,7 @@ class Correction:
     rank: int | None
     """Rank of the updates, one per linear, which Adam trains; None trains all matrices by normalised gradients."""
     rate: float
-    """The highest learning rate."""
+    """The highest learning rate; without a rank, in the unit of `correct.step_size`."""
     sequences: int = 8
     """Windows per step."""
     imitates: bool = False

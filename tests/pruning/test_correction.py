@@ -85,6 +85,13 @@ def plain(
     def weights() -> dict[str, torch.Tensor]:
         return {name: base[name] + updates[f"{name}.u"] @ updates[f"{name}.v"] for name in names}
 
+    sizes = dict.fromkeys(updates, 1.0)
+    if how.rank is None:
+        for index in range(len(skeleton)):
+            own = [name for name in updates if name.startswith(f"{skeleton.architecture.blocks}.{index}.")]
+            entries = torch.cat([updates[name].detach().flatten() for name in own])
+            sizes |= dict.fromkeys(own, float(entries.square().mean() / skeleton.width) ** 0.5)
+
     optimiser = torch.optim.Adam(updates.values(), lr=how.rate, betas=(0.9, 0.95))
     for step in range(how.steps):
         rate = how.rate * (1 - step / how.steps)
@@ -111,9 +118,9 @@ def plain(
         if how.rank is not None:
             optimiser.step()
             continue
-        for parameter in updates.values():
+        for name, parameter in updates.items():
             if parameter.grad is not None and parameter.grad.any():
-                parameter.data -= rate * even(parameter.grad)
+                parameter.data -= rate * sizes[name] * even(parameter.grad)
     return {name: each.detach() for name, each in (weights() if names else updates).items()}, losses
 
 
@@ -126,7 +133,7 @@ def test_steps_are_those_of_full_autograd(name: str, imitates: bool, tiny: Tiny,
     tokens = torch.randint(skeleton.vocabulary, (11, 12), generator=torch.Generator().manual_seed(5))
     how = Refinement(3, seed=3, batch=3, rate=1e-2, rank=2, sequences=8)
     if imitates:
-        how = replace(how, rate=1e-3, rank=None, sequences=4)
+        how = replace(how, rate=0.05, rank=None, sequences=4)
     other = changed(path, tmp_path / "dense") if imitates else None
     dense = None if other is None else open_skeleton(other, torch.device("cpu"), "float64")
     windows = Windows(tokens, tokens.clone())
