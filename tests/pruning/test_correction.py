@@ -192,7 +192,7 @@ def test_blocks_outside_the_window_stay_as_they_are(tiny: Tiny, configured: Make
     "given",
     [
         {"recipe": "surgeon", "settings": {"structure": "2:4", "shots": "2", "lora_steps": "2"}},
-        {"recipe": "magnitude", "settings": {"structure": "2:4"}, "effort": "high", "refine": 0},
+        {"recipe": "magnitude", "settings": {"structure": "2:4"}, "effort": "high", "refine": 0, "samples": 3},
     ],
 )
 def test_zeros_stay_zero(given: dict[str, Any], tiny: Tiny, configured: Make) -> None:
@@ -309,7 +309,7 @@ def test_all_blocks_are_trained_on_windows_that_were_not_calibrated_on(
 
 
 def test_experts_of_a_stock_checkpoint_stay_fused(tiny: Tiny, configured: Make) -> None:
-    config = configured(tiny("gpt_oss"), recipe="default", effort="high", ratio=None, experts="3")
+    config = configured(tiny("gpt_oss"), recipe="default", effort="high", ratio=None, experts="3", samples=3)
     streamprune.prune(config)
     names = {name for file in config.out.glob("*.safetensors") for name in load_file(file)}
     assert "model.layers.0.mlp.experts.gate_up_proj" in names
