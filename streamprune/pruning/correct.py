@@ -175,15 +175,18 @@ class Corrector:
         if index not in self.window or not block.prunables:
             return None
         how, path, dtype = self.how, self._file(step, index), accumulator(self.skeleton.dtype)
-        whole = how.rank is None
-        weights = block.masters(dtype) if how.rank is None else block.updates(how.rank, dtype, seeded(how.seed, index))
+        if how.rank is None:
+            weights = block.masters(dtype)
+            unit = step_size(weights.values(), self.skeleton.width)
+        else:
+            weights, unit = block.updates(how.rank, dtype, seeded(how.seed, index)), 1.0
         return Descent(
             weights,
             steps=how.steps,
-            rate=how.rate * step_size(weights.values(), self.skeleton.width) if whole else how.rate,
+            rate=how.rate * unit,
             place=f"the correction of block {index}",
-            normalised=whole,
-            keeps_zeros=whole and how.keeps_zeros,
+            normalised=how.rank is None,
+            keeps_zeros=how.rank is None and how.keeps_zeros,
             state=load_shard(path, self._digests[path.name]) if step else None,
         )
 
@@ -256,11 +259,11 @@ class Corrector:
 
 
 def step_size(matrices: Collection[Tensor], width: int) -> float:
-    """Return the root mean square of a block's matrices divided by the square root of the residual stream's `width`.
+    """Return the root mean square of all entries of a block's matrices, divided by the square root of the residual stream's `width`.
 
-    Random weights of root mean square `s` give outputs of `s √d` for inputs of width d and root mean square 1, and a step of `u` changes
-    these by up to `u d`, if it has rank 1 (Yang et al. 2023, arXiv 2310.17813). So in this unit, a learning rate is the share of the
-    output that a step can change, whatever the width and the scale of the weights.
+    For inputs of width d with a root mean square of 1, random weights with a root mean square of `s` give outputs of `s √d`. A step
+    of rank 1 with entries of `u` changes these by up to `u d` (Yang et al. 2023, arXiv 2310.17813). So in this unit, a learning rate
+    is about the share of the output that a step can change, whatever the width and the scale of the weights.
     """
     norms = torch.stack([torch.linalg.vector_norm(each.detach()) for each in matrices])
     return float(torch.linalg.vector_norm(norms)) / math.sqrt(sum(each.numel() for each in matrices) * width)

@@ -41,7 +41,7 @@ class Refinement:
     keeps_zeros: bool = False
     """Whether zeros in the weights of linears stay zero."""
     rate: float = 3e-4
-    """Adam's highest learning rate."""
+    """The highest learning rate: Adam's, or for all blocks together without a rank, in the unit of `correct.step_size`."""
     warmup: int = 0
     """Steps in which the rate rises."""
     decay: Decay = "linear"
