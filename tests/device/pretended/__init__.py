@@ -119,6 +119,7 @@ def _patches(state: State) -> Iterator[tuple[Any, str, Any]]:
     }
     yield from ((cuda, name, value) for name, value in values.items())
     yield torch.accelerator, "synchronize", synchronize
+    yield torch.accelerator, "current_stream", values["current_stream"]
     yield Copies, "of", classmethod(cache(Copies.of.__func__.__wrapped__))  # no streams of another device
     for kind in (Stream, Event):
         yield kind, "synchronize", settling(kind.synchronize)

@@ -99,6 +99,9 @@ class Stream:
         event.record(self)
         return event
 
+    def is_capturing(self) -> bool:
+        return False  # no graphs
+
     def wait_event(self, event: Event) -> None:
         self.actor.after(thread().clock)
         self.actor.after(event.clock)
